@@ -1,0 +1,26 @@
+"""FastLightGen: distil large video diffusion transformers in sampling steps and in size at once.
+
+The names below are the public Python interface; each is imported when it is first used, so that
+`import fastlightgen` (and `--help`) stays instant.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "load_model": "fastlightgen.models.weights",
+    "save_model": "fastlightgen.models.weights",
+    "Stream": "fastlightgen.models.base",
+    "Cond": "fastlightgen.models.base",
+}
+_MODULES = ("flow", "guidance", "ops", "blocks", "models", "stages", "engine", "data", "metrics", "config")
+__all__ = [*_WHERE, *_MODULES]
+
+
+def __getattr__(name: str):
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"fastlightgen.{name}")
+    raise AttributeError(f"module 'fastlightgen' has no attribute {name!r}")

@@ -1,0 +1,107 @@
+"""Dataclass fields that document and check themselves, and the errors that users see."""
+
+import dataclasses
+import math
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+REQUIRED = MISSING  # the default of a key that the user must give
+
+
+class UserError(ValueError):
+    """A mistake of the user, told in one line: the command prints it without a traceback and exits with code 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used: names key, value and remedy."""
+
+
+def field(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    lo: float | None = None,  # lo <= value
+    hi: float | None = None,  # value <= hi
+    above: float | None = None,  # above < value
+    below: float | None = None,  # value < below
+    numbers: bool = True,  # False: changing it does not change what a run computes, see `fingerprint`
+) -> Any:
+    """A dataclass field that documents and checks itself. A range holds for every number of a list."""
+    meta = {"help": help, "choices": choices, "numbers": numbers}
+    meta["range"] = {"lo": lo, "hi": hi, "above": above, "below": below}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def section(cls: type, help: str, *, numbers: bool = True) -> Any:
+    """A field that holds the keys of another dataclass: `stage2.lr=1e-4`."""
+    return dataclasses.field(default_factory=cls, metadata={"help": help, "numbers": numbers})
+
+
+def default_of(f: dataclasses.Field) -> Any:
+    return f.default if f.default_factory is NO_DEFAULT else f.default_factory()
+
+
+def limits(f: dataclasses.Field) -> str:
+    """What a value may be, in words: "one of a, b" or ">= 0 and < 1" or ""."""
+    if f.metadata["choices"]:
+        return f"one of {', '.join(f.metadata['choices'])}"
+    signs = {"lo": ">=", "above": ">", "hi": "<=", "below": "<"}
+    bounds = [f"{signs[k]} {show(f.metadata['range'][k])}" for k in signs if f.metadata["range"][k] is not None]
+    return " and ".join(bounds)
+
+
+def check_value(f: dataclasses.Field, value: Any, key: str) -> None:
+    """The rules that concern one value: choices, range, two numbers in a pair."""
+    shown = show(value)
+    if value == "" and default_of(f) != "":
+        raise ConfigError(f"{key}= is empty; {f.metadata['help']}: give {key}=...")
+    if f.metadata["choices"] and value not in f.metadata["choices"]:
+        raise ConfigError(f"{key}={shown}: wanted {limits(f)}")
+    if isinstance(value, list) and len(value) != 2:
+        raise ConfigError(f"{key}={shown}: wanted two numbers, for example {key}={show(default_of(f))}")
+    for x in value if isinstance(value, list) else [value]:
+        if isinstance(x, str | bool):
+            continue
+        if not math.isfinite(x):
+            raise ConfigError(f"{key}={shown}: wanted a finite number")
+        r = f.metadata["range"]
+        fits = (r["lo"] is None or x >= r["lo"]) and (r["hi"] is None or x <= r["hi"])
+        if not (fits and (r["above"] is None or x > r["above"]) and (r["below"] is None or x < r["below"])):
+            raise ConfigError(f"{key}={shown}: wanted {limits(f)}")
+
+
+def show(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(show(v) for v in value)}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@dataclass(kw_only=True)
+class Checked:
+    """Checks itself however it is made: from a command line, a file or Python."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not is_dataclass(value) and value != REQUIRED:
+                check_value(f, value, f.name)
+        self.check()
+
+    def check(self) -> None:
+        """The rules that concern several keys at once."""
+
+    def check_ordered(self, *keys: str) -> None:
+        for key in keys:
+            low, high = getattr(self, key)
+            if low >= high:
+                raise ConfigError(f"{key}={show([low, high])}: the first number must be below the second")

@@ -1,0 +1,111 @@
+"""Configuration on disk: the presets that ship with the package, YAML in and out, and what makes two runs the same."""
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastlightgen.config.fields import ConfigError, show
+
+
+def config_root() -> Path:
+    """configs/: inside the package when it was installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def presets(kind: str = "model") -> list[str]:
+    """Names that `model=` or `data=` accepts besides a folder."""
+    return sorted(path.stem for path in (config_root() / kind).glob("*.yaml"))
+
+
+def preset(name: str, kind: str = "model") -> dict[str, Any]:
+    """A preset's file. Models: network, inference and the stages' settings; data: what describes the clips."""
+    if name not in presets(kind):
+        raise ConfigError(f"{kind}={name}: no such preset; there are {', '.join(presets(kind))}")
+    return read_yaml(config_root() / kind / f"{name}.yaml")
+
+
+def find_preset_weights(name: str) -> Path | None:
+    """The folder with trained weights that ships with a model preset, if there is one."""
+    folder = config_root() / "model" / name
+    return folder if (folder / "config.json").is_file() else None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as everywhere, but a repeated key is an error instead of the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        key, times = max(Counter(str(k.value) for k, _ in node.value).items(), key=lambda c: c[1], default=("", 0))
+        if times > 1:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{key} is given {times} times: keep one", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists on one line, as they are typed on the command line."""
+
+
+_Dumper.add_representer(list, lambda d, v: d.represent_sequence("tag:yaml.org,2002:seq", v, flow_style=True))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except OSError as err:
+        raise ConfigError(f"{path}: cannot be read ({err.strerror}); give the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not text; give the path of a YAML file") from None
+    except yaml.YAMLError as err:
+        raise ConfigError(f"{path}: is not valid YAML: {err}") from None
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"{path}: holds {type(content).__name__}; wanted lines of the form key: value")
+    return content or {}
+
+
+def to_yaml(cfg: Any) -> str:
+    """The resolved configuration as a file for `config=`; dry_run is left out, so that it can be run as it is."""
+    values = dataclasses.asdict(cfg)
+    del values["dry_run"]
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
+
+
+def numbers(cfg: Any) -> dict[str, Any]:
+    """The part of a configuration that decides what a run computes: no folder, no logging, no device."""
+    out = {}
+    for f in dataclasses.fields(cfg):
+        if f.metadata["numbers"]:
+            value = getattr(cfg, f.name)
+            out[f.name] = numbers(value) if dataclasses.is_dataclass(value) else value
+    return out
+
+
+def fingerprint(cfg: Any) -> str:
+    """Equal for two configurations exactly when their `numbers` are equal."""
+    return hashlib.sha256(json.dumps(numbers(cfg), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
+    """{"stage2": {"lr": 1}} as {"stage2.lr": 1}."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        if twice := out.keys() & nested.keys():
+            raise ConfigError(f"{min(twice)} is given twice: keep one")
+        out |= nested
+    return out
+
+
+def diff(cfg_a: dict, cfg_b: dict) -> list[str]:
+    """What changed between two configurations, one readable "key: old -> new" per key."""
+    old, new = flatten(cfg_a), flatten(cfg_b)
+    keys = [key for key in old | new if old.get(key, ...) != new.get(key, ...)]
+    return [f"{k}: {show(old[k]) if k in old else '(none)'} -> {show(new[k]) if k in new else '(none)'}" for k in keys]

@@ -1,0 +1,1 @@
+"""Data: the built-in world, its exact codec and latent caches."""

@@ -1,0 +1,1 @@
+"""Running a stage: the only training loop (loop), one-process engine (local), checkpoints, EMA, run folder and log."""

@@ -1,0 +1,27 @@
+"""Exponential moving average of a network's trainable weights."""
+
+import torch
+from torch import nn
+
+
+class Ema:
+    def __init__(self, net: nn.Module, decay: float, start: int):
+        self.decay, self.start, self.count = decay, start, 0
+        self.shadow = {k: v.detach().clone() for k, v in net.named_parameters() if v.requires_grad}
+
+    @torch.no_grad()
+    def update(self, net: nn.Module) -> None:
+        """shadow <- decay shadow + (1 - decay) weights; the first updates average evenly, so that no start-up bias stays."""
+        self.count += 1
+        n = self.count - self.start
+        rate = 1.0 if n <= 0 else max(1 - self.decay, 1 / (n + 1))
+        for name, p in net.named_parameters():
+            if name in self.shadow:
+                self.shadow[name].lerp_(p, rate)
+
+    @torch.no_grad()
+    def copy_to(self, net: nn.Module) -> None:
+        """Put the averaged weights into the network."""
+        for name, p in net.named_parameters():
+            if name in self.shadow:
+                p.copy_(self.shadow[name])

@@ -1,0 +1,87 @@
+"""The run folder: which stage was made with which configuration, what is complete, and who is using it."""
+
+import fcntl
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import yaml
+
+import fastlightgen
+from fastlightgen.config import diff
+from fastlightgen.engine import checkpoint
+
+
+class StageFolder:
+    """DIR/stageN, opened for this configuration only; `complete` says that there is nothing left to do.
+
+    `config` is the whole resolved configuration, `numbers` the names of its keys that decide what the run computes.
+    """
+
+    def __init__(self, run: str, number: int, config: dict, numbers: Iterable[str], overwrite: bool = False):
+        self.run, self.path = Path(run), Path(run) / f"stage{number}"
+        self.checkpoints = self.path / "checkpoints"
+        self.result = self.path / ("importance.json" if number == 1 else "model")
+        self.run.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.run / ".lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"run={run}: another process is using this folder; wait for it or choose another") from None
+        if overwrite:
+            shutil.rmtree(self.path, ignore_errors=True)
+        elif self.result.exists() or checkpoint.steps(self.checkpoints):  # a run that failed early left nothing to mix
+            self._check(number, config, numbers)
+        self.complete = self.result.exists()
+        if not self.complete:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._record(number, config)
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def _check(self, number: int, config: dict, numbers: Iterable[str]) -> None:
+        """Refuse to mix two configurations in one folder."""
+        made_with = read_run(self.run).get(f"stage{number}", {})
+        changes = diff({k: made_with.get(k) for k in numbers}, {k: config[k] for k in numbers})
+        if changes:
+            self.close()
+            raise ValueError(
+                f"{self.path} was made with another configuration ({'; '.join(changes[:4])}); "
+                "use another run=, or overwrite=true to delete it and start anew"
+            )
+
+    def _record(self, number: int, config: dict) -> None:
+        """Add this stage to DIR/config.yaml: resolved configuration, versions, commit."""
+        record = read_run(self.run) | {
+            f"stage{number}": config,
+            "seed": config["seed"],
+            "versions": {"fastlightgen": fastlightgen.__version__, "torch": str(torch.__version__)},
+            "git_commit": commit(),
+        }
+        temporary = self.run / "config.yaml.tmp"
+        temporary.write_text(yaml.safe_dump(record, sort_keys=False))
+        temporary.rename(self.run / "config.yaml")
+
+
+def read_run(run: Path) -> dict:
+    """DIR/config.yaml; {} where there is none."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        return yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as err:
+        raise ValueError(f"{path}: cannot be read ({str(err).splitlines()[0]}); restore it or use another run=") from None
+
+
+def commit() -> str | None:
+    """The commit of the source tree, None outside one."""
+    here = Path(__file__).parent
+    try:
+        out = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() or None

@@ -1,0 +1,108 @@
+"""The one-process engine: places the roles, holds their optimizers and averages, and takes the steps."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastlightgen.engine.ema import Ema
+from fastlightgen.engine.roles import Role, Stage, Update
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU when there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: torch sees no GPU; use device=cpu or device=auto")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+
+
+class LocalEngine:
+    """Trains float32 weights; with dtype=bfloat16 the forward and backward run under autocast."""
+
+    def __init__(self, device: torch.device, dtype: str):
+        self.device, self.dtype = device, dtype
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    def prepare(self, stage: Stage) -> None:
+        self.iters, self.roles = stage.iters, stage.roles
+        self.count = dict.fromkeys(self.roles, 0)
+        self.optimizers, self.emas = {}, {}
+        for name, role in self.roles.items():
+            role.net.to(self.device)
+            params = [p for p in role.net.parameters() if p.requires_grad]
+            self.optimizers[name] = torch.optim.AdamW(
+                params, lr=role.lr, betas=tuple(role.betas), weight_decay=role.weight_decay
+            )
+            if role.ema:
+                self.emas[name] = Ema(role.net, role.ema, role.ema_start)
+
+    def apply(self, update: Update, step: int) -> dict[str, float]:
+        """Loss, backward, clip, optimizer step, average. A non-finite loss or gradient stops before the optimizer."""
+        role, optimizer = self.roles[update.role], self.optimizers[update.role]
+        with self.autocast():
+            loss, record = update.loss()
+        self._finite(loss, "loss", update.role, step + 1)
+        loss.backward()
+        params = optimizer.param_groups[0]["params"]
+        norm = torch.nn.utils.clip_grad_norm_(params, role.clip)
+        self._finite(norm, "gradient norm", update.role, step + 1)
+        lr = role.lr * self._schedule(role, self.count[update.role], step)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        self.count[update.role] += 1
+        if update.role in self.emas:
+            self.emas[update.role].update(role.net)
+        record = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr} | record
+        return {k if len(self.roles) == 1 else f"{update.role}_{k}": v for k, v in record.items()}
+
+    def _schedule(self, role: Role, count: int, step: int) -> float:
+        warm = min(1.0, (count + 1) / role.warmup) if role.warmup else 1.0
+        return warm * (0.5 + 0.5 * math.cos(math.pi * step / self.iters) if role.cosine else 1.0)
+
+    def _finite(self, value: Tensor, what: str, role: str, step: int) -> None:
+        if not torch.isfinite(value):
+            raise ValueError(
+                f"step {step}, {role}: {what} is {value.item()}; stopped before the optimizer, the last checkpoint is "
+                "intact; lower lr or clip, or look at the data of this step"
+            )
+
+    # What a checkpoint holds: per role the network, its AdamW state and its average.
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
+        files = {}
+        for name, role in self.roles.items():
+            files[name] = dict(role.net.state_dict())
+            names = [n for n, p in role.net.named_parameters() if p.requires_grad]
+            states = self.optimizers[name].state_dict()["state"]
+            files[f"{name}-optimizer"] = {f"{names[i]}/{k}": v for i, s in states.items() for k, v in s.items()}
+            if name in self.emas:
+                files[f"{name}-ema"] = self.emas[name].shadow
+            if role.carried is not None:
+                files[f"{name}-carried"] = dict(role.carried.state_dict())
+        return files, dict(self.count)
+
+    def load_state(self, files: dict[str, dict[str, Tensor]], count: dict[str, int]) -> None:
+        self.count = dict(count)
+        for name, role in self.roles.items():
+            role.net.load_state_dict(files[name])
+            names = [n for n, p in role.net.named_parameters() if p.requires_grad]
+            states: dict[int, dict[str, Tensor]] = {}
+            for key, value in files[f"{name}-optimizer"].items():
+                param, _, field = key.rpartition("/")
+                states.setdefault(names.index(param), {})[field] = value
+            groups = self.optimizers[name].state_dict()["param_groups"]
+            self.optimizers[name].load_state_dict({"state": states, "param_groups": groups})
+            if role.carried is not None:
+                role.carried.load_state_dict(files[f"{name}-carried"])
+            if name in self.emas:
+                ema = self.emas[name]
+                ema.count = count[name]
+                ema.shadow = {k: v.to(self.device) for k, v in files[f"{name}-ema"].items()}
+
+    def finish(self) -> None:
+        """Swap the averaged weights in, where there are any."""
+        for name, ema in self.emas.items():
+            ema.copy_to(self.roles[name].net)

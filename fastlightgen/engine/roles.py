@@ -1,0 +1,50 @@
+"""What a stage hands to an engine: the networks it trains (roles) and the losses of a step (updates)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+Loss = Callable[[], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass
+class Role:
+    """A trained network and how it is optimised (AdamW)."""
+
+    net: nn.Module
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    clip: float
+    warmup: int = 0
+    cosine: bool = False  # decay the learning rate to 0 over the run
+    ema: float = 0.0  # decay of the averaged weights; 0: none
+    ema_start: int = 0  # update at which averaging starts
+    carried: nn.Module | None = None  # a network that moves without an optimizer; checkpoints hold it too
+
+
+@dataclass
+class Update:
+    """One optimizer step of one role; `loss` is called when its turn comes and returns (loss, numbers to log)."""
+
+    role: str
+    loss: Loss
+
+
+class Stage(Protocol):
+    """What the loop needs of a stage. A stage never steps, places or saves anything itself."""
+
+    number: int
+    iters: int
+    roles: dict[str, Role]
+
+    def updates(self, step: int) -> list[Update]: ...
+
+    def check(self, step: int) -> None:
+        """Called after every step; raises ValueError to stop a run that has gone wrong."""
+
+    def save(self, folder: Path) -> None:
+        """Write the result of the stage as a model folder."""

@@ -1,0 +1,222 @@
+"""python -m fastlightgen.evaluate model=DIR out=FILE.json ...: scores, speed and size of a model on held-out clips."""
+
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastlightgen.blocks import read_importance
+from fastlightgen.config import Evaluate, StageAll, for_evaluate, main
+from fastlightgen.data.codec import Codec, to_uint8
+from fastlightgen.data.source import shapes_batch
+from fastlightgen.data.synthetic import Clips, Shapes
+from fastlightgen.engine.local import pick_device
+from fastlightgen.engine.log import bar, say
+from fastlightgen.metrics.score import score
+from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.sample import sample, sampling_plan
+from fastlightgen.models.weights import load_model, read_card, read_json, trained_folder
+from fastlightgen.rng import generator
+
+
+@dataclass
+class Subject:
+    """A network and how it is sampled."""
+
+    name: str
+    title: str
+    model: VideoDiT
+    folder: Path
+    plan: dict
+    keep: list[int] | None = None
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations per clip: two per step under guidance."""
+        return len(self.plan["times"]) * (1 if self.plan["guidance"] == 1.0 else 2)
+
+    def block_calls(self) -> int:
+        return self.evaluations * len(self.keep or range(self.model.num_blocks))
+
+
+def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
+    folder = trained_folder(model)
+    card = read_card(folder)
+    keep = None
+    if cfg.path == "pruned":
+        keep = card.get("pruned_path")
+        if keep is None:
+            raise ValueError(f"path=pruned: {folder} names no pruned_path; wanted a model that stage=2 made")
+    net = load_model(folder, pick_device(cfg.device)).requires_grad_(False)
+    return Subject(name, title, net, folder, sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler), keep)
+
+
+def draw(cfg: Evaluate, subject: Subject, count: int) -> tuple[Tensor, Clips, float]:
+    """(clips [n,F,3,H,W], what was asked for, seconds per clip); noise and conditions depend on the seed and the place."""
+    if cfg.data != "shapes":
+        raise ValueError(f"data={cfg.data}: clips can be scored for data=shapes only, whose truth is known")
+    world, made, asked, seconds = Shapes(seed=cfg.seed, split="test"), [], [], 0.0
+    device = next(subject.model.parameters()).device
+    with bar(count, f"sampling {subject.title}", cfg.progress) as progress:
+        for start in range(0, count, cfg.batch):
+            clips = world.batch(range(start, min(start + cfg.batch, count)))
+            batch = shapes_batch(clips).to(device)
+            noise = torch.randn(batch.x0.shape, generator=generator(cfg.seed, 8, start)).to(device)
+            clock = time.perf_counter()
+            x0 = sample(subject.model, batch.cond, batch.null, noise, **subject.plan, seed=cfg.seed + start, keep=subject.keep)
+            made.append(Codec().decode(x0.float().cpu()))
+            seconds += time.perf_counter() - clock
+            asked.append(clips)
+            progress.update(len(noise))
+    return torch.cat(made), join(asked), seconds / count
+
+
+def join(parts: list[Clips]) -> Clips:
+    captions = [c for part in parts for c in part.captions]
+    return Clips(torch.cat([p.video for p in parts]), captions, torch.cat([p.has_first for p in parts]), parts[0].truth)
+
+
+def measure(cfg: Evaluate, subject: Subject) -> tuple[dict, Tensor]:
+    """The record of one subject and the clips to show. Teachers that ship with their scores are sampled for show only."""
+    shipped = shipped_scores(cfg, subject)
+    count = cfg.clips if shipped is None else min(cfg.show, cfg.clips)
+    clips, asked, seconds = draw(cfg, subject, count)
+    scores, attributes = score(clips, asked, cfg.seed) if shipped is None else (shipped["scores"], shipped["attributes"])
+    shown = min(cfg.show, count)
+    record = {
+        "name": subject.name,
+        "title": subject.title,
+        "model": str(subject.folder),
+        "num_params": num_params(subject),
+        "num_blocks": len(subject.keep or range(subject.model.num_blocks)),
+        "kept_blocks": subject.keep or read_card(subject.folder).get("kept_blocks"),
+        "sampler": {
+            "kind": subject.plan["kind"],
+            "steps": len(subject.plan["times"]),
+            "guidance": subject.plan["guidance"],
+            "evaluations": subject.evaluations,
+        },
+        "clips": cfg.clips if shipped is None else shipped["clips"],
+        "seed": cfg.seed,
+        "scores": scores,
+        "attributes": attributes,
+        "seconds_per_clip": seconds,
+        "batch": min(cfg.batch, count),
+        "shown": [{"caption": asked.captions[i], "has_first": bool(asked.has_first[i])} for i in range(shown)],
+    }
+    if shipped is not None:
+        record["note"] = "scores that ship with this model, measured when it was trained"
+    return record, clips[:shown]
+
+
+def num_params(subject: Subject) -> int:
+    model = subject.model
+    dropped = [b for i, b in enumerate(model.blocks) if subject.keep is not None and i not in subject.keep]
+    return sum(p.numel() for p in model.parameters()) - sum(p.numel() for b in dropped for p in b.parameters())
+
+
+def shipped_scores(cfg: Evaluate, subject: Subject) -> dict | None:
+    """scores.json of the model folder, if it was measured with this plan."""
+    path = subject.folder / "scores.json"
+    if not path.is_file() or subject.keep is not None:
+        return None
+    found = [r for r in read_json(path)["records"] if r["plan"] == subject.plan]
+    return found[0] if found else None
+
+
+def real_record(cfg: Evaluate) -> tuple[dict, Tensor]:
+    """The held-out clips themselves: what a perfect model would score."""
+    asked = Shapes(seed=cfg.seed, split="test").batch(range(cfg.clips))
+    scores, attributes = score(asked.video, asked, cfg.seed)
+    shown = [{"caption": c, "has_first": bool(f)} for c, f in zip(asked.captions, asked.has_first, strict=True)][: cfg.show]
+    record = {"name": "real", "title": "Real clips", "clips": cfg.clips, "seed": cfg.seed, "shown": shown}
+    return record | {"scores": scores, "attributes": attributes}, asked.video[: cfg.show]
+
+
+def write(folder: Path, record: dict, clips: Tensor) -> None:
+    """NAME.json and the clips to show, NAME.safetensors [K,F,H,W,3]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"video": to_uint8(clips).permute(0, 1, 3, 4, 2).contiguous()}, folder / f"{record['name']}.safetensors")
+    write_json(folder / f"{record['name']}.json", record)
+
+
+def write_json(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1))
+    os.replace(temporary, path)
+
+
+def speed(cfg: Evaluate, teacher: Subject, student: Subject) -> dict:
+    """Wall-clock per clip of both, same batch, in turns in this process; and what block counts alone predict (E.1)."""
+    once = replace(cfg, progress=False)
+    count = min(cfg.show or 8, cfg.clips)
+    draw(once, student, count)  # warm-up
+    seconds = [draw(once, teacher, count)[2], min(draw(once, student, count)[2] for _ in range(3))]
+    kept, blocks = len(student.keep or range(student.model.num_blocks)), teacher.model.num_blocks
+    formula = f"{teacher.evaluations} x {blocks} / ({student.evaluations} x {kept})"
+    return {
+        "theory": teacher.block_calls() / student.block_calls(),
+        "theory_formula": formula,
+        "measured": seconds[0] / seconds[1],
+        "teacher_seconds": seconds[0],
+        "student_seconds": seconds[1],
+        "batch": count,
+    }
+
+
+def evaluate_run(cfg: StageAll) -> None:
+    """What ends stage=all: teacher, teacher in few steps, untrained pruned model, Stage II and student side by side."""
+    run = Path(cfg.run)
+    student_folder, stage2_folder = str(run / "stage3" / "model"), str(run / "stage2" / "model")
+    base = for_evaluate(cfg, model=student_folder, teacher=cfg.model, out=str(run / "evaluate" / "student.json"))
+    card = read_card(student_folder)
+    few = replace(base, steps=len(card["ladder"]), guidance=1.0, sampler=card["sampler"])
+    n, kept = len(card["ladder"]), len(card["kept_blocks"])
+    steps = "1 step" if n == 1 else f"{n} steps"
+
+    student = load_subject(base, student_folder, "student", f"Student, {steps}, {kept} blocks")
+    teacher = load_subject(base, cfg.model, "teacher", "Teacher")
+    teacher.title = f"Teacher, {len(teacher.plan['times'])} steps, guidance {teacher.plan['guidance']:g}"
+    guided = replace(few, guidance=-1.0, sampler="ode")
+    shortened = load_subject(guided, cfg.model, "teacher-few", f"Teacher, only {steps}")
+    ranking = read_importance(run / "stage1" / "importance.json", teacher.model.num_blocks)
+    pruned = replace(shortened, name="pruned", title=f"Pruned to {kept} blocks, untrained, {steps}", keep=ranking["kept"])
+    stage2 = load_subject(replace(few, path="pruned"), stage2_folder, "stage2-few", f"After Stage II, {steps}, {kept} blocks")
+
+    write(run / "evaluate", *real_record(base))
+    for subject in (teacher, shortened, pruned, stage2, student):
+        record, clips = measure(base, subject)
+        write(run / "evaluate", record, clips)
+        s = record["scores"]
+        say(f"{record['title']}: adherence {s['adherence']:.3f}, Frechet {s['frechet']:.2f}, {record['seconds_per_clip']:.4f} s/clip")
+    record = speed(base, teacher, student)
+    write_json(run / "evaluate" / "speed.json", record)
+    say(f"speedup: {record['measured']:.1f}x measured, {record['theory']:.1f}x by block counts ({record['theory_formula']})")
+
+
+def evaluate(cfg: Evaluate) -> None:
+    """One model, and a teacher to compare it with where one is given."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.set_flush_denormal(True)
+    out = Path(cfg.out)
+    subject = load_subject(cfg, cfg.model, out.stem, cfg.model)
+    record, clips = measure(cfg, subject)
+    record["plan"] = subject.plan
+    if cfg.teacher:
+        reference = load_subject(replace(cfg, steps=0, guidance=-1.0, sampler="auto", path="full"), cfg.teacher, "teacher", cfg.teacher)
+        record["teacher"], _ = measure(cfg, reference)
+        record["speed"] = speed(cfg, reference, subject)
+    write_json(out, record)
+    save_file({"video": to_uint8(clips).permute(0, 1, 3, 4, 2).contiguous()}, out.with_suffix(".safetensors"))
+    say(f"{out}: " + ", ".join(f"{k} {v:.4g}" for k, v in record["scores"].items()))
+
+
+if __name__ == "__main__":
+    main(evaluate, "evaluate")

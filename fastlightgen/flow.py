@@ -1,0 +1,69 @@
+"""Rectified-flow algebra with one sign convention, time shift, ladders and the few-step sampler.
+
+x0: clean latent [B, ...]; noise: N(0, I), same shape; t in (0, 1], a number or [B].
+x_t = (1 - t) x0 + t noise, and the networks predict v = noise - x0. Eq. 5 of the paper prints the opposite
+sign (x0 - x1); Eq. 4, Eq. 8 and the published checkpoints all need the one used here.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def per_sample(t: Tensor | float, like: Tensor) -> Tensor | float:
+    """Shape [B] values so that they broadcast over `like` [B, ...]; numbers pass through."""
+    return t.to(like.dtype).view(-1, *[1] * (like.dim() - 1)) if isinstance(t, Tensor) and t.dim() else t
+
+
+def add_noise(x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
+    """x_t = (1 - t) x0 + t noise."""
+    t = per_sample(t, x0)
+    return (1 - t) * x0 + t * noise
+
+
+def velocity(x0: Tensor, noise: Tensor) -> Tensor:
+    """The regression target v = noise - x0 (Eq. 5 with the sign of Eq. 4)."""
+    return noise - x0
+
+
+def x0_from_velocity(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
+    """Tweedie's estimate of the clean latent, x0 = x_t - t v (Eq. 4)."""
+    return x_t - per_sample(t, x_t) * v
+
+
+def shift_time(t, shift: float):
+    """The resolution-dependent time shift s t / (1 + (s - 1) t), for tensors and numbers."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def ladder(num_steps: int, shift: float) -> list[float]:
+    """The sampling times: shift_time(1 - i/N) for i < N, from 1 down, without the final 0."""
+    if num_steps < 1:
+        raise ValueError(f"ladder: num_steps is {num_steps}; at least 1 is needed")
+    return [shift_time(1 - i / num_steps, shift) for i in range(num_steps)]
+
+
+def draw_times(batch: int, shift: float, kind: str, generator: torch.Generator) -> Tensor:
+    """t ~ U(0, 1) or logit-normal, then shifted; [B], on the CPU so that every device sees the same draw."""
+    u = torch.rand(batch, generator=generator)
+    if kind == "logit_normal":
+        u = torch.sigmoid(torch.randn(batch, generator=generator))
+    return shift_time(u.clamp(1e-4, 1.0), shift)
+
+
+Predict = Callable[[Tensor, float], Tensor]  # (x_t, t) -> v
+
+
+def rollout(predict: Predict, x: Tensor, times: list[float], kind: str, renoise: Callable[[int], Tensor]) -> Tensor:
+    """Walk x from noise at times[0] down the ladder; returns the x0 estimate of the last rung, x - t v.
+
+    `ode` takes Euler steps x + (t' - t) v; `stochastic` re-noises the x0 estimate with fresh noise `renoise(i)`
+    (the DMD sampler). Only the last rung keeps gradients, so that sampling and Stage III's backward
+    simulation with early exit are the same function: an exit is a shorter `times`.
+    """
+    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        with torch.no_grad():
+            v = predict(x, t)
+            x = x + (t_next - t) * v if kind == "ode" else add_noise(x - t * v, renoise(i), t_next)
+    return x - times[-1] * predict(x, times[-1])

@@ -1,0 +1,39 @@
+"""Weight-free metrics of clips [B,F,3,H,W] in [0,1]; each returns one float64 number a clip, [B]."""
+
+import torch
+from torch import Tensor
+
+from ..data.codec import to_uint8
+
+_GREY = (0.299, 0.587, 0.114)
+
+
+def _levels(video: Tensor) -> Tensor:
+    """The 8-bit levels 0..255 that a viewer would see."""
+    return to_uint8(video).double()
+
+
+def temporal_flickering(video: Tensor) -> Tensor:
+    """VBench: (255 - mean |frame[i+1] - frame[i]|) / 255, so 1 is a still."""
+    return 1 - _levels(video).diff(dim=1).abs().mean((1, 2, 3, 4)) / 255
+
+
+def motion_smoothness_lin(video: Tensor) -> Tensor:
+    """VBench's with linear instead of learned interpolation: (255 - mean |odd - (prev + next) / 2|) / 255."""
+    x = _levels(video)
+    middle = (x[:, :-2:2] + x[:, 2::2]) / 2  # between consecutive even frames
+    return 1 - (x[:, 1:-1:2] - middle).abs().mean((1, 2, 3, 4)) / 255
+
+
+def saturation(video: Tensor) -> Tensor:
+    """Mean HSV saturation, (max - min) / max over the channels; 0 for black."""
+    x = _levels(video)
+    high = x.amax(2)
+    return ((high - x.amin(2)) / high.clamp_min(1)).mean((1, 2, 3))
+
+
+def sharpness(video: Tensor) -> Tensor:
+    """Variance of the 4-neighbour Laplacian of the grey level 0..255 inside a frame, mean over the frames."""
+    x = (_levels(video) * torch.tensor(_GREY, dtype=torch.float64, device=video.device).view(3, 1, 1)).sum(2)
+    laplace = x.diff(n=2, dim=-1)[..., 1:-1, :] + x.diff(n=2, dim=-2)[..., 1:-1]
+    return laplace.flatten(2).var(-1, correction=0).mean(1)

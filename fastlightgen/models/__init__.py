@@ -1,0 +1,1 @@
+"""Networks: the walk over blocks (base), Wan (wan), weights on disk (weights), sampling (sample), LoRA (lora)."""

@@ -1,0 +1,52 @@
+"""Low-rank adapters on the linear layers of the blocks, so that one frozen network also serves as the fake (critic)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fastlightgen.models.base import VideoDiT
+
+
+class LoraLinear(nn.Module):
+    """y = W x + b + B A x while `on`; B starts at zero, so that nothing changes at first."""
+
+    def __init__(self, base: nn.Linear, rank: int, gen: torch.Generator):
+        super().__init__()
+        self.base, self.on = base, False
+        down = torch.randn(rank, base.in_features, generator=gen) / base.in_features**0.5
+        self.down = nn.Parameter(down.to(base.weight))
+        self.up = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y + x @ self.down.mT @ self.up.mT if self.on else y
+
+
+def attach_lora(model: VideoDiT, rank: int, gen: torch.Generator) -> nn.ParameterDict:
+    """Freeze `model` and wrap every linear layer of its blocks; returns the adapters by name."""
+    model.requires_grad_(False)
+    linears = [(name, m) for name, m in model.blocks.named_modules() if isinstance(m, nn.Linear)]
+    adapters = nn.ParameterDict()
+    for name, linear in linears:
+        parent, _, child = name.rpartition(".")
+        wrapped = LoraLinear(linear, rank, gen)
+        setattr(model.blocks.get_submodule(parent), child, wrapped)
+        key = name.replace(".", "_")
+        adapters[f"{key}_down"], adapters[f"{key}_up"] = wrapped.down, wrapped.up
+    return adapters
+
+
+@contextmanager
+def lora_on(model: VideoDiT) -> Iterator[None]:
+    """The adapters take part inside this context."""
+    wrapped = [m for m in model.modules() if isinstance(m, LoraLinear)]
+    before = [m.on for m in wrapped]
+    for m in wrapped:
+        m.on = True
+    try:
+        yield
+    finally:
+        for m, on in zip(wrapped, before, strict=True):
+            m.on = on

@@ -1,0 +1,49 @@
+"""Sampling clips from a teacher or a student."""
+
+import torch
+from torch import Tensor
+
+from fastlightgen import guidance as mix
+from fastlightgen.flow import ladder, rollout
+from fastlightgen.models.base import Cond, Stream, VideoDiT
+from fastlightgen.rng import generator, normal_like
+
+
+@torch.no_grad()
+def sample(
+    model: VideoDiT,
+    cond: Cond,
+    null: Cond | None,
+    noise: Tensor,
+    times: list[float],
+    guidance: float,
+    kind: str,
+    seed: int = 0,
+    keep=None,
+) -> Tensor:
+    """x0 latents [B, C, F, H, W] from noise down `times`; guidance 1 needs one prediction per step, others two."""
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        if guidance == 1.0:
+            return model(x, t, cond, keep)
+        v_c, v_n = model.walk(x, t, [Stream(cond, keep), Stream(null, keep)])
+        return mix.cfg(v_c, v_n, guidance)
+
+    def renoise(i: int) -> Tensor:
+        return normal_like(noise, generator(seed, i))
+
+    return rollout(predict, noise, times, kind, renoise)
+
+
+FOREIGN = {"steps": 50, "guidance": 5.0, "shift": 5.0}  # Wan's own settings, for folders without fastlightgen.json
+
+
+def sampling_plan(card: dict, steps: int, guidance: float, kind: str) -> dict:
+    """Fill in what the user left open (0, negative, "auto") from the model folder's card: arguments of `sample`."""
+    card = FOREIGN | {k: v for k, v in card.items() if v is not None}
+    student = "ladder" in card
+    return {
+        "times": card["ladder"] if student and not steps else ladder(steps or card["steps"], card["shift"]),
+        "guidance": float(card["guidance"]) if guidance < 0 else guidance,
+        "kind": card.get("sampler", "ode") if kind == "auto" else kind,
+    }

@@ -1,0 +1,286 @@
+"""Wan2.1's video transformer (text-to-video and image-to-video), with the parameter names of diffusers' class.
+
+Shapes: B batch, L = F H W / 4 tokens (frame slowest), D hidden, T text tokens, I image tokens.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlightgen.models.base import Cond, State, VideoDiT, gradient
+from fastlightgen.ops import norm_modulate
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """The fields of diffusers' WanTransformer3DModel config.json."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    qk_norm: str = "rms_norm_across_heads"
+    eps: float = 1e-6
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    rope_max_seq_len: int = 1024
+    pos_embed_seq_len: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        for name, got, wanted in (
+            ("patch_size", self.patch_size[0], 1),
+            ("qk_norm", self.qk_norm, "rms_norm_across_heads"),
+            ("pos_embed_seq_len", self.pos_embed_seq_len, None),
+        ):
+            if got != wanted:
+                raise ValueError(f"Wan config: {name} is {got!r}; only {wanted!r} is supported")
+        if self.added_kv_proj_dim != (None if self.image_dim is None else self.dim):
+            # The image embedder's output, `dim` wide, is what add_k_proj and add_v_proj read.
+            raise ValueError(
+                f"Wan config: added_kv_proj_dim is {self.added_kv_proj_dim}; it must be {self.dim} (heads x head_dim) "
+                f"with an image_dim and null without one (it is {self.image_dim})"
+            )
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+class Attention(nn.Module):
+    """RMS norm over all heads together on q and k; cross-attention may read a second set of image keys."""
+
+    def __init__(self, cfg: WanConfig, added_kv: int | None = None):
+        super().__init__()
+        dim, self.heads = cfg.dim, cfg.num_attention_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=cfg.eps), nn.RMSNorm(dim, eps=cfg.eps)
+        if added_kv is not None:
+            self.add_k_proj, self.add_v_proj = nn.Linear(added_kv, dim), nn.Linear(added_kv, dim)
+            self.norm_added_k = nn.RMSNorm(dim, eps=cfg.eps)
+
+    def forward(self, x: Tensor, context: Tensor, rope: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+        q, k = self._split(self.norm_q(self.to_q(x))), self._split(self.norm_k(self.to_k(context)))
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        out = attend(q, k, self._split(self.to_v(context)))
+        if image is not None:
+            k, v = self.norm_added_k(self.add_k_proj(image)), self.add_v_proj(image)
+            out = out + attend(q, self._split(k), self._split(v))
+        return self.to_out[0](out)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of [B, L, heads, head_dim] tensors -> [B, L, D]."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2).flatten(2)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotary embedding of interleaved pairs (x[0::2], x[1::2]) by the complex table, in float32 or better."""
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * rope
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+class Gelu(nn.Module):
+    """Linear then tanh-GELU; a module of its own so that the keys read `ffn.net.0.proj`."""
+
+    def __init__(self, dim: int, inner: int, approximate: str = "tanh"):
+        super().__init__()
+        self.proj, self.approximate = nn.Linear(dim, inner), approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate=self.approximate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, inner: int, out: int, approximate: str = "tanh"):
+        super().__init__()
+        # Index 1 was a dropout in diffusers; Identity keeps the key `net.2`.
+        self.net = nn.ModuleList([Gelu(dim, inner, approximate), nn.Identity(), nn.Linear(inner, out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward with adaLN-single modulation; skipping it is the identity."""
+
+    def __init__(self, cfg: WanConfig):
+        super().__init__()
+        dim = cfg.dim
+        self.eps = cfg.eps
+        self.attn1 = Attention(cfg)
+        self.attn2 = Attention(cfg, cfg.added_kv_proj_dim)
+        self.norm2 = nn.LayerNorm(dim, eps=cfg.eps) if cfg.cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(dim, cfg.ffn_dim, dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(self, states: list[State], grads: list[bool]) -> list[State]:
+        """All streams in one module call, so that a sharded engine gathers these weights once."""
+        out = []
+        for state, grad in zip(states, grads, strict=True):
+            with gradient(grad):
+                out.append(replace(state, x=self.run(state)))
+        return out
+
+    def run(self, s: State) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + s.mod).unbind(1)
+        x = s.x
+        h = norm_modulate(x, scale1, shift1, self.eps)
+        x = torch.addcmul(x, gate1.to(x.dtype)[:, None], self.attn1(h, h, rope=s.rope))
+        x = x + self.attn2(self.norm2(x), s.text, image=s.image)
+        h = norm_modulate(x, scale2, shift2, self.eps)
+        return torch.addcmul(x, gate2.to(x.dtype)[:, None], self.ffn(h))
+
+
+class Embedder(nn.Module):
+    """Linear, activation, Linear under the key names of diffusers."""
+
+    def __init__(self, dim_in: int, dim: int):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(dim_in, dim), nn.Linear(dim, dim)
+
+
+class ImageEmbedder(nn.Module):
+    def __init__(self, cfg: WanConfig):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(cfg.image_dim), nn.LayerNorm(cfg.dim)
+        self.ff = FeedForward(cfg.image_dim, cfg.image_dim, cfg.dim, approximate="none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.ff(self.norm1(x)))
+
+
+class ConditionEmbedder(nn.Module):
+    def __init__(self, cfg: WanConfig):
+        super().__init__()
+        self.freq_dim = cfg.freq_dim
+        self.time_embedder = Embedder(cfg.freq_dim, cfg.dim)
+        self.time_proj = nn.Linear(cfg.dim, 6 * cfg.dim)
+        self.text_embedder = Embedder(cfg.text_dim, cfg.dim)
+        if cfg.image_dim is not None:
+            self.image_embedder = ImageEmbedder(cfg)
+
+    def time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Sinusoids of 1000 t -> (temb [B, D], modulation [B, 6, D])."""
+        half = self.freq_dim // 2
+        freq = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angle = 1000 * t[:, None].float() * freq
+        wave = torch.cat([angle.cos(), angle.sin()], -1).to(self.time_proj.weight.dtype)
+        temb = self.time_embedder.linear_2(F.silu(self.time_embedder.linear_1(wave)))
+        return temb, self.time_proj(F.silu(temb)).unflatten(1, (6, -1))
+
+    def text(self, text: Tensor) -> Tensor:
+        return self.text_embedder.linear_2(F.gelu(self.text_embedder.linear_1(text), approximate="tanh"))
+
+
+def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
+    """Complex rotations [1, L, 1, head_dim / 2]: the channels are split over the frame, row and column axes."""
+    space = 2 * (head_dim // 6)
+    parts = []
+    for axis, (size, dim) in enumerate(zip(grid, (head_dim - 2 * space, space, space), strict=True)):
+        freq = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+        angle = torch.outer(torch.arange(size, dtype=torch.float64, device=device), freq)
+        shape = [1, 1, 1, -1]
+        shape[axis] = size
+        parts.append(angle.view(shape).expand(*grid, -1))
+    angle = torch.cat(parts, -1).flatten(0, 2)[None, :, None]
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+class WanModel(VideoDiT):
+    """Wan2.1; loads and saves diffusers' WanTransformer3DModel weights unchanged."""
+
+    family = "wan"
+    config_class = "WanTransformer3DModel"
+    text_tokens = 512  # what an image-to-video network of this family was built for
+
+    def __init__(self, cfg: WanConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embedding = nn.Conv3d(cfg.in_channels, cfg.dim, cfg.patch_size, cfg.patch_size)
+        self.condition_embedder = ConditionEmbedder(cfg)
+        self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.num_layers)])
+        self.proj_out = nn.Linear(cfg.dim, cfg.out_channels * math.prod(cfg.patch_size))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
+
+    @property
+    def config(self) -> dict:
+        """config.json of the weights as they are now, pruned or not."""
+        return {"_class_name": self.config_class} | asdict(replace(self.cfg, num_layers=self.num_blocks))
+
+    def embed(self, x_t: Tensor, t: Tensor, cond: Cond) -> State:
+        self._check(x_t, cond)
+        dtype = self.patch_embedding.weight.dtype
+        x = x_t if cond.image is None else torch.cat([x_t, cond.image.to(x_t.dtype)], 1)
+        x = self.patch_embedding(x.to(dtype))
+        temb, mod = self.condition_embedder.time(t)
+        image = None
+        if cond.image_embeds is not None:
+            image = self.condition_embedder.image_embedder(cond.image_embeds.to(dtype))
+        grid = tuple(x.shape[2:])
+        rope = rope_table(grid, self.cfg.attention_head_dim, x.device)
+        rope = rope.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+        text = self.condition_embedder.text(cond.text.to(dtype))
+        return State(x.flatten(2).transpose(1, 2), temb, mod, rope, text, image, grid)
+
+    def unembed(self, s: State) -> Tensor:
+        shift, scale = (self.scale_shift_table + s.temb[:, None]).unbind(1)
+        x = self.proj_out(norm_modulate(s.x, scale, shift, self.cfg.eps))
+        (f, h, w), (_, ph, pw) = s.grid, self.cfg.patch_size
+        x = x.view(-1, f, h, w, ph, pw, self.cfg.out_channels).permute(0, 6, 1, 2, 4, 3, 5)
+        return x.flatten(5, 6).flatten(3, 4)
+
+    def _check(self, x_t: Tensor, cond: Cond) -> None:
+        """Everything that would otherwise be misread or fail far from its cause."""
+        cfg = self.cfg
+        channels = x_t.shape[1] + (0 if cond.image is None else cond.image.shape[1])
+        if channels != cfg.in_channels:
+            raise ValueError(f"Wan: {channels} channels (latent + condition), this network takes {cfg.in_channels}")
+        if any(n % p for n, p in zip(x_t.shape[2:], cfg.patch_size, strict=True)):
+            raise ValueError(f"Wan: latent size {tuple(x_t.shape[2:])} is not a multiple of the patch {cfg.patch_size}")
+        if cond.text.shape[-1] != cfg.text_dim:
+            raise ValueError(f"Wan: text embedding is {cond.text.shape[-1]} wide, this network takes {cfg.text_dim}")
+        for name, got in (("text", cond.text), ("image_embeds", cond.image_embeds)):
+            if got is not None and got.shape[0] not in (1, x_t.shape[0]):
+                raise ValueError(f"Wan: {name} has batch {got.shape[0]}, the latent {x_t.shape[0]}; make them equal")
+        if cond.image is not None and cond.image[:, 0].shape != x_t[:, 0].shape:
+            got, wanted = tuple(cond.image.shape), tuple(x_t.shape)
+            raise ValueError(f"Wan: image is {got}, the latent {wanted}; only the channels (axis 1) may differ")
+        if (cond.image_embeds is None) != (cfg.image_dim is None):
+            raise ValueError(f"Wan: image_embeds must be given exactly when image_dim is set (it is {cfg.image_dim})")
+        if cfg.added_kv_proj_dim is not None and cond.text.shape[1] != self.text_tokens:
+            # diffusers finds the image tokens by subtracting 512 and silently misreads any other length.
+            raise ValueError(f"Wan I2V: {cond.text.shape[1]} text tokens; pad the text embedding to {self.text_tokens}")
+
+    def example_inputs(self, batch: int = 1, seed: int = 0, size: tuple[int, int, int] | None = None):
+        """(x_t, t, cond, null): random, of the right shapes; `size` is the latent (F, H, W)."""
+        cfg, g = self.cfg, torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(batch, *shape, generator=g).to(self.device)
+
+        f, h, w = size or (3, 8, 8)
+        tokens = self.text_tokens if cfg.added_kv_proj_dim is not None else 16
+        extra = cfg.in_channels - cfg.out_channels
+        shared = {
+            "image": draw(extra, f, h, w) if extra else None,
+            "image_embeds": draw(257, cfg.image_dim) if cfg.image_dim is not None else None,
+        }
+        x_t, t = draw(cfg.out_channels, f, h, w), torch.rand(batch, generator=g).clamp(0.02, 0.98).to(self.device)
+        return x_t, t, Cond(draw(tokens, cfg.text_dim), **shared), Cond(draw(tokens, cfg.text_dim), **shared)

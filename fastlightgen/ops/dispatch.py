@@ -1,0 +1,96 @@
+"""Which code computes an operator: FLG_OPS=auto|cuda|triton|reference, decided once per process and said aloud."""
+
+import importlib.util
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("cuda", "triton", "reference")  # in the order in which `auto` prefers them
+LIB = torch.library.Library("fastlightgen", "DEF")  # every operator is torch.ops.fastlightgen.<name>
+
+
+@lru_cache
+def extension() -> ModuleType | None:
+    """The compiled module, or None where the pure-Python package was installed."""
+    if importlib.util.find_spec("fastlightgen._C") is None:
+        return None
+    return importlib.import_module("fastlightgen._C")
+
+
+def parts() -> dict[str, tuple[bool, str]]:
+    """Name of each part -> (is it there, how it was built or why not): the end of every installation prints it."""
+    report = Path(__file__).parents[1] / "_build.json"
+    said = json.loads(report.read_text()) if report.exists() else {}
+    ext = extension()
+    unknown = "the installation left no report; run `pip install -e .`"
+    return {
+        "C++ extension": (ext is not None, said.get("C++ extension", unknown)),
+        "CUDA kernels": (ext is not None and ext.cuda_built(), said.get("CUDA kernels", unknown)),
+        "Triton kernels": _triton(),
+    }
+
+
+def _triton() -> tuple[bool, str]:
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed (it comes with torch's CUDA build)"
+    return True, "compiled at their first call"
+
+
+def _why_not(backend: str) -> str:
+    """Why this process cannot use a backend; empty when it can."""
+    if backend == "reference" or (backend == "triton" and _triton()[0] and interpreted()):
+        return ""
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    if backend == "triton":
+        there, detail = _triton()
+        return "" if there else detail
+    there, detail = parts()["CUDA kernels"]
+    if not there:
+        return f"not built ({detail}); `FLG_BUILD_CUDA=1 pip install -e .` shows why"
+    major, minor = torch.cuda.get_device_capability()
+    archs = [arch.rstrip("af") for arch in extension().archs().split(";")]
+    if f"{major}{minor}" not in archs:
+        return f"built for sm_{'/'.join(archs)}, not sm_{major}{minor}; rebuild with FLG_CUDA_ARCHS={major}{minor}"
+    return ""
+
+
+def interpreted() -> bool:
+    """Triton's interpreter runs its kernels on CPU tensors: for tests, never chosen by itself."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache
+def backend() -> str:
+    """The backend of this process for tensors on a GPU."""
+    wanted = os.environ.get("FLG_OPS", "auto")
+    if wanted == "auto":
+        usable = (b for b in BACKENDS if torch.cuda.is_available() and not _why_not(b))
+        return next(usable, "reference")
+    if wanted not in BACKENDS:
+        raise ValueError(f"FLG_OPS: got {wanted!r}, wanted one of auto, {', '.join(BACKENDS)}; unset it for auto")
+    if reason := _why_not(wanted):
+        raise ValueError(f"FLG_OPS: got {wanted!r}, which is not there: {reason}; or set FLG_OPS=auto")
+    return wanted
+
+
+@lru_cache
+def backend_for(device_type: str) -> str:
+    """CPU tensors are computed by the reference, whatever the GPU's backend (except under Triton's interpreter)."""
+    chosen = backend()
+    return chosen if device_type == "cuda" or (chosen == "triton" and interpreted()) else "reference"
+
+
+def describe() -> str:
+    """One line for the start of every command, e.g. `operators: reference (no CUDA device is visible)`."""
+    chosen = backend()
+    if os.environ.get("FLG_OPS", "auto") != "auto":
+        return f"operators: {chosen} (chosen by FLG_OPS)"
+    if not torch.cuda.is_available():
+        return f"operators: {chosen} (no CUDA device is visible)"
+    lost = [f"{b}: {_why_not(b)}" for b in BACKENDS[: BACKENDS.index(chosen)]]
+    return f"operators: {chosen}" + (f" ({'; '.join(lost)})" if lost else "")

@@ -1,0 +1,303 @@
+"""python -m fastlightgen.report run=DIR: one self-contained HTML page about a run. Shapes: video uint8 [K,F,H,W,3]."""
+
+import base64
+import io
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+
+from fastlightgen.config import UserError, main
+from fastlightgen.config.fields import show
+from fastlightgen.config.files import flatten, read_yaml
+from fastlightgen.engine.log import read_metrics
+
+ORDER = ("real", "teacher", "teacher-few", "pruned", "stage2-few", "student")  # of the columns; others follow by name
+SCORES = {  # key: (title, how it is written, which is best, what it means)
+    "adherence": ("Adherence", "{:.1%}", "high", "share of the caption's statements that the clip fulfils"),
+    "tracking_error": ("Tracking error", "{:.2f} px", "low", "from the shape's path to one that the caption allows"),
+    "motion": ("Motion", "{:.2f}", "one", "path length over the caption's; below 1: too slow, 0: frozen"),
+    "first_frame_psnr": ("First frame", "{:.1f} dB", "high", "PSNR to the given first frame, where there is one"),
+    "frechet": ("Fréchet distance", "{:.2f}", "low", "of these clips, as a set, to real ones in measured features"),
+    "temporal_flickering": ("Temporal flickering", "{:.4f}", "real", "VBench's: 1 is a still, lower changes more"),
+    "motion_smoothness": ("Motion smoothness", "{:.4f}", "real", "how well neighbours predict a frame; 1: a still"),
+    "saturation": ("Saturation", "{:.3f}", "real", "mean strength of colours; too long a Stage III raises it"),
+    "sharpness": ("Sharpness", "{:.0f}", "real", "variance of the Laplacian; blur lowers it, noise raises it"),
+}
+GOALS = {"high": "higher is better", "low": "lower is better", "one": "best near 1", "real": "best near the real clips"}
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def read(path: Path) -> dict | list:
+    """A JSON or JSON lines file; empty where there is none."""
+    try:
+        if path.suffix == ".jsonl":
+            return read_metrics(path)
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except json.JSONDecodeError as err:
+        raise UserError(f"{path}: is not valid JSON ({err}); delete it and make it again") from None
+
+
+def read_run(run: Path) -> dict:
+    """Everything a run folder holds, keyed by section."""
+    folder = run / "evaluate"
+    names = sorted(p.stem for p in folder.glob("*.json") if p.stem != "speed")
+    names = [n for n in ORDER if n in names] + [n for n in names if n not in ORDER]
+    logs = {n: read(run / f"stage{n}" / "metrics.jsonl") for n in (0, 2, 3)}
+    found = {
+        "config": read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {},
+        "importance": read(run / "stage1" / "importance.json"),
+        "logs": {n: lines for n, lines in logs.items() if lines},
+        "evals": {n: read(folder / f"{n}.json") for n in names},
+        "speed": read(folder / "speed.json"),
+    }
+    if not any(found.values()):
+        raise UserError(
+            f"run={run}: nothing to report; wanted config.yaml, stage1/importance.json, stageN/metrics.jsonl or "
+            f"evaluate/*.json; make them with {command(run, 'all')}"
+        )
+    sizes = [e.get("num_blocks", 0) for e in found["evals"].values()]
+    return found | {"blocks": max(len(found["importance"].get("units", [])), *sizes, 0)}  # of the whole network
+
+
+def command(run: Path, stage: int | str) -> str:
+    return f"python -m fastlightgen.train stage={stage} run={shlex.quote(str(run))}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of cells that are HTML already; the page marks a cell with <b>."""
+    lines = [f'<th scope="row">{first}</th>{"".join(f"<td>{c}</td>" for c in rest)}' for first, *rest in rows]
+    top = "".join(f'<th scope="col">{h}</th>' for h in head)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def details(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return f"<details><summary>{title}</summary>{table(head, rows)}</details>"
+
+
+def fact(number: str, name: str, detail: str) -> str:
+    return f'<div class="fact"><b>{number}</b><span>{name}</span><small>{detail}</small></div>'
+
+
+# Sections: each returns HTML, or "" where its input is absent.
+
+
+def facts(found: dict) -> str:
+    """The headline."""
+    student, teacher = found["evals"].get("student"), found["evals"].get("teacher")
+    kept, out = (student or {}).get("kept_blocks") or found["importance"].get("kept"), ""
+    if s := found["speed"]:
+        detail = f"{s['theory']:.1f}× in theory: {escape(s['theory_formula'])} block evaluations"
+        out += fact(f"{s['measured']:.1f}×", "faster, measured", detail)
+    if kept and (teacher or found["importance"]):
+        out += fact(f"{len(kept) / found['blocks']:.0%}", "of the blocks kept", f"{len(kept)} of {found['blocks']}")
+    if student:
+        detail = f"in {student['sampler']['evaluations']} network evaluations"
+        if teacher:
+            detail += f"; the teacher reaches {score(teacher, 'adherence')} in {teacher['sampler']['evaluations']}"
+        out += fact(score(student, "adherence"), "adherence of the student", detail)
+    return out
+
+
+def sprite(path: Path) -> str:
+    """A clip file as one hidden PNG: a row per clip, a column per frame."""
+    from PIL import Image
+    from safetensors.numpy import load_file
+
+    video = load_file(path)["video"]
+    k, f, h, w, _ = video.shape
+    file = io.BytesIO()
+    Image.fromarray(video.transpose(0, 2, 1, 3, 4).reshape(k * h, f * w, 3)).save(file, "PNG", optimize=True)
+    source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f'<img class="sprite" hidden alt="" data-frames="{f}" data-h="{h}" data-w="{w}" src="{source}">'
+
+
+def clips(run: Path, evals: dict) -> str:
+    files = {n: run / "evaluate" / f"{n}.safetensors" for n in evals}
+    evals = {n: e for n, e in evals.items() if e["shown"] and files[n].is_file()}
+    if not evals:
+        return ""
+    heads = "".join(f'<div class="{"student" * (n == "student")}">{escape(e["title"])}</div>' for n, e in evals.items())
+    rows = []
+    for k, clip in enumerate(max((e["shown"] for e in evals.values()), key=len)):
+        given = ' <span class="tag">first frame given</span>' if clip["has_first"] else ""
+        has = [k < len(e["shown"]) for e in evals.values()]
+        cells = "".join(f'<canvas data-s="{s}" data-k="{k}"></canvas>' if h else "<i></i>" for s, h in enumerate(has))
+        rows.append(f'<div class="row"><p>{escape(clip["caption"])}{given}</p>{cells}</div>')
+    grid = f'<div class="row head"><p></p>{heads}</div>{"".join(rows)}'
+    return f'<div class="clips" style="--n:{len(evals)}">{grid}</div>{"".join(sprite(files[n]) for n in evals)}'
+
+
+def score(record: dict, key: str) -> str:
+    value = record["scores"].get(key)
+    return SCORES[key][1].format(value) if is_number(value) else "–"
+
+
+def best(key: str, evals: dict) -> list[str]:
+    """Names of the models with the best score; ties as written count. The real clips do not compete."""
+    values = {n: e["scores"][key] for n, e in evals.items() if is_number(e["scores"].get(key))}
+    goal, real = SCORES[key][2], values.pop("real", None)
+    if len(values) < 2 or (goal == "real" and real is None):
+        return []
+    cost = {"high": lambda v: -v, "low": float, "one": lambda v: abs(v - 1), "real": lambda v: abs(v - real)}[goal]
+    least = min(map(cost, values.values()))
+    winners = {score(evals[n], key) for n, v in values.items() if math.isclose(cost(v), least)}
+    return [n for n in values if score(evals[n], key) in winners]
+
+
+def scores(evals: dict) -> str:
+    if not evals:
+        return ""
+    rows = []
+    for key, (title, _, goal, meaning) in SCORES.items():
+        top = best(key, evals)
+        cells = [f"<b>{score(e, key)}</b>" if n in top else score(e, key) for n, e in evals.items()]
+        rows.append([f"{title}<small>{meaning}; {GOALS[goal]}</small>", *cells])
+    head = ["", *(escape(e["title"]) for e in evals.values())]
+    names = dict.fromkeys(name for e in evals.values() for name in e["attributes"])
+    shares = {n: [e["attributes"].get(n) for e in evals.values()] for n in names}
+    parts = [[escape(n), *(f"{v:.1%}" if is_number(v) else "–" for v in row)] for n, row in shares.items()]
+    notes = [f" {escape(e['title'])}: {escape(e['note'])}." for e in evals.values() if "note" in e]
+    note = f"Measured on {max(e['clips'] for e in evals.values())} held-out clips.{''.join(notes)}"
+    return f'{table(head, rows)}<p class="note">{note}</p>{details("Adherence by statement", head, parts)}'
+
+
+def importance(r: dict) -> str:
+    if not r:
+        return ""
+    text = (
+        f"The error when one block is skipped, ± standard error over {r['num_samples']} samples. A bar grows from the "
+        "error of the whole network: its length is the damage. "
+        f"Search: {escape(r['search'])}; score: {escape(r['score_kind'])}; dropped: {escape(show(r['pruned']))}."
+    )
+    return f'<p>{text}</p><div class="scroll"><div id="blocks"></div></div>'
+
+
+def bars(r: dict) -> dict:
+    """What the page draws of the ranking; a standard error of one sample is not a number."""
+    units = [u | {"stderr": u["stderr"] if is_number(u["stderr"]) else 0.0} for u in r.get("units", [])]
+    return r and {"units": units, "kept": r["kept"], "baseline_score": r["baseline_score"], "log": is_log(r)}
+
+
+def curves(logs: dict[int, list[dict]]) -> dict[int, dict[str, list]]:
+    """{stage: {key: [[step, value], ..]}} for the page; at most 2000 points a key, five digits each."""
+    out = {}
+    for stage, lines in logs.items():
+        keys = dict.fromkeys(key for line in lines for key in line if key != "step")
+        points = {k: [[ln["step"], float(f"{ln[k]:.5g}")] for ln in lines if is_number(ln.get(k))] for k in keys}
+        out[stage] = {k: p[:: math.ceil(len(p) / 2000)] for k, p in points.items() if p}
+    return out
+
+
+def sizes(found: dict) -> str:
+    made = {n: e for n, e in found["evals"].items() if "sampler" in e}
+    if not made:
+        return ""
+    rows = []
+    for e in made.values():
+        kept = e["kept_blocks"] or range(e["num_blocks"])
+        strip = "".join(f"<i{' class=on' * (i in kept)}></i>" for i in range(found["blocks"]))
+        params = f"{e['num_params'] / 1e9:.2f} B" if e["num_params"] >= 1e9 else f"{e['num_params'] / 1e6:.2f} M"
+        blocks = f'{e["num_blocks"]} <span class="strip" aria-hidden="true">{strip}</span>'
+        plan = f"{e['sampler']['steps']} · {escape(e['sampler']['kind'])} · guidance {e['sampler']['guidance']:g}"
+        seconds = f"{e['seconds_per_clip']:.4g} s <small>batch {e['batch']}</small>"
+        rows.append([escape(e["title"]), blocks, params, plan, str(e["sampler"]["evaluations"]), seconds])
+    out = table(["", "Blocks", "Parameters", "Steps", "Evaluations", "Time per clip"], rows)
+    if s := found["speed"]:
+        times = f"{s['teacher_seconds']:.4g} s → {s['student_seconds']:.4g} s per clip, batch {s['batch']}"
+        formula = f"{escape(s['theory_formula'])}: network evaluations x blocks"
+        measured, theory = (f"{s[key]:.1f}×" for key in ("measured", "theory"))
+        out += f'<div class="facts">{fact(measured, "measured", times)}{fact(theory, "in theory", formula)}</div>'
+    return out
+
+
+def settings(config: dict) -> str:
+    """Every key of every stage, collapsed; versions and commit."""
+    parts, plain = [], {}
+    for name, value in config.items():
+        if isinstance(value, dict) and name != "versions":
+            rows = [[escape(k), f"<code>{escape(show(v))}</code>"] for k, v in flatten(value).items()]
+            parts.append(details(escape(name), ["Key", "Value"], rows))
+        else:
+            plain |= flatten({name: value})
+    line = " · ".join(f"{escape(k.removeprefix('versions.'))} <code>{escape(show(v))}</code>" for k, v in plain.items())
+    return f"<p>{line}</p>{''.join(parts)}" if config else ""
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """RUN/report.html, or `out`: one file that loads nothing else."""
+    found = read_run(run)
+    training = '<div id="curves"></div>' * bool(found["logs"])
+    if not {2, 3} <= found["logs"].keys():  # a teacher may come ready-made: no stage 0
+        training += missing(run, "all")
+    sections = {  # title: (HTML, the stage that makes its input)
+        "Clips": (clips(run, found["evals"]), "all"),
+        "Scores": (scores(found["evals"]), "all"),
+        "Block importance": (importance(found["importance"]), 1),
+        "Training": (training, "all"),
+        "Size and speed": (sizes(found), "all"),
+        "Configuration": (settings(found["config"]), "all"),
+    }
+    ids = {title: title.split()[0].lower() for title in sections}
+    data = json.dumps({"importance": bars(found["importance"]), "curves": curves(found["logs"])})
+    template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
+    page = Template(template).substitute(
+        name=escape(run.resolve().name),
+        nav="".join(f'<a href="#{ids[title]}">{title}</a>' for title in sections),
+        facts=facts(found),
+        body="".join(
+            f'<section id="{ids[title]}"><h2>{title}</h2>{content or missing(run, stage)}</section>'
+            for title, (content, stage) in sections.items()
+        ),
+        data=data.replace("<", "\\u003c"),  # no string can close the script element
+    )
+    out = out or run / "report.html"
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(out)
+    return out
+
+
+def missing(run: Path, stage: int | str) -> str:
+    return f'<p class="missing">Not there yet: <code>{escape(command(run, stage))}</code> makes it.</p>'
+
+
+def is_log(record: dict) -> bool:
+    """One block that matters much more would flatten the others."""
+    values = [record["baseline_score"], *(u["score"] for u in record["units"])]
+    return min(values) > 0 and max(values) > 4 * min(values)
+
+
+def plot_importance(record: dict, path: Path) -> None:
+    """Block importance as a picture, after the paper's Fig. 4; bars grow from the error of the whole network."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), dpi=125, layout="constrained")
+    ax, base, stride = figure.subplots(), record["baseline_score"], math.ceil(len(record["units"]) / 24)
+    for key, label, colour, hatch in (("kept", "kept", "#2f6fed", ""), ("pruned", "dropped", "#e8833a", "///")):
+        units = [u for u in record["units"] if u["index"] in record[key]]
+        index, heights = [u["index"] for u in units], [u["score"] - base for u in units]
+        style = dict(color=colour, edgecolor="white", hatch=hatch, capsize=4, ecolor="0.35", width=0.72)
+        ax.bar(index, heights, bottom=base, yerr=[u["stderr"] for u in units], label=f"{label} ({len(units)})", **style)
+    ax.axhline(base, color="0.2", linestyle="--", linewidth=1.2, label="all blocks")
+    if is_log(record):
+        ax.set_yscale("log")
+    ylabel = {"elbo": "x0 error (Eq. 4)", "output_mse": "change of v (Eq. 3)"}[record["score_kind"]]
+    title = f"Block importance (search: {record['search']}, score: {record['score_kind']})"
+    ticks = [u["index"] for u in record["units"]][::stride]
+    ax.set(title=title, xlabel="block that is skipped", ylabel=ylabel, xticks=ticks, axisbelow=True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="0.9")
+    ax.legend(frameon=False)
+    figure.savefig(path, format="png")
+
+
+if __name__ == "__main__":
+    main(lambda cfg: print(write_report(Path(cfg.run), Path(cfg.out) if cfg.out else None)), "report")

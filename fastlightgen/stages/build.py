@@ -1,0 +1,87 @@
+"""From a configuration to a stage: which networks it needs, where they come from, what is checked before it starts."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from fastlightgen.blocks import read_importance
+from fastlightgen.config import Stage0, Stage1, Stage2, Stage3, preset, presets
+from fastlightgen.data.source import Batch, Source
+from fastlightgen.engine.folder import StageFolder
+from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.lora import attach_lora
+from fastlightgen.models.weights import digest, load_model, read_card, trained_folder
+from fastlightgen.rng import generator
+from fastlightgen.stages.distill import Distill, Networks
+from fastlightgen.stages.prune import Prune
+from fastlightgen.stages.teacher import Teacher
+
+Batches = Callable[[int], Batch]
+
+
+def batches_of(cfg, source: Source, device: torch.device) -> Batches:
+    return lambda step: source.batch(step, cfg.batch).to(device)
+
+
+def build_teacher(cfg: Stage0, source: Source, device: torch.device) -> Teacher:
+    net = load_model(cfg.init or cfg.model, device, seed=cfg.seed)
+    start = cfg.init or cfg.model
+    card = preset(start)["inference"] if start in presets() else read_card(start)
+    return Teacher(cfg, net, batches_of(cfg, source, device), {k: card.get(k) for k in ("steps", "guidance")})
+
+
+def build_ranking(cfg: Stage1, device: torch.device) -> tuple[VideoDiT, list[dict], list[float]]:
+    """The model, its units (Wan: one list of blocks), and what dropping each one saves in the unit of `ratio`."""
+    model = load_model(trained_folder(cfg.model), device).requires_grad_(False)
+    units = [{"name": f"blocks.{i}", "kind": "block", "index": i} for i in range(model.num_blocks)]
+    # Wan's blocks all cost the same FLOPs, so `blocks` and `flops` agree; parameters are counted.
+    costs = [float(sum(p.numel() for p in b.parameters())) if cfg.ratio_unit == "params" else 1.0 for b in model.blocks]
+    return model, units, costs
+
+
+def build_prune(cfg: Stage2, source: Source, device: torch.device) -> Prune:
+    folder = trained_folder(cfg.teacher or cfg.model)
+    net = load_model(folder, device)
+    ranking = read_importance(cfg.importance or Path(cfg.run) / "stage1" / "importance.json", net.num_blocks)
+    card = {"source": str(folder)} | {k: read_card(folder).get(k) for k in ("steps", "guidance")}
+
+    def held_out() -> Batch:
+        return source.held_out(0, 32).to(device)
+
+    return Prune(cfg, net, ranking["pruned"], batches_of(cfg, source, device), held_out, card)
+
+
+def build_distill(cfg: Stage3, source: Source, device: torch.device) -> Distill:
+    folder = Path(cfg.stage2_model or Path(cfg.run) / "stage2" / "model")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: there is no Stage II model; run stage=2 with the same run= first, or give stage2_model=")
+    card = read_card(folder)
+    keep: Sequence[int] | None = card.get("pruned_path")
+    if keep is None:
+        raise ValueError(f"{folder}/fastlightgen.json: names no pruned_path; wanted a model that stage=2 made")
+    teacher = load_model(folder, device).requires_grad_(False)
+    student = copy.deepcopy(teacher).requires_grad_(True).prune(keep)
+    original = load_model(trained_folder(cfg.model), device).requires_grad_(False) if cfg.strong == "original" else None
+    fake_keep = keep if cfg.fake_arch == "pruned" else None
+    if cfg.fake_mode == "lora":  # literally shared weights: the adapters count for the fake's predictions only
+        fake, trained = teacher, attach_lora(teacher, cfg.lora_rank, generator(cfg.seed, 7))
+    else:
+        fake = copy.deepcopy(teacher).requires_grad_(True)
+        fake, fake_keep = (fake.prune(keep), None) if fake_keep is not None else (fake, None)
+        trained = fake
+    nets = Networks(student, teacher, list(keep), fake, fake_keep, trained, cfg.fake_mode == "lora", original)
+    return Distill(cfg, nets, batches_of(cfg, source, device), {"source": card.get("source"), "kept_blocks": list(keep)})
+
+
+def stage_folder(cfg, number: int) -> StageFolder:
+    """The stage's folder, opened for exactly this configuration and these inputs."""
+    config = asdict(cfg)
+    names = [f for f, meta in ((f, cfg.__dataclass_fields__[f].metadata) for f in config) if meta["numbers"]]
+    if number == 2:
+        ranking = Path(cfg.importance or Path(cfg.run) / "stage1" / "importance.json")
+        config["importance_hash"] = digest(ranking) if ranking.is_file() else None
+        names.append("importance_hash")
+    return StageFolder(cfg.run, number, config, names, cfg.overwrite)

@@ -1,0 +1,129 @@
+"""Stage II: one set of weights that works with all blocks (v_u) and without the pruned ones (v_p).
+
+Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B].
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastlightgen import flow
+from fastlightgen.blocks import draw_keep
+from fastlightgen.data.source import Batch
+from fastlightgen.engine.roles import Role, Update
+from fastlightgen.models.base import Stream, VideoDiT
+from fastlightgen.models.weights import save_model
+from fastlightgen.rng import generator, normal_like
+from fastlightgen.stages.rank import x0_error
+from fastlightgen.stages.teacher import noised
+
+
+def pruned_terms(v_p: Tensor, v_target: Tensor, v_star: Tensor, alpha: float) -> Tensor:
+    """The part of Eq. 7 that trains the pruned path: alpha |v_p - SG(target)|^2 (Eq. 6) + (1 - alpha) |v_p - v*|^2 (Eq. 5)."""
+    return alpha * mse(v_p, v_target.detach()) + (1 - alpha) * mse(v_p, v_star)
+
+
+def unpruned_terms(v_u: Tensor, v_target: Tensor, v_star: Tensor, alpha: float, kappa: float) -> Tensor:
+    """The part that trains the full path: (1 - alpha) |v_u - v*|^2 (Eq. 5) + alpha kappa |v_u - SG(target)|^2.
+
+    The kappa term is not in the paper. Eq. 6 alone pulls the pruned path to a target that shares its weights, which
+    runs away at alpha = 1; with a fixed target it damages the full path, which is Stage III's strong teacher.
+    """
+    return alpha * kappa * mse(v_u, v_target.detach()) + (1 - alpha) * mse(v_u, v_star)
+
+
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().mean()
+
+
+class Prune:
+    number = 2
+
+    def __init__(
+        self,
+        cfg,
+        net: VideoDiT,
+        pruned: Sequence[int],
+        batches: Callable[[int], Batch],
+        held_out: Callable[[], Batch],
+        card: dict,
+    ):
+        self.cfg, self.net, self.batches, self.held_out, self.card, self.iters = cfg, net, batches, held_out, card, cfg.iters
+        self.pruned = list(pruned)
+        self.keep = [i for i in range(net.num_blocks) if i not in self.pruned]
+        # The fixed target: a copy of the teacher that never moves, or that follows as an average.
+        self.frozen = copy.deepcopy(net).requires_grad_(False) if cfg.target != "self" else None
+        self.kappa = 0.0 if cfg.target == "self" else cfg.kappa_unpruned
+        if cfg.drop == "joint" and cfg.alpha == 1 and self.kappa == 0:
+            # These blocks then get no gradient; a sharded optimizer would still decay their weights.
+            for i in self.pruned:
+                net.blocks[i].requires_grad_(False)
+        carried = self.frozen if cfg.target == "ema" else None
+        self.roles = {"student": Role(net, cfg.lr, cfg.betas, cfg.weight_decay, cfg.clip, cfg.warmup, carried=carried)}
+        self.start_error = self.error()
+
+    def updates(self, step: int) -> list[Update]:
+        return [Update("student", lambda: self.loss(step))]
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Eq. 7, with both paths (`full`) or with the one that a coin picks (`sampled`), from one walk."""
+        cfg, batch = self.cfg, self.batches(step)
+        x_t, t, noise, cond = noised(batch, cfg, cfg.seed, 2, step)
+        v_star = flow.velocity(batch.x0, noise)
+        gen = generator(cfg.seed, 3, step)  # the same on every rank
+        skip = cfg.estimator == "full" or torch.rand((), generator=gen).item() < cfg.p
+        keep = self.keep
+        if cfg.drop == "independent":
+            keep = draw_keep(self.pruned, self.net.num_blocks, cfg.p, cfg.full_drop_prob, gen)
+
+        # One walk: both paths share everything before the first skipped block.
+        needs_u = cfg.estimator == "full" or not skip or self.frozen is None
+        grad_u = self.kappa * cfg.alpha > 0 or cfg.alpha < 1
+        streams = [Stream(cond, keep, grad=True)] * skip + [Stream(cond, None, grad=grad_u)] * needs_u
+        out = self.net.walk(x_t, t, streams)
+        v_u = out[-1] if needs_u else None
+        with torch.no_grad():
+            v_target = v_u if self.frozen is None else self.frozen(x_t, t, cond)
+
+        record: dict[str, float] = {}
+        loss = torch.zeros((), device=x_t.device)
+        if skip:
+            weight = 1.0 if cfg.estimator == "full" else 1 / cfg.p
+            loss = loss + weight * pruned_terms(out[0], v_target, v_star, cfg.alpha)
+            record["distill_pruned"] = mse(out[0].detach(), v_target).item()
+        if grad_u and (cfg.estimator == "full" or not skip):
+            weight = 1.0 if cfg.estimator == "full" else 1 / (1 - cfg.p)
+            loss = loss + weight * unpruned_terms(v_u, v_target, v_star, cfg.alpha, self.kappa)
+            record["distill_unpruned"] = mse(v_u.detach(), v_target).item()
+        if not loss.requires_grad:  # the coin chose the full path at alpha = 1 with a self target: Eq. 6 is 0 there
+            loss = loss + 0.0 * next(p for p in self.net.parameters() if p.requires_grad).sum()
+        return loss, record
+
+    @torch.no_grad()
+    def check(self, step: int) -> None:
+        """Move the averaged target, and stop a run whose full path has left its teacher (the self target can)."""
+        cfg = self.cfg
+        if cfg.target == "ema":
+            for average, p in zip(self.frozen.parameters(), self.net.parameters(), strict=True):
+                average.lerp_(p, 1 - cfg.target_decay)
+        if step % cfg.guard_every == 0 and not (error := self.error()) <= cfg.guard * self.start_error:
+            raise ValueError(
+                f"step {step}: the x0 error of the full path is {error:.4g}, {error / self.start_error:.2f} times its start "
+                f"(guard={cfg.guard}); the run has diverged: use target=frozen, a lower lr, or alpha below 1"
+            )
+
+    @torch.no_grad()
+    def error(self, keep: Sequence[int] | None = None) -> float:
+        """Stage I's measure (Eq. 4) on a held-out batch."""
+        batch = self.held_out()
+        gen = generator(self.cfg.seed, 4)
+        u = torch.linspace(0.02, 0.98, len(batch.x0))
+        t = flow.shift_time(u, self.cfg.shift).to(batch.x0.device)
+        x_t = flow.add_noise(batch.x0, normal_like(batch.x0, gen), t)
+        return x0_error(self.net(x_t, t, batch.cond, keep), x_t, t, batch.x0).mean().item()
+
+    def save(self, folder: Path) -> None:
+        save_model(self.net, folder, **self.card | {"stage": 2, "pruned_path": self.keep, "shift": self.cfg.shift})

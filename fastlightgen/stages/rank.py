@@ -1,0 +1,129 @@
+"""Stage I: rank the blocks by the x0 error that skipping each one causes (Tweedie, Eq. 3 and 4).
+
+Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B]; errors [clips x timesteps].
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from fastlightgen import flow
+from fastlightgen.blocks import num_dropped
+from fastlightgen.data.source import Batch
+from fastlightgen.models.base import Cond, Stream, VideoDiT
+from fastlightgen.rng import generator, normal_like
+
+Sample = tuple[Tensor, Tensor, Tensor, Cond]  # x_t, t, x0, cond
+
+
+def x0_error(v: Tensor, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+    """Eq. 4 per sample: mean over elements of |x_t - t v - x0|^2, reduced in float32; large: the block mattered."""
+    return (flow.x0_from_velocity(x_t.float(), v.float(), t) - x0.float()).square().flatten(1).mean(1)
+
+
+def output_mse(v: Tensor, v_full: Tensor) -> Tensor:
+    """Eq. 3 per sample: mean over elements of |y_skip - y|^2."""
+    return (v.float() - v_full.float()).square().flatten(1).mean(1)
+
+
+def evaluation_set(cfg, batches: Callable[[int], Batch]) -> Iterator[Sample]:
+    """`clips` clips at `timesteps` stratified times each; the same x0, noise and t for every candidate."""
+    low, high = cfg.t_range
+    for start in range(0, cfg.clips, cfg.batch):
+        batch = batches(start // cfg.batch)
+        size = min(cfg.batch, cfg.clips - start)
+        x0, cond = batch.x0[:size], batch.cond.map(lambda v, n=size: v[:n])
+        for k in range(cfg.timesteps):
+            gen = generator(cfg.seed, 1, start, k)
+            u = (k + torch.rand(size, generator=gen)) / cfg.timesteps  # stratum k of U(0, 1)
+            t = flow.shift_time(low + (high - low) * u, cfg.shift).to(x0.device)
+            yield flow.add_noise(x0, normal_like(x0, gen), t), t, x0, cond
+
+
+@torch.no_grad()
+def score_sets(model: VideoDiT, samples: Sequence[Sample], keeps: list, kind: str, tick: Callable[[int], None]) -> Tensor:
+    """The error of every candidate block set, [candidates, samples]. One walk per sample: candidates share prefixes."""
+    columns = []
+    for x_t, t, x0, cond in samples:
+        streams = [Stream(cond, keep) for keep in ([None, *keeps] if kind == "output_mse" else keeps)]
+        out = model.walk(x_t, t, streams)
+        if kind == "output_mse":
+            columns.append(torch.stack([output_mse(v, out[0]) for v in out[1:]]))
+        else:
+            columns.append(torch.stack([x0_error(v, x_t, t, x0) for v in out]))
+        tick(len(t))
+    return torch.cat(columns, 1)
+
+
+def drop_until(cost: Sequence[float], order: Sequence[int], ratio: float) -> int:
+    """How many blocks of `order` (least important first) to drop so that their share of `cost` comes closest to ratio."""
+    total, dropped, best, count = sum(cost), 0.0, float("inf"), 1
+    for n, block in enumerate(order[:-1], 1):
+        dropped += cost[block]
+        if abs(dropped / total - ratio) < best:
+            best, count = abs(dropped / total - ratio), n
+    return count
+
+
+def rank(cfg, model: VideoDiT, batches: Callable[[int], Batch], costs: list[float], names: list[dict], bar) -> dict:
+    """importance.json: scores, the set that is kept, and what was measured on. `bar(total)` makes a progress bar."""
+    samples = list(evaluation_set(cfg, batches))
+    n = model.num_blocks
+    last = n - cfg.protect_last
+    free = list(range(cfg.protect_first, last))
+    if len(free) < 2:
+        raise ValueError(f"protect_first, protect_last: leave {len(free)} of {n} blocks to choose from; at least 2 are needed")
+
+    def without(*blocks: int) -> list[int]:
+        return [i for i in range(n) if i not in blocks]
+
+    def scores(keeps: list, title: str) -> Tensor:
+        with bar(sum(len(s[1]) for s in samples), title) as progress:
+            return score_sets(model, samples, keeps, cfg.score, progress.update)
+
+    # Single skips: the paper's ranking, and the start of the other searches.
+    table = scores([without(i) for i in range(n)] + [None], "stage 1: skip each block")
+    single, base = table[:-1], table[-1]
+    mean = single.mean(1)
+    order = sorted(free, key=lambda i: mean[i].item())  # least important first
+    count = drop_until(costs, order, cfg.ratio) if cfg.ratio_unit != "blocks" else min(num_dropped(n, cfg.ratio), len(free) - 1)
+
+    if cfg.search == "single_skip":
+        pruned = order[:count]
+    elif cfg.search == "iterative":  # drop the least harmful, score again with it gone
+        pruned: list[int] = []
+        for number in range(count):
+            left = [i for i in free if i not in pruned]
+            errors = scores([without(*pruned, i) for i in left], f"stage 1: drop {number + 1} of {count}").mean(1)
+            pruned.append(left[int(errors.argmin())])
+    else:  # exhaustive: every set of that size
+        sets = list(combinations(free, count))
+        groups = [[without(*s) for s in sets[i : i + 16]] for i in range(0, len(sets), 16)]
+        errors = torch.cat([scores(g, f"stage 1: sets {16 * i} of {len(sets)}").mean(1) for i, g in enumerate(groups)])
+        pruned = sorted(sets[int(errors.argmin())], key=lambda i: mean[i].item())
+    kept = without(*pruned)
+    by_score = sorted(kept, key=lambda i: -mean[i].item())
+    together = scores([kept], "stage 1: all of them dropped")[0]
+    return {
+        "units": [
+            u | {"score": single[i].mean().item(), "stderr": stderr(single[i])} for i, u in enumerate(names)
+        ],
+        "baseline_score": base.mean().item(),
+        "baseline_stderr": stderr(base),
+        "pruned_score": together.mean().item(),
+        "ranking": by_score + pruned[::-1],  # most important first; the first to be dropped stands last
+        "kept": kept,
+        "pruned": sorted(pruned),
+        "pruning_ratio": len(pruned) / n,
+        "prefix": min(pruned),
+        "search": cfg.search,
+        "score_kind": cfg.score,
+        "num_samples": table.shape[1],
+        "seed": cfg.seed,
+    }
+
+
+def stderr(x: Tensor) -> float:
+    return (x.std() / x.numel() ** 0.5).item() if x.numel() > 1 else 0.0

@@ -1,0 +1,102 @@
+"""Runs CMakeLists.txt, the only description of the compile, and says at the end which parts were built.
+
+FLG_BUILD_CUDA=auto (default): CUDA kernels where nvcc is found; without a C++ compiler the package is pure Python.
+FLG_BUILD_CUDA=0: no CUDA kernels.  FLG_BUILD_CUDA=1: fail when they cannot be built.  FLG_CUDA_ARCHS: "90a" by default.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import takewhile
+from pathlib import Path
+
+from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def tool(name: str) -> str:
+    """A build tool from PATH (the isolated build environment is on it) or from this interpreter's own folder."""
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if found is None:
+        raise BuildFailed(f"{name} was not found; pip install {name}")
+    return found
+
+
+class BuildFailed(Exception):
+    """One line that says why a part was not built."""
+
+
+def call(*command: str | Path) -> None:
+    """Runs one build command; its whole output is shown (pip -v), its first error becomes the reason."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout)
+    if done.returncode:
+        raise BuildFailed(first_error(done.stdout))
+
+
+def first_error(output: str) -> str:
+    """The first error as one line. CMake puts its message below "CMake Error at FILE:LINE (message):"."""
+    lines = [" ".join(line.split()) for line in output.splitlines() if line.strip()]
+    at = next((i for i, line in enumerate(lines) if "error" in line.lower()), len(lines) - 1)
+    below = takewhile(lambda line: not line.startswith(("Call Stack", "-- ", "CMake Error")), lines[at + 1 :])
+    return " ".join(below) if lines[at].startswith("CMake Error at") else lines[at]
+
+
+class CMakeBuild(build_ext):
+    """Builds fastlightgen._C with CMake and leaves the outcome in fastlightgen/_build.json."""
+
+    def run(self) -> None:
+        mode = os.environ.get("FLG_BUILD_CUDA", "auto")
+        if mode not in ("auto", "0", "1"):
+            raise SystemExit(f"FLG_BUILD_CUDA: got {mode!r}, wanted auto, 0 or 1")
+        module = Path(self.get_ext_fullpath("fastlightgen._C")).resolve()
+        module.parent.mkdir(parents=True, exist_ok=True)
+        module.unlink(missing_ok=True)  # a failed build must not leave yesterday's module behind
+        report = self.attempt(module.parent, mode)
+        (module.parent / "_build.json").write_text(json.dumps(report) + "\n")
+        for part, state in report.items():
+            print(f"fastlightgen: {part}: {state}", file=sys.stderr)
+
+    def attempt(self, out: Path, mode: str) -> dict[str, str]:
+        """auto steps down: with CUDA, without CUDA, pure Python; each step down keeps its reason."""
+        try:
+            return {"C++ extension": "compiled", "CUDA kernels": self.compile(out, mode)}
+        except BuildFailed as error:
+            if mode == "1":
+                raise SystemExit(f"FLG_BUILD_CUDA=1: the CUDA kernels were not built: {error}") from None
+            if mode == "0":
+                return {"C++ extension": str(error), "CUDA kernels": "they need the C++ extension"}
+            report = self.attempt(out, "0")
+            return report | ({"CUDA kernels": str(error)} if report["C++ extension"] == "compiled" else {})
+
+    def compile(self, out: Path, mode: str) -> str:
+        """Configures and builds; returns what CMake says about the CUDA part."""
+        import pybind11  # here, because pip asks this file for its requirements before they are installed
+
+        build = Path(self.build_temp).resolve() / f"cmake-{mode}"
+        shutil.rmtree(build, ignore_errors=True)
+        options = {
+            "CMAKE_MAKE_PROGRAM": tool("ninja"),
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": out,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "FLG_BUILD_CUDA": mode,
+            "FLG_CUDA_ARCHS": os.environ.get("FLG_CUDA_ARCHS", "90a"),
+        }
+        cmake = tool("cmake")
+        call(cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *(f"-D{key}={value}" for key, value in options.items()))
+        call(cmake, "--build", build)
+        return (build / "cuda_state.txt").read_text()
+
+
+setup(
+    ext_modules=[Extension("fastlightgen._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    packages=[*find_namespace_packages(include=["fastlightgen*"], exclude=["*__pycache__*"]), "fastlightgen.configs"],
+    package_dir={"fastlightgen.configs": "configs"},  # the folder stands at the top; the package brings it along
+    package_data={"fastlightgen.configs": ["**/*.yaml", "**/*.json", "**/*.safetensors"]},
+)

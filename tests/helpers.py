@@ -1,0 +1,109 @@
+"""A very small Wan and the configurations that train it: steps take milliseconds. Shared by the tests."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from fastlightgen.config import load, main
+from fastlightgen.data.source import Batch, ShapesSource
+from fastlightgen.engine.log import read_metrics
+from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.weights import build, save_model
+from fastlightgen.train import train
+
+BLOCKS, PRUNED = 4, [1, 2]
+KEPT = [i for i in range(BLOCKS) if i not in PRUNED]
+NETWORK = {
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 25,
+    "out_channels": 12,
+    "text_dim": 48,
+    "freq_dim": 16,
+    "ffn_dim": 24,
+}
+
+
+def small_wan(blocks: int = BLOCKS, seed: int = 0) -> VideoDiT:
+    return build(NETWORK | {"num_layers": blocks}, seed)
+
+
+def config(stage: int, *words: str):
+    """The configuration of a stage at the small model's size."""
+    return load([f"stage={stage}", "run=unused", "batch=2", "shift=3", "progress=false", *words])
+
+
+def crop(batch: Batch, size: int = 4, frames: int = 2) -> Batch:
+    """A corner of every clip, so that a network call costs next to nothing."""
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        return x[..., :frames, :size, :size].contiguous() if x.dim() == 5 else x
+
+    return Batch(cut(batch.x0), batch.cond.map(cut), batch.null.map(cut))
+
+
+def batches(size: int = 2, dtype: torch.dtype = torch.float32):
+    """step -> a cropped batch of the built-in world."""
+    source = ShapesSource(0)
+
+    def batch(step: int) -> Batch:
+        b = crop(source.batch(step, size))
+        return Batch(b.x0.to(dtype), *(replace(c, text=c.text.to(dtype), image=c.image.to(dtype)) for c in (b.cond, b.null)))
+
+    return batch
+
+
+def write_ranking(path: Path, pruned=PRUNED, blocks: int = BLOCKS) -> Path:
+    """A ranking file as Stage I writes it, as far as Stage II reads it."""
+    kept = [i for i in range(blocks) if i not in pruned]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"units": [{"index": i} for i in range(blocks)], "kept": kept, "pruned": list(pruned)}))
+    return path
+
+
+def write_inputs(folder: Path) -> dict[int, list[str]]:
+    """A teacher, a ranking and a Stage II model; what each stage's command line needs to find them."""
+    save_model(small_wan(), folder / "teacher", steps=2, guidance=2.0, shift=3.0)
+    save_model(small_wan(seed=1), folder / "stage2model", steps=2, guidance=2.0, shift=3.0, pruned_path=KEPT)
+    ranking = write_ranking(folder / "importance.json")
+    model = f"model={folder / 'teacher'}"
+    common = [model, "batch=2", "shift=3", "progress=false", "threads=1", "iters=7", "save_every=3", "log_every=2"]
+    return {
+        0: [*common, f"init={folder / 'teacher'}"],
+        2: [*common, f"importance={ranking}", "warmup=3", "lr=1e-3"],
+        3: [*common, f"stage2_model={folder / 'stage2model'}", "ratio=2", "lr=1e-3", "lr_fake=1e-3"],
+    }
+
+
+def run_train(*words: str) -> None:
+    """The command in this process; SystemExit as a user's shell would see it."""
+    main(train, "train", list(words))
+
+
+def result(run: Path, stage: int) -> dict:
+    """Everything that must not depend on whether a run was interrupted."""
+    folder = run / f"stage{stage}"
+    latest = max((folder / "checkpoints").glob("step-*"))
+    files = sorted(latest.glob("*.safetensors"))
+    return {
+        "model": load_file(folder / "model" / "diffusion_pytorch_model.safetensors"),
+        "state": {f.name: load_file(f) for f in files},
+        "card": json.loads((folder / "model" / "fastlightgen.json").read_text()),
+        "metrics": [{k: v for k, v in r.items() if k != "sec_per_step"} for r in read_metrics(folder / "metrics.jsonl")],
+    }
+
+
+def assert_same(a, b) -> None:
+    """Bit equality, through dicts and lists."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    else:
+        assert a == b

@@ -1,0 +1,195 @@
+"""norm_modulate: every backend against float64, gradients against finite differences, the operator's registration."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlightgen.ops import dispatch, norm_modulate
+from fastlightgen.ops.norm_modulate import _rows, reference
+
+EPS = 1e-6
+WIDTHS = [8, 24, 1536, 3072, 5120]  # two odd ones, then Wan 1.3B, HunyuanVideo, Wan 14B
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def exact(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """The formula in float64, written out."""
+    x, scale, shift = x.double(), scale.double(), shift.double()
+    mean = x.mean(-1, keepdim=True)
+    var = ((x - mean) ** 2).mean(-1, keepdim=True)
+    return (x - mean) / (var + EPS).sqrt() * (1 + scale) + shift
+
+
+def case(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(shape, generator=gen) + 5  # a mean that a one-pass variance would lose digits to
+    table = torch.randn(shape[0], 6, shape[-1], generator=gen)  # strided rows, as the models hand them over
+    return x.to(device, dtype), table[:, 1:2].to(device), table[:, 4:5].to(device)
+
+
+def allowed(x: Tensor, scale: Tensor, shift: Tensor, want: Tensor) -> float:
+    """Twice the error of torch's own kernels in the same dtype, plus one rounding of the largest value."""
+    eager = F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale.to(x.dtype)) + shift.to(x.dtype)
+    return 2 * error(eager, want) + torch.finfo(x.dtype).eps * float(want.abs().max()) / 2
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    assert torch.isfinite(got).all(), "a poisoned element was not written"
+    return float((got.double() - want).abs().max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", WIDTHS)
+def test_reference_matches_float64(dim: int, dtype: torch.dtype):
+    x, scale, shift = case((2, 7, dim), dtype)
+    want = exact(x, scale, shift)
+    got = norm_modulate(x, scale, shift, EPS)
+    assert got.dtype == dtype and error(got, want) <= allowed(x, scale, shift, want)
+
+
+def test_bitwise_as_diffusers_writes_it():
+    x, scale, shift = case((2, 7, 96), torch.bfloat16)
+    assert torch.equal(
+        norm_modulate(x, scale, shift), (F.layer_norm(x.float(), (96,), eps=EPS) * (1 + scale) + shift).type_as(x)
+    )
+
+
+def test_eager_cpu_equals_the_registered_operator():
+    x, scale, shift = case((2, 7, 24), torch.float32)
+    assert torch.equal(norm_modulate(x, scale, shift), torch.ops.fastlightgen.norm_modulate(x, scale, shift, EPS))
+
+
+def test_modulation_shapes():
+    """[B, D], [B, 1, D] and [B, N, D] tables say the same; a table that fits none of them is refused."""
+    x, scale, shift = case((3, 5, 8), torch.float32)
+    want = norm_modulate(x, scale, shift)
+    assert torch.equal(norm_modulate(x, scale[:, 0], shift[:, 0]), want)
+    assert torch.equal(norm_modulate(x, scale.expand_as(x), shift.expand_as(x)), want)
+    video = norm_modulate(x.view(3, 5, 1, 8), scale[:, 0], shift[:, 0])
+    assert torch.equal(video.view(3, 5, 8), want)
+    with pytest.raises(ValueError, match=r"scale got \(2, 8\), wanted \[B, D\].*x \(3, 5, 8\)"):
+        norm_modulate(x, scale[:2, 0], shift)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1, 8), (3, 4, 1, 8), (3, 4, 5, 8), (1, 1, 1, 8), (1, 4, 5, 8), (3, 1, 5, 8)])
+def test_rows_address_what_broadcasting_means(shape: tuple[int, ...]):
+    """The kernels see a table and a count; row r // count has to be the row that broadcasting would pick."""
+    x, mod = torch.zeros(3, 4, 5, 8), torch.randn(shape)
+    table, count = _rows(mod, x)
+    assert torch.equal(table[torch.arange(60) // count], mod.expand_as(x).reshape(60, 8))
+
+
+def gradients_of(op, x: Tensor, scale: Tensor, shift: Tensor) -> list[Tensor]:
+    inputs = [t.detach().clone().requires_grad_() for t in (x, scale, shift)]
+    out = op(*inputs, EPS)
+    weights = torch.arange(out.numel(), dtype=torch.float64, device=out.device).view_as(out).cos().to(out.dtype)
+    return list(torch.autograd.grad((out * weights).sum(), inputs))
+
+
+@pytest.mark.parametrize("mod_shape", [(2, 1, 8), (2, 3, 8), (1, 1, 8)])
+def test_gradient_matches_finite_differences(mod_shape: tuple[int, ...]):
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 8, generator=gen, dtype=torch.float64, requires_grad=True)
+    scale, shift = (torch.randn(mod_shape, generator=gen, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for op in (torch.ops.fastlightgen.norm_modulate, norm_modulate):
+        assert torch.autograd.gradcheck(lambda *a, op=op: op(*a, EPS), (x, scale, shift))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_the_operator_matches_autograd_in_float64(dtype: torch.dtype):
+    x, scale, shift = case((2, 7, 1536), dtype)
+    got = gradients_of(torch.ops.fastlightgen.norm_modulate, x, scale, shift)
+    want = gradients_of(norm_modulate, x.double(), scale.double(), shift.double())
+    # The weights are rounded to dtype, and so is dx; the sums of 7 terms stay in float32.
+    for g, w in zip(got, want):
+        assert error(g, w) <= 2 * torch.finfo(dtype).eps * float(w.abs().max()) + 1e-6
+    again = gradients_of(torch.ops.fastlightgen.norm_modulate, x, scale, shift)
+    assert all(torch.equal(a, b) for a, b in zip(got, again))
+
+
+def test_opcheck():
+    x, scale, shift = case((2, 3, 8), torch.float32)
+    inputs = (x.requires_grad_(), scale.clone().requires_grad_(), shift.clone().requires_grad_(), EPS)
+    torch.library.opcheck(torch.ops.fastlightgen.norm_modulate.default, inputs)
+
+
+def kernel_cases() -> list:
+    return [(7, 1), (7, 3), (5, 7)]  # (samples, rows per sample): odd, so no group of rows ends on a block
+
+
+def check_kernel(forward, dim: int, dtype: torch.dtype, device: str) -> None:
+    """One backend against float64, its output poisoned with NaN beforehand; twice, with equal bits."""
+    for batch, rows in kernel_cases():
+        x, scale, shift = case((batch, rows, dim), dtype, device)
+        want = exact(x, scale, shift)
+        runs = []
+        for _ in range(2):
+            out = torch.full((batch * rows, dim), float("nan"), dtype=dtype, device=device)
+            forward(out, x.view(-1, dim), scale[:, 0], shift[:, 0], rows, EPS)
+            runs.append(out.view_as(x))
+        assert error(runs[0], want) <= allowed(x, scale, shift, want)
+        assert torch.equal(*runs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [*WIDTHS, 4096, 8200])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_gpu_backend_matches_float64(backend: str, dim: int, dtype: torch.dtype):
+    if reason := dispatch._why_not(backend):
+        pytest.skip(reason)
+    module = importlib.import_module(f"fastlightgen.ops.norm_modulate.{backend}")
+    check_kernel(module.forward, dim, dtype, "cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu_operator_and_its_gradient():
+    x, scale, shift = case((3, 33, 1536), torch.float32, "cuda")
+    want = exact(x, scale, shift)
+    assert error(norm_modulate(x, scale, shift), want) <= allowed(x, scale, shift, want)
+    got = gradients_of(norm_modulate, x, scale, shift)
+    # Sums of 33 float32 terms, and rstd over 1536: a few roundings of the largest value.
+    for g, w in zip(got, gradients_of(reference.norm_modulate, x.double(), scale.double(), shift.double())):
+        assert error(g, w) <= 16 * torch.finfo(torch.float32).eps * float(w.abs().max())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_under_its_interpreter():
+    """In a process of its own: triton reads TRITON_INTERPRET when it is imported."""
+    code = (
+        "import torch; from tests.ops.test_norm_modulate import check_kernel, WIDTHS, DTYPES\n"
+        "from fastlightgen.ops import norm_modulate, dispatch\n"
+        "from fastlightgen.ops.norm_modulate.triton import forward\n"
+        "[check_kernel(forward, dim, dtype, 'cpu') for dim in WIDTHS for dtype in DTYPES]\n"
+        "assert dispatch.backend_for('cpu') == 'triton'\n"
+        "x = torch.randn(2, 3, 24); m = torch.randn(2, 1, 24); norm = torch.nn.functional.layer_norm\n"
+        "torch.testing.assert_close(norm_modulate(x, m, m), norm(x, (24,), eps=1e-6) * (1 + m) + m)"
+    )
+    env = os.environ | {"TRITON_INTERPRET": "1", "FLG_OPS": "triton"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_flg_ops(monkeypatch: pytest.MonkeyPatch):
+    """A backend that is named has to exist; `auto` and `reference` always do."""
+
+    def choose(name: str) -> str:
+        monkeypatch.setenv("FLG_OPS", name)
+        return dispatch.backend.__wrapped__()
+
+    assert choose("reference") == "reference" and choose("auto") in dispatch.BACKENDS
+    with pytest.raises(ValueError, match="FLG_OPS: got 'cudnn', wanted one of auto, cuda, triton, reference"):
+        choose("cudnn")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cuda", "triton"):
+        with pytest.raises(ValueError, match=f"got '{name}', which is not there: no CUDA device.*set FLG_OPS=auto"):
+            choose(name)
