@@ -38,6 +38,15 @@ class LocalEngine:
             if role.ema:
                 self.emas[name] = Ema(role.net, role.ema, role.ema_start)
 
+    def estimate(self) -> str:
+        """What training will hold besides activations: float32 weights, gradients, two AdamW moments, the average."""
+        parts, total = [], 0
+        for name, role in self.roles.items():
+            count = sum(p.numel() for p in role.net.parameters() if p.requires_grad)
+            total += count * 4 * (4 + (name in self.emas))
+            parts.append(f"{name} {count / 1e6:.1f}M parameters")
+        return f"trains {', '.join(parts)}; {total / 2**30:.2f} GiB for weights, gradients and AdamW, activations come on top"
+
     def apply(self, update: Update, step: int) -> dict[str, float]:
         """Loss, backward, clip, optimizer step, average. A non-finite loss or gradient stops before the optimizer."""
         role, optimizer = self.roles[update.role], self.optimizers[update.role]

@@ -39,6 +39,7 @@ def interruptible():
 def train(stage: Stage, engine: LocalEngine, folder: StageFolder, cfg) -> None:
     """Run or continue a stage to its end and write its model folder."""
     engine.prepare(stage)
+    say(f"stage {stage.number}: {engine.estimate()}")
     start = 0
     if (found := checkpoint.load_latest(folder.checkpoints)) is not None:
         files, meta = found

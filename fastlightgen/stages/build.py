@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from fastlightgen.blocks import read_importance
-from fastlightgen.config import Stage0, Stage1, Stage2, Stage3, preset, presets
+from fastlightgen.config import Stage0, Stage1, Stage2, Stage3, numbers, preset, presets
 from fastlightgen.data.source import Batch, Source
-from fastlightgen.engine.folder import StageFolder
+from fastlightgen.engine.folder import StageFolder, read_run
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.lora import attach_lora
 from fastlightgen.models.weights import digest, load_model, read_card, trained_folder
@@ -77,11 +77,14 @@ def build_distill(cfg: Stage3, source: Source, device: torch.device) -> Distill:
 
 
 def stage_folder(cfg, number: int) -> StageFolder:
-    """The stage's folder, opened for exactly this configuration and these inputs."""
-    config = asdict(cfg)
-    names = [f for f, meta in ((f, cfg.__dataclass_fields__[f].metadata) for f in config) if meta["numbers"]]
+    """The stage's folder, opened for exactly this configuration and these inputs of earlier stages."""
+    config, names = asdict(cfg), list(numbers(cfg))
     if number == 2:
         ranking = Path(cfg.importance or Path(cfg.run) / "stage1" / "importance.json")
-        config["importance_hash"] = digest(ranking) if ranking.is_file() else None
-        names.append("importance_hash")
+        config["ranking_used"] = digest(ranking) if ranking.is_file() else None
+        names.append("ranking_used")
+    if number == 3 and not cfg.stage2_model:
+        made = read_run(Path(cfg.run)).get("stage2") or {}
+        config["stage2_made_with"] = {k: made[k] for k in [*numbers(Stage2(run=cfg.run)), "ranking_used"] if k in made}
+        names.append("stage2_made_with")
     return StageFolder(cfg.run, number, config, names, cfg.overwrite)
