@@ -98,5 +98,8 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     packages=[*find_namespace_packages(include=["fastlightgen*"], exclude=["*__pycache__*"]), "fastlightgen.configs"],
     package_dir={"fastlightgen.configs": "configs"},  # the folder stands at the top; the package brings it along
-    package_data={"fastlightgen.configs": ["**/*.yaml", "**/*.json", "**/*.safetensors"]},
+    package_data={
+        "fastlightgen": ["report_template.html"],
+        "fastlightgen.configs": ["**/*.yaml", "**/*.json", "**/*.safetensors"],
+    },
 )

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import shlex
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -70,7 +69,7 @@ def command(run: Path, stage: int | str) -> str:
     return f"python -m fastlightgen.train stage={stage} run={shlex.quote(str(run))}"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     """A table of cells that are HTML already; the page marks a cell with <b>."""
     lines = [f'<th scope="row">{first}</th>{"".join(f"<td>{c}</td>" for c in rest)}' for first, *rest in rows]
     top = "".join(f'<th scope="col">{h}</th>' for h in head)
@@ -78,7 +77,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def details(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def details(title: str, head: list[str], rows: list[list[str]]) -> str:
     return f"<details><summary>{title}</summary>{table(head, rows)}</details>"
 
 
@@ -86,7 +85,7 @@ def fact(number: str, name: str, detail: str) -> str:
     return f'<div class="fact"><b>{number}</b><span>{name}</span><small>{detail}</small></div>'
 
 
-# Sections: each returns HTML, or "" where its input is absent.
+# Sections: each returns HTML.
 
 
 def facts(found: dict) -> str:
@@ -94,7 +93,7 @@ def facts(found: dict) -> str:
     student, teacher = found["evals"].get("student"), found["evals"].get("teacher")
     kept, out = (student or {}).get("kept_blocks") or found["importance"].get("kept"), ""
     if s := found["speed"]:
-        detail = f"{s['theory']:.1f}× in theory: {escape(s['theory_formula'])} block evaluations"
+        detail = f"{s['theory']:.1f}× by counting blocks: {escape(s['theory_formula'])}"
         out += fact(f"{s['measured']:.1f}×", "faster, measured", detail)
     if kept and (teacher or found["importance"]):
         out += fact(f"{len(kept) / found['blocks']:.0%}", "of the blocks kept", f"{len(kept)} of {found['blocks']}")
@@ -153,8 +152,6 @@ def best(key: str, evals: dict) -> list[str]:
 
 
 def scores(evals: dict) -> str:
-    if not evals:
-        return ""
     rows = []
     for key, (title, _, goal, meaning) in SCORES.items():
         top = best(key, evals)
@@ -170,14 +167,12 @@ def scores(evals: dict) -> str:
 
 
 def importance(r: dict) -> str:
-    if not r:
-        return ""
-    text = (
-        f"The error when one block is skipped, ± standard error over {r['num_samples']} samples. A bar grows from the "
-        "error of the whole network: its length is the damage. "
-        f"Search: {escape(r['search'])}; score: {escape(r['score_kind'])}; dropped: {escape(show(r['pruned']))}."
+    return (
+        f"<p>The error when one block is skipped, ± standard error over {r['num_samples']} samples. A bar grows "
+        "from the error of the whole network: its length is the damage. "
+        f"Search: {escape(r['search'])}; score: {escape(r['score_kind'])}; dropped: {escape(show(r['pruned']))}.</p>"
+        '<div class="scroll"><div id="blocks"></div></div>'
     )
-    return f'<p>{text}</p><div class="scroll"><div id="blocks"></div></div>'
 
 
 def bars(r: dict) -> dict:
@@ -213,8 +208,8 @@ def sizes(found: dict) -> str:
     if s := found["speed"]:
         times = f"{s['teacher_seconds']:.4g} s → {s['student_seconds']:.4g} s per clip, batch {s['batch']}"
         formula = f"{escape(s['theory_formula'])}: network evaluations x blocks"
-        measured, theory = (f"{s[key]:.1f}×" for key in ("measured", "theory"))
-        out += f'<div class="facts">{fact(measured, "measured", times)}{fact(theory, "in theory", formula)}</div>'
+        cards = fact(f"{s['measured']:.1f}×", "measured", times), fact(f"{s['theory']:.1f}×", "in theory", formula)
+        out += f'<div class="facts">{"".join(cards)}</div>'
     return out
 
 
@@ -239,16 +234,15 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         training += missing(run, "all")
     sections = {  # title: (HTML, the stage that makes its input)
         "Clips": (clips(run, found["evals"]), "all"),
-        "Scores": (scores(found["evals"]), "all"),
-        "Block importance": (importance(found["importance"]), 1),
+        "Scores": (found["evals"] and scores(found["evals"]), "all"),
+        "Block importance": (found["importance"] and importance(found["importance"]), 1),
         "Training": (training, "all"),
         "Size and speed": (sizes(found), "all"),
         "Configuration": (settings(found["config"]), "all"),
     }
     ids = {title: title.split()[0].lower() for title in sections}
     data = json.dumps({"importance": bars(found["importance"]), "curves": curves(found["logs"])})
-    template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
-    page = Template(template).substitute(
+    page = Template(Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")).substitute(
         name=escape(run.resolve().name),
         nav="".join(f'<a href="#{ids[title]}">{title}</a>' for title in sections),
         facts=facts(found),
@@ -278,9 +272,11 @@ def is_log(record: dict) -> bool:
 def plot_importance(record: dict, path: Path) -> None:
     """Block importance as a picture, after the paper's Fig. 4; bars grow from the error of the whole network."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(8, 3.6), dpi=125, layout="constrained")
-    ax, base, stride = figure.subplots(), record["baseline_score"], math.ceil(len(record["units"]) / 24)
+    ax, base, n = figure.subplots(), record["baseline_score"], len(record["units"])
+    ax.use_sticky_edges = False
     for key, label, colour, hatch in (("kept", "kept", "#2f6fed", ""), ("pruned", "dropped", "#e8833a", "///")):
         units = [u for u in record["units"] if u["index"] in record[key]]
         index, heights = [u["index"] for u in units], [u["score"] - base for u in units]
@@ -289,10 +285,10 @@ def plot_importance(record: dict, path: Path) -> None:
     ax.axhline(base, color="0.2", linestyle="--", linewidth=1.2, label="all blocks")
     if is_log(record):
         ax.set_yscale("log")
+        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     ylabel = {"elbo": "x0 error (Eq. 4)", "output_mse": "change of v (Eq. 3)"}[record["score_kind"]]
     title = f"Block importance (search: {record['search']}, score: {record['score_kind']})"
-    ticks = [u["index"] for u in record["units"]][::stride]
-    ax.set(title=title, xlabel="block that is skipped", ylabel=ylabel, xticks=ticks, axisbelow=True)
+    ax.set(title=title, xlabel="skipped block", ylabel=ylabel, xticks=range(0, n, math.ceil(n / 24)), axisbelow=True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.9")
     ax.legend(frameon=False)

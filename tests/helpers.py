@@ -33,8 +33,9 @@ def small_wan(blocks: int = BLOCKS, seed: int = 0) -> VideoDiT:
 
 
 def config(stage: int, *words: str):
-    """The configuration of a stage at the small model's size."""
-    return load([f"stage={stage}", "run=unused", "batch=2", "shift=3", "progress=false", *words])
+    """The configuration of a stage at the small model's size; a later word replaces an earlier one with its key."""
+    given = dict(w.split("=", 1) for w in ("run=unused", "batch=2", "shift=3", "progress=false", *words))
+    return load([f"stage={stage}", *(f"{k}={v}" for k, v in given.items())])
 
 
 def crop(batch: Batch, size: int = 4, frames: int = 2) -> Batch:
@@ -52,7 +53,9 @@ def batches(size: int = 2, dtype: torch.dtype = torch.float32):
 
     def batch(step: int) -> Batch:
         b = crop(source.batch(step, size))
-        return Batch(b.x0.to(dtype), *(replace(c, text=c.text.to(dtype), image=c.image.to(dtype)) for c in (b.cond, b.null)))
+        return Batch(
+            b.x0.to(dtype), *(replace(c, text=c.text.to(dtype), image=c.image.to(dtype)) for c in (b.cond, b.null))
+        )
 
     return batch
 
@@ -80,8 +83,8 @@ def write_inputs(folder: Path) -> dict[int, list[str]]:
 
 
 def run_train(*words: str) -> None:
-    """The command in this process; SystemExit as a user's shell would see it."""
-    main(train, "train", list(words))
+    """The command in this process, SystemExit as a shell would see it; a later word replaces an earlier one."""
+    main(train, "train", [f"{k}={v}" for k, v in dict(w.split("=", 1) for w in words).items()])
 
 
 def result(run: Path, stage: int) -> dict:
@@ -93,7 +96,9 @@ def result(run: Path, stage: int) -> dict:
         "model": load_file(folder / "model" / "diffusion_pytorch_model.safetensors"),
         "state": {f.name: load_file(f) for f in files},
         "card": json.loads((folder / "model" / "fastlightgen.json").read_text()),
-        "metrics": [{k: v for k, v in r.items() if k != "sec_per_step"} for r in read_metrics(folder / "metrics.jsonl")],
+        "metrics": [
+            {k: v for k, v in r.items() if k != "sec_per_step"} for r in read_metrics(folder / "metrics.jsonl")
+        ],
     }
 
 

@@ -45,12 +45,13 @@ class Cache:
         try:
             text = (self.folder / "index.json").read_text()
             index = json.loads(text)
-            if index["format"] != FORMAT:
-                raise ValueError(f"{self.folder}: cache format {index['format']}, this version reads {FORMAT}")
+            version = index["format"]
             shards = [(str(s["file"]), int(s["clips"])) for s in index["shards"]]
             self.description = index["description"]
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as err:
+        except (OSError, KeyError, TypeError, ValueError) as err:
             raise ValueError(f"{self.folder}/index.json: not a latent cache ({type(err).__name__}: {err})") from None
+        if version != FORMAT:
+            raise ValueError(f"{self.folder}: cache format {version}, this version reads {FORMAT}")
         if any(Path(name).name != name or name == ".." for name, _ in shards):
             raise ValueError(f"{self.folder}/index.json: names files outside its folder")
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -71,7 +72,7 @@ class Cache:
                 with safe_open(file, framework="pt") as shard:
                     for key in shard.keys():
                         rows.setdefault(key, []).append(shard.get_slice(key)[row])
-            except (OSError, SafetensorError) as err:
+            except (OSError, IndexError, SafetensorError) as err:
                 raise ValueError(f"{file}: damaged or missing ({err}); make the cache again") from None
         strangers = sorted(rows.keys() - set(FIELDS))
         if strangers or "latents" not in rows:

@@ -1,0 +1,220 @@
+"""A run that was killed anywhere and started again ends bit for bit where an uninterrupted one does."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_same, result, run_train, write_inputs
+
+import fastlightgen
+from fastlightgen.data.source import ShapesSource
+from fastlightgen.engine import checkpoint, loop
+from fastlightgen.models import weights
+
+RUNS = {
+    "teacher with ema": (0, ["ema=0.9", "warmup=3"]),
+    "averaged target": (2, ["target=ema", "target_decay=0.9", "alpha=0.7"]),
+    "critic copy with ema": (3, ["ema=0.9"]),
+    "critic lora": (3, ["fake_mode=lora", "lora_rank=2"]),
+}
+
+
+class Crash(Exception):
+    """Something that no handler in the program knows."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """kind -> what an uninterrupted run leaves; each is run once."""
+    done = {}
+
+    def get(kind: str) -> dict:
+        if kind not in done:
+            stage, words = RUNS[kind]
+            run = tmp_path_factory.mktemp("whole")
+            run_train(f"stage={stage}", f"run={run}", *inputs[stage], *words, "keep=1")
+            done[kind] = result(run, stage)
+        return done[kind]
+
+    return get
+
+
+def nth_call(n: int, fn, before: bool = True):
+    """fn that crashes at its n-th call, before or after doing its work."""
+    calls = 0
+
+    def wrapped(*args, **keys):
+        nonlocal calls
+        calls += 1
+        if calls == n and before:
+            raise Crash
+        out = fn(*args, **keys)
+        if calls == n:
+            raise Crash
+        return out
+
+    return wrapped
+
+
+def before_optimizer(patch, files):
+    patch.setattr(torch.optim.AdamW, "step", nth_call(5, torch.optim.AdamW.step))
+
+
+def after_optimizer(patch, files):
+    patch.setattr(torch.optim.AdamW, "step", nth_call(6, torch.optim.AdamW.step, before=False))
+
+
+def inside_saving(patch, files):  # the second checkpoint, with one of its files written
+    patch.setattr(checkpoint, "save_file", nth_call(files + 2, checkpoint.save_file))
+
+
+def before_rename(patch, files):
+    patch.setattr(Path, "rename", nth_call(2, Path.rename))
+
+
+def between_rename_and_pruning(patch, files):  # flush(folder) is what follows the rename
+    patch.setattr(checkpoint, "flush", nth_call(2 * (files + 2), checkpoint.flush))
+
+
+def before_the_result(patch, files):
+    patch.setattr(weights, "save_file", nth_call(1, weights.save_file))
+
+
+EVERYWHERE = [before_optimizer, after_optimizer, inside_saving, before_the_result]
+CASES = [(kind, place) for kind in RUNS for place in EVERYWHERE]
+CASES += [
+    (kind, place)
+    for kind in ("averaged target", "critic lora")
+    for place in (before_rename, between_rename_and_pruning)
+]
+
+
+@pytest.mark.parametrize("kind, place", CASES, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_killed_and_continued(kind, place, inputs, finished, tmp_path, monkeypatch):
+    stage, words = RUNS[kind]
+    command = [f"stage={stage}", f"run={tmp_path}", *inputs[stage], *words, "keep=1"]
+    wanted = finished(kind)
+    with monkeypatch.context() as patch:
+        if place is before_rename:  # config.yaml is renamed once before
+            place(patch, 0)
+        else:
+            place(patch, len(wanted["state"]))
+        with pytest.raises(Crash):
+            run_train(*command)
+    assert not (tmp_path / f"stage{stage}/model").exists()
+    steps = checkpoint.steps(tmp_path / f"stage{stage}/checkpoints")
+    assert steps == {
+        "before_rename": [],
+        "between_rename_and_pruning": [3, 6],
+        "before_the_result": [7],
+    }.get(place.__name__, steps)
+    run_train(*command)
+    assert_same(result(tmp_path, stage), wanted)
+    folder = tmp_path / f"stage{stage}/checkpoints"
+    assert [p.name for p in folder.iterdir()] == ["step-000007"]  # the debris is gone
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_saved_at_every_step_computes_the_same(kind, inputs, finished, tmp_path):
+    """Saving and keeping are no part of the numbers; and continuing twice is as good as once."""
+    stage, words = RUNS[kind]
+    command = [f"stage={stage}", f"run={tmp_path}", *inputs[stage], *words]
+    with pytest.MonkeyPatch.context() as patch:
+        for _ in range(2):
+            patch.setattr(loop.checkpoint, "save", nth_call(2, checkpoint.save, before=False))
+            with pytest.raises(Crash):
+                run_train(*command, "save_every=1", "keep=3")
+            patch.undo()
+    assert checkpoint.steps(tmp_path / f"stage{stage}/checkpoints") == [2, 3, 4]
+    run_train(*command, "save_every=5", "keep=1")
+    assert_same(result(tmp_path, stage), finished(kind))
+
+
+def child(code: str, *words: str) -> subprocess.Popen:
+    """`code` (a patch), then the train command with these words, in a process of its own."""
+    script = f"{code}\nfrom fastlightgen.config import main\nfrom fastlightgen.train import train\nmain(train, 'train')"
+    env = os.environ | {"PYTHONPATH": str(Path(fastlightgen.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", script, *words], env=env, stderr=subprocess.PIPE, text=True)
+
+
+def test_sigkill_while_saving(inputs, finished, tmp_path):
+    kind = "averaged target"
+    stage, words = RUNS[kind]
+    command = [f"stage={stage}", f"run={tmp_path}", *inputs[stage], *words, "keep=1"]
+    kill = f"""
+import os
+from fastlightgen.engine import checkpoint
+real, calls = checkpoint.save_file, []
+def save_file(tensors, path):
+    real(tensors, path)
+    calls.append(path)
+    if len(calls) == {len(finished(kind)["state"]) + 2}:
+        os.kill(os.getpid(), 9)
+checkpoint.save_file = save_file"""
+    process = child(kill, *command)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    folder = tmp_path / f"stage{stage}/checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == [".step-000006.tmp", "step-000003"]
+    run_train(*command)
+    assert_same(result(tmp_path, stage), finished(kind))
+
+
+SAVED = "{}: saved step 5 of 7; run the same command to continue"
+
+
+def test_sigint_ends_the_step_saves_and_says_how_to_continue(inputs, finished, tmp_path):
+    kind = "critic copy with ema"
+    stage, words = RUNS[kind]
+    command = [f"stage={stage}", f"run={tmp_path}", *inputs[stage], *words, "keep=1"]
+    pause = f"""
+import pathlib, time
+from fastlightgen.data.source import ShapesSource
+real = ShapesSource.batch
+def batch(self, step, size):
+    if step == 4:
+        pathlib.Path({str(tmp_path)!r}, "ready").touch()
+        time.sleep(0.5)
+    return real(self, step, size)
+ShapesSource.batch = batch"""
+    process = child(pause, *command)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "ready").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err.strip() == SAVED.format("SIGINT")
+    assert checkpoint.steps(tmp_path / f"stage{stage}/checkpoints") == [5]
+    run_train(*command)
+    assert_same(result(tmp_path, stage), finished(kind))
+
+
+def test_sigterm_does_the_same(inputs, finished, tmp_path, monkeypatch, capsys):
+    kind = "teacher with ema"
+    stage, words = RUNS[kind]
+    command = [f"stage={stage}", f"run={tmp_path}", *inputs[stage], *words, "keep=1"]
+    old = signal.getsignal(signal.SIGTERM)
+    real = ShapesSource.batch
+
+    def batch(self, step, size):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, step, size)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(ShapesSource, "batch", batch)
+        run_train(*command)
+    assert stop.value.code == 130 and capsys.readouterr().err.strip() == SAVED.format("SIGTERM")
+    assert signal.getsignal(signal.SIGTERM) is old
+    run_train(*command)
+    assert_same(result(tmp_path, stage), finished(kind))

@@ -1,0 +1,179 @@
+"""The walk: every stream equals a forward of its own, bit for bit; block counts; which stream carries a graph."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastlightgen.models.base import Cond, Stream
+from fastlightgen.models.wan import WanModel
+from fastlightgen.models.weights import build
+
+N = 6
+CONFIG = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 6,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 8,
+    "freq_dim": 8,
+    "ffn_dim": 16,
+    "num_layers": N,
+}
+MASKS = [list(keep) for size in range(1, N + 1) for keep in combinations(range(N), size)]
+PRUNED = [0, 1, 4, 5]
+
+
+def inputs(dtype: torch.dtype = torch.float32):
+    model = build(CONFIG, seed=0).to(dtype)
+    x_t, t, cond, null = model.example_inputs(batch=2, size=(2, 4, 4))
+    return model, x_t.to(dtype), t, cond.map(lambda v: v.to(dtype)), null.map(lambda v: v.to(dtype))
+
+
+def alone(model: WanModel, x_t: Tensor, t: Tensor, cond: Cond, keep) -> Tensor:
+    """One stream, block by block, without the walk."""
+    state = model.embed(x_t, t, cond)
+    for i in range(model.num_blocks) if keep is None else sorted(keep):
+        (state,) = model.blocks[i]([state], [True])
+    return model.unembed(state)
+
+
+@torch.no_grad()
+def test_every_mask_beside_the_full_path():
+    model, x_t, t, cond, _ = inputs()
+    full = alone(model, x_t, t, cond, None)
+    for keep in MASKS:
+        model.block_calls = 0
+        v_pruned, v_full = model.walk(x_t, t, [Stream(cond, keep), Stream(cond)])
+        assert torch.equal(v_full, full) and torch.equal(v_pruned, alone(model, x_t, t, cond, keep))
+        # The paths part at the first dropped block p: N + K - p calls (N when nothing is dropped).
+        prefix = next((i for i in range(N) if i not in keep), N)
+        assert model.block_calls == N + len(keep) - prefix
+        assert torch.equal(model(x_t, t, cond, keep=keep), v_pruned)
+
+
+@torch.no_grad()
+def test_all_masks_in_one_walk():
+    model, x_t, t, cond, _ = inputs()
+    model.block_calls = 0
+    for keep, v in zip(MASKS, model.walk(x_t, t, [Stream(cond, keep) for keep in MASKS])):
+        assert torch.equal(v, alone(model, x_t, t, cond, keep))
+    # A tree: block i is called once for every distinct way of having run the blocks before it, 2^i.
+    assert model.block_calls == sum(2**i for i in range(N))
+
+
+@torch.no_grad()
+def test_the_three_streams_of_the_teacher():
+    model, x_t, t, cond, null = inputs()
+    model.block_calls = 0
+    v_pc, v_pn, v_uc = model.walk(x_t, t, [Stream(cond, PRUNED), Stream(null, PRUNED), Stream(cond)])
+    assert torch.equal(v_pc, alone(model, x_t, t, cond, PRUNED))
+    assert torch.equal(v_pn, alone(model, x_t, t, null, PRUNED))
+    assert torch.equal(v_uc, alone(model, x_t, t, cond, None))
+    assert model.block_calls == (N + 4 - 2) + 4  # prompts share nothing
+
+
+@torch.no_grad()
+def test_the_sweep_of_stage_1_shares_prefixes():
+    model, x_t, t, cond, _ = inputs()
+    skips = [[j for j in range(N) if j != i] for i in range(N)]
+    for streams, calls in (
+        ([Stream(cond, keep) for keep in skips] + [Stream(cond)], N * (N + 1) // 2),  # trunk N, tails N - 1, ..., 0
+        ([Stream(cond, keep) for keep in skips], N * (N + 1) // 2 - 1),  # nobody needs the trunk's last block
+    ):
+        model.block_calls = 0
+        out = model.walk(x_t, t, streams)
+        assert model.block_calls == calls
+        assert all(torch.equal(v, alone(model, x_t, t, cond, s.keep)) for v, s in zip(out, streams))
+
+
+@torch.no_grad()
+def test_one_module_call_per_block_serves_all_streams():
+    model, x_t, t, cond, null = inputs()
+    visits = []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda _, args, i=i: visits.append((i, len(args[0]))))
+    model.walk(x_t, t, [Stream(cond, PRUNED), Stream(null, [1, 2, 4]), Stream(cond)])
+    assert visits == [(0, 1), (1, 2), (2, 2), (3, 1), (4, 3), (5, 2)]
+
+
+@torch.no_grad()
+def test_texts_of_different_lengths_and_streams_said_twice():
+    model, x_t, t, cond, null = inputs()
+    short = Cond(null.text[:, :3])
+    out = model.walk(x_t, t, [Stream(cond, PRUNED), Stream(short), Stream(cond, PRUNED)])
+    assert torch.equal(out[1], alone(model, x_t, t, short, None))
+    assert torch.equal(out[0], out[2]) and torch.equal(out[0], alone(model, x_t, t, cond, PRUNED))
+
+
+def test_a_stream_of_another_batch_is_refused():
+    model, x_t, t, cond, null = inputs()
+    with pytest.raises(ValueError, match="text has batch 3, the latent 2"):
+        model.walk(x_t, t, [Stream(cond), Stream(Cond(null.text[:1].expand(3, -1, -1)))])
+
+
+def gradients(model: WanModel, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("flags", [(True, True), (True, False), (False, True)], ids=str)
+def test_gradients_equal_those_of_separate_forwards(flags: tuple[bool, bool]):
+    model, x_t, t, cond, null = inputs(torch.float64)
+    out = model.walk(x_t, t, [Stream(cond, PRUNED, flags[0]), Stream(cond, None, flags[1]), Stream(null, PRUNED)])
+    assert [v.requires_grad for v in out] == [*flags, False]
+    weights = torch.linspace(-1, 1, x_t.numel(), dtype=torch.float64).view_as(x_t)
+
+    def total(parts: list[Tensor]) -> Tensor:
+        return sum((n * weights * v.square()).sum() for n, v, flag in zip((1, 2), parts, flags) if flag)
+
+    walked = gradients(model, total(out))
+    separate = gradients(model, total([alone(model, x_t, t, cond, keep) for keep in (PRUNED, None)]))
+    assert walked.keys() == separate.keys()
+    assert ("blocks.2.attn1.to_q.weight" in walked) == flags[1]  # a dropped block gets no gradient
+    for name, want in separate.items():
+        torch.testing.assert_close(walked[name], want, rtol=1e-10, atol=1e-10 * want.abs().max().item())
+
+
+def test_gradient_through_x_t_reaches_grad_streams_only():
+    model, x_t, t, cond, _ = inputs(torch.float64)
+    x_t.requires_grad_()
+    v_p, v_u = model.walk(x_t, t, [Stream(cond, PRUNED, grad=True), Stream(cond)])
+    (walked,) = torch.autograd.grad(v_p.sum(), x_t)
+    (want,) = torch.autograd.grad(alone(model, x_t, t, cond, PRUNED).sum(), x_t)
+    torch.testing.assert_close(walked, want, rtol=1e-10, atol=1e-10)
+    assert not v_u.requires_grad
+
+
+def test_a_stream_without_gradient_leaves_the_graph_where_it_forks():
+    model, x_t, t, cond, _ = inputs()
+    seen = []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda _, args, i=i: seen.append((i, [s.x.requires_grad for s in args[0]])))
+    model.walk(x_t, t, [Stream(cond, PRUNED, grad=True), Stream(cond)])
+    # Shared and in the graph up to the fork; blocks 2 and 3 run only for the stream that left it.
+    assert seen[:4] == [(0, [True]), (1, [True]), (2, [False]), (3, [False])]
+    assert [sorted(flags) for _, flags in seen[4:]] == [[False, True]] * 2
+    twins = model.walk(x_t, t, [Stream(cond, PRUNED, grad=True), Stream(cond, PRUNED)])  # merged to the end
+    assert [v.requires_grad for v in twins] == [True, False] and torch.equal(*twins)
+
+
+def saved(run) -> int:
+    """How many tensors autograd keeps for a backward through run()."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(1) or x, lambda x: x):
+        out = run()
+    del out
+    return len(kept)
+
+
+def test_streams_without_gradient_keep_nothing():
+    model, x_t, t, cond, null = inputs()
+    one = saved(lambda: model(x_t, t, cond, keep=PRUNED))
+    streams = [Stream(cond, PRUNED, grad=True), Stream(cond), Stream(null), Stream(null, [3])]
+    assert one > 0 and saved(lambda: model.walk(x_t, t, streams)) == one
+    assert saved(lambda: model.walk(x_t, t, streams[1:])) == 0
+    with torch.no_grad():  # the caller's mode rules over grad=True
+        assert not model.walk(x_t, t, streams)[0].requires_grad

@@ -1,0 +1,276 @@
+"""Stage III against Eq. 8 and 9 written out sample by sample in float64, and who is trained when, on what."""
+
+import copy
+
+import pytest
+import torch
+from helpers import KEPT, batches, config, small_wan
+
+from fastlightgen import flow
+from fastlightgen.engine.local import LocalEngine
+from fastlightgen.models.lora import LoraLinear
+from fastlightgen.models.weights import save_model
+from fastlightgen.ops import dmd_gradient
+from fastlightgen.rng import generator, normal_like
+from fastlightgen.stages import distill
+from fastlightgen.stages.build import build_distill
+from fastlightgen.stages.distill import dmd_loss
+
+DOUBLE = batches(2, torch.float64)
+CPU = torch.device("cpu")
+
+
+class DoubleSource:
+    name = "test"
+
+    def batch(self, step: int, size: int):
+        return batches(size, torch.float64)(step)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    save_model(small_wan(seed=1), root / "stage2", pruned_path=KEPT, source="there")
+    save_model(small_wan(seed=2), root / "teacher")
+    return [f"stage2_model={root / 'stage2'}", f"model={root / 'teacher'}"]
+
+
+def make(folders, *words: str, moved: float = 0.05):
+    """A stage in float64 whose student and fake have already left the Stage II network."""
+    stage = build_distill(config(3, *folders, "lora_rank=3", *words), DoubleSource(), CPU)
+    nets, gen = stage.nets, torch.Generator().manual_seed(1)
+    for net in filter(None, (nets.student, nets.teacher, nets.fake_net, nets.original)):
+        net.double()
+    with torch.no_grad():
+        for p in (*nets.student.parameters(), *nets.fake_trained.parameters()):
+            p += moved * torch.randn(p.shape, generator=gen, dtype=p.dtype)
+    return stage
+
+
+def merged(nets):
+    """The fake network as a plain network of its own blocks: adapters multiplied out, skipped blocks deleted."""
+    net = copy.deepcopy(nets.fake_net)
+    for module in list(net.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, LoraLinear):
+                child.base.weight.data += child.up.data @ child.down.data
+                setattr(module, name, child.base)
+    return net if nets.fake_keep is None else net.prune(nets.fake_keep)
+
+
+def roll(stage, batch, gen):
+    """Backward simulation by hand: returns the clip with gradient on its last network call only."""
+    cfg, student = stage.cfg, stage.nets.student
+    tau = [3 * u / (1 + 2 * u) for u in (1 - i / cfg.steps for i in range(cfg.steps))]
+    j = int(torch.randint(cfg.steps, (), generator=gen))
+    noise = normal_like(batch.x0, gen)
+    if cfg.rollout == "data":
+        x = (1 - tau[j]) * batch.x0 + tau[j] * noise
+    else:
+        x = noise
+        for i in range(j):
+            v = student(x, tau[i], batch.cond).detach()
+            if cfg.sampler == "ode":
+                x = x + (tau[i + 1] - tau[i]) * v
+            else:
+                x = (1 - tau[i + 1]) * (x - tau[i] * v) + tau[i + 1] * normal_like(x, gen)
+    return x - tau[j] * student(x, tau[j], batch.cond)
+
+
+def times(stage, gen):
+    u = torch.rand(2, generator=gen).clamp(1e-4, 1)
+    shift = stage.cfg.score_shift or 3.0
+    return (shift * u / (1 + (shift - 1) * u)).clamp(*stage.cfg.t_clamp)
+
+
+VARIANTS = [
+    (),
+    ("rollout=data", "steps=3"),
+    ("sampler=ode", "normaliser=none"),
+    ("fake_mode=lora", "score_shift=7"),
+    ("fake_mode=lora", "fake_arch=full"),
+    ("fake_arch=full", "strong=original", "beta1=1.5", "beta2=0.8"),
+]
+
+
+@pytest.mark.parametrize("words", VARIANTS, ids=" ".join)
+def test_student_gradient_is_that_of_eq_8(folders, words):
+    stage = make(folders, *words)
+    cfg, nets, fake = stage.cfg, stage.nets, merged(stage.nets)
+    strong, params = nets.original or nets.teacher, list(nets.student.parameters())
+    for step in (0, 5, 10):
+        batch, gen = DOUBLE(step), generator(0, 5, step)
+        x_hat = roll(stage, batch, gen)
+        x, t = x_hat.detach(), times(stage, gen)
+        noise = normal_like(x, gen)
+        beta1 = cfg.beta1 - cfg.a1 + (cfg.a1 + cfg.b1) * torch.rand(2, generator=gen).double()
+        beta2 = cfg.beta2 - cfg.a2 + (cfg.a2 + cfg.b2) * torch.rand(2, generator=gen).double()
+        wanted = []
+        for b in range(2):  # one sample at a time, weak teacher as a network with fewer blocks
+            cond, null = (c.map(lambda v, b=b: v[b : b + 1]) for c in (batch.cond, batch.null))
+            x_t = (1 - t[b].double()) * x[b : b + 1] + t[b].double() * noise[b : b + 1]
+            weak, at = copy.deepcopy(nets.teacher).prune(KEPT), t[b : b + 1]
+            v_p, v_null, v_u = weak(x_t, at, cond), weak(x_t, at, null), strong(x_t, at, cond)
+            v_real = beta1[b] * (v_p - v_null) + beta2[b] * (v_u - v_p) + v_null
+            g = t[b].double() * (v_real - fake(x_t, at, cond))
+            if cfg.normaliser == "dmd":
+                g = g / ((x[b] - (x_t - t[b].double() * v_real)[0]).abs().mean() + 1e-6)
+            wanted.append(g[0].detach())
+        g = torch.stack(wanted)
+        hand = torch.autograd.grad(x_hat, params, g / g.numel(), allow_unused=True)
+        loss, record = stage.student_loss(step)
+        assert loss.item() == pytest.approx(0.5 * g.square().mean().item(), rel=1e-6)
+        assert record["contrast"] == pytest.approx(x.std().item())
+        loss.backward()
+        for p, h in zip(params, hand, strict=True):
+            assert torch.allclose(p.grad, h, rtol=1e-5, atol=1e-9 + 1e-6 * h.abs().max().item())
+        others = [p for n in (nets.teacher, nets.fake_net, nets.original) if n is not None for p in n.parameters()]
+        assert all(p.grad is None for p in others)
+        nets.student.zero_grad()
+
+
+@pytest.mark.parametrize("words", VARIANTS[:5], ids=" ".join)
+def test_critic_loss_is_flow_matching_on_the_student_s_clips(folders, words):
+    stage = make(folders, *words)
+    fake = merged(stage.nets)
+    for step in (0, 3):
+        batch, gen = DOUBLE(step), generator(0, 6, step)
+        x, t = roll(stage, batch, gen).detach(), times(stage, gen)
+        noise = normal_like(x, gen)
+        at = t.double().view(-1, 1, 1, 1, 1)
+        v = fake((1 - at) * x + at * noise, t, batch.cond)
+        loss, _ = stage.critic_loss(step)
+        assert loss.item() == pytest.approx(((v - (noise - x)) ** 2).mean().item(), rel=1e-6)
+        loss.backward()
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in stage.nets.fake_trained.parameters())
+        trained = {id(p) for p in stage.nets.fake_trained.parameters()}
+        idle = [p for n in (stage.nets.student, stage.nets.teacher) for p in n.parameters() if id(p) not in trained]
+        assert all(p.grad is None for p in idle)
+
+
+def test_dmd_loss_has_the_wanted_gradient():
+    gen = torch.Generator().manual_seed(0)
+    x_hat = torch.randn(2, 3, 4, dtype=torch.float64, generator=gen, requires_grad=True)
+    g = torch.randn(2, 3, 4, dtype=torch.float64, generator=gen)
+    dmd_loss(x_hat, g).backward()
+    assert torch.allclose(x_hat.grad, g / 24, rtol=1e-12)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_descending_with_this_sign_reaches_the_data_and_the_other_leaves_it(sign):
+    """Data N(0, 1), a generator phi + N(0, 1) from phi = 2, scores in closed form: phi must go to 0."""
+    phi, gen = torch.tensor(2.0, dtype=torch.float64, requires_grad=True), torch.Generator().manual_seed(0)
+
+    def v(x_t, t, mean):  # E[noise - x0 | x_t] for x0 ~ N(mean, 1)
+        return (2 * t - 1) / ((1 - t) ** 2 + t**2) * (x_t - (1 - t) * mean) - mean
+
+    for _ in range(200):
+        x_hat = phi + torch.randn(64, 1, dtype=torch.float64, generator=gen)
+        t = torch.rand(64, generator=gen, dtype=torch.float64).clamp(0.02, 0.98)
+        noise = torch.randn(64, 1, dtype=torch.float64, generator=gen)
+        x_t = flow.add_noise(x_hat.detach(), noise, t)
+        real, fake = (v(x_t, t[:, None], m) for m in (0.0, phi.item()))
+        g, _ = dmd_gradient(x_hat.detach(), x_t, t, fake, real, real, real, 1.0, 1.0)
+        (d,) = torch.autograd.grad(dmd_loss(x_hat, sign * g), phi)
+        with torch.no_grad():
+            phi -= 0.05 * d
+    assert abs(phi.item()) < 0.2 if sign == 1 else phi.item() > 3
+
+
+def test_schedule_of_updates(folders):
+    def roles(stage, steps):
+        return [[u.role for u in stage.updates(k)] for k in range(steps)]
+
+    outer = make(folders, "ratio=5")
+    assert roles(outer, 11) == [["student", "fake"] if k % 5 == 0 else ["fake"] for k in range(11)]
+    counted = make(folders, "ratio=3", "count=generator")
+    assert roles(counted, 2) == [["student", "fake", "fake", "fake"]] * 2
+    seen = []
+    counted.batches = lambda step: seen.append(step) or DOUBLE(0)
+    for k in range(2):
+        for update in counted.updates(k)[1:]:
+            update.loss()
+    assert seen == list(range(6))  # every critic update has its own clips
+
+
+@pytest.mark.parametrize("mode", ["copy", "lora"])
+def test_training_moves_only_the_trained(folders, mode):
+    stage = make(
+        folders, f"fake_mode={mode}", "strong=original", "ratio=1", "lr=0.01", "lr_fake=0.01", "weight_decay=0.5"
+    )
+    nets = stage.nets
+    trained = {id(p) for n in (nets.student, nets.fake_trained) for p in n.parameters()}
+    frozen = [p for n in (nets.teacher, nets.fake_net, nets.original) for p in n.parameters() if id(p) not in trained]
+    before, student = [p.clone() for p in frozen], copy.deepcopy(nets.student.state_dict())
+    engine = LocalEngine(CPU, "float32")
+    engine.prepare(stage)
+    for step in range(2):
+        for update in stage.updates(step):
+            engine.apply(update, step)
+    assert all(
+        torch.equal(p, b) and p.grad is None and not p.requires_grad for p, b in zip(frozen, before, strict=True)
+    )
+    assert all(not torch.equal(v, student[k]) for k, v in nets.student.state_dict().items())
+
+
+def test_what_the_networks_start_from(folders):
+    """Student and fake are the pruned path of the Stage II network, bit for bit; a fresh LoRA changes nothing."""
+    x_t, t, cond, _ = small_wan().example_inputs(2)
+    for words in (("fake_mode=copy",), ("fake_mode=lora",), ("fake_arch=full",), ("fake_mode=lora", "fake_arch=full")):
+        stage = make(folders, *words, moved=0.0)
+        nets, x = stage.nets, x_t.double()
+        wanted = nets.teacher(x, t, cond, KEPT)
+        assert torch.equal(nets.student(x, t, cond), wanted) and nets.student.num_blocks == len(KEPT)
+        assert torch.equal(nets.fake(x, t, cond), nets.teacher(x, t, cond) if "fake_arch=full" in words else wanted)
+        assert (nets.fake_net is nets.teacher) == ("fake_mode=lora" in words)
+
+
+def test_exit_rung_depends_on_seed_and_step_alone(folders, monkeypatch):
+    def rungs(*words, moved=0.05, steps=200):
+        stage, seen = make(folders, *words, moved=moved), []
+        monkeypatch.setattr(distill.flow, "rollout", lambda predict, x, t, *a: seen.append(t) or x)
+        batch = batches(stage.cfg.batch)(0)
+        for step in range(steps):
+            stage.rollout(batch, generator(stage.cfg.seed, 5, step))
+        monkeypatch.undo()
+        return seen
+
+    a = rungs()
+    assert a == rungs("batch=5", "fake_mode=lora", moved=0.5) and a != rungs("seed=1")
+    assert [t[-1:] for t in a] == rungs("rollout=data")
+    counts = [sum(len(t) == n for t in a) for n in (1, 2, 3, 4)]
+    assert all(abs(c - 50) < 3 * (200 * 3 / 16) ** 0.5 for c in counts), counts  # uniform, three standard deviations
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_ladders(folders, tmp_path, steps):
+    stage = make(folders, f"steps={steps}", "shift=5")
+    wanted = [5 * u / (1 + 4 * u) for u in (1 - i / steps for i in range(steps))]
+    assert stage.times == pytest.approx(wanted) and stage.times[0] == 1
+    assert stage.student_loss(0)[0].item() > 0
+
+
+def test_betas_and_times_stay_inside_their_ranges_per_sample(folders, monkeypatch):
+    stage, seen = make(folders, "batch=8", "beta1=2", "a1=1", "b1=0.5", "beta2=0.3", "a2=0.1", "b2=0.2"), []
+    stage.rollout = lambda batch, gen: batch.x0.clone().requires_grad_(True)
+
+    def spy(x0, x_t, t, *rest):
+        seen.append((t, *rest[-2:]))
+        return dmd_gradient(x0, x_t, t, *rest)
+
+    monkeypatch.setattr(distill, "dmd_gradient", spy)
+    for step in range(25):
+        stage.student_loss(step)
+    t, beta1, beta2 = (torch.cat(column) for column in zip(*seen, strict=True))
+    for x, low, high in ((t, 0.02, 0.98), (beta1, 1.0, 2.5), (beta2, 0.2, 0.5)):
+        assert x.shape == (200,) and low <= x.min() and x.max() <= high + 1e-6
+        assert x.min() < low + 0.1 * (high - low) and x.max() > high - 0.1 * (high - low)  # and fill them
+    assert all(len(set(row[1].tolist())) == 8 for row in seen)
+    assert abs(torch.corrcoef(torch.stack([beta1, beta2]))[0, 1]) < 0.25
+
+
+def test_build_says_what_is_missing(folders, tmp_path):
+    with pytest.raises(ValueError, match="there is no Stage II model; run stage=2"):
+        build_distill(config(3, folders[1], f"run={tmp_path}"), DoubleSource(), CPU)
+    with pytest.raises(ValueError, match="names no pruned_path; wanted a model that stage=2 made"):
+        build_distill(config(3, folders[1], folders[1].replace("model=", "stage2_model=")), DoubleSource(), CPU)
