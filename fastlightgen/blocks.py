@@ -44,7 +44,6 @@ def read_importance(path: str | Path, num_blocks: int) -> dict:
         record = json.loads(path.read_text())
         kept, pruned = record["kept"], record["pruned"]
         units, blocks = len(record["units"]), sorted([*kept, *pruned])
-        blocks = sorted([*kept, *pruned])
     except FileNotFoundError:
         raise ValueError(f"{path}: not found; run stage=1 with the same run= first") from None
     except (ValueError, KeyError, TypeError) as err:

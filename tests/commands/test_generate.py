@@ -115,6 +115,12 @@ def test_a_picture_becomes_the_first_frame_condition(folders, tmp_path):
     Image.fromarray(picture).save(tmp_path / "p.png")
     small = read_image(str(tmp_path / "p.png"), SIZE)
     assert small.shape == (3, SIZE, SIZE) and small[2].min() == 1 and small[:2].max() == 0
+    noisy = np.random.default_rng(0).integers(0, 256, (2 * SIZE, 2 * SIZE, 3), np.uint8)
+    Image.fromarray(noisy).save(tmp_path / "n.png")
+    means = noisy.reshape(SIZE, 2, SIZE, 2, 3).mean((1, 3)).transpose(2, 0, 1) / 255
+    assert (
+        np.abs(read_image(str(tmp_path / "n.png"), SIZE).numpy() - means).max() < 1.01 / 255
+    )  # rounded up along each axis
     # one step without guidance is x - v(x): compute it with the condition written out
     got = run(folders, tmp_path / "a.png", f"image={tmp_path / 'p.png'}", "steps=1")
     first = Codec().encode(small.expand(1, FRAMES, -1, -1, -1))

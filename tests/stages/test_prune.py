@@ -104,6 +104,8 @@ def test_skipped_blocks_stay_when_nothing_trains_them(words):
     engine = LocalEngine(torch.device("cpu"), "float32")
     engine.prepare(stage)
     before = copy.deepcopy(stage.net.state_dict())
+    held = {id(p) for p in engine.optimizers["student"].param_groups[0]["params"]}  # a sharded one decays all it holds
+    assert all((id(p) in held) == (i not in PRUNED) for i in range(BLOCKS) for p in stage.net.blocks[i].parameters())
     for step in range(3):
         loss, _ = stage.loss(step)
         loss.backward()
