@@ -1,20 +1,25 @@
 """One walk, many streams: the only block loop in the project.
 
-A model supplies `embed(x_t, t, cond) -> State`, an ordered list `blocks` and `unembed(State) -> v`. A stream is one
-prediction of the same weights for the same noisy latent: a condition, a set of blocks and whether it carries gradient.
-Streams with one condition stay merged until the first block that only some of them run; a skipped block costs nothing.
+A stream is one prediction of the same weights for the same noisy latent: a condition, a set of blocks and whether it
+carries gradient. Streams stay merged until the first block that only some of them run, or, where their prompts differ,
+until text first enters. A block is called once for all the streams that run it, and a skipped block costs nothing: a
+block leaves x + gate y with the sum untaken, and whatever runs next for that stream fuses it with its own norm.
 
-Shapes: x_t, v [B, C, F, H, W] latents; t [B] in (0, 1]; hidden states [B, L, D].
+A model supplies `tables` (time, positions), `embed` (latent to hidden states), `prompt` (text context), `blocks` and
+`unembed`. Shapes: x_t, v [B, C, F, H, W] latents; t [B] in (0, 1]; hidden states [B, L, D].
 """
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastlightgen.blocks import check_keep
+from fastlightgen.ops import add_residual
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +32,11 @@ class Cond:
     image_embeds: Tensor | None = None
     pooled: Tensor | None = None
     guidance: Tensor | None = None
+    kept: dict | None = None  # an empty dict, for one text under frozen weights: the blocks keep its keys and values here
 
     def map(self, fn) -> "Cond":
         """Apply fn to every tensor."""
-        return Cond(**{k: fn(v) for k, v in vars(self).items() if v is not None})
+        return replace(self, **{k: fn(v) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,20 +48,50 @@ class Stream:
     grad: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class State:
-    """What travels through the blocks: the hidden states and the tables that every block reads."""
+class Prompt:
+    """What the blocks read of one condition, and each block's keys and values of it where they are kept."""
 
-    x: Tensor  # hidden states [B, L, D]
+    def __init__(self, cond: Cond, text: Tensor, image: Tensor | None):
+        self.text, self.image = text, image  # contexts [B, T, D], [B, I, D]
+        self.kept = cond.kept  # block -> keys and values, for prompts that stay the same under frozen weights
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """What all blocks and streams of a walk share."""
+
     temb: Tensor  # time embedding [B, D]
     mod: Tensor  # time projection [B, 6, D]
     rope: Tensor  # complex rotations [1, L, 1, head_dim / 2]
-    text: Tensor  # text context [B, T, D]
-    image: Tensor | None  # image context [B, I, D]
     grid: tuple[int, int, int]  # patches along (F, H, W)
 
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Hidden states [B, L, D] as a block leaves them: x + gate y, with the sum left to whatever runs next."""
+
+    x: Tensor
+    y: Tensor | None = None
+    gate: Tensor | None = None
+
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.x, self.y, self.gate
+
+    def settled(self) -> "State":
+        """The same with the sum taken, once for both sides of a fork."""
+        return self if self.y is None else State(add_residual(self.x, self.y, self.gate))
+
     def detach(self) -> "State":
-        return replace(self, **{k: v.detach() for k, v in vars(self).items() if isinstance(v, Tensor)})
+        return State(*(None if v is None else v.detach() for v in self.parts()))
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One group of streams in one block: a state, and the prompts it goes on with (several only until text enters)."""
+
+    state: State
+    prompts: list[Prompt]
+    grads: list[bool]
 
 
 def gradient(on: bool):
@@ -63,21 +99,30 @@ def gradient(on: bool):
     return nullcontext() if on else torch.no_grad()
 
 
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Streams (by index) that share their hidden states so far."""
+
+    state: State
+    members: list[int]
+
+
 class VideoDiT(nn.Module):
     """A video diffusion transformer whose blocks can be skipped, walked by several streams at once, or pruned."""
 
     blocks: nn.ModuleList
     block_calls: int = 0  # block evaluations since the counter was last set to 0
+    grad_block_calls: int = 0  # those of them that carried gradient
+    checkpointing: bool = False  # keep one hidden tensor per block and compute the block again in the backward pass
+    keep_attention: int = 0  # with checkpointing: how many of the blocks keep their self-attention outputs
 
     @property
     def num_blocks(self) -> int:
         return len(self.blocks)
 
-    def embed(self, x_t: Tensor, t: Tensor, cond: Cond) -> State:
-        raise NotImplementedError
-
-    def unembed(self, state: State) -> Tensor:
-        raise NotImplementedError
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond, keep: Sequence[int] | None = None) -> Tensor:
         """v for one condition; `keep` names the blocks that run."""
@@ -87,43 +132,91 @@ class VideoDiT(nn.Module):
         """v for every stream. Each block is visited once, and once called for all the streams that run it."""
         t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(x_t.shape[0])
         keeps = [check_keep(s.keep, self.num_blocks) for s in streams]
+        self.check(x_t, [s.cond for s in streams])
 
-        # Streams with the same condition start as one group: [state, member indices].
-        groups: list[tuple[State, list[int]]] = []
-        for cond in {id(s.cond): s.cond for s in streams}.values():
-            members = [i for i, s in enumerate(streams) if s.cond is cond]
-            with gradient(any(streams[i].grad for i in members)):
-                groups.append((self.embed(x_t, t, cond), members))
+        def grad(members: Sequence[int]) -> bool:
+            return any(streams[i].grad for i in members)
+
+        def same(key) -> list[list[int]]:  # streams with the same key, as lists of indices
+            keys = [key(s) for s in streams]
+            return [[i for i, k in enumerate(keys) if k == key] for key in dict.fromkeys(keys)]
+
+        # Computed once: time and positions for all, the text context per prompt, the first hidden states per image.
+        with gradient(grad(range(len(streams)))):
+            tables = self.tables(x_t, t)
+        prompts: list[Prompt | None] = [None] * len(streams)
+        for members in same(lambda s: id(s.cond)):
+            with gradient(grad(members)):
+                prompt = self.prompt(streams[members[0]].cond)
+            for i in members:
+                prompts[i] = prompt
+        groups = []
+        for members in same(lambda s: id(s.cond.image)):
+            with gradient(grad(members)):
+                groups.append(Group(State(self.embed(x_t, streams[members[0]].cond)), members))
 
         for index, block in enumerate(self.blocks):
             running, waiting = [], []
-            for state, members in groups:
-                inside = [i for i in members if index in keeps[i]]
-                outside = [i for i in members if index not in keeps[i]]
-                if inside and outside:  # fork: a side without a grad stream leaves the graph
-                    sides = [(self._side(state, part, streams), part) for part in (inside, outside)]
-                    running.append(sides[0])
-                    waiting.append(sides[1])
+            for group in groups:
+                inside = [i for i in group.members if index in keeps[i]]
+                outside = [i for i in group.members if index not in keeps[i]]
+                if inside and outside:  # fork: one sum for both sides; a side without a grad stream leaves the graph
+                    with gradient(grad(group.members)):
+                        state = group.state.settled()
+                    inner, outer = (state if grad(side) else state.detach() for side in (inside, outside))
+                    running.append(Group(inner, inside))
+                    waiting.append(Group(outer, outside))
                 else:
-                    (running if inside else waiting).append((state, members))
+                    (running if inside else waiting).append(group)
             if running:
-                grads = [any(streams[i].grad for i in members) for _, members in running]
-                states = block([state for state, _ in running], grads)
-                self.block_calls += len(states)
-                running = [(state, members) for state, (_, members) in zip(states, running, strict=True)]
-            groups = running + waiting
+                recompute = ("attention" if index < self.keep_attention else "all") if self.checkpointing else None
+                groups = self._call(block, running, tables, prompts, grad, recompute) + waiting
 
         out: list[Tensor | None] = [None] * len(streams)
-        for state, members in groups:
-            with gradient(any(streams[i].grad for i in members)):
-                v = self.unembed(state)
-            for i in members:
-                out[i] = v if streams[i].grad else v.detach()
+        for group in groups:
+            for members in self._by_prompt(group.members, prompts):  # still merged only if no block ran
+                with gradient(grad(members)):
+                    v = self.unembed(group.state, tables)
+                for i in members:
+                    out[i] = v if streams[i].grad else v.detach()
         return out
 
+    def _call(self, block, groups: list[Group], tables: Tables, prompts, grad, recompute: str | None) -> list[Group]:
+        """One module call for all groups, so that a sharded engine gathers the block's weights once."""
+        parts = [self._by_prompt(g.members, prompts) for g in groups]
+        jobs = [
+            Job(g.state, [prompts[m[0]] for m in part], [grad(m) for m in part])
+            for g, part in zip(groups, parts, strict=True)
+        ]
+        states = block(jobs, tables, recompute)
+        flags = [flag for job in jobs for flag in job.grads]
+        self.block_calls += len(flags)
+        self.grad_block_calls += sum(flags)
+        return [Group(s, m) for row, part in zip(states, parts, strict=True) for s, m in zip(row, part, strict=True)]
+
     @staticmethod
-    def _side(state: State, members: list[int], streams: Sequence[Stream]) -> State:
-        return state if any(streams[i].grad for i in members) else state.detach()
+    def _by_prompt(members: list[int], prompts: list[Prompt]) -> list[list[int]]:
+        order = dict.fromkeys(id(prompts[i]) for i in members)
+        return [[i for i in members if id(prompts[i]) == key] for key in order]
+
+    def hidden_bytes(self, x_t: Tensor) -> int:
+        """Size of one hidden state of this batch: what a block boundary, a fork or a kept attention output costs."""
+        raise NotImplementedError
+
+    def tables(self, x_t: Tensor, t: Tensor) -> Tables:
+        raise NotImplementedError
+
+    def embed(self, x_t: Tensor, cond: Cond) -> Tensor:
+        raise NotImplementedError
+
+    def prompt(self, cond: Cond) -> Prompt:
+        raise NotImplementedError
+
+    def unembed(self, state: State, tables: Tables) -> Tensor:
+        raise NotImplementedError
+
+    def check(self, x_t: Tensor, conds: list[Cond]) -> None:
+        raise NotImplementedError
 
     def prune(self, keep: Sequence[int]) -> "VideoDiT":
         """Delete the blocks outside `keep` for good, in place; the others keep their order."""
@@ -131,6 +224,25 @@ class VideoDiT(nn.Module):
         self.blocks = nn.ModuleList([self.blocks[i] for i in keep])
         return self
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+
+_ATTENTION = [
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+]
+
+
+def _save_self_attention(_ctx, op, *args, **_kwargs) -> CheckpointPolicy:
+    """Attention is quadratic in the tokens: keep its output (a hidden tensor) and compute the rest again."""
+    keep = op in _ATTENTION and args[0].shape[-2] == args[1].shape[-2]
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recomputed(run, recompute: str, *args):
+    """run(*args) under activation checkpointing; "attention" keeps the self-attention outputs."""
+    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _save_self_attention)}
+    return checkpoint(run, *args, use_reentrant=False, **(contexts if recompute == "attention" else {}))

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlightgen.models.base import Cond, State, VideoDiT, gradient
-from fastlightgen.ops import norm_modulate
+from fastlightgen.models.base import Cond, Job, Prompt, State, Tables, VideoDiT, gradient, recomputed
+from fastlightgen.ops import add_residual, gate_residual_norm_modulate
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,15 @@ class Attention(nn.Module):
             self.add_k_proj, self.add_v_proj = nn.Linear(added_kv, dim), nn.Linear(added_kv, dim)
             self.norm_added_k = nn.RMSNorm(dim, eps=cfg.eps)
 
-    def forward(self, x: Tensor, context: Tensor, rope: Tensor | None = None, image: Tensor | None = None) -> Tensor:
-        q, k = self._split(self.norm_q(self.to_q(x))), self._split(self.norm_k(self.to_k(context)))
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        out = attend(q, k, self._split(self.to_v(context)))
-        if image is not None:
-            k, v = self.norm_added_k(self.add_k_proj(image)), self.add_v_proj(image)
-            out = out + attend(q, self._split(k), self._split(v))
-        return self.to_out[0](out)
+    def query(self, x: Tensor) -> Tensor:
+        return self._split(self.norm_q(self.to_q(x)))
+
+    def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, T, heads, head_dim] of a context."""
+        return self._split(self.norm_k(self.to_k(context))), self._split(self.to_v(context))
+
+    def image_keys(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        return self._split(self.norm_added_k(self.add_k_proj(image))), self._split(self.add_v_proj(image))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1))
@@ -130,22 +130,64 @@ class Block(nn.Module):
         self.ffn = FeedForward(dim, cfg.ffn_dim, dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, states: list[State], grads: list[bool]) -> list[State]:
-        """All streams in one module call, so that a sharded engine gathers these weights once."""
+    def forward(self, jobs: list[Job], tables: Tables, recompute: str | None = None) -> list[list[State]]:
+        """All streams in one module call; per job one state for each of its prompts."""
+        keys = self.prompt_keys(jobs)
         out = []
-        for state, grad in zip(states, grads, strict=True):
-            with gradient(grad):
-                out.append(replace(state, x=self.run(state)))
+        for job in jobs:
+            with gradient(any(job.grads)):
+                if recompute and any(job.grads) and torch.is_grad_enabled():
+                    out.append(recomputed(self.run_settled, recompute, job, tables, keys))
+                else:
+                    out.append(self.run(job, tables, keys))
         return out
 
-    def run(self, s: State) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + s.mod).unbind(1)
-        x = s.x
-        h = norm_modulate(x, scale1, shift1, self.eps)
-        x = torch.addcmul(x, gate1.to(x.dtype)[:, None], self.attn1(h, h, rope=s.rope))
-        x = x + self.attn2(self.norm2(x), s.text, image=s.image)
-        h = norm_modulate(x, scale2, shift2, self.eps)
-        return torch.addcmul(x, gate2.to(x.dtype)[:, None], self.ffn(h))
+    def run_settled(self, job: Job, tables: Tables, keys: dict) -> list[State]:
+        """With the sum taken: a checkpoint then keeps one hidden tensor, not two."""
+        return [state.settled() for state in self.run(job, tables, keys)]
+
+    def run(self, job: Job, tables: Tables, keys: dict) -> list[State]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + tables.mod).unbind(1)
+        x, h = gate_residual_norm_modulate(*job.state.parts(), scale1, shift1, self.eps)
+        q, (k, v) = self.attn1.query(h), self.attn1.keys(h)
+        y = self.attn1.to_out[0](attend(rotate(q, tables.rope), rotate(k, tables.rope), v))
+        # Text enters here: everything above was the same for all prompts, and so is the cross-attention's query.
+        if isinstance(self.norm2, nn.LayerNorm):
+            x, h = gate_residual_norm_modulate(x, y, gate1, None, None, self.eps, self.norm2.weight, self.norm2.bias)
+        else:
+            x = h = add_residual(x, y, gate1)
+        q = self.attn2.query(h)
+        out = []
+        for prompt, grad in zip(job.prompts, job.grads, strict=True):
+            with gradient(grad):
+                y = attend(q, *keys[prompt][0])
+                for image in keys[prompt][1:]:
+                    y = y + attend(q, *image)
+                y = self.attn2.to_out[0](y)
+                x_2, h = gate_residual_norm_modulate(x, y, None, scale2, shift2, self.eps)
+                out.append(State(x_2, self.ffn(h), gate2))
+        return out
+
+    def prompt_keys(self, jobs: list[Job]) -> dict[Prompt, list[tuple[Tensor, Tensor]]]:
+        """Text (and image) keys and values, once per prompt however many streams read them."""
+        grads: dict[Prompt, bool] = {}
+        for job in jobs:
+            for prompt, grad in zip(job.prompts, job.grads, strict=True):
+                grads[prompt] = grads.get(prompt, False) or grad
+        keys = {}
+        for prompt, grad in grads.items():
+            with gradient(grad):
+                text = self.kept_keys(prompt) if prompt.kept is not None else self.attn2.keys(prompt.text)
+                keys[prompt] = [text] if prompt.image is None else [text, self.attn2.image_keys(prompt.image)]
+        return keys
+
+    def kept_keys(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        """Those of one constant text under frozen weights: computed for one row, and once for a whole run."""
+        if self not in prompt.kept:
+            with torch.no_grad():
+                prompt.kept[self] = self.attn2.keys(prompt.text[:1])
+        k, v = prompt.kept[self]
+        return k.expand(len(prompt.text), -1, -1, -1), v.expand(len(prompt.text), -1, -1, -1)
 
 
 class Embedder(nn.Module):
@@ -224,31 +266,47 @@ class WanModel(VideoDiT):
         """config.json of the weights as they are now, pruned or not."""
         return {"_class_name": self.config_class} | asdict(replace(self.cfg, num_layers=self.num_blocks))
 
-    def embed(self, x_t: Tensor, t: Tensor, cond: Cond) -> State:
-        self._check(x_t, cond)
-        dtype = self.patch_embedding.weight.dtype
-        x = x_t if cond.image is None else torch.cat([x_t, cond.image.to(x_t.dtype)], 1)
-        x = self.patch_embedding(x.to(dtype))
-        temb, mod = self.condition_embedder.time(t)
-        image = None
-        if cond.image_embeds is not None:
-            image = self.condition_embedder.image_embedder(cond.image_embeds.to(dtype))
-        grid = tuple(x.shape[2:])
-        rope = rope_table(grid, self.cfg.attention_head_dim, x.device)
-        rope = rope.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
-        text = self.condition_embedder.text(cond.text.to(dtype))
-        return State(x.flatten(2).transpose(1, 2), temb, mod, rope, text, image, grid)
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
 
-    def unembed(self, s: State) -> Tensor:
-        shift, scale = (self.scale_shift_table + s.temb[:, None]).unbind(1)
-        x = self.proj_out(norm_modulate(s.x, scale, shift, self.cfg.eps))
-        (f, h, w), (_, ph, pw) = s.grid, self.cfg.patch_size
-        x = x.view(-1, f, h, w, ph, pw, self.cfg.out_channels).permute(0, 6, 1, 2, 4, 3, 5)
-        return x.flatten(5, 6).flatten(3, 4)
+    def hidden_bytes(self, x_t: Tensor) -> int:
+        tokens = math.prod(n // p for n, p in zip(x_t.shape[2:], self.cfg.patch_size, strict=True))
+        return len(x_t) * tokens * self.cfg.dim * self.patch_embedding.weight.element_size()
+
+    def tables(self, x_t: Tensor, t: Tensor) -> Tables:
+        temb, mod = self.condition_embedder.time(t)
+        grid = tuple(n // p for n, p in zip(x_t.shape[2:], self.cfg.patch_size, strict=True))
+        rope = rope_table(grid, self.cfg.attention_head_dim, x_t.device)
+        return Tables(temb, mod, rope.to(torch.complex128 if self.dtype == torch.float64 else torch.complex64), grid)
+
+    def embed(self, x_t: Tensor, cond: Cond) -> Tensor:
+        x = x_t if cond.image is None else torch.cat([x_t, cond.image.to(x_t.dtype)], 1)
+        return self.patch_embedding(x.to(self.dtype)).flatten(2).transpose(1, 2)
+
+    def prompt(self, cond: Cond) -> Prompt:
+        image = cond.image_embeds
+        if image is not None:
+            image = self.condition_embedder.image_embedder(image.to(self.dtype))
+        return Prompt(cond, self.condition_embedder.text(cond.text.to(self.dtype)), image)
+
+    def unembed(self, state: State, tables: Tables) -> Tensor:
+        shift, scale = (self.scale_shift_table + tables.temb[:, None]).unbind(1)
+        _, h = gate_residual_norm_modulate(*state.parts(), scale, shift, self.cfg.eps)
+        (f, h_p, w_p), (_, ph, pw) = tables.grid, self.cfg.patch_size
+        x = self.proj_out(h).view(-1, f, h_p, w_p, ph, pw, self.cfg.out_channels)
+        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def check(self, x_t: Tensor, conds: list[Cond]) -> None:
+        """Everything that would otherwise be misread or fail far from its cause."""
+        for cond in {id(c): c for c in conds}.values():
+            self._check(x_t, cond)
 
     def _check(self, x_t: Tensor, cond: Cond) -> None:
-        """Everything that would otherwise be misread or fail far from its cause."""
-        cfg = self.cfg
+        cfg, batch = self.cfg, len(x_t)
+        sizes = {k: len(v) for k, v in vars(cond).items() if isinstance(v, Tensor) and len(v) != batch}
+        if sizes:
+            raise ValueError(f"walk: x_t has {batch} samples, the condition's {sizes}; all streams share one batch")
         channels = x_t.shape[1] + (0 if cond.image is None else cond.image.shape[1])
         if channels != cfg.in_channels:
             raise ValueError(f"Wan: {channels} channels (latent + condition), this network takes {cfg.in_channels}")

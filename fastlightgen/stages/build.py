@@ -10,6 +10,7 @@ import torch
 from fastlightgen.blocks import read_importance
 from fastlightgen.config import Stage0, Stage1, Stage2, Stage3, numbers, preset, presets
 from fastlightgen.data.source import Batch, Source
+from fastlightgen.engine.log import say
 from fastlightgen.engine.folder import StageFolder, read_run
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.lora import attach_lora
@@ -22,12 +23,23 @@ from fastlightgen.stages.teacher import Teacher
 Batches = Callable[[int], Batch]
 
 
+def set_checkpointing(cfg, source: Source, *nets: VideoDiT) -> None:
+    """Switch activation checkpointing on for the networks that train, and say what a block boundary costs."""
+    if not cfg.checkpointing:
+        return
+    for net in nets:
+        net.checkpointing, net.keep_attention = True, min(cfg.keep_attention, net.num_blocks)
+    size = nets[0].hidden_bytes(source.batch(0, cfg.batch).x0) / 2**20
+    say(f"checkpointing: {size:.1f} MiB per block, and as much for each of {cfg.keep_attention} kept attention outputs")
+
+
 def batches_of(cfg, source: Source, device: torch.device) -> Batches:
     return lambda step: source.batch(step, cfg.batch).to(device)
 
 
 def build_teacher(cfg: Stage0, source: Source, device: torch.device) -> Teacher:
     net = load_model(cfg.init or cfg.model, device, seed=cfg.seed)
+    set_checkpointing(cfg, source, net)
     start = cfg.init or cfg.model
     card = preset(start)["inference"] if start in presets() else read_card(start)
     return Teacher(cfg, net, batches_of(cfg, source, device), {k: card.get(k) for k in ("steps", "guidance")})
@@ -47,6 +59,8 @@ def build_prune(cfg: Stage2, source: Source, device: torch.device) -> Prune:
     net = load_model(folder, device)
     ranking = read_importance(cfg.importance or Path(cfg.run) / "stage1" / "importance.json", net.num_blocks)
     card = {"source": str(folder)} | {k: read_card(folder).get(k) for k in ("steps", "guidance")}
+
+    set_checkpointing(cfg, source, net)
 
     def held_out() -> Batch:
         return source.held_out(0, 32).to(device)
@@ -72,6 +86,7 @@ def build_distill(cfg: Stage3, source: Source, device: torch.device) -> Distill:
         fake = copy.deepcopy(teacher).requires_grad_(True)
         fake, fake_keep = (fake.prune(keep), None) if fake_keep is not None else (fake, None)
         trained = fake
+    set_checkpointing(cfg, source, student, fake)
     nets = Networks(student, teacher, list(keep), fake, fake_keep, trained, cfg.fake_mode == "lora", original)
     return Distill(cfg, nets, batches_of(cfg, source, device), {"source": card.get("source"), "kept_blocks": list(keep)})
 

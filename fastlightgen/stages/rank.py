@@ -43,16 +43,26 @@ def evaluation_set(cfg, batches: Callable[[int], Batch]) -> Iterator[Sample]:
 
 
 @torch.no_grad()
-def score_sets(model: VideoDiT, samples: Sequence[Sample], keeps: list, kind: str, tick: Callable[[int], None]) -> Tensor:
-    """The error of every candidate block set, [candidates, samples]. One walk per sample: candidates share prefixes."""
+def score_sets(
+    model: VideoDiT, samples: Sequence[Sample], keeps: list, kind: str, memory: float, tick: Callable[[int], None]
+) -> Tensor:
+    """The error of every candidate block set, [candidates, samples], from lock-step walks that share prefixes.
+
+    All single skips and the full pass take N (N + 1) / 2 block evaluations instead of N N. A walk holds two hidden
+    tensors per candidate, so candidates go in groups of at most `memory` GiB.
+    """
     columns = []
     for x_t, t, x0, cond in samples:
-        streams = [Stream(cond, keep) for keep in ([None, *keeps] if kind == "output_mse" else keeps)]
-        out = model.walk(x_t, t, streams)
-        if kind == "output_mse":
-            columns.append(torch.stack([output_mse(v, out[0]) for v in out[1:]]))
-        else:
-            columns.append(torch.stack([x0_error(v, x_t, t, x0) for v in out]))
+        size = max(1, int(memory * 2**30 / (2 * model.hidden_bytes(x_t))))
+        column, v_full = [], None
+        for start in range(0, len(keeps), size):
+            first = kind == "output_mse" and v_full is None  # the full pass joins the first group
+            streams = [Stream(cond)] * first + [Stream(cond, keep) for keep in keeps[start : start + size]]
+            out = model.walk(x_t, t, streams)
+            if first:
+                v_full = out.pop(0)
+            column += [x0_error(v, x_t, t, x0) if v_full is None else output_mse(v, v_full) for v in out]
+        columns.append(torch.stack(column))
         tick(len(t))
     return torch.cat(columns, 1)
 
@@ -81,7 +91,7 @@ def rank(cfg, model: VideoDiT, batches: Callable[[int], Batch], costs: list[floa
 
     def scores(keeps: list, title: str) -> Tensor:
         with bar(sum(len(s[1]) for s in samples), title) as progress:
-            return score_sets(model, samples, keeps, cfg.score, progress.update)
+            return score_sets(model, samples, keeps, cfg.score, cfg.memory, progress.update)
 
     # Single skips: the paper's ranking, and the start of the other searches.
     table = scores([without(i) for i in range(n)] + [None], "stage 1: skip each block")

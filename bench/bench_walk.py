@@ -1,0 +1,195 @@
+"""What one walk saves against the same predictions made one by one, in one process, beside the bound from block counts.
+
+N blocks, K kept, p the first that is dropped; a block's backward counts as two forwards. FLG_BENCH_BLOCKS=40 takes the
+large model's depth (minutes on a CPU).
+"""
+
+import os
+import statistics
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastlightgen.data.source import Batch
+from fastlightgen.models.base import Job, State, Stream
+from fastlightgen.models.wan import WanConfig, WanModel
+from fastlightgen.stages.distill import Distill, Networks
+from fastlightgen.stages.rank import score_sets
+
+N = int(os.environ.get("FLG_BENCH_BLOCKS", 12))
+DROPPED = [i for i in range(N) if 0.35 * N <= i < 0.65 * N]  # the middle, as in the paper's Fig. 4
+KEEP = [i for i in range(N) if i not in DROPPED]
+K, P = len(KEEP), DROPPED[0]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A network wide enough that matrix products dominate, and one batch."""
+    cfg = WanConfig(num_attention_heads=8, attention_head_dim=64, ffn_dim=2048, num_layers=N, text_dim=64, freq_dim=64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = WanModel(cfg).to(DEVICE)
+    x_t, t, cond, null = net.example_inputs(1, size=(4, 16, 16))
+    return SimpleNamespace(net=net, x_t=x_t, t=t, cond=cond, null=replace(null, image=cond.image))
+
+
+def seconds(run) -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(benchmark, naive, shared, bound: float, rounds: int = 5) -> None:
+    """Median of ratios of neighbouring runs, so that a drift of the machine falls on both sides."""
+    naive(), shared()
+    ratios = [seconds(naive) / seconds(shared) for _ in range(rounds)]
+    benchmark.pedantic(shared, rounds=1)
+    measured = statistics.median(ratios)
+    benchmark.extra_info |= {"blocks": N, "measured": measured, "bound": bound, "measured/bound": measured / bound}
+    print(f"\n{benchmark.name} ({N} blocks): {measured:.3f}x measured, {bound:.3f}x bound, quotient {measured / bound:.3f}")
+
+
+@pytest.mark.benchmark(group="walk")
+def bench_dual_forward(benchmark, world):
+    w, both = world, [Stream(world.cond, KEEP), Stream(world.cond)]
+    with torch.no_grad():
+        compare(
+            benchmark,
+            lambda: (w.net(w.x_t, w.t, w.cond, KEEP), w.net(w.x_t, w.t, w.cond)),
+            lambda: w.net.walk(w.x_t, w.t, both),
+            (N + K) / (N + K - P),
+        )
+
+
+@pytest.mark.benchmark(group="walk")
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def bench_stage2_step(benchmark, world, alpha):
+    """alpha 1: v_u is a target without gradient (Eq. 6); alpha 0.5: both paths carry gradient (Eq. 7)."""
+    w, grad_u = world, alpha < 1
+
+    def loss(v_p, v_u):
+        total = alpha * (v_p - v_u.detach()).square().mean() + (1 - alpha) * (v_p.square().mean() + v_u.square().mean())
+        total.backward()
+        w.net.zero_grad()
+
+    def naive():
+        v_p = w.net(w.x_t, w.t, w.cond, KEEP)
+        with torch.set_grad_enabled(grad_u):
+            v_u = w.net(w.x_t, w.t, w.cond)
+        loss(v_p, v_u)
+
+    def shared():
+        loss(*w.net.walk(w.x_t, w.t, [Stream(w.cond, KEEP, grad=True), Stream(w.cond, grad=grad_u)]))
+
+    full = 3 if grad_u else 1  # cost of a block of the full path
+    alone = 3 * K + full * N
+    # Merged, the prefix is computed once, with gradient either way.
+    compare(benchmark, naive, shared, alone / (alone - full * P))
+
+
+@pytest.mark.benchmark(group="walk")
+def bench_teacher(benchmark, world):
+    """v_p(c), v_p(null), v_u(c): the prefix of v_p(c) and v_u(c), and the first block's self-attention of all three."""
+    w, kept = world, {}
+    null = replace(w.null, text=w.null.text[:1].expand_as(w.null.text))
+    streams = [Stream(w.cond, KEEP), Stream(replace(null, kept=kept), KEEP), Stream(w.cond)]
+    with torch.no_grad():
+        compare(
+            benchmark,
+            lambda: [w.net(w.x_t, w.t, s.cond, s.keep) for s in (streams[0], Stream(null, KEEP), streams[2])],
+            lambda: w.net.walk(w.x_t, w.t, streams),
+            (2 * K + N) / (2 * K + N - P - first_self_attention(w)),
+        )
+
+
+def first_self_attention(w) -> float:
+    """Share of a block's FLOPs before text enters, and the cross-attention's query: 2 L D (5 D) + 4 L^2 D."""
+    d, tokens = w.net.cfg.dim, w.x_t[0, 0].numel() // 4
+    before = 10 * tokens * d * d + 4 * tokens**2 * d
+    rest = 2 * tokens * d * d + 4 * tokens * d * w.net.cfg.ffn_dim + 4 * tokens * w.cond.text.shape[1] * d
+    return before / (before + rest)
+
+
+@pytest.mark.benchmark(group="walk")
+def bench_stage3_cycle(benchmark, world):
+    """Five critic updates and one student update (losses and backwards), the teacher shared or one by one."""
+    import copy
+
+    w = world
+    cfg = SimpleNamespace(
+        iters=5, seed=0, steps=4, shift=5.0, score_shift=0.0, t_clamp=[0.02, 0.98], ratio=5, count="outer",
+        rollout="simulate", sampler="stochastic", normaliser="dmd", beta1=3.5, beta2=0.25, a1=1.0, b1=1.0, a2=0.1, b2=0.1,
+        lr=0.0, lr_fake=0.0, betas=(0.0, 0.999), weight_decay=0.0, clip=1.0, warmup=0, ema=0.0, ema_start=0,
+    )  # fmt: skip
+    student, fake = (copy.deepcopy(w.net).prune(KEEP) for _ in range(2))
+    teacher = copy.deepcopy(w.net).requires_grad_(False)
+    null = replace(w.null, text=w.null.text[:1].expand_as(w.null.text))
+    batch = Batch(w.x_t, w.cond, null)
+
+    class OneByOne(Networks):
+        @torch.no_grad()
+        def real(self, x_t, t, batch):
+            return [self.teacher(x_t, t, c, k) for c, k in ((batch.cond, KEEP), (batch.null, KEEP), (batch.cond, None))]
+
+    def cycle(kind):
+        stage = Distill(cfg, kind(student, teacher, KEEP, fake, None, fake, False, None), lambda step: batch, {})
+
+        def run():
+            for step in range(5):
+                for update in stage.updates(step):
+                    update.loss()[0].backward()
+            student.zero_grad(), fake.zero_grad()
+
+        return run
+
+    # The exit rungs of these five steps decide the rollouts' length; count them instead of assuming their mean.
+    counts = []
+    for kind in (OneByOne, Networks):
+        for net in (student, fake, teacher):
+            net.block_calls = net.grad_block_calls = 0
+        cycle(kind)()
+        counts.append(sum(n.block_calls + 2 * n.grad_block_calls for n in (student, fake, teacher)))
+    compare(benchmark, cycle(OneByOne), cycle(Networks), counts[0] / (counts[1] - first_self_attention(w)), rounds=3)
+
+
+@pytest.mark.benchmark(group="walk")
+def bench_stage1_sweep(benchmark, world):
+    w = world
+    skips = [[j for j in range(N) if j != i] for i in range(N)]
+    sample = (w.x_t, w.t, w.x_t, w.cond)
+
+    def naive():
+        for keep in [*skips, None]:
+            with torch.no_grad():
+                w.net(w.x_t, w.t, w.cond, keep)
+
+    def shared():
+        score_sets(w.net, [sample], [*skips, None], "elbo", 4.0, lambda n: None)
+
+    compare(benchmark, naive, shared, N * N / (N * (N + 1) / 2), rounds=3)
+
+
+@pytest.mark.benchmark(group="walk")
+def bench_one_stream_overhead(benchmark, world):
+    """A walk of one stream against a plain loop over the same blocks."""
+    w = world
+
+    def plain():
+        net = w.net
+        tables, prompt = net.tables(w.x_t, w.t), net.prompt(w.cond)
+        state = State(net.embed(w.x_t, w.cond))
+        for block in net.blocks:
+            keys = {prompt: [block.attn2.keys(prompt.text)]}
+            state = block.run(Job(state, [prompt], [False]), tables, keys)[0]
+        return net.unembed(state, tables)
+
+    with torch.no_grad():
+        compare(benchmark, plain, lambda: w.net(w.x_t, w.t, w.cond), 1.0, rounds=15)
