@@ -12,7 +12,13 @@ from fastlightgen.models.wan import WanConfig, WanModel
 
 # Large enough that matrix products dominate: 10 blocks, so that 30% is a whole number of them.
 WIDE = WanConfig(
-    num_attention_heads=8, attention_head_dim=64, ffn_dim=2048, num_layers=10, text_dim=64, freq_dim=64, rope_max_seq_len=64
+    num_attention_heads=8,
+    attention_head_dim=64,
+    ffn_dim=2048,
+    num_layers=10,
+    text_dim=64,
+    freq_dim=64,
+    rope_max_seq_len=64,
 )
 KEEP = [0, 1, 2, 3, 5, 7, 9]
 THEORY = 50 * 2 * 10 / (4 * len(KEEP))
@@ -48,4 +54,3 @@ def bench_speedup(benchmark):
     ratio = sorted(a for a, _ in pairs)[1] / sorted(b for _, b in pairs)[1]
     benchmark.extra_info |= {"measured": ratio, "theory": THEORY, "measured/theory": ratio / THEORY}
     print(f"\nspeedup: {ratio:.1f}x measured, {THEORY:.1f}x by block counts, quotient {ratio / THEORY:.3f}")
-

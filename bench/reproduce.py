@@ -1,4 +1,6 @@
-"""The paper's claims in miniature: python bench/reproduce.py seeds=0,1,2 [parts=teacher,stages,curve] -> results/world.json.
+"""The paper's claims in miniature: python bench/reproduce.py seeds=0,1,2 [parts=teacher,stages,curve].
+
+Writes bench/results/world.json.
 
 Every number is measured on 512 held-out clips of the built-in world; a seed decides training, clips and noise.
 """
@@ -25,7 +27,16 @@ SHOWN = ("adherence", "first_frame_psnr", "frechet", "motion", "tracking_error",
 
 def train(seed: int, *keys: str) -> Path:
     run = RUNS / f"seed-{seed}"
-    command = [sys.executable, "-m", "fastlightgen.train", f"run={run}", f"seed={seed}", "model=tiny", "data=shapes", *keys]
+    command = [
+        sys.executable,
+        "-m",
+        "fastlightgen.train",
+        f"run={run}",
+        f"seed={seed}",
+        "model=tiny",
+        "data=shapes",
+        *keys,
+    ]
     subprocess.run(command, check=True)
     return run
 
@@ -47,7 +58,12 @@ def keep(results: dict) -> None:
 
 
 def machine() -> dict:
-    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"), "commit": commit()}
+    return {
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+    }
 
 
 def teacher(results: dict, seed: int) -> None:

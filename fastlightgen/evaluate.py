@@ -57,7 +57,7 @@ def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
 
 
 def draw(cfg: Evaluate, subject: Subject, count: int) -> tuple[Tensor, Clips, float]:
-    """(clips [n,F,3,H,W], what was asked for, seconds per clip); noise and conditions depend on the seed and the place."""
+    """(clips [n,F,3,H,W], what was asked for, seconds per clip); the noise depends on seed and place."""
     if cfg.data != "shapes":
         raise ValueError(f"data={cfg.data}: clips can be scored for data=shapes only, whose truth is known")
     world, made, asked, seconds = Shapes(seed=cfg.seed, split="test"), [], [], 0.0
@@ -68,7 +68,9 @@ def draw(cfg: Evaluate, subject: Subject, count: int) -> tuple[Tensor, Clips, fl
             batch = shapes_batch(clips).to(device)
             noise = torch.randn(batch.x0.shape, generator=generator(cfg.seed, 8, start)).to(device)
             clock = time.perf_counter()
-            x0 = sample(subject.model, batch.cond, batch.null, noise, **subject.plan, seed=cfg.seed + start, keep=subject.keep)
+            x0 = sample(
+                subject.model, batch.cond, batch.null, noise, **subject.plan, seed=cfg.seed + start, keep=subject.keep
+            )
             made.append(Codec().decode(x0.float().cpu()))
             seconds += time.perf_counter() - clock
             asked.append(clips)
@@ -82,11 +84,13 @@ def join(parts: list[Clips]) -> Clips:
 
 
 def measure(cfg: Evaluate, subject: Subject) -> tuple[dict, Tensor]:
-    """The record of one subject and the clips to show. Teachers that ship with their scores are sampled for show only."""
+    """The record of one subject and the clips to show. A teacher that ships with scores is sampled for show only."""
     shipped = shipped_scores(cfg, subject)
     count = cfg.clips if shipped is None else min(cfg.show, cfg.clips)
     clips, asked, seconds = draw(cfg, subject, count)
-    scores, attributes = score(clips, asked, cfg.seed) if shipped is None else (shipped["scores"], shipped["attributes"])
+    scores, attributes = (
+        score(clips, asked, cfg.seed) if shipped is None else (shipped["scores"], shipped["attributes"])
+    )
     shown = min(cfg.show, count)
     record = {
         "name": subject.name,
@@ -133,7 +137,9 @@ def real_record(cfg: Evaluate) -> tuple[dict, Tensor]:
     """The held-out clips themselves: what a perfect model would score."""
     asked = Shapes(seed=cfg.seed, split="test").batch(range(cfg.clips))
     scores, attributes = score(asked.video, asked, cfg.seed)
-    shown = [{"caption": c, "has_first": bool(f)} for c, f in zip(asked.captions, asked.has_first, strict=True)][: cfg.show]
+    shown = [{"caption": c, "has_first": bool(f)} for c, f in zip(asked.captions, asked.has_first, strict=True)][
+        : cfg.show
+    ]
     record = {"name": "real", "title": "Real clips", "clips": cfg.clips, "seed": cfg.seed, "shown": shown}
     return record | {"scores": scores, "attributes": attributes}, asked.video[: cfg.show]
 
@@ -186,18 +192,24 @@ def evaluate_run(cfg: StageAll) -> None:
     guided = replace(few, guidance=-1.0, sampler="ode")
     shortened = load_subject(guided, cfg.model, "teacher-few", f"Teacher, only {steps}")
     ranking = read_importance(run / "stage1" / "importance.json", teacher.model.num_blocks)
-    pruned = replace(shortened, name="pruned", title=f"Pruned to {kept} blocks, untrained, {steps}", keep=ranking["kept"])
-    stage2 = load_subject(replace(few, path="pruned"), stage2_folder, "stage2-few", f"After Stage II, {steps}, {kept} blocks")
+    pruned = replace(
+        shortened, name="pruned", title=f"Pruned to {kept} blocks, untrained, {steps}", keep=ranking["kept"]
+    )
+    stage2 = load_subject(
+        replace(few, path="pruned"), stage2_folder, "stage2-few", f"After Stage II, {steps}, {kept} blocks"
+    )
 
     write(run / "evaluate", *real_record(base))
     for subject in (teacher, shortened, pruned, stage2, student):
         record, clips = measure(base, subject)
         write(run / "evaluate", record, clips)
         s = record["scores"]
-        say(f"{record['title']}: adherence {s['adherence']:.3f}, Frechet {s['frechet']:.2f}, {record['seconds_per_clip']:.4f} s/clip")
+        took = f"{record['seconds_per_clip']:.3f} s a clip"
+        say(f"{record['title']}: adherence {s['adherence']:.3f}, Frechet distance {s['frechet']:.2f}, {took}")
     record = speed(base, teacher, student)
     write_json(run / "evaluate" / "speed.json", record)
-    say(f"speedup: {record['measured']:.1f}x measured, {record['theory']:.1f}x by block counts ({record['theory_formula']})")
+    theory = f"{record['theory']:.1f}x by counting blocks ({record['theory_formula']})"
+    say(f"speedup: {record['measured']:.1f}x measured, {theory}")
 
 
 def evaluate(cfg: Evaluate) -> None:
@@ -210,7 +222,9 @@ def evaluate(cfg: Evaluate) -> None:
     record, clips = measure(cfg, subject)
     record["plan"] = subject.plan
     if cfg.teacher:
-        reference = load_subject(replace(cfg, steps=0, guidance=-1.0, sampler="auto", path="full"), cfg.teacher, "teacher", cfg.teacher)
+        reference = load_subject(
+            replace(cfg, steps=0, guidance=-1.0, sampler="auto", path="full"), cfg.teacher, "teacher", cfg.teacher
+        )
         record["teacher"], _ = measure(cfg, reference)
         record["speed"] = speed(cfg, reference, subject)
     write_json(out, record)

@@ -1,4 +1,4 @@
-"""python -m fastlightgen.generate model=DIR prompt=... out=FILE.mp4 ...: sample clips and write a video, a gif or a sheet."""
+"""python -m fastlightgen.generate model=DIR prompt=... out=FILE.mp4|gif|png ...: sample clips of one prompt."""
 
 import time
 from pathlib import Path
@@ -95,7 +95,9 @@ def write_mp4(path: Path, frames: NDArray) -> None:
     try:
         import av
     except ImportError:
-        raise ValueError(f"out={path}: mp4 needs PyAV (pip install 'fastlightgen[video]'); .gif and .png do not") from None
+        raise ValueError(
+            f"out={path}: mp4 needs PyAV (pip install 'fastlightgen[video]'); .gif and .png do not"
+        ) from None
     with av.open(str(path), "w") as container:
         film = in_rows(frames)
         stream = container.add_stream("libx264", rate=FPS)

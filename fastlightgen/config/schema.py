@@ -57,7 +57,9 @@ class Training(Batch):
     clip: float = field(1.0, "largest gradient norm", above=0)
     warmup: int = field(100, "steps over which the learning rate rises from 0", lo=0)
     checkpointing: bool = field(False, "keep one hidden tensor per block, compute the rest again in the backward pass")
-    keep_attention: int = field(0, "checkpointing: blocks that keep their self-attention outputs, one hidden tensor each", lo=0)
+    keep_attention: int = field(
+        0, "checkpointing: blocks that keep their self-attention outputs, one hidden tensor each", lo=0
+    )
 
     def check(self) -> None:
         self.check_ordered("betas")
@@ -91,7 +93,9 @@ class RankKeys(Batch):
     t_range: list[float] = field([0.02, 0.98], "range of the times before the shift", lo=0, hi=1)
     protect_first: int = field(0, "blocks at the start that are never dropped", lo=0)
     protect_last: int = field(0, "blocks at the end that are never dropped", lo=0)
-    memory: float = field(4.0, "GiB for the hidden states of candidates that are walked together", above=0, numbers=False)
+    memory: float = field(
+        4.0, "GiB for the hidden states of candidates that are walked together", above=0, numbers=False
+    )
 
     def check(self) -> None:
         self.check_ordered("t_range")

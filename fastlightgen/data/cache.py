@@ -19,8 +19,10 @@ FORMAT = 1
 FIELDS = ("latents", "text", "text_len", "image", "image_embeds", "pooled")
 
 
-def write_cache(folder: str | Path, shards: Iterable[Mapping[str, Tensor]], null: Mapping[str, Tensor], **description) -> None:
-    """Write a cache; `null` holds the fields of Cond of the null prompt for one clip, `description` what the latents are."""
+def write_cache(
+    folder: str | Path, shards: Iterable[Mapping[str, Tensor]], null: Mapping[str, Tensor], **description
+) -> None:
+    """Write a cache; `null` holds the fields of Cond of the null prompt of one clip."""
     folder = Path(folder)
     if (folder / "index.json").exists():
         raise ValueError(f"{folder}: already holds a latent cache; choose another folder")
@@ -76,7 +78,9 @@ class Cache:
                 raise ValueError(f"{file}: damaged or missing ({err}); make the cache again") from None
         strangers = sorted(rows.keys() - set(FIELDS))
         if strangers or "latents" not in rows:
-            raise ValueError(f"{self.folder}: fields {sorted(rows)}; wanted latents and fields among {', '.join(FIELDS)}")
+            raise ValueError(
+                f"{self.folder}: fields {sorted(rows)}; wanted latents and fields among {', '.join(FIELDS)}"
+            )
         return {key: torch.stack(values) for key, values in rows.items()}
 
 

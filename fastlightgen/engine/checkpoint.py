@@ -69,5 +69,5 @@ def load_latest(folder: Path) -> tuple[Files, dict] | None:
     except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as err:
         earlier = f"step-{found[-2]:06d}" if len(found) > 1 else "the beginning"
         raise ValueError(
-            f"{latest}: damaged or incomplete ({type(err).__name__}: {err}); delete this folder to continue from {earlier}"
+            f"{latest}: damaged or incomplete ({type(err).__name__}: {err}); delete it to continue from {earlier}"
         ) from None

@@ -11,7 +11,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, net: nn.Module) -> None:
-        """shadow <- decay shadow + (1 - decay) weights; the first updates average evenly, so that no start-up bias stays."""
+        """shadow <- decay shadow + (1 - decay) weights; the first updates average evenly: no start-up bias."""
         self.count += 1
         n = self.count - self.start
         rate = 1.0 if n <= 0 else max(1 - self.decay, 1 / (n + 1))

@@ -29,7 +29,9 @@ class StageFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"run={run}: another process is using this folder; wait for it or choose another") from None
+            raise ValueError(
+                f"run={run}: another process is using this folder; wait for it or choose another"
+            ) from None
         if overwrite:
             shutil.rmtree(self.path, ignore_errors=True)
         elif self.result.exists() or checkpoint.steps(self.checkpoints):  # a run that failed early left nothing to mix
@@ -74,7 +76,9 @@ def read_run(run: Path) -> dict:
     try:
         return yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as err:
-        raise ValueError(f"{path}: cannot be read ({str(err).splitlines()[0]}); restore it or use another run=") from None
+        raise ValueError(
+            f"{path}: cannot be read ({str(err).splitlines()[0]}); restore it or use another run="
+        ) from None
 
 
 def commit() -> str | None:

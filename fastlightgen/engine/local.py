@@ -45,7 +45,7 @@ class LocalEngine:
             count = sum(p.numel() for p in role.net.parameters() if p.requires_grad)
             total += count * 4 * (4 + (name in self.emas))
             parts.append(f"{name} {count / 1e6:.1f}M parameters")
-        return f"trains {', '.join(parts)}; {total / 2**30:.2f} GiB for weights, gradients and AdamW, activations come on top"
+        return f"trains {', '.join(parts)}; {total / 2**30:.2f} GiB for weights, gradients and AdamW, plus activations"
 
     def apply(self, update: Update, step: int) -> dict[str, float]:
         """Loss, backward, clip, optimizer step, average. A non-finite loss or gradient stops before the optimizer."""

@@ -1,4 +1,4 @@
-"""The only training loop: updates, metrics, checkpoints; stops cleanly on Ctrl-C and SIGTERM and resumes bit for bit."""
+"""The only training loop: updates, metrics, checkpoints; stops cleanly on Ctrl-C and SIGTERM, resumes bit for bit."""
 
 import math
 import signal
@@ -18,7 +18,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def interruptible():
-    """A list that gets the signal's name: the loop then ends its step, saves and stops. A second signal acts at once."""
+    """A list that gets the signal's name: the loop then saves and stops. A second signal acts at once."""
     seen: list[str] = []
     old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 

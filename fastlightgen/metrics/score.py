@@ -22,7 +22,7 @@ def reference_features(seed: int) -> Tensor:
 
 
 def score(generated: Tensor, asked: Clips, seed: int) -> tuple[dict[str, float], dict[str, float]]:
-    """(scores, prompt adherence by attribute) of clips [B,F,3,H,W] made for the captions and first frames of `asked`."""
+    """(scores, adherence by attribute) of clips [B,F,3,H,W] made for the captions and first frames of `asked`."""
     generated = generated.float().cpu().clamp(0, 1)
     reading = reader.read(generated)
     adherence, attributes = reader.adherence(reading, asked.captions)

@@ -32,7 +32,9 @@ class Cond:
     image_embeds: Tensor | None = None
     pooled: Tensor | None = None
     guidance: Tensor | None = None
-    kept: dict | None = None  # an empty dict, for one text under frozen weights: the blocks keep its keys and values here
+    kept: dict | None = (
+        None  # an empty dict, for one text under frozen weights: the blocks keep its keys and values here
+    )
 
     def map(self, fn) -> "Cond":
         """Apply fn to every tensor."""

@@ -10,8 +10,8 @@ import torch
 from fastlightgen.blocks import read_importance
 from fastlightgen.config import Stage0, Stage1, Stage2, Stage3, numbers, preset, presets
 from fastlightgen.data.source import Batch, Source
-from fastlightgen.engine.log import say
 from fastlightgen.engine.folder import StageFolder, read_run
+from fastlightgen.engine.log import say
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.lora import attach_lora
 from fastlightgen.models.weights import digest, load_model, read_card, trained_folder
@@ -71,7 +71,9 @@ def build_prune(cfg: Stage2, source: Source, device: torch.device) -> Prune:
 def build_distill(cfg: Stage3, source: Source, device: torch.device) -> Distill:
     folder = Path(cfg.stage2_model or Path(cfg.run) / "stage2" / "model")
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: there is no Stage II model; run stage=2 with the same run= first, or give stage2_model=")
+        raise ValueError(
+            f"{folder}: there is no Stage II model; run stage=2 with the same run= first, or give stage2_model="
+        )
     card = read_card(folder)
     keep: Sequence[int] | None = card.get("pruned_path")
     if keep is None:
@@ -88,7 +90,9 @@ def build_distill(cfg: Stage3, source: Source, device: torch.device) -> Distill:
         trained = fake
     set_checkpointing(cfg, source, student, fake)
     nets = Networks(student, teacher, list(keep), fake, fake_keep, trained, cfg.fake_mode == "lora", original)
-    return Distill(cfg, nets, batches_of(cfg, source, device), {"source": card.get("source"), "kept_blocks": list(keep)})
+    return Distill(
+        cfg, nets, batches_of(cfg, source, device), {"source": card.get("source"), "kept_blocks": list(keep)}
+    )
 
 
 def stage_folder(cfg, number: int) -> StageFolder:

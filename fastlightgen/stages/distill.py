@@ -89,7 +89,7 @@ class Distill:
         return updates
 
     def rollout(self, batch: Batch, gen: torch.Generator) -> Tensor:
-        """Backward simulation with early exit: walk the ladder from noise to a random rung; or start from noised data."""
+        """Backward simulation with early exit: from noise down to a random rung, or from noised data at that rung."""
         exit_rung = int(torch.randint(len(self.times), (), generator=gen))  # one for the batch, alike on every rank
         noise = normal_like(batch.x0, gen)
         if self.cfg.rollout == "data":

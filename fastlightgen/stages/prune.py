@@ -22,7 +22,7 @@ from fastlightgen.stages.teacher import noised
 
 
 def pruned_terms(v_p: Tensor, v_target: Tensor, v_star: Tensor, alpha: float) -> Tensor:
-    """The part of Eq. 7 that trains the pruned path: alpha |v_p - SG(target)|^2 (Eq. 6) + (1 - alpha) |v_p - v*|^2 (Eq. 5)."""
+    """Eq. 7, the pruned path: alpha |v_p - SG(target)|^2 (Eq. 6) + (1 - alpha) |v_p - v*|^2 (Eq. 5)."""
     return alpha * mse(v_p, v_target.detach()) + (1 - alpha) * mse(v_p, v_star)
 
 
@@ -51,12 +51,20 @@ class Prune:
         held_out: Callable[[], Batch],
         card: dict,
     ):
-        self.cfg, self.net, self.batches, self.held_out, self.card, self.iters = cfg, net, batches, held_out, card, cfg.iters
+        self.cfg, self.net, self.batches, self.held_out, self.card, self.iters = (
+            cfg,
+            net,
+            batches,
+            held_out,
+            card,
+            cfg.iters,
+        )
         self.pruned = list(pruned)
         self.keep = [i for i in range(net.num_blocks) if i not in self.pruned]
         # The fixed target: a copy of the teacher that never moves, or that follows as an average.
         self.frozen = copy.deepcopy(net).requires_grad_(False) if cfg.target != "self" else None
         self.kappa = 0.0 if cfg.target == "self" else cfg.kappa_unpruned
+        self.grad_u = self.kappa * cfg.alpha > 0 or cfg.alpha < 1  # does any term train the full path?
         if cfg.drop == "joint" and cfg.alpha == 1 and self.kappa == 0:
             # These blocks then get no gradient; a sharded optimizer would still decay their weights.
             for i in self.pruned:
@@ -66,23 +74,30 @@ class Prune:
         self.start_error = self.error()
 
     def updates(self, step: int) -> list[Update]:
-        return [Update("student", lambda: self.loss(step))]
+        # alpha = 1 with a self target: Eq. 6 is zero on the full path, so a coin that picks it leaves nothing to do.
+        idle = not self.grad_u and not self.skips(step)
+        return [] if idle else [Update("student", lambda: self.loss(step))]
+
+    def skips(self, step: int) -> bool:
+        """Does this step train the pruned path? Always, or by a coin that falls alike on every rank."""
+        coin = torch.rand((), generator=generator(self.cfg.seed, 3, step)).item()
+        return self.cfg.estimator == "full" or coin < self.cfg.p
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Eq. 7, with both paths (`full`) or with the one that a coin picks (`sampled`), from one walk."""
         cfg, batch = self.cfg, self.batches(step)
         x_t, t, noise, cond = noised(batch, cfg, cfg.seed, 2, step)
         v_star = flow.velocity(batch.x0, noise)
-        gen = generator(cfg.seed, 3, step)  # the same on every rank
-        skip = cfg.estimator == "full" or torch.rand((), generator=gen).item() < cfg.p
         keep = self.keep
         if cfg.drop == "independent":
+            gen = generator(cfg.seed, 3, step)
             keep = draw_keep(self.pruned, self.net.num_blocks, cfg.p, cfg.full_drop_prob, gen)
 
         # One walk: both paths share everything before the first skipped block.
-        needs_u = cfg.estimator == "full" or not skip or self.frozen is None
-        grad_u = self.kappa * cfg.alpha > 0 or cfg.alpha < 1
-        streams = [Stream(cond, keep, grad=True)] * skip + [Stream(cond, None, grad=grad_u)] * needs_u
+        skip = self.skips(step)
+        trains_u = self.grad_u and (cfg.estimator == "full" or not skip)
+        needs_u = trains_u or self.frozen is None
+        streams = [Stream(cond, keep, grad=True)] * skip + [Stream(cond, None, grad=trains_u)] * needs_u
         out = self.net.walk(x_t, t, streams)
         v_u = out[-1] if needs_u else None
         with torch.no_grad():
@@ -94,12 +109,10 @@ class Prune:
             weight = 1.0 if cfg.estimator == "full" else 1 / cfg.p
             loss = loss + weight * pruned_terms(out[0], v_target, v_star, cfg.alpha)
             record["distill_pruned"] = mse(out[0].detach(), v_target).item()
-        if grad_u and (cfg.estimator == "full" or not skip):
+        if trains_u:
             weight = 1.0 if cfg.estimator == "full" else 1 / (1 - cfg.p)
             loss = loss + weight * unpruned_terms(v_u, v_target, v_star, cfg.alpha, self.kappa)
             record["distill_unpruned"] = mse(v_u.detach(), v_target).item()
-        if not loss.requires_grad:  # the coin chose the full path at alpha = 1 with a self target: Eq. 6 is 0 there
-            loss = loss + 0.0 * next(p for p in self.net.parameters() if p.requires_grad).sum()
         return loss, record
 
     @torch.no_grad()
@@ -111,8 +124,8 @@ class Prune:
                 average.lerp_(p, 1 - cfg.target_decay)
         if step % cfg.guard_every == 0 and not (error := self.error()) <= cfg.guard * self.start_error:
             raise ValueError(
-                f"step {step}: the x0 error of the full path is {error:.4g}, {error / self.start_error:.2f} times its start "
-                f"(guard={cfg.guard}); the run has diverged: use target=frozen, a lower lr, or alpha below 1"
+                f"step {step}: the x0 error of the full path is {error:.4g}, {error / self.start_error:.2f} times its "
+                f"start (guard={cfg.guard}); the run has diverged: use target=frozen, a lower lr, or alpha below 1"
             )
 
     @torch.no_grad()

@@ -68,7 +68,7 @@ def score_sets(
 
 
 def drop_until(cost: Sequence[float], order: Sequence[int], ratio: float) -> int:
-    """How many blocks of `order` (least important first) to drop so that their share of `cost` comes closest to ratio."""
+    """How many blocks of `order` (least important first) to drop: their share of `cost` comes closest to ratio."""
     total, dropped, best, count = sum(cost), 0.0, float("inf"), 1
     for n, block in enumerate(order[:-1], 1):
         dropped += cost[block]
@@ -84,7 +84,9 @@ def rank(cfg, model: VideoDiT, batches: Callable[[int], Batch], costs: list[floa
     last = n - cfg.protect_last
     free = list(range(cfg.protect_first, last))
     if len(free) < 2:
-        raise ValueError(f"protect_first, protect_last: leave {len(free)} of {n} blocks to choose from; at least 2 are needed")
+        raise ValueError(
+            f"protect_first, protect_last: leave {len(free)} of {n} blocks to choose from; at least 2 are needed"
+        )
 
     def without(*blocks: int) -> list[int]:
         return [i for i in range(n) if i not in blocks]
@@ -98,7 +100,11 @@ def rank(cfg, model: VideoDiT, batches: Callable[[int], Batch], costs: list[floa
     single, base = table[:-1], table[-1]
     mean = single.mean(1)
     order = sorted(free, key=lambda i: mean[i].item())  # least important first
-    count = drop_until(costs, order, cfg.ratio) if cfg.ratio_unit != "blocks" else min(num_dropped(n, cfg.ratio), len(free) - 1)
+    count = (
+        drop_until(costs, order, cfg.ratio)
+        if cfg.ratio_unit != "blocks"
+        else min(num_dropped(n, cfg.ratio), len(free) - 1)
+    )
 
     if cfg.search == "single_skip":
         pruned = order[:count]
@@ -117,9 +123,7 @@ def rank(cfg, model: VideoDiT, batches: Callable[[int], Batch], costs: list[floa
     by_score = sorted(kept, key=lambda i: -mean[i].item())
     together = scores([kept], "stage 1: all of them dropped")[0]
     return {
-        "units": [
-            u | {"score": single[i].mean().item(), "stderr": stderr(single[i])} for i, u in enumerate(names)
-        ],
+        "units": [u | {"score": single[i].mean().item(), "stderr": stderr(single[i])} for i, u in enumerate(names)],
         "baseline_score": base.mean().item(),
         "baseline_stderr": stderr(base),
         "pruned_score": together.mean().item(),

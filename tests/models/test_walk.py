@@ -1,12 +1,13 @@
 """The walk: every stream equals a forward of its own, bit for bit; block counts; which stream carries a graph."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastlightgen.models.base import Cond, Stream
+from fastlightgen.models.base import Cond, Job, State, Stream
 from fastlightgen.models.wan import WanModel
 from fastlightgen.models.weights import build
 
@@ -33,10 +34,11 @@ def inputs(dtype: torch.dtype = torch.float32):
 
 def alone(model: WanModel, x_t: Tensor, t: Tensor, cond: Cond, keep) -> Tensor:
     """One stream, block by block, without the walk."""
-    state = model.embed(x_t, t, cond)
+    tables, prompt = model.tables(x_t, t), model.prompt(cond)
+    state = State(model.embed(x_t, cond))
     for i in range(model.num_blocks) if keep is None else sorted(keep):
-        (state,) = model.blocks[i]([state], [True])
-    return model.unembed(state)
+        ((state,),) = model.blocks[i]([Job(state, [prompt], [True])], tables)
+    return model.unembed(state, tables)
 
 
 @torch.no_grad()
@@ -95,7 +97,64 @@ def test_one_module_call_per_block_serves_all_streams():
     for i, block in enumerate(model.blocks):
         block.register_forward_pre_hook(lambda _, args, i=i: visits.append((i, len(args[0]))))
     model.walk(x_t, t, [Stream(cond, PRUNED), Stream(null, [1, 2, 4]), Stream(cond)])
+    # Block 0 is one job: the null stream skips it. From block 1 on its prompt keeps it apart.
     assert visits == [(0, 1), (1, 2), (2, 2), (3, 1), (4, 3), (5, 2)]
+
+
+@torch.no_grad()
+def test_prompts_share_everything_before_text_enters():
+    model, x_t, t, cond, null = inputs()
+    queries, keys = [], []
+    for i, block in enumerate(model.blocks):
+        block.attn1.to_q.register_forward_pre_hook(lambda *_, i=i: queries.append(i))
+        block.attn2.to_k.register_forward_pre_hook(lambda *_, i=i: keys.append(i))
+    streams = [Stream(cond, PRUNED), Stream(null, PRUNED), Stream(cond)]
+    out = model.walk(x_t, t, streams)
+    assert queries.count(0) == 1 and queries.count(1) == 2  # block 0's self-attention serves both prompts
+    assert all(keys.count(i) == 2 for i in PRUNED)  # text keys once per prompt, though block 4 runs three streams
+    assert all(torch.equal(v, alone(model, x_t, t, s.cond, s.keep)) for v, s in zip(out, streams))
+
+
+@torch.no_grad()
+def test_the_null_prompts_keys_are_kept_for_a_frozen_network():
+    model, x_t, t, cond, null = inputs()
+    null = Cond(null.text[:1].expand(2, -1, -1))
+    want, counted = model(x_t, t, null, keep=PRUNED), []
+    for block in model.blocks:
+        block.attn2.to_k.register_forward_pre_hook(lambda _, args: counted.append(len(args[0])))
+    constant = replace(null, kept={})
+    for _ in range(3):
+        v_c, v_n = model.walk(x_t, t, [Stream(cond, PRUNED), Stream(constant, PRUNED)])
+        # One row instead of the batch: the same products, summed by another kernel for another shape.
+        torch.testing.assert_close(v_n, want, rtol=1e-5, atol=1e-6)
+        assert torch.equal(v_c, alone(model, x_t, t, cond, PRUNED))
+    assert counted.count(1) == len(PRUNED)  # once for the whole run
+
+
+@pytest.mark.parametrize("keep_attention", [0, 2, N])
+def test_checkpointing_changes_no_bit(keep_attention: int):
+    model, x_t, t, cond, null = inputs()
+    streams = [Stream(cond, PRUNED, grad=True), Stream(cond, None, grad=True), Stream(null, PRUNED)]
+    want = gradients(model, sum(v.square().sum() for v in model.walk(x_t, t, streams)))
+    model.checkpointing, model.keep_attention = True, keep_attention
+    got = gradients(model, sum(v.square().sum() for v in model.walk(x_t, t, streams)))
+    assert all(torch.equal(got[name], g) for name, g in want.items()) and got.keys() == want.keys()
+
+
+def test_checkpointing_keeps_one_hidden_tensor_per_block():
+    model, x_t, t, cond, _ = inputs()
+    hidden = model.hidden_bytes(x_t) // 4
+
+    def kept(keep_attention: int | None) -> int:
+        """Distinct tensors of a hidden state's size that a backward would hold."""
+        model.checkpointing, model.keep_attention = keep_attention is not None, keep_attention or 0
+        found = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: found.setdefault(x.data_ptr(), x), lambda x: x):
+            model(x_t, t, cond)
+        return sum(x.numel() == hidden for x in found.values())
+
+    plain, none = kept(None), kept(0)
+    assert none <= N + 2 < plain / 3  # the block boundaries, and what the embedding and the head keep
 
 
 @torch.no_grad()
@@ -151,7 +210,9 @@ def test_a_stream_without_gradient_leaves_the_graph_where_it_forks():
     model, x_t, t, cond, _ = inputs()
     seen = []
     for i, block in enumerate(model.blocks):
-        block.register_forward_pre_hook(lambda _, args, i=i: seen.append((i, [s.x.requires_grad for s in args[0]])))
+        block.register_forward_pre_hook(
+            lambda _, args, i=i: seen.append((i, [j.state.x.requires_grad for j in args[0]]))
+        )
     model.walk(x_t, t, [Stream(cond, PRUNED, grad=True), Stream(cond)])
     # Shared and in the graph up to the fork; blocks 2 and 3 run only for the stream that left it.
     assert seen[:4] == [(0, [True]), (1, [True]), (2, [False]), (3, [False])]

@@ -1,0 +1,142 @@
+"""The parts of Wan2.1's transformer that the walk never sees: configuration, feed-forward, embedders, positions.
+
+Module names follow diffusers' keys. Shapes: B batch, L tokens, D hidden.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """The fields of diffusers' WanTransformer3DModel config.json."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    qk_norm: str = "rms_norm_across_heads"
+    eps: float = 1e-6
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    rope_max_seq_len: int = 1024
+    pos_embed_seq_len: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        for name, got, wanted in (
+            ("patch_size", self.patch_size[0], 1),
+            ("qk_norm", self.qk_norm, "rms_norm_across_heads"),
+            ("pos_embed_seq_len", self.pos_embed_seq_len, None),
+        ):
+            if got != wanted:
+                raise ValueError(f"Wan config: {name} is {got!r}; only {wanted!r} is supported")
+        if self.added_kv_proj_dim != (None if self.image_dim is None else self.dim):
+            # The image embedder's output, `dim` wide, is what add_k_proj and add_v_proj read.
+            raise ValueError(
+                f"Wan config: added_kv_proj_dim is {self.added_kv_proj_dim}; it must be {self.dim} (heads x head_dim) "
+                f"with an image_dim and null without one (it is {self.image_dim})"
+            )
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of [B, L, heads, head_dim] tensors -> [B, L, D]."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2).flatten(2)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotary embedding of interleaved pairs (x[0::2], x[1::2]) by the complex table, in float32 or better."""
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * rope
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+class Gelu(nn.Module):
+    """Linear then tanh-GELU; a module of its own so that the keys read `ffn.net.0.proj`."""
+
+    def __init__(self, dim: int, inner: int, approximate: str = "tanh"):
+        super().__init__()
+        self.proj, self.approximate = nn.Linear(dim, inner), approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate=self.approximate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, inner: int, out: int, approximate: str = "tanh"):
+        super().__init__()
+        # Index 1 was a dropout in diffusers; Identity keeps the key `net.2`.
+        self.net = nn.ModuleList([Gelu(dim, inner, approximate), nn.Identity(), nn.Linear(inner, out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class Embedder(nn.Module):
+    """Linear, activation, Linear under the key names of diffusers."""
+
+    def __init__(self, dim_in: int, dim: int):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(dim_in, dim), nn.Linear(dim, dim)
+
+
+class ImageEmbedder(nn.Module):
+    def __init__(self, cfg: WanConfig):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(cfg.image_dim), nn.LayerNorm(cfg.dim)
+        self.ff = FeedForward(cfg.image_dim, cfg.image_dim, cfg.dim, approximate="none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.ff(self.norm1(x)))
+
+
+class ConditionEmbedder(nn.Module):
+    def __init__(self, cfg: WanConfig):
+        super().__init__()
+        self.freq_dim = cfg.freq_dim
+        self.time_embedder = Embedder(cfg.freq_dim, cfg.dim)
+        self.time_proj = nn.Linear(cfg.dim, 6 * cfg.dim)
+        self.text_embedder = Embedder(cfg.text_dim, cfg.dim)
+        if cfg.image_dim is not None:
+            self.image_embedder = ImageEmbedder(cfg)
+
+    def time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Sinusoids of 1000 t -> (temb [B, D], modulation [B, 6, D])."""
+        half = self.freq_dim // 2
+        freq = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angle = 1000 * t[:, None].float() * freq
+        wave = torch.cat([angle.cos(), angle.sin()], -1).to(self.time_proj.weight.dtype)
+        temb = self.time_embedder.linear_2(F.silu(self.time_embedder.linear_1(wave)))
+        return temb, self.time_proj(F.silu(temb)).unflatten(1, (6, -1))
+
+    def text(self, text: Tensor) -> Tensor:
+        return self.text_embedder.linear_2(F.gelu(self.text_embedder.linear_1(text), approximate="tanh"))
+
+
+def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
+    """Complex rotations [1, L, 1, head_dim / 2]: the channels are split over the frame, row and column axes."""
+    space = 2 * (head_dim // 6)
+    parts = []
+    for axis, (size, dim) in enumerate(zip(grid, (head_dim - 2 * space, space, space), strict=True)):
+        freq = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+        angle = torch.outer(torch.arange(size, dtype=torch.float64, device=device), freq)
+        shape = [1, 1, 1, -1]
+        shape[axis] = size
+        parts.append(angle.view(shape).expand(*grid, -1))
+    angle = torch.cat(parts, -1).flatten(0, 2)[None, :, None]
+    return torch.polar(torch.ones_like(angle), angle)
