@@ -131,7 +131,11 @@ def test_the_sampled_estimator_is_unbiased(monkeypatch, words):
     coins = [torch.rand((), generator=generator(0, 3, step)).item() < p for step in range(4000)]
     assert abs(sum(coins) / 4000 - p) < 3 * (p * (1 - p) / 4000) ** 0.5
     skip, whole = coins.index(True), coins.index(False)
-    one, other = (gradients(sampled.loss(step)[0], sampled.net) for step in (skip, whole))
+    idle = {key: torch.zeros_like(v) for key, v in sampled.net.named_parameters()}  # no update: no gradient
+    one, other = (
+        gradients(sampled.loss(step)[0], sampled.net) if sampled.updates(step) else idle for step in (skip, whole)
+    )
+    assert (other is idle) == ("target=self" in words)
     wanted = gradients(full.loss(0)[0], full.net)
     assert any(g.abs().max() > 0 for g in wanted.values())
     for key, g in wanted.items():
