@@ -23,8 +23,12 @@ class Batch:
     null: Cond
 
     def to(self, device: torch.device) -> "Batch":
+        moved: dict[int, Tensor] = {}  # what cond and null share stays shared: a walk merges their streams by it
+
         def move(x: Tensor) -> Tensor:
-            return x.to(device)
+            if id(x) not in moved:
+                moved[id(x)] = x.to(device)
+            return moved[id(x)]
 
         return Batch(move(self.x0), self.cond.map(move), self.null.map(move))
 

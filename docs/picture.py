@@ -1,0 +1,37 @@
+"""The README's picture from a finished run: python docs/picture.py runs/demo docs/demo.gif."""
+
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.numpy import load_file
+
+COLUMNS = {
+    "real": "real",
+    "teacher": "teacher\n50 steps, guided",
+    "pruned": "8 of 12 blocks\nuntrained, 4 steps",
+    "stage2-few": "after Stage II\n4 steps",
+    "student": "student\n4 steps, 8 blocks",
+}
+ROWS, SIDE, GAP, HEAD = 4, 112, 6, 40
+
+
+def main(run: Path, out: Path) -> None:
+    clips = {name: load_file(run / "evaluate" / f"{name}.safetensors")["video"] for name in COLUMNS}
+    pictures = []
+    for frame in range(next(iter(clips.values())).shape[1]):
+        page = Image.new("RGB", (len(COLUMNS) * (SIDE + GAP) - GAP, HEAD + ROWS * (SIDE + GAP) - GAP), "white")
+        draw = ImageDraw.Draw(page)
+        for column, (name, title) in enumerate(COLUMNS.items()):
+            left = column * (SIDE + GAP)
+            middle = (left + SIDE / 2, HEAD / 2)
+            draw.multiline_text(middle, title, "black", ImageFont.load_default(12), anchor="mm", align="center")
+            for row in range(ROWS):
+                small = Image.fromarray(clips[name][row, frame])
+                page.paste(small.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (left, HEAD + row * (SIDE + GAP)))
+        pictures.append(page.quantize(128, dither=Image.Dither.NONE))
+    pictures[0].save(out, save_all=True, append_images=pictures[1:], duration=180, loop=0, optimize=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
