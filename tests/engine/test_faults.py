@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_is_named(inputs, tmp_path, fails, monkeypatch, dam
     before = contents(tmp_path / "stage0/checkpoints")
     line = fails(*command)
     assert str(latest) in line and "damaged or incomplete" in line
-    assert "delete this folder to continue from step-000003" in line
+    assert "delete it to continue from step-000003" in line
     assert contents(tmp_path / "stage0/checkpoints") == before
     for f in latest.iterdir():  # do what the line says
         f.unlink()
