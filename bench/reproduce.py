@@ -1,4 +1,4 @@
-"""The paper's claims in miniature: python bench/reproduce.py seeds=0,1,2 [parts=teacher,stages,curve].
+"""The paper's claims in miniature: python bench/reproduce.py [seeds=0,1,2] [parts=teacher,stages,stage2,curve].
 
 Writes bench/results/world.json.
 
@@ -9,7 +9,6 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from fastlightgen.config import Evaluate
 from fastlightgen.engine import checkpoint
 from fastlightgen.engine.folder import commit
-from fastlightgen.evaluate import Subject, draw, evaluate, load_subject, write_json
+from fastlightgen.evaluate import draw, evaluate, load_subject, write_json
 from fastlightgen.metrics.score import score
 from fastlightgen.models.weights import read_json, read_tensors
 
@@ -41,73 +40,67 @@ def train(seed: int, *keys: str) -> Path:
     return run
 
 
-def measured(results: dict, seed: int, name: str, model: str, **plan) -> None:
-    """Evaluate once and keep the record under results[name][seed]."""
-    if str(seed) in results.setdefault(name, {}):
+def results() -> dict:
+    return read_json(OUT) if OUT.is_file() else {}
+
+
+def keep(name: str, seed: int, record) -> None:
+    """Put one record into the file; parts may run side by side, each in its own process."""
+    found = results()
+    found.setdefault(name, {})[str(seed)] = record
+    versions = {"torch": str(torch.__version__), "date": time.strftime("%Y-%m-%d"), "commit": commit()}
+    write_json(OUT, found | {"measured with": versions})
+
+
+def measured(seed: int, name: str, model: str, **plan) -> None:
+    """Evaluate once and keep the record."""
+    if str(seed) in results().get(name, {}):
         return
     out = RUNS / f"{name}-{seed}.json"
     evaluate(Evaluate(model=model, out=str(out), seed=seed, show=0, **plan))
     record = read_json(out)
-    keys = ("scores", "attributes", "sampler", "num_blocks", "num_params", "seconds_per_clip", "clips")
-    results[name][str(seed)] = {k: record[k] for k in keys}
-    keep(results)
+    keys = ("plan", "scores", "attributes", "sampler", "num_blocks", "num_params", "seconds_per_clip", "clips")
+    keep(name, seed, {k: record[k] for k in keys})
 
 
-def keep(results: dict) -> None:
-    write_json(OUT, results | {"machine": machine()})
+def teacher(seed: int) -> None:
+    for steps in (28, 50, 4):
+        measured(seed, f"teacher-{steps}", "tiny", steps=steps)
 
 
-def machine() -> dict:
-    return {
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
-    }
-
-
-def teacher(results: dict, seed: int) -> None:
-    for name, plan in (
-        ("teacher-28", {"steps": 28}),
-        ("teacher-50", {"steps": 50}),
-        ("teacher-4", {"steps": 4}),
-        ("teacher-4-stochastic", {"steps": 4, "sampler": "stochastic"}),
-    ):
-        measured(results, seed, name, "tiny", **plan)
-
-
-def stages(results: dict, seed: int) -> None:
-    run = train(seed, "stage=all", "evaluate.show=8")
+def stages(seed: int) -> None:
+    run = train(seed, "stage=all")
     for name in ("real", "pruned", "stage2-few", "student"):
         record = read_json(run / "evaluate" / f"{name}.json")
-        results.setdefault(name, {})[str(seed)] = {k: record[k] for k in ("scores", "attributes", "clips")}
-    results.setdefault("speed-tiny", {})[str(seed)] = read_json(run / "evaluate" / "speed.json")
-    keep(results)
-    stage2 = str(run / "stage2" / "model")
-    measured(results, seed, "stage2-pruned-28", stage2, steps=28, path="pruned")
-    measured(results, seed, "stage2-full-28", stage2, steps=28)
+        keep(name, seed, {k: record[k] for k in ("scores", "attributes", "clips")})
+    keep("speed", seed, read_json(run / "evaluate" / "speed.json"))
 
 
-def curve(results: dict, seed: int) -> None:
-    """The student after every few updates: where Stage III is best, and how it goes on."""
+def stage2(seed: int) -> None:
+    model = str(RUNS / f"seed-{seed}" / "stage2" / "model")
+    measured(seed, "stage2-pruned-28", model, steps=28, path="pruned")
+    measured(seed, "stage2-full-28", model, steps=28)
+
+
+def curve(seed: int) -> None:
+    """The student after every few updates (train with save_every=25 keep=100): where it is best."""
     run = RUNS / f"seed-{seed}"
     cfg = Evaluate(model=str(run / "stage3" / "model"), out="unused", seed=seed, show=0, progress=False)
-    subject: Subject = load_subject(cfg, cfg.model, "student", "student")
+    subject = load_subject(cfg, cfg.model, "student", "student")
     points = []
     for step in checkpoint.steps(run / "stage3" / "checkpoints"):
         weights = read_tensors([checkpoint.path(run / "stage3" / "checkpoints", step) / "student.safetensors"])
         subject.model.load_state_dict(weights)
-        clips, asked, _ = draw(cfg, replace(subject), cfg.clips)
+        clips, asked, _ = draw(cfg, subject, cfg.clips)
         points.append({"iteration": step} | score(clips, asked, seed)[0])
         print(json.dumps(points[-1]), flush=True)
-    results.setdefault("curve", {})[str(seed)] = points
-    keep(results)
+    keep("curve", seed, points)
 
 
-def table(results: dict) -> str:
+def table(found: dict) -> str:
     """Mean over seeds, with the range where there are several."""
     lines = ["| | seeds | " + " | ".join(SHOWN) + " |", "|---|---|" + "---|" * len(SHOWN)]
-    for name, by_seed in results.items():
+    for name, by_seed in found.items():
         rows = [r["scores"] for r in by_seed.values() if isinstance(r, dict) and "scores" in r]
         if not rows:
             continue
@@ -122,13 +115,13 @@ def table(results: dict) -> str:
 
 def main() -> None:
     given = dict(word.split("=", 1) for word in sys.argv[1:])
-    results = {k: v for k, v in read_json(OUT).items() if k != "machine"} if OUT.is_file() else {}
-    parts = {"teacher": teacher, "stages": stages, "curve": curve}
+    parts = {"teacher": teacher, "stages": stages, "stage2": stage2, "curve": curve}
     RUNS.mkdir(parents=True, exist_ok=True)
-    for part in given.get("parts", "teacher,stages,curve").split(","):
+    torch.set_num_threads(int(given.get("threads", torch.get_num_threads())))
+    for part in given.get("parts", ",".join(parts)).split(","):
         for seed in given.get("seeds", "0,1,2").split(","):
-            parts[part](results, int(seed))
-    print(table(results))
+            parts[part](int(seed))
+    print(table(results()))
 
 
 if __name__ == "__main__":
