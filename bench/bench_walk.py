@@ -6,12 +6,12 @@ large model's depth (minutes on a CPU).
 
 import os
 import statistics
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from timing import seconds
 
 from fastlightgen.data.source import Batch
 from fastlightgen.models.base import Job, State, Stream
@@ -35,16 +35,6 @@ def world():
         net = WanModel(cfg).to(DEVICE)
     x_t, t, cond, null = net.example_inputs(1, size=(4, 16, 16))
     return SimpleNamespace(net=net, x_t=x_t, t=t, cond=cond, null=replace(null, image=cond.image))
-
-
-def seconds(run) -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def compare(benchmark, naive, shared, bound: float, rounds: int = 5) -> None:

@@ -34,6 +34,7 @@ def train(seed: int, *keys: str) -> Path:
         f"seed={seed}",
         "model=tiny",
         "data=shapes",
+        f"threads={torch.get_num_threads()}",
         *keys,
     ]
     subprocess.run(command, check=True)
@@ -69,7 +70,7 @@ def teacher(seed: int) -> None:
 
 
 def stages(seed: int) -> None:
-    run = train(seed, "stage=all")
+    run = train(seed, "stage=all", "save_every=25", "keep=100")  # `curve` reads the checkpoints
     for name in ("real", "pruned", "stage2-few", "student"):
         record = read_json(run / "evaluate" / f"{name}.json")
         keep(name, seed, {k: record[k] for k in ("scores", "attributes", "clips")})
@@ -83,7 +84,7 @@ def stage2(seed: int) -> None:
 
 
 def curve(seed: int) -> None:
-    """The student after every few updates (train with save_every=25 keep=100): where it is best."""
+    """The student after every few updates (from the checkpoints that `stages` left): where it is best."""
     run = RUNS / f"seed-{seed}"
     cfg = Evaluate(model=str(run / "stage3" / "model"), out="unused", seed=seed, show=0, progress=False)
     subject = load_subject(cfg, cfg.model, "student", "student")
