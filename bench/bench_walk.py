@@ -119,7 +119,7 @@ def bench_stage3_cycle(benchmark, world):
     cfg = SimpleNamespace(
         iters=5, seed=0, steps=4, shift=5.0, score_shift=0.0, t_clamp=[0.02, 0.98], ratio=5, count="outer",
         rollout="simulate", sampler="stochastic", normaliser="dmd", beta1=3.5, beta2=0.25, a1=1.0, b1=1.0, a2=0.1,
-        b2=0.1, lr=0.0, lr_fake=0.0, betas=(0.0, 0.999), weight_decay=0.0, clip=1.0, warmup=0, ema=0.0,
+        b2=0.1, lr=0.0, lr_fake=0.0, betas=(0.0, 0.999), weight_decay=0.0, clip=1.0, warmup=0, lr_schedule="constant", ema=0.0,
         ema_start=0,
     )  # fmt: skip
     student, fake = (copy.deepcopy(w.net).prune(KEEP) for _ in range(2))

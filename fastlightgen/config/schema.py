@@ -16,6 +16,7 @@ THREADS = "CPU threads; 0 leaves the choice to torch"
 DRY_RUN = "print the resolved configuration and exit"
 STEPS = "network evaluations per clip; 0: the model's own (a student's ladder, the preset's steps for a teacher)"
 GUIDANCE = "classifier-free guidance; 1 turns it off, a negative number takes the model's own"
+SCHEDULE = "after the warm-up: hold the learning rate, or let it fall to 0"
 SAMPLER = "ode: Euler; stochastic: predict x0, noise again; auto: stochastic for students, ode for teachers"
 
 
@@ -56,6 +57,7 @@ class Training(Batch):
     weight_decay: float = field(0.01, "AdamW's weight decay", lo=0)
     clip: float = field(1.0, "largest gradient norm", above=0)
     warmup: int = field(100, "steps over which the learning rate rises from 0", lo=0)
+    lr_schedule: str = field("constant", SCHEDULE, choices=("constant", "cosine"))
     checkpointing: bool = field(False, "keep one hidden tensor per block, compute the rest again in the backward pass")
     keep_attention: int = field(
         0, "checkpointing: blocks that keep their self-attention outputs, one hidden tensor each", lo=0
@@ -68,7 +70,7 @@ class Training(Batch):
 @dataclass(kw_only=True)
 class TeacherKeys(Training):
     iters: int = field(2000, "optimizer steps", lo=1)
-    lr_schedule: str = field("cosine", "after the warm-up: hold, or fall to 0", choices=("constant", "cosine"))
+    lr_schedule: str = field("cosine", SCHEDULE, choices=("constant", "cosine"))
     text_dropout: float = field(0.1, "probability of the empty prompt, which guidance needs", lo=0, hi=1)
     ema: float = field(0.0, "decay of the averaged weights; 0 keeps no average", lo=0, below=1)
     time: str = field("uniform", "how t is drawn before the shift", choices=TIMES)

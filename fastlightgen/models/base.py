@@ -193,7 +193,7 @@ class VideoDiT(nn.Module):
         states = block(jobs, tables, recompute)
         flags = [flag for job in jobs for flag in job.grads]
         self.block_calls += len(flags)
-        self.grad_block_calls += sum(flags)
+        self.grad_block_calls += sum(flags) * torch.is_grad_enabled()  # a caller under no_grad has no backward
         return [Group(s, m) for row, part in zip(states, parts, strict=True) for s, m in zip(row, part, strict=True)]
 
     @staticmethod

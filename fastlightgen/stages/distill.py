@@ -72,7 +72,7 @@ class Distill:
     def __init__(self, cfg, nets: Networks, batches: Callable[[int], Batch], card: dict):
         self.cfg, self.nets, self.batches, self.card, self.iters = cfg, nets, batches, card, cfg.iters
         self.times = flow.ladder(cfg.steps, cfg.shift)
-        common = (cfg.betas, cfg.weight_decay, cfg.clip, cfg.warmup)
+        common = (cfg.betas, cfg.weight_decay, cfg.clip, cfg.warmup, cfg.lr_schedule == "cosine")
         self.roles = {
             "student": Role(nets.student, cfg.lr, *common, ema=cfg.ema, ema_start=cfg.ema_start),
             "fake": Role(nets.fake_trained, cfg.lr_fake, *common),

@@ -70,7 +70,8 @@ class Prune:
             for i in self.pruned:
                 net.blocks[i].requires_grad_(False)
         carried = self.frozen if cfg.target == "ema" else None
-        self.roles = {"student": Role(net, cfg.lr, cfg.betas, cfg.weight_decay, cfg.clip, cfg.warmup, carried=carried)}
+        optimizer = (cfg.lr, cfg.betas, cfg.weight_decay, cfg.clip, cfg.warmup, cfg.lr_schedule == "cosine")
+        self.roles = {"student": Role(net, *optimizer, carried=carried)}
         self.start_error = self.error()
 
     def updates(self, step: int) -> list[Update]:
