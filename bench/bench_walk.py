@@ -25,6 +25,8 @@ KEEP = [i for i in range(N) if i not in DROPPED]
 K, P = len(KEEP), DROPPED[0]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+pytestmark = pytest.mark.timeout(3600)  # 40 blocks take minutes each on a CPU
+
 
 @pytest.fixture(scope="module")
 def world():
@@ -44,9 +46,7 @@ def compare(benchmark, naive, shared, bound: float, rounds: int = 5) -> None:
     benchmark.pedantic(shared, rounds=1)
     measured = statistics.median(ratios)
     benchmark.extra_info |= {"blocks": N, "measured": measured, "bound": bound, "measured/bound": measured / bound}
-    print(
-        f"\n{benchmark.name} ({N} blocks): {measured:.3f}x, bound {bound:.3f}x, quotient {measured / bound:.3f}"
-    )
+    print(f"\n{benchmark.name} ({N} blocks): {measured:.3f}x, bound {bound:.3f}x, quotient {measured / bound:.3f}")
 
 
 @pytest.mark.benchmark(group="walk")
@@ -119,8 +119,8 @@ def bench_stage3_cycle(benchmark, world):
     cfg = SimpleNamespace(
         iters=5, seed=0, steps=4, shift=5.0, score_shift=0.0, t_clamp=[0.02, 0.98], ratio=5, count="outer",
         rollout="simulate", sampler="stochastic", normaliser="dmd", beta1=3.5, beta2=0.25, a1=1.0, b1=1.0, a2=0.1,
-        b2=0.1, lr=0.0, lr_fake=0.0, betas=(0.0, 0.999), weight_decay=0.0, clip=1.0, warmup=0, lr_schedule="constant", ema=0.0,
-        ema_start=0,
+        b2=0.1, lr=0.0, lr_fake=0.0, betas=(0.0, 0.999), weight_decay=0.0, clip=1.0, warmup=0,
+        lr_schedule="constant", ema=0.0, ema_start=0,
     )  # fmt: skip
     student, fake = (copy.deepcopy(w.net).prune(KEEP) for _ in range(2))
     teacher = copy.deepcopy(w.net).requires_grad_(False)

@@ -18,7 +18,8 @@ RUNS = {"0": (0, []), "2": (2, []), "2 alpha 0.5": (2, ["alpha=0.5"]), "3": (3, 
 
 
 def rank(tmp_path: Path) -> list[dict]:
-    run_train("stage=1", f"run={tmp_path}/1", f"model={tmp_path}/teacher", "clips=4", "batch=4", "timesteps=2", "threads=1")
+    words = ["clips=4", "batch=4", "timesteps=2", "threads=1"]
+    run_train("stage=1", f"run={tmp_path}/1", f"model={tmp_path}/teacher", *words)
     record = json.loads((tmp_path / "1" / "stage1" / "importance.json").read_text())
     return [{"score": u["score"]} for u in record["units"]] + [{"score": record["baseline_score"]}]
 
