@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastlightgen
-from fastlightgen.models import weights
+from fastlightgen.models import files, weights
 from fastlightgen.models.weights import WEIGHTS, build, load_model, read_card, save_model
 
 CONFIG = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 20, "freq_dim": 32, "ffn_dim": 40}
@@ -158,7 +158,7 @@ def test_an_interrupted_save_leaves_the_old_folder_whole(folder: Path, monkeypat
             Path(path).write_bytes(b"half a file")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", dies)
+    monkeypatch.setattr(files, "save_file", dies)
     with pytest.raises(OSError, match="No space left"):
         save_model(build(CONFIG, seed=2), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
