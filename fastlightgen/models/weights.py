@@ -5,6 +5,7 @@ network, built without memory. The second copies one tensor after the other from
 the device wanted, so that beside the network there is never more than one tensor and the window of files it is in.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 NETWORKS = {WanModel.config_class: (WanConfig, WanModel)}
-WINDOW = 2**30  # bytes copied from a mapped file before it is mapped anew, which gives its pages back
+WINDOW = 2**28  # bytes copied from a mapped file before it is mapped anew, which gives its pages back
 
 
 def build(config: Mapping, seed: int | None = None) -> VideoDiT:
@@ -144,8 +145,7 @@ def load_weights(model: VideoDiT, folder: Path, device=None, dtype: torch.dtype 
     takers: dict[str, list[str]] = {}  # stored key -> keys of the network that are filled from it
     for key, source in table.items():
         takers.setdefault(source.key, []).append(key)
-    total = sum(v.numel() * v.element_size() for _, v in headers.values())
-    with tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, delay=5, dynamic_ncols=True) as progress:
+    with loading_bar(sum(v.numel() * v.element_size() for _, v in headers.values())) as progress:
         for stored in windows(headers):
             with mapped(headers[stored[0]][0]) as (_, get):
                 for name in stored:
@@ -154,6 +154,12 @@ def load_weights(model: VideoDiT, folder: Path, device=None, dtype: torch.dtype 
                     progress.update(headers[name][1].numel() * headers[name][1].element_size())
     rest = [name for name, v in [*model.named_parameters(), *model.named_buffers()] if v.is_meta]
     assert not rest, f"left without memory: {rest[:3]}; buffers that are not in the state dict must be made on use"
+
+
+def loading_bar(total: int) -> tqdm:
+    """Progress in bytes, for loads of more than 5 seconds; in a log file four lines a minute."""
+    every = 0.5 if sys.stderr.isatty() else 15.0
+    return tqdm(desc="loading weights", total=total, unit="B", unit_scale=True, delay=5, mininterval=every)
 
 
 def check_fit(
@@ -213,9 +219,9 @@ def assign(model: nn.Module, key: str, value: Tensor) -> None:
 
 
 def read_card(folder: str | Path) -> dict:
-    """fastlightgen.json of a model folder; {} for a folder that another program wrote."""
-    path = Path(folder) / "fastlightgen.json"
-    return read_json(path) if path.is_file() else {}
+    """fastlightgen.json of a model or pipeline folder; {} for a folder that another program wrote."""
+    places = [Path(folder) / "fastlightgen.json", Path(folder) / "transformer" / "fastlightgen.json"]
+    return next((read_json(path) for path in places if path.is_file()), {})
 
 
 def save_model(
