@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from fastlightgen.config import find_preset_weights, preset, presets
@@ -93,10 +94,17 @@ def load_model(
     if str(path_or_preset) in presets():
         return build(preset(str(path_or_preset))["network"], seed).to(device=device, dtype=dtype)
     folder = model_folder(path_or_preset)
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         model = build(read_config(folder))
     load_weights(model, folder, device, dtype, allow_pt)
     return model
+
+
+class Undrawn(TorchFunctionMode):
+    """No random numbers for weights that are read: on the meta device torch.randn imports sympy, 1.5 s to draw none."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
 def model_folder(path: str | Path) -> Path:
