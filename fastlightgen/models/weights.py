@@ -101,9 +101,11 @@ def load_model(
 
 
 class Undrawn(TorchFunctionMode):
-    """No random numbers for weights that are read: on the meta device torch.randn imports sympy, 1.5 s to draw none."""
+    """Starting values are neither drawn nor scaled: on the meta device both import sympy, 1.5 s for no numbers."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (Tensor.div, Tensor.__truediv__) and isinstance(args[1], int | float):
+            return args[0]
         return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
