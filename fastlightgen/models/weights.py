@@ -30,7 +30,7 @@ from fastlightgen.models.files import (
     write_tensors,
 )
 from fastlightgen.models.keys import Source, Table, recognise, unused_keys
-from fastlightgen.models.original import BY_ORIGINAL, SHARD_BYTES, from_original, key_table
+from fastlightgen.models.original import BY_ORIGINAL, SHARD_BYTES, from_original, key_table, save_original, to_original
 from fastlightgen.models.wan import WanConfig, WanModel
 
 __all__ = [
@@ -44,6 +44,8 @@ __all__ = [
     "read_json",
     "read_tensors",
     "save_model",
+    "save_original",
+    "to_original",
     "trained_folder",
 ]
 
@@ -74,8 +76,9 @@ def check_config(config: Mapping, kind: type) -> None:
             raise ValueError(
                 f"config.json: {key}={value!r} is not a key of this network; remove it if the weights do without it"
             )
-        if type(defaults.get(key)) is int and not (type(value) is int and value > 0):
-            raise ValueError(f"config.json: {key} is {value!r}; wanted a whole number above 0")
+        least = 0 if key.endswith("_layers") else 1  # a student may have lost all its single blocks
+        if type(defaults.get(key)) is int and not (type(value) is int and value >= least):
+            raise ValueError(f"config.json: {key} is {value!r}; wanted a whole number from {least} up")
 
 
 def load_model(

@@ -270,8 +270,8 @@ DAMAGE = {
         "proj_out.bias is float8_e4m3fn, wanted float32, bfloat16 or float16",
     ),
     "unknown key": (lambda f: edit(f, vace_layers=[0]), r"vace_layers=\[0\] is not a key of this network"),
-    "size as text": (lambda f: edit(f, ffn_dim="40"), "ffn_dim is '40'; wanted a whole number above 0"),
-    "size 0": (lambda f: edit(f, num_attention_heads=0), "num_attention_heads is 0; wanted a whole number above 0"),
+    "size as text": (lambda f: edit(f, ffn_dim="40"), "ffn_dim is '40'; wanted a whole number from 1 up"),
+    "size 0": (lambda f: edit(f, num_attention_heads=0), "num_attention_heads is 0; wanted a whole number from 1 up"),
     "list": (lambda f: (f / "config.json").write_text("[]"), "config.json: holds list; wanted the keys of a network"),
     "index of pickles": (
         lambda f: index(f, {"weight_map": {"a": "a.bin"}}),
