@@ -52,7 +52,7 @@ def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
         keep = card.get("pruned_path")
         if keep is None:
             raise ValueError(f"path=pruned: {folder} names no pruned_path; wanted a model that stage=2 made")
-    net = load_model(folder, pick_device(cfg.device)).requires_grad_(False)
+    net = load_model(folder, pick_device(cfg.device), allow_pt=cfg.allow_pt).requires_grad_(False)
     return Subject(name, title, net, folder, sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler), keep)
 
 

@@ -29,7 +29,7 @@ def generate(cfg: Generate) -> None:
         torch.set_num_threads(cfg.threads)
     clock = time.perf_counter()
     folder = trained_folder(cfg.model)
-    model = load_model(folder, pick_device(cfg.device)).requires_grad_(False)
+    model = load_model(folder, pick_device(cfg.device), allow_pt=cfg.allow_pt).requires_grad_(False)
     plan = sampling_plan(read_card(folder), cfg.steps, cfg.guidance, cfg.sampler)
     loaded = time.perf_counter() - clock
 

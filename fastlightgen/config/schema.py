@@ -13,6 +13,7 @@ MAX_SEED = 2**31 - 1  # leaves room to count up and fits every generator
 DEVICES, SAMPLERS, TIMES = ("auto", "cpu", "cuda"), ("auto", "ode", "stochastic"), ("uniform", "logit_normal")
 DEVICE = "where to compute; auto takes the GPU if there is one"
 THREADS = "CPU threads; 0 leaves the choice to torch"
+ALLOW_PT = "also read weights from .pt, .pth and .bin files, as plain tensors"
 DRY_RUN = "print the resolved configuration and exit"
 STEPS = "network evaluations per clip; 0: the model's own (a student's ladder, the preset's steps for a teacher)"
 GUIDANCE = "classifier-free guidance; 1 turns it off, a negative number takes the model's own"
@@ -26,11 +27,12 @@ class Run(Checked):
 
     stage: str = field(REQUIRED, "which stage to run", choices=("0", "1", "2", "3", "all"))
     run: str = field(REQUIRED, "run folder: results, checkpoints, log", numbers=False)
-    model: str = field("tiny", "a preset, or a model folder in diffusers' format")
+    model: str = field("tiny", "a preset, or a model folder (diffusers' or the original repository's format)")
     data: str = field("shapes", "a preset, or a folder with a latent cache")
     seed: int = field(0, "decides every random number of the run", lo=0, hi=MAX_SEED)
     device: str = field("auto", DEVICE, choices=DEVICES, numbers=False)
     dtype: str = field("float32", "type the networks compute in", choices=("float32", "bfloat16"))
+    allow_pt: bool = field(False, ALLOW_PT, numbers=False)
     engine: str = field("local", "what runs the steps; local: one process", choices=("local",))
     log_every: int = field(10, "steps between two lines of metrics.jsonl", lo=1, numbers=False)
     save_every: int = field(200, "steps between two checkpoints", lo=1, numbers=False)
@@ -244,6 +246,7 @@ class Evaluate(EvaluateKeys):
     out: str = field(REQUIRED, "JSON file to write")
     teacher: str = field("", "model folder to compare with; empty: none")
     path: str = field("full", "which blocks of a Stage II model run", choices=("full", "pruned"))
+    allow_pt: bool = field(False, ALLOW_PT)
     data: str = field("shapes", "a preset, or a folder with a latent cache")
     seed: int = field(0, "decides clips and noise", lo=0, hi=MAX_SEED)
     device: str = field("auto", DEVICE, choices=DEVICES)
@@ -257,6 +260,7 @@ class Generate(Checked):
     """sample clips from a prompt"""
 
     model: str = field(REQUIRED, "a preset or a model folder")
+    allow_pt: bool = field(False, ALLOW_PT)
     prompt: str = field(REQUIRED, "what the clip shows")
     out: str = field(REQUIRED, "file to write: .mp4, .gif or .png")
     image: str = field("", "picture to start from; empty: text only")
@@ -291,5 +295,5 @@ def for_stage(cfg: StageAll, stage: int) -> Stage1 | Stage2 | Stage3:
 
 def for_evaluate(cfg: StageAll, model: str, teacher: str, out: str) -> Evaluate:
     """The evaluation that ends `stage=all`."""
-    common = {key: getattr(cfg, key) for key in ("data", "seed", "device", "threads", "progress")}
+    common = {key: getattr(cfg, key) for key in ("data", "seed", "device", "threads", "progress", "allow_pt")}
     return Evaluate(model=model, teacher=teacher, out=out, **common, **asdict(cfg.evaluate))

@@ -1,1 +1,2 @@
-"""Networks: the walk over blocks (base), Wan (wan), weights on disk (weights), sampling (sample), LoRA (lora)."""
+"""Networks: the walk over blocks (base), Wan (wan), sampling (sample), LoRA (lora); weights on disk in weights, with
+files (mapping, writing), keys (tables between formats) and original (the original repositories' folders)."""

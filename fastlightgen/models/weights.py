@@ -1,51 +1,137 @@
-"""Model folders and presets: diffusers' transformer format plus fastlightgen.json, read strictly and written whole."""
+"""Model folders and presets: diffusers' transformer format plus fastlightgen.json, or an original repository's format.
 
-import hashlib
-import json
-import shutil
+A folder is read in two passes. The first reads every header and config.json and compares all keys and shapes with the
+network, built without memory. The second copies one tensor after the other from the mapped files, in the type and on
+the device wanted, so that beside the network there is never more than one tensor and the window of files it is in.
+"""
+
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 from fastlightgen.config import find_preset_weights, preset, presets
 from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.files import (
+    WEIGHTS,
+    digest,
+    mapped,
+    read_headers,
+    read_json,
+    read_tensors,
+    replacing,
+    weight_files,
+    write_json,
+    write_tensors,
+)
+from fastlightgen.models.keys import Source, Table, recognise, unused_keys
+from fastlightgen.models.original import BY_ORIGINAL, SHARD_BYTES, from_original, key_table, save_original, to_original
 from fastlightgen.models.wan import WanConfig, WanModel
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+__all__ = [
+    "WEIGHTS",
+    "build",
+    "digest",
+    "load_model",
+    "load_weights",
+    "model_folder",
+    "read_card",
+    "read_json",
+    "read_tensors",
+    "save_model",
+    "save_original",
+    "to_original",
+    "trained_folder",
+]
+
+NETWORKS = {WanModel.config_class: (WanConfig, WanModel)}
+WINDOW = 2**28  # bytes copied from a mapped file before it is mapped anew, which gives its pages back
 
 
 def build(config: Mapping, seed: int | None = None) -> VideoDiT:
     """A network from a diffusers config; random weights are drawn from `seed`."""
     name = config.get("_class_name", WanModel.config_class)
-    if name != WanModel.config_class:
-        raise ValueError(f"config.json: _class_name is {name!r}; only {WanModel.config_class!r} is supported")
-    known = {f.name for f in fields(WanConfig)}
-    cfg = WanConfig(**{k: v for k, v in config.items() if k in known})
+    if name not in NETWORKS:
+        raise ValueError(f"config.json: _class_name is {name!r}; supported: {', '.join([*NETWORKS, *BY_ORIGINAL])}")
+    kind, network = NETWORKS[name]
+    check_config(config, kind)
+    cfg = kind(**{f.name: config[f.name] for f in fields(kind) if f.name in config})
     if seed is None:
-        return WanModel(cfg)
+        return network(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return WanModel(cfg)
+        return network(cfg)
 
 
-def load_model(path_or_preset: str | Path, device=None, dtype: torch.dtype | None = None, seed: int = 0) -> VideoDiT:
-    """A model folder (diffusers' transformer format), or a preset's network with random weights drawn from `seed`."""
-    folder = Path(path_or_preset)
+def check_config(config: Mapping, kind: type) -> None:
+    """No key that the network does not know (diffusers' own notes start with _), and whole numbers where sizes are."""
+    defaults = {f.name: f.default for f in fields(kind)}
+    for key, value in config.items():
+        if key not in defaults and not key.startswith("_") and value is not None:
+            raise ValueError(
+                f"config.json: {key}={value!r} is not a key of this network; remove it if the weights do without it"
+            )
+        least = 0 if key.endswith("_layers") else 1  # a student may have lost all its single blocks
+        if type(defaults.get(key)) is int and not (type(value) is int and value >= least):
+            raise ValueError(f"config.json: {key} is {value!r}; wanted a whole number from {least} up")
+
+
+def load_model(
+    path_or_preset: str | Path,
+    device=None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    allow_pt: bool = False,
+) -> VideoDiT:
+    """A folder's network with its weights, or a preset's network with random weights drawn from `seed`.
+
+    The folder holds diffusers' transformer format, a pipeline with such a `transformer/`, or the original Wan2.1 or
+    HunyuanVideo format. All parameters are of type `dtype` (None: float32, whatever the files hold). `allow_pt` also
+    reads .pt, .pth and .bin files, as plain tensors.
+    """
     if str(path_or_preset) in presets():
-        model = build(preset(str(path_or_preset))["network"], seed)
-    elif (folder / "config.json").is_file():
-        model = build(read_json(folder / "config.json"))
-        load_weights(model, folder)
-    else:
-        raise ValueError(
-            f"model={path_or_preset}: neither a folder with config.json nor a preset ({', '.join(presets())})"
-        )
-    return model.to(device=device, dtype=dtype)
+        return build(preset(str(path_or_preset))["network"], seed).to(device=device, dtype=dtype)
+    folder = model_folder(path_or_preset)
+    with torch.device("meta"), Undrawn():
+        model = build(read_config(folder))
+    load_weights(model, folder, device, dtype, allow_pt)
+    return model
+
+
+class Undrawn(TorchFunctionMode):
+    """Starting values are neither drawn nor scaled: on the meta device both import sympy, 1.5 s for no numbers."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (Tensor.div, Tensor.__truediv__) and isinstance(args[1], int | float):
+            return args[0]
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder with config.json and weights: `path`, or transformer/ in a pipeline folder."""
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "model_index.json").is_file():
+        if (folder / "transformer_2").is_dir():
+            raise ValueError(f"{folder}: has a transformer_2; give the folder of one of its two networks")
+        if (folder / "transformer" / "config.json").is_file():
+            return folder / "transformer"
+        raise ValueError(f"{folder}: a pipeline without transformer/config.json; give one with a video transformer")
+    raise ValueError(f"model={path}: neither a folder with config.json nor a preset ({', '.join(presets())})")
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder in diffusers' terms, whichever format it is in."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'}: holds {type(config).__name__}; wanted the keys of a network")
+    return from_original(config) if config.get("_class_name") in BY_ORIGINAL else config
 
 
 def trained_folder(path_or_preset: str) -> Path:
@@ -60,72 +146,103 @@ def trained_folder(path_or_preset: str) -> Path:
     return folder
 
 
-def load_weights(model: VideoDiT, folder: Path) -> None:
-    """Fill `model` from the folder's safetensors: every key, every shape, nothing else; or fail before touching it."""
-    weights = read_tensors(shard_files(folder))
-    wanted = model.state_dict()
-    missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
-    shapes = [k for k in wanted if k in weights and weights[k].shape != wanted[k].shape]
-    if missing or extra or shapes:
-        first = [f"missing {missing[:3]}"] * bool(missing) + [f"unexpected {extra[:3]}"] * bool(extra)
-        first += [f"{k} is {tuple(weights[k].shape)}, wanted {tuple(wanted[k].shape)}" for k in shapes[:2]]
-        raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(first)}")
-    model.load_state_dict(weights)
+def load_weights(model: VideoDiT, folder: Path, device=None, dtype: torch.dtype | None = None, allow_pt=False) -> None:
+    """Give `model`, on the meta device or any other, the folder's weights: every key, every shape, nothing else."""
+    files = weight_files(folder, allow_pt)
+    headers = read_headers(files)
+    original = read_json(folder / "config.json").get("_class_name") in BY_ORIGINAL
+    state = model.state_dict()
+    table = key_table(model.config) if original else {key: Source(key) for key in state}
+    check_fit(folder, state, table, {key: header for key, (_, header) in headers.items()}, unused_keys(model.config))
+
+    takers: dict[str, list[str]] = {}  # stored key -> keys of the network that are filled from it
+    for key, source in table.items():
+        takers.setdefault(source.key, []).append(key)
+    with loading_bar(sum(v.numel() * v.element_size() for _, v in headers.values())) as progress:
+        for stored in windows(headers):
+            with mapped(headers[stored[0]][0]) as (_, get):
+                for name in stored:
+                    for key in takers.get(name, []):
+                        assign(model, key, copied(get(name), table[key], state[key], device or "cpu", dtype))
+                    progress.update(headers[name][1].numel() * headers[name][1].element_size())
+    rest = [name for name, v in [*model.named_parameters(), *model.named_buffers()] if v.is_meta]
+    assert not rest, f"left without memory: {rest[:3]}; buffers that are not in the state dict must be made on use"
 
 
-def shard_files(folder: Path) -> list[Path]:
-    """The weight files of a folder: one file, or those its index names."""
-    index = folder / f"{WEIGHTS}.index.json"
-    if index.is_file():
-        record = read_json(index)
-        if not isinstance(record, dict) or not isinstance(record.get("weight_map"), dict):
-            raise ValueError(f"{index}: has no weight_map; copy the folder again")
-        names = sorted(set(record["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise ValueError(f"{index}: names files outside its folder")
-        return [folder / name for name in names]
-    return [folder / WEIGHTS]
+def loading_bar(total: int) -> tqdm:
+    """Progress in bytes, for loads of more than 5 seconds; in a log file four lines a minute."""
+    every = 0.5 if sys.stderr.isatty() else 15.0
+    return tqdm(desc="loading weights", total=total, unit="B", unit_scale=True, delay=5, mininterval=every)
 
 
-def read_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """All tensors of some safetensors files, with one-line errors for absent and damaged ones."""
-    out = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as f:
-                out |= {key: f.get_tensor(key) for key in f.keys()}
-        except FileNotFoundError:
-            raise ValueError(f"{file}: not found") from None
-        except (SafetensorError, OSError) as err:
-            raise ValueError(f"{file}: damaged or truncated ({err})") from None
+def check_fit(
+    folder: Path, state: Mapping[str, Tensor], table: Table, stored: Mapping[str, Tensor], unused: set
+) -> None:
+    """The stored keys and shapes are those of the network, or one line that names the first that are not."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for key, source in table.items():
+        shape = tuple(state[key].shape)
+        height = max([wanted.get(source.key, (0,))[0], *(stop for _, stop in source.rows)]) if source.rows else None
+        wanted[source.key] = shape if height is None else (height, *shape[1:])
+    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys() - unused)
+    shapes = [key for key in wanted if key in stored and tuple(stored[key].shape) != wanted[key]]
+    if not (missing or extra or shapes):
+        return
+    found, described = recognise(stored), recognise(wanted)
+    if found and found != described:
+        raise ValueError(
+            f"{folder}: holds the weights of {found}, config.json describes {described}; give a matching pair"
+        )
+    first = [f"missing {missing[:3]}"] * bool(missing) + [f"unexpected {extra[:3]}"] * bool(extra)
+    first += [f"{key} is {tuple(stored[key].shape)}, wanted {wanted[key]}" for key in shapes[:2]]
+    raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(first)}")
+
+
+def windows(headers: Mapping[str, tuple[Path, Tensor]]) -> list[list[str]]:
+    """The stored keys in file order, cut so that no part mixes files or exceeds WINDOW by more than its last tensor."""
+    out: list[list[str]] = []
+    last, size = None, 0
+    for key, (file, header) in headers.items():
+        if file != last or size >= WINDOW:
+            out.append([])
+            last, size = file, 0
+        out[-1].append(key)
+        size += header.numel() * header.element_size()
     return out
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as err:
-        raise ValueError(f"{path}: cannot be read as JSON ({err})") from None
+def copied(stored: Tensor, source: Source, like: Tensor, device, dtype: torch.dtype | None) -> Tensor:
+    """A tensor of the network in its own memory, from a mapped one."""
+    out = torch.empty(like.shape, dtype=dtype or like.dtype, device=device)
+    if not source.rows:
+        return out.copy_(stored)
+    offset = 0
+    for start, stop in source.rows:
+        out[offset : offset + stop - start].copy_(stored[start:stop])
+        offset += stop - start
+    return out
+
+
+def assign(model: nn.Module, key: str, value: Tensor) -> None:
+    """Put a tensor in place of the parameter or buffer of that name."""
+    parent, _, name = key.rpartition(".")
+    module = model.get_submodule(parent)
+    old = getattr(module, name)
+    setattr(module, name, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
 
 
 def read_card(folder: str | Path) -> dict:
-    """fastlightgen.json of a model folder; {} for a folder that another program wrote."""
-    path = Path(folder) / "fastlightgen.json"
-    return read_json(path) if path.is_file() else {}
+    """fastlightgen.json of a model or pipeline folder; {} for a folder that another program wrote."""
+    places = [Path(folder) / "fastlightgen.json", Path(folder) / "transformer" / "fastlightgen.json"]
+    return next((read_json(path) for path in places if path.is_file()), {})
 
 
-def save_model(model: VideoDiT, dir: str | Path, dtype: torch.dtype | None = None, **card) -> Path:
+def save_model(
+    model: VideoDiT, dir: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = SHARD_BYTES, **card
+) -> Path:
     """Write a model folder whole or not at all; stock `from_pretrained` loads it. `card` adds to fastlightgen.json."""
-    folder = Path(dir)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
-        raise ValueError(f"{folder}: exists and is not a model folder, so it is not replaced; give another path")
-    temporary, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
-    save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
-    (temporary / "config.json").write_text(json.dumps(model.config, indent=2) + "\n")
+    folder, state = Path(dir), model.state_dict()
+    sizes = {key: v.numel() * (dtype or v.dtype).itemsize for key, v in state.items()}
     defaults = {
         "family": model.family,
         "stage": None,
@@ -136,23 +253,8 @@ def save_model(model: VideoDiT, dir: str | Path, dtype: torch.dtype | None = Non
         "guidance": None,
         "source": None,
     }
-    (temporary / "fastlightgen.json").write_text(json.dumps(defaults | card, indent=2) + "\n")
-    # Two renames: at no moment is there half a folder.
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing(folder) as temporary:
+        write_tensors(temporary, sizes, lambda key: state[key].detach().to("cpu", dtype).contiguous(), max_shard_bytes)
+        write_json(temporary / "config.json", model.config)
+        write_json(temporary / "fastlightgen.json", defaults | card)
     return folder
-
-
-def digest(path: Path) -> str:
-    """Short hash of a file's content."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16] if hasattr(hashlib, "file_digest") else _digest(f)
-
-
-def _digest(f) -> str:  # Python 3.10 has no file_digest
-    h = hashlib.sha256()
-    while chunk := f.read(1 << 20):
-        h.update(chunk)
-    return h.hexdigest()[:16]

@@ -38,7 +38,7 @@ def batches_of(cfg, source: Source, device: torch.device) -> Batches:
 
 
 def build_teacher(cfg: Stage0, source: Source, device: torch.device) -> Teacher:
-    net = load_model(cfg.init or cfg.model, device, seed=cfg.seed)
+    net = load_model(cfg.init or cfg.model, device, seed=cfg.seed, allow_pt=cfg.allow_pt)
     set_checkpointing(cfg, source, net)
     start = cfg.init or cfg.model
     card = preset(start)["inference"] if start in presets() else read_card(start)
@@ -47,7 +47,7 @@ def build_teacher(cfg: Stage0, source: Source, device: torch.device) -> Teacher:
 
 def build_ranking(cfg: Stage1, device: torch.device) -> tuple[VideoDiT, list[dict], list[float]]:
     """The model, its units (Wan: one list of blocks), and what dropping each one saves in the unit of `ratio`."""
-    model = load_model(trained_folder(cfg.model), device).requires_grad_(False)
+    model = load_model(trained_folder(cfg.model), device, allow_pt=cfg.allow_pt).requires_grad_(False)
     units = [{"name": f"blocks.{i}", "kind": "block", "index": i} for i in range(model.num_blocks)]
     # Wan's blocks all cost the same FLOPs, so `blocks` and `flops` agree; parameters are counted.
     costs = [float(sum(p.numel() for p in b.parameters())) if cfg.ratio_unit == "params" else 1.0 for b in model.blocks]
@@ -56,7 +56,7 @@ def build_ranking(cfg: Stage1, device: torch.device) -> tuple[VideoDiT, list[dic
 
 def build_prune(cfg: Stage2, source: Source, device: torch.device) -> Prune:
     folder = trained_folder(cfg.teacher or cfg.model)
-    net = load_model(folder, device)
+    net = load_model(folder, device, allow_pt=cfg.allow_pt)
     ranking = read_importance(cfg.importance or Path(cfg.run) / "stage1" / "importance.json", net.num_blocks)
     card = {"source": str(folder)} | {k: read_card(folder).get(k) for k in ("steps", "guidance")}
 
@@ -80,7 +80,9 @@ def build_distill(cfg: Stage3, source: Source, device: torch.device) -> Distill:
         raise ValueError(f"{folder}/fastlightgen.json: names no pruned_path; wanted a model that stage=2 made")
     teacher = load_model(folder, device).requires_grad_(False)
     student = copy.deepcopy(teacher).requires_grad_(True).prune(keep)
-    original = load_model(trained_folder(cfg.model), device).requires_grad_(False) if cfg.strong == "original" else None
+    original = None
+    if cfg.strong == "original":
+        original = load_model(trained_folder(cfg.model), device, allow_pt=cfg.allow_pt).requires_grad_(False)
     fake_keep = keep if cfg.fake_arch == "pruned" else None
     if cfg.fake_mode == "lora":  # literally shared weights: the adapters count for the fake's predictions only
         fake, trained = teacher, attach_lora(teacher, cfg.lora_rank, generator(cfg.seed, 7))

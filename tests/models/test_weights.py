@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastlightgen
-from fastlightgen.models import weights
+from fastlightgen.models import files, weights
 from fastlightgen.models.weights import WEIGHTS, build, load_model, read_card, save_model
 
 CONFIG = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 20, "freq_dim": 32, "ffn_dim": 40}
@@ -96,6 +97,135 @@ def test_presets_draw_their_weights_from_the_seed():
     assert load_model("tiny", dtype=torch.bfloat16).proj_out.weight.dtype == torch.bfloat16
 
 
+def test_types(folder: Path):
+    """Stored in one type, wanted in another: torch's own rounding; nothing asked: float32."""
+    model = build(CONFIG, seed=1)
+    assert same(load_model(folder, dtype=torch.bfloat16), build(CONFIG, seed=1).bfloat16())
+    save_model(model, folder, torch.bfloat16)
+    assert same(load_model(folder), model.bfloat16().float())
+    assert all(p.requires_grad and p.is_leaf for p in load_model(folder).parameters())
+
+
+def test_a_loaded_model_does_not_depend_on_its_file(folder: Path):
+    model = load_model(folder)
+    with open(folder / WEIGHTS, "r+b") as f:  # in place: a mapped tensor would turn to zeros
+        f.write(bytes((folder / WEIGHTS).stat().st_size))
+    assert same(model, build(CONFIG, seed=1))
+
+
+def test_loading_draws_no_random_numbers(folder: Path):
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    load_model(folder)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' /proc to reset the peak")
+def test_a_load_holds_one_copy(tmp_path: Path, monkeypatch):
+    """Peak of resident memory, mapped files included, above what the process had: the network and one window."""
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+    config = CONFIG | {"num_attention_heads": 16, "attention_head_dim": 32, "ffn_dim": 2048, "num_layers": 16}
+    folder = save_model(build(config), tmp_path / "m", torch.bfloat16)
+    load_model(folder)  # imports and caches of the first load
+    size = (folder / WEIGHTS).stat().st_size
+    monkeypatch.setattr(weights, "WINDOW", size // 16)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    model = load_model(folder, dtype=torch.bfloat16)
+    peak = status("VmHWM") - before
+    assert sum(p.numel() * p.element_size() for p in model.parameters()) > 0.99 * size > 1.3e8
+    # 1 for the network, 1/16 for the window, the rest for the allocator; a second copy would make 2.
+    assert peak < 1.35 * size, f"{peak / size:.2f} times the size of the weights"
+
+
+@torch.no_grad()
+def test_shards(folder: Path):
+    model, limit = build(CONFIG, seed=1), 20_000
+    save_model(model, folder, max_shard_bytes=limit)
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 3 and shards[0].name == f"diffusion_pytorch_model-00001-of-{len(shards):05}.safetensors"
+    sizes = [[v.numel() * 4 for v in load_file(shard).values()] for shard in shards]
+    assert all(sum(s) <= limit or len(s) == 1 for s in sizes)  # a tensor above the limit stands alone
+    record = json.loads((folder / f"{WEIGHTS}.index.json").read_text())
+    assert record["metadata"]["total_size"] == sum(map(sum, sizes))
+    assert all(key in load_file(folder / name) for key, name in record["weight_map"].items())
+    assert same(load_model(folder), model)
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("accelerate", reason="diffusers needs accelerate for from_pretrained of this class")
+    load = diffusers.WanTransformer3DModel.from_pretrained
+    other, log = load(folder, local_files_only=True, output_loading_info=True)
+    assert not any(log.values()) and same(other, model)
+    save_model(model, folder)  # one file again, and no index of the old ones
+    assert [p.name for p in folder.glob("*.safetensors*")] == [WEIGHTS]
+
+
+def pickled(folder: Path, name: str = "mp_rank_00_model_states.pt", wrap=lambda state: {"module": state}) -> Path:
+    torch.save(wrap(load_file(folder / WEIGHTS)), folder / name)
+    (folder / WEIGHTS).unlink()
+    return folder / name
+
+
+def test_pickles_on_request_only(folder: Path):
+    file = pickled(folder)
+    with pytest.raises(ValueError, match=r"only the pickle mp_rank_00_model_states.pt, .*: add allow_pt=true"):
+        load_model(folder)
+    assert same(load_model(folder, allow_pt=True), build(CONFIG, seed=1))
+    file.rename(folder / "weights.pth")
+    assert same(load_model(folder, allow_pt=True), build(CONFIG, seed=1))
+    (folder / "other.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"other.pth, weights.pth may all hold the weights; keep one"):
+        load_model(folder, allow_pt=True)
+
+
+class Runs:
+    """Unpickling it would run a command."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("what", ["code", "cut", "list", "legacy"])
+def test_pickles_that_are_not_plain_tensors(folder: Path, tmp_path: Path, what: str):
+    file = pickled(folder, wrap={"list": list, "code": lambda _: Runs(tmp_path / "ran")}.get(what, dict))
+    if what == "cut":
+        file.write_bytes(file.read_bytes()[:-2000])
+    elif what == "legacy":
+        torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
+    message = "holds more than tensors" if what == "list" else "is not a torch.save file of plain tensors, or damaged"
+    with pytest.raises(ValueError, match=rf"mp_rank_00_model_states.pt: {message}") as err:
+        load_model(folder, allow_pt=True)
+    assert "\n" not in str(err.value) and not (tmp_path / "ran").exists()
+
+
+def test_a_bad_second_shard_is_seen_before_anything_is_read(folder: Path, monkeypatch):
+    save_model(build(CONFIG, seed=1), folder, max_shard_bytes=60_000)
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-1])
+    monkeypatch.setattr(weights, "assign", lambda *_: pytest.fail("a tensor was loaded"))
+    with pytest.raises(ValueError, match=f"{last.name}: damaged or truncated"):
+        load_model(folder)
+
+
+def test_a_key_in_two_shards(folder: Path):
+    save_model(build(CONFIG, seed=1), folder, max_shard_bytes=60_000)
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    save_file(load_file(second) | {"proj_out.bias": torch.zeros(64)}, second)
+    save_file(load_file(first) | {"proj_out.bias": torch.ones(64)}, first)
+    with pytest.raises(ValueError, match=rf"proj_out.bias stands in .*{first.name} too; keep one of the two"):
+        load_model(folder)
+
+
+def other_weights(folder: Path, *keys: str) -> None:
+    save_file({key: torch.zeros(2) for key in keys}, folder / WEIGHTS)
+
+
 def truncate(folder: Path) -> None:
     file = folder / WEIGHTS
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -121,6 +251,32 @@ DAMAGE = {
     "more blocks": (lambda f: edit(f, num_layers=5), r"missing \['blocks.4.attn1.norm_k.weight'"),
     "class": (lambda f: edit(f, _class_name="FluxTransformer2DModel"), "_class_name is 'FluxTransformer2DModel'"),
     "config": (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
+    "other family": (
+        lambda f: other_weights(f, "context_embedder.token_refiner.refiner_blocks.0.norm1.bias"),
+        r"weights of HunyuanVideo \(diffusers format\), config.json describes Wan \(diffusers format\)",
+    ),
+    "other format": (
+        lambda f: other_weights(f, "time_projection.1.bias"),
+        r"weights of Wan \(original format\), config",
+    ),
+    "VAE": (lambda f: other_weights(f, "decoder.conv_in.bias", "encoder.conv_in.bias"), "the weights of a VAE, config"),
+    "UNet": (lambda f: other_weights(f, "down_blocks.0.bias"), "the weights of a UNet, config.json describes Wan"),
+    "VAE config": (
+        lambda f: edit(f, _class_name="AutoencoderKLWan"),
+        "'AutoencoderKLWan'; supported: WanTransformer3D",
+    ),
+    "quantised": (
+        lambda f: change(f, **{"proj_out.bias": torch.zeros(64).to(torch.float8_e4m3fn)}),
+        "proj_out.bias is float8_e4m3fn, wanted float32, bfloat16 or float16",
+    ),
+    "unknown key": (lambda f: edit(f, vace_layers=[0]), r"vace_layers=\[0\] is not a key of this network"),
+    "size as text": (lambda f: edit(f, ffn_dim="40"), "ffn_dim is '40'; wanted a whole number from 1 up"),
+    "size 0": (lambda f: edit(f, num_attention_heads=0), "num_attention_heads is 0; wanted a whole number from 1 up"),
+    "list": (lambda f: (f / "config.json").write_text("[]"), "config.json: holds list; wanted the keys of a network"),
+    "index of pickles": (
+        lambda f: index(f, {"weight_map": {"a": "a.bin"}}),
+        "names 'a.bin'; wanted .safetensors files",
+    ),
     "index outside": (lambda f: index(f, {"weight_map": {"a": "../a.safetensors"}}), "names files outside its folder"),
     "index absolute": (lambda f: index(f, {"weight_map": {"a": "/a.safetensors"}}), "names files outside its folder"),
     "index of nothing": (lambda f: index(f, {"metadata": {}}), "index.json: has no weight_map"),
@@ -133,6 +289,19 @@ DAMAGE = {
 def test_damaged_folders(folder: Path, damage, message: str):
     damage(folder)
     with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def test_keys_that_diffusers_ignores(folder: Path, tmp_path: Path):
+    """Notes in config.json, and the norms that published image-to-video weights hold and no network reads."""
+    edit(folder, _diffusers_version="0.33.0", _name_or_path="x", pos_embed_seq_len=None, quantization_config=None)
+    assert same(load_model(folder), build(CONFIG, seed=1))
+    model = build(CONFIG | {"in_channels": 36, "image_dim": 8, "added_kv_proj_dim": 24}, seed=1)
+    save_model(model, folder)
+    change(folder, **{f"blocks.{i}.attn2.norm_added_q.weight": torch.ones(24) for i in range(4)})
+    assert same(load_model(folder), model)
+    change(folder, **{"blocks.4.attn2.norm_added_q.weight": torch.ones(24)})
+    with pytest.raises(ValueError, match=r"unexpected \['blocks.4.attn2.norm_added_q.weight'\]"):
         load_model(folder)
 
 
@@ -158,7 +327,7 @@ def test_an_interrupted_save_leaves_the_old_folder_whole(folder: Path, monkeypat
             Path(path).write_bytes(b"half a file")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", dies)
+    monkeypatch.setattr(files, "save_file", dies)
     with pytest.raises(OSError, match="No space left"):
         save_model(build(CONFIG, seed=2), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

@@ -1,0 +1,37 @@
+"""Loading a model folder: bytes per second, and the peak of host memory beside the size of the network.
+
+FLG_LOAD_BLOCKS=30 FLG_LOAD_MODEL=wan2.1-t2v-1.3b measures a published size; the file is written and removed again.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlightgen.config import preset
+from fastlightgen.models.weights import build, load_model, save_model
+
+MODEL, BLOCKS = os.environ.get("FLG_LOAD_MODEL", "tiny"), int(os.environ.get("FLG_LOAD_BLOCKS", "12"))
+
+
+def resident(name: str) -> int:
+    """VmRSS (now) or VmHWM (its peak) of this process in bytes, mapped files included."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+
+@pytest.mark.benchmark(group="load")
+def bench_load(benchmark, tmp_path: Path):
+    with torch.device("meta"):
+        empty = build(preset(MODEL)["network"] | {"num_layers": BLOCKS})
+    folder = save_model(empty.to_empty(device="cpu"), tmp_path / "model", torch.bfloat16)
+    del empty
+    load_model("tiny")  # what a first model imports
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = resident("VmRSS")
+    model = benchmark.pedantic(load_model, (folder,), {"dtype": torch.bfloat16}, rounds=1)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    over = resident("VmHWM") - before - size
+    benchmark.extra_info |= {"network": size, "above": over, "bytes/s": size / benchmark.stats.stats.min}
+    print(f"\n{MODEL}, {BLOCKS} blocks: network {size / 2**20:.0f} MiB, peak {over / 2**20:.0f} MiB above it")
