@@ -161,7 +161,7 @@ def test_foreign_fields_are_refused(tmp_path):
         ({"shards": [{"file": "a", "clips": "many"}]}, "not a latent cache"),
         ({"shards": 3}, "not a latent cache"),
         ({"description": None}, "not a latent cache"),
-        ({"format": 2}, "cache format 2, this version reads 1"),
+        ({"format": 3}, "cache format 3, this version reads 1 and 2"),
     ],
 )
 def test_a_bad_index_is_named(folder, change, said):

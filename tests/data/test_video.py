@@ -129,9 +129,7 @@ def test_a_turned_picture_is_put_upright():
 
     plain = Frame().to_ndarray("rgb24")
     assert np.array_equal(upright(Frame(), 0), plain)
-    assert np.array_equal(
-        upright(Frame(), 1)[::-1, 0], plain[0]
-    )  # counter-clockwise: top row to left column
+    assert np.array_equal(upright(Frame(), 1)[::-1, 0], plain[0])  # counter-clockwise: top row to left column
 
 
 def test_source_hash(tmp_path):
