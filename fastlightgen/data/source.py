@@ -99,7 +99,7 @@ class CacheSource:
         cut = len(clips) - max(1, len(clips) // 10)
         if cut < 1:
             raise ValueError(
-                f"data={cache.folder}: {len(clips)} clips of one size; at least 2 are needed, one of them held out"
+                f"data={cache.folder}: {len(clips)} clips; at least 2 are needed (of one size), one of them held out"
             )
         self.groups[0], self.rest = clips[:cut], clips[cut:]
 
