@@ -6,6 +6,7 @@ mode of the VAE's posterior, not a draw: the same video always gives the same nu
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +65,8 @@ class Encoders:
             self.vae.enable_tiling()
         self.condition = self.network.get("image_condition_type") if self.kind.family == "hunyuan" else None
         self.text_tokens = self.kind.text_tokens
-        if self.condition:
-            self.text_tokens += len(range(0, 576, INTERLEAVE[self.condition]))  # Llava's image tokens come first
+        if self.condition:  # Llava's image tokens come first, and its pipeline cuts out 4 tokens of the template
+            self.text_tokens += len(range(0, 576, INTERLEAVE[self.condition])) - 4
 
     @torch.no_grad()
     def clip(self, frames: NDArray, caption: str) -> dict[str, Tensor]:
@@ -188,9 +189,11 @@ def load_pipeline(folder: Path, name: str, device: torch.device, dtype: torch.dt
     types = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
     absent = {part: None for part in ("transformer", "transformer_2") if (folder / part).is_dir()}
     try:
-        pipe = getattr(diffusers, name).from_pretrained(
-            folder, torch_dtype=types, local_files_only=True, use_safetensors=True, **absent
-        )
+        with warnings.catch_warnings():  # newer versions call it dtype, older ones know torch_dtype only
+            warnings.simplefilter("ignore", FutureWarning)
+            pipe = getattr(diffusers, name).from_pretrained(
+                folder, torch_dtype=types, local_files_only=True, use_safetensors=True, **absent
+            )
     except (OSError, ValueError, KeyError) as err:
         raise ValueError(f"pipeline={folder}: cannot be loaded ({' '.join(str(err).split())[:300]})") from None
     return pipe.to(device)

@@ -116,7 +116,7 @@ class CacheSource:
         shares = [max(1, round(len(group) / size)) for group in self.groups]
         labels = [number for number, share in enumerate(shares) for _ in range(share)]
         cycle, place = divmod(step, len(labels))
-        order = torch.randperm(len(labels), generator=generator(self.seed, cycle, 1)).tolist()
+        order = torch.randperm(len(labels), generator=generator(self.seed, cycle, 0)).tolist()
         taken = [labels[i] for i in order[: place + 1]]
         return taken[-1], cycle * shares[taken[-1]] + taken.count(taken[-1]) - 1
 
@@ -124,7 +124,8 @@ class CacheSource:
         return self._read([self.rest[(start + i) % len(self.rest)] for i in range(size)])
 
     def _order(self, number: int, epoch: int) -> list[int]:
-        return torch.randperm(len(self.groups[number]), generator=generator(self.seed, epoch, 0, number)).tolist()
+        keys = (epoch, number) if number else (epoch,)
+        return torch.randperm(len(self.groups[number]), generator=generator(self.seed, *keys)).tolist()
 
     def _read(self, indices: list[int]) -> Batch:
         clips = {k: v.float() if v.is_floating_point() else v for k, v in self.cache.read(indices).items()}

@@ -10,6 +10,7 @@ import torch
 from helpers import batches, config, run_train, small_wan
 from safetensors.torch import load_file
 
+from fastlightgen.data.source import ShapesSource
 from fastlightgen.models.weights import save_model
 from fastlightgen.stages.build import build_ranking
 from fastlightgen.stages.rank import drop_until, evaluation_set, rank, score_sets
