@@ -158,6 +158,15 @@ class Encoders:
     def text_width(self) -> int:
         return self.network["text_dim" if self.kind.family == "wan" else "text_embed_dim"]
 
+    def numbers(self, area: int, frames: int) -> tuple[int, int]:
+        """How many numbers a clip of `area` pixels has: in latents, condition and image tokens; in its text."""
+        frame, f = area // 64, (frames - 1) // 4 + 1
+        clip = self.network["in_channels"] * f * frame + (16 * frame if self.condition == "token_replace" else 0)
+        if self.name == "WanImageToVideoPipeline" and self.pipe.image_encoder is not None:
+            vit = self.pipe.image_encoder.config
+            clip += ((vit.image_size // vit.patch_size) ** 2 + 1) * vit.hidden_size
+        return clip, self.text_tokens * self.text_width
+
     def description(self) -> dict:
         """What a cache made with these encoders says about itself."""
         shift, scale = (x.flatten().tolist() for x in self.normalisation())

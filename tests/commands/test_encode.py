@@ -121,8 +121,8 @@ def test_a_cache_holds_what_the_encoders_make(whole, videos, shared_encoders, ca
 def test_said_before_and_after(run, tmp_path, capsys):
     run(tmp_path / "out")
     out = capsys.readouterr().out
-    # 7 rows look usable; 36 channels of 2 x 4 x 6 latents and 512 x 32 text, 4 bytes each: 72448 bytes a clip at most
-    assert "7 of 9 listed clips, 5 frames at 8 per second; at most 0.00 GB" in out
+    # 4 bytes for each of 36 x 2 x 4 x 6 latents and condition, 5 x 8 image tokens, 512 x 32 text: 72608, 7 times
+    assert "7 of 9 listed clips, 5 frames at 8 per second; at most 0.000508 GB, " in out
     assert f"{tmp_path / 'out'}: 5 clips, 4 skipped: {tmp_path / 'out' / 'skipped.json'}" in out
 
 

@@ -74,14 +74,12 @@ def test_the_shipped_teacher_knows_its_world_and_no_other(capsys):
     check_teacher(cfg, model, World())
     out = capsys.readouterr().out
     assert f"x0 error on {CLIPS} held-out clips" in out and "warning" not in out
-    for spoilt in (
-        lambda x: x.flip(1),
-        lambda x: x[..., torch.randperm(8, generator=torch.Generator().manual_seed(0))],
-    ):
+    for spoilt in (lambda x: x.flip(1), lambda x: x + 1, lambda x: 3 * x):
         check_teacher(cfg, model, World(spoilt))
         assert "warning: data=shapes: the teacher does not know these latents" in capsys.readouterr().out
         with pytest.raises(ValueError, match="check that the cache was made with its pipeline, or go on with"):
             check_teacher(config(2, "data_check=stop"), model, World(spoilt))
+    capsys.readouterr()
     check_teacher(config(2, "data_check=off"), model, World(lambda x: x.flip(1)))
     check_teacher(cfg, model, ShapesSource(0))  # nothing to look at: the world fits by construction
-    assert capsys.readouterr().out.count("the teacher") == 2  # the two lines before the two stops
+    assert capsys.readouterr().out.count("x0 error") == 0
