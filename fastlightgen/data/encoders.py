@@ -112,10 +112,8 @@ class Encoders:
                 prompt, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens, device=self.device
             )[0][0]
             return {"text": text, "text_len": text.any(-1).sum()}  # the pipeline writes zeros after the last token
-        image = (
-            {"image": picture(first), "image_embed_interleave": INTERLEAVE[self.condition]} if self.condition else {}
-        )
-        text, pooled, mask = self.pipe.encode_prompt(prompt=prompt, device=self.device, **image)
+        seen = {"image": picture(first), "image_embed_interleave": INTERLEAVE[self.condition]} if self.condition else {}
+        text, pooled, mask = self.pipe.encode_prompt(prompt=prompt, device=self.device, **seen)
         length = mask[0].sum().long()
         if not mask[0, :length].all() or text.shape[1] != self.text_tokens:
             raise ValueError(
