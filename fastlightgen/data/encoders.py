@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -115,13 +116,11 @@ class Encoders:
         seen = {"image": picture(first), "image_embed_interleave": INTERLEAVE[self.condition]} if self.condition else {}
         text, pooled, mask = self.pipe.encode_prompt(prompt=prompt, device=self.device, **seen)
         length = mask[0].sum().long()
-        if not mask[0, :length].all() or text.shape[1] != self.text_tokens:
-            raise ValueError(
-                f"{self.folder}/tokenizer: pads to {text.shape[1]} tokens, not all at the end; wanted "
-                f"{self.text_tokens} with padding_side right"
-            )
-        text[0, length:] = 0
-        return {"text": text[0], "text_len": length, "pooled": pooled[0]}
+        if not mask[0, :length].all() or length > self.text_tokens:
+            raise ValueError(f"{self.folder}/tokenizer: does not pad at the end; set its padding_side to right")
+        # what it crops can be a token more or less than its constants say where the prompt is empty or very long
+        text = F.pad(text[0, :length], (0, 0, 0, self.text_tokens - int(length)))
+        return {"text": text, "text_len": length, "pooled": pooled[0]}
 
     def null(self, prompt: str, size: tuple[int, int]) -> dict[str, Tensor]:
         """The text fields of the null prediction; Hunyuan's image to video shows it a black frame, as its pipeline."""
