@@ -1,0 +1,113 @@
+"""Every key of the commands beside `train`: name, type, default, range and meaning."""
+# ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
+
+from dataclasses import asdict, dataclass
+
+from fastlightgen.config.fields import REQUIRED, Checked, ConfigError, field
+from fastlightgen.config.schema import (
+    DEVICE,
+    DEVICES,
+    DRY_RUN,
+    GUIDANCE,
+    MAX_SEED,
+    SAMPLER,
+    SAMPLERS,
+    STEPS,
+    THREADS,
+    EvaluateKeys,
+    StageAll,
+)
+
+
+@dataclass(kw_only=True)
+class Evaluate(EvaluateKeys):
+    """measure a model: quality, speed, size"""
+
+    model: str = field(REQUIRED, "a preset or a model folder")
+    out: str = field(REQUIRED, "JSON file to write")
+    teacher: str = field("", "model folder to compare with; empty: none")
+    path: str = field("full", "which blocks of a Stage II model run", choices=("full", "pruned"))
+    data: str = field("shapes", "a preset, or a folder with a latent cache")
+    seed: int = field(0, "decides clips and noise", lo=0, hi=MAX_SEED)
+    device: str = field("auto", DEVICE, choices=DEVICES)
+    threads: int = field(0, THREADS, lo=0)
+    progress: bool = field(True, "show a progress bar")
+    dry_run: bool = field(False, DRY_RUN)
+
+
+@dataclass(kw_only=True)
+class Generate(Checked):
+    """sample clips from a prompt"""
+
+    model: str = field(REQUIRED, "a preset or a model folder")
+    prompt: str = field(REQUIRED, "what the clip shows")
+    out: str = field(REQUIRED, "file to write: .mp4, .gif or .png")
+    image: str = field("", "picture to start from; empty: text only")
+    count: int = field(1, "number of clips", lo=1)
+    steps: int = field(0, STEPS, lo=0)
+    guidance: float = field(-1.0, GUIDANCE)
+    sampler: str = field("auto", SAMPLER, choices=SAMPLERS)
+    seed: int = field(0, "decides the noise", lo=0, hi=MAX_SEED)
+    device: str = field("auto", DEVICE, choices=DEVICES)
+    threads: int = field(0, THREADS, lo=0)
+    dry_run: bool = field(False, DRY_RUN)
+
+
+@dataclass(kw_only=True)
+class Encode(Checked):
+    """turn videos and captions into a latent cache"""
+
+    videos: str = field(REQUIRED, "folder of videos with NAME.txt captions, or a .csv or .jsonl list of clips")
+    pipeline: str = field(REQUIRED, "folder of a diffusers pipeline, whose VAE, text and image encoders are used")
+    out: str = field(REQUIRED, "folder of the cache; an interrupted one is continued")
+    buckets: str = field("", "sizes that clips are cropped to, as [480x832,832x480]; empty: the pipeline's own")
+    frames: int = field(0, "frames per clip, 4 k + 1; 0: the pipeline's own, 81 for Wan, 129 for HunyuanVideo", lo=0)
+    fps: float = field(0.0, "frames per second; 0: the pipeline's own, 16 for Wan, 24 for HunyuanVideo", lo=0)
+    min_dover: float = field(80.0, "lists with a column dover: skip the clips whose score is below this")
+    null_prompt: str = field("", "prompt of the null prediction, which guidance needs")
+    dtype: str = field("bfloat16", "type that text encoders compute in", choices=("bfloat16", "float32"))
+    save_dtype: str = field("float16", "type of saved latents", choices=("float16", "bfloat16", "float32"))
+    tiling: bool = field(False, "VAE in overlapping tiles: less memory, slightly other latents")
+    shard: int = field(16, "clips per file; an interruption costs at most one file's work", lo=1)
+    workers: int = field(2, "processes that decode videos; 0: none beside this one", lo=0)
+    rank: int = field(-1, "number of this process, of `ranks` that share the work; -1: RANK of torchrun, or 0", lo=-1)
+    ranks: int = field(0, "processes that share the work; 0: WORLD_SIZE of torchrun, or 1", lo=0)
+    device: str = field("auto", DEVICE, choices=DEVICES)
+    threads: int = field(0, THREADS, lo=0)
+    progress: bool = field(True, "show a progress bar")
+    dry_run: bool = field(False, DRY_RUN)
+
+    def check(self) -> None:
+        if self.frames and self.frames % 4 != 1:
+            raise ConfigError(f"frames={self.frames}: wanted 4 k + 1, for example {self.frames // 4 * 4 + 1}")
+        if self.ranks and self.rank >= self.ranks:
+            raise ConfigError(f"rank={self.rank}: with ranks={self.ranks} the ranks are 0 to {self.ranks - 1}")
+        if (self.rank >= 0) != (self.ranks > 0):
+            raise ConfigError(f"rank={self.rank}, ranks={self.ranks}: give both, or neither")
+        parse_buckets(self.buckets)
+
+
+def parse_buckets(text: str) -> list[tuple[int, int]]:
+    """ "[480x832,832x480]" as [(480, 832), (832, 480)], heights first."""
+    sizes = [part.strip().split("x") for part in text.strip("[] ").split(",") if part.strip()]
+    if not all(len(size) == 2 and all(n.isdecimal() and int(n) and int(n) % 16 == 0 for n in size) for size in sizes):
+        raise ConfigError(f"buckets={text}: wanted HEIGHTxWIDTH, multiples of 16, for example [480x832,832x480]")
+    return [(int(height), int(width)) for height, width in sizes]
+
+
+@dataclass(kw_only=True)
+class Report(Checked):
+    """write one self-contained HTML page about a run"""
+
+    run: str = field(REQUIRED, "run folder")
+    out: str = field("", "HTML file to write; empty: RUN/report.html")
+    dry_run: bool = field(False, DRY_RUN)
+
+
+COMMANDS = {"generate": Generate, "evaluate": Evaluate, "encode": Encode, "report": Report}
+
+
+def for_evaluate(cfg: StageAll, model: str, teacher: str, out: str) -> Evaluate:
+    """The evaluation that ends `stage=all`."""
+    common = {key: getattr(cfg, key) for key in ("data", "seed", "device", "threads", "progress")}
+    return Evaluate(model=model, teacher=teacher, out=out, **common, **asdict(cfg.evaluate))
