@@ -54,6 +54,22 @@ class Generate(Checked):
 
 
 @dataclass(kw_only=True)
+class Export(Checked):
+    """write a pipeline folder that stock diffusers loads"""
+
+    model: str = field(REQUIRED, "a model folder")
+    pipeline: str = field(REQUIRED, "pipeline folder of the teacher: VAE, encoders and tokenizers come from it")
+    out: str = field(REQUIRED, "folder to write")
+    dtype: str = field("bfloat16", "type of the written network", choices=("bfloat16", "float32"))
+    link: bool = field(False, "link the parts that stay as they are instead of copying them")
+    lora: str = field("", "LoRA file trained on the teacher, to renumber for the model; empty: none")
+    original: bool = field(False, "also write the network in the original Wan format")
+    threads: int = field(0, THREADS, lo=0)
+    progress: bool = field(True, "show a progress bar")
+    dry_run: bool = field(False, DRY_RUN)
+
+
+@dataclass(kw_only=True)
 class Report(Checked):
     """write one self-contained HTML page about a run"""
 
@@ -62,7 +78,7 @@ class Report(Checked):
     dry_run: bool = field(False, DRY_RUN)
 
 
-COMMANDS = {"generate": Generate, "evaluate": Evaluate, "report": Report}
+COMMANDS = {"generate": Generate, "export": Export, "evaluate": Evaluate, "report": Report}
 
 
 def for_evaluate(cfg: StageAll, model: str, teacher: str, out: str) -> Evaluate:
