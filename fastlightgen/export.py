@@ -38,7 +38,10 @@ def export(cfg) -> None:
     if "sigmas" in told:
         times = ", ".join(f"{s:.4f}" for s in told["sigmas"])
         say(f"scheduler: steps at {times}; at most {told['ladder_error']:.1g} from the student's ladder")
-    say(f"network: stock diffusers differs by {told['difference']:.2g} at most ({cfg.dtype}, random inputs)")
+    say(
+        f"network: stock diffusers holds the same weights bit for bit and predicts the same v within "
+        f"{told['difference']:.2g} ({cfg.dtype}, random inputs)"
+    )
     say(f"{out}: complete")
 
 

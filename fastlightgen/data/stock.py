@@ -19,8 +19,11 @@ def need_diffusers():
     """The package, or how to get it."""
     try:
         import diffusers
-    except ImportError:
-        raise ValueError("diffusers is not installed: pip install 'fastlightgen[video]'") from None
+        import transformers
+    except ImportError as err:
+        raise ValueError(f"{err.name} is not installed: pip install 'fastlightgen[video]'") from None
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     return diffusers
 
 

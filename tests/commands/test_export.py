@@ -1,8 +1,10 @@
 """The export command: stock diffusers loads what it writes, and samples with it what our own sampler does."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ def run(*words: str) -> None:
 
 
 def refused(capsys, *words: str) -> str:
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run(*words)
     err = capsys.readouterr().err
@@ -60,9 +63,16 @@ def stock(folder: Path):
     return pipe
 
 
+def no_ftfy(patch) -> None:
+    """The image-to-video pipeline cleans prompts with ftfy, which plain text does not need."""
+    from diffusers.pipelines.wan import pipeline_wan_i2v
+
+    patch.setattr(pipeline_wan_i2v, "ftfy", SimpleNamespace(fix_text=str), raising=False)
+
+
 def same_noise(patch, noises: list[torch.Tensor]) -> None:
     """Stock scheduler steps take these instead of drawing from the global generator."""
-    draws = iter(noises)
+    draws = itertools.cycle(noises)
     module = "diffusers.schedulers.scheduling_flow_match_euler_discrete"
     patch.setattr(f"{module}.randn_tensor", lambda *_, **__: next(draws))
 
@@ -96,6 +106,7 @@ def test_stock_pipeline_samples_what_we_sample(made, monkeypatch, sampler):
 def test_image_to_video(made, monkeypatch):
     from PIL import Image
 
+    no_ftfy(monkeypatch)
     source, model, out = made("wan_i2v")
     pipe = stock(out)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
@@ -158,7 +169,7 @@ def test_teacher_keeps_its_scheduler_and_parts_can_be_links(pipeline, tmp_path, 
     shutil.copytree(source / "transformer", tmp_path / "teacher")
     run(f"model={tmp_path / 'teacher'}", f"pipeline={source}", f"out={tmp_path / 'out'}", "link=true")
     said = capsys.readouterr().out
-    assert "network: stock diffusers differs by" in said and "(bfloat16, random inputs)" in said
+    assert "the same weights bit for bit and predicts the same v within" in said and "(bfloat16, random inputs)" in said
     for name in ("scheduler", "vae", "text_encoder", "tokenizer"):
         assert (tmp_path / "out" / name).is_symlink() and (tmp_path / "out" / name).resolve() == (
             source / name
@@ -213,12 +224,13 @@ def test_original_format_goes_beside(made, tmp_path):
 
 
 def test_refusals(made, pipeline, tmp_path, capsys):
+    hunyuan = pipeline("hunyuan_t2v")
     source, model, out = made("wan_t2v")
     words = [f"pipeline={source}", f"out={tmp_path / 'out'}"]
     assert "exists and is not empty" in refused(capsys, f"model={model}", f"pipeline={source}", f"out={out}")
     said = refused(capsys, f"model={model}", f"pipeline={pipeline('wan_i2v')}", words[1])
     assert "its network has in_channels 36, the model 16; give the pipeline of the teacher" in said
-    said = refused(capsys, f"model={model}", f"pipeline={pipeline('hunyuan_t2v')}", words[1])
+    said = refused(capsys, f"model={model}", f"pipeline={hunyuan}", words[1])
     assert "_class_name HunyuanVideoTransformer3DModel, the model WanTransformer3DModel" in said
     said = refused(capsys, "model=tiny", *words)
     assert "in_channels 16, the model 25" in said
@@ -239,7 +251,7 @@ def test_refusals(made, pipeline, tmp_path, capsys):
     shutil.rmtree(broken / "vae")
     assert "names vae, and there is no such folder" in refused(capsys, f"model={model}", f"pipeline={broken}", words[1])
     index = json.loads((source / "model_index.json").read_text())
-    (broken / "model_index.json").write_text(json.dumps(index | {"../vae": ["diffusers", "AutoencoderKLWan"]}))
+    (broken / "model_index.json").write_text(json.dumps({"../vae": index.pop("vae")} | index))
     assert "names a part outside the folder" in refused(capsys, f"model={model}", f"pipeline={broken}", words[1])
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.tmp").exists()
 
