@@ -3,7 +3,7 @@
 
 from dataclasses import asdict, dataclass
 
-from fastlightgen.config.fields import REQUIRED, Checked, field
+from fastlightgen.config.fields import REQUIRED, Checked, ConfigError, field
 from fastlightgen.config.schema import (
     DEVICE,
     DEVICES,
@@ -39,18 +39,30 @@ class Evaluate(EvaluateKeys):
 class Generate(Checked):
     """sample clips from a prompt"""
 
-    model: str = field(REQUIRED, "a preset or a model folder")
-    prompt: str = field(REQUIRED, "what the clip shows")
+    model: str = field(REQUIRED, "a preset, a model folder or a pipeline folder")
+    prompt: str = field("", "what the clip shows")
+    prompts: str = field(
+        "", "instead of prompt: a file with one per line, or .jsonl with prompt and image; out-000 ..."
+    )
     out: str = field(REQUIRED, "file to write: .mp4, .gif or .png")
+    pipeline: str = field("", "pipeline folder with VAE and encoders for a model folder; empty: the built-in world")
     image: str = field("", "picture to start from; empty: text only")
+    negative: str = field("", "prompt to steer away from, where guidance is not 1")
+    size: str = field("", "HEIGHTxWIDTHxFRAMES, for example 480x832x81; empty: the family's own")
     count: int = field(1, "number of clips", lo=1)
     steps: int = field(0, STEPS, lo=0)
     guidance: float = field(-1.0, GUIDANCE)
     sampler: str = field("auto", SAMPLER, choices=SAMPLERS)
     seed: int = field(0, "decides the noise", lo=0, hi=MAX_SEED)
     device: str = field("auto", DEVICE, choices=DEVICES)
+    dtype: str = field("auto", "auto: bfloat16 for a real network on a GPU", choices=("auto", "float32", "bfloat16"))
     threads: int = field(0, THREADS, lo=0)
+    progress: bool = field(True, "show a progress bar")
     dry_run: bool = field(False, DRY_RUN)
+
+    def check(self) -> None:
+        if bool(self.prompt) == bool(self.prompts):
+            raise ConfigError("prompt is required: give prompt=TEXT or prompts=FILE, one of them")
 
 
 @dataclass(kw_only=True)

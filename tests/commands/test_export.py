@@ -1,15 +1,13 @@
 """The export command: stock diffusers loads what it writes, and samples with it what our own sampler does."""
 
-import itertools
 import json
 import shutil
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from students import KEEP, SHIFT, STEPS, make_student, no_ftfy, same_noise, stock
 
 from fastlightgen.config import main
 from fastlightgen.export import export
@@ -18,8 +16,6 @@ from fastlightgen.models.base import Cond
 from fastlightgen.models.sample import sample
 from fastlightgen.models.weights import load_model, save_model
 
-KEEP = [0, 2, 3]
-STEPS, SHIFT = 4, 5.0
 SIZE = {"height": 32, "width": 32, "num_frames": 9}
 LATENT = (1, 16, 3, 4, 4)
 
@@ -39,42 +35,18 @@ def refused(capsys, *words: str) -> str:
 
 @pytest.fixture(scope="module")
 def made(pipeline, tmp_path_factory):
-    """kind -> (pipeline folder, student folder, export): a pruned few-step student of the pipeline's network."""
+    """kind -> (pipeline folder, student folder, export)."""
     done: dict[tuple, tuple] = {}
 
     def get(kind: str, sampler: str = "stochastic"):
         if (kind, sampler) not in done:
             root, source = tmp_path_factory.mktemp(kind), pipeline(kind)
-            student = load_model(source / "transformer").prune(KEEP)
-            card = {"ladder": ladder(STEPS, SHIFT), "shift": SHIFT, "guidance": 1.0, "sampler": sampler}
-            save_model(student, root / "model", stage=3, kept_blocks=KEEP, source="a teacher", **card)
-            run(f"model={root / 'model'}", f"pipeline={source}", f"out={root / 'out'}", "dtype=float32")
-            done[kind, sampler] = source, root / "model", root / "out"
+            model = make_student(source, root / "model", sampler)
+            run(f"model={model}", f"pipeline={source}", f"out={root / 'out'}", "dtype=float32")
+            done[kind, sampler] = source, model, root / "out"
         return done[kind, sampler]
 
     return get
-
-
-def stock(folder: Path):
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def no_ftfy(patch) -> None:
-    """The image-to-video pipeline cleans prompts with ftfy, which plain text does not need."""
-    from diffusers.pipelines.wan import pipeline_wan_i2v
-
-    patch.setattr(pipeline_wan_i2v, "ftfy", SimpleNamespace(fix_text=str), raising=False)
-
-
-def same_noise(patch, noises: list[torch.Tensor]) -> None:
-    """Stock scheduler steps take these instead of drawing from the global generator."""
-    draws = itertools.cycle(noises)
-    module = "diffusers.schedulers.scheduling_flow_match_euler_discrete"
-    patch.setattr(f"{module}.randn_tensor", lambda *_, **__: next(draws))
 
 
 @pytest.mark.parametrize("sampler", ["stochastic", "ode"])
