@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -112,3 +114,25 @@ def assert_same(a, b) -> None:
         assert a.dtype == b.dtype and torch.equal(a, b)
     else:
         assert a == b
+
+
+def numbered(count: int, height: int = 32, width: int = 48) -> np.ndarray:
+    """A film [count, height, width, 3] whose picture k is grey of level 20 + 10 k."""
+    return np.broadcast_to((20 + 10 * np.arange(count, dtype=np.uint8))[:, None, None, None], (count, height, width, 3))
+
+
+def write_video(file: Path, film: np.ndarray, rate: int, stamps=None, options=None) -> Path:
+    """A film as a video at `rate` pictures a second, or with picture k at stamps[k] / rate seconds."""
+    import av
+
+    codec, pixels = {".webm": ("libvpx", "yuv420p"), ".gif": ("gif", "rgb8")}.get(file.suffix, ("libx264", "yuv420p"))
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = film.shape[1], film.shape[2], pixels
+        stream.codec_context.time_base = Fraction(1, rate)
+        for k, picture in enumerate(film):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts, frame.time_base = stamps[k] if stamps else k, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file

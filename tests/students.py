@@ -29,10 +29,14 @@ def stock(folder: Path):
 
 
 def no_ftfy(patch) -> None:
-    """The image-to-video pipeline cleans prompts with ftfy, which plain text does not need."""
-    from diffusers.pipelines.wan import pipeline_wan_i2v
+    """Wan's pipelines clean prompts with ftfy, which plain text does not need."""
+    import diffusers
+    from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
 
-    patch.setattr(pipeline_wan_i2v, "ftfy", SimpleNamespace(fix_text=str), raising=False)
+    if not diffusers.utils.is_ftfy_available():
+        patch.setattr(diffusers.utils, "is_ftfy_available", lambda: True)
+        for module in (pipeline_wan, pipeline_wan_i2v):
+            patch.setattr(module, "ftfy", SimpleNamespace(fix_text=str), raising=False)
 
 
 def same_noise(patch, noises: list[torch.Tensor]) -> None:

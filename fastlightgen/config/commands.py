@@ -82,6 +82,48 @@ class Export(Checked):
 
 
 @dataclass(kw_only=True)
+class Encode(Checked):
+    """turn videos and captions into a latent cache"""
+
+    videos: str = field(REQUIRED, "folder of videos with NAME.txt captions, or a .csv or .jsonl list of clips")
+    pipeline: str = field(REQUIRED, "folder of a diffusers pipeline, whose VAE, text and image encoders are used")
+    out: str = field(REQUIRED, "folder of the cache; an interrupted one is continued")
+    buckets: str = field("", "sizes that clips are cropped to, as [480x832,832x480]; empty: the pipeline's own")
+    frames: int = field(0, "frames per clip, 4 k + 1; 0: the pipeline's own, 81 for Wan, 129 for HunyuanVideo", lo=0)
+    fps: float = field(0.0, "frames per second; 0: the pipeline's own, 16 for Wan, 24 for HunyuanVideo", lo=0)
+    min_dover: float = field(80.0, "lists with a column dover: skip the clips whose score is below this")
+    null_prompt: str = field("", "prompt of the null prediction, which guidance needs")
+    dtype: str = field("bfloat16", "type that text encoders compute in", choices=("bfloat16", "float32"))
+    save_dtype: str = field("float16", "type of saved latents", choices=("float16", "bfloat16", "float32"))
+    tiling: bool = field(False, "VAE in overlapping tiles: less memory, slightly other latents")
+    shard: int = field(16, "clips per file; an interruption costs at most one file's work", lo=1)
+    workers: int = field(2, "processes that decode videos; 0: none beside this one", lo=0)
+    rank: int = field(-1, "number of this process, of `ranks` that share the work; -1: RANK of torchrun, or 0", lo=-1)
+    ranks: int = field(0, "processes that share the work; 0: WORLD_SIZE of torchrun, or 1", lo=0)
+    device: str = field("auto", DEVICE, choices=DEVICES)
+    threads: int = field(0, THREADS, lo=0)
+    progress: bool = field(True, "show a progress bar")
+    dry_run: bool = field(False, DRY_RUN)
+
+    def check(self) -> None:
+        if self.frames and self.frames % 4 != 1:
+            raise ConfigError(f"frames={self.frames}: wanted 4 k + 1, for example {self.frames // 4 * 4 + 1}")
+        if self.ranks and self.rank >= self.ranks:
+            raise ConfigError(f"rank={self.rank}: with ranks={self.ranks} the ranks are 0 to {self.ranks - 1}")
+        if (self.rank >= 0) != (self.ranks > 0):
+            raise ConfigError(f"rank={self.rank}, ranks={self.ranks}: give both, or neither")
+        parse_buckets(self.buckets)
+
+
+def parse_buckets(text: str) -> list[tuple[int, int]]:
+    """ "[480x832,832x480]" as [(480, 832), (832, 480)], heights first."""
+    sizes = [part.strip().split("x") for part in text.strip("[] ").split(",") if part.strip()]
+    if not all(len(size) == 2 and all(n.isdecimal() and int(n) and int(n) % 16 == 0 for n in size) for size in sizes):
+        raise ConfigError(f"buckets={text}: wanted HEIGHTxWIDTH, multiples of 16, for example [480x832,832x480]")
+    return [(int(height), int(width)) for height, width in sizes]
+
+
+@dataclass(kw_only=True)
 class Report(Checked):
     """write one self-contained HTML page about a run"""
 
@@ -90,7 +132,7 @@ class Report(Checked):
     dry_run: bool = field(False, DRY_RUN)
 
 
-COMMANDS = {"generate": Generate, "export": Export, "evaluate": Evaluate, "report": Report}
+COMMANDS = {"generate": Generate, "encode": Encode, "export": Export, "evaluate": Evaluate, "report": Report}
 
 
 def for_evaluate(cfg: StageAll, model: str, teacher: str, out: str) -> Evaluate:

@@ -28,6 +28,12 @@ class Run(Checked):
     run: str = field(REQUIRED, "run folder: results, checkpoints, log", numbers=False)
     model: str = field("tiny", "a preset, or a model folder in diffusers' format")
     data: str = field("shapes", "a preset, or a folder with a latent cache")
+    data_check: str = field(
+        "warn",
+        "a cache that the teacher does not know, found before stages 1 to 3; warn, stop, or off: do not look",
+        choices=("warn", "stop", "off"),
+        numbers=False,
+    )
     seed: int = field(0, "decides every random number of the run", lo=0, hi=MAX_SEED)
     device: str = field("auto", DEVICE, choices=DEVICES, numbers=False)
     dtype: str = field("float32", "type the networks compute in", choices=("float32", "bfloat16"))

@@ -1,22 +1,27 @@
 """Latent caches: safetensors shards, an index that describes them, and the null prompt. Written whole, read checked.
 
-A cache folder holds index.json {format, description, shards: [{file, clips, sha256}]}, null.safetensors and the shards;
-a shard holds one stacked tensor per field: `latents` [n, C, F, H, W] (already normalised) and fields of Cond.
+A cache folder holds index.json {format, description, shards: [{file, clips, size, sha256}]}, null.safetensors and the
+shards. A shard holds clips of one size, one stacked tensor per field: `latents` [n, C, F, H, W] (already normalised)
+and fields of Cond; its metadata repeats the description and has for every clip where it came from and a checksum.
+A text may be stored shorter than description.text_tokens: reading fills it up with zeros.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT = 1
+FORMAT, READS = 2, (1, 2)  # format 1 has neither sizes nor checksums of clips
 FIELDS = ("latents", "text", "text_len", "image", "image_embeds", "pooled")
+META = "fastlightgen"  # one key of a shard's metadata: safetensors writes several in no fixed order
 
 
 def write_cache(
@@ -29,18 +34,29 @@ def write_cache(
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for number, shard in enumerate(shards):
-        file = folder / f"shard-{number:05d}.safetensors"
-        _save(shard, file)
-        entries.append({"file": file.name, "clips": len(shard["latents"]), "sha256": _sha256(file)})
-    _save(null, folder / "null.safetensors")
-    index = {"format": FORMAT, "description": description, "shards": entries}
-    temporary = folder / "index.json.tmp"
-    temporary.write_text(json.dumps(index, indent=1))
-    os.replace(temporary, folder / "index.json")  # last: a folder without an index is no cache
+        about = [{}] * len(shard["latents"])
+        entries.append(write_shard(folder / f"shard-{number:05d}.safetensors", shard, about, description))
+    save_tensors(folder / "null.safetensors", null)
+    write_index(folder, entries, description)
+
+
+def write_shard(file: Path, shard: Mapping[str, Tensor], about: Sequence[dict], description: dict) -> dict:
+    """Write one shard and return its entry of the index; `about` says where each clip came from."""
+    samples = [
+        a | {"crc32": crc32({k: v[row] for k, v in shard.items()})} for row, a in enumerate(about)
+    ]  # fmt: skip
+    save_tensors(file, shard, {META: json.dumps({"description": description, "samples": samples})})
+    size = list(shard["latents"].shape[1:])
+    return {"file": file.name, "clips": len(samples), "size": size, "sha256": sha256(file)}
+
+
+def write_index(folder: Path, entries: Sequence[dict], description: dict) -> None:
+    """Written last: a folder without an index is no cache."""
+    write_json(folder / "index.json", {"format": FORMAT, "description": description, "shards": list(entries)})
 
 
 class Cache:
-    """Random access to the clips of a cache folder."""
+    """Random access to the clips of a cache folder; each clip's checksum is compared when it is first read."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -48,49 +64,98 @@ class Cache:
             text = (self.folder / "index.json").read_text()
             index = json.loads(text)
             version = index["format"]
-            shards = [(str(s["file"]), int(s["clips"])) for s in index["shards"]]
-            self.description = index["description"]
-        except (OSError, KeyError, TypeError, ValueError) as err:
+            shards = [(str(s["file"]), int(s["clips"]), tuple(s.get("size", ()))) for s in index["shards"]]
+            self.description = dict(index["description"])
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as err:
             raise ValueError(f"{self.folder}/index.json: not a latent cache ({type(err).__name__}: {err})") from None
-        if version != FORMAT:
-            raise ValueError(f"{self.folder}: cache format {version}, this version reads {FORMAT}")
-        if any(Path(name).name != name or name == ".." for name, _ in shards):
+        if version not in READS:
+            reads = " and ".join(map(str, READS))
+            raise ValueError(f"{self.folder}: cache format {version}, this version reads {reads}")
+        if any(Path(name).name != name or name == ".." for name, _, _ in shards):
             raise ValueError(f"{self.folder}/index.json: names files outside its folder")
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.where = [(self.folder / name, row) for name, clips in shards for row in range(clips)]
+        self.where = [(self.folder / name, row) for name, clips, _ in shards for row in range(clips)]
+        self.sizes = [size for _, clips, size in shards for _ in range(clips)]
+        self._samples: dict[Path, list[dict]] = {}
+        self._checked: set[int] = set()
         try:
-            self.null = load_file(self.folder / "null.safetensors")
+            self.null = self._fill(load_file(self.folder / "null.safetensors"))
         except (OSError, SafetensorError) as err:
             raise ValueError(f"{self.folder}/null.safetensors: cannot be read ({err})") from None
 
     def __len__(self) -> int:
         return len(self.where)
 
-    def read(self, indices: list[int]) -> dict[str, Tensor]:
-        """The fields of some clips, stacked; only their rows are read from disk."""
-        rows: dict[str, list[Tensor]] = {}
-        for file, row in (self.where[i] for i in indices):
-            try:
-                with safe_open(file, framework="pt") as shard:
-                    for key in shard.keys():
-                        rows.setdefault(key, []).append(shard.get_slice(key)[row])
-            except (OSError, IndexError, SafetensorError) as err:
-                raise ValueError(f"{file}: damaged or missing ({err}); make the cache again") from None
-        strangers = sorted(rows.keys() - set(FIELDS))
-        if strangers or "latents" not in rows:
-            raise ValueError(
-                f"{self.folder}: fields {sorted(rows)}; wanted latents and fields among {', '.join(FIELDS)}"
-            )
-        return {key: torch.stack(values) for key, values in rows.items()}
+    def groups(self) -> list[list[int]]:
+        """The clips of each size; the size that most clips have comes first."""
+        found: dict[tuple, list[int]] = {}
+        for i, size in enumerate(self.sizes):
+            found.setdefault(size, []).append(i)
+        return sorted(found.values(), key=lambda group: (-len(group), group[0]))
+
+    def read(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The fields of some clips of one size, stacked; only their rows are read from disk."""
+        clips = [self._fill(self._read(i)) for i in indices]
+        strangers = sorted({key for clip in clips for key in clip} - set(FIELDS))
+        if strangers or any("latents" not in clip or clip.keys() != clips[0].keys() for clip in clips):
+            got = sorted({key for clip in clips for key in clip})
+            raise ValueError(f"{self.folder}: fields {got}; wanted latents and fields among {', '.join(FIELDS)}")
+        return {key: torch.stack([clip[key] for clip in clips]) for key in clips[0]}
+
+    def sample(self, index: int) -> dict:
+        """Where a clip came from: file, source, caption, start, end, as far as its shard says."""
+        file, row = self.where[index]
+        with safe_open(file, framework="pt") as shard:
+            return self._about(file, shard)[row]
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        file, row = self.where[index]
+        try:
+            with safe_open(file, framework="pt") as shard:
+                clip = {key: shard.get_slice(key)[row] for key in shard.keys()}
+                about = self._about(file, shard)
+        except (OSError, IndexError, KeyError, ValueError, SafetensorError) as err:
+            raise ValueError(f"{file}: damaged or missing ({err}); make the cache again") from None
+        if index not in self._checked:
+            wanted = about[row].get("crc32") if row < len(about) else None
+            if wanted is not None and crc32(clip) != wanted:
+                raise ValueError(f"{file}: clip {row} is damaged (its checksum is wrong); make the cache again")
+            self._checked.add(index)
+        return clip
+
+    def _about(self, file: Path, shard) -> list[dict]:
+        if file not in self._samples:
+            self._samples[file] = json.loads((shard.metadata() or {}).get(META, "{}")).get("samples", [])
+        return self._samples[file]
+
+    def _fill(self, clip: dict[str, Tensor]) -> dict[str, Tensor]:
+        tokens = self.description.get("text_tokens")
+        if tokens is None or "text" not in clip:
+            return clip
+        return clip | {"text": F.pad(clip["text"], (0, 0, 0, tokens - len(clip["text"])))}
 
 
-def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+def crc32(clip: Mapping[str, Tensor]) -> int:
+    """One checksum over the bytes of a clip's fields, in the order of their names."""
+    value = 0
+    for key in sorted(clip):
+        value = zlib.crc32(clip[key].contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+    return value
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     temporary = file.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
     os.replace(temporary, file)
 
 
-def _sha256(file: Path) -> str:
+def write_json(file: Path, content) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, file)
+
+
+def sha256(file: Path) -> str:
     h = hashlib.sha256()
     with open(file, "rb") as f:
         while chunk := f.read(1 << 20):

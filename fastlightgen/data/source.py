@@ -34,14 +34,23 @@ class Batch:
 
     def drop_text(self, dropped: Tensor) -> Cond:
         """The condition with the null prompt where `dropped` [B] is true (trains the null prediction of Eq. 9)."""
-        where = dropped.to(self.x0.device).view(-1, 1, 1)
-        return replace(self.cond, text=torch.where(where, self.null.text, self.cond.text))
+        dropped = dropped.to(self.x0.device)
+
+        def choose(key: str) -> Tensor | None:
+            null, cond = getattr(self.null, key), getattr(self.cond, key)
+            return cond if cond is null else torch.where(dropped.view(-1, *[1] * (cond.dim() - 1)), null, cond)
+
+        return replace(self.cond, **{key: choose(key) for key in ("text", "text_len", "pooled")})
 
 
 class Source(Protocol):
-    """`batch(step, size)` draws training clips, `held_out(start, size)` fixed clips that training never sees."""
+    """`batch(step, size)` draws training clips, `held_out(start, size)` fixed clips that training never sees.
+
+    `description` says what the clips were made with; it is empty for the built-in world.
+    """
 
     name: str
+    description: dict
 
     def batch(self, step: int, size: int) -> Batch: ...
 
@@ -52,6 +61,7 @@ class ShapesSource:
     """Clips of the built-in world, drawn as they are needed."""
 
     name = "shapes"
+    description: dict = {}
 
     def __init__(self, seed: int):
         self.train, self.test = (synthetic.Shapes(seed=seed, split=s) for s in synthetic.SPLITS)
@@ -77,32 +87,51 @@ def shapes_batch(clips: synthetic.Clips) -> Batch:
 
 
 class CacheSource:
-    """Clips of a latent cache; the last tenth (at least one clip) is held out."""
+    """Clips of a latent cache. A batch has clips of one size; the last tenth of the most frequent size is held out.
+
+    A round of steps takes from every size about as many batches as its clips fill, in a seeded random order.
+    """
 
     def __init__(self, cache: Cache, seed: int):
-        self.cache, self.seed, self.name = cache, seed, cache.digest
-        self.cut = len(cache) - max(1, len(cache) // 10)
-        if self.cut < 1:
-            raise ValueError(f"data={cache.folder}: {len(cache)} clips; at least 2 are needed, one of them held out")
+        self.cache, self.seed, self.name, self.description = cache, seed, cache.digest, cache.description
+        self.groups = cache.groups()
+        clips = self.groups[0] if self.groups else []
+        cut = len(clips) - max(1, len(clips) // 10)
+        if cut < 1:
+            raise ValueError(
+                f"data={cache.folder}: {len(clips)} clips; at least 2 are needed (of one size), one of them held out"
+            )
+        self.groups[0], self.rest = clips[:cut], clips[cut:]
 
     def batch(self, step: int, size: int) -> Batch:
-        """Epochs in seeded random orders, cut into batches without a break between epochs."""
-        places = range(step * size, (step + 1) * size)
-        orders = {e: self._order(e) for e in {p // self.cut for p in places}}
-        return self._read([orders[p // self.cut][p % self.cut] for p in places])
+        """Epochs of each size in seeded random orders, cut into batches without a break between epochs."""
+        number, turn = self.turn(step, size)
+        group = self.groups[number]
+        places = range(turn * size, (turn + 1) * size)
+        orders = {e: self._order(number, e) for e in {p // len(group) for p in places}}
+        return self._read([group[orders[p // len(group)][p % len(group)]] for p in places])
+
+    def turn(self, step: int, size: int) -> tuple[int, int]:
+        """Which size this step takes, and how many steps took it before."""
+        shares = [max(1, round(len(group) / size)) for group in self.groups]
+        labels = [number for number, share in enumerate(shares) for _ in range(share)]
+        cycle, place = divmod(step, len(labels))
+        order = torch.randperm(len(labels), generator=generator(self.seed, cycle, 0)).tolist()
+        taken = [labels[i] for i in order[: place + 1]]
+        return taken[-1], cycle * shares[taken[-1]] + taken.count(taken[-1]) - 1
 
     def held_out(self, start: int, size: int) -> Batch:
-        rest = len(self.cache) - self.cut
-        return self._read([self.cut + (start + i) % rest for i in range(size)])
+        return self._read([self.rest[(start + i) % len(self.rest)] for i in range(size)])
 
-    def _order(self, epoch: int) -> list[int]:
-        return torch.randperm(self.cut, generator=generator(self.seed, epoch)).tolist()
+    def _order(self, number: int, epoch: int) -> list[int]:
+        keys = (epoch, number) if number else (epoch,)
+        return torch.randperm(len(self.groups[number]), generator=generator(self.seed, *keys)).tolist()
 
     def _read(self, indices: list[int]) -> Batch:
-        clips = self.cache.read(indices)
+        clips = {k: v.float() if v.is_floating_point() else v for k, v in self.cache.read(indices).items()}
         x0 = clips.pop("latents")
         cond = Cond(**clips)
-        null = replace(cond, **{k: v.expand_as(getattr(cond, k)) for k, v in self.cache.null.items()})
+        null = replace(cond, **{k: v.to(clips[k]).expand_as(clips[k]) for k, v in self.cache.null.items()})
         return Batch(x0, cond, null)
 
 

@@ -16,6 +16,7 @@ from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.lora import attach_lora
 from fastlightgen.models.weights import digest, load_model, read_card, trained_folder
 from fastlightgen.rng import generator
+from fastlightgen.stages.check import check_source, check_teacher
 from fastlightgen.stages.distill import Distill, Networks
 from fastlightgen.stages.prune import Prune
 from fastlightgen.stages.teacher import Teacher
@@ -37,17 +38,31 @@ def batches_of(cfg, source: Source, device: torch.device) -> Batches:
     return lambda step: source.batch(step, cfg.batch).to(device)
 
 
+def check_data(cfg, source: Source, net: VideoDiT, card: dict) -> None:
+    """Stop before a cache that was not made for this network; look whether the teacher knows its clips."""
+    check_source(source, net, card, cfg.data)
+    check_teacher(cfg, net, source)
+
+
+def card_of(source: Source) -> dict:
+    """What a model's card keeps of its data: the VAE, which a later cache must share."""
+    return {"vae": source.description["vae"]} if "vae" in source.description else {}
+
+
 def build_teacher(cfg: Stage0, source: Source, device: torch.device) -> Teacher:
     net = load_model(cfg.init or cfg.model, device, seed=cfg.seed)
     set_checkpointing(cfg, source, net)
     start = cfg.init or cfg.model
     card = preset(start)["inference"] if start in presets() else read_card(start)
-    return Teacher(cfg, net, batches_of(cfg, source, device), {k: card.get(k) for k in ("steps", "guidance")})
+    check_source(source, net, card, cfg.data)
+    kept = {k: card.get(k) for k in ("steps", "guidance")} | card_of(source)
+    return Teacher(cfg, net, batches_of(cfg, source, device), kept)
 
 
-def build_ranking(cfg: Stage1, device: torch.device) -> tuple[VideoDiT, list[dict], list[float]]:
+def build_ranking(cfg: Stage1, source: Source, device: torch.device) -> tuple[VideoDiT, list[dict], list[float]]:
     """The model, its units (Wan: one list of blocks), and what dropping each one saves in the unit of `ratio`."""
     model = load_model(trained_folder(cfg.model), device).requires_grad_(False)
+    check_data(cfg, source, model, read_card(trained_folder(cfg.model)))
     units = [{"name": f"blocks.{i}", "kind": "block", "index": i} for i in range(model.num_blocks)]
     # Wan's blocks all cost the same FLOPs, so `blocks` and `flops` agree; parameters are counted.
     costs = [float(sum(p.numel() for p in b.parameters())) if cfg.ratio_unit == "params" else 1.0 for b in model.blocks]
@@ -58,7 +73,8 @@ def build_prune(cfg: Stage2, source: Source, device: torch.device) -> Prune:
     folder = trained_folder(cfg.teacher or cfg.model)
     net = load_model(folder, device)
     ranking = read_importance(cfg.importance or Path(cfg.run) / "stage1" / "importance.json", net.num_blocks)
-    card = {"source": str(folder)} | {k: read_card(folder).get(k) for k in ("steps", "guidance")}
+    card = {"source": str(folder)} | {k: read_card(folder).get(k) for k in ("steps", "guidance")} | card_of(source)
+    check_data(cfg, source, net, read_card(folder))
 
     set_checkpointing(cfg, source, net)
 
@@ -79,6 +95,7 @@ def build_distill(cfg: Stage3, source: Source, device: torch.device) -> Distill:
     if keep is None:
         raise ValueError(f"{folder}/fastlightgen.json: names no pruned_path; wanted a model that stage=2 made")
     teacher = load_model(folder, device).requires_grad_(False)
+    check_data(cfg, source, teacher, card)
     student = copy.deepcopy(teacher).requires_grad_(True).prune(keep)
     original = load_model(trained_folder(cfg.model), device).requires_grad_(False) if cfg.strong == "original" else None
     fake_keep = keep if cfg.fake_arch == "pruned" else None
@@ -90,9 +107,8 @@ def build_distill(cfg: Stage3, source: Source, device: torch.device) -> Distill:
         trained = fake
     set_checkpointing(cfg, source, student, fake)
     nets = Networks(student, teacher, list(keep), fake, fake_keep, trained, cfg.fake_mode == "lora", original)
-    return Distill(
-        cfg, nets, batches_of(cfg, source, device), {"source": card.get("source"), "kept_blocks": list(keep)}
-    )
+    kept = {"source": card.get("source"), "kept_blocks": list(keep)} | card_of(source)
+    return Distill(cfg, nets, batches_of(cfg, source, device), kept)
 
 
 def stage_folder(cfg, number: int) -> StageFolder:

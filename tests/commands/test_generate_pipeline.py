@@ -48,7 +48,6 @@ def exported(pipeline, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def ftfy(monkeypatch):
     no_ftfy(monkeypatch)
-    monkeypatch.setattr("diffusers.utils.is_ftfy_available", lambda: True)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Latent caches: what is written is what is read, training from one equals training from its clips, damage is named."""
 
 import json
+import zlib
 from collections import Counter
 
 import pytest
@@ -161,7 +162,7 @@ def test_foreign_fields_are_refused(tmp_path):
         ({"shards": [{"file": "a", "clips": "many"}]}, "not a latent cache"),
         ({"shards": 3}, "not a latent cache"),
         ({"description": None}, "not a latent cache"),
-        ({"format": 2}, "cache format 2, this version reads 1"),
+        ({"format": 3}, "cache format 3, this version reads 1 and 2"),
     ],
 )
 def test_a_bad_index_is_named(folder, change, said):
@@ -178,3 +179,70 @@ def test_too_few_clips(tmp_path):
     write_cache(tmp_path / "one", [fields(ShapesSource(0).batch(0, 1))], {"text": torch.zeros(16, 48)})
     with pytest.raises(ValueError, match="1 clips; at least 2 are needed"):
         CacheSource(Cache(tmp_path / "one"), 0)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """8 clips of one size and 3 of another; the clips' first latents are 0..7 and 100..102. Three held-in batches."""
+
+    def shard(first, count, *size):
+        latents = torch.zeros(count, 1, 2, *size)
+        latents[:, 0, 0, 0, 0] = torch.arange(first, first + count)
+        return {"latents": latents, "text": torch.zeros(count, 1, 4)}
+
+    shards = [shard(0, 5, 2, 4), shard(100, 3, 4, 2), shard(5, 3, 2, 4)]
+    write_cache(tmp_path / "mixed", shards, {"text": torch.ones(1, 4)})
+    return tmp_path / "mixed"
+
+
+def test_batches_never_mix_sizes_and_show_every_clip(mixed):
+    source = CacheSource(Cache(mixed), seed=0)
+    drawn = [source.batch(step, 2).x0 for step in range(60)]
+    seen = Counter(int(v) for x in drawn for v in x[:, 0, 0, 0, 0])
+    # 7 clips fill 3.5 -> 4 batches of a round, 3 clips 1.5 -> 2: 40 and 20 of 60 steps, spread evenly over the clips
+    assert sum(x.shape[-2:] == (2, 4) for x in drawn) == 40
+    assert set(seen) == {*range(7), 100, 101, 102}
+    assert {seen[i] for i in range(7)} <= {11, 12} and {seen[i] for i in (100, 101, 102)} <= {13, 14}
+    assert [int(x) for x in source.held_out(0, 3).x0[:, 0, 0, 0, 0]] == [7, 7, 7]
+    again = CacheSource(Cache(mixed), seed=0)
+    for step in (59, 3, 17):  # a function of the step alone
+        assert torch.equal(again.batch(step, 2).x0, drawn[step])
+
+
+def test_texts_are_filled_up(tmp_path):
+    shards = [{"latents": torch.zeros(1, 1, 1, 2, 2), "text": torch.ones(1, n, 3)} for n in (2, 4)]
+    write_cache(tmp_path / "c", shards, {"text": torch.ones(1, 3)}, text_tokens=5)
+    cache = Cache(tmp_path / "c")
+    assert cache.read([0, 1])["text"].sum((1, 2)).tolist() == [6.0, 12.0]
+    assert cache.read([0])["text"].shape == (1, 5, 3) and cache.null["text"].shape == (5, 3)
+
+
+def test_one_flipped_bit_is_named_once(folder):
+    """Checksums are compared when a clip is first read; the crc of clip 6 is computed here by hand."""
+    shard = folder / "shard-00001.safetensors"
+    tensors = load_file(shard)
+    cache = Cache(folder)
+    crc = 0
+    for key in sorted(tensors):
+        crc = zlib.crc32(tensors[key][1].numpy().tobytes(), crc)
+    assert cache.sample(6)["crc32"] == crc
+    content = bytearray(shard.read_bytes())
+    content[content.index(tensors["latents"][1].numpy().tobytes()) + 40] ^= 1
+    shard.write_bytes(content)
+    assert len(cache.read([5, 7])["latents"]) == 2
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors: clip 1 is damaged \(its checksum is wrong\)"):
+        cache.read([6])
+
+
+def test_a_cache_of_the_first_format_can_be_read(tmp_path):
+    """As format 1 was written: no sizes, no metadata."""
+    save_file(
+        {"latents": torch.arange(8.0).view(2, 1, 1, 2, 2), "text": torch.ones(2, 1, 4)}, tmp_path / "s.safetensors"
+    )
+    save_file({"text": torch.zeros(1, 4)}, tmp_path / "null.safetensors")
+    index = {"format": 1, "description": {}, "shards": [{"file": "s.safetensors", "clips": 2, "sha256": "-"}]}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    source = open_source(str(tmp_path), 0)
+    assert source.batch(0, 1).x0.flatten().tolist() == [0, 1, 2, 3]
+    assert source.held_out(0, 1).x0.flatten().tolist() == [4, 5, 6, 7]
+    assert source.cache.groups() == [[0, 1]]

@@ -10,6 +10,7 @@ import torch
 from helpers import batches, config, run_train, small_wan
 from safetensors.torch import load_file
 
+from fastlightgen.data.source import ShapesSource
 from fastlightgen.models.weights import save_model
 from fastlightgen.stages.build import build_ranking
 from fastlightgen.stages.rank import drop_until, evaluation_set, rank, score_sets
@@ -162,7 +163,9 @@ def test_the_ratio_may_count_blocks_parameters_or_flops(tmp_path):
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     per_block = [sum(v.numel() for k, v in weights.items() if k.startswith(f"blocks.{i}.")) for i in range(4)]
     for unit, wanted in (("params", per_block), ("flops", [1.0] * 4), ("blocks", [1.0] * 4)):
-        _, units, costs = build_ranking(config(1, f"model={folder}", f"ratio_unit={unit}"), torch.device("cpu"))
+        _, units, costs = build_ranking(
+            config(1, f"model={folder}", f"ratio_unit={unit}"), ShapesSource(0), torch.device("cpu")
+        )
         assert costs == wanted and units[2] == {"name": "blocks.2", "kind": "block", "index": 2}
     record = run(config(1, *words(ratio=0.25, ratio_unit="params")), small_wan(), costs=[1.0, 1.0, 1.0, 97.0])
     by_score = sorted(range(4), key=lambda i: record["units"][i]["score"])

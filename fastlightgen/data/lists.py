@@ -1,0 +1,124 @@
+"""Which clips to encode: a CSV or JSON-lines file, or a folder of videos with captions beside them.
+
+Columns: file (relative to the list), caption, and optionally start and end in seconds and dover, a quality score.
+"""
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".gif")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One wanted clip; `problem` says why it cannot be encoded, as far as the list alone shows."""
+
+    name: str  # as the list spells it
+    file: Path
+    caption: str = ""
+    start: float = 0.0
+    end: float | None = None
+    problem: str = ""
+
+
+def read_list(videos: str | Path, min_dover: float) -> list[Row]:
+    """The rows of a .csv or .jsonl file, or of a folder."""
+    path = Path(videos)
+    if path.is_dir():
+        rows = folder_rows(path)
+        wanted = f"a folder with {', '.join(VIDEOS)} files or folders of pictures, each with a .txt of the same name"
+    else:
+        readers = {".csv": csv_records, ".jsonl": json_records}
+        if path.suffix not in readers:
+            raise ValueError(f"videos={path}: not a folder, nor a list that ends in {' or '.join(readers)}")
+        try:
+            records = readers[path.suffix](path)
+        except OSError as err:
+            raise ValueError(f"videos={path}: cannot be read ({err.strerror})") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"videos={path}: is not UTF-8 text; save it as such") from None
+        rows = [list_row(record, path.parent, min_dover) for record in records]
+        wanted = "one line per clip below the line of column names" if path.suffix == ".csv" else "one object per line"
+    if not rows:
+        raise ValueError(f"videos={path}: lists no clips; wanted {wanted}")
+    return rows
+
+
+def folder_rows(folder: Path) -> list[Row]:
+    """Videos, and folders of pictures, in the order of their names; NAME.txt holds the caption."""
+    rows = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in VIDEOS if file.is_file() else pictures(file):
+            text = file.with_suffix(".txt")
+            caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else ""
+            problem = "" if caption else f"no caption: {text.name} is missing or empty"
+            rows.append(Row(file.name, file, caption, problem=problem))
+    return rows
+
+
+def pictures(folder: Path) -> list[Path]:
+    """The picture files of a folder in the order of their names."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+
+
+def csv_records(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8-sig") as f:
+        reader = csv.DictReader(f, strict=True)
+        try:
+            records, names = list(reader), reader.fieldnames or []
+        except csv.Error as err:
+            raise ValueError(f"videos={path}: line {reader.line_num} is not CSV ({err})") from None
+    if absent := [c for c in ("file", "caption") if c not in names]:
+        raise ValueError(f"videos={path}: has no column {absent[0]!r}; wanted file, caption [, start, end, dover]")
+    return records
+
+
+def json_records(path: Path) -> list[dict]:
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as err:
+            raise ValueError(f"videos={path}: line {number} is not JSON ({err})") from None
+        if not isinstance(record, dict) or "file" not in record or "caption" not in record:
+            raise ValueError(
+                f'videos={path}: line {number} is not an object like {{"file": "a.mp4", "caption": "..."}}'
+            )
+        records.append(record)
+    return records
+
+
+def list_row(record: dict, base: Path, min_dover: float) -> Row:
+    """One record of a list, checked; what is wrong with it becomes its `problem`."""
+    name, caption = str(record["file"] or "").strip(), str(record["caption"] or "").strip()
+    row, file = {"name": name, "file": base / name, "caption": caption}, base / name
+    if not name:
+        return Row(**row, problem="no file is named")
+    if not caption:
+        return Row(**row, problem="no caption")
+    numbers = {}
+    for key in ("start", "end", "dover"):
+        value = record.get(key)
+        if value is None or value == "":
+            continue
+        try:
+            numbers[key] = float(value)
+        except (TypeError, ValueError):
+            return Row(**row, problem=f"{key}={value!r} is not a number")
+        if not math.isfinite(numbers[key]):
+            return Row(**row, problem=f"{key}={value!r} is not a finite number")
+    start, end = numbers.get("start", 0.0), numbers.get("end")
+    problem = ""
+    if start < 0 or (end is not None and end <= start):
+        problem = f"start={start:g} and end={end} are no span of time"
+    elif numbers.get("dover", min_dover) < min_dover:
+        problem = f"dover={numbers['dover']:g} is below min_dover={min_dover:g}"
+    elif not (file.is_file() or (file.is_dir() and pictures(file))):
+        problem = "not found" if not file.exists() else "a folder without pictures"
+    return Row(**row, start=start, end=end, problem=problem)

@@ -1,0 +1,184 @@
+"""python -m fastlightgen.encode videos=DIR_OR_LIST pipeline=DIR out=DIR ...: videos and captions to a latent cache."""
+
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+
+from numpy.typing import NDArray
+
+from fastlightgen.config import Encode, main, parse_buckets
+from fastlightgen.data.lists import Row, read_list
+from fastlightgen.data.video import Unusable, read_clip, source_hash
+
+Read = Callable[[Row], tuple[NDArray | None, str]]  # a row -> its frames, or None, and its source's hash or the reason
+
+
+def encode(cfg: Encode) -> None:
+    """Make this process's share of the cache, and the index once every share is there."""
+    from fastlightgen.data.encoders import kind_of
+    from fastlightgen.data.writer import Writer, free_bytes
+    from fastlightgen.engine.log import say
+
+    rank, ranks = place(cfg)
+    _, kind = kind_of(cfg.pipeline)
+    rows = read_list(cfg.videos, cfg.min_dover)
+    fps, frames = cfg.fps or kind.fps, cfg.frames or kind.frames
+    buckets = parse_buckets(cfg.buckets) or list(kind.buckets)
+    encoders = load_encoders(cfg, rank)
+    made_with = {"fps": fps, "frames": frames, "null_prompt": cfg.null_prompt, "latents": "mode"}
+    types = {"dtype": cfg.dtype, "save_dtype": cfg.save_dtype}
+    settings = {
+        "description": encoders.description() | made_with | types,
+        "buckets": [f"{h}x{w}" for h, w in buckets],
+        "min_dover": cfg.min_dover,
+    }
+    out = Path(cfg.out)
+    usable = sum(not row.problem for row in rows)
+    say(
+        f"{usable} of {len(rows)} listed clips, {frames} frames at {fps:g} per second; at most "
+        f"{usable * clip_bytes(encoders, max(h * w for h, w in buckets), frames, cfg) / 1e9:.2f} GB, "
+        f"{free_bytes(out) / 1e9:.2f} GB are free"
+    )
+    writer = Writer(out, settings, rows, cfg.shard, rank)
+    with writer.opened():
+        if not writer.complete:
+            if not (out / "null.safetensors").is_file():
+                writer.write_null(stored(encoders.null(cfg.null_prompt, buckets[0]), cfg.save_dtype))
+            read = partial(read_row, fps=fps, frames=frames, buckets=buckets)
+            make_parts(cfg, writer, encoders, rows, range(rank, len(writer.parts), ranks), read)
+        counts = writer.finish()
+    if counts is None:
+        say(f"rank {rank} of {ranks} is done; the index is written when the others are")
+    else:
+        skipped = f", {counts['skipped']} skipped: {out / 'skipped.json'}" if counts["skipped"] else ""
+        say(f"{out}: {counts['clips']} clips{skipped}")
+
+
+def place(cfg: Encode) -> tuple[int, int]:
+    """(rank, ranks), from the configuration or torchrun."""
+    if cfg.ranks:
+        return cfg.rank, cfg.ranks
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def load_encoders(cfg: Encode, rank: int):
+    import torch
+
+    from fastlightgen.data.encoders import Encoders
+    from fastlightgen.engine.local import pick_device
+
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    device = pick_device(cfg.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+    return Encoders(cfg.pipeline, device, getattr(torch, cfg.dtype), cfg.tiling)
+
+
+def make_parts(cfg: Encode, writer, encoders, rows: Sequence[Row], numbers: Sequence[int], read: Read) -> None:
+    """The parts that are not there yet: decoding runs ahead in other processes, encoding here."""
+    from fastlightgen.engine.log import bar
+
+    missing = []
+    with bar(len(numbers), "checking finished parts", cfg.progress) as progress:
+        for number in numbers:
+            missing += [] if writer.done(number) else [number]
+            progress.update()
+    total = sum(len(writer.parts[number]) for number in missing)
+    clips = decoded([rows[i] for number in missing for i in writer.parts[number]], cfg.workers, read)
+    with bar(total, "encoding", cfg.progress) as progress:
+        progress.unit = "clip"
+        for number in missing:
+            made, skipped = [], []
+            for i in writer.parts[number]:
+                frames, told = next(clips)
+                if frames is None:
+                    skipped.append({"row": i, "file": rows[i].name, "reason": told})
+                else:
+                    fields = stored(encoders.clip(frames, rows[i].caption), cfg.save_dtype)
+                    made.append((fields, about(rows[i], told, frames)))
+                progress.update()
+            writer.write_part(number, made, skipped)
+
+
+def about(row: Row, source: str, frames: NDArray) -> dict:
+    """Where a clip came from, for its shard's metadata."""
+    size = list(frames.shape[1:3])
+    times = {"start": row.start, "end": row.end}
+    return {"file": row.name, "source": source, "caption": row.caption, **times, "resolution": size}
+
+
+def read_row(row: Row, fps: float, frames: int, buckets: Sequence[tuple[int, int]]) -> tuple[NDArray | None, str]:
+    """The frames of a row and the hash of its file, or None and the reason why not."""
+    try:
+        return read_clip(row, fps, frames, buckets), source_hash(row.file)
+    except Unusable as err:
+        return None, str(err)
+
+
+def decoded(rows: Sequence[Row], workers: int, read: Read) -> Iterator[tuple[NDArray | None, str]]:
+    """read(row) of every row, in order; a file that takes its decoder down with it costs only its own row."""
+    if not workers:
+        yield from map(read, rows)
+        return
+    left = deque(rows)
+    while left:
+        try:
+            for result in ahead(list(left), workers, read):
+                left.popleft()
+                yield result
+        except BrokenProcessPool:  # by one of the rows in work: the first one is tried alone, the others once more
+            row = left.popleft()
+            try:
+                yield from ahead([row], 1, read)
+            except BrokenProcessPool:
+                yield None, "crashes the decoder"
+
+
+def ahead(rows: Sequence[Row], workers: int, read: Read) -> Iterator[tuple[NDArray | None, str]]:
+    """read(row) of every row in other processes, in order; at most two rows per worker are held."""
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=follow_parent)
+    try:
+        waiting = deque(pool.submit(read, row) for row in rows[: 2 * workers])
+        for row in [*rows[2 * workers :], *[None] * len(waiting)]:
+            yield waiting.popleft().result()
+            if row is not None:
+                waiting.append(pool.submit(read, row))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def follow_parent() -> None:
+    """In a worker: Ctrl-C is the parent's to handle, and nobody outlives a parent that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def stored(fields: dict, save_dtype: str) -> dict:
+    """Latents and images in the type they are saved in; texts stay as they were computed, their range is wider."""
+    import torch
+
+    kind = getattr(torch, save_dtype)
+    out = {k: v.to(kind) if k in ("latents", "image", "image_embeds") else v for k, v in fields.items()}
+    if bad := [k for k, v in out.items() if not torch.isfinite(v).all()]:
+        raise ValueError(f"save_dtype={save_dtype}: {bad[0]} has numbers too large for it; use save_dtype=bfloat16")
+    return out
+
+
+def clip_bytes(encoders, area: int, frames: int, cfg: Encode) -> int:
+    """What a clip takes on disk at most."""
+    channels = encoders.network["in_channels"] if encoders.condition != "token_replace" else 17
+    size = {"float32": 4}.get(cfg.save_dtype, 2)
+    text = encoders.text_tokens * encoders.text_width * {"float32": 4}.get(cfg.dtype, 2)
+    return channels * ((frames - 1) // 4 + 1) * (area // 64) * size + text
+
+
+if __name__ == "__main__":
+    main(encode, "encode")

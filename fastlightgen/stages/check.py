@@ -1,0 +1,81 @@
+"""Before a stage starts: was the cache made for this network, and does the teacher know such data at all?
+
+Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B].
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastlightgen import flow
+from fastlightgen.data.source import Source
+from fastlightgen.engine.log import say
+from fastlightgen.models.base import VideoDiT
+from fastlightgen.rng import generator, normal_like
+
+TIMES, CLIPS = (0.1, 0.3, 0.5), 4
+
+
+def check_source(source: Source, model: VideoDiT, card: dict, data: str) -> None:
+    """Refuse a cache of another family, of other sizes, or of another VAE than the network's card names."""
+    made, config = source.description, model.config
+    text = config.get("text_dim", config.get("text_embed_dim"))
+    pairs = [
+        ("family", made.get("family"), model.family),
+        ("in_channels (latents and condition)", made.get("in_channels"), config["in_channels"]),
+        ("text_dim", made.get("text_dim"), text),
+        ("vae", made.get("vae"), card.get("vae")),
+    ]
+    for name, got, wanted in pairs:
+        if got is not None and wanted is not None and got != wanted:
+            raise ValueError(
+                f"data={data}: made with {name} {got}, the model has {wanted}; "
+                f"encode the videos again with this model's own pipeline"
+            )
+
+
+def x0_error(x0_hat: Tensor, x0: Tensor) -> float:
+    """mean |x0_hat - x0|^2 relative to the variance of x0: 0 is exact, 1 is what the mean alone achieves."""
+    return float((x0_hat - x0).square().mean() / x0.var())
+
+
+def filter_error(x0: Tensor, t: float) -> float:
+    """The same for the best single factor, x0_hat = c x_t, which knows nothing of videos: t^2 / ((1-t)^2 s + t^2)."""
+    s = float(x0.square().mean())
+    return t * t / ((1 - t) ** 2 * s + t * t) * s / float(x0.var())
+
+
+@torch.no_grad()
+def teacher_errors(model: VideoDiT, source: Source, seed: int) -> dict[float, tuple[float, float]]:
+    """t -> (the teacher's x0 error, the filter's), means over a few held-out clips, one at a time."""
+    out = {}
+    for k, t in enumerate(TIMES):
+        errors = []
+        for i in range(CLIPS):
+            batch = source.held_out(i, 1).to(model.device)
+            x_t = flow.add_noise(batch.x0, normal_like(batch.x0, generator(seed, 11, k, i)), t)
+            x0_hat = flow.x0_from_velocity(x_t, model(x_t, t, batch.cond).float(), t)
+            errors.append((x0_error(x0_hat, batch.x0), filter_error(batch.x0, t)))
+        out[t] = tuple(sum(column) / CLIPS for column in zip(*errors, strict=True))
+    return out
+
+
+def check_teacher(cfg, model: VideoDiT, source: Source) -> None:
+    """Does the teacher reproduce clips of this cache? Data that do not fit it are the commonest silent failure."""
+    if cfg.data_check == "off" or not source.description:  # the built-in world fits by construction
+        return
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+        errors = teacher_errors(model, source, cfg.seed)
+    told = "; ".join(f"t={t:g}: {e:.3f} (a plain filter: {f:.3f})" for t, (e, f) in errors.items())
+    say(f"the teacher's x0 error on {CLIPS} held-out clips, relative to their variance: {told}")
+    ratio = math.exp(sum(math.log(max(e, 1e-12) / f) for e, f in errors.values()) / len(errors))
+    if ratio < 1:
+        return
+    message = (
+        f"data={cfg.data}: the teacher does not know these latents (its x0 error is {ratio:.2f} times that of a plain "
+        f"filter); check that the cache was made with its pipeline"
+    )
+    if cfg.data_check == "stop":
+        raise ValueError(f"{message}, or go on with data_check=warn")
+    say(f"warning: {message}")

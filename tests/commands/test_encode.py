@@ -1,0 +1,307 @@
+"""encode end to end: what a cache holds, what is skipped, resuming after SIGKILL, ranks, workers, training from it."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import numbered, run_train, write_video
+from PIL import Image
+from safetensors import safe_open
+
+from fastlightgen import encode as command
+from fastlightgen.config import load, main
+from fastlightgen.data.cache import Cache
+from fastlightgen.data.encoders import Encoders
+from fastlightgen.data.lists import read_list
+from fastlightgen.data.source import open_source
+from fastlightgen.data.video import read_clip, source_hash
+
+BUCKETS = [(32, 48), (48, 32)]
+SIZES = ["buckets=[32x48,48x32]", "frames=5", "fps=8", "dtype=float32", "save_dtype=float32"]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    """Two shapes, four formats, and four clips that cannot be used, in a list."""
+    folder = tmp_path_factory.mktemp("videos")
+    write_video(folder / "a.mp4", numbered(10), 8)
+    write_video(folder / "b.mkv", numbered(10, 48, 32), 8)
+    write_video(folder / "c.gif", numbered(10), 10)
+    write_video(folder / "short.mp4", numbered(4), 8)
+    (folder / "broken.mp4").write_bytes((folder / "a.mp4").read_bytes()[:700])
+    (folder / "d").mkdir()
+    for k, picture in enumerate(np.random.default_rng(0).integers(0, 256, (6, 40, 60, 3), np.uint8)):
+        Image.fromarray(picture).save(folder / "d" / f"{k}.png")
+    rows = [
+        ("a.mp4", "a red ball", "", "", 90), ("broken.mp4", "broken", "", "", 90), ("b.mkv", "a tall cat", "", "", 90),
+        ("c.gif", "a blue square", 0.2, "", 90), ("short.mp4", "short", "", "", 90), ("d", "noise", "", "", 90),
+        ("absent.mp4", "gone", "", "", 90), ("a.mp4", "a red ball later", 0.5, 1.2, 90), ("a.mp4", "bad", "", "", 10),
+    ]  # fmt: skip
+    lines = ["file,caption,start,end,dover", *(",".join(map(str, row)) for row in rows)]
+    (folder / "list.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+USED, SKIPPED = [0, 2, 3, 5, 7], {1: "cannot be decoded", 4: "too short", 6: "not found", 8: "dover=10 is below"}
+
+
+@pytest.fixture(scope="module")
+def shared_encoders(pipeline):
+    return Encoders(pipeline("wan_i2v"))
+
+
+@pytest.fixture(scope="module")
+def run(videos, pipeline, shared_encoders):
+    """The command in this process, with the encoders loaded once for all tests."""
+
+    def run(out: Path, *words: str) -> None:
+        given = [f"videos={videos / 'list.csv'}", f"pipeline={pipeline('wan_i2v')}", f"out={out}", "shard=2", *SIZES]
+        given = dict(w.split("=", 1) for w in [*given, "workers=0", "progress=false", "threads=1", *words])
+        main(command.encode, "encode", [f"{k}={v}" for k, v in given.items()])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "load_encoders", lambda cfg, rank: shared_encoders)
+        yield run
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a cache but the locks."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[:5] != ".lock"
+    }
+
+
+@pytest.fixture(scope="module")
+def made(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made") / "cache"
+    run(folder)
+    return folder
+
+
+@pytest.fixture
+def whole(made, tmp_path):
+    """A finished cache that a test may change."""
+    return shutil.copytree(made, tmp_path / "whole")
+
+
+def clip_of(cache: Cache, caption: str) -> int:
+    return next(i for i in range(len(cache)) if cache.sample(i)["caption"] == caption)
+
+
+def test_a_cache_holds_what_the_encoders_make(whole, videos, shared_encoders, capsys):
+    cache, rows = Cache(whole), read_list(videos / "list.csv", 80)
+    assert len(cache) == len(USED)
+    for row in (rows[i] for i in USED):
+        i = clip_of(cache, row.caption)
+        wanted = shared_encoders.clip(read_clip(row, 8, 5, BUCKETS), row.caption)
+        got = cache.read([i])
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[key][0], wanted[key]) for key in wanted)
+        told = cache.sample(i)
+        assert told["source"] == source_hash(row.file) and told["file"] == row.name
+        assert (told["start"], told["end"]) == (row.start, row.end)
+        assert told["resolution"] == ([48, 32] if row.name == "b.mkv" else [32, 48])
+    null = shared_encoders.null("", BUCKETS[0])
+    assert all(torch.equal(cache.null[key], null[key]) for key in null)
+    skipped = json.loads((whole / "skipped.json").read_text())
+    assert [s["row"] for s in skipped] == list(SKIPPED)
+    assert all(said in s["reason"] for s, said in zip(skipped, SKIPPED.values(), strict=True))
+    told = cache.description
+    assert told["fps"] == 8 and told["frames"] == 5 and told["vae"] == shared_encoders.description()["vae"]
+    with safe_open(whole / "shard-00001-48x32.safetensors", "pt") as shard:  # a shard alone describes itself
+        assert json.loads(shard.metadata()["fastlightgen"])["description"] == told
+    assert [len(group) for group in cache.groups()] == [4, 1]
+
+
+def test_said_before_and_after(run, tmp_path, capsys):
+    run(tmp_path / "out")
+    out = capsys.readouterr().out
+    # 7 rows look usable; 36 channels of 2 x 4 x 6 latents and 512 x 32 text, 4 bytes each: 72448 bytes a clip at most
+    assert "7 of 9 listed clips, 5 frames at 8 per second; at most 0.00 GB" in out
+    assert f"{tmp_path / 'out'}: 5 clips, 4 skipped: {tmp_path / 'out' / 'skipped.json'}" in out
+
+
+def test_the_same_command_again_changes_nothing(run, whole):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*.safetensors")} | {"index": (whole / "index.json").stat()}
+    run(whole)
+    assert before == {p: p.stat().st_mtime_ns for p in whole.rglob("*.safetensors")} | {
+        "index": (whole / "index.json").stat()
+    }
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("fps=4", "description.fps: 8.0 -> 4.0"),
+        ("frames=9", "description.frames: 5 -> 9"),
+        ("shard=3", "shard: 2 -> 3"),
+        ("buckets=[32x48]", "buckets: "),
+        ("null_prompt=bad quality", "description.null_prompt: "),
+    ],
+)
+def test_another_configuration_is_refused(run, whole, capsys, word, said):
+    before = files(whole)
+    with pytest.raises(SystemExit):
+        run(whole, word)
+    error = capsys.readouterr().err
+    assert f"out={whole} was begun with another configuration" in error and said in error
+    assert error.count("\n") == 1 and files(whole) == before
+
+
+@pytest.mark.parametrize("n", [3, 6, 13])  # 14 files: settings, null, 5 shards, 5 records, skipped.json, index.json
+def test_killed_at_any_moment_and_continued(run, whole, tmp_path, n):
+    """SIGKILL at the n-th file, before or after it gets its name: the end is the same to the byte."""
+    out, replace, seen = tmp_path / "killed", os.replace, []
+
+    def replace_and_die(source, target):
+        seen.append(target)
+        if len(seen) == n and n % 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if len(seen) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:  # the copy of this process that is killed
+        os.replace = replace_and_die
+        try:
+            run(out)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and not (out / "index.json").exists()
+    assert bool(list(out.rglob("*.tmp"))) == bool(n % 2)
+    run(out)
+    assert files(out) == files(whole)
+
+
+def test_ranks_share_the_work(run, whole, tmp_path, capsys, monkeypatch):
+    capsys.readouterr()
+    run(tmp_path / "two", "rank=1", "ranks=2")
+    assert "rank 1 of 2 is done; the index is written when the others are" in capsys.readouterr().out
+    assert not (tmp_path / "two" / "index.json").exists()
+    run(tmp_path / "two", "rank=0", "ranks=2")
+    assert files(tmp_path / "two") == files(whole)
+    for rank in ("2", "0", "1"):  # as torchrun tells it; a rank that is done may start again
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        run(tmp_path / "three")
+    assert files(tmp_path / "three") == files(whole)
+
+
+def test_a_damaged_part_is_made_again(run, whole, tmp_path):
+    wanted = files(whole)
+    shard = whole / "shard-00002-32x48.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (whole / "index.json").unlink()
+    run(whole)
+    assert files(whole) == wanted
+
+
+def test_two_processes_do_not_make_the_same_part(run, whole, tmp_path, capsys):
+    import fcntl
+
+    with open(whole / ".lock-0", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit):
+            run(whole)
+    assert "another process makes it as rank=0; wait for it" in capsys.readouterr().err
+
+
+def test_nothing_usable_fails(run, videos, tmp_path, capsys):
+    (tmp_path / "list.csv").write_text(f"file,caption\n{videos / 'broken.mp4'},x\nabsent.mp4,y\n")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", f"videos={tmp_path / 'list.csv'}")
+    error = capsys.readouterr().err
+    assert "not one of 2 clips could be encoded; first " in error and "broken.mp4: cannot be decoded" in error
+    assert not (tmp_path / "out" / "index.json").exists()
+    assert len(json.loads((tmp_path / "out" / "skipped.json").read_text())) == 2
+
+
+def read_or_die(row):
+    if row == "deadly":
+        os._exit(3)
+    return None, f"read {row}"
+
+
+def test_decoding_processes_keep_the_order_and_survive_a_crash():
+    rows = ["a", "b", "deadly", "c", "d", "e"]
+    wanted = [(None, "crashes the decoder" if row == "deadly" else f"read {row}") for row in rows]
+    assert list(command.decoded(rows, 1, read_or_die)) == wanted
+
+
+def test_workers_make_the_same_cache(run, whole, tmp_path):
+    run(tmp_path / "out", "workers=2")
+    assert files(tmp_path / "out") == files(whole)
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("frames=6", "frames=6: wanted 4 k + 1, for example 5"),
+        ("buckets=[30x48]", "buckets=[30x48]: wanted HEIGHTxWIDTH, multiples of 16"),
+        ("buckets=big", "buckets=big: wanted HEIGHTxWIDTH"),
+        ("rank=1", "rank=1, ranks=0: give both, or neither"),
+        ("dtype=float16", "dtype=float16: wanted one of bfloat16, float32"),
+    ],
+)
+def test_bad_keys(word, said):
+    with pytest.raises(ValueError, match=".*") as error:
+        load(["videos=v", "pipeline=p", "out=o", word], "encode")
+    assert said in str(error.value)
+    with pytest.raises(ValueError, match="rank=2: with ranks=2 the ranks are 0 to 1"):
+        load(["videos=v", "pipeline=p", "out=o", "rank=2", "ranks=2"], "encode")
+
+
+def test_numbers_too_large_for_their_type_stop():
+    with pytest.raises(ValueError, match="save_dtype=float16: latents has numbers too large for it"):
+        command.stored({"latents": torch.tensor([1e6])}, "float16")
+    kept = command.stored({"latents": torch.tensor([0.1]), "text": torch.tensor([0.1])}, "bfloat16")
+    assert kept["latents"].dtype == torch.bfloat16 and kept["text"].dtype == torch.float32
+
+
+def test_the_stages_train_from_it(whole, pipeline, tmp_path, capsys):
+    """Stages 1 to 3 from the cache with the pipeline's own network; then a cache of another VAE is refused."""
+    common = [f"model={pipeline('wan_i2v') / 'transformer'}", f"data={whole}", f"run={tmp_path / 'run'}", "batch=1"]
+    common += ["progress=false", "threads=1"]
+    run_train(*common, "stage=1", "clips=1", "timesteps=1")
+    out = capsys.readouterr().out
+    assert "the teacher's x0 error on 4 held-out clips" in out
+    assert "warning: " in out and "the teacher does not know these latents" in out  # its weights are random
+    with pytest.raises(SystemExit):
+        run_train(*common, "stage=2", "iters=3", "data_check=stop")
+    assert "or go on with data_check=warn" in capsys.readouterr().err
+    small = ["save_every=3", "log_every=1", "iters=3", "data_check=off"]
+    run_train(*common, *small, "stage=2")
+    run_train(*common, *small, "stage=3", "ratio=2")
+    assert "the teacher" not in capsys.readouterr().out
+    for stage in (2, 3):
+        card = json.loads((tmp_path / "run" / f"stage{stage}" / "model" / "fastlightgen.json").read_text())
+        assert card["vae"] == Cache(whole).description["vae"]
+
+    index = json.loads((whole / "index.json").read_text())
+    for key, value, said in [
+        ("vae", "0123456789abcdef", "made with vae 0123456789abcdef, the model has "),
+        ("family", "hunyuan", "made with family hunyuan, the model has wan"),
+        ("in_channels", 16, "made with in_channels (latents and condition) 16, the model has 36"),
+        ("text_dim", 64, "made with text_dim 64, the model has 32"),
+    ]:
+        changed = index | {"description": index["description"] | {key: value}}
+        (whole / "index.json").write_text(json.dumps(changed))
+        with pytest.raises(SystemExit):
+            run_train(*common, *small, "stage=3", f"run={tmp_path / key}", f"stage2_model={tmp_path}/run/stage2/model")
+        error = capsys.readouterr().err
+        assert said in error and "encode the videos again" in error and error.count("\n") == 1
+
+
+def test_batches_from_it_have_one_size(whole):
+    source = open_source(str(whole), 0)
+    shapes = {tuple(source.batch(step, 2).x0.shape) for step in range(12)}
+    assert shapes == {(2, 16, 2, 4, 6), (2, 16, 2, 6, 4)}
+    batch = source.batch(0, 2)
+    assert batch.cond.text.shape == (2, 512, 32) and batch.null.text.shape == (2, 512, 32)

@@ -1,0 +1,87 @@
+"""The look at the data before training: its errors against closed forms, and a teacher that knows its clips."""
+
+import pytest
+import torch
+from helpers import config
+from torch import nn
+
+from fastlightgen.data.source import Batch, ShapesSource
+from fastlightgen.models.base import Cond
+from fastlightgen.models.weights import load_model, trained_folder
+from fastlightgen.stages.check import CLIPS, TIMES, check_teacher, filter_error, teacher_errors, x0_error
+
+
+class World:
+    """The built-in world's clips, as if a cache had been made of them; `change` spoils them."""
+
+    description = {"family": "wan"}
+
+    def __init__(self, change=lambda x: x):
+        self.source, self.change = ShapesSource(0), change
+
+    def held_out(self, start: int, size: int) -> Batch:
+        batch = self.source.held_out(start, size)
+        return Batch(self.change(batch.x0), batch.cond, batch.null)
+
+
+class Known(nn.Module):
+    """A network that knows one clip by heart: v = (x_t - x0) / t + offset."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, x0, offset=0.0):
+        super().__init__()
+        self.x0, self.offset = x0, offset
+
+    def forward(self, x_t, t, cond):
+        return (x_t - self.x0) / t + self.offset
+
+
+class OneClip:
+    description = {"family": "wan"}
+
+    def __init__(self, x0):
+        self.x0 = x0
+
+    def held_out(self, start, size):
+        return Batch(self.x0, Cond(torch.zeros(1, 1, 1)), Cond(torch.zeros(1, 1, 1)))
+
+
+def test_errors_by_hand():
+    """A velocity that is off by d puts x0 off by t d: its error is t^2 d^2 / var."""
+    x0 = torch.randn(1, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = teacher_errors(Known(x0, 0.5), OneClip(x0), 0)
+    assert list(found) == list(TIMES)
+    for t, (error, _) in found.items():
+        assert error == pytest.approx((t * 0.5) ** 2 / float(x0.var()), rel=1e-4)
+    assert x0_error(x0, x0) == 0
+
+
+def test_the_filter_is_the_best_factor():
+    """Against a search over factors c of c x_t, with 10^6 numbers: their sampling error is far below 1 %."""
+    g = torch.Generator().manual_seed(0)
+    x0, noise = 1.7 * torch.randn(1_000_000, generator=g), torch.randn(1_000_000, generator=g)
+    for t in TIMES:
+        x_t = (1 - t) * x0 + t * noise
+        best = min(x0_error(c * x_t, x0) for c in torch.linspace(0.5, 1.3, 81).tolist())
+        assert filter_error(x0, t) == pytest.approx(best, rel=0.01)
+
+
+def test_the_shipped_teacher_knows_its_world_and_no_other(capsys):
+    """Clips with the wrong scale, or with their channels in another order, as another VAE would give, are noticed."""
+    cfg = config(2)
+    model = load_model(trained_folder("tiny")).requires_grad_(False)
+    check_teacher(cfg, model, World())
+    out = capsys.readouterr().out
+    assert f"x0 error on {CLIPS} held-out clips" in out and "warning" not in out
+    for spoilt in (
+        lambda x: x.flip(1),
+        lambda x: x[..., torch.randperm(8, generator=torch.Generator().manual_seed(0))],
+    ):
+        check_teacher(cfg, model, World(spoilt))
+        assert "warning: data=shapes: the teacher does not know these latents" in capsys.readouterr().out
+        with pytest.raises(ValueError, match="check that the cache was made with its pipeline, or go on with"):
+            check_teacher(config(2, "data_check=stop"), model, World(spoilt))
+    check_teacher(config(2, "data_check=off"), model, World(lambda x: x.flip(1)))
+    check_teacher(cfg, model, ShapesSource(0))  # nothing to look at: the world fits by construction
+    assert capsys.readouterr().out.count("the teacher") == 2  # the two lines before the two stops
