@@ -18,6 +18,7 @@ from fastlightgen.data.synthetic import Shapes, tokenise
 from fastlightgen.models.base import Cond
 from fastlightgen.models.weights import read_json
 
+ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder")
 EMBEDDED = 6.0  # HunyuanVideo's own value of the guidance that its network reads
 
 
@@ -68,11 +69,12 @@ class BuiltIn:
 class Pipeline:
     """The VAE and the encoders of a pipeline folder; the network is not its business."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, size: str = ""):
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, size: str = "", decode_only=False):
         _, self.kind = kind_of(folder)
         height, width = self.kind.buckets[0]
         self.size = read_size(size or f"{height}x{width}x{self.kind.frames}")
-        self.encoders = Encoders(folder, device, dtype)
+        self.encoders = Encoders(folder, device, dtype, without=ENCODERS if decode_only else ())
+        self.nulls: dict[str, dict[str, Tensor]] = {}
         self.fps, self.defaults = round(self.kind.fps), defaults_of(folder, self.kind.family)
 
     def wish(self, prompt: str, negative: str, image: str, count: int) -> Wish:
@@ -85,7 +87,9 @@ class Pipeline:
         shared = self.encoders.image(first, frames) if image else {}
         if self.encoders.network.get("guidance_embeds"):
             shared["guidance"] = torch.tensor(EMBEDDED)
-        text, null = self.encoders.text(prompt, first), self.encoders.null(negative, (height, width))
+        if negative not in self.nulls:
+            self.nulls[negative] = self.encoders.null(negative, (height, width))
+        text, null = self.encoders.text(prompt, first), self.nulls[negative]
         cond, blank = (
             Cond(**{k: v.expand(count, *v.shape) for k, v in (fields | shared).items()}) for fields in (text, null)
         )
@@ -95,7 +99,7 @@ class Pipeline:
 
     def release(self) -> None:
         """Let the text and image encoders go; the VAE stays."""
-        for name in ("text_encoder", "text_encoder_2", "image_encoder"):
+        for name in ENCODERS:
             if hasattr(self.encoders.pipe, name):
                 setattr(self.encoders.pipe, name, None)
 

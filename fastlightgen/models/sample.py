@@ -42,7 +42,13 @@ def sample(
     return rollout(predict, noise, times, kind, renoise)
 
 
+PREVIEW_STEPS = 8
 FOREIGN = {"steps": 50, "guidance": 5.0, "shift": 5.0}  # Wan's own settings, for folders without fastlightgen.json
+
+
+def preview_plan(card: dict, shift: float) -> dict:
+    """How a many-step network is shown while it trains: in few steps, rough but quick."""
+    return sampling_plan(card | {"shift": shift}, PREVIEW_STEPS, -1.0, "ode")
 
 
 def sampling_plan(card: dict, steps: int, guidance: float, kind: str) -> dict:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from students import KEEP, SHIFT, STEPS, make_student, no_ftfy, same_noise, stock
+from students import STEPS, make_student, no_ftfy, same_noise, stock
 
 from fastlightgen.config import main
 from fastlightgen.export import export
@@ -173,8 +173,3 @@ def test_mistakes_of_folders_and_lists(exported, pipeline, tmp_path, capsys):
             run(*words, *end)
         err = capsys.readouterr().err
         assert stop.value.code == 2 and said in err and err.count("\n") == 1, err
-
-
-def test_the_fixture_is_a_student(exported):
-    card = json.loads((exported("wan_t2v")[1] / "fastlightgen.json").read_text())
-    assert card["kept_blocks"] == KEEP and card["shift"] == SHIFT

@@ -1,0 +1,80 @@
+"""Clips during training: what they show, when they come, and that training does not notice them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same, result, run_train, write_inputs
+from PIL import Image
+
+from fastlightgen.data.source import ShapesSource
+from fastlightgen.data.worlds import BuiltIn
+from fastlightgen.models.sample import PREVIEW_STEPS, sample
+from fastlightgen.models.weights import load_model
+from fastlightgen.rng import generator
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def gif(path) -> np.ndarray:
+    """[F, H, W, 3]."""
+    with Image.open(path) as film:
+        frames = []
+        for i in range(film.n_frames):
+            film.seek(i)
+            frames.append(np.asarray(film.convert("RGB")).astype(int))
+    return np.stack(frames)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_training_does_not_notice(inputs, tmp_path, stage):
+    for name, every in (("with", 3), ("without", 0)):
+        run_train(f"stage={stage}", f"run={tmp_path / name}", *inputs[stage], f"sample_every={every}")
+    assert_same(result(tmp_path / "with", stage), result(tmp_path / "without", stage))
+    samples = tmp_path / "with" / f"stage{stage}" / "samples"
+    assert sorted(p.name for p in samples.iterdir()) == [f"step-{n:06d}.gif" for n in (3, 6, 7)]
+    assert not (tmp_path / "without" / f"stage{stage}" / "samples").exists()
+
+
+@torch.no_grad()
+def test_the_last_clips_are_the_models(inputs, tmp_path):
+    """Stage III at its end: the saved student on the first held-out prompts."""
+    run_train("stage=3", f"run={tmp_path}", *inputs[3], "sample_every=100")
+    [file] = (tmp_path / "stage3" / "samples").iterdir()
+    folder = tmp_path / "stage3" / "model"
+    model, card = load_model(folder), json.loads((folder / "fastlightgen.json").read_text())
+    source, clips = ShapesSource(0), []
+    for i in range(4):
+        batch = source.held_out(i, 1)
+        noise = torch.randn(batch.x0.shape, generator=generator(0, 9, i))
+        x0 = sample(model, batch.cond, None, noise, card["ladder"], 1.0, "stochastic", seed=0)
+        clips.append(BuiltIn().frames(x0)[0])
+    wanted = np.concatenate(clips, 2)
+    got = gif(file)
+    assert got.shape == wanted.shape and np.abs(got - wanted).mean() < 8  # a palette of 256 colours
+    others = np.abs(got[:, :, :256] - wanted[:, :, 256:512]).mean()
+    assert others > 2 * np.abs(got - wanted).mean()  # each prompt has its own clip
+
+
+def test_many_step_networks_are_shown_in_few_steps(inputs, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("fastlightgen.data.preview.sample", lambda **how: seen.append(how) or how["noise"])
+    run_train("stage=2", f"run={tmp_path}", *inputs[2], "sample_every=100")
+    assert len(seen) == 4 and len(seen[0]["times"]) == PREVIEW_STEPS
+    assert seen[0]["keep"] == [0, 3] and seen[0]["guidance"] == 2.0 and seen[0]["times"][1] == pytest.approx(21 / 22)
+
+
+def test_a_signal_is_heard_between_clips(tmp_path):
+    from fastlightgen.data.preview import Preview
+
+    made = []
+    preview = Preview(ShapesSource(0), lambda x: made.append(x) or BuiltIn().frames(x), 6, 0, torch.device("cpu"))
+    how = {"model": lambda x, *_: x, "times": [1.0], "guidance": 1.0, "kind": "ode"}
+    preview.write(tmp_path, 5, how, lambda: len(made) == 2)
+    assert len(made) == 2 and list(tmp_path.iterdir()) == []
+    preview.write(tmp_path, 5, how, lambda: False)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000005.gif"]
