@@ -92,15 +92,13 @@ def block_map(config: dict, kept: list[int] | None, teacher: dict) -> BlockMap:
 
 
 def call_of(card: dict, config: dict) -> dict:
-    """Arguments with which a stock pipeline samples the model: a student runs without classifier-free guidance."""
+    """Arguments with which a stock pipeline samples the model: a student has guidance 1, no second prediction."""
     steps = len(card["ladder"]) if card.get("ladder") else card.get("steps")
     call = {"num_inference_steps": steps} if steps else {}
-    if config["_class_name"].startswith("Hunyuan"):
-        guidance = {"true_cfg_scale": card.get("guidance")}
-        if config.get("guidance_embeds"):
-            guidance["guidance_scale"] = card.get("embedded_guidance")
+    if config.get("guidance_embeds"):  # the network reads the scale, and there is no second prediction
+        guidance = {"guidance_scale": card.get("guidance"), "true_cfg_scale": 1.0}
     else:
-        guidance = {"guidance_scale": card.get("guidance")}
+        guidance = {"true_cfg_scale" if "guidance_embeds" in config else "guidance_scale": card.get("guidance")}
     return call | {k: v for k, v in guidance.items() if v is not None}
 
 

@@ -19,7 +19,6 @@ from fastlightgen.models.base import Cond
 from fastlightgen.models.weights import read_json
 
 ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder")
-EMBEDDED = 6.0  # HunyuanVideo's own value of the guidance that its network reads
 
 
 @dataclass
@@ -75,7 +74,7 @@ class Pipeline:
         self.size = read_size(size or f"{height}x{width}x{self.kind.frames}")
         self.encoders = Encoders(folder, device, dtype, without=ENCODERS if decode_only else ())
         self.nulls: dict[str, dict[str, Tensor]] = {}
-        self.fps, self.defaults = round(self.kind.fps), defaults_of(folder, self.kind.family)
+        self.fps, self.defaults = round(self.kind.fps), defaults_of(folder, self.kind.family, self.encoders.network)
 
     def wish(self, prompt: str, negative: str, image: str, count: int) -> Wish:
         if bool(image) != self.kind.image:
@@ -85,8 +84,6 @@ class Pipeline:
         if image:
             first = (read_image(image, height, width) * 255).round().byte().permute(1, 2, 0).numpy()
         shared = self.encoders.image(first, frames) if image else {}
-        if self.encoders.network.get("guidance_embeds"):
-            shared["guidance"] = torch.tensor(EMBEDDED)
         if negative not in self.nulls:
             self.nulls[negative] = self.encoders.null(negative, (height, width))
         text, null = self.encoders.text(prompt, first), self.nulls[negative]
@@ -119,10 +116,10 @@ def read_size(text: str) -> tuple[int, int, int]:
     return height, width, frames
 
 
-def defaults_of(folder: Path, family: str) -> dict:
+def defaults_of(folder: Path, family: str, network: dict) -> dict:
     """Steps, guidance and shift for a network that says nothing itself; the scheduler's settings hold the shift."""
     path = folder / "scheduler" / "scheduler_config.json"
     settings = read_json(path) if path.is_file() else {}
     shift = settings.get("flow_shift") or settings.get("shift")
-    guidance = 1.0 if family == "hunyuan" else 5.0  # HunyuanVideo's is distilled into the network
+    guidance = 5.0 if family == "wan" else 6.0 if network.get("guidance_embeds") else 1.0
     return {"steps": 50, "guidance": guidance} | ({"shift": shift} if shift else {})

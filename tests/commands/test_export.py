@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from students import KEEP, SHIFT, STEPS, make_student, no_ftfy, same_noise, stock
 
 from fastlightgen.config import main
+from fastlightgen.data.pipeline import block_map, call_of
 from fastlightgen.export import export
 from fastlightgen.flow import ladder
 from fastlightgen.models.base import Cond
@@ -246,3 +247,34 @@ def test_a_wrong_export_is_not_left_behind(made, tmp_path, capsys, monkeypatch):
     said = refused(capsys, f"model={model}", f"pipeline={source}", f"out={tmp_path / 'out'}")
     assert "blocks.1.norm2.weight is not what the model holds" in said
     assert list(tmp_path.iterdir()) == []
+
+
+HUNYUAN = {"_class_name": "HunyuanVideoTransformer3DModel", "num_layers": 2, "num_single_layers": 3}
+
+
+def test_block_map_of_two_lists():
+    """`kept` counts through the teacher's double blocks and then its single ones."""
+    teacher = HUNYUAN | {"num_layers": 4, "num_single_layers": 5}
+    assert block_map(HUNYUAN, [0, 3, 4, 6, 8], teacher) == {
+        "transformer_blocks": {0: 0, 3: 1},
+        "single_transformer_blocks": {0: 0, 2: 1, 4: 2},
+    }
+    whole = block_map(teacher, None, teacher)
+    assert whole["single_transformer_blocks"] == {i: i for i in range(5)}
+    for kept in ([0, 1, 3, 4, 6], [0, 3, 4, 6, 9], None):  # three doubles; beyond the end; not said
+        with pytest.raises(ValueError, match="give the pipeline of the teacher that the model was pruned from"):
+            block_map(HUNYUAN, kept, teacher)
+
+
+@pytest.mark.parametrize(
+    "config, guidance, call",
+    [
+        ({}, 1.0, {"guidance_scale": 1.0}),
+        ({}, None, {}),
+        ({"guidance_embeds": False}, 1.0, {"true_cfg_scale": 1.0}),
+        ({"guidance_embeds": True}, 6.0, {"guidance_scale": 6.0, "true_cfg_scale": 1.0}),
+    ],
+)
+def test_how_to_call_it(config, guidance, call):
+    card = {"ladder": [1.0, 0.75], "guidance": guidance}
+    assert call_of(card, config) == {"num_inference_steps": 2} | call

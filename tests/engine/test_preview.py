@@ -40,7 +40,6 @@ def test_training_does_not_notice(inputs, tmp_path, stage):
     assert not (tmp_path / "without" / f"stage{stage}" / "samples").exists()
 
 
-@torch.no_grad()
 def test_the_last_clips_are_the_models(inputs, tmp_path):
     """Stage III at its end: the saved student on the first held-out prompts."""
     run_train("stage=3", f"run={tmp_path}", *inputs[3], "sample_every=100")
