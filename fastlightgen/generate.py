@@ -15,7 +15,6 @@ from fastlightgen.engine.local import pick_device
 from fastlightgen.engine.log import bar, say
 from fastlightgen.models.sample import sample, sampling_plan
 from fastlightgen.models.weights import load_model, read_card, trained_folder
-from fastlightgen.rng import generator
 
 
 def generate(cfg: Generate) -> None:
@@ -42,8 +41,7 @@ def generate(cfg: Generate) -> None:
     total = len(wishes) * len(plan["times"])
     with bar(total, "sampling", cfg.progress and total > 1) as progress:
         for number, wish in enumerate(wishes):
-            noise = torch.randn(wish.shape, generator=generator(cfg.seed)).to(device)
-            wish = wish.to(device)
+            noise, wish = wish.start(cfg.seed, device), wish.to(device)
             with clock("sample"):
                 x0 = sample(model, wish.cond, wish.null, noise, **plan, seed=cfg.seed, tick=progress.update)
             with clock("decode"):

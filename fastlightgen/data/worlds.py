@@ -17,6 +17,7 @@ from fastlightgen.data.frames import read_image
 from fastlightgen.data.synthetic import Shapes, tokenise
 from fastlightgen.models.base import Cond
 from fastlightgen.models.weights import read_json
+from fastlightgen.rng import generator
 
 ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder")
 
@@ -28,6 +29,12 @@ class Wish:
     shape: tuple[int, ...]
     cond: Cond
     null: Cond
+    hint: Tensor | None = None  # a thousandth of it stands in the first noise, as HunyuanVideo's image to video has it
+
+    def start(self, seed: int, device: torch.device) -> Tensor:
+        """What sampling starts from."""
+        noise = torch.randn(self.shape, generator=generator(seed)).to(device)
+        return noise if self.hint is None else 0.999 * noise + 0.001 * self.hint.to(device)
 
     def to(self, device: torch.device) -> "Wish":
         return replace(self, cond=self.cond.map(lambda x: x.to(device)), null=self.null.map(lambda x: x.to(device)))
@@ -92,7 +99,8 @@ class Pipeline:
         )
         blank = replace(blank, image=cond.image, image_embeds=cond.image_embeds)  # what a walk shares stays shared
         channels = self.encoders.vae.config.get("z_dim") or self.encoders.vae.config.latent_channels
-        return Wish((count, channels, (frames - 1) // 4 + 1, height // 8, width // 8), cond, blank)
+        hint = cond.image[:, :channels, :1] if self.encoders.condition else None
+        return Wish((count, channels, (frames - 1) // 4 + 1, height // 8, width // 8), cond, blank, hint)
 
     def release(self) -> None:
         """Let the text and image encoders go; the VAE stays."""

@@ -249,6 +249,25 @@ def test_a_wrong_export_is_not_left_behind(made, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["hunyuan_t2v", "hunyuan_i2v", "hunyuan_i2v_token"])
+def test_hunyuan(made, tmp_path, kind, capsys):
+    """Two lists of blocks renumbered, the plain scheduler, a LoRA of both lists."""
+    pytest.importorskip("fastlightgen.models.hunyuan")
+    source, model, out = made(kind)
+    network = stock(out).transformer
+    assert (len(network.transformer_blocks), len(network.single_transformer_blocks)) == (1, 2)
+    card = json.loads((out / "fastlightgen.json").read_text())
+    assert card["block_map"] == {"transformer_blocks": {"0": 0}, "single_transformer_blocks": {"0": 0, "1": 1}}
+    scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["shift"] == SHIFT and scheduler["stochastic_sampling"] and "shift_terminal" not in scheduler
+    key = "transformer.transformer_blocks.{}.attn.to_q.lora_A.weight"
+    save_file({key.format(i): torch.full((1, 20), float(i)) for i in (0, 1)}, tmp_path / "a.safetensors")
+    words = [f"pipeline={source}", f"out={tmp_path / 'out'}", f"lora={tmp_path / 'a.safetensors'}"]
+    run(f"model={model}", *words)
+    assert "lora: 1 blocks renumbered, 1 dropped" in capsys.readouterr().out
+    assert load_file(tmp_path / "out" / "lora" / "a.safetensors")[key.format(0)].unique() == 0
+
+
 HUNYUAN = {"_class_name": "HunyuanVideoTransformer3DModel", "num_layers": 2, "num_single_layers": 3}
 
 

@@ -101,6 +101,25 @@ def test_image_to_video_is_the_stock_pipelines(exported, picture, tmp_path, monk
     assert difference(tmp_path / "a.png", frames) <= 1
 
 
+@pytest.mark.parametrize("kind", ["hunyuan_t2v", "hunyuan_i2v", "hunyuan_i2v_token"])
+def test_hunyuan_is_the_stock_pipelines(exported, picture, tmp_path, monkeypatch, kind):
+    """Students of the three variants; the stock pipelines step frame by frame with the noise given here."""
+    pytest.importorskip("fastlightgen.models.hunyuan")
+    _, out = exported(kind)
+    words, given = [f"prompt={PROMPT}", f"size={H}x{W}x{F + 4 * (kind == 'hunyuan_i2v')}", "seed=1"], {}
+    if kind != "hunyuan_t2v":
+        words, given = [*words, f"image={picture}"], {"image": Image.open(picture)}
+    run(f"model={out}", f"out={tmp_path / 'a.png'}", *words)
+    call = json.loads((out / "fastlightgen.json").read_text())["call"]
+    frames = F + 4 * (kind == "hunyuan_i2v")  # latent_concat cuts off the first latent frame's four
+    shape = (1, 16, (frames - 1) // 4 + 1, H // 8, W // 8)
+    first = int(kind == "hunyuan_i2v_token")  # token_replace steps without the first frame
+    same_noise(monkeypatch, [torch.randn(shape, generator=generator(1, i))[:, :, first:] for i in range(STEPS)])
+    noise, size = torch.randn(shape, generator=generator(1)), {"height": H, "width": W, "num_frames": frames}
+    wanted = stock(out)(prompt=PROMPT, latents=noise, output_type="np", **given, **call, **size).frames
+    assert difference(tmp_path / "a.png", wanted) <= 1
+
+
 def test_teacher_with_guidance(pipeline, tmp_path):
     """A pipeline folder alone; its shift is the scheduler's, and guidance steers away from `negative`."""
     from diffusers import FlowMatchEulerDiscreteScheduler
