@@ -10,6 +10,7 @@ from fastlightgen.data.scheduler import TOLERANCE
 from fastlightgen.models.base import Cond, VideoDiT
 
 LARGEST = 1e-5  # float32: two orders of summation
+SCALARS = ("timestep", "guidance")  # up to 6000: bfloat16 would round them, and their sinusoids with them
 # bfloat16 rounds every activation to 2^-9 relative; over the ~10 roundings of each of 60 blocks, which add up like a
 # random walk, that is sqrt(600) 2^-9 = 5% of the output. A misplaced block or a wrong scale changes it by about 100%.
 RELATIVE_BF16 = 0.05
@@ -63,7 +64,7 @@ def compare(model: VideoDiT, card: dict, folder: Path) -> dict:
     for name, tensor in stock.state_dict().items():
         if not torch.equal(tensor.to(dtype), model.get_parameter(name).detach().to(tensor.device)):
             raise ValueError(f"{folder}: {name} is not what the model holds; the disk may be failing, export again")
-    inputs = {k: x.to(dtype) if isinstance(x, Tensor) and k != "timestep" else x for k, x in inputs.items()}
+    inputs = {k: x.to(dtype) if isinstance(x, Tensor) and k not in SCALARS else x for k, x in inputs.items()}
     v_stock = stock.eval()(**inputs, return_dict=False)[0].float()
     if model.config.get("image_condition_type") == "token_replace":  # frame 0 is given: no prediction is used there
         v, v_stock = v[:, :, 1:], v_stock[:, :, 1:]
