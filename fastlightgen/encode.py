@@ -43,8 +43,8 @@ def encode(cfg: Encode) -> None:
     usable = sum(not row.problem for row in rows)
     say(
         f"{usable} of {len(rows)} listed clips, {frames} frames at {fps:g} per second; at most "
-        f"{usable * clip_bytes(encoders, max(h * w for h, w in buckets), frames, cfg) / 1e9:.2f} GB, "
-        f"{free_bytes(out) / 1e9:.2f} GB are free"
+        f"{usable * clip_bytes(encoders, max(h * w for h, w in buckets), frames, cfg) / 1e9:.3g} GB, "
+        f"{free_bytes(out) / 1e9:.3g} GB are free"
     )
     writer = Writer(out, settings, rows, cfg.shard, rank)
     with writer.opened():
@@ -173,11 +173,10 @@ def stored(fields: dict, save_dtype: str) -> dict:
 
 
 def clip_bytes(encoders, area: int, frames: int, cfg: Encode) -> int:
-    """What a clip takes on disk at most."""
-    channels = encoders.network["in_channels"] if encoders.condition != "token_replace" else 17
-    size = {"float32": 4}.get(cfg.save_dtype, 2)
-    text = encoders.text_tokens * encoders.text_width * {"float32": 4}.get(cfg.dtype, 2)
-    return channels * ((frames - 1) // 4 + 1) * (area // 64) * size + text
+    """What a clip takes on disk at most: its latents and images, and its text at full length."""
+    numbers, text = encoders.numbers(area, frames)
+    wide = {"float32": 4}
+    return numbers * wide.get(cfg.save_dtype, 2) + text * wide.get(cfg.dtype, 2)
 
 
 if __name__ == "__main__":

@@ -114,10 +114,8 @@ class Encoders:
                 prompt, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens, device=self.device
             )[0][0]
             return {"text": text, "text_len": text.any(-1).sum()}  # the pipeline writes zeros after the last token
-        image = (
-            {"image": picture(first), "image_embed_interleave": INTERLEAVE[self.condition]} if self.condition else {}
-        )
-        text, pooled, mask = self.pipe.encode_prompt(prompt=prompt, device=self.device, **image)
+        seen = {"image": picture(first), "image_embed_interleave": INTERLEAVE[self.condition]} if self.condition else {}
+        text, pooled, mask = self.pipe.encode_prompt(prompt=prompt, device=self.device, **seen)
         length = mask[0].sum().long()
         if not mask[0, :length].all() or text.shape[1] != self.text_tokens:
             raise ValueError(
@@ -159,6 +157,15 @@ class Encoders:
     @property
     def text_width(self) -> int:
         return self.network["text_dim" if self.kind.family == "wan" else "text_embed_dim"]
+
+    def numbers(self, area: int, frames: int) -> tuple[int, int]:
+        """How many numbers a clip of `area` pixels has: in latents, condition and image tokens; in its text."""
+        frame, f = area // 64, (frames - 1) // 4 + 1
+        clip = self.network["in_channels"] * f * frame + (16 * frame if self.condition == "token_replace" else 0)
+        if self.name == "WanImageToVideoPipeline" and self.pipe.image_encoder is not None:
+            vit = self.pipe.image_encoder.config
+            clip += ((vit.image_size // vit.patch_size) ** 2 + 1) * vit.hidden_size
+        return clip, self.text_tokens * self.text_width
 
     def description(self) -> dict:
         """What a cache made with these encoders says about itself."""

@@ -15,6 +15,9 @@ from fastlightgen.models.base import VideoDiT
 from fastlightgen.rng import generator, normal_like
 
 TIMES, CLIPS = (0.1, 0.3, 0.5), 4
+# of the filter's error. The shipped teacher is at 0.06 on its own clips, and at 1.6 to 2.5 if the latents' channels are
+# in another order, their mean is off by one standard deviation or their scale by three, as with another VAE.
+SUSPECT = 0.5
 
 
 def check_source(source: Source, model: VideoDiT, card: dict, data: str) -> None:
@@ -70,11 +73,11 @@ def check_teacher(cfg, model: VideoDiT, source: Source) -> None:
     told = "; ".join(f"t={t:g}: {e:.3f} (a plain filter: {f:.3f})" for t, (e, f) in errors.items())
     say(f"the teacher's x0 error on {CLIPS} held-out clips, relative to their variance: {told}")
     ratio = math.exp(sum(math.log(max(e, 1e-12) / f) for e, f in errors.values()) / len(errors))
-    if ratio < 1:
+    if ratio < SUSPECT:
         return
     message = (
         f"data={cfg.data}: the teacher does not know these latents (its x0 error is {ratio:.2f} times that of a plain "
-        f"filter); check that the cache was made with its pipeline"
+        f"filter, wanted below {SUSPECT}); check that the cache was made with its pipeline"
     )
     if cfg.data_check == "stop":
         raise ValueError(f"{message}, or go on with data_check=warn")

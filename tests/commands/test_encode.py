@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -121,8 +122,8 @@ def test_a_cache_holds_what_the_encoders_make(whole, videos, shared_encoders, ca
 def test_said_before_and_after(run, tmp_path, capsys):
     run(tmp_path / "out")
     out = capsys.readouterr().out
-    # 7 rows look usable; 36 channels of 2 x 4 x 6 latents and 512 x 32 text, 4 bytes each: 72448 bytes a clip at most
-    assert "7 of 9 listed clips, 5 frames at 8 per second; at most 0.00 GB" in out
+    # 4 bytes for each of 36 x 2 x 4 x 6 latents and condition, 5 x 8 image tokens, 512 x 32 text: 72608, 7 times
+    assert "7 of 9 listed clips, 5 frames at 8 per second; at most 0.000508 GB, " in out
     assert f"{tmp_path / 'out'}: 5 clips, 4 skipped: {tmp_path / 'out' / 'skipped.json'}" in out
 
 
@@ -153,31 +154,24 @@ def test_another_configuration_is_refused(run, whole, capsys, word, said):
     assert error.count("\n") == 1 and files(whole) == before
 
 
-@pytest.mark.parametrize("n", [3, 6, 13])  # 14 files: settings, null, 5 shards, 5 records, skipped.json, index.json
-def test_killed_at_any_moment_and_continued(run, whole, tmp_path, n):
-    """SIGKILL at the n-th file, before or after it gets its name: the end is the same to the byte."""
-    out, replace, seen = tmp_path / "killed", os.replace, []
-
-    def replace_and_die(source, target):
-        seen.append(target)
-        if len(seen) == n and n % 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
-        if len(seen) == n:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:  # the copy of this process that is killed
-        os.replace = replace_and_die
-        try:
-            run(out)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and not (out / "index.json").exists()
-    assert bool(list(out.rglob("*.tmp"))) == bool(n % 2)
-    run(out)
-    assert files(out) == files(whole)
+def test_killed_at_any_moment_and_continued(made, videos, pipeline, tmp_path):
+    """SIGKILL at one of the 14 files (settings, null, 5 shards, 5 records, skipped.json, index.json), before or after
+    it gets its name: continued, the end is the same to the byte."""
+    words = [f"videos={videos / 'list.csv'}", f"pipeline={pipeline('wan_i2v')}", "shard=2", *SIZES]
+    words += ["workers=0", "progress=false", "threads=1", "device=cpu"]
+    paths = [str(Path(command.__file__).parents[1]), *sys.path]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    script = Path(__file__).with_name("kill_encode.py")
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, "3,6,12,13", *words], env=env, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told == {str(n): [True, False, n % 2] for n in (3, 6, 12, 13)}
+    wanted = files(tmp_path / "whole")
+    assert wanted.keys() == files(made).keys()
+    for n in (3, 6, 12, 13):
+        assert files(tmp_path / str(n)) == wanted
 
 
 def test_ranks_share_the_work(run, whole, tmp_path, capsys, monkeypatch):

@@ -8,7 +8,8 @@ from torch import nn
 from fastlightgen.data.source import Batch, ShapesSource
 from fastlightgen.models.base import Cond
 from fastlightgen.models.weights import load_model, trained_folder
-from fastlightgen.stages.check import CLIPS, TIMES, check_teacher, filter_error, teacher_errors, x0_error
+from fastlightgen.stages import check
+from fastlightgen.stages.check import TIMES, check_teacher, filter_error, teacher_errors, x0_error
 
 
 class World:
@@ -58,30 +59,28 @@ def test_errors_by_hand():
 
 
 def test_the_filter_is_the_best_factor():
-    """Against a search over factors c of c x_t, with 10^6 numbers: their sampling error is far below 1 %."""
+    """Against a search over factors c of c x_t, with 2e5 numbers, whose sampling error is about 0.3 %."""
     g = torch.Generator().manual_seed(0)
-    x0, noise = 1.7 * torch.randn(1_000_000, generator=g), torch.randn(1_000_000, generator=g)
+    x0, noise = 1.7 * torch.randn(200_000, generator=g), torch.randn(200_000, generator=g)
     for t in TIMES:
         x_t = (1 - t) * x0 + t * noise
-        best = min(x0_error(c * x_t, x0) for c in torch.linspace(0.5, 1.3, 81).tolist())
+        best = min(x0_error(c * x_t, x0) for c in torch.linspace(0.5, 1.7, 61).tolist())
         assert filter_error(x0, t) == pytest.approx(best, rel=0.01)
 
 
-def test_the_shipped_teacher_knows_its_world_and_no_other(capsys):
-    """Clips with the wrong scale, or with their channels in another order, as another VAE would give, are noticed."""
+def test_the_shipped_teacher_knows_its_world_and_no_other(capsys, monkeypatch):
+    """Clips with their channels in another order, or their scale wrong, as another VAE would give, are noticed."""
+    monkeypatch.setattr(check, "CLIPS", 1)
     cfg = config(2)
     model = load_model(trained_folder("tiny")).requires_grad_(False)
     check_teacher(cfg, model, World())
     out = capsys.readouterr().out
-    assert f"x0 error on {CLIPS} held-out clips" in out and "warning" not in out
-    for spoilt in (
-        lambda x: x.flip(1),
-        lambda x: x[..., torch.randperm(8, generator=torch.Generator().manual_seed(0))],
-    ):
-        check_teacher(cfg, model, World(spoilt))
-        assert "warning: data=shapes: the teacher does not know these latents" in capsys.readouterr().out
-        with pytest.raises(ValueError, match="check that the cache was made with its pipeline, or go on with"):
-            check_teacher(config(2, "data_check=stop"), model, World(spoilt))
+    assert "x0 error on 1 held-out clips" in out and "warning" not in out
+    check_teacher(cfg, model, World(lambda x: x.flip(1)))
+    assert "warning: data=shapes: the teacher does not know these latents" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="check that the cache was made with its pipeline, or go on with"):
+        check_teacher(config(2, "data_check=stop"), model, World(lambda x: 3 * x))
+    capsys.readouterr()
     check_teacher(config(2, "data_check=off"), model, World(lambda x: x.flip(1)))
     check_teacher(cfg, model, ShapesSource(0))  # nothing to look at: the world fits by construction
-    assert capsys.readouterr().out.count("the teacher") == 2  # the two lines before the two stops
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,58 @@
+"""python kill_encode.py OUT N,N,... KEY=VALUE ...: encode once whole, and once for each N, killed at the N-th file.
+
+Every run is a fork of this process, which has one thread; what was killed is then continued. Prints, as JSON, for each
+N whether it was killed, whether an index was there and how many temporary files.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from fastlightgen import encode as command
+from fastlightgen.config import load
+from fastlightgen.data.encoders import Encoders
+
+replace = os.replace
+
+
+def forked(out: Path, words: list[str], n: int = 0) -> int:
+    """Run the command in a fork that dies by SIGKILL at its n-th file: odd n before the file has its name."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    seen = []
+
+    def replace_and_die(source, target):
+        seen.append(target)
+        if len(seen) == n and n % 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if len(seen) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = replace_and_die
+    code = 1
+    try:
+        command.encode(load([f"out={out}", *words], "encode"))
+        code = 0
+    finally:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    root, moments, words = Path(sys.argv[1]), json.loads(f"[{sys.argv[2]}]"), sys.argv[3:]
+    torch.set_num_threads(1)
+    encoders = Encoders(next(w for w in words if w.startswith("pipeline=")).removeprefix("pipeline="))
+    command.load_encoders = lambda cfg, rank: encoders
+    assert forked(root / "whole", words) == 0
+    told = {}
+    for n in moments:
+        status = forked(root / str(n), words, n)
+        left = len(list((root / str(n)).rglob("*.tmp")))
+        told[n] = [os.WIFSIGNALED(status), (root / str(n) / "index.json").exists(), left]
+        assert forked(root / str(n), words) == 0
+    print(json.dumps(told))
