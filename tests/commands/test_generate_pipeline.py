@@ -16,6 +16,7 @@ from fastlightgen.rng import generator
 H, W, F = 32, 48, 9
 LATENT = (1, 16, 3, H // 8, W // 8)
 PROMPT = "a red ball moves right"
+LONG = f"{PROMPT}, and a purple zebra with a telescope watches it"  # reaches past the template that Hunyuan's crops
 
 
 def run(*words: str) -> None:
@@ -106,7 +107,7 @@ def test_hunyuan_is_the_stock_pipelines(exported, picture, tmp_path, monkeypatch
     """Students of the three variants; the stock pipelines step frame by frame with the noise given here."""
     pytest.importorskip("fastlightgen.models.hunyuan")
     _, out = exported(kind)
-    words, given = [f"prompt={PROMPT}", f"size={H}x{W}x{F + 4 * (kind == 'hunyuan_i2v')}", "seed=1"], {}
+    words, given = [f"prompt={LONG}", f"size={H}x{W}x{F + 4 * (kind == 'hunyuan_i2v')}", "seed=1"], {}
     if kind != "hunyuan_t2v":
         words, given = [*words, f"image={picture}"], {"image": Image.open(picture)}
     run(f"model={out}", f"out={tmp_path / 'a.png'}", *words)
@@ -116,7 +117,7 @@ def test_hunyuan_is_the_stock_pipelines(exported, picture, tmp_path, monkeypatch
     first = int(kind == "hunyuan_i2v_token")  # token_replace steps without the first frame
     same_noise(monkeypatch, [torch.randn(shape, generator=generator(1, i))[:, :, first:] for i in range(STEPS)])
     noise, size = torch.randn(shape, generator=generator(1)), {"height": H, "width": W, "num_frames": frames}
-    wanted = stock(out)(prompt=PROMPT, latents=noise, output_type="np", **given, **call, **size).frames
+    wanted = stock(out)(prompt=LONG, latents=noise, output_type="np", **given, **call, **size).frames
     assert difference(tmp_path / "a.png", wanted) <= 1
 
 
