@@ -28,15 +28,16 @@ def generate(cfg: Generate) -> None:
     dtype = compute_type(cfg.dtype, device, pipeline is not None)
     with clock("load"):
         world = Pipeline(pipeline, device, dtype, cfg.size) if pipeline else BuiltIn(cfg.size)
+    card = world.defaults | {k: v for k, v in read_card(folder).items() if v is not None}
+    plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler)
+    negative = cfg.negative if plan["guidance"] != 1.0 else None
     with clock("text"):
-        wishes = [world.wish(prompt, cfg.negative, image, cfg.count) for prompt, image in asked]
+        wishes = [world.wish(prompt, negative, image, cfg.count) for prompt, image in asked]
         world.release()
     with clock("load"):
         model = load_model(folder / NETWORK if is_pipeline(folder) else folder, device, dtype).requires_grad_(False)
     if pipeline and pipeline != folder:
         check_fits(model.config, pipeline)
-    card = world.defaults | {k: v for k, v in read_card(folder).items() if v is not None}
-    plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler)
 
     total = len(wishes) * len(plan["times"])
     with bar(total, "sampling", cfg.progress and total > 1) as progress:

@@ -51,13 +51,13 @@ class BuiltIn:
             raise ValueError(f"size={size}: clips of the built-in world have one size; leave size= out")
         self.shapes = Shapes()
 
-    def wish(self, prompt: str, negative: str, image: str, count: int) -> Wish:
+    def wish(self, prompt: str, negative: str | None, image: str, count: int) -> Wish:
         side = self.shapes.size
         first = read_image(image, side, side) if image else torch.zeros(3, side, side)
         # The codec works frame by frame, so the first frame can stand for all of them.
         latents = Codec().encode(first.expand(count, self.shapes.frames, -1, -1, -1))
         channels = condition(latents, torch.full((count,), bool(image)))
-        (text, length), (null, null_length) = tokenise([prompt]), tokenise([negative])
+        (text, length), (null, null_length) = tokenise([prompt]), tokenise([negative or ""])
         cond, blank = (
             Cond(words.expand(count, -1, -1), n.expand(count), image=channels)
             for words, n in ((text, length), (null, null_length))
@@ -83,7 +83,8 @@ class Pipeline:
         self.nulls: dict[str, dict[str, Tensor]] = {}
         self.fps, self.defaults = round(self.kind.fps), defaults_of(folder, self.kind.family, self.encoders.network)
 
-    def wish(self, prompt: str, negative: str, image: str, count: int) -> Wish:
+    def wish(self, prompt: str, negative: str | None, image: str, count: int) -> Wish:
+        """`negative`: None where no second prediction is made, which saves its encoding."""
         if bool(image) != self.kind.image:
             wanted = "needs a picture: give image=FILE" if self.kind.image else "takes no picture: leave image= out"
             raise ValueError(f"image={image}: this pipeline {wanted}")
@@ -91,9 +92,10 @@ class Pipeline:
         if image:
             first = (read_image(image, height, width) * 255).round().byte().permute(1, 2, 0).numpy()
         shared = self.encoders.image(first, frames) if image else {}
-        if negative not in self.nulls:
+        text = self.encoders.text(prompt, first)
+        if negative is not None and negative not in self.nulls:
             self.nulls[negative] = self.encoders.null(negative, (height, width))
-        text, null = self.encoders.text(prompt, first), self.nulls[negative]
+        null = text if negative is None else self.nulls[negative]
         cond, blank = (
             Cond(**{k: v.expand(count, *v.shape) for k, v in (fields | shared).items()}) for fields in (text, null)
         )
