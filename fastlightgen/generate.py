@@ -1,113 +1,113 @@
-"""python -m fastlightgen.generate model=DIR prompt=... out=FILE.mp4|gif|png ...: sample clips of one prompt."""
+"""python -m fastlightgen.generate model=DIR prompt=... out=FILE.mp4|gif|png ...: sample clips."""
 
+import json
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fastlightgen.config import Generate, main
-from fastlightgen.data.codec import Codec, condition, to_uint8
-from fastlightgen.data.synthetic import Shapes, tokenise
+from fastlightgen.data.frames import check_suffix, write_clips
+from fastlightgen.data.pipeline import check_fits, is_pipeline
+from fastlightgen.data.worlds import BuiltIn, Pipeline
 from fastlightgen.engine.local import pick_device
-from fastlightgen.engine.log import say
-from fastlightgen.models.base import Cond
+from fastlightgen.engine.log import bar, say
 from fastlightgen.models.sample import sample, sampling_plan
 from fastlightgen.models.weights import load_model, read_card, trained_folder
-from fastlightgen.rng import generator
-
-SCALE, FPS = 16, 6  # a clip of the built-in world is 16 pixels wide: enlarge it to be seen
 
 
 def generate(cfg: Generate) -> None:
-    """Sample `count` clips of the built-in world for one prompt."""
-    out = Path(cfg.out)
-    if out.suffix not in WRITERS:
-        raise ValueError(f"out={cfg.out}: the suffix is {out.suffix!r}; wanted one of {', '.join(WRITERS)}")
+    """Sample `count` clips of every prompt. Encoders go before the network comes, so that they never share memory."""
+    out, asked = check_suffix(cfg.out), read_prompts(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    clock = time.perf_counter()
+    device, clock = pick_device(cfg.device), Clock()
     folder = trained_folder(cfg.model)
-    model = load_model(folder, pick_device(cfg.device), allow_pt=cfg.allow_pt).requires_grad_(False)
-    plan = sampling_plan(read_card(folder), cfg.steps, cfg.guidance, cfg.sampler)
-    loaded = time.perf_counter() - clock
+    pipeline = Path(cfg.pipeline) if cfg.pipeline else folder if is_pipeline(folder) else None
+    dtype = compute_type(cfg.dtype, device, pipeline is not None)
+    with clock("load"):
+        world = Pipeline(pipeline, device, dtype, cfg.size) if pipeline else BuiltIn(cfg.size)
+    card = world.defaults | {k: v for k, v in read_card(folder).items() if v is not None}
+    plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler)
+    negative = cfg.negative if plan["guidance"] != 1.0 else None
+    with clock("text"):
+        wishes = [world.wish(prompt, negative, image, cfg.count) for prompt, image in asked]
+        world.release()
+    with clock("load"):
+        model = load_model(folder, device, dtype, allow_pt=cfg.allow_pt).requires_grad_(False)
+    if pipeline and pipeline != folder:
+        check_fits(model.config, pipeline)
 
-    world = Shapes()
-    first = read_image(cfg.image, world.size) if cfg.image else torch.zeros(3, world.size, world.size)
-    # The codec works frame by frame, so the first frame can stand for all of them.
-    latents = Codec().encode(first.expand(cfg.count, world.frames, -1, -1, -1))
-    image = condition(latents, torch.full((cfg.count,), bool(cfg.image)))
-    (text, length), (null, null_length) = tokenise([cfg.prompt]), tokenise([""])
-    cond, blank = (
-        Cond(words.expand(cfg.count, -1, -1), n.expand(cfg.count), image=image).map(lambda x: x.to(model.device))
-        for words, n in ((text, length), (null, null_length))
-    )
-    noise = torch.randn(latents.shape, generator=generator(cfg.seed)).to(model.device)
-    clock = time.perf_counter()
-    x0 = sample(model, cond, blank, noise, **plan, seed=cfg.seed)
-    sampled = time.perf_counter() - clock
-    clock = time.perf_counter()
-    frames = to_uint8(Codec().decode(x0.float().cpu())).permute(0, 1, 3, 4, 2).numpy()  # [B, F, H, W, 3]
-    frames = frames.repeat(SCALE, 2).repeat(SCALE, 3)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    WRITERS[out.suffix](out, frames)
-    say(
-        f"{out}: {cfg.count} clip(s), {len(plan['times'])} steps, guidance {plan['guidance']:g}; "
-        f"load {loaded:.2f} s, sample {sampled:.2f} s, write {time.perf_counter() - clock:.2f} s"
-    )
+    total = len(wishes) * len(plan["times"])
+    with bar(total, "sampling", cfg.progress and total > 1) as progress:
+        for number, wish in enumerate(wishes):
+            noise, wish = wish.start(cfg.seed, device), wish.to(device)
+            with clock("sample"):
+                x0 = sample(model, wish.cond, wish.null, noise, **plan, seed=cfg.seed, tick=progress.update)
+            with clock("decode"):
+                frames = world.frames(x0)
+            file = out.with_stem(f"{out.stem}-{number:03d}") if cfg.prompts else out
+            with clock("write"):
+                write_clips(file, frames, world.fps)
+    where = f"{out.with_stem(f'{out.stem}-000')} ... {len(wishes)} files" if cfg.prompts else str(out)
+    say(f"{where}: {cfg.count} clip(s), {len(plan['times'])} steps, guidance {plan['guidance']:g}; {clock}")
 
 
-def read_image(path: str, size: int) -> torch.Tensor:
-    """A picture as [3, size, size] in [0, 1]: its centre square, averaged down."""
-    from PIL import Image, UnidentifiedImageError
-
+def read_prompts(cfg: Generate) -> list[tuple[str, str]]:
+    """(prompt, picture) of every clip: from the command line, or a file with a prompt or a JSON object per line."""
+    if cfg.prompt:
+        return [(cfg.prompt, cfg.image)]
+    path = Path(cfg.prompts)
     try:
-        picture = Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as err:
-        raise ValueError(f"image={path}: cannot be read as a picture ({err})") from None
-    side = min(picture.size)
-    left, top = ((n - side) // 2 for n in picture.size)
-    small = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BOX)
-    return torch.from_numpy(np.asarray(small).astype(np.float32) / 255).permute(2, 0, 1)
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as err:
+        raise ValueError(f"prompts={path}: cannot be read ({err}); give a text file or JSON lines") from None
+    asked = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        row = {"prompt": line}
+        if path.suffix in (".jsonl", ".json"):
+            try:
+                row = json.loads(line)
+                if not isinstance(row["prompt"], str) or set(row) - {"prompt", "image"}:
+                    raise KeyError
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f'prompts={path}: line {number} is {line[:60]!r}; wanted {{"prompt": "...", "image": "FILE"}}'
+                ) from None
+        # pictures stand relative to the list that names them
+        image = str(path.parent / row["image"]) if row.get("image") else cfg.image
+        asked.append((row["prompt"], image))
+    if not asked:
+        raise ValueError(f"prompts={path}: is empty; write one prompt per line")
+    return asked
 
 
-def in_rows(frames: NDArray) -> NDArray:
-    """[B, F, H, W, 3] -> [F, H, B W, 3]: the clips side by side."""
-    return np.concatenate(list(frames), 2)
+def compute_type(name: str, device: torch.device, real: bool) -> torch.dtype:
+    """auto: bfloat16 for a real network on a GPU, else float32."""
+    if name == "auto":
+        name = "bfloat16" if real and device.type == "cuda" else "float32"
+    return getattr(torch, name)
 
 
-def write_gif(path: Path, frames: NDArray) -> None:
-    from PIL import Image
+class Clock:
+    """Seconds per part, in the order in which the parts first ran."""
 
-    pictures = [Image.fromarray(f) for f in in_rows(frames)]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // FPS, loop=0)
+    def __init__(self):
+        self.parts: dict[str, float] = {}
 
+    @contextmanager
+    def __call__(self, part: str):
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - start
 
-def write_sheet(path: Path, frames: NDArray) -> None:
-    """One row per clip, one column per frame."""
-    from PIL import Image
-
-    Image.fromarray(np.concatenate([np.concatenate(list(clip), 1) for clip in frames], 0)).save(path)
-
-
-def write_mp4(path: Path, frames: NDArray) -> None:
-    try:
-        import av
-    except ImportError:
-        raise ValueError(
-            f"out={path}: mp4 needs PyAV (pip install 'fastlightgen[video]'); .gif and .png do not"
-        ) from None
-    with av.open(str(path), "w") as container:
-        film = in_rows(frames)
-        stream = container.add_stream("libx264", rate=FPS)
-        stream.height, stream.width, stream.pix_fmt = film.shape[1], film.shape[2], "yuv420p"
-        for picture in film:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-
-
-WRITERS = {".mp4": write_mp4, ".gif": write_gif, ".png": write_sheet}
+    def __str__(self) -> str:
+        return ", ".join(f"{part} {seconds:.2f} s" for part, seconds in self.parts.items())
 
 
 if __name__ == "__main__":

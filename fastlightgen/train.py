@@ -51,10 +51,31 @@ def run_stage(cfg) -> None:
             rank_blocks(cfg, source, device, folder)
         else:
             make = {0: build.build_teacher, 2: build.build_prune, 3: build.build_distill}[number]
-            train_loop(make(cfg, source, device), LocalEngine(device, cfg.dtype), folder, cfg)
+            stage = make(cfg, source, device)
+            train_loop(stage, LocalEngine(device, cfg.dtype), folder, cfg, preview_of(cfg, source, device))
             say(f"stage {number}: {folder.result}")
     finally:
         folder.close()
+
+
+def preview_of(cfg, source, device):
+    """What turns held-out prompts into clips during training, or None."""
+    import torch
+
+    from fastlightgen.data.preview import Preview
+    from fastlightgen.data.worlds import BuiltIn, Pipeline
+    from fastlightgen.engine.log import say
+
+    if not cfg.sample_every:
+        return None
+    if source.name == "shapes":
+        world = BuiltIn()
+    elif cfg.pipeline:
+        world = Pipeline(Path(cfg.pipeline), device, torch.float32, decode_only=True)
+    else:
+        say("no clips are made during training: give pipeline=FOLDER, whose VAE can show those of a cache")
+        return None
+    return Preview(source, world.frames, world.fps, cfg.seed, device).write
 
 
 def rank_blocks(cfg, source, device, folder) -> None:

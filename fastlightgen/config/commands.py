@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 from fastlightgen.config.fields import REQUIRED, Checked, ConfigError, field
 from fastlightgen.config.schema import (
+    ALLOW_PT,
     DEVICE,
     DEVICES,
     DRY_RUN,
@@ -27,6 +28,7 @@ class Evaluate(EvaluateKeys):
     out: str = field(REQUIRED, "JSON file to write")
     teacher: str = field("", "model folder to compare with; empty: none")
     path: str = field("full", "which blocks of a Stage II model run", choices=("full", "pruned"))
+    allow_pt: bool = field(False, ALLOW_PT)
     data: str = field("shapes", "a preset, or a folder with a latent cache")
     seed: int = field(0, "decides clips and noise", lo=0, hi=MAX_SEED)
     device: str = field("auto", DEVICE, choices=DEVICES)
@@ -39,17 +41,46 @@ class Evaluate(EvaluateKeys):
 class Generate(Checked):
     """sample clips from a prompt"""
 
-    model: str = field(REQUIRED, "a preset or a model folder")
-    prompt: str = field(REQUIRED, "what the clip shows")
+    model: str = field(REQUIRED, "a preset, a model folder or a pipeline folder")
+    allow_pt: bool = field(False, ALLOW_PT)
+    prompt: str = field("", "what the clip shows")
+    prompts: str = field(
+        "", "instead of prompt: a file with one per line, or .jsonl with prompt and image; out-000 ..."
+    )
     out: str = field(REQUIRED, "file to write: .mp4, .gif or .png")
+    pipeline: str = field("", "pipeline folder with VAE and encoders for a model folder; empty: the built-in world")
     image: str = field("", "picture to start from; empty: text only")
+    negative: str = field("", "prompt to steer away from, where guidance is not 1")
+    size: str = field("", "HEIGHTxWIDTHxFRAMES, for example 480x832x81; empty: the family's own")
     count: int = field(1, "number of clips", lo=1)
     steps: int = field(0, STEPS, lo=0)
     guidance: float = field(-1.0, GUIDANCE)
     sampler: str = field("auto", SAMPLER, choices=SAMPLERS)
     seed: int = field(0, "decides the noise", lo=0, hi=MAX_SEED)
     device: str = field("auto", DEVICE, choices=DEVICES)
+    dtype: str = field("auto", "auto: bfloat16 for a real network on a GPU", choices=("auto", "float32", "bfloat16"))
     threads: int = field(0, THREADS, lo=0)
+    progress: bool = field(True, "show a progress bar")
+    dry_run: bool = field(False, DRY_RUN)
+
+    def check(self) -> None:
+        if bool(self.prompt) == bool(self.prompts):
+            raise ConfigError("prompt is required: give prompt=TEXT or prompts=FILE, one of them")
+
+
+@dataclass(kw_only=True)
+class Export(Checked):
+    """write a pipeline folder that stock diffusers loads"""
+
+    model: str = field(REQUIRED, "a model folder")
+    pipeline: str = field(REQUIRED, "pipeline folder of the teacher: VAE, encoders and tokenizers come from it")
+    out: str = field(REQUIRED, "folder to write")
+    dtype: str = field("bfloat16", "type of the written network", choices=("bfloat16", "float32"))
+    link: bool = field(False, "link the parts that stay as they are instead of copying them")
+    lora: str = field("", "LoRA file trained on the teacher, to renumber for the model; empty: none")
+    original: bool = field(False, "also write the network in the original Wan format")
+    threads: int = field(0, THREADS, lo=0)
+    progress: bool = field(True, "show a progress bar")
     dry_run: bool = field(False, DRY_RUN)
 
 
@@ -104,10 +135,10 @@ class Report(Checked):
     dry_run: bool = field(False, DRY_RUN)
 
 
-COMMANDS = {"generate": Generate, "evaluate": Evaluate, "encode": Encode, "report": Report}
+COMMANDS = {"generate": Generate, "encode": Encode, "export": Export, "evaluate": Evaluate, "report": Report}
 
 
 def for_evaluate(cfg: StageAll, model: str, teacher: str, out: str) -> Evaluate:
     """The evaluation that ends `stage=all`."""
-    common = {key: getattr(cfg, key) for key in ("data", "seed", "device", "threads", "progress")}
+    common = {key: getattr(cfg, key) for key in ("data", "seed", "device", "threads", "progress", "allow_pt")}
     return Evaluate(model=model, teacher=teacher, out=out, **common, **asdict(cfg.evaluate))

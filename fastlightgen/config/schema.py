@@ -43,6 +43,10 @@ class Run(Checked):
     log_every: int = field(10, "steps between two lines of metrics.jsonl", lo=1, numbers=False)
     save_every: int = field(200, "steps between two checkpoints", lo=1, numbers=False)
     keep: int = field(2, "how many of the latest checkpoints stay on disk", lo=1, numbers=False)
+    sample_every: int = field(
+        200, "steps between two sets of clips in samples/, and a last one at the end; 0: none", lo=0, numbers=False
+    )
+    pipeline: str = field("", "pipeline folder whose VAE shows the clips of a latent cache", numbers=False)
     overwrite: bool = field(False, "start anew in a run folder that is in use", numbers=False)
     threads: int = field(0, THREADS, lo=0, numbers=False)
     progress: bool = field(True, "show a progress bar", numbers=False)

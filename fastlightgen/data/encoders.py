@@ -54,13 +54,15 @@ def kind_of(folder: str | Path) -> tuple[str, Kind]:
 class Encoders:
     """The encoders of a pipeline folder; its network is not loaded. VAE and image encoder work in float32."""
 
-    def __init__(self, folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32, tiling: bool = False):
+    def __init__(
+        self, folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32, tiling: bool = False, without=()
+    ):
         self.folder, self.device = Path(folder), torch.device(device)
         self.name, self.kind = kind_of(folder)
         self.network = read_config(self.folder / "transformer")
         if "in_channels" not in self.network:
             raise ValueError(f"pipeline={folder}: has no transformer/config.json; copy the folder again")
-        self.pipe = load_pipeline(self.folder, self.name, self.device, dtype)
+        self.pipe = load_pipeline(self.folder, self.name, self.device, dtype, without)
         self.vae, self.tiling = self.pipe.vae, tiling
         if tiling:
             self.vae.enable_tiling()
@@ -184,8 +186,8 @@ class Encoders:
         }
 
 
-def load_pipeline(folder: Path, name: str, device: torch.device, dtype: torch.dtype):
-    """The stock pipeline without its network, from local safetensors only."""
+def load_pipeline(folder: Path, name: str, device: torch.device, dtype: torch.dtype, without=()):
+    """The stock pipeline without its network (and the parts `without`), from local safetensors only."""
     try:
         import diffusers
     except ImportError:
@@ -193,7 +195,7 @@ def load_pipeline(folder: Path, name: str, device: torch.device, dtype: torch.dt
     if name.startswith("Wan") and not diffusers.utils.is_ftfy_available():
         raise ValueError("Wan's pipelines clean prompts with ftfy: pip install ftfy")
     types = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
-    absent = {part: None for part in ("transformer", "transformer_2") if (folder / part).is_dir()}
+    absent = {part: None for part in ("transformer", "transformer_2", *without) if (folder / part).is_dir()}
     try:
         with warnings.catch_warnings():  # newer versions call it dtype, older ones know torch_dtype only
             warnings.simplefilter("ignore", FutureWarning)

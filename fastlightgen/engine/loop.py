@@ -3,7 +3,9 @@
 import math
 import signal
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 from fastlightgen.engine import checkpoint
 from fastlightgen.engine.folder import StageFolder
@@ -36,8 +38,11 @@ def interruptible():
             signal.signal(s, handler)
 
 
-def train(stage: Stage, engine: LocalEngine, folder: StageFolder, cfg) -> None:
-    """Run or continue a stage to its end and write its model folder."""
+Show = Callable[[Path, int, dict, Callable[[], bool]], None]  # folder, step, stage.sampler(), is a signal waiting?
+
+
+def train(stage: Stage, engine: LocalEngine, folder: StageFolder, cfg, show: Show | None = None) -> None:
+    """Run or continue a stage to its end and write its model folder; `show` makes clips on the way."""
     engine.prepare(stage)
     say(f"stage {stage.number}: {engine.estimate()}")
     start = 0
@@ -68,6 +73,9 @@ def train(stage: Stage, engine: LocalEngine, folder: StageFolder, cfg) -> None:
             stop = bool(signals)  # read once: a signal from here on waits for the next step
             if done % cfg.save_every == 0 or done == stage.iters or stop:
                 save(done)
+            if show and not stop and (done % cfg.sample_every == 0 or done == stage.iters):
+                with engine.autocast():
+                    show(folder.path / "samples", done, stage.sampler(), lambda: bool(signals))
             if stop and done < stage.iters:
                 raise Stopped(f"{signals[0]}: saved step {done} of {stage.iters}; run the same command to continue")
     metrics.close()

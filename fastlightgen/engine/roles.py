@@ -46,5 +46,8 @@ class Stage(Protocol):
     def check(self, step: int) -> None:
         """Called after every step; raises ValueError to stop a run that has gone wrong."""
 
+    def sampler(self) -> dict:
+        """How to make clips with what is being trained: arguments of `models.sample.sample`."""
+
     def save(self, folder: Path) -> None:
         """Write the result of the stage as a model folder."""

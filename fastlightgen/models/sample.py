@@ -1,5 +1,7 @@
 """Sampling clips from a teacher or a student."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,15 @@ def sample(
     kind: str,
     seed: int = 0,
     keep=None,
+    tick: Callable[[], object] = bool,
 ) -> Tensor:
-    """x0 latents [B, C, F, H, W] from noise down `times`; guidance 1 needs one prediction per step, others two."""
+    """x0 latents [B, C, F, H, W] from noise down `times`; guidance 1 needs one prediction per step, others two.
+
+    `tick` is called before every step.
+    """
 
     def predict(x: Tensor, t: float) -> Tensor:
+        tick()
         if guidance == 1.0:
             return model(x, t, cond, keep)
         v_c, v_n = model.walk(x, t, [Stream(cond, keep), Stream(null, keep)])
@@ -35,7 +42,13 @@ def sample(
     return rollout(predict, noise, times, kind, renoise)
 
 
+PREVIEW_STEPS = 8
 FOREIGN = {"steps": 50, "guidance": 5.0, "shift": 5.0}  # Wan's own settings, for folders without fastlightgen.json
+
+
+def preview_plan(card: dict, shift: float) -> dict:
+    """How a many-step network is shown while it trains: in few steps, rough but quick."""
+    return sampling_plan(card | {"shift": shift}, PREVIEW_STEPS, -1.0, "ode")
 
 
 def sampling_plan(card: dict, steps: int, guidance: float, kind: str) -> dict:

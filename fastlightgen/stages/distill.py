@@ -135,6 +135,9 @@ class Distill:
     def check(self, step: int) -> None:
         """Nothing to stop for beyond the loop's own checks."""
 
+    def sampler(self) -> dict:
+        return {"model": self.nets.student, "times": self.times, "guidance": 1.0, "kind": self.cfg.sampler}
+
     def save(self, folder: Path) -> None:
         cfg = self.cfg
         card = {"stage": 3, "ladder": self.times, "shift": cfg.shift, "guidance": 1.0, "sampler": cfg.sampler}

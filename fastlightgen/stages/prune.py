@@ -15,6 +15,7 @@ from fastlightgen.blocks import draw_keep
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.roles import Role, Update
 from fastlightgen.models.base import Stream, VideoDiT
+from fastlightgen.models.sample import preview_plan
 from fastlightgen.models.weights import save_model
 from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages.rank import x0_error
@@ -138,6 +139,9 @@ class Prune:
         t = flow.shift_time(u, self.cfg.shift).to(batch.x0.device)
         x_t = flow.add_noise(batch.x0, normal_like(batch.x0, gen), t)
         return x0_error(self.net(x_t, t, batch.cond, keep), x_t, t, batch.x0).mean().item()
+
+    def sampler(self) -> dict:
+        return {"model": self.net, "keep": self.keep} | preview_plan(self.card, self.cfg.shift)
 
     def save(self, folder: Path) -> None:
         save_model(self.net, folder, **self.card | {"stage": 2, "pruned_path": self.keep, "shift": self.cfg.shift})

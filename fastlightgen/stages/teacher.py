@@ -13,6 +13,7 @@ from fastlightgen import flow
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.roles import Role, Update
 from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.sample import preview_plan
 from fastlightgen.models.weights import save_model
 from fastlightgen.rng import generator, normal_like
 
@@ -53,6 +54,9 @@ class Teacher:
 
     def check(self, step: int) -> None:
         """Nothing can drift here: the target is the data."""
+
+    def sampler(self) -> dict:
+        return {"model": self.net} | preview_plan(self.card, self.cfg.shift)
 
     def save(self, folder: Path) -> None:
         card = {"stage": 0, "shift": self.cfg.shift, "source": self.cfg.data}

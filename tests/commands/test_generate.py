@@ -8,14 +8,17 @@ from PIL import Image
 
 from fastlightgen.config import main
 from fastlightgen.data.codec import Codec, condition
+from fastlightgen.data.frames import read_image
 from fastlightgen.data.synthetic import tokenise
-from fastlightgen.generate import FPS, SCALE, generate, read_image
+from fastlightgen.data.worlds import BuiltIn
+from fastlightgen.generate import generate
 from fastlightgen.models.base import Cond
 from fastlightgen.models.weights import save_model
 from fastlightgen.rng import generator
 
 PROMPT = "a red ball moves right fast then stops"
 FRAMES, SIZE = 8, 16
+FPS, SCALE = BuiltIn.fps, BuiltIn.scale
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,11 @@ def folders(tmp_path_factory):
 
 
 def run(folders, out, *words: str, model: str = "student", prompt: str = PROMPT):
-    main(generate, "generate", [f"model={folders / model}", f"prompt={prompt}", f"out={out}", "threads=1", *words])
+    main(
+        generate,
+        "generate",
+        [f"model={folders / model}", f"prompt={prompt}", f"out={out}", "threads=1", "progress=false", *words],
+    )
     return np.asarray(Image.open(out)) if out.suffix == ".png" else None
 
 
@@ -113,13 +120,13 @@ def test_a_picture_becomes_the_first_frame_condition(folders, tmp_path):
     picture[:, :16] = (255, 0, 0)
     picture[:, 16:] = (0, 0, 255)
     Image.fromarray(picture).save(tmp_path / "p.png")
-    small = read_image(str(tmp_path / "p.png"), SIZE)
+    small = read_image(str(tmp_path / "p.png"), SIZE, SIZE)
     assert small.shape == (3, SIZE, SIZE) and small[2].min() == 1 and small[:2].max() == 0
     noisy = np.random.default_rng(0).integers(0, 256, (2 * SIZE, 2 * SIZE, 3), np.uint8)
     Image.fromarray(noisy).save(tmp_path / "n.png")
     means = noisy.reshape(SIZE, 2, SIZE, 2, 3).mean((1, 3)).transpose(2, 0, 1) / 255
     assert (
-        np.abs(read_image(str(tmp_path / "n.png"), SIZE).numpy() - means).max() < 1.01 / 255
+        np.abs(read_image(str(tmp_path / "n.png"), SIZE, SIZE).numpy() - means).max() < 1.01 / 255
     )  # rounded up along each axis
     # one step without guidance is x - v(x): compute it with the condition written out
     got = run(folders, tmp_path / "a.png", f"image={tmp_path / 'p.png'}", "steps=1")

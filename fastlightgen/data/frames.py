@@ -1,0 +1,92 @@
+"""Clips as files: mp4, gif, or a png sheet, by the suffix. Frames are [B, F, H, W, 3], 8 bits."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+def write_clips(path: Path, frames: NDArray, fps: int) -> None:
+    """Several clips of one batch go into one file; it appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    try:
+        WRITERS[path.suffix](temporary, frames, fps)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_suffix(out: str) -> Path:
+    path = Path(out)
+    if path.suffix not in WRITERS:
+        raise ValueError(f"out={out}: the suffix is {path.suffix!r}; wanted one of {', '.join(WRITERS)}")
+    if path.suffix == ".mp4":
+        _av(path)
+    return path
+
+
+def read_image(path: str, height: int, width: int) -> torch.Tensor:
+    """A picture as [3, height, width] in [0, 1]: the centre of that shape, averaged down."""
+    from PIL import Image
+
+    picture = open_image(path)
+    scale = min(picture.width / width, picture.height / height)
+    w, h = round(width * scale), round(height * scale)
+    left, top = (picture.width - w) // 2, (picture.height - h) // 2
+    kind = Image.Resampling.BOX if scale >= 1 else Image.Resampling.BICUBIC
+    small = picture.crop((left, top, left + w, top + h)).resize((width, height), kind)
+    return torch.from_numpy(np.asarray(small).astype(np.float32) / 255).permute(2, 0, 1)
+
+
+def open_image(path: str):
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, UnidentifiedImageError) as err:
+        raise ValueError(f"image={path}: cannot be read as a picture ({err})") from None
+
+
+def in_rows(frames: NDArray) -> NDArray:
+    """[B, F, H, W, 3] -> [F, H, B W, 3]: the clips side by side."""
+    return np.concatenate(list(frames), 2)
+
+
+def write_gif(path: Path, frames: NDArray, fps: int) -> None:
+    from PIL import Image
+
+    pictures = [Image.fromarray(f) for f in in_rows(frames)]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+
+
+def write_sheet(path: Path, frames: NDArray, fps: int) -> None:
+    """One row per clip, one column per frame."""
+    from PIL import Image
+
+    Image.fromarray(np.concatenate([np.concatenate(list(clip), 1) for clip in frames], 0)).save(path)
+
+
+def write_mp4(path: Path, frames: NDArray, fps: int) -> None:
+    av = _av(path)
+    with av.open(str(path), "w") as container:
+        film = in_rows(frames)
+        stream = container.add_stream("libx264", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = film.shape[1], film.shape[2], "yuv420p"
+        for picture in film:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _av(path: Path):
+    try:
+        import av
+    except ImportError:
+        raise ValueError(
+            f"out={path}: mp4 needs PyAV (pip install 'fastlightgen[video]'); .gif and .png do not"
+        ) from None
+    return av
+
+
+WRITERS = {".mp4": write_mp4, ".gif": write_gif, ".png": write_sheet}

@@ -1,0 +1,106 @@
+"""README.md of an export: how to load and call the student, and where it comes from."""
+
+from pathlib import Path
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: {task}
+tags:
+- fastlightgen
+- video-generation
+- distillation
+---
+
+# {name}
+
+{summary}
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import export_to_video
+
+pipe = DiffusionPipeline.from_pretrained("{name}", torch_dtype=torch.bfloat16).to("cuda")
+torch.manual_seed(0)
+frames = pipe({call}).frames[0]
+export_to_video(frames, "clip.mp4", fps={fps})
+```
+
+{calling}
+
+## Where it comes from
+
+| | |
+|---|---|
+{facts}
+"""
+
+
+def model_card(
+    name: str,
+    pipeline: str,
+    card: dict,
+    blocks: dict[str, dict[int, int]],
+    teacher: dict[str, int],
+    lora: tuple[int, int] | None,
+    lora_file: Path | None,
+) -> str:
+    """The text; `lora`: how many blocks the renumbered LoRA still changes and how many it lost."""
+    pictured, hunyuan = "ImageToVideo" in pipeline, pipeline.startswith("Hunyuan")
+    call = ['prompt="..."', *["image=image"] * pictured, *(f"{k}={v}" for k, v in card["call"].items())]
+    if lora is not None:
+        load = f'`pipe.load_lora_weights("{name}/lora", weight_name="{lora_file.stem}.safetensors")`'
+        lora_row = f"{lora[0]} of its blocks are left, {lora[1]} went with the dropped ones; {load}"
+    facts = {
+        "network": ", ".join(f"{len(blocks[k])} of {n} `{k}`" for k, n in teacher.items()),
+        "dropped": "; ".join(f"`{k}` {dropped(blocks[k], n)}" for k, n in teacher.items() if len(blocks[k]) < n),
+        "time shift": card.get("shift"),
+        "sampling times": ", ".join(f"{t:.4f}" for t in card["ladder"]) if card.get("ladder") else None,
+        "sampler": card.get("sampler") if card.get("ladder") else None,
+        "trained from": card.get("source"),
+        "stage": card.get("stage"),
+        "LoRA": lora_row if lora is not None else None,
+    }
+    facts |= {f"score: {k}": v for k, v in (card.get("scores") or {}).items()}
+    return CARD.format(
+        task="image-to-video" if pictured else "text-to-video",
+        name=name,
+        summary=summary(card, teacher, blocks),
+        call=", ".join(call),
+        fps=24 if hunyuan else 16,
+        calling=calling(card, hunyuan),
+        facts="\n".join(f"| {k} | {v} |" for k, v in facts.items() if v not in (None, "")),
+    )
+
+
+def summary(card: dict, teacher: dict[str, int], blocks: dict[str, dict[int, int]]) -> str:
+    total, left = sum(teacher.values()), sum(map(len, blocks.values()))
+    size = f"with {left} of its teacher's {total} blocks" if left < total else f"with all {total} blocks of its teacher"
+    if not card.get("ladder"):
+        return f"A video diffusion transformer {size}, in stock diffusers format."
+    steps = len(card["ladder"])
+    return (
+        f"A video diffusion transformer {size}, distilled to {steps} sampling step{'s' * (steps > 1)}. "
+        "It loads with stock diffusers and needs no other code."
+    )
+
+
+def calling(card: dict, hunyuan: bool) -> str:
+    if not card.get("ladder"):
+        return "The scheduler is the one of the pipeline this was exported with."
+    off = "true_cfg_scale=1.0" if hunyuan else "guidance_scale=1.0"
+    text = (
+        f"Classifier-free guidance is distilled into the weights: always call it with `{off}`, which also halves the "
+        f"work. The scheduler's settings belong to {len(card['ladder'])} steps; with another number the sampling times "
+        "are not those it was trained on."
+    )
+    if card.get("sampler", "stochastic") == "stochastic":
+        text += (
+            " The sampler adds fresh noise between steps, which the pipeline draws from torch's global generator: "
+            "`torch.manual_seed` makes a clip reproducible, `generator=` alone does not."
+        )
+    return text
+
+
+def dropped(kept: dict[int, int], total: int) -> str:
+    return ", ".join(str(i) for i in range(total) if i not in kept)

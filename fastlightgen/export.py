@@ -1,0 +1,49 @@
+"""python -m fastlightgen.export model=DIR pipeline=DIR out=DIR: a pipeline folder that stock diffusers loads."""
+
+from pathlib import Path
+
+from fastlightgen.config import main
+
+
+def export(cfg) -> None:
+    """Write the folder, compare it with the model, say what came out."""
+    import torch
+
+    from fastlightgen.data.pipeline import check_out, parts_of, write_pipeline
+    from fastlightgen.data.stock import compare, need_diffusers
+    from fastlightgen.engine.log import say
+    from fastlightgen.models.weights import load_model, read_card, trained_folder
+
+    need_diffusers()
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    folder, out, pipeline = trained_folder(cfg.model), Path(cfg.out), Path(cfg.pipeline)
+    check_out(out)
+    parts_of(pipeline)
+    model, card = load_model(folder, dtype=getattr(torch, cfg.dtype)).requires_grad_(False), read_card(folder)
+    told = write_pipeline(
+        model,
+        card,
+        pipeline,
+        out,
+        lambda written: compare(model, card, written),
+        dtype=getattr(torch, cfg.dtype),
+        link=cfg.link,
+        lora=Path(cfg.lora) if cfg.lora else None,
+        original=cfg.original,
+        progress=cfg.progress,
+    )
+    if "lora" in told:
+        say(f"lora: {told['lora'][0]} blocks renumbered, {told['lora'][1]} dropped with the student's")
+    if "sigmas" in told:
+        times = ", ".join(f"{s:.4f}" for s in told["sigmas"])
+        say(f"scheduler: steps at {times}; at most {told['ladder_error']:.1g} from the student's ladder")
+    say(
+        f"network: stock diffusers holds the same weights bit for bit and predicts the same v within "
+        f"{told['difference']:.2g} ({cfg.dtype}, random inputs)"
+    )
+    say(f"{out}: complete")
+
+
+if __name__ == "__main__":
+    main(export, "export")

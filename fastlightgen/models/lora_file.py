@@ -1,0 +1,80 @@
+"""LoRA files trained on the unpruned teacher, renumbered for a student.
+
+Names begin `transformer.blocks.3.` (diffusers, PEFT), `diffusion_model.blocks.3.` (original), `lora_unet_blocks_3_`
+(musubi), or for HunyuanVideo with (single_)transformer_blocks, double_blocks and single_blocks.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+BlockMap = dict[str, dict[int, int]]  # list of blocks in diffusers' class -> {the teacher's index: the student's}
+
+METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration in a LoRA file
+ORIGINAL = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
+NAME = re.compile(
+    r"(?P<head>(?:base_model\.model\.|transformer\.|diffusion_model\.|lora_unet_)*)"
+    r"(?P<list>single_transformer_blocks|transformer_blocks|double_blocks|single_blocks|blocks)"
+    r"(?P<joint>[._])(?P<index>\d+)(?=[._])"
+)
+
+
+@dataclass
+class Renumber:
+    """Names of a LoRA after pruning; None for what belongs to a dropped block."""
+
+    blocks: BlockMap
+    teacher: dict[str, int]  # how many blocks the teacher's lists have
+    kept: set[str] = field(default_factory=set)
+    dropped: set[str] = field(default_factory=set)
+
+    def __call__(self, name: str) -> str | None:
+        found = NAME.match(name)
+        if not found:
+            return name
+        where, index = ORIGINAL.get(found["list"], found["list"]), int(found["index"])
+        if where not in self.blocks or index >= self.teacher[where]:
+            known = ", ".join(f"{n} {k}" for k, n in self.teacher.items())
+            raise ValueError(f"{name}: no such block in the teacher ({known}); give a LoRA that was trained on it")
+        new = self.blocks[where].get(index)
+        (self.dropped if new is None else self.kept).add(f"{where}.{index}")
+        if new is None:
+            return None
+        return f"{found['head']}{found['list']}{found['joint']}{new}{name[found.end() :]}"
+
+
+def remap_lora(file: Path, out: Path, blocks: BlockMap, teacher: dict[str, int]) -> tuple[int, int]:
+    """Write the LoRA for the student; how many of the teacher's blocks it still changes, and how many it lost."""
+    renumber = Renumber(blocks, teacher)
+    try:
+        with safe_open(file, framework="pt") as f:
+            tensors = {new: f.get_tensor(key) for key in f.keys() if (new := renumber(key)) is not None}
+            metadata = dict(f.metadata() or {"format": "pt"})
+        if METADATA in metadata:
+            metadata[METADATA] = json.dumps(remap_settings(json.loads(metadata[METADATA]), renumber))
+    except (OSError, SafetensorError, json.JSONDecodeError) as err:
+        raise ValueError(f"lora={file}: cannot be read as safetensors ({err}); give a .safetensors file") from None
+    except ValueError as err:
+        raise ValueError(f"lora={file}: {err}") from None
+    if not renumber.kept:
+        dropped = f"{len(renumber.dropped)} blocks, all of them dropped" if renumber.dropped else "no block"
+        raise ValueError(f"lora={file}: changes {dropped}: nothing is left for the student; leave lora= out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out, metadata=metadata)
+    return len(renumber.kept), len(renumber.dropped)
+
+
+def remap_settings(value, renumber: Renumber):
+    """PEFT's configuration with the module names in it (rank_pattern, alpha_pattern, target_modules) renumbered."""
+    if isinstance(value, dict):
+        if any(k.endswith("layers_to_transform") and v is not None for k, v in value.items()):
+            raise ValueError("layers_to_transform cannot be renumbered; save the LoRA without its metadata")
+        items = {renumber(f"{k}.")[:-1]: v for k, v in value.items() if renumber(f"{k}.") is not None}
+        return {k: remap_settings(v, renumber) for k, v in items.items()}
+    if isinstance(value, list):
+        return [remap_settings(v, renumber) for v in value if not isinstance(v, str) or renumber(f"{v}.") is not None]
+    return renumber(f"{value}.")[:-1] if isinstance(value, str) else value

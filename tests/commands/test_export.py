@@ -1,0 +1,299 @@
+"""The export command: stock diffusers loads what it writes, and samples with it what our own sampler does."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from students import KEEP, SHIFT, STEPS, make_student, no_ftfy, same_noise, stock
+
+from fastlightgen.config import main
+from fastlightgen.data.pipeline import block_map, call_of
+from fastlightgen.export import export
+from fastlightgen.flow import ladder
+from fastlightgen.models.base import Cond
+from fastlightgen.models.sample import sample
+from fastlightgen.models.weights import load_model, save_model
+
+SIZE = {"height": 32, "width": 32, "num_frames": 9}
+LATENT = (1, 16, 3, 4, 4)
+
+
+def run(*words: str) -> None:
+    main(export, "export", [*words, "threads=1", "progress=false"])
+
+
+def refused(capsys, *words: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    return err
+
+
+@pytest.fixture(scope="module")
+def made(pipeline, tmp_path_factory):
+    """kind -> (pipeline folder, student folder, export)."""
+    done: dict[tuple, tuple] = {}
+
+    def get(kind: str, sampler: str = "stochastic"):
+        if (kind, sampler) not in done:
+            root, source = tmp_path_factory.mktemp(kind), pipeline(kind)
+            model = make_student(source, root / "model", sampler)
+            run(f"model={model}", f"pipeline={source}", f"out={root / 'out'}", "dtype=float32")
+            done[kind, sampler] = source, model, root / "out"
+        return done[kind, sampler]
+
+    return get
+
+
+@pytest.mark.parametrize("sampler", ["stochastic", "ode"])
+@torch.no_grad()
+def test_stock_pipeline_samples_what_we_sample(made, monkeypatch, sampler):
+    """Text to video, 4 steps, guidance off, the same noise everywhere: latents agree in float32."""
+    source, model, out = made("wan_t2v", sampler)
+    pipe = stock(out)
+    assert type(pipe).__name__ == "WanPipeline" and len(pipe.transformer.blocks) == len(KEEP)
+    torch.manual_seed(0)
+    noise, *fresh = (torch.randn(LATENT) for _ in range(STEPS + 1))
+    same_noise(monkeypatch, fresh)
+    call = json.loads((out / "fastlightgen.json").read_text())["call"]
+    assert call == {"num_inference_steps": STEPS, "guidance_scale": 1.0}
+    got = pipe(prompt="a red ball", latents=noise, output_type="latent", **SIZE, **call).frames
+
+    text, _ = pipe.encode_prompt("a red ball", do_classifier_free_guidance=False, max_sequence_length=512)
+    draws = iter(fresh)
+    monkeypatch.setattr("fastlightgen.models.sample.normal_like", lambda *_: next(draws))
+    wanted = sample(load_model(model), Cond(text), None, noise, ladder(STEPS, SHIFT), 1.0, sampler)
+    print(f"latents, {sampler}: {(got - wanted).abs().max():.2g} of {wanted.abs().max():.2g}")
+    # float32 through 4 network calls and sigmas that differ by rounding (2e-6, tests/data/test_scheduler.py)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    frames = pipe(prompt="a red ball", **SIZE, **call).frames
+    assert frames.shape == (1, 9, 32, 32, 3) and np.isfinite(frames).all()
+
+
+@torch.no_grad()
+def test_image_to_video(made, monkeypatch):
+    from PIL import Image
+
+    no_ftfy(monkeypatch)
+    source, model, out = made("wan_i2v")
+    pipe = stock(out)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    torch.manual_seed(0)
+    noise, *fresh = (torch.randn(LATENT) for _ in range(STEPS + 1))
+    same_noise(monkeypatch, fresh)
+    call = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "output_type": "latent"}
+    got = pipe(image=picture, prompt="a red ball", latents=noise, **SIZE, **call).frames
+
+    text, _ = pipe.encode_prompt("a red ball", do_classifier_free_guidance=False, max_sequence_length=512)
+    pixels = pipe.video_processor.preprocess(picture, height=32, width=32)
+    _, image = pipe.prepare_latents(pixels, 1, 16, 32, 32, 9, torch.float32, "cpu", None, noise)
+    cond = Cond(text, image=image, image_embeds=pipe.encode_image(picture, "cpu"))
+    draws = iter(fresh)
+    monkeypatch.setattr("fastlightgen.models.sample.normal_like", lambda *_: next(draws))
+    wanted = sample(load_model(model), cond, None, noise, ladder(STEPS, SHIFT), 1.0, "stochastic")
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)  # as above
+
+
+def test_what_is_written(made):
+    source, model, out = made("wan_t2v")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md", "fastlightgen.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer",
+        "vae",
+    ]  # fmt: skip
+    for name in ("text_encoder", "tokenizer", "vae"):
+        for file in (source / name).iterdir():
+            assert (out / name / file.name).read_bytes() == file.read_bytes()
+    index = json.loads((source / "model_index.json").read_text())
+    assert json.loads((out / "model_index.json").read_text()) == index | {
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    }
+    teacher = load_file(source / "transformer" / "diffusion_pytorch_model.safetensors")
+    student = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    for new, old in enumerate(KEEP):  # renumbered, untouched
+        key = "blocks.{}.ffn.net.2.weight"
+        assert torch.equal(student[key.format(new)], teacher[key.format(old)])
+    config = json.loads((source / "transformer" / "config.json").read_text())
+    written = json.loads((out / "transformer" / "config.json").read_text())
+    assert written == {k: v for k, v in config.items() if k in written} | {"num_layers": 3}
+    card = json.loads((out / "fastlightgen.json").read_text())
+    assert card["block_map"] == {"blocks": {"0": 0, "2": 1, "3": 2}}
+    assert (card["kept_blocks"], card["shift"], card["guidance"]) == (KEEP, SHIFT, 1.0)
+    assert card["ladder"] == [1.0, 0.9375, pytest.approx(5 / 6), 0.625]
+    text = (out / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: diffusers\npipeline_tag: text-to-video\n")
+    for part in (
+        "3 of 4 `blocks`",
+        "| dropped | `blocks` 1 |",
+        "guidance_scale=1.0).frames[0]",
+        "num_inference_steps=4",
+    ):
+        assert part in text
+    compile(text.split("```python\n")[1].split("```")[0], "README", "exec")
+
+
+def test_teacher_keeps_its_scheduler_and_parts_can_be_links(pipeline, tmp_path, capsys):
+    """A folder that knows nothing of us is a plain network; bfloat16 is the default."""
+    source = pipeline("wan_t2v")
+    shutil.copytree(source / "transformer", tmp_path / "teacher")
+    run(f"model={tmp_path / 'teacher'}", f"pipeline={source}", f"out={tmp_path / 'out'}", "link=true")
+    said = capsys.readouterr().out
+    assert "the same weights bit for bit and predicts the same v within" in said and "(bfloat16, random inputs)" in said
+    for name in ("scheduler", "vae", "text_encoder", "tokenizer"):
+        assert (tmp_path / "out" / name).is_symlink() and (tmp_path / "out" / name).resolve() == (
+            source / name
+        ).resolve()
+    weights = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    before = load_file(source / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(weights[k], v.bfloat16()) for k, v in before.items())
+    pipe = stock(tmp_path / "out")
+    assert type(pipe.scheduler).__name__ == "UniPCMultistepScheduler" and pipe.scheduler.config.flow_shift == 3.0
+
+
+def lora_of(network: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A LoRA on the query of every block's self-attention."""
+    g, out = torch.Generator().manual_seed(0), {}
+    for key in (k for k in network if k.endswith("attn1.to_q.weight")):
+        head, dim = f"transformer.{key.removesuffix('.weight')}", network[key].shape[0]
+        out[f"{head}.lora_A.weight"] = torch.randn(2, dim, generator=g)
+        out[f"{head}.lora_B.weight"] = torch.randn(dim, 2, generator=g)
+    return out
+
+
+def test_lora_of_the_teacher(made, tmp_path, capsys):
+    """What stock diffusers makes of the student with the renumbered file: teacher + LoRA, pruned."""
+    source, model, _ = made("wan_t2v")
+    tensors = lora_of(load_file(source / "transformer" / "diffusion_pytorch_model.safetensors"))
+    save_file(tensors, tmp_path / "style.safetensors")
+    words = [f"pipeline={source}", f"out={tmp_path / 'out'}", f"lora={tmp_path / 'style.safetensors'}", "dtype=float32"]
+    run(f"model={model}", *words)
+    assert "lora: 3 blocks renumbered, 1 dropped with the student's" in capsys.readouterr().out
+    assert 'weight_name="style.safetensors"' in (tmp_path / "out" / "README.md").read_text()
+    pytest.importorskip("peft")
+    pipe, inputs = stock(tmp_path / "out"), load_model(model).example_inputs()
+    pipe.load_lora_weights(tmp_path / "out" / "lora", weight_name="style.safetensors")
+    wanted = load_model(source / "transformer")
+    with torch.no_grad():
+        for i, block in enumerate(wanted.blocks):
+            up, down = (tensors[f"transformer.blocks.{i}.attn1.to_q.lora_{x}.weight"] for x in "BA")
+            block.attn1.to_q.weight += up @ down
+        x_t, t, cond, _ = inputs
+        got = pipe.transformer(x_t, t * 1000, cond.text).sample
+        torch.testing.assert_close(got, wanted.prune(KEEP)(x_t, t, cond), rtol=1e-5, atol=1e-5)
+
+
+def test_original_format_goes_beside(made, tmp_path):
+    weights = pytest.importorskip("fastlightgen.models.weights")
+    if not hasattr(weights, "save_original"):
+        pytest.skip("this version does not write the original format")
+    source, model, _ = made("wan_t2v")
+    run(f"model={model}", f"pipeline={source}", f"out={tmp_path / 'out'}", "original=true", "dtype=float32")
+    a, b = load_model(model), load_model(tmp_path / "out" / "original")
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_refusals(made, pipeline, tmp_path, capsys):
+    hunyuan = pipeline("hunyuan_t2v")
+    source, model, out = made("wan_t2v")
+    words = [f"pipeline={source}", f"out={tmp_path / 'out'}"]
+    assert "exists and is not empty" in refused(capsys, f"model={model}", f"pipeline={source}", f"out={out}")
+    said = refused(capsys, f"model={model}", f"pipeline={pipeline('wan_i2v')}", words[1])
+    assert "its network has in_channels 36, the model 16; give the pipeline of the teacher" in said
+    said = refused(capsys, f"model={model}", f"pipeline={hunyuan}", words[1])
+    assert "_class_name HunyuanVideoTransformer3DModel, the model WanTransformer3DModel" in said
+    said = refused(capsys, "model=tiny", *words)
+    assert "in_channels 16, the model 25" in said
+    said = refused(capsys, f"model={model}", f"pipeline={model}", words[1])
+    assert "has no model_index.json" in said
+
+    deeper = load_model(source / "transformer")
+    deeper.blocks.extend(load_model(source / "transformer").blocks)
+    save_model(deeper, tmp_path / "deep")
+    said = refused(capsys, f"model={tmp_path / 'deep'}", *words)
+    assert "give the pipeline of the teacher that the model was pruned from" in said
+    shutil.copytree(model, tmp_path / "odd")
+    card = json.loads((tmp_path / "odd" / "fastlightgen.json").read_text())
+    (tmp_path / "odd" / "fastlightgen.json").write_text(json.dumps(card | {"ladder": [1.0, 0.5]}))
+    assert "is not the one of 2 steps and shift 5" in refused(capsys, f"model={tmp_path / 'odd'}", *words)
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken)
+    shutil.rmtree(broken / "vae")
+    assert "names vae, and there is no such folder" in refused(capsys, f"model={model}", f"pipeline={broken}", words[1])
+    index = json.loads((source / "model_index.json").read_text())
+    (broken / "model_index.json").write_text(json.dumps({"../vae": index.pop("vae")} | index))
+    assert "names a part outside the folder" in refused(capsys, f"model={model}", f"pipeline={broken}", words[1])
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.tmp").exists()
+
+
+def test_a_wrong_export_is_not_left_behind(made, tmp_path, capsys, monkeypatch):
+    """Weights that changed on their way to the disk are found, and nothing half-done stays."""
+    from fastlightgen.data import pipeline as module
+
+    source, model, _ = made("wan_t2v")
+    honest = module.save_model
+
+    def damaged(network, folder, *args, **keys):
+        honest(network, folder, *args, **keys)
+        file = folder / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        tensors["blocks.1.norm2.weight"][0] += 1
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(module, "save_model", damaged)
+    said = refused(capsys, f"model={model}", f"pipeline={source}", f"out={tmp_path / 'out'}")
+    assert "blocks.1.norm2.weight is not what the model holds" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["hunyuan_t2v", "hunyuan_i2v", "hunyuan_i2v_token"])
+def test_hunyuan(made, tmp_path, kind, capsys):
+    """Two lists of blocks renumbered, the plain scheduler, a LoRA of both lists."""
+    pytest.importorskip("fastlightgen.models.hunyuan")
+    source, model, out = made(kind)
+    network = stock(out).transformer
+    assert (len(network.transformer_blocks), len(network.single_transformer_blocks)) == (1, 2)
+    card = json.loads((out / "fastlightgen.json").read_text())
+    assert card["block_map"] == {"transformer_blocks": {"0": 0}, "single_transformer_blocks": {"0": 0, "1": 1}}
+    scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["shift"] == SHIFT and scheduler["stochastic_sampling"] and "shift_terminal" not in scheduler
+    key = "transformer.transformer_blocks.{}.attn.to_q.lora_A.weight"
+    save_file({key.format(i): torch.full((1, 20), float(i)) for i in (0, 1)}, tmp_path / "a.safetensors")
+    words = [f"pipeline={source}", f"out={tmp_path / 'out'}", f"lora={tmp_path / 'a.safetensors'}"]
+    run(f"model={model}", *words)
+    assert "lora: 1 blocks renumbered, 1 dropped" in capsys.readouterr().out
+    assert load_file(tmp_path / "out" / "lora" / "a.safetensors")[key.format(0)].unique() == 0
+
+
+HUNYUAN = {"_class_name": "HunyuanVideoTransformer3DModel", "num_layers": 2, "num_single_layers": 3}
+
+
+def test_block_map_of_two_lists():
+    """`kept` counts through the teacher's double blocks and then its single ones."""
+    teacher = HUNYUAN | {"num_layers": 4, "num_single_layers": 5}
+    assert block_map(HUNYUAN, [0, 3, 4, 6, 8], teacher) == {
+        "transformer_blocks": {0: 0, 3: 1},
+        "single_transformer_blocks": {0: 0, 2: 1, 4: 2},
+    }
+    whole = block_map(teacher, None, teacher)
+    assert whole["single_transformer_blocks"] == {i: i for i in range(5)}
+    for kept in ([0, 1, 3, 4, 6], [0, 3, 4, 6, 9], None):  # three doubles; beyond the end; not said
+        with pytest.raises(ValueError, match="give the pipeline of the teacher that the model was pruned from"):
+            block_map(HUNYUAN, kept, teacher)
+
+
+@pytest.mark.parametrize(
+    "config, guidance, call",
+    [
+        ({}, 1.0, {"guidance_scale": 1.0}),
+        ({}, None, {}),
+        ({"guidance_embeds": False}, 1.0, {"true_cfg_scale": 1.0}),
+        ({"guidance_embeds": True}, 6.0, {"guidance_scale": 6.0, "true_cfg_scale": 1.0}),
+    ],
+)
+def test_how_to_call_it(config, guidance, call):
+    card = {"ladder": [1.0, 0.75], "guidance": guidance}
+    assert call_of(card, config) == {"num_inference_steps": 2} | call

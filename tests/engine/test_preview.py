@@ -1,0 +1,68 @@
+"""Clips during training: what they show, when they come, and that training does not notice them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same, result, run_train, write_inputs
+
+from fastlightgen.data.source import ShapesSource
+from fastlightgen.data.worlds import BuiltIn
+from fastlightgen.models.sample import PREVIEW_STEPS, sample
+from fastlightgen.models.weights import load_model
+from fastlightgen.rng import generator
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_training_does_not_notice(inputs, tmp_path, stage):
+    for name, every in (("with", 3), ("without", 0)):
+        run_train(f"stage={stage}", f"run={tmp_path / name}", *inputs[stage], f"sample_every={every}")
+    assert_same(result(tmp_path / "with", stage), result(tmp_path / "without", stage))
+    samples = tmp_path / "with" / f"stage{stage}" / "samples"
+    assert sorted(p.name for p in samples.iterdir()) == [f"step-{n:06d}.gif" for n in (3, 6, 7)]
+    assert not (tmp_path / "without" / f"stage{stage}" / "samples").exists()
+
+
+def test_the_last_clips_are_the_models(inputs, tmp_path, monkeypatch):
+    """Stage III at its end: the saved student on the first held-out prompts, each from noise of its own."""
+    seen = {}
+    monkeypatch.setattr(
+        "fastlightgen.data.preview.write_clips", lambda file, clips, fps: seen.update({file.name: (clips, fps)})
+    )
+    run_train("stage=3", f"run={tmp_path}", *inputs[3], "sample_every=100")
+    folder = tmp_path / "stage3" / "model"
+    model, card = load_model(folder), json.loads((folder / "fastlightgen.json").read_text())
+    [(clips, fps)] = [seen.pop("step-000007.gif")]
+    assert fps == BuiltIn.fps and len(clips) == 4 and not seen
+    source = ShapesSource(0)
+    for i, clip in enumerate(clips):
+        batch = source.held_out(i, 1)
+        noise = torch.randn(batch.x0.shape, generator=generator(0, 9, i))
+        x0 = sample(model, batch.cond, None, noise, card["ladder"], 1.0, "stochastic", seed=0)
+        assert np.array_equal(clip, BuiltIn().frames(x0)[0])
+
+
+def test_many_step_networks_are_shown_in_few_steps(inputs, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("fastlightgen.data.preview.sample", lambda **how: seen.append(how) or how["noise"])
+    run_train("stage=2", f"run={tmp_path}", *inputs[2], "sample_every=100")
+    assert len(seen) == 4 and len(seen[0]["times"]) == PREVIEW_STEPS
+    assert seen[0]["keep"] == [0, 3] and seen[0]["guidance"] == 2.0 and seen[0]["times"][1] == pytest.approx(21 / 22)
+
+
+def test_a_signal_is_heard_between_clips(tmp_path):
+    from fastlightgen.data.preview import Preview
+
+    made = []
+    preview = Preview(ShapesSource(0), lambda x: made.append(x) or BuiltIn().frames(x), 6, 0, torch.device("cpu"))
+    how = {"model": lambda x, *_: x, "times": [1.0], "guidance": 1.0, "kind": "ode"}
+    preview.write(tmp_path, 5, how, lambda: len(made) == 2)
+    assert len(made) == 2 and list(tmp_path.iterdir()) == []
+    preview.write(tmp_path, 5, how, lambda: False)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000005.gif"]

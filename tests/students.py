@@ -1,0 +1,46 @@
+"""Pruned few-step students of the very small pipelines (pipelines.py), and what both samplers need to agree."""
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from fastlightgen.flow import ladder
+from fastlightgen.models.weights import load_model, save_model
+
+KEEP, STEPS, SHIFT = [0, 2, 3], 4, 5.0
+
+
+def make_student(pipeline: Path, folder: Path, sampler: str = "stochastic") -> Path:
+    """A model folder as Stage III leaves it, with the random weights of the pipeline's network."""
+    card = {"ladder": ladder(STEPS, SHIFT), "shift": SHIFT, "guidance": 1.0, "sampler": sampler}
+    student = load_model(pipeline / "transformer").prune(KEEP)
+    return save_model(student, folder, stage=3, kept_blocks=KEEP, source="a teacher", **card)
+
+
+def stock(folder: Path):
+    """The folder in stock diffusers."""
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def no_ftfy(patch) -> None:
+    """Wan's pipelines clean prompts with ftfy, which plain text does not need."""
+    import diffusers
+    from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
+
+    if not diffusers.utils.is_ftfy_available():
+        patch.setattr(diffusers.utils, "is_ftfy_available", lambda: True)
+        for module in (pipeline_wan, pipeline_wan_i2v):
+            patch.setattr(module, "ftfy", SimpleNamespace(fix_text=str), raising=False)
+
+
+def same_noise(patch, noises: list[torch.Tensor]) -> None:
+    """The stock scheduler's steps take these instead of drawing from the global generator."""
+    draws = itertools.cycle(noises)
+    module = "diffusers.schedulers.scheduling_flow_match_euler_discrete"
+    patch.setattr(f"{module}.randn_tensor", lambda *_, **__: next(draws))
