@@ -14,23 +14,29 @@ from torch import Tensor
 
 from fastlightgen.config import find_preset_weights, preset, presets
 from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.hunyuan import HunyuanConfig, HunyuanModel
 from fastlightgen.models.wan import WanConfig, WanModel
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+NETWORKS = {  # _class_name of config.json
+    WanModel.config_class: (WanConfig, WanModel),
+    HunyuanModel.config_class: (HunyuanConfig, HunyuanModel),
+}
 
 
 def build(config: Mapping, seed: int | None = None) -> VideoDiT:
     """A network from a diffusers config; random weights are drawn from `seed`."""
     name = config.get("_class_name", WanModel.config_class)
-    if name != WanModel.config_class:
-        raise ValueError(f"config.json: _class_name is {name!r}; only {WanModel.config_class!r} is supported")
-    known = {f.name for f in fields(WanConfig)}
-    cfg = WanConfig(**{k: v for k, v in config.items() if k in known})
+    if name not in NETWORKS:
+        raise ValueError(f"config.json: _class_name is {name!r}; supported: {', '.join(NETWORKS)}")
+    config_type, model_type = NETWORKS[name]
+    known = {f.name for f in fields(config_type)}
+    cfg = config_type(**{k: v for k, v in config.items() if k in known})
     if seed is None:
-        return WanModel(cfg)
+        return model_type(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return WanModel(cfg)
+        return model_type(cfg)
 
 
 def load_model(path_or_preset: str | Path, device=None, dtype: torch.dtype | None = None, seed: int = 0) -> VideoDiT:
