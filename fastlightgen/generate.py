@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fastlightgen.config import Generate, main
 from fastlightgen.data.codec import Codec, condition, to_uint8
-from fastlightgen.data.synthetic import Shapes, tokenise
+from fastlightgen.data.synthetic import Shapes, pool, tokenise
 from fastlightgen.engine.local import pick_device
 from fastlightgen.engine.log import say
 from fastlightgen.models.base import Cond
@@ -30,17 +30,21 @@ def generate(cfg: Generate) -> None:
     clock = time.perf_counter()
     folder = trained_folder(cfg.model)
     model = load_model(folder, pick_device(cfg.device)).requires_grad_(False)
-    plan = sampling_plan(read_card(folder), cfg.steps, cfg.guidance, cfg.sampler)
+    plan = sampling_plan(read_card(folder), cfg.steps, cfg.guidance, cfg.sampler, model.released)
     loaded = time.perf_counter() - clock
 
     world = Shapes()
     first = read_image(cfg.image, world.size) if cfg.image else torch.zeros(3, world.size, world.size)
     # The codec works frame by frame, so the first frame can stand for all of them.
     latents = Codec().encode(first.expand(cfg.count, world.frames, -1, -1, -1))
-    image = condition(latents, torch.full((cfg.count,), bool(cfg.image)))
+    image = condition(latents, torch.full((cfg.count,), bool(cfg.image))).to(model.device)
+
+    def repeated(x: torch.Tensor) -> torch.Tensor:
+        return x.expand(cfg.count, *x.shape[1:]).to(model.device)
+
     (text, length), (null, null_length) = tokenise([cfg.prompt]), tokenise([""])
     cond, blank = (
-        Cond(words.expand(cfg.count, -1, -1), n.expand(cfg.count), image=image).map(lambda x: x.to(model.device))
+        Cond(repeated(words), repeated(n), image, pooled=repeated(pool(words, n)))
         for words, n in ((text, length), (null, null_length))
     )
     noise = torch.randn(latents.shape, generator=generator(cfg.seed)).to(model.device)

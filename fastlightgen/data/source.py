@@ -34,8 +34,12 @@ class Batch:
 
     def drop_text(self, dropped: Tensor) -> Cond:
         """The condition with the null prompt where `dropped` [B] is true (trains the null prediction of Eq. 9)."""
-        where = dropped.to(self.x0.device).view(-1, 1, 1)
-        return replace(self.cond, text=torch.where(where, self.null.text, self.cond.text))
+        dropped, out = dropped.to(self.x0.device), {}
+        for name in ("text", "text_len", "pooled"):
+            given, blank = getattr(self.cond, name), getattr(self.null, name)
+            if given is not None:
+                out[name] = torch.where(dropped.view(-1, *[1] * (given.dim() - 1)), blank, given)
+        return replace(self.cond, **out)
 
 
 class Source(Protocol):
@@ -69,11 +73,9 @@ def shapes_batch(clips: synthetic.Clips) -> Batch:
     image = condition(x0, clips.has_first)
     text, length = synthetic.tokenise(clips.captions)
     null, null_length = synthetic.tokenise([""])
-    return Batch(
-        x0,
-        Cond(text, length, image=image),
-        Cond(null.expand_as(text), null_length.expand_as(length), image=image),
-    )
+    prompt = Cond(text, length, image, pooled=synthetic.pool(text, length))
+    blank = null.expand_as(text), null_length.expand_as(length)
+    return Batch(x0, prompt, Cond(*blank, image, pooled=synthetic.pool(*blank)))
 
 
 class CacheSource:

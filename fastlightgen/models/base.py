@@ -159,6 +159,7 @@ class VideoDiT(nn.Module):
     grad_block_calls: int = 0  # those of them that carried gradient
     checkpointing: bool = False  # keep one hidden tensor per block and compute the block again in the backward pass
     keep_attention: int = 0  # with checkpointing: how many of the blocks keep their self-attention outputs
+    released: dict  # steps, guidance and shift that the family's released weights are sampled with
     embeds_guidance: bool = False  # does it read Cond.guidance, so that one prediction is a guided one?
 
     @property

@@ -1,5 +1,7 @@
 """Sampling clips from a teacher or a student."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -21,10 +23,16 @@ def sample(
     seed: int = 0,
     keep=None,
 ) -> Tensor:
-    """x0 latents [B, C, F, H, W] from noise down `times`; guidance 1 needs one prediction per step, others two."""
+    """x0 latents [B, C, F, H, W] from noise down `times`; guidance 1 needs one prediction per step, others two.
+
+    A network that was distilled from guidance reads its scale, and then one prediction is enough as well.
+    """
+    single = guidance == 1.0 or model.embeds_guidance
+    if model.embeds_guidance:
+        cond = replace(cond, guidance=noise.new_full((len(noise),), guidance))
 
     def predict(x: Tensor, t: float) -> Tensor:
-        if guidance == 1.0:
+        if single:
             return model(x, t, cond, keep)
         v_c, v_n = model.walk(x, t, [Stream(cond, keep), Stream(null, keep)])
         return mix.cfg(v_c, v_n, guidance)
@@ -35,12 +43,12 @@ def sample(
     return rollout(predict, noise, times, kind, renoise)
 
 
-FOREIGN = {"steps": 50, "guidance": 5.0, "shift": 5.0}  # Wan's own settings, for folders without fastlightgen.json
+def sampling_plan(card: dict, steps: int, guidance: float, kind: str, released: dict) -> dict:
+    """Fill in what the user left open (0, negative, "auto") from the model folder's card: arguments of `sample`.
 
-
-def sampling_plan(card: dict, steps: int, guidance: float, kind: str) -> dict:
-    """Fill in what the user left open (0, negative, "auto") from the model folder's card: arguments of `sample`."""
-    card = FOREIGN | {k: v for k, v in card.items() if v is not None}
+    `released`: the settings of the family's released weights, for folders without fastlightgen.json.
+    """
+    card = released | {k: v for k, v in card.items() if v is not None}
     student = "ladder" in card
     return {
         "times": card["ladder"] if student and not steps else ladder(steps or card["steps"], card["shift"]),

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fastlightgen.models.base import Block, Cond, Job, Prompt, State, Tables, VideoDiT, gradient
-from fastlightgen.models.wan_layers import ConditionEmbedder, FeedForward, WanConfig, attend, rope_axes, rope_table, rotate
+from fastlightgen.models.wan_layers import (
+    ConditionEmbedder,
+    FeedForward,
+    WanConfig,
+    attend,
+    rope_axes,
+    rope_table,
+    rotate,
+)
 from fastlightgen.ops import add_residual, gate_residual_norm_modulate
 
 
@@ -108,6 +116,7 @@ class WanModel(VideoDiT):
 
     family = "wan"
     config_class = "WanTransformer3DModel"
+    released = {"steps": 50, "guidance": 5.0, "shift": 5.0}  # sampling settings of the released weights
     text_tokens = 512  # what an image-to-video network of this family was built for
 
     def __init__(self, cfg: WanConfig):
