@@ -124,9 +124,7 @@ class HunyuanModel(VideoDiT):
             lengths = cond.text_len.expand(size)
             longest, shortest = int(lengths.max()), int(lengths.min())
             if not 1 <= shortest <= longest <= text.shape[1]:
-                raise ValueError(
-                    f"Hunyuan: text_len is {shortest} to {longest}; wanted 1 to the {text.shape[1]} tokens"
-                )
+                raise ValueError(f"Hunyuan: text_len is {shortest} to {longest}, wanted 1 to {text.shape[1]} tokens")
             # Padding is read by nobody. Without it texts of one length (a batch of one) need no mask, and attention
             # without a mask has faster kernels.
             text = text[:, :longest]

@@ -7,9 +7,10 @@ from itertools import combinations
 
 import pytest
 import torch
-from helpers import batches, config, run_train, small_wan
+from helpers import batches, config, counted_flops, run_train, small_hunyuan, small_wan
 from safetensors.torch import load_file
 
+from fastlightgen.data.source import ShapesSource
 from fastlightgen.models.weights import save_model
 from fastlightgen.stages.build import build_ranking
 from fastlightgen.stages.rank import drop_until, evaluation_set, rank, score_sets
@@ -160,7 +161,8 @@ def test_the_ratio_may_count_blocks_parameters_or_flops(tmp_path):
     folder = save_model(small_wan(), tmp_path / "m")
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     per_block = [sum(v.numel() for k, v in weights.items() if k.startswith(f"blocks.{i}.")) for i in range(4)]
-    flops = [analytic_flops(small_wan(), (8, 8, 8), 16)] * 4
+    clip = ShapesSource(0).batch(0, 1)
+    flops = counted_flops(small_wan(), clip.x0, torch.tensor([0.5]), clip.cond)
     for unit, wanted in (("params", per_block), ("flops", flops), ("blocks", [1.0] * 4)):
         words_ = f"model={folder}", f"ratio_unit={unit}"
         model, costs = build_ranking(config(1, *words_), ShapesSource(0), torch.device("cpu"))
