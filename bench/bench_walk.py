@@ -14,7 +14,7 @@ import torch
 from timing import seconds
 
 from fastlightgen.data.source import Batch
-from fastlightgen.models.base import Job, State, Stream
+from fastlightgen.models.base import Job, Stream
 from fastlightgen.models.wan import WanConfig, WanModel
 from fastlightgen.stages.distill import Distill, Networks
 from fastlightgen.stages.rank import score_sets
@@ -177,12 +177,13 @@ def bench_one_stream_overhead(benchmark, world):
 
     def plain():
         net = w.net
-        tables, prompt = net.tables(w.x_t, w.t), net.prompt(w.cond)
-        state = State(net.embed(w.x_t, w.cond))
+        tables = net.tables(w.x_t, w.t)
+        prompt = net.prompt(w.cond, tables)
+        state = net.embed(w.x_t, prompt)
         for block in net.blocks:
-            keys = {prompt: [block.attn2.keys(prompt.text)]}
+            keys = {prompt: block.read(prompt)}
             state = block.run(Job(state, [prompt], [False]), tables, keys)[0]
-        return net.unembed(state, tables)
+        return net.unembed(state, prompt, tables)
 
     with torch.no_grad():
         compare(benchmark, plain, lambda: w.net(w.x_t, w.t, w.cond), 1.0, rounds=15)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastlightgen.blocks import read_importance
 from fastlightgen.config import Evaluate, StageAll, for_evaluate, main
 from fastlightgen.data.codec import Codec, to_uint8
-from fastlightgen.data.source import shapes_batch
+from fastlightgen.data.source import Batch, shapes_batch
 from fastlightgen.data.synthetic import Clips, Shapes
 from fastlightgen.engine.local import pick_device
 from fastlightgen.engine.log import bar, say
@@ -38,10 +38,13 @@ class Subject:
     @property
     def evaluations(self) -> int:
         """Network evaluations per clip: two per step under guidance."""
-        return len(self.plan["times"]) * (1 if self.plan["guidance"] == 1.0 else 2)
+        single = self.plan["guidance"] == 1.0 or self.model.embeds_guidance
+        return len(self.plan["times"]) * (1 if single else 2)
 
-    def block_calls(self) -> int:
-        return self.evaluations * len(self.keep or range(self.model.num_blocks))
+    def block_flops(self, batch: Batch) -> list[int]:
+        """Operations of each block that runs, in one evaluation."""
+        flops = self.model.block_flops(batch.x0, batch.cond)
+        return [f for i, f in enumerate(flops) if self.keep is None or i in self.keep]
 
 
 def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
@@ -53,7 +56,8 @@ def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
         if keep is None:
             raise ValueError(f"path=pruned: {folder} names no pruned_path; wanted a model that stage=2 made")
     net = load_model(folder, pick_device(cfg.device), allow_pt=cfg.allow_pt).requires_grad_(False)
-    return Subject(name, title, net, folder, sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler), keep)
+    plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler, net.released)
+    return Subject(name, title, net, folder, plan, keep)
 
 
 def draw(cfg: Evaluate, subject: Subject, count: int) -> tuple[Tensor, Clips, float]:
@@ -159,15 +163,18 @@ def write_json(path: Path, record: dict) -> None:
 
 
 def speed(cfg: Evaluate, teacher: Subject, student: Subject) -> dict:
-    """Wall-clock per clip of both, same batch, in turns in this process; and what block counts alone predict (E.1)."""
+    """Wall-clock per clip of both, same batch, in turns in this process; and what the blocks alone predict (E.1)."""
     once = replace(cfg, progress=False)
     count = min(cfg.show or 8, cfg.clips)
     draw(once, student, count)  # warm-up
     seconds = [draw(once, teacher, count)[2], min(draw(once, student, count)[2] for _ in range(3))]
-    kept, blocks = len(student.keep or range(student.model.num_blocks)), teacher.model.num_blocks
-    formula = f"{teacher.evaluations} x {blocks} / ({student.evaluations} x {kept})"
+    clip = shapes_batch(Shapes(seed=cfg.seed, split="test").batch(range(1)))
+    all_, kept = teacher.block_flops(clip), student.block_flops(clip)
+    alike = len({*all_, *kept}) == 1
+    size = len if alike else lambda flops: f"{sum(flops) / 1e9:.3g} GFLOP"
+    formula = f"{teacher.evaluations} x {size(all_)} / ({student.evaluations} x {size(kept)})"
     return {
-        "theory": teacher.block_calls() / student.block_calls(),
+        "theory": teacher.evaluations * sum(all_) / (student.evaluations * sum(kept)),
         "theory_formula": formula,
         "measured": seconds[0] / seconds[1],
         "teacher_seconds": seconds[0],

@@ -28,8 +28,7 @@ def generate(cfg: Generate) -> None:
     dtype = compute_type(cfg.dtype, device, pipeline is not None)
     with clock("load"):
         world = Pipeline(pipeline, device, dtype, cfg.size) if pipeline else BuiltIn(cfg.size)
-    card = world.defaults | {k: v for k, v in read_card(folder).items() if v is not None}
-    plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler)
+    plan = sampling_plan(read_card(folder), cfg.steps, cfg.guidance, cfg.sampler, world.defaults)
     negative = cfg.negative if plan["guidance"] != 1.0 else None
     with clock("text"):
         wishes = [world.wish(prompt, negative, image, cfg.count) for prompt, image in asked]

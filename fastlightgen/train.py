@@ -85,10 +85,10 @@ def rank_blocks(cfg, source, device, folder) -> None:
     from fastlightgen.stages import build
     from fastlightgen.stages.rank import rank
 
-    model, units, costs = build.build_ranking(cfg, source, device)
+    model, costs = build.build_ranking(cfg, source, device)
     batches = build.batches_of(cfg, source, device)
     record = {"model": cfg.model, "data_hash": source.name} | rank(
-        cfg, model, batches, costs, units, lambda total, title: bar(total, title, cfg.progress)
+        cfg, model, batches, costs, lambda total, title: bar(total, title, cfg.progress)
     )
     plot_importance(record, folder.path / "importance.png")
     temporary = folder.path / "importance.tmp"

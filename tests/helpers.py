@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastlightgen.config import load, main
+from fastlightgen.config import load, main, preset
 from fastlightgen.data.source import Batch, ShapesSource
 from fastlightgen.engine.log import read_metrics
 from fastlightgen.models.base import VideoDiT
@@ -32,6 +34,12 @@ NETWORK = {
 
 def small_wan(blocks: int = BLOCKS, seed: int = 0) -> VideoDiT:
     return build(NETWORK | {"num_layers": blocks}, seed)
+
+
+def small_hunyuan(double: int = 2, single: int = 3, seed: int = 0) -> VideoDiT:
+    """As tiny-hunyuan, smaller."""
+    network = preset("tiny-hunyuan")["network"] | {"num_attention_heads": 2, "attention_head_dim": 8}
+    return build(network | {"rope_axes_dim": [4, 2, 2], "num_layers": double, "num_single_layers": single}, seed)
 
 
 def config(stage: int, *words: str):
@@ -136,3 +144,14 @@ def write_video(file: Path, film: np.ndarray, rate: int, stamps=None, options=No
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return file
+
+
+@torch.no_grad()
+def counted_flops(model: VideoDiT, x_t: torch.Tensor, t: torch.Tensor, cond) -> list[int]:
+    """Operations of each block by torch's own counter: a forward with it less one without it."""
+    out = []
+    for keep in (None, *([j for j in range(model.num_blocks) if j != i] for i in range(model.num_blocks))):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it knows matrix products
+            model(x_t, t, cond, keep)
+        out.append(counter.get_total_flops())
+    return [out[0] - n for n in out[1:]]

@@ -95,7 +95,12 @@ class RankKeys(Batch):
     batch: int = field(16, "clips per network call", lo=1)
     ratio: float = field(0.3, "share of the network to drop", above=0, below=1)
     ratio_unit: str = field("blocks", "what `ratio` counts", choices=("blocks", "params", "flops"))
-    units: str = field("all", "which blocks may be dropped", choices=("all",))
+    units: str = field(
+        "all",
+        "which blocks may be dropped, of how many `ratio` counts; all; HunyuanVideo also: double, single, "
+        "per_list (the ratio of each list)",
+        choices=("all", "double", "single", "per_list"),
+    )
     search: str = field(
         "single_skip",
         "single_skip: each block alone; iterative: least harmful first, then again; exhaustive: all subsets (tests)",

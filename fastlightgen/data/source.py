@@ -79,11 +79,9 @@ def shapes_batch(clips: synthetic.Clips) -> Batch:
     image = condition(x0, clips.has_first)
     text, length = synthetic.tokenise(clips.captions)
     null, null_length = synthetic.tokenise([""])
-    return Batch(
-        x0,
-        Cond(text, length, image=image),
-        Cond(null.expand_as(text), null_length.expand_as(length), image=image),
-    )
+    prompt = Cond(text, length, image, pooled=synthetic.pool(text, length))
+    blank = null.expand_as(text), null_length.expand_as(length)
+    return Batch(x0, prompt, Cond(*blank, image, pooled=synthetic.pool(*blank)))
 
 
 class CacheSource:

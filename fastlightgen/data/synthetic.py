@@ -137,6 +137,11 @@ def tokenise(captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     return text, lengths
 
 
+def pool(text: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """The mean token [B,48] of `tokenise`d captions, for networks that also read a pooled text (HunyuanVideo)."""
+    return text.sum(1) / length[:, None]
+
+
 def _hadamard(n: int) -> torch.Tensor:
     h = torch.ones(1, 1)
     while len(h) < n:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastlightgen.data.codec import Codec, condition, to_uint8
 from fastlightgen.data.encoders import STRIDE, Encoders, kind_of
 from fastlightgen.data.frames import read_image
-from fastlightgen.data.synthetic import Shapes, tokenise
+from fastlightgen.data.synthetic import Shapes, pool, tokenise
 from fastlightgen.models.base import Cond
 from fastlightgen.models.weights import read_json
 from fastlightgen.rng import generator
@@ -44,7 +44,7 @@ class BuiltIn:
     """Moving shapes: 16 pixels wide, so they are enlarged to be seen."""
 
     fps, scale = 6, 16
-    defaults: dict = {}
+    defaults = {"steps": 50, "guidance": 3.0, "shift": 3.0}  # as the tiny presets have them
 
     def __init__(self, size: str = ""):
         if size:
@@ -59,7 +59,7 @@ class BuiltIn:
         channels = condition(latents, torch.full((count,), bool(image)))
         (text, length), (null, null_length) = tokenise([prompt]), tokenise([negative or ""])
         cond, blank = (
-            Cond(words.expand(count, -1, -1), n.expand(count), image=channels)
+            Cond(words.expand(count, -1, -1), n.expand(count), channels, pooled=pool(words, n).expand(count, -1))
             for words, n in ((text, length), (null, null_length))
         )
         return Wish(tuple(latents.shape), cond, blank)
@@ -130,6 +130,6 @@ def defaults_of(folder: Path, family: str, network: dict) -> dict:
     """Steps, guidance and shift for a network that says nothing itself; the scheduler's settings hold the shift."""
     path = folder / "scheduler" / "scheduler_config.json"
     settings = read_json(path) if path.is_file() else {}
-    shift = settings.get("flow_shift") or settings.get("shift")
+    shift = settings.get("flow_shift") or settings.get("shift") or (5.0 if family == "wan" else 7.0)
     guidance = 5.0 if family == "wan" else 6.0 if network.get("guidance_embeds") else 1.0
-    return {"steps": 50, "guidance": guidance} | ({"shift": shift} if shift else {})
+    return {"steps": 50, "guidance": guidance, "shift": shift}

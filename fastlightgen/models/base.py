@@ -5,14 +5,15 @@ carries gradient. Streams stay merged until the first block that only some of th
 until text first enters. A block is called once for all the streams that run it, and a skipped block costs nothing: a
 block leaves x + gate y with the sum untaken, and whatever runs next for that stream fuses it with its own norm.
 
-A model supplies `tables` (time, positions), `embed` (latent to hidden states), `prompt` (text context), `blocks` and
-`unembed`. Shapes: x_t, v [B, C, F, H, W] latents; t [B] in (0, 1]; hidden states [B, L, D].
+A model supplies `tables` (time, positions), `prompt` (what is read of a condition), `embed` (latent to hidden states),
+`blocks` and `unembed`. Shapes: x_t, v [B, C, F, H, W] latents; t [B] in (0, 1]; hidden states [B, L, D].
 """
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,7 @@ class Cond:
     image_embeds: Tensor | None = None
     pooled: Tensor | None = None
     guidance: Tensor | None = None
-    kept: dict | None = (
-        None  # an empty dict, for one text under frozen weights: the blocks keep its keys and values here
-    )
+    kept: dict | None = None  # an empty dict, for one text under frozen weights: Wan keeps its keys and values here
 
     def map(self, fn) -> "Cond":
         """Apply fn to every tensor."""
@@ -50,41 +49,45 @@ class Stream:
     grad: bool = False
 
 
+@dataclass(frozen=True, eq=False)
 class Prompt:
-    """What the blocks read of one condition, and each block's keys and values of it where they are kept."""
+    """What a walk reads of one condition; a family adds its own."""
 
-    def __init__(self, cond: Cond, text: Tensor, image: Tensor | None):
-        self.text, self.image = text, image  # contexts [B, T, D], [B, I, D]
-        self.kept = cond.kept  # block -> keys and values, for prompts that stay the same under frozen weights
+    cond: Cond
+    text: Tensor  # [B, T, D]
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """What all blocks and streams of a walk share."""
+    """What all blocks and streams of a walk share; a family adds its own."""
 
-    temb: Tensor  # time embedding [B, D]
-    mod: Tensor  # time projection [B, 6, D]
     rope: Tensor  # complex rotations [1, L, 1, head_dim / 2]
     grid: tuple[int, int, int]  # patches along (F, H, W)
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Hidden states [B, L, D] as a block leaves them: x + gate y, with the sum left to whatever runs next."""
+    """Hidden states [B, L, D] as a block leaves them: x + gate y, with the sum left to whatever runs next.
+
+    Tokens with a modulation of their own (Hunyuan's text) are a sequence of their own, which travels in `others`.
+    """
 
     x: Tensor
     y: Tensor | None = None
     gate: Tensor | None = None
+    others: "tuple[State, ...]" = ()
 
     def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self.x, self.y, self.gate
 
     def settled(self) -> "State":
         """The same with the sum taken, once for both sides of a fork."""
-        return self if self.y is None else State(add_residual(self.x, self.y, self.gate))
+        x = self.x if self.y is None else add_residual(self.x, self.y, self.gate)
+        return State(x, others=tuple(s.settled() for s in self.others))
 
     def detach(self) -> "State":
-        return State(*(None if v is None else v.detach() for v in self.parts()))
+        parts = (None if v is None else v.detach() for v in self.parts())
+        return State(*parts, tuple(s.detach() for s in self.others))
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +102,45 @@ class Job:
 def gradient(on: bool):
     """Nothing for a grad stream (the caller's mode rules), no_grad for the others."""
     return nullcontext() if on else torch.no_grad()
+
+
+class Block(nn.Module):
+    """What can be skipped: one residual step of the hidden states, run for all streams in one module call."""
+
+    def forward(self, jobs: list[Job], tables: Tables, recompute: str | None = None) -> list[list[State]]:
+        """Per job one state for each of its prompts."""
+        read = self._read_once(jobs)
+        out = []
+        for job in jobs:
+            with gradient(any(job.grads)):
+                if recompute and any(job.grads) and torch.is_grad_enabled():
+                    out.append(recomputed(self.run_settled, recompute, job, tables, read))
+                else:
+                    out.append(self.run(job, tables, read))
+        return out
+
+    def _read_once(self, jobs: list[Job]) -> dict[Prompt, Any]:
+        """`read` of each prompt, once however many streams go on with it."""
+        grads: dict[Prompt, bool] = {}
+        for job in jobs:
+            for prompt, grad in zip(job.prompts, job.grads, strict=True):
+                grads[prompt] = grads.get(prompt, False) or grad
+        out = {}
+        for prompt, grad in grads.items():
+            with gradient(grad):
+                out[prompt] = self.read(prompt)
+        return out
+
+    def run_settled(self, job: Job, tables: Tables, read: dict[Prompt, Any]) -> list[State]:
+        """With the sum taken: a checkpoint then keeps one hidden tensor, not two."""
+        return [state.settled() for state in self.run(job, tables, read)]
+
+    def read(self, prompt: Prompt) -> Any:
+        """What the block makes of a prompt before it sees the hidden states."""
+        raise NotImplementedError
+
+    def run(self, job: Job, tables: Tables, read: dict[Prompt, Any]) -> list[State]:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +159,8 @@ class VideoDiT(nn.Module):
     grad_block_calls: int = 0  # those of them that carried gradient
     checkpointing: bool = False  # keep one hidden tensor per block and compute the block again in the backward pass
     keep_attention: int = 0  # with checkpointing: how many of the blocks keep their self-attention outputs
+    released: dict  # steps, guidance and shift that the family's released weights are sampled with
+    embeds_guidance: bool = False  # does it read Cond.guidance, so that one prediction is a guided one?
 
     @property
     def num_blocks(self) -> int:
@@ -143,19 +187,19 @@ class VideoDiT(nn.Module):
             keys = [key(s) for s in streams]
             return [[i for i, k in enumerate(keys) if k == key] for key in dict.fromkeys(keys)]
 
-        # Computed once: time and positions for all, the text context per prompt, the first hidden states per image.
+        # Computed once: time and positions for all, the context per prompt, the first hidden states per merge key.
         with gradient(grad(range(len(streams)))):
             tables = self.tables(x_t, t)
         prompts: list[Prompt | None] = [None] * len(streams)
         for members in same(lambda s: id(s.cond)):
             with gradient(grad(members)):
-                prompt = self.prompt(streams[members[0]].cond)
+                prompt = self.prompt(streams[members[0]].cond, tables)
             for i in members:
                 prompts[i] = prompt
         groups = []
-        for members in same(lambda s: id(s.cond.image)):
+        for members in same(lambda s: self.merge_key(s.cond)):
             with gradient(grad(members)):
-                groups.append(Group(State(self.embed(x_t, streams[members[0]].cond)), members))
+                groups.append(Group(self.embed(x_t, prompts[members[0]]), members))
 
         for index, block in enumerate(self.blocks):
             running, waiting = [], []
@@ -178,7 +222,7 @@ class VideoDiT(nn.Module):
         for group in groups:
             for members in self._by_prompt(group.members, prompts):  # still merged only if no block ran
                 with gradient(grad(members)):
-                    v = self.unembed(group.state, tables)
+                    v = self.unembed(group.state, prompts[members[0]], tables)
                 for i in members:
                     out[i] = v if streams[i].grad else v.detach()
         return out
@@ -201,20 +245,32 @@ class VideoDiT(nn.Module):
         order = dict.fromkeys(id(prompts[i]) for i in members)
         return [[i for i in members if id(prompts[i]) == key] for key in order]
 
+    def units(self) -> list[dict]:
+        """The blocks by name, as a ranking lists them."""
+        return [{"name": f"blocks.{i}", "kind": "block", "index": i} for i in range(self.num_blocks)]
+
+    def merge_key(self, cond: Cond) -> int:
+        """Streams with equal keys start from the same hidden states."""
+        return id(cond)
+
     def hidden_bytes(self, x_t: Tensor) -> int:
         """Size of one hidden state of this batch: what a block boundary, a fork or a kept attention output costs."""
+        raise NotImplementedError
+
+    def block_flops(self, x_t: Tensor, cond: Cond) -> list[int]:
+        """Floating-point operations of each block in one prediction: 2 for a multiply and add of a matrix product."""
         raise NotImplementedError
 
     def tables(self, x_t: Tensor, t: Tensor) -> Tables:
         raise NotImplementedError
 
-    def embed(self, x_t: Tensor, cond: Cond) -> Tensor:
+    def prompt(self, cond: Cond, tables: Tables) -> Prompt:
         raise NotImplementedError
 
-    def prompt(self, cond: Cond) -> Prompt:
+    def embed(self, x_t: Tensor, prompt: Prompt) -> State:
         raise NotImplementedError
 
-    def unembed(self, state: State, tables: Tables) -> Tensor:
+    def unembed(self, state: State, prompt: Prompt, tables: Tables) -> Tensor:
         raise NotImplementedError
 
     def check(self, x_t: Tensor, conds: list[Cond]) -> None:

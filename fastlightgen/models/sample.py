@@ -1,6 +1,7 @@
 """Sampling clips from a teacher or a student."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,12 +27,16 @@ def sample(
 ) -> Tensor:
     """x0 latents [B, C, F, H, W] from noise down `times`; guidance 1 needs one prediction per step, others two.
 
-    `tick` is called before every step.
+    A network that was distilled from guidance reads its scale, and then one prediction is enough as well. `tick` is
+    called before every step.
     """
+    single = guidance == 1.0 or model.embeds_guidance
+    if model.embeds_guidance:
+        cond = replace(cond, guidance=noise.new_full((len(noise),), guidance))
 
     def predict(x: Tensor, t: float) -> Tensor:
         tick()
-        if guidance == 1.0:
+        if single:
             return model(x, t, cond, keep)
         v_c, v_n = model.walk(x, t, [Stream(cond, keep), Stream(null, keep)])
         return mix.cfg(v_c, v_n, guidance)
@@ -43,17 +48,19 @@ def sample(
 
 
 PREVIEW_STEPS = 8
-FOREIGN = {"steps": 50, "guidance": 5.0, "shift": 5.0}  # Wan's own settings, for folders without fastlightgen.json
 
 
-def preview_plan(card: dict, shift: float) -> dict:
+def preview_plan(card: dict, shift: float, released: dict) -> dict:
     """How a many-step network is shown while it trains: in few steps, rough but quick."""
-    return sampling_plan(card | {"shift": shift}, PREVIEW_STEPS, -1.0, "ode")
+    return sampling_plan(card | {"shift": shift}, PREVIEW_STEPS, -1.0, "ode", released)
 
 
-def sampling_plan(card: dict, steps: int, guidance: float, kind: str) -> dict:
-    """Fill in what the user left open (0, negative, "auto") from the model folder's card: arguments of `sample`."""
-    card = FOREIGN | {k: v for k, v in card.items() if v is not None}
+def sampling_plan(card: dict, steps: int, guidance: float, kind: str, released: dict) -> dict:
+    """Fill in what the user left open (0, negative, "auto") from the model folder's card: arguments of `sample`.
+
+    `released`: the settings of the family's released weights, for folders without fastlightgen.json.
+    """
+    card = released | {k: v for k, v in card.items() if v is not None}
     student = "ladder" in card
     return {
         "times": card["ladder"] if student and not steps else ladder(steps or card["steps"], card["shift"]),

@@ -4,14 +4,34 @@ Shapes: B batch, L = F H W / 4 tokens (frame slowest), D hidden, T text tokens, 
 """
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlightgen.models.base import Cond, Job, Prompt, State, Tables, VideoDiT, gradient, recomputed
-from fastlightgen.models.wan_layers import ConditionEmbedder, FeedForward, WanConfig, attend, rope_table, rotate
+from fastlightgen.models.base import Block, Cond, Job, Prompt, State, Tables, VideoDiT, gradient
+from fastlightgen.models.wan_layers import (
+    ConditionEmbedder,
+    FeedForward,
+    WanConfig,
+    attend,
+    rope_axes,
+    rope_table,
+    rotate,
+)
 from fastlightgen.ops import add_residual, gate_residual_norm_modulate
+
+
+@dataclass(frozen=True, eq=False)
+class WanTables(Tables):
+    temb: Tensor  # time embedding [B, D]
+    mod: Tensor  # time projection [B, 6, D]
+
+
+@dataclass(frozen=True, eq=False)
+class WanPrompt(Prompt):
+    image: Tensor | None  # [B, I, D]
 
 
 class Attention(nn.Module):
@@ -41,7 +61,7 @@ class Attention(nn.Module):
         return x.unflatten(2, (self.heads, -1))
 
 
-class Block(nn.Module):
+class WanBlock(Block):
     """Self-attention, cross-attention and feed-forward with adaLN-single modulation; skipping it is the identity."""
 
     def __init__(self, cfg: WanConfig):
@@ -54,23 +74,21 @@ class Block(nn.Module):
         self.ffn = FeedForward(dim, cfg.ffn_dim, dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, jobs: list[Job], tables: Tables, recompute: str | None = None) -> list[list[State]]:
-        """All streams in one module call; per job one state for each of its prompts."""
-        keys = self.prompt_keys(jobs)
-        out = []
-        for job in jobs:
-            with gradient(any(job.grads)):
-                if recompute and any(job.grads) and torch.is_grad_enabled():
-                    out.append(recomputed(self.run_settled, recompute, job, tables, keys))
-                else:
-                    out.append(self.run(job, tables, keys))
-        return out
+    def read(self, prompt: WanPrompt) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the text and of the image tokens."""
+        text = self.attn2.keys(prompt.text) if prompt.cond.kept is None else self.kept_keys(prompt)
+        return [text] if prompt.image is None else [text, self.attn2.image_keys(prompt.image)]
 
-    def run_settled(self, job: Job, tables: Tables, keys: dict) -> list[State]:
-        """With the sum taken: a checkpoint then keeps one hidden tensor, not two."""
-        return [state.settled() for state in self.run(job, tables, keys)]
+    def kept_keys(self, prompt: WanPrompt) -> tuple[Tensor, Tensor]:
+        """Those of one constant text under frozen weights: computed for one row, and once for a whole run."""
+        kept = prompt.cond.kept
+        if self not in kept:
+            with torch.no_grad():
+                kept[self] = self.attn2.keys(prompt.text[:1])
+        k, v = kept[self]
+        return k.expand(len(prompt.text), -1, -1, -1), v.expand(len(prompt.text), -1, -1, -1)
 
-    def run(self, job: Job, tables: Tables, keys: dict) -> list[State]:
+    def run(self, job: Job, tables: WanTables, keys: dict[WanPrompt, Any]) -> list[State]:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + tables.mod).unbind(1)
         x, h = gate_residual_norm_modulate(*job.state.parts(), scale1, shift1, self.eps)
         q, (k, v) = self.attn1.query(h), self.attn1.keys(h)
@@ -92,33 +110,13 @@ class Block(nn.Module):
                 out.append(State(x_2, self.ffn(h), gate2))
         return out
 
-    def prompt_keys(self, jobs: list[Job]) -> dict[Prompt, list[tuple[Tensor, Tensor]]]:
-        """Text (and image) keys and values, once per prompt however many streams read them."""
-        grads: dict[Prompt, bool] = {}
-        for job in jobs:
-            for prompt, grad in zip(job.prompts, job.grads, strict=True):
-                grads[prompt] = grads.get(prompt, False) or grad
-        keys = {}
-        for prompt, grad in grads.items():
-            with gradient(grad):
-                text = self.kept_keys(prompt) if prompt.kept is not None else self.attn2.keys(prompt.text)
-                keys[prompt] = [text] if prompt.image is None else [text, self.attn2.image_keys(prompt.image)]
-        return keys
-
-    def kept_keys(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
-        """Those of one constant text under frozen weights: computed for one row, and once for a whole run."""
-        if self not in prompt.kept:
-            with torch.no_grad():
-                prompt.kept[self] = self.attn2.keys(prompt.text[:1])
-        k, v = prompt.kept[self]
-        return k.expand(len(prompt.text), -1, -1, -1), v.expand(len(prompt.text), -1, -1, -1)
-
 
 class WanModel(VideoDiT):
     """Wan2.1; loads and saves diffusers' WanTransformer3DModel weights unchanged."""
 
     family = "wan"
     config_class = "WanTransformer3DModel"
+    released = {"steps": 50, "guidance": 5.0, "shift": 5.0}  # sampling settings of the released weights
     text_tokens = 512  # what an image-to-video network of this family was built for
 
     def __init__(self, cfg: WanConfig):
@@ -126,7 +124,7 @@ class WanModel(VideoDiT):
         self.cfg = cfg
         self.patch_embedding = nn.Conv3d(cfg.in_channels, cfg.dim, cfg.patch_size, cfg.patch_size)
         self.condition_embedder = ConditionEmbedder(cfg)
-        self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.num_layers)])
+        self.blocks = nn.ModuleList([WanBlock(cfg) for _ in range(cfg.num_layers)])
         self.proj_out = nn.Linear(cfg.dim, cfg.out_channels * math.prod(cfg.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
 
@@ -143,23 +141,38 @@ class WanModel(VideoDiT):
         tokens = math.prod(n // p for n, p in zip(x_t.shape[2:], self.cfg.patch_size, strict=True))
         return len(x_t) * tokens * self.cfg.dim * self.patch_embedding.weight.element_size()
 
-    def tables(self, x_t: Tensor, t: Tensor) -> Tables:
+    def block_flops(self, x_t: Tensor, cond: Cond) -> list[int]:
+        dim, ffn, text = self.cfg.dim, self.cfg.ffn_dim, cond.text.shape[1]
+        tokens = math.prod(n // p for n, p in zip(x_t.shape[2:], self.cfg.patch_size, strict=True))
+        image = 0 if cond.image_embeds is None else cond.image_embeds.shape[1]
+        context = text + image
+        linear = tokens * (6 * dim * dim + 2 * dim * ffn) + context * 2 * dim * dim
+        attention = 2 * tokens * (tokens + context) * dim
+        return [2 * len(x_t) * (linear + attention)] * self.num_blocks
+
+    def tables(self, x_t: Tensor, t: Tensor) -> WanTables:
         temb, mod = self.condition_embedder.time(t)
         grid = tuple(n // p for n, p in zip(x_t.shape[2:], self.cfg.patch_size, strict=True))
-        rope = rope_table(grid, self.cfg.attention_head_dim, x_t.device)
-        return Tables(temb, mod, rope.to(torch.complex128 if self.dtype == torch.float64 else torch.complex64), grid)
+        rope = rope_table(grid, rope_axes(self.cfg.attention_head_dim), 10000.0, x_t.device)
+        rope = rope.to(torch.complex128 if self.dtype == torch.float64 else torch.complex64)
+        return WanTables(rope, grid, temb, mod)
 
-    def embed(self, x_t: Tensor, cond: Cond) -> Tensor:
-        x = x_t if cond.image is None else torch.cat([x_t, cond.image.to(x_t.dtype)], 1)
-        return self.patch_embedding(x.to(self.dtype)).flatten(2).transpose(1, 2)
+    def merge_key(self, cond: Cond) -> int:
+        """The text first enters in a cross-attention, so streams share everything before it that have one image."""
+        return id(cond.image)
 
-    def prompt(self, cond: Cond) -> Prompt:
+    def prompt(self, cond: Cond, tables: Tables) -> WanPrompt:
         image = cond.image_embeds
         if image is not None:
             image = self.condition_embedder.image_embedder(image.to(self.dtype))
-        return Prompt(cond, self.condition_embedder.text(cond.text.to(self.dtype)), image)
+        return WanPrompt(cond, self.condition_embedder.text(cond.text.to(self.dtype)), image)
 
-    def unembed(self, state: State, tables: Tables) -> Tensor:
+    def embed(self, x_t: Tensor, prompt: Prompt) -> State:
+        image = prompt.cond.image
+        x = x_t if image is None else torch.cat([x_t, image.to(x_t.dtype)], 1)
+        return State(self.patch_embedding(x.to(self.dtype)).flatten(2).transpose(1, 2))
+
+    def unembed(self, state: State, prompt: Prompt, tables: WanTables) -> Tensor:
         shift, scale = (self.scale_shift_table + tables.temb[:, None]).unbind(1)
         _, h = gate_residual_norm_modulate(*state.parts(), scale, shift, self.cfg.eps)
         (f, h_p, w_p), (_, ph, pw) = tables.grid, self.cfg.patch_size

@@ -53,9 +53,9 @@ class WanConfig:
         return self.num_attention_heads * self.attention_head_dim
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of [B, L, heads, head_dim] tensors -> [B, L, D]."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention of [B, L, heads, head_dim] tensors -> [B, L, D]; `mask` is true where a key may be read."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -95,6 +95,14 @@ class Embedder(nn.Module):
         self.linear_1, self.linear_2 = nn.Linear(dim_in, dim), nn.Linear(dim, dim)
 
 
+def sinusoids(t: Tensor, width: int) -> Tensor:
+    """Cosines and sines of 1000 t [B] -> float32 [B, width]."""
+    half = width // 2
+    freq = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angle = 1000 * t[:, None].float() * freq
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
 class ImageEmbedder(nn.Module):
     def __init__(self, cfg: WanConfig):
         super().__init__()
@@ -117,10 +125,7 @@ class ConditionEmbedder(nn.Module):
 
     def time(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Sinusoids of 1000 t -> (temb [B, D], modulation [B, 6, D])."""
-        half = self.freq_dim // 2
-        freq = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angle = 1000 * t[:, None].float() * freq
-        wave = torch.cat([angle.cos(), angle.sin()], -1).to(self.time_proj.weight.dtype)
+        wave = sinusoids(t, self.freq_dim).to(self.time_proj.weight.dtype)
         temb = self.time_embedder.linear_2(F.silu(self.time_embedder.linear_1(wave)))
         return temb, self.time_proj(F.silu(temb)).unflatten(1, (6, -1))
 
@@ -128,12 +133,17 @@ class ConditionEmbedder(nn.Module):
         return self.text_embedder.linear_2(F.gelu(self.text_embedder.linear_1(text), approximate="tanh"))
 
 
-def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
-    """Complex rotations [1, L, 1, head_dim / 2]: the channels are split over the frame, row and column axes."""
+def rope_axes(head_dim: int) -> tuple[int, int, int]:
+    """Wan's split of a head's channels over the frame, row and column axes."""
     space = 2 * (head_dim // 6)
+    return head_dim - 2 * space, space, space
+
+
+def rope_table(grid: tuple[int, int, int], axes: tuple[int, int, int], theta: float, device: torch.device) -> Tensor:
+    """Complex rotations [1, L, 1, head_dim / 2]; `axes` are the channels of the frame, row and column axis."""
     parts = []
-    for axis, (size, dim) in enumerate(zip(grid, (head_dim - 2 * space, space, space), strict=True)):
-        freq = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+    for axis, (size, dim) in enumerate(zip(grid, axes, strict=True)):
+        freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
         angle = torch.outer(torch.arange(size, dtype=torch.float64, device=device), freq)
         shape = [1, 1, 1, -1]
         shape[axis] = size

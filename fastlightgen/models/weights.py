@@ -29,6 +29,7 @@ from fastlightgen.models.files import (
     write_json,
     write_tensors,
 )
+from fastlightgen.models.hunyuan import HunyuanConfig, HunyuanModel
 from fastlightgen.models.keys import Source, Table, recognise, unused_keys
 from fastlightgen.models.original import BY_ORIGINAL, SHARD_BYTES, from_original, key_table, save_original, to_original
 from fastlightgen.models.wan import WanConfig, WanModel
@@ -49,7 +50,10 @@ __all__ = [
     "trained_folder",
 ]
 
-NETWORKS = {WanModel.config_class: (WanConfig, WanModel)}
+NETWORKS = {  # _class_name of config.json
+    WanModel.config_class: (WanConfig, WanModel),
+    HunyuanModel.config_class: (HunyuanConfig, HunyuanModel),
+}
 WINDOW = 2**28  # bytes copied from a mapped file before it is mapped anew, which gives its pages back
 
 

@@ -59,14 +59,17 @@ def build_teacher(cfg: Stage0, source: Source, device: torch.device) -> Teacher:
     return Teacher(cfg, net, batches_of(cfg, source, device), kept)
 
 
-def build_ranking(cfg: Stage1, source: Source, device: torch.device) -> tuple[VideoDiT, list[dict], list[float]]:
-    """The model, its units (Wan: one list of blocks), and what dropping each one saves in the unit of `ratio`."""
+def build_ranking(cfg: Stage1, source: Source, device: torch.device) -> tuple[VideoDiT, list[float]]:
+    """The model, and what dropping each of its blocks saves in the unit of `ratio`."""
     model = load_model(trained_folder(cfg.model), device, allow_pt=cfg.allow_pt).requires_grad_(False)
     check_data(cfg, source, model, read_card(trained_folder(cfg.model)))
-    units = [{"name": f"blocks.{i}", "kind": "block", "index": i} for i in range(model.num_blocks)]
-    # Wan's blocks all cost the same FLOPs, so `blocks` and `flops` agree; parameters are counted.
-    costs = [float(sum(p.numel() for p in b.parameters())) if cfg.ratio_unit == "params" else 1.0 for b in model.blocks]
-    return model, units, costs
+    costs = [1.0] * model.num_blocks
+    if cfg.ratio_unit == "params":
+        costs = [float(sum(p.numel() for p in b.parameters())) for b in model.blocks]
+    elif cfg.ratio_unit == "flops":
+        batch = source.batch(0, 1)
+        costs = [float(f) for f in model.block_flops(batch.x0, batch.cond)]
+    return model, costs
 
 
 def build_prune(cfg: Stage2, source: Source, device: torch.device) -> Prune:

@@ -141,7 +141,7 @@ class Prune:
         return x0_error(self.net(x_t, t, batch.cond, keep), x_t, t, batch.x0).mean().item()
 
     def sampler(self) -> dict:
-        return {"model": self.net, "keep": self.keep} | preview_plan(self.card, self.cfg.shift)
+        return {"model": self.net, "keep": self.keep} | preview_plan(self.card, self.cfg.shift, self.net.released)
 
     def save(self, folder: Path) -> None:
         save_model(self.net, folder, **self.card | {"stage": 2, "pruned_path": self.keep, "shift": self.cfg.shift})

@@ -4,7 +4,7 @@ Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B]; errors [clips x timesteps].
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
@@ -67,9 +67,9 @@ def score_sets(
     return torch.cat(columns, 1)
 
 
-def drop_until(cost: Sequence[float], order: Sequence[int], ratio: float) -> int:
-    """How many blocks of `order` (least important first) to drop: their share of `cost` comes closest to ratio."""
-    total, dropped, best, count = sum(cost), 0.0, float("inf"), 1
+def drop_until(cost: Sequence[float], order: Sequence[int], ratio: float, total: float) -> int:
+    """How many blocks of `order` (least important first) to drop: their share of `total` comes closest to ratio."""
+    dropped, best, count = 0.0, float("inf"), 1
     for n, block in enumerate(order[:-1], 1):
         dropped += cost[block]
         if abs(dropped / total - ratio) < best:
@@ -77,16 +77,28 @@ def drop_until(cost: Sequence[float], order: Sequence[int], ratio: float) -> int
     return count
 
 
-def rank(cfg, model: VideoDiT, batches: Callable[[int], Batch], costs: list[float], names: list[dict], bar) -> dict:
+def lists_of(units: list[dict], choice: str) -> list[list[int]]:
+    """The block lists that `ratio` counts: all blocks, those of one kind, or each kind for itself."""
+    kinds = list(dict.fromkeys(u["kind"] for u in units))
+    if choice == "all":
+        return [[u["index"] for u in units]]
+    if len(kinds) < 2:
+        raise ValueError(f"units={choice}: this model has one list of blocks ({units[0]['name']}, ...); use units=all")
+    return [[u["index"] for u in units if u["kind"] == k] for k in kinds if choice in (k, "per_list")]
+
+
+def rank(cfg, model: VideoDiT, batches: Callable[[int], Batch], costs: list[float], bar) -> dict:
     """importance.json: scores, the set that is kept, and what was measured on. `bar(total)` makes a progress bar."""
+    n, units = model.num_blocks, model.units()
+    lists = lists_of(units, cfg.units)
+    free = [[i for i in blocks if cfg.protect_first <= i < n - cfg.protect_last] for blocks in lists]
+    for left, blocks in zip(free, lists, strict=True):
+        if len(left) < 2:
+            raise ValueError(
+                f"protect_first, protect_last: leave {len(left)} of {len(blocks)} blocks to choose from; "
+                "at least 2 are needed"
+            )
     samples = list(evaluation_set(cfg, batches))
-    n = model.num_blocks
-    last = n - cfg.protect_last
-    free = list(range(cfg.protect_first, last))
-    if len(free) < 2:
-        raise ValueError(
-            f"protect_first, protect_last: leave {len(free)} of {n} blocks to choose from; at least 2 are needed"
-        )
 
     def without(*blocks: int) -> list[int]:
         return [i for i in range(n) if i not in blocks]
@@ -99,31 +111,37 @@ def rank(cfg, model: VideoDiT, batches: Callable[[int], Batch], costs: list[floa
     table = scores([without(i) for i in range(n)] + [None], "stage 1: skip each block")
     single, base = table[:-1], table[-1]
     mean = single.mean(1)
-    order = sorted(free, key=lambda i: mean[i].item())  # least important first
-    count = (
-        drop_until(costs, order, cfg.ratio)
-        if cfg.ratio_unit != "blocks"
-        else min(num_dropped(n, cfg.ratio), len(free) - 1)
-    )
+
+    def least_first(blocks) -> list[int]:
+        return sorted(blocks, key=lambda i: mean[i].item())
+
+    counts = []
+    for left, blocks in zip(free, lists, strict=True):
+        if cfg.ratio_unit == "blocks":
+            counts.append(min(num_dropped(len(blocks), cfg.ratio), len(left) - 1))
+        else:
+            counts.append(drop_until(costs, least_first(left), cfg.ratio, sum(costs[i] for i in blocks)))
 
     if cfg.search == "single_skip":
-        pruned = order[:count]
+        pruned = least_first([i for left, count in zip(free, counts) for i in least_first(left)[:count]])
     elif cfg.search == "iterative":  # drop the least harmful, score again with it gone
         pruned: list[int] = []
-        for number in range(count):
-            left = [i for i in free if i not in pruned]
-            errors = scores([without(*pruned, i) for i in left], f"stage 1: drop {number + 1} of {count}").mean(1)
+        for number in range(sum(counts)):
+            open_ = [left for left, count in zip(free, counts) if sum(i in left for i in pruned) < count]
+            left = [i for some in open_ for i in some if i not in pruned]
+            errors = scores([without(*pruned, i) for i in left], f"stage 1: drop {number + 1} of {sum(counts)}").mean(1)
             pruned.append(left[int(errors.argmin())])
     else:  # exhaustive: every set of that size
-        sets = list(combinations(free, count))
+        choices = (combinations(left, count) for left, count in zip(free, counts))
+        sets = [sum(parts, ()) for parts in product(*choices)]
         groups = [[without(*s) for s in sets[i : i + 16]] for i in range(0, len(sets), 16)]
         errors = torch.cat([scores(g, f"stage 1: sets {16 * i} of {len(sets)}").mean(1) for i, g in enumerate(groups)])
-        pruned = sorted(sets[int(errors.argmin())], key=lambda i: mean[i].item())
+        pruned = least_first(sets[int(errors.argmin())])
     kept = without(*pruned)
     by_score = sorted(kept, key=lambda i: -mean[i].item())
     together = scores([kept], "stage 1: all of them dropped")[0]
     return {
-        "units": [u | {"score": single[i].mean().item(), "stderr": stderr(single[i])} for i, u in enumerate(names)],
+        "units": [u | {"score": single[i].mean().item(), "stderr": stderr(single[i])} for i, u in enumerate(units)],
         "baseline_score": base.mean().item(),
         "baseline_stderr": stderr(base),
         "pruned_score": together.mean().item(),

@@ -56,7 +56,7 @@ class Teacher:
         """Nothing can drift here: the target is the data."""
 
     def sampler(self) -> dict:
-        return {"model": self.net} | preview_plan(self.card, self.cfg.shift)
+        return {"model": self.net} | preview_plan(self.card, self.cfg.shift, self.net.released)
 
     def save(self, folder: Path) -> None:
         card = {"stage": 0, "shift": self.cfg.shift, "source": self.cfg.data}

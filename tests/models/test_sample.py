@@ -5,6 +5,7 @@ import torch
 
 from fastlightgen.flow import ladder
 from fastlightgen.models.sample import sample, sampling_plan
+from fastlightgen.models.wan import WanModel
 from fastlightgen.models.weights import build
 from fastlightgen.rng import generator
 
@@ -64,4 +65,4 @@ TEACHER = {"ladder": None, "shift": 3.0, "guidance": 2.0, "steps": 28}
     ],
 )
 def test_plan(card: dict, asked: tuple, times: list[float], guidance: float, kind: str):
-    assert sampling_plan(card, *asked) == {"times": times, "guidance": guidance, "kind": kind}
+    assert sampling_plan(card, *asked, WanModel.released) == {"times": times, "guidance": guidance, "kind": kind}

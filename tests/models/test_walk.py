@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlightgen.models.base import Cond, Job, State, Stream
+from fastlightgen.models.base import Cond, Job, Stream
 from fastlightgen.models.wan import WanModel
 from fastlightgen.models.weights import build
 
@@ -34,11 +34,12 @@ def inputs(dtype: torch.dtype = torch.float32):
 
 def alone(model: WanModel, x_t: Tensor, t: Tensor, cond: Cond, keep) -> Tensor:
     """One stream, block by block, without the walk."""
-    tables, prompt = model.tables(x_t, t), model.prompt(cond)
-    state = State(model.embed(x_t, cond))
+    tables = model.tables(x_t, t)
+    prompt = model.prompt(cond, tables)
+    state = model.embed(x_t, prompt)
     for i in range(model.num_blocks) if keep is None else sorted(keep):
         ((state,),) = model.blocks[i]([Job(state, [prompt], [True])], tables)
-    return model.unembed(state, tables)
+    return model.unembed(state, prompt, tables)
 
 
 @torch.no_grad()

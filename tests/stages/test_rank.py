@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from helpers import batches, config, run_train, small_wan
+from helpers import batches, config, counted_flops, run_train, small_wan
 from safetensors.torch import load_file
 
 from fastlightgen.data.source import ShapesSource
@@ -42,8 +42,7 @@ def words(**keys) -> list[str]:
 
 
 def run(cfg, model, costs=None, bar=None) -> dict:
-    units = [{"name": f"blocks.{i}", "kind": "block", "index": i} for i in range(model.num_blocks)]
-    return rank(cfg, model, batches(cfg.batch), costs or [1.0] * model.num_blocks, units, bar or Bar())
+    return rank(cfg, model, batches(cfg.batch), costs or [1.0] * model.num_blocks, bar or Bar())
 
 
 def shorter(model, keep):
@@ -156,17 +155,18 @@ def test_protected_blocks_stay_and_the_bar_is_filled():
 
 def test_the_ratio_may_count_blocks_parameters_or_flops(tmp_path):
     # A quarter of the cost by shares .4 .1 .3 .2: the closest prefix of the order 1, 3, 2, 0 is {1, 3} with .3.
-    assert drop_until([4.0, 1.0, 3.0, 2.0], [1, 3, 2, 0], 0.25) == 2
-    assert drop_until([4.0, 1.0, 3.0, 2.0], [0, 1, 3, 2], 0.1) == 1  # at least one
-    assert drop_until([1.0] * 4, [0, 1, 2, 3], 0.99) == 3  # one stays
+    assert drop_until([4.0, 1.0, 3.0, 2.0], [1, 3, 2, 0], 0.25, 10.0) == 2
+    assert drop_until([4.0, 1.0, 3.0, 2.0], [0, 1, 3, 2], 0.1, 10.0) == 1  # at least one
+    assert drop_until([1.0] * 4, [0, 1, 2, 3], 0.99, 4.0) == 3  # one stays
     folder = save_model(small_wan(), tmp_path / "m")
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     per_block = [sum(v.numel() for k, v in weights.items() if k.startswith(f"blocks.{i}.")) for i in range(4)]
-    for unit, wanted in (("params", per_block), ("flops", [1.0] * 4), ("blocks", [1.0] * 4)):
-        _, units, costs = build_ranking(
-            config(1, f"model={folder}", f"ratio_unit={unit}"), ShapesSource(0), torch.device("cpu")
-        )
-        assert costs == wanted and units[2] == {"name": "blocks.2", "kind": "block", "index": 2}
+    clip = ShapesSource(0).batch(0, 1)
+    flops = counted_flops(small_wan(), clip.x0, torch.tensor([0.5]), clip.cond)
+    for unit, wanted in (("params", per_block), ("flops", flops), ("blocks", [1.0] * 4)):
+        words_ = f"model={folder}", f"ratio_unit={unit}"
+        model, costs = build_ranking(config(1, *words_), ShapesSource(0), torch.device("cpu"))
+        assert costs == wanted and model.units()[2] == {"name": "blocks.2", "kind": "block", "index": 2}
     record = run(config(1, *words(ratio=0.25, ratio_unit="params")), small_wan(), costs=[1.0, 1.0, 1.0, 97.0])
     by_score = sorted(range(4), key=lambda i: record["units"][i]["score"])
     share, dropped = 0.0, []
