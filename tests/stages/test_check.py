@@ -59,13 +59,13 @@ def test_errors_by_hand():
 
 
 def test_the_filter_is_the_best_factor():
-    """Against a search over factors c of c x_t, with 2e5 numbers, whose sampling error is about 0.3 %."""
+    """Against least squares on 2e5 numbers; their x0 and noise correlate by 0.2 %: the error moves by about 1 %."""
     g = torch.Generator().manual_seed(0)
     x0, noise = 1.7 * torch.randn(200_000, generator=g), torch.randn(200_000, generator=g)
     for t in TIMES:
         x_t = (1 - t) * x0 + t * noise
-        best = min(x0_error(c * x_t, x0) for c in torch.linspace(0.5, 1.7, 61).tolist())
-        assert filter_error(x0, t) == pytest.approx(best, rel=0.01)
+        best = x0_error((x_t @ x0) / (x_t @ x_t) * x_t, x0)
+        assert filter_error(x0, t) == pytest.approx(best, rel=0.02)
 
 
 def test_the_shipped_teacher_knows_its_world_and_no_other(capsys, monkeypatch):

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class DoubleSource:
-    name = "test"
+    name, description = "test", {}
 
     def batch(self, step: int, size: int):
         return batches(size, torch.float64)(step)
