@@ -146,15 +146,13 @@ def test_the_given_frame_is_no_prediction():
     v = model(x_t, t, cond)
     error = (v - flow.velocity(x0, noise))[:, :, 0]
     assert error.abs().max() < 1e-12 and (v - flow.velocity(x0, noise))[:, :, 1:].abs().max() > 0.1
-    assert (
-        torch.autograd.grad(v[:, :, 0].sum(), model.x_embedder.proj.weight, retain_graph=True, allow_unused=True)[0]
-        in (None,)
-        or not torch.autograd.grad(v[:, :, 0].sum(), model.x_embedder.proj.weight)[0].any()
-    )
+    gradients = torch.autograd.grad(v[:, :, 0].sum(), list(model.parameters()), allow_unused=True)
+    assert all(g is None or not g.any() for g in gradients)
     with torch.no_grad():  # whatever is there in x_t, in 4 steps or one
         for times in (flow.ladder(4, 7.0), [1.0]):
             end = flow.rollout(lambda x, s: model(x, s, cond), noise, times, "ode", None)
-            torch.testing.assert_close(end[:, :, 0], x0[:, :, 0], rtol=0, atol=1e-12)
+            # A walk takes t in float32: 6e-8 of values below 5, in each step.
+            torch.testing.assert_close(end[:, :, 0], x0[:, :, 0], rtol=0, atol=1e-6)
         other = x_t.clone()
         other[:, :, 0] += 3.0
         assert torch.equal(model(other, t, cond)[:, :, 1:], v[:, :, 1:])
