@@ -283,12 +283,16 @@ def plot_importance(record: dict, path: Path) -> None:
         style = dict(color=colour, edgecolor="white", hatch=hatch, capsize=4, ecolor="0.35", width=0.72)
         ax.bar(index, heights, bottom=base, yerr=[u["stderr"] for u in units], label=f"{label} ({len(units)})", **style)
     ax.axhline(base, color="0.2", linestyle="--", linewidth=1.2, label="all blocks")
+    kinds = [u["kind"] for u in record["units"]]
+    if len(names := list(dict.fromkeys(kinds))) > 1:  # HunyuanVideo: double blocks, then single blocks
+        ax.axvline(kinds.index(names[1]) - 0.5, color="0.5", linestyle=":", linewidth=1)
     if is_log(record):
         ax.set_yscale("log")
         ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     ylabel = {"elbo": "x0 error (Eq. 4)", "output_mse": "change of v (Eq. 3)"}[record["score_kind"]]
     title = f"Block importance (search: {record['search']}, score: {record['score_kind']})"
-    ax.set(title=title, xlabel="skipped block", ylabel=ylabel, xticks=range(0, n, math.ceil(n / 24)), axisbelow=True)
+    xlabel = "skipped block" if len(names) == 1 else f"skipped block: {', then '.join(names)}"
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel, xticks=range(0, n, math.ceil(n / 24)), axisbelow=True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.9")
     ax.legend(frameon=False)

@@ -193,3 +193,50 @@ def test_the_command_writes_every_key_of_the_contract(tmp_path):
     assert record["pruned"] and sorted(record["kept"] + record["pruned"]) == sorted(record["ranking"]) == [0, 1, 2, 3]
     assert all(u.keys() >= {"name", "kind", "index", "score", "stderr"} for u in record["units"])
     assert (tmp_path / "r/stage1/importance.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def by_kind(units: list[dict], kind: str) -> list[int]:
+    return [u["index"] for u in sorted(units, key=lambda u: u["score"]) if u["kind"] == kind]
+
+
+@pytest.mark.parametrize(("units", "dropped"), [("double", (1, 0)), ("single", (0, 2)), ("per_list", (1, 2))])
+@pytest.mark.parametrize("search", ["single_skip", "iterative", "exhaustive"])
+def test_a_ratio_of_each_list_of_blocks(units, dropped, search):
+    model = small_hunyuan(2, 4)
+    record = run(config(1, *words(clips=1, timesteps=1, ratio=0.5, units=units, search=search)), model)
+    assert [u["name"] for u in record["units"][1:3]] == ["double.1", "single.0"]
+    assert [sum(record["units"][i]["kind"] == k for i in record["pruned"]) for k in ("double", "single")] == [*dropped]
+    if search == "single_skip":
+        wanted = [i for k, n in zip(("double", "single"), dropped) for i in by_kind(record["units"], k)[:n]]
+        assert record["pruned"] == sorted(wanted)
+    assert sorted(record["ranking"]) == list(range(6)) and record["pruning_ratio"] == sum(dropped) / 6
+
+
+def test_exhaustive_looks_at_every_pair_of_lists():
+    """One double and two of three single blocks: 2 x 3 sets, each by a shorter network of its own."""
+    model, cfg = small_hunyuan(2, 3), config(1, *words(search="exhaustive", units="per_list", ratio=0.6))
+    sets = [(d, *s) for d in (0, 1) for s in combinations((2, 3, 4), 2)]
+    errors = {s: brute_force(cfg, model, without(5, *s)).mean().item() for s in sets}
+    record = run(cfg, model)
+    assert record["pruned"] == list(min(errors, key=errors.get))
+    assert record["pruned_score"] == pytest.approx(min(errors.values()), rel=1e-5)
+
+
+def test_a_ratio_of_parameters_of_unlike_blocks(tmp_path):
+    folder = save_model(small_hunyuan(2, 4), tmp_path / "m")
+    sizes = {"double": 0, "single": 0}
+    for key, v in load_file(folder / "diffusion_pytorch_model.safetensors").items():
+        kind = {"transformer_blocks": "double", "single_transformer_blocks": "single"}.get(key.split(".")[0])
+        sizes |= {kind: sizes[kind] + v.numel()} if kind else {}
+    words_ = words(clips=1, timesteps=1, ratio=0.5, ratio_unit="params", units="double")
+    cfg = config(1, f"model={folder}", *words_)
+    model, costs = build_ranking(cfg, ShapesSource(0), torch.device("cpu"))
+    assert costs == [sizes["double"] / 2] * 2 + [sizes["single"] / 4] * 4 and costs[0] > 2 * costs[2]
+    assert len(run(cfg, model, costs)["pruned"]) == 1  # half of the double blocks, not of the network
+
+
+def test_units_of_a_network_with_one_list():
+    with pytest.raises(
+        ValueError, match=r"^units=double: this model has one list of blocks \(blocks.0, ...\); use uni"
+    ):
+        run(config(1, *words(units="double")), small_wan())
