@@ -23,12 +23,13 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 COMPILER = shutil.which("g++")
 
 
-def _compile(source: Path, flags: list[str]) -> Path:
+def _compile(source: Path, flags: list[str], sanitize: bool) -> Path:
     """One object file, named by everything that went into it, so that nothing is compiled twice."""
     binding = source.parent.name == "bindings"
     folders = ("bindings", "csrc") if binding else ("bindings", "csrc", "tests/simt")
     headers = [p for f in folders for p in sorted((ROOT / f).rglob("*.h" if binding else "*.*h"))]
     command = [COMPILER, "-O0" if binding else "-O1", "-std=c++17", "-fPIC", "-DNDEBUG", "-Wall", *flags]
+    command += SANITIZE if sanitize and not binding else []
     parts = [" ".join(map(str, command)).encode(), *(p.read_bytes() for p in [source, *headers])]
     out = CACHE / f"{source.stem}-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.o"
     if not out.exists():
@@ -47,11 +48,10 @@ def build(sanitize: bool = False) -> Path:
     folders = ["tests/simt/include", "csrc/include", *sorted(p.relative_to(ROOT) for p in ROOT.glob("csrc/ops/*"))]
     flags = ['-DFLG_CUDA_ARCHS="simt"', "-fvisibility=hidden", "-Wno-unknown-pragmas"]
     flags += [f"-I{ROOT / f}" for f in folders] + [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    flags += SANITIZE if sanitize else []
     patterns = ("csrc/ops/*/*.cu", "bindings/*.cpp", "csrc/*.cu", "tests/simt/*.cpp")
     sources = [p for pattern in patterns for p in sorted(ROOT.glob(pattern))]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda source: _compile(source, flags), sources))
+        objects = list(pool.map(lambda source: _compile(source, flags, sanitize), sources))
     out = CACHE / f"_C-{hashlib.sha256(''.join(map(str, objects)).encode()).hexdigest()[:16]}.so"
     if not out.exists():
         part = out.with_suffix(f".{os.getpid()}.so")

@@ -2,6 +2,8 @@
 // is read once, written once, and waits in registers meanwhile. All sums run in a fixed order.
 #pragma once
 
+#include <type_traits>
+
 #include "flg/reduce.cuh"
 #include "flg/row.cuh"
 #include "flg/runs.h"
@@ -108,6 +110,7 @@ template <typename T, typename W, bool kGate>
 __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
     backward_kernel(const flg_gate_residual_norm_modulate_backward_params p, const Runs runs) {
   constexpr bool kPrefetch = kPrefetchBackward<T, W>;
+  constexpr bool kKeepGain = kPrefetch && !(kGate && std::is_same_v<T, __half>);  // would spill there
   constexpr int kKinds = kGate ? 3 : 2;
   __shared__ float scratch[2][2][W::kThreads / 32];
   const Columns<W> col(p.dim);
@@ -118,7 +121,7 @@ __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
     const float* scale = p.scale ? p.scale + mod * p.scale_stride : nullptr;
     const float* gate = kGate ? p.gate + mod * p.gate_stride : nullptr;
     float kept_gain[kVecs][kVec], total[kKinds][kVecs][kVec] = {};
-    if constexpr (kPrefetch) load_table(scale, p.offset, col, kept_gain);
+    if constexpr (kKeepGain) load_table(scale, p.offset, col, kept_gain);
 
     int64_t row = runs.first(run);
     Row<T, W> x, dh, dx_out, y;
@@ -136,7 +139,7 @@ __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
         float gain[kVec];
-        pick_gain<kPrefetch>(kept_gain, scale, p.offset, col, i, gain);
+        pick_gain<kKeepGain>(kept_gain, scale, p.offset, col, i, gain);
         unpack(x.part[i], v[i]);
         unpack(dh.part[i], d[i]);
 #pragma unroll
@@ -154,7 +157,7 @@ __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
         float gain[kVec];
-        pick_gain<kPrefetch>(kept_gain, scale, p.offset, col, i, gain);
+        pick_gain<kKeepGain>(kept_gain, scale, p.offset, col, i, gain);
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
           v[i][j] = col.there(i) ? v[i][j] - mean : 0.f;
@@ -169,7 +172,7 @@ __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
         float gain[kVec], other[kVec] = {}, b[kVec], by[kVec] = {};
-        pick_gain<kPrefetch>(kept_gain, scale, p.offset, col, i, gain);
+        pick_gain<kKeepGain>(kept_gain, scale, p.offset, col, i, gain);
         if (p.dx_out) unpack(dx_out.part[i], other);
         if constexpr (kGate) {
           unpack(y.part[i], b);

@@ -44,27 +44,27 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dx, dy, partial, dh, dx_out, x_out, y, gate, scale, rows_per_mod, per_mod, length, gate_stride, scale_stride,
-    offset, eps, D: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, DX_OUT: tl.constexpr, SCALE: tl.constexpr,
+    dx, dy, partial, dh, dx_out, x_out, y, gate, scale, rows_per_mod, per_mod, gate_stride, scale_stride, offset,
+    eps, LENGTH: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, DX_OUT: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0).to(tl.int64)
     mod = run // per_mod
-    first = mod * rows_per_mod + run % per_mod * length
-    last = tl.minimum(first + length, (mod + 1) * rows_per_mod)
+    first = mod * rows_per_mod + run % per_mod * LENGTH
     col = tl.arange(0, BLOCK)
-    mask = col < D
-    gain = offset + _table(scale, mod, scale_stride, col, mask, SCALE, 0.0)
+    in_row = col < D
+    gain = offset + _table(scale, mod, scale_stride, col, in_row, SCALE, 0.0)
     dscale = tl.zeros([BLOCK], tl.float32)
     dshift = tl.zeros([BLOCK], tl.float32)
     dgate = tl.zeros([BLOCK], tl.float32)
-    for row in range(first, last):
-        at = row.to(tl.int64) * D + col
+    for i in range(LENGTH):  # rows past the modulation row's last are masked, and add zeros to the sums
+        at = (first + i) * D + col
+        mask = in_row & (first + i < (mod + 1) * rows_per_mod)
         v = tl.load(x_out + at, mask=mask, other=0.0).to(tl.float32)
         d = tl.load(dh + at, mask=mask, other=0.0).to(tl.float32)
-        centred = tl.where(mask, v - tl.sum(v, 0) / D, 0.0)
+        centred = tl.where(in_row, v - tl.sum(v, 0) / D, 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
         n = centred * rstd
-        g = tl.where(mask, d * gain, 0.0)
+        g = tl.where(in_row, d * gain, 0.0)
         dscale += d * n
         dshift += d
         out = rstd * (g - tl.sum(g, 0) / D - n * (tl.sum(g * n, 0) / D))
@@ -76,10 +76,10 @@ def _backward(
             out *= tl.load(gate + mod * gate_stride + col, mask=mask, other=0.0)
             tl.store(dy + at, out.to(dy.dtype.element_ty), mask=mask)
     to = partial + run * KINDS * D + col
-    tl.store(to, dscale, mask=mask)
-    tl.store(to + D, dshift, mask=mask)
+    tl.store(to, dscale, mask=in_row)
+    tl.store(to + D, dshift, mask=in_row)
     if KINDS == 3:
-        tl.store(to + 2 * D, dgate, mask=mask)
+        tl.store(to + 2 * D, dgate, mask=in_row)
 
 
 def _stride(t: Tensor | None) -> int:
@@ -112,8 +112,8 @@ def backward(
     partial = torch.empty(groups * per_mod, kinds, dim, dtype=torch.float32, device=x_out.device)
     with on_device(x_out):
         _backward[(groups * per_mod,)](
-            dx, dy, partial, dh, dx_out, x_out, y, gate, scale, rows // groups, per_mod, length, _stride(gate),
-            _stride(scale), offset, eps, D=dim, BLOCK=block, KINDS=kinds, DX_OUT=dx_out is not None,
+            dx, dy, partial, dh, dx_out, x_out, y, gate, scale, rows // groups, per_mod, _stride(gate),
+            _stride(scale), offset, eps, LENGTH=length, D=dim, BLOCK=block, KINDS=kinds, DX_OUT=dx_out is not None,
             SCALE=scale is not None, num_warps=warps(block),
         )  # fmt: skip
     return partial.view(groups, per_mod, kinds, dim).sum(1)  # torch adds in a fixed order

@@ -65,21 +65,24 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dx, partial, dout, x, weight, frames, rows, cols, tokens, F, H, W, total, length, eps, HEADS: tl.constexpr,
-    PF: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, HB: tl.constexpr, P: tl.constexpr, PER_HEAD: tl.constexpr,
+    dx, partial, dout, x, weight, frames, rows, cols, tokens, F, H, W, total, eps, LENGTH: tl.constexpr,
+    HEADS: tl.constexpr, PF: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, HB: tl.constexpr, P: tl.constexpr,
+    PER_HEAD: tl.constexpr,
 ):  # fmt: skip
     HEAD: tl.constexpr = 2 * (PF + PH + PW)
     run = tl.program_id(0).to(tl.int64)
     head, pair = tl.arange(0, HB)[:, None], tl.arange(0, P)[None, :]
-    mask = (head < HEADS) & (pair < HEAD // 2)
+    in_row = (head < HEADS) & (pair < HEAD // 2)
     col = head * HEAD + 2 * pair
     wide = 2 * pair + head * 0 if PER_HEAD else col
-    wa = tl.load(weight + wide, mask=mask, other=0.0)
-    wb = tl.load(weight + wide + 1, mask=mask, other=0.0)
+    wa = tl.load(weight + wide, mask=in_row, other=0.0)
+    wb = tl.load(weight + wide + 1, mask=in_row, other=0.0)
     sum_a = tl.zeros([HB, P], tl.float32)
     sum_b = tl.zeros([HB, P], tl.float32)
-    for row in range(run * length, tl.minimum((run + 1) * length, total)):
-        at = row.to(tl.int64) * HEADS * HEAD + col
+    for i in range(LENGTH):  # rows past the last are masked, and add zeros to the sums
+        row = run * LENGTH + i
+        at = row * HEADS * HEAD + col
+        mask = in_row & (row < total)
         a = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(x + at + 1, mask=mask, other=0.0).to(tl.float32)
         da = tl.load(dout + at, mask=mask, other=0.0).to(tl.float32)
@@ -100,8 +103,8 @@ def _backward(
         mean = _mean(da * a + db * b, HEAD, HEADS, PER_HEAD)
         tl.store(dx + at, (rstd * (da - a * mean)).to(dx.dtype.element_ty), mask=mask)
         tl.store(dx + at + 1, (rstd * (db - b * mean)).to(dx.dtype.element_ty), mask=mask)
-    tl.store(partial + run * HEADS * HEAD + col, sum_a, mask=mask)
-    tl.store(partial + run * HEADS * HEAD + col + 1, sum_b, mask=mask)
+    tl.store(partial + run * HEADS * HEAD + col, sum_a, mask=in_row)
+    tl.store(partial + run * HEADS * HEAD + col + 1, sum_b, mask=in_row)
 
 
 def _shape(x: Tensor, weight: Tensor, rope: list[Tensor]) -> dict:
@@ -131,6 +134,6 @@ def backward(
     partial = torch.empty(2, runs, dim, dtype=torch.float32, device=x[0].device)
     with on_device(x[0]):
         for i, tensors in enumerate(zip(dx, partial, dout, x, weight)):
-            sizes = tokens, *map(len, rope), batch * tokens, length
-            _backward[(runs,)](*tensors, *rope, *sizes, eps, **_shape(x[i], weight[i], rope))
+            sizes = tokens, *map(len, rope), batch * tokens
+            _backward[(runs,)](*tensors, *rope, *sizes, eps, LENGTH=length, **_shape(x[i], weight[i], rope))
     return partial.sum(1)  # torch adds in a fixed order
