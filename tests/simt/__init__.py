@@ -84,3 +84,9 @@ def convert(x: Tensor, half: Tensor, bfloat16: Tensor) -> None:
     """x through the shim's half and bfloat16 and back, into two float32 tensors."""
     pointers = (ctypes.c_void_p(t.data_ptr()) for t in (x, half, bfloat16))
     ctypes.CDLL(path()).simt_convert(*pointers, ctypes.c_int64(x.numel()))
+
+
+def selftest(kind: int, salt: float, out: Tensor) -> int:
+    """Launches one of the kernels of selftest.cpp; the cudaError."""
+    pointer = ctypes.c_void_p(out.data_ptr())
+    return ctypes.CDLL(path()).simt_selftest(ctypes.c_int(kind), ctypes.c_float(salt), pointer)

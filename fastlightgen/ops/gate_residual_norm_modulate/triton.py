@@ -45,7 +45,8 @@ def _forward(
 @triton.jit
 def _backward(
     dx, dy, partial, dh, dx_out, x_out, y, gate, scale, rows_per_mod, per_mod, gate_stride, scale_stride, offset,
-    eps, LENGTH: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, DX_OUT: tl.constexpr, SCALE: tl.constexpr,
+    eps, LENGTH: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, DX_OUT: tl.constexpr,
+    SCALE: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0).to(tl.int64)
     mod = run // per_mod
