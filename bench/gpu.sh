@@ -9,7 +9,7 @@ export PYTHONPATH=$PWD FLG_BUILD_CUDA=1
 $PY setup.py -q build_ext --inplace >build.log 2>&1 || { tail -n 20 build.log; exit 1; }
 rm -f build.log
 $PY -m fastlightgen.ops
-$PY -m pytest tests/ops -q -o addopts= -p no:cacheprovider
+$PY -m pytest tests/ops -q -m 'not slow' -o addopts= -p no:cacheprovider
 
 gpu=$($PY -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower())')
 mkdir -p bench/results

@@ -1,17 +1,24 @@
 // fastlightgen._C: registration only. Without nvcc the module is built all the same and says so.
 #include <pybind11/pybind11.h>
 
+#include "flg/error.h"
+
 namespace py = pybind11;
 
 #ifdef FLG_CUDA_ARCHS
-void bind_norm_modulate(py::module_& m);
+void bind_dmd_gradient(py::module_& m);
+void bind_gate_residual_norm_modulate(py::module_& m);
+void bind_qk_norm_rope(py::module_& m);
 #endif
 
 PYBIND11_MODULE(_C, m) {
 #ifdef FLG_CUDA_ARCHS
   m.def("cuda_built", [] { return true; });
   m.def("archs", [] { return FLG_CUDA_ARCHS; });  // e.g. "90a" or "80;90a"
-  bind_norm_modulate(m);
+  m.def("error_string", &flg_error_string);
+  bind_dmd_gradient(m);
+  bind_gate_residual_norm_modulate(m);
+  bind_qk_norm_rope(m);
 #else
   m.def("cuda_built", [] { return false; });
   m.def("archs", [] { return ""; });

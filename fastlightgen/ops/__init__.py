@@ -4,5 +4,14 @@ from fastlightgen.ops.dispatch import describe
 from fastlightgen.ops.dmd_gradient import dmd_gradient
 from fastlightgen.ops.gate_residual_norm_modulate import add_residual, gate_residual_norm_modulate
 from fastlightgen.ops.norm_modulate import norm_modulate
+from fastlightgen.ops.qk_norm_rope import qk_norm_rope, rope_factors
 
-__all__ = ["add_residual", "describe", "dmd_gradient", "gate_residual_norm_modulate", "norm_modulate"]
+__all__ = [
+    "add_residual",
+    "describe",
+    "dmd_gradient",
+    "gate_residual_norm_modulate",
+    "norm_modulate",
+    "qk_norm_rope",
+    "rope_factors",
+]

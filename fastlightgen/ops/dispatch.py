@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -57,6 +58,32 @@ def _why_not(backend: str) -> str:
     if f"{major}{minor}" not in archs:
         return f"built for sm_{'/'.join(archs)}, not sm_{major}{minor}; rebuild with FLG_CUDA_ARCHS={major}{minor}"
     return ""
+
+
+def register(
+    schema: str, compute: Callable, fake: Callable, setup: Callable | None = None, gradient: Callable | None = None
+) -> None:
+    """An operator torch.ops.fastlightgen.<name> for CPU and CUDA; with `gradient`, autograd's formula."""
+    name = schema[: schema.index("(")]
+    LIB.define(schema)
+    for device in ("CPU", "CUDA"):
+        LIB.impl(name, compute, device)
+    torch.library.register_fake(f"fastlightgen::{name}", fake, lib=LIB)
+    if gradient is not None:
+        torch.library.register_autograd(f"fastlightgen::{name}", gradient, setup_context=setup, lib=LIB)
+
+
+def queue(x: torch.Tensor) -> tuple[int, int]:
+    """Device index and current stream of a GPU tensor: where its kernels are enqueued."""
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+
+
+def check(op: str, error: int, x: torch.Tensor) -> None:
+    """Raises on a cudaError that a launcher returned."""
+    if error:
+        words = extension().error_string(error)
+        got = f"{tuple(x.shape)} {x.dtype}"
+        raise RuntimeError(f"{op}: cudaError {error}, {words}, for {got}; set FLG_OPS=reference to go on without it")
 
 
 def interpreted() -> bool:

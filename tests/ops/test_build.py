@@ -1,5 +1,6 @@
 """The compiled part without a GPU: what nvcc says about every kernel, what the extension says about itself."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -14,19 +15,64 @@ KERNELS = sorted((ROOT / "csrc" / "ops").glob("*/*.cu"))
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("source", KERNELS, ids=lambda p: p.stem)
-def test_kernels_compile_without_spills(source: Path, tmp_path: Path):
+def cuobjdump() -> str | None:
+    """The disassembler of the toolkit, or the one that triton brings along."""
+    triton = importlib.util.find_spec("triton")
+    own = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton else None
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin") or (
+        shutil.which("cuobjdump", path=str(own)) if own else None
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=KERNELS, ids=lambda p: p.stem)
+def compiled(request, tmp_path_factory) -> tuple[Path, str]:
+    """The cubin for sm_90a and what ptxas said."""
+    if NVCC is None:
+        pytest.skip("nvcc is not installed")
+    out = tmp_path_factory.mktemp("cubin") / f"{request.param.stem}.cubin"
     command = [NVCC, "-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr"]
     command += ["-gencode=arch=compute_90a,code=sm_90a"]
-    command += [f"-I{ROOT / 'csrc' / 'include'}", "-Xptxas", "-v", "-cubin", "-o", tmp_path / "out.cubin", source]
+    command += [f"-I{ROOT / 'csrc' / 'include'}", "-Xptxas", "-v", "-cubin", "-o", out, request.param]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr)]
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
-    assert registers and len(spills) == 2 * len(registers), done.stderr  # stores and loads of each kernel
-    assert not any(spills), done.stderr
-    assert "C7510" not in done.stderr and "C7508" not in done.stderr, "wgmma was serialised: is NDEBUG set?"
+    return out, done.stderr
+
+
+def test_no_kernel_spills(compiled: tuple[Path, str]):
+    said = compiled[1]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", said)]
+    registers = re.findall(r"Used (\d+) registers", said)
+    assert registers and len(spills) == 2 * len(registers), said  # stores and loads of each kernel
+    assert not any(spills), said
+    assert "C7510" not in said and "C7508" not in said, "wgmma was serialised: is NDEBUG set?"
+
+
+def test_registers_leave_room_for_the_blocks(compiled: tuple[Path, str]):
+    """At the tuned widths in 16 bits an SM holds as many blocks as planned: 20 warps forward, 12 backward."""
+    tuned = r"entry function '(\S*(?:bfloat16|half)NS\S*WidthILi(\d+)ELb1\S*)'.*?Used (\d+) registers"
+    found = re.findall(tuned, compiled[1], re.S)
+    assert found or compiled[0].stem == "dmd_gradient"
+    for name, threads, registers in found:
+        blocks = (384 if "backward" in name else 640) // int(threads)
+        resident = 65536 // (-(-int(registers) // 8) * 8 * 32) // 4 * 4  # warps; registers go out eight by eight
+        assert resident // (int(threads) // 32) >= blocks, f"{name}: {registers} registers"
+
+
+def test_global_memory_is_read_128_bits_at_a_time(compiled: tuple[Path, str]):
+    """Every kernel loads and stores its tensors by 16 bytes; a narrow store would be a vector that was split."""
+    if (tool := cuobjdump()) is None:
+        pytest.skip("cuobjdump is not installed")
+    sass = subprocess.run([tool, "--dump-sass", compiled[0]], capture_output=True, text=True, check=True).stdout
+    functions = re.split(r"Function : ", sass)[1:]
+    assert functions
+    for text in functions:
+        name = text.split()[0]
+        wide = {kind: len(re.findall(rf"{kind}\S*\.128", text)) for kind in ("LDG", "STG")}
+        assert wide["LDG"] and wide["STG"], f"{name}: {wide}"
+        narrow = re.findall(r"STG\.(?!\S*128)\S+", text)
+        scalars = 2 if "dmd_gradient" in name else 0  # a partial sum and the normaliser
+        assert len(narrow) <= scalars, f"{name}: {narrow}"
+        assert not re.findall(r"\b(?:LDL|STL|RED|ATOM)\b", text) or "dmd_gradient" in name, f"{name}: spills or atomics"
 
 
 def test_no_torch_header_in_the_compiled_part():
@@ -44,11 +90,23 @@ def test_the_extension_agrees_with_the_report():
     assert extension.cuda_built() == parts["CUDA kernels"][0] == bool(extension.archs())
 
 
-@pytest.mark.skipif(not dispatch.parts()["CUDA kernels"][0], reason="the CUDA kernels were not built")
-def test_a_launcher_refuses_what_it_cannot_do():
-    """cudaErrorInvalidValue (1) before any CUDA call, so this runs without a GPU: misaligned, odd width, no divisor."""
-    launch = dispatch.extension().norm_modulate
-    good = [64, 64, 64, 64, 0, 16, 1, 16, 16, 1e-6, 0, 0, 0]  # no rows: nothing to do
-    assert launch(*good) == 0
-    for place, value in ((1, 72), (5, 12), (6, 0), (7, 2)):  # x, dim, rows_per_mod, scale_stride
-        assert launch(*[value if i == place else v for i, v in enumerate(good)]) == 1
+def test_a_launcher_refuses_what_it_cannot_do(simt):
+    """cudaErrorInvalidValue (1) before any CUDA call: misaligned, odd width, too wide, no divisor, odd stride."""
+    good = [0, 64, 64, 0, 0, 64, 64, 0, 16, 1, 0, 16, 16, 1.0, 1e-6, 0, 0, 0]  # no rows: nothing to do
+    assert simt.gate_residual_norm_modulate(*good) == 0
+    for place, value in ((2, 72), (8, 12), (8, 5128), (9, 0), (11, 2), (7, -1)):
+        assert simt.gate_residual_norm_modulate(*[value if i == place else v for i, v in enumerate(good)]) == 1
+    assert simt.gate_residual_norm_modulate_runs(8, 12, 1, 0, 0) == -1
+    scalars = [64] * 12
+    assert simt.dmd_gradient(*scalars, 0, 16, 0, 0, 0, 0) == 0
+    assert simt.dmd_gradient(*scalars, 0, 12, 0, 0, 0, 0) == 1 and simt.dmd_gradient(*scalars, 0, 16, 2, 0, 0, 0) == 1
+    tensors, rope = ([64, 64],) * 3, ([64] * 3, [2, 2, 2], [4, 2, 2])
+    assert simt.qk_norm_rope(*tensors, *rope, 0, 8, 32, 16, False, 1e-6, 0, 0, 0) == 0
+    for tokens, dim, head_dim in ((7, 32, 16), (8, 24, 16), (8, 32, 8)):  # a grid of 8; a divisor; the pairs' sum
+        assert simt.qk_norm_rope(*tensors, *rope, 0, tokens, dim, head_dim, False, 1e-6, 0, 0, 0) == 1
+
+
+@pytest.mark.parametrize("name", sorted({p.parent.name for p in KERNELS}))
+def test_the_build_knows_every_operator(name: str):
+    assert name in re.search(r"set\(ops ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())[1].split()
+    assert f"bind_{name}(m);" in (ROOT / "bindings" / "module.cpp").read_text()

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlightgen.ops import dmd_gradient
+from fastlightgen.ops import dispatch, dmd_gradient
+from fastlightgen.ops.dmd_gradient import reference
 
 B = 3
 NAMES = ("x0", "x_t", "v_fake", "v_weak_cond", "v_weak_null", "v_strong_cond")
@@ -117,3 +118,60 @@ def test_no_difference_no_gradient():
     grad, normaliser = dmd_gradient(x_t - t.view(-1, 1, 1, 1, 1) * v, x_t, t, v, v, v, v, 3.5, 0.25)
     assert torch.equal(grad, torch.zeros_like(grad))
     torch.testing.assert_close(normaliser, torch.full((B,), 1e-6))  # x0 is x0_real: only the floor is left
+
+
+TYPES = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float32, torch.bfloat16)]
+
+
+def check_kernel(dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, ...], device: str) -> None:
+    """The operator of the backend in force against float64, twice with equal bits."""
+    tensors, t = case(shape, dtypes[1])
+    tensors |= {name: tensors[name].to(dtypes[0]) for name in ("x0", "x_t")}
+    there = {name: v.to(device) for name, v in tensors.items()}
+    beta1, beta2 = (b.to(device) for b in BETAS["per sample"])
+    grad, normaliser = dmd_gradient(**there, t=t.to(device), beta1=beta1, beta2=beta2)
+    again, _ = dmd_gradient(**there, t=t.to(device), beta1=beta1, beta2=beta2)
+    assert torch.equal(grad, again)
+    want, norm = by_hand(tensors, t, *BETAS["per sample"])
+    own, _ = reference.dmd_gradient(**tensors, t=t, beta1=BETAS["per sample"][0], beta2=BETAS["per sample"][1])
+    yardstick = np.abs(own.double().numpy() - want).max()
+    rounding = (torch.finfo(dtypes[0]).eps / 2 + 8 * torch.finfo(torch.float32).eps) * np.abs(want).max()
+    assert grad.dtype == dtypes[0] and np.abs(grad.double().cpu().numpy() - want).max() <= 2 * yardstick + rounding
+    np.testing.assert_allclose(normaliser.cpu().numpy(), norm, rtol=20 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("dtypes", TYPES, ids=str)
+@pytest.mark.parametrize("shape", [(B, 4, 2, 3, 8), (B, 16, 5, 24, 32), (B, 8)], ids=str)
+def test_cuda_sources(simt, shape, dtypes):
+    """One element per thread, many, and fewer than threads."""
+    check_kernel(dtypes, shape, "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtypes", TYPES, ids=str)
+@pytest.mark.parametrize("shape", [(B, 8), (B, 16, 21, 60, 104)], ids=str)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_gpu(monkeypatch, backend, shape, dtypes):
+    if reason := dispatch._why_not(backend):
+        pytest.skip(reason)
+    monkeypatch.setattr(dispatch, "backend_for", lambda device: backend)
+    check_kernel(dtypes, shape, "cuda")
+
+
+def test_opcheck_and_compile():
+    tensors, t = case((B, 2, 8), torch.float32)
+    betas = [b.float() for b in BETAS["per sample"]]
+    order = ("x0", "x_t", "t", "v_fake", "v_weak_cond", "v_weak_null", "v_strong_cond")
+    args = [(tensors | {"t": t})[name] for name in order] + betas
+    torch.library.opcheck(torch.ops.fastlightgen.dmd_gradient.default, args)
+    torch._dynamo.reset()
+    compiled = torch.compile(dmd_gradient, backend="aot_eager", fullgraph=True)
+    for betas in ((3.5, 0.25), BETAS["per sample"]):
+        want, got = (f(**tensors, t=t, beta1=betas[0], beta2=betas[1]) for f in (dmd_gradient, compiled))
+        assert torch.equal(want[0], got[0]) and torch.equal(want[1], got[1])
+
+
+def test_shapes_that_differ_are_named():
+    tensors, t = case((B, 8), torch.float32)
+    with pytest.raises(ValueError, match=r"v_fake got \(3, 1\) on cpu, wanted x0's \(3, 8\) on cpu"):
+        dmd_gradient(**tensors | {"v_fake": torch.zeros(B, 1)}, t=t, beta1=1.0, beta2=1.0)

@@ -1,5 +1,7 @@
-// Sums over the threads that share a row: one warp, or a whole block.
+// Sums over the threads of a block, in an order that depends on nothing but the shape: the same bits at every run.
 #pragma once
+
+#include <cuda_runtime.h>
 
 namespace flg {
 
@@ -9,20 +11,32 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
-// The sum over kThreads threads, the same bits in each of them. `scratch` is this call's own: a kernel that alternates
-// between two scratch arrays needs only the one barrier inside, because no thread can be two reductions ahead.
-template <int kThreads>
-__device__ __forceinline__ float row_sum(float v, float (&scratch)[kThreads / 32]) {
+// kCount sums over kThreads threads at the price of one barrier, the same bits in each thread. `scratch` is this call's
+// own: a kernel that alternates between two scratch arrays needs only the barrier inside, because no thread can be two
+// sums ahead.
+template <int kThreads, int kCount>
+__device__ __forceinline__ void block_sum(float (&v)[kCount], float (&scratch)[kCount][kThreads / 32]) {
   static_assert(kThreads % 32 == 0, "a row is shared by whole warps");
-  v = warp_sum(v);
-  if constexpr (kThreads > 32) {
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
-    __syncthreads();
-    v = 0.f;
 #pragma unroll
-    for (int w = 0; w < kThreads / 32; ++w) v += scratch[w];
+  for (int i = 0; i < kCount; ++i) v[i] = warp_sum(v[i]);
+  if (threadIdx.x % 32 == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) scratch[i][threadIdx.x / 32] = v[i];
   }
-  return v;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    v[i] = 0.f;
+#pragma unroll
+    for (int w = 0; w < kThreads / 32; ++w) v[i] += scratch[i][w];
+  }
+}
+
+template <int kThreads>
+__device__ __forceinline__ float block_sum(float v, float (&scratch)[1][kThreads / 32]) {
+  float one[1] = {v};
+  block_sum<kThreads, 1>(one, scratch);
+  return one[0];
 }
 
 }  // namespace flg

@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 namespace flg {
 
@@ -23,23 +24,32 @@ __device__ __forceinline__ Packed<T> load(const T* p) {
   return v;
 }
 
-// For rows that are read once: first to leave the cache, so that they do not evict the modulation rows.
+// For rows that are read once: first to leave the cache, so that they do not evict the modulation rows. Zeros where
+// the row has ended (`there` is a constant for the widths that fill their threads).
 template <typename T>
-__device__ __forceinline__ Packed<T> load_once(const T* p) {
+__device__ __forceinline__ Packed<T> load_once(const T* p, bool there) {
   Packed<T> v;
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(v) / sizeof(uint4)); ++i)
-    v.word[i] = __ldcs(reinterpret_cast<const uint4*>(p) + i);
+    v.word[i] = there ? __ldcs(reinterpret_cast<const uint4*>(p) + i) : make_uint4(0, 0, 0, 0);
   return v;
 }
 
-// One modulation row, shared by many rows of x and by every block.
-__device__ __forceinline__ void load_mod(const float* p, float (&v)[kVec]) {
+// Part of a table row that is shared by many rows and by every block.
+__device__ __forceinline__ void load_shared_row(const float* p, float (&v)[kVec]) {
 #pragma unroll
   for (int i = 0; i < kVec / 4; ++i) {
     const float4 q = __ldg(reinterpret_cast<const float4*>(p) + i);
     v[4 * i] = q.x, v[4 * i + 1] = q.y, v[4 * i + 2] = q.z, v[4 * i + 3] = q.w;
   }
+}
+
+// The same pointer, but the compiler cannot know: it reads again instead of keeping the values in registers.
+__device__ __forceinline__ const float* reread(const float* p) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+l"(p));
+#endif
+  return p;
 }
 
 __device__ __forceinline__ float widen(float v) { return v; }
@@ -66,6 +76,12 @@ __device__ __forceinline__ void unpack(const Packed<T>& packed, float (&v)[kVec]
   const T* e = reinterpret_cast<const T*>(&packed);
 #pragma unroll
   for (int i = 0; i < kVec; ++i) v[i] = widen(e[i]);
+}
+
+// To T's precision and back: what a later reader of the stored value will see.
+template <typename T>
+__device__ __forceinline__ float rounded(float v) {
+  return widen(narrow<T>(v));
 }
 
 template <typename T>

@@ -1,5 +1,79 @@
 """The distribution-matching gradient of Stage III: Eq. 8 under the well-guided teacher of Eq. 9."""
 
-from fastlightgen.ops.dmd_gradient.reference import dmd_gradient
+import importlib
+
+import torch
+from torch import Tensor
+
+from fastlightgen.ops import dispatch
+from fastlightgen.ops.dmd_gradient import reference
+from fastlightgen.ops.tables import DTYPES, dense
 
 __all__ = ["dmd_gradient"]
+
+
+def dmd_gradient(
+    x0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    v_fake: Tensor,
+    v_weak_cond: Tensor,
+    v_weak_null: Tensor,
+    v_strong_cond: Tensor,
+    beta1: Tensor | float,
+    beta2: Tensor | float,
+) -> tuple[Tensor, Tensor]:
+    """Eq. 8 with sigma_t = t: grad = (x0_fake - x0_real) / normaliser, to be descended; grad like x0, normaliser [B].
+
+    t and the betas are [B] (betas also numbers), all other tensors [B, ...]. x0_* = x_t - t v_*, so the difference is
+    t (v_real - v_fake); normaliser[b] = mean |x0 - x0_real| + 1e-6 (DMD2). A gradient is taken of neither result.
+    """
+    tensors = (x0, x_t, v_fake, v_weak_cond, v_weak_null, v_strong_cond)
+    names = ("x0", "x_t", "v_fake", "v_weak_cond", "v_weak_null", "v_strong_cond")
+    for name, tensor in zip(names, tensors):
+        if tensor.shape != x0.shape or tensor.device != x0.device:
+            got, wanted = (f"{tuple(v.shape)} on {v.device}" for v in (tensor, x0))
+            raise ValueError(f"dmd_gradient: {name} got {got}, wanted x0's {wanted}; make them equal")
+    eager = not torch.compiler.is_compiling() and dispatch.backend_for(x0.device.type) == "reference"
+    if eager or (torch.is_grad_enabled() and any(v.requires_grad for v in tensors)):
+        return reference.dmd_gradient(x0, x_t, t, v_fake, v_weak_cond, v_weak_null, v_strong_cond, beta1, beta2)
+    t, beta1, beta2 = (_per_sample(v, x0) for v in (t, beta1, beta2))
+    return torch.ops.fastlightgen.dmd_gradient(
+        x0, x_t, t, v_fake, v_weak_cond, v_weak_null, v_strong_cond, beta1, beta2
+    )
+
+
+def _per_sample(value: Tensor | float, x0: Tensor) -> Tensor:
+    wide = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    return torch.as_tensor(value, dtype=wide, device=x0.device).expand(len(x0))
+
+
+def _compute(
+    x0: Tensor, x_t: Tensor, t: Tensor, v_fake: Tensor, v_weak_cond: Tensor, v_weak_null: Tensor,
+    v_strong_cond: Tensor, beta1: Tensor, beta2: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A kernel, or the reference for what kernels do not take (float64, samples that are no multiple of 8)."""
+    backend = dispatch.backend_for(x0.device.type)
+    v = [v_fake, v_weak_cond, v_weak_null, v_strong_cond]
+    same = x0.dtype == x_t.dtype and all(p.dtype == v[0].dtype for p in v) and x0.dtype in (v[0].dtype, torch.float32)
+    takes = same and {x0.dtype, v[0].dtype} <= set(DTYPES) and x0.numel() > 0 and x0[0].numel() % 8 == 0
+    if backend == "reference" or not takes:
+        grad, normaliser = reference.dmd_gradient(x0, x_t, t, *v, beta1, beta2)
+        return grad.contiguous(), normaliser
+    grad = torch.empty_like(x0, memory_format=torch.contiguous_format)
+    normaliser = torch.empty(len(x0), dtype=torch.float32, device=x0.device)
+    kernels = importlib.import_module(f"{__name__}.{backend}")
+    scalars = [s.contiguous() for s in (t, beta1, beta2)]
+    kernels.forward(grad, normaliser, [dense(x0), dense(x_t)], [dense(p) for p in v], scalars)
+    return grad, normaliser
+
+
+def _fake(x0, x_t, t, v_fake, v_weak_cond, v_weak_null, v_strong_cond, beta1, beta2):
+    return x0.new_empty(x0.shape), t.new_empty(len(x0))
+
+
+dispatch.register(
+    "dmd_gradient(Tensor x0, Tensor x_t, Tensor t, Tensor v_fake, Tensor v_weak_cond, Tensor v_weak_null, "
+    "Tensor v_strong_cond, Tensor beta1, Tensor beta2) -> (Tensor, Tensor)",
+    _compute, _fake,
+)  # fmt: skip

@@ -1,5 +1,135 @@
 """The deferred residual: x + gate y of the block that ran last, fused with the norm of whatever runs next."""
 
-from fastlightgen.ops.gate_residual_norm_modulate.reference import add_residual, gate_residual_norm_modulate
+import importlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlightgen.ops import dispatch
+from fastlightgen.ops.gate_residual_norm_modulate import reference
+from fastlightgen.ops.gate_residual_norm_modulate.reference import add_residual
+from fastlightgen.ops.norm_modulate import norm_modulate
+from fastlightgen.ops.tables import align, dense, dense_rows, kernel_takes, tables
 
 __all__ = ["add_residual", "gate_residual_norm_modulate"]
+
+_NAME = "gate_residual_norm_modulate"
+
+
+def gate_residual_norm_modulate(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(x', h): x' = x + gate y, then h = LayerNorm(x') (1 + scale) + shift, or the affine LayerNorm(x') weight + bias.
+
+    x, y [B, ..., D]; gate, scale, shift [B, D], or x's rank with every axis full or 1; weight, bias [D]. Without y
+    nothing is pending and x' is x, without gate it is x + y. The norm sees the rounded x'.
+    """
+    if y is not None and (y.shape != x.shape or y.dtype != x.dtype):
+        got, wanted = f"{tuple(y.shape)} {y.dtype}", f"{tuple(x.shape)} {x.dtype}"
+        raise ValueError(f"{_NAME}: y got {got}, wanted x's {wanted}; cast or reshape it")
+    if (scale is None) != (shift is None) or (scale is not None and weight is not None):
+        raise ValueError(f"{_NAME}: scale and shift come together and without weight and bias; pass one of the pairs")
+    if y is None:
+        affine = scale is None
+        return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps) if affine else norm_modulate(x, scale, shift, eps)
+    if x.is_cpu and not torch.compiler.is_compiling() and dispatch.backend_for("cpu") == "reference":
+        mods = (("gate", gate), ("scale", scale), ("shift", shift))
+        gate, scale, shift = (None if mod is None else align(_NAME, name, mod, x) for name, mod in mods)
+        return reference.gate_residual_norm_modulate(x, y, gate, scale, shift, eps, weight, bias)
+    if scale is not None:
+        gate, scale, shift = tables(_NAME, x, gate=gate, scale=scale, shift=shift)
+    elif gate is not None:  # one weight for all rows: the kernels want it as often as there are gates
+        (gate,) = tables(_NAME, x, gate=gate)
+        weight, bias = (None if w is None else w.expand(gate.shape[0], -1) for w in (weight, bias))
+    if scale is None:
+        scale, shift = (None if w is None else w.reshape(-1, x.shape[-1]).float() for w in (weight, bias))
+    return torch.ops.fastlightgen.gate_residual_norm_modulate(x, y, gate, scale, shift, weight is not None, eps)
+
+
+def _groups(*mods: Tensor | None) -> int:
+    return next((t.shape[0] for t in mods if t is not None), 1)
+
+
+def _forward(
+    x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, affine: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    backend = dispatch.backend_for(x.device.type)
+    if backend == "reference" or not kernel_takes(x):
+        x_out, h = reference.on_tables(x, y, gate, scale, shift, affine, eps)
+        return x_out.reshape(x.shape).contiguous(), h.reshape(x.shape).contiguous()
+    flat, y = dense(x).view(-1, x.shape[-1]), dense(y)
+    x_out, h = torch.empty_like(flat), torch.empty_like(flat)
+    mods = map(dense_rows, (gate, scale, shift))
+    kernels = importlib.import_module(f"{__name__}.{backend}")
+    kernels.forward(x_out, h, flat, y.view_as(flat), *mods, _groups(gate, scale), 0.0 if affine else 1.0, eps)
+    return x_out.view(x.shape), h.view(x.shape)
+
+
+def _backward(
+    dh: Tensor, dx_out: Tensor | None, x_out: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None,
+    affine: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dy, dscale, dshift, dgate; without a gate dy (it is dx) and dgate are empty. Tables as in the forward."""
+    backend = dispatch.backend_for(x_out.device.type)
+    none = x_out.new_empty(0)
+    flat = x_out.reshape(-1, x_out.shape[-1])
+    dh, dx_out, y = (None if t is None else t.reshape(flat.shape) for t in (dh, dx_out, y))
+    if backend == "reference" or not kernel_takes(x_out):
+        dx, dy, *mods = reference.gradient(dh, dx_out, flat, y, gate, scale, affine, eps)
+        dx, dy = (none if t is None else t.reshape(x_out.shape).contiguous() for t in (dx, dy))
+        return dx, dy, *(none.to(mods[0].dtype) if t is None else t.contiguous() for t in mods)
+    flat, dh, dx_out, y = (dense(t) for t in (flat, dh, dx_out, y))
+    gate, scale = dense_rows(gate), dense_rows(scale)
+    dx, dy = torch.empty_like(flat), None if gate is None else torch.empty_like(flat)
+    kernels = importlib.import_module(f"{__name__}.{backend}")
+    mods = (gate, scale, _groups(gate, scale), 0.0 if affine else 1.0, eps)
+    sums = kernels.backward(dx, dy, dh, dx_out, flat, y, *mods)
+    dscale, dshift, *dgate = (s.contiguous() for s in sums.unbind(1))
+    dy = none if dy is None else dy.view(x_out.shape)
+    return dx.view(x_out.shape), dy, dscale, dshift, *(dgate or [none.float()])
+
+
+def _fake(x, y, gate, scale, shift, affine, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _fake_backward(dh, dx_out, x_out, y, gate, scale, affine, eps):
+    wide = torch.float64 if x_out.dtype == torch.float64 else torch.float32
+    table = x_out.new_empty((_groups(gate, scale), x_out.shape[-1]), dtype=wide)
+    none = gate is None
+    dy, dgate = (x_out.new_empty(0), table.new_empty(0)) if none else (x_out.new_empty(x_out.shape), table.clone())
+    return x_out.new_empty(x_out.shape), dy, table, table.clone(), dgate
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    _, y, gate, scale, shift, ctx.affine, ctx.eps = inputs
+    ctx.save_for_backward(output[0], None if gate is None else y, gate, scale)
+    ctx.has_shift = shift is not None
+
+
+def _autograd(ctx, dx_out: Tensor | None, dh: Tensor) -> tuple:
+    x_out, y, gate, scale = ctx.saved_tensors
+    backward = torch.ops.fastlightgen.gate_residual_norm_modulate_backward
+    dx, dy, dscale, dshift, dgate = backward(dh, dx_out, x_out, y, gate, scale, ctx.affine, ctx.eps)
+    dscale, dshift = dscale if scale is not None else None, dshift if ctx.has_shift else None
+    return (dx, dx, None, dscale, dshift, None, None) if gate is None else (dx, dy, dgate, dscale, dshift, None, None)
+
+
+dispatch.register(
+    f"{_NAME}(Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, bool affine, float eps)"
+    " -> (Tensor, Tensor)",
+    _forward, _fake, _setup_context, _autograd,
+)  # fmt: skip
+dispatch.register(
+    f"{_NAME}_backward(Tensor dh, Tensor? dx_out, Tensor x_out, Tensor? y, Tensor? gate, Tensor? scale, bool affine,"
+    " float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward, _fake_backward,
+)  # fmt: skip

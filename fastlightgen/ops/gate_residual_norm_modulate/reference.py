@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlightgen.ops.norm_modulate import norm_modulate
+from fastlightgen.ops.norm_modulate.reference import gradient as norm_gradient
+from fastlightgen.ops.norm_modulate.reference import norm_modulate
 
 
 def add_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -12,7 +13,8 @@ def add_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if gate is None:
         return (x.to(wide) + y.to(wide)).to(x.dtype)
-    return torch.addcmul(x.to(wide), y.to(wide), gate.to(wide)[:, None]).to(x.dtype)
+    gate = gate[:, None] if gate.dim() == 2 else gate
+    return torch.addcmul(x.to(wide), y.to(wide), gate.to(wide)).to(x.dtype)
 
 
 def gate_residual_norm_modulate(
@@ -27,11 +29,45 @@ def gate_residual_norm_modulate(
 ) -> tuple[Tensor, Tensor]:
     """(x', h): x' = x + gate y, then h = LayerNorm(x') (1 + scale) + shift, or the affine LayerNorm(x') weight + bias.
 
-    x, y [B, L, D]; gate, scale, shift [B, D]; without y nothing is pending and x' is x, without gate it is x + y.
-    The norm sees the rounded x'.
+    x, y [B, L, D]; gate, scale, shift [B, D] or [B, L or 1, D]; without y nothing is pending and x' is x, without gate
+    it is x + y. The norm sees the rounded x'.
     """
     if y is not None:
         x = add_residual(x, y, gate)
     if scale is None:
         return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    scale, shift = (m[:, None] if m.dim() == 2 else m for m in (scale, shift))
     return x, norm_modulate(x, scale, shift, eps)
+
+
+def on_tables(
+    x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, affine: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The same for tables [M, D] and any x of M groups of rows; affine: scale and shift are weight and bias."""
+    groups = next((t.shape[0] for t in (gate, scale, shift) if t is not None), 1)
+    x, y = (v.reshape(groups, -1, v.shape[-1]) for v in (x, y))
+    x = add_residual(x, y, gate)
+    if affine or scale is None:
+        one = [None if t is None else t[0].to(x.dtype) for t in (scale, shift)]
+        return x, F.layer_norm(x, x.shape[-1:], *one, eps)
+    return x, norm_modulate(x, scale[:, None], shift[:, None], eps)
+
+
+def gradient(
+    dh: Tensor, dx_out: Tensor | None, x_out: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None,
+    affine: bool, eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dx, dy, dscale, dshift, dgate for tensors [R, D] and tables [M, D]; float32 or better inside, dy without a gate
+    is dx (None). dx = dx' + LayerNorm's gradient, dy = gate dx, dgate = sum over the rows of a table row of dx y."""
+    groups = next((t.shape[0] for t in (gate, scale) if t is not None), 1)
+    gain = torch.zeros(1, x_out.shape[-1], dtype=torch.float32, device=x_out.device) if scale is None else scale
+    gain = gain - 1 if affine and scale is not None else gain  # norm_gradient multiplies by 1 + scale
+    shape = (groups, -1, x_out.shape[-1])
+    dx, dscale, dshift = norm_gradient(dh.reshape(shape), x_out.reshape(shape), gain[:, None], eps)
+    if dx_out is not None:
+        dx = dx + dx_out.reshape(shape)
+    dy = dgate = None
+    if gate is not None:
+        dy = (dx * gate[:, None]).to(x_out.dtype).view_as(x_out)
+        dgate = (dx * y.reshape(shape)).sum(1)
+    return dx.to(x_out.dtype).view_as(x_out), dy, dscale.sum(1), dshift.sum(1), dgate

@@ -1,0 +1,30 @@
+"""The deferred residual with its norm, forward and backward, against its rivals and a copy (see kernels.py)."""
+
+import kernels
+import pytest
+from shapes import CPU_SHAPES, SHAPES
+
+from fastlightgen.ops import gate_residual_norm_modulate
+from fastlightgen.ops.gate_residual_norm_modulate import reference
+
+SIZES = SHAPES if kernels.GPU else CPU_SHAPES
+TENSORS = {"forward": 4, "backward": 6}  # x, y in, x', h out; dh, dx', x', y in, dx, dy out
+
+
+@pytest.mark.parametrize("name", kernels.CONTENDERS)
+@pytest.mark.parametrize("way", TENSORS)
+@pytest.mark.parametrize("shape", SIZES)
+def bench_gate_residual_norm_modulate(benchmark, monkeypatch, shape: str, way: str, name: str):
+    batch, tokens, dim = SIZES[shape]
+
+    def make():
+        mods = {m: kernels.draw(batch, dim, dtype=kernels.torch.float32) for m in ("gate", "scale", "shift")}
+        return {v: kernels.draw(batch, tokens, dim) for v in ("x", "y")} | mods
+
+    moved = TENSORS[way] * batch * tokens * dim * kernels.DTYPE.itemsize
+    calls = None
+    if name != "copy":
+        plain = reference.gate_residual_norm_modulate
+        op, cases = kernels.contender(monkeypatch, name, gate_residual_norm_modulate, plain), kernels.rotate(make)
+        calls = kernels.backward(op, cases) if way == "backward" else [lambda c=c: op(**c) for c in cases]
+    kernels.report(benchmark, f"gate_residual_norm_modulate {way} {shape}", name, calls, moved)

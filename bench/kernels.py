@@ -1,0 +1,97 @@
+"""What the kernel benches share: rotating inputs, GPU clocks, the copy of the same bytes, the contenders.
+
+Read the extra columns of `--benchmark-json`: `us` (median, by GPU events on a GPU, where the host clock sees launches),
+`GB/s`, and `of_copy`, the fraction of the bandwidth that a copy of the same bytes reaches in the same process. Without
+a GPU the shapes are small: it checks the path only.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastlightgen.ops import dispatch
+
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+L2_BYTES = 64 << 20  # inputs rotate through more memory than the cache holds
+CONTENDERS = ["copy", "eager", "torch.compile", "triton", "cuda"]
+
+
+def draw(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def rotate(make: Callable[[], dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Enough copies of the inputs that no call finds its own in the cache."""
+    first = make()
+    size = sum(t.nbytes for t in first.values())
+    return [first] + [make() for _ in range(L2_BYTES // size if GPU else 0)]
+
+
+def times(calls: list[Callable[[], object]], rounds: int = 30) -> float:
+    """Median seconds of one call; `calls` do the same on different memory."""
+    for call in calls[:3]:
+        call()
+    taken = []
+    for i in range(rounds):
+        call = calls[i % len(calls)]
+        if GPU:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            taken.append(start.elapsed_time(end) / 1e3)
+        else:
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+@lru_cache
+def copy_seconds(moved: int) -> float:
+    """A copy that reads and writes `moved` bytes in all."""
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=DEVICE).fill_(1)
+    pairs = [(torch.empty_like(source), source.clone()) for _ in range(1 + (L2_BYTES // moved if GPU else 0))]
+    return times([lambda to=to, of=of: to.copy_(of) for to, of in pairs])
+
+
+def contender(monkeypatch: pytest.MonkeyPatch, name: str, op: Callable, reference: Callable) -> Callable:
+    """The operator on one backend, or torch's own way."""
+    if name == "eager":
+        return reference
+    if name == "torch.compile":
+        return torch.compile(reference)
+    if reason := dispatch._why_not(name):
+        pytest.skip(reason)
+    monkeypatch.setattr(dispatch, "backend_for", lambda device: name)
+    return op
+
+
+def backward(op: Callable, cases: list[dict[str, Tensor]]) -> list[Callable[[], object]]:
+    """Calls that run only the backward pass: every input's gradient, cotangents drawn once."""
+    calls = []
+    for case in cases:
+        inputs = {name: t.requires_grad_() for name, t in case.items()}
+        outputs = op(**inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        seeds = [torch.randn_like(out) for out in outputs]
+        wanted = list(inputs.values())
+        calls.append(lambda o=outputs, w=wanted, s=seeds: torch.autograd.grad(o, w, s, retain_graph=True))
+    return calls
+
+
+def report(benchmark, group: str, name: str, calls: list[Callable[[], object]] | None, moved: int) -> None:
+    """Times the calls (None: the copy itself) and leaves the columns in the record."""
+    benchmark.group = f"{group} {DTYPE}".replace("torch.", "")
+    copied = copy_seconds(moved)
+    seconds = copied if calls is None else times(calls)
+    columns = {"us": seconds * 1e6, "GB/s": moved / seconds / 1e9, "of_copy": copied / seconds, "contender": name}
+    benchmark.extra_info.update(columns)
+    benchmark.pedantic((calls or [lambda: None])[0], rounds=3, iterations=1)

@@ -1,0 +1,205 @@
+// The deferred residual of the block that ran last, then the norm of the one that runs now. Bound by memory: each row
+// is read once, written once, and waits in registers meanwhile. All sums run in a fixed order.
+#pragma once
+
+#include <type_traits>
+
+#include "flg/reduce.cuh"
+#include "flg/row.cuh"
+#include "flg/runs.h"
+#include "gate_residual_norm_modulate.h"
+
+namespace flg {
+
+// Blocks per SM asked of the compiler: about 20 warps forward and 12 backward, each with its next rows in flight.
+template <typename T, typename W>
+constexpr int kForwardBlocks = W::kExact && sizeof(T) == 2 ? 640 / W::kThreads : 1;
+template <typename T, typename W>
+constexpr int kBackwardBlocks = W::kExact && sizeof(T) == 2 ? 384 / W::kThreads : 1;
+// Without room for the next rows in registers they are read when they are needed.
+template <typename T, typename W>
+constexpr bool kPrefetchBackward = W::kExact && sizeof(T) == 2;
+
+template <typename W>
+__device__ __forceinline__ void load_table(const float* row, float offset, const Columns<W>& col,
+                                           float (&v)[kVecs][kVec]) {
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) v[i][j] = 0.f;
+    if (row != nullptr && col.there(i)) load_shared_row(row + col.at(i), v[i]);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) v[i][j] += offset;
+  }
+}
+
+// Vector i of the gain: from registers, or where they are needed for other things from L1 once more.
+template <bool kKept, typename W>
+__device__ __forceinline__ void pick_gain(const float (&kept)[kVecs][kVec], const float* scale, float offset,
+                                          const Columns<W>& col, int i, float (&v)[kVec]) {
+#pragma unroll
+  for (int j = 0; j < kVec; ++j) v[j] = kKept ? kept[i][j] : 0.f;
+  if constexpr (!kKept) {
+    if (scale != nullptr && col.there(i)) load_shared_row(reread(scale) + col.at(i), v);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) v[j] += offset;
+  }
+}
+
+template <typename T, typename W, bool kResidual>
+__global__ void __launch_bounds__(W::kThreads, kForwardBlocks<T, W>)
+    forward_kernel(const flg_gate_residual_norm_modulate_params p, const Runs runs) {
+  __shared__ float scratch[2][1][W::kThreads / 32];
+  const Columns<W> col(p.dim);
+  const float inv_dim = 1.f / static_cast<float>(col.dim);
+  const int64_t run = blockIdx.x, mod = runs.mod(run), last = runs.last(run);
+  int64_t row = runs.first(run);
+
+  float gain[kVecs][kVec], shift[kVecs][kVec], gate[kVecs][kVec];
+  load_table(p.scale ? p.scale + mod * p.scale_stride : nullptr, p.offset, col, gain);
+  load_table(p.shift ? p.shift + mod * p.shift_stride : nullptr, 0.f, col, shift);
+  if constexpr (kResidual) load_table(p.gate ? p.gate + mod * p.gate_stride : nullptr, p.gate ? 0.f : 1.f, col, gate);
+
+  Row<T, W> x, y;
+  x.load(p.x, row, col);
+  if constexpr (kResidual) y.load(p.y, row, col);
+  for (; row < last; ++row) {
+    float v[kVecs][kVec], sum = 0.f, squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      unpack(x.part[i], v[i]);
+      if constexpr (kResidual) {
+        float b[kVec];
+        unpack(y.part[i], b);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) v[i][j] = rounded<T>(v[i][j] + gate[i][j] * b[j]);
+        if (col.there(i)) store(static_cast<T*>(p.x_out) + row * col.dim + col.at(i), v[i]);
+      }
+    }
+    if (row + 1 < last) {  // the next row travels while this one is reduced
+      x.load(p.x, row + 1, col);
+      if constexpr (kResidual) y.load(p.y, row + 1, col);
+    }
+
+    // Mean, then the centred squares: the residual stream has means that E[x^2] - E[x]^2 would lose digits to.
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i)
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) sum += v[i][j];
+    const float mean = block_sum<W::kThreads>(sum, scratch[0]) * inv_dim;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i)
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        v[i][j] = col.there(i) ? v[i][j] - mean : 0.f;
+        squares += v[i][j] * v[i][j];
+      }
+    const float rstd = rsqrtf(block_sum<W::kThreads>(squares, scratch[1]) * inv_dim + p.eps);
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) v[i][j] = v[i][j] * rstd * gain[i][j] + shift[i][j];
+      if (col.there(i)) store(static_cast<T*>(p.h) + row * col.dim + col.at(i), v[i]);
+    }
+  }
+}
+
+// With n = (x' - mean) rstd and g = dh gain: dx = dx' + rstd (g - mean(g) - n mean(g n)), dy = gate dx,
+// dscale = sum dh n, dshift = sum dh, dgate = sum dx y. The statistics are taken again: x' is here anyway.
+template <typename T, typename W, bool kGate>
+__global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
+    backward_kernel(const flg_gate_residual_norm_modulate_backward_params p, const Runs runs) {
+  constexpr bool kPrefetch = kPrefetchBackward<T, W>;
+  constexpr bool kKeepGain = kPrefetch && !(kGate && std::is_same_v<T, __half>);  // would spill there
+  constexpr int kKinds = kGate ? 3 : 2;
+  __shared__ float scratch[2][2][W::kThreads / 32];
+  const Columns<W> col(p.dim);
+  const float inv_dim = 1.f / static_cast<float>(col.dim);
+
+  for (int64_t run = blockIdx.x; run < runs.count; run += gridDim.x) {
+    const int64_t mod = runs.mod(run), last = runs.last(run);
+    const float* scale = p.scale ? p.scale + mod * p.scale_stride : nullptr;
+    const float* gate = kGate ? p.gate + mod * p.gate_stride : nullptr;
+    float kept_gain[kVecs][kVec], total[kKinds][kVecs][kVec] = {};
+    if constexpr (kKeepGain) load_table(scale, p.offset, col, kept_gain);
+
+    int64_t row = runs.first(run);
+    Row<T, W> x, dh, dx_out, y;
+    auto load_first = [&](int64_t r) { x.load(p.x_out, r, col), dh.load(p.dh, r, col); };
+    auto load_second = [&] {
+      if (p.dx_out) dx_out.load(p.dx_out, row, col);
+      if constexpr (kGate) y.load(p.y, row, col);
+    };
+    if constexpr (kPrefetch) load_first(row);
+    for (; row < last; ++row) {
+      // What is needed last travels during the sums of this row; the next x' and dh from its first sum on.
+      if constexpr (kPrefetch) load_second();
+      if constexpr (!kPrefetch) load_first(row);
+      float v[kVecs][kVec], d[kVecs][kVec], sums[2] = {0.f, 0.f};
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) {
+        float gain[kVec];
+        pick_gain<kKeepGain>(kept_gain, scale, p.offset, col, i, gain);
+        unpack(x.part[i], v[i]);
+        unpack(dh.part[i], d[i]);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+          total[1][i][j] += d[i][j];
+          sums[0] += v[i][j];
+          sums[1] += d[i][j] * gain[j];
+        }
+      }
+      if (kPrefetch && row + 1 < last) load_first(row + 1);
+
+      block_sum<W::kThreads>(sums, scratch[0]);
+      const float mean = sums[0] * inv_dim, mean_g = sums[1] * inv_dim;
+      sums[0] = sums[1] = 0.f;
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) {
+        float gain[kVec];
+        pick_gain<kKeepGain>(kept_gain, scale, p.offset, col, i, gain);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+          v[i][j] = col.there(i) ? v[i][j] - mean : 0.f;
+          sums[0] += v[i][j] * v[i][j];
+          sums[1] += d[i][j] * gain[j] * v[i][j];
+        }
+      }
+      block_sum<W::kThreads>(sums, scratch[1]);
+      const float rstd = rsqrtf(sums[0] * inv_dim + p.eps), mean_gn = sums[1] * inv_dim * rstd;
+
+      if constexpr (!kPrefetch) load_second();
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) {
+        float gain[kVec], other[kVec] = {}, b[kVec], by[kVec] = {};
+        pick_gain<kKeepGain>(kept_gain, scale, p.offset, col, i, gain);
+        if (p.dx_out) unpack(dx_out.part[i], other);
+        if constexpr (kGate) {
+          unpack(y.part[i], b);
+          if (col.there(i)) load_shared_row(reread(gate) + col.at(i), by);  // from L1: kept in registers it would spill
+        }
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+          const float n = v[i][j] * rstd;
+          total[0][i][j] += d[i][j] * n;
+          d[i][j] = other[j] + rstd * (d[i][j] * gain[j] - mean_g - n * mean_gn);
+          if constexpr (kGate) {
+            total[2][i][j] += d[i][j] * b[j];
+            b[j] = d[i][j] * by[j];
+          }
+        }
+        if (col.there(i)) {
+          store(static_cast<T*>(p.dx) + row * col.dim + col.at(i), d[i]);
+          if constexpr (kGate) store(static_cast<T*>(p.dy) + row * col.dim + col.at(i), b);
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kKinds; ++k)
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i)
+        if (col.there(i)) store(p.partial + (run * kKinds + k) * col.dim + col.at(i), total[k][i]);
+  }
+}
+
+}  // namespace flg

@@ -1,0 +1,112 @@
+"""RMS norm of q and k and their three-axis rotary embedding: Wan norms whole rows, HunyuanVideo each head."""
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from fastlightgen.ops import dispatch
+from fastlightgen.ops.qk_norm_rope import reference
+from fastlightgen.ops.qk_norm_rope.reference import Rope, rope_factors
+from fastlightgen.ops.tables import dense, kernel_takes
+
+__all__ = ["qk_norm_rope", "rope_factors"]
+
+_NAME = "qk_norm_rope"
+
+
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """q and k [B, L, D], each RMS-normed, times its weight, then turned by `rope` in interleaved pairs of channels.
+
+    A weight [D] norms over all heads together, a weight [head_dim] each head. `rope`: cosine and sine per frame, row
+    and column, [F, pairs, 2], [H, pairs, 2], [W, pairs, 2] (`rope_factors`); their pairs add up to head_dim / 2.
+    The first F H W tokens are the grid's, frame slowest; the tokens after them (text) are normed but not turned.
+    """
+    _check(q, k, q_weight, k_weight, rope)
+    if q.is_cpu and not torch.compiler.is_compiling() and dispatch.backend_for("cpu") == "reference":
+        return reference.qk_norm_rope(q, k, q_weight, k_weight, rope, eps)
+    return torch.ops.fastlightgen.qk_norm_rope(q, k, q_weight, k_weight, *rope, eps)
+
+
+def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope) -> None:
+    if q.dim() != 3 or k.shape != q.shape or k.dtype != q.dtype:
+        got = f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}"
+        raise ValueError(f"{_NAME}: got {got}, wanted two [B, L, D] alike; reshape or cast them")
+    head_dim, tokens = 2 * sum(table.shape[1] for table in rope), len(rope[0]) * len(rope[1]) * len(rope[2])
+    if q.shape[-1] % head_dim or tokens > q.shape[1]:
+        got = f"tables for head_dim {head_dim} and {tokens} tokens, q {tuple(q.shape)}"
+        raise ValueError(f"{_NAME}: rope got {got}, wanted a divisor of D and at most L tokens; build it for this grid")
+    if q_weight.shape != k_weight.shape or q_weight.shape not in ((q.shape[-1],), (head_dim,)):
+        got = f"{tuple(q_weight.shape)} and {tuple(k_weight.shape)}"
+        raise ValueError(f"{_NAME}: weights got {got}, wanted ({q.shape[-1]},) or ({head_dim},) twice; reshape them")
+
+
+def _kernels(q: Tensor, weight: Tensor, head_dim: int):
+    """The module of the backend that computes this, None for the reference."""
+    backend, lanes = dispatch.backend_for(q.device.type), head_dim // 8
+    heads_fit = weight.numel() == q.shape[-1] or (lanes <= 32 and lanes & (lanes - 1) == 0)
+    takes = kernel_takes(q) and head_dim % 8 == 0 and heads_fit
+    return None if backend == "reference" or not takes else importlib.import_module(f"{__name__}.{backend}")
+
+
+def _prepared(tensors: list[Tensor]) -> list[Tensor]:
+    return [dense(t.float()) for t in tensors]
+
+
+def _forward(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, frames: Tensor, rows: Tensor, cols: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    rope = [frames, rows, cols]
+    kernels = _kernels(q, q_weight, 2 * sum(t.shape[1] for t in rope))
+    if kernels is None:
+        return tuple(t.contiguous() for t in reference.qk_norm_rope(q, k, q_weight, k_weight, rope, eps))
+    x = [dense(q), dense(k)]
+    out = [torch.empty_like(t) for t in x]
+    kernels.forward(out, x, _prepared([q_weight, k_weight]), _prepared(rope), eps)
+    return tuple(out)
+
+
+def _backward(
+    dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, frames: Tensor, rows: Tensor,
+    cols: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k and the weights; dq and dk are those of the results."""
+    rope = [frames, rows, cols]
+    kernels = _kernels(q, q_weight, 2 * sum(t.shape[1] for t in rope))
+    if kernels is None:
+        turn = reference.per_token(rope, torch.float64 if q.dtype == torch.float64 else torch.float32)
+        q_grads, k_grads = (reference.gradient(*a, turn, eps) for a in ((dq, q, q_weight), (dk, k, k_weight)))
+        return q_grads[0].contiguous(), k_grads[0].contiguous(), q_grads[1], k_grads[1]
+    x, dout = [dense(q), dense(k)], [dense(dq), dense(dk)]
+    dx = [torch.empty_like(t) for t in x]
+    sums = kernels.backward(dx, dout, x, _prepared([q_weight, k_weight]), _prepared(rope), eps)
+    dw = sums.view(2, -1, q_weight.numel()).sum(1).to(q_weight.dtype)  # over the heads, where they share a weight
+    return *dx, dw[0].clone(), dw[1].clone()
+
+
+def _fake(q, k, q_weight, k_weight, frames, rows, cols, eps):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _fake_backward(dq, dk, q, k, q_weight, k_weight, frames, rows, cols, eps):
+    return tuple(t.new_empty(t.shape) for t in (q, k, q_weight, k_weight))
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx, dq: Tensor, dk: Tensor) -> tuple:
+    grads = torch.ops.fastlightgen.qk_norm_rope_backward(dq, dk, *ctx.saved_tensors, ctx.eps)
+    return *grads, None, None, None, None
+
+
+_TENSORS = "Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor rows, Tensor cols, float eps"
+dispatch.register(f"{_NAME}({_TENSORS}) -> (Tensor, Tensor)", _forward, _fake, _setup_context, _autograd)
+dispatch.register(
+    f"{_NAME}_backward(Tensor dq, Tensor dk, {_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward, _fake_backward,
+)  # fmt: skip

@@ -1,0 +1,43 @@
+"""qk_norm_rope through the compiled kernels, csrc/ops/qk_norm_rope. Lists are [q's, k's]."""
+
+import torch
+from torch import Tensor
+
+from fastlightgen.ops import dispatch
+from fastlightgen.ops.tables import DTYPES
+
+
+def _shape(x: Tensor, weight: Tensor, rope: list[Tensor], eps: float) -> tuple:
+    """What follows the tensors in both launchers, up to the stream."""
+    batch, tokens, dim = x.shape
+    pairs = [table.shape[1] for table in rope]
+    axes = [table.data_ptr() for table in rope], [len(table) for table in rope], pairs
+    per_head = weight.numel() != dim
+    return *axes, batch * tokens, tokens, dim, 2 * sum(pairs), per_head, eps, DTYPES[x.dtype], *dispatch.queue(x)
+
+
+def _pointers(tensors: list[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
+
+
+def forward(out: list[Tensor], x: list[Tensor], weight: list[Tensor], rope: list[Tensor], eps: float) -> None:
+    """out, x [B, L, D] dense; weight float32 [D] or [head_dim]; rope: three float32 tables [size, pairs, 2]."""
+    shape = _shape(x[0], weight[0], rope, eps)
+    error = dispatch.extension().qk_norm_rope(*map(_pointers, (out, x, weight)), *shape)
+    dispatch.check("qk_norm_rope", error, x[0])
+
+
+def backward(
+    dx: list[Tensor], dout: list[Tensor], x: list[Tensor], weight: list[Tensor], rope: list[Tensor], eps: float
+) -> Tensor:
+    """Writes dx; returns the weights' gradients [2, D] per column (for a weight per head: to be summed over heads)."""
+    shape = _shape(x[0], weight[0], rope, eps)
+    batch, tokens, dim = x[0].shape
+    runs = dispatch.extension().qk_norm_rope_runs(batch * tokens, dim, DTYPES[x[0].dtype], shape[-2])
+    dispatch.check("qk_norm_rope", max(-runs, 0), x[0])
+    sums, partial = (torch.empty(2, *n, dim, dtype=torch.float32, device=x[0].device) for n in ((), (runs,)))
+    error = dispatch.extension().qk_norm_rope_backward(
+        _pointers(dx), sums.data_ptr(), partial.data_ptr(), *map(_pointers, (dout, x, weight)), *shape
+    )
+    dispatch.check("qk_norm_rope backward", error, x[0])
+    return sums

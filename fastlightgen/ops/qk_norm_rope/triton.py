@@ -1,0 +1,139 @@
+"""qk_norm_rope in Triton, a launch each for q and k. Same signatures as cuda.py.
+
+A row is a block [heads, pairs] of the even and one of the odd channels, so that a rotation needs no exchange.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlightgen.ops.runs import on_device, split, warps
+
+
+@triton.jit
+def _turn(frames, rows, cols, token, H, W, PF: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, P: tl.constexpr):
+    """Cosine and sine [1, P] of a grid token: each pair reads the table of its axis."""
+    pair = tl.arange(0, P)
+    f, h, w = token // (H * W), token // W % H, token % W
+    at_f, at_h, at_w = (f * PF + pair) * 2, (h * PH + pair - PF) * 2, (w * PW + pair - PF - PH) * 2
+    in_f, in_h = pair < PF, (pair >= PF) & (pair < PF + PH)
+    in_w = (pair >= PF + PH) & (pair < PF + PH + PW)
+    cos = tl.load(frames + at_f, mask=in_f, other=0.0) + tl.load(rows + at_h, mask=in_h, other=0.0)
+    sin = tl.load(frames + at_f + 1, mask=in_f, other=0.0) + tl.load(rows + at_h + 1, mask=in_h, other=0.0)
+    cos += tl.load(cols + at_w, mask=in_w, other=0.0)
+    sin += tl.load(cols + at_w + 1, mask=in_w, other=0.0)
+    return cos[None, :], sin[None, :]
+
+
+@triton.jit
+def _mean(v, HEAD: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr):
+    """Over each head, or over the row: [heads, 1] or [1, 1]."""
+    heads = tl.sum(v, 1)[:, None]
+    if PER_HEAD:
+        return heads / HEAD
+    else:
+        return tl.sum(heads, 0)[None, :] / (HEAD * HEADS)
+
+
+@triton.jit
+def _forward(
+    out, x, weight, frames, rows, cols, tokens, F, H, W, eps, HEADS: tl.constexpr, PF: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, HB: tl.constexpr, P: tl.constexpr, PER_HEAD: tl.constexpr,
+):  # fmt: skip
+    HEAD: tl.constexpr = 2 * (PF + PH + PW)
+    row = tl.program_id(0).to(tl.int64)
+    head, pair = tl.arange(0, HB)[:, None], tl.arange(0, P)[None, :]
+    mask = (head < HEADS) & (pair < HEAD // 2)
+    col = head * HEAD + 2 * pair
+    at = row * HEADS * HEAD + col
+    wide = 2 * pair + head * 0 if PER_HEAD else col
+    a = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x + at + 1, mask=mask, other=0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(_mean(a * a + b * b, HEAD, HEADS, PER_HEAD) + eps)
+    a *= rstd * tl.load(weight + wide, mask=mask, other=0.0)
+    b *= rstd * tl.load(weight + wide + 1, mask=mask, other=0.0)
+    token = row % tokens
+    if token < F * H * W:
+        cos, sin = _turn(frames, rows, cols, token, H, W, PF, PH, PW, P)
+        tl.store(out + at, (a * cos - b * sin).to(out.dtype.element_ty), mask=mask)
+        tl.store(out + at + 1, (a * sin + b * cos).to(out.dtype.element_ty), mask=mask)
+    else:
+        tl.store(out + at, a.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + at + 1, b.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward(
+    dx, partial, dout, x, weight, frames, rows, cols, tokens, F, H, W, total, eps, LENGTH: tl.constexpr,
+    HEADS: tl.constexpr, PF: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, HB: tl.constexpr, P: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+):  # fmt: skip
+    HEAD: tl.constexpr = 2 * (PF + PH + PW)
+    run = tl.program_id(0).to(tl.int64)
+    head, pair = tl.arange(0, HB)[:, None], tl.arange(0, P)[None, :]
+    in_row = (head < HEADS) & (pair < HEAD // 2)
+    col = head * HEAD + 2 * pair
+    wide = 2 * pair + head * 0 if PER_HEAD else col
+    wa = tl.load(weight + wide, mask=in_row, other=0.0)
+    wb = tl.load(weight + wide + 1, mask=in_row, other=0.0)
+    sum_a = tl.zeros([HB, P], tl.float32)
+    sum_b = tl.zeros([HB, P], tl.float32)
+    for i in range(LENGTH):  # rows past the last are masked, and add zeros to the sums
+        row = run * LENGTH + i
+        at = row * HEADS * HEAD + col
+        mask = in_row & (row < total)
+        a = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x + at + 1, mask=mask, other=0.0).to(tl.float32)
+        da = tl.load(dout + at, mask=mask, other=0.0).to(tl.float32)
+        db = tl.load(dout + at + 1, mask=mask, other=0.0).to(tl.float32)
+        token = row % tokens
+        if token < F * H * W:
+            cos, sin = _turn(frames, rows, cols, token, H, W, PF, PH, PW, P)
+            back = da * cos + db * sin
+            db = db * cos - da * sin
+            da = back
+        rstd = 1.0 / tl.sqrt(_mean(a * a + b * b, HEAD, HEADS, PER_HEAD) + eps)
+        a *= rstd
+        b *= rstd
+        sum_a += da * a
+        sum_b += db * b
+        da *= wa
+        db *= wb
+        mean = _mean(da * a + db * b, HEAD, HEADS, PER_HEAD)
+        tl.store(dx + at, (rstd * (da - a * mean)).to(dx.dtype.element_ty), mask=mask)
+        tl.store(dx + at + 1, (rstd * (db - b * mean)).to(dx.dtype.element_ty), mask=mask)
+    tl.store(partial + run * HEADS * HEAD + col, sum_a, mask=in_row)
+    tl.store(partial + run * HEADS * HEAD + col + 1, sum_b, mask=in_row)
+
+
+def _shape(x: Tensor, weight: Tensor, rope: list[Tensor]) -> dict:
+    pairs = [table.shape[1] for table in rope]
+    heads = x.shape[-1] // (2 * sum(pairs))
+    blocks = triton.next_power_of_2(heads), triton.next_power_of_2(sum(pairs))
+    return dict(zip(("PF", "PH", "PW"), pairs)) | {
+        "HEADS": heads, "HB": blocks[0], "P": blocks[1], "PER_HEAD": weight.numel() != x.shape[-1],
+        "num_warps": warps(2 * blocks[0] * blocks[1]),
+    }  # fmt: skip
+
+
+def forward(out: list[Tensor], x: list[Tensor], weight: list[Tensor], rope: list[Tensor], eps: float) -> None:
+    """out, x [B, L, D] dense; weight float32 [D] or [head_dim]; rope: three float32 tables [size, pairs, 2]."""
+    batch, tokens, _ = x[0].shape
+    with on_device(x[0]):
+        for o, i, w in zip(out, x, weight):
+            _forward[(batch * tokens,)](o, i, w, *rope, tokens, *map(len, rope), eps, **_shape(i, w, rope))
+
+
+def backward(
+    dx: list[Tensor], dout: list[Tensor], x: list[Tensor], weight: list[Tensor], rope: list[Tensor], eps: float
+) -> Tensor:
+    """Writes dx; returns the weights' gradients [2, D] per column (for a weight per head: to be summed over heads)."""
+    batch, tokens, dim = x[0].shape
+    runs, length = split(batch * tokens, 1, x[0])
+    partial = torch.empty(2, runs, dim, dtype=torch.float32, device=x[0].device)
+    with on_device(x[0]):
+        for i, tensors in enumerate(zip(dx, partial, dout, x, weight)):
+            sizes = tokens, *map(len, rope), batch * tokens
+            _backward[(runs,)](*tensors, *rope, *sizes, eps, LENGTH=length, **_shape(x[i], weight[i], rope))
+    return partial.sum(1)  # torch adds in a fixed order

@@ -1,0 +1,59 @@
+"""What the row-wise operators share: modulation tables, checks, and the form in which kernels take tensors.
+
+A table is [M, D]: row r of an operand with R rows reads the table's row r // (R / M).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # flg_dtype in csrc/include/flg/check.h
+WIDEST = 5120  # csrc/include/flg/widths.h; wider rows are computed by the reference
+
+
+def align(op: str, name: str, mod: Tensor, x: Tensor) -> Tensor:
+    """A view of a modulation with x's rank: [B, D] is one row per sample, any axis may be full or 1."""
+    rank = x.dim()
+    view = mod.view(mod.shape[0], *[1] * (rank - 2), mod.shape[1]) if mod.dim() == 2 < rank else mod
+    if view.dim() != rank or view.shape[-1] != x.shape[-1] or any(m not in (1, n) for m, n in zip(view.shape, x.shape)):
+        got, wanted = tuple(mod.shape), tuple(x.shape)
+        raise ValueError(f"{op}: {name} got {got}, wanted [B, D] or [B, 1, D], x {wanted}; reshape it")
+    return view
+
+
+def rows(mod: Tensor, x: Tensor) -> tuple[Tensor, int]:
+    """A modulation of x's rank as a table [M, D] of float32 or better, and the rows of x that share a row of it."""
+    lead = list(x.shape[:-1])
+    full = max([0, *(i + 1 for i, n in enumerate(lead) if mod.shape[i] == n != 1)])  # axes that have their own rows
+    table = mod[(..., *[0] * (len(lead) - full), slice(None))].expand(*lead[:full], -1).reshape(-1, x.shape[-1])
+    return table.to(torch.float64 if x.dtype == torch.float64 else torch.float32), math.prod(lead[full:])
+
+
+def tables(op: str, x: Tensor, **mods: Tensor | None) -> list[Tensor | None]:
+    """One table per modulation, all with as many rows; differentiable, so an operator's backward only sees tables."""
+    found = {name: rows(align(op, name, mod, x), x) for name, mod in mods.items() if mod is not None}
+    few = math.gcd(*(count for _, count in found.values()))
+    full = {name: t if count == few else t.repeat_interleave(count // few, 0) for name, (t, count) in found.items()}
+    return [full.get(name) for name in mods]
+
+
+def kernel_takes(x: Tensor) -> bool:
+    return x.dtype in DTYPES and x.shape[-1] % 8 == 0 and x.shape[-1] <= WIDEST and 0 < x.numel() < 2**31 * x.shape[-1]
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """Contiguous and on a 16-byte boundary: the kernels read 16 bytes at a time."""
+    if x is None:
+        return None
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def dense_rows(table: Tensor | None) -> Tensor | None:
+    """A float32 table whose rows are dense and on 16-byte boundaries; the rows may lie apart."""
+    if table is None:
+        return None
+    table = table.float()
+    apart = table.stride(-1) == 1 and table.stride(0) % 4 == 0 and table.data_ptr() % 16 == 0
+    return table if apart else table.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,42 @@
+"""The error rule of every kernel: at most twice the error of torch's own operations in the same dtype."""
+
+import torch
+from torch import Tensor
+
+
+def leaves(case: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Fresh leaves that want gradients, in another dtype where one is given."""
+    return {name: t.detach().to(dtype or t.dtype).clone().requires_grad_() for name, t in case.items()}
+
+
+def results(op, case: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Every output of op(**case) and the gradient of every input, under fixed cotangents rounded to bfloat16."""
+    inputs = leaves(case, dtype)
+    outputs = op(**inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    seeds = []
+    for i, out in enumerate(outputs):
+        seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(i)).bfloat16()
+        seeds.append(seed.to(out.device, out.dtype))
+    grads = torch.autograd.grad(outputs, list(inputs.values()), seeds)
+    return {f"out{i}": out.detach() for i, out in enumerate(outputs)} | {f"d{n}": g for n, g in zip(inputs, grads)}
+
+
+def check(got: dict[str, Tensor], own: dict[str, Tensor], exact: dict[str, Tensor], terms: int) -> None:
+    """got against exact, own (torch in the same dtype) being the yardstick.
+
+    The floor: the one rounding to the result's dtype, and float32's over a sum of `terms` (random walk, factor 4).
+    """
+    assert got.keys() == exact.keys()
+    for name, value in got.items():
+        want = exact[name].double()
+        assert value.isfinite().all(), f"{name}: an element was not written"
+        assert own[name].dtype == value.dtype and own[name].shape == value.shape, name
+        size = float(want.abs().max())
+        floor = size * (torch.finfo(value.dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps * terms**0.5)
+        error, allowed = (float((v.double() - want).abs().max()) for v in (value, own[name]))
+        assert error <= 2 * allowed + floor, f"{name}: error {error:.3g}, torch's own {allowed:.3g}, floor {floor:.3g}"
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)

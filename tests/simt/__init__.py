@@ -1,0 +1,92 @@
+"""The CUDA sources and their bindings, compiled by the host compiler against a shim: kernels that run on this CPU.
+
+`extension()` is what `fastlightgen._C` would be on a machine with a GPU, with ordinary memory in place of the GPU's.
+"""
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+CACHE = ROOT / "build" / "simt"
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
+COMPILER = shutil.which("g++")
+
+
+def _compile(source: Path, flags: list[str], sanitize: bool) -> Path:
+    """One object file, named by everything that went into it, so that nothing is compiled twice."""
+    binding = source.parent.name == "bindings"
+    folders = ("bindings", "csrc") if binding else ("bindings", "csrc", "tests/simt")
+    headers = [p for f in folders for p in sorted((ROOT / f).rglob("*.h" if binding else "*.*h"))]
+    command = [COMPILER, "-O0" if binding else "-O1", "-std=c++17", "-fPIC", "-DNDEBUG", "-Wall", *flags]
+    command += SANITIZE if sanitize and not binding else []
+    parts = [" ".join(map(str, command)).encode(), *(p.read_bytes() for p in [source, *headers])]
+    out = CACHE / f"{source.stem}-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.o"
+    if not out.exists():
+        part = out.with_suffix(f".{os.getpid()}.o")
+        done = subprocess.run([*command, "-x", "c++", "-c", source, "-o", part], capture_output=True, text=True)
+        assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+        part.rename(out)
+    return out
+
+
+def build(sanitize: bool = False) -> Path:
+    """The shared library, from bindings/, csrc/ and the shim."""
+    import pybind11
+
+    CACHE.mkdir(parents=True, exist_ok=True)
+    folders = ["tests/simt/include", "csrc/include", *sorted(p.relative_to(ROOT) for p in ROOT.glob("csrc/ops/*"))]
+    flags = ['-DFLG_CUDA_ARCHS="simt"', "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+    flags += [f"-I{ROOT / f}" for f in folders] + [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    patterns = ("csrc/ops/*/*.cu", "bindings/*.cpp", "csrc/*.cu", "tests/simt/*.cpp")
+    sources = [p for pattern in patterns for p in sorted(ROOT.glob(pattern))]
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda source: _compile(source, flags, sanitize), sources))
+    out = CACHE / f"_C-{hashlib.sha256(''.join(map(str, objects)).encode()).hexdigest()[:16]}.so"
+    if not out.exists():
+        part = out.with_suffix(f".{os.getpid()}.so")
+        link = [COMPILER, "-shared", *(SANITIZE if sanitize else []), "-o", part, *objects]
+        subprocess.run(link, check=True)
+        part.rename(out)
+    return out
+
+
+@lru_cache
+def path() -> str:
+    """The library of this process: FLG_SIMT names the sanitized one."""
+    return os.environ.get("FLG_SIMT") or str(build())
+
+
+@lru_cache
+def extension() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_C", path())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def backwards(on: bool) -> None:
+    """Run threads, warps and blocks in the opposite order from now on."""
+    ctypes.CDLL(path()).simt_backwards(int(on))
+
+
+def convert(x: Tensor, half: Tensor, bfloat16: Tensor) -> None:
+    """x through the shim's half and bfloat16 and back, into two float32 tensors."""
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (x, half, bfloat16))
+    ctypes.CDLL(path()).simt_convert(*pointers, ctypes.c_int64(x.numel()))
+
+
+def selftest(kind: int, salt: float, out: Tensor) -> int:
+    """Launches one of the kernels of selftest.cpp; the cudaError."""
+    pointer = ctypes.c_void_p(out.data_ptr())
+    return ctypes.CDLL(path()).simt_selftest(ctypes.c_int(kind), ctypes.c_float(salt), pointer)

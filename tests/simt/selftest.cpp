@@ -1,0 +1,25 @@
+// Kernels that are wrong on purpose, and their right twin: what the shim has to notice.
+#include <cuda_runtime.h>
+
+namespace {
+
+constexpr int kThreads = 64;
+enum Kind { kRight, kNoBarrier, kHalfAtBarrier, kHalfAtShuffle };
+
+__global__ void neighbour_kernel(int kind, float salt, float* out) {
+  __shared__ float shared[kThreads];
+  const int me = static_cast<int>(threadIdx.x);
+  shared[me] = salt + static_cast<float>(me);
+  if (kind == kRight || (kind == kHalfAtBarrier && me < 32)) __syncthreads();
+  if (kind == kHalfAtShuffle && me < 16) out[me] = __shfl_xor_sync(0xffffffffu, salt, 1);
+  out[me] = shared[(me + 1) % kThreads];
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) int simt_selftest(int kind, float salt, float* out) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(1);
+  config.blockDim = dim3(kThreads);
+  return cudaLaunchKernelEx(&config, neighbour_kernel, kind, salt, out);
+}
