@@ -15,9 +15,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fastlightgen.config.commands import COMMANDS
 from fastlightgen.config.fields import REQUIRED, ConfigError, check_value, default_of, limits, show
 from fastlightgen.config.files import config_root, flatten, preset, presets, read_yaml, to_yaml
-from fastlightgen.config.schema import COMMANDS, STAGES, Run, StageAll
+from fastlightgen.config.schema import STAGES, Run, StageAll
 
 TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", list[float]: "[number,number]"}
 MODELS = ("model", "teacher", "init", "stage2_model")  # keys that name a model: a preset or a folder

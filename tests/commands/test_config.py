@@ -10,8 +10,9 @@ import yaml
 
 from fastlightgen import config
 from fastlightgen.config import ConfigError, UserError, load
+from fastlightgen.config.commands import COMMANDS
 from fastlightgen.config.files import config_root
-from fastlightgen.config.schema import COMMANDS, STAGES
+from fastlightgen.config.schema import STAGES
 
 S0, S1, S2, S3, ALL = (f"stage={n} run=r".split() for n in (0, 1, 2, 3, "all"))
 EVALUATE = ["model=tiny", "out=e.json"]

@@ -1,0 +1,267 @@
+"""Very small diffusers pipelines with every part a real one has, built offline: `wan_t2v(folder)` and so on.
+
+Weights are random but fixed by a seed; tokenizers are trained on the spot on a few sentences. Running a Wan
+image-to-video pipeline needs ftfy. The fixture `pipeline` (conftest.py) builds each kind once per session.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+SENTENCES = [
+    "a red ball moves right fast then turns back",
+    "a blue square moves down slowly then stops with a green cross",
+    "a yellow cross moves left and a purple ball goes up",
+    "the camera follows a cat that runs over wet sand at sunset, and the waves come in",
+    "A man with short gray hair plays a red electric guitar.",
+]
+TEXT_DIM, IMAGE_DIM, BLOCKS = 32, 8, 4
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": TEXT_DIM,
+    "freq_dim": 16,
+    "ffn_dim": 48,
+    "num_layers": BLOCKS,
+}
+HUNYUAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 10,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_refiner_layers": 1,
+    "text_embed_dim": TEXT_DIM,
+    "pooled_projection_dim": 8,
+    "rope_axes_dim": (2, 4, 4),
+}
+
+
+def seeded(seed: int):
+    """Draw the weights from `seed` and leave the caller's random numbers alone."""
+
+    def wrap(build: Callable) -> Callable:
+        @functools.wraps(build)
+        def run(*args) -> Path:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return build(*args)
+
+        return run
+
+    return wrap
+
+
+@seeded(0)
+def wan_t2v(folder: Path) -> Path:
+    """WanPipeline: UMT5, AutoencoderKLWan, UniPC with shift 3."""
+    from diffusers import WanPipeline, WanTransformer3DModel
+
+    parts = wan_parts()
+    return save(WanPipeline(transformer=WanTransformer3DModel(**WAN), **parts), folder)
+
+
+@seeded(1)
+def wan_i2v(folder: Path) -> Path:
+    """WanImageToVideoPipeline: the same with a CLIP vision encoder and 36 channels."""
+    from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    parts = wan_parts()
+    network = WAN | {"in_channels": 36, "image_dim": IMAGE_DIM, "added_kv_proj_dim": 24}
+    vision = CLIPVisionConfig(
+        hidden_size=IMAGE_DIM,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    pipe = WanImageToVideoPipeline(
+        transformer=WanTransformer3DModel(**network),
+        image_encoder=CLIPVisionModel(vision),
+        image_processor=clip_processor(28),
+        **parts,
+    )
+    return save(pipe, folder)
+
+
+@seeded(2)
+def hunyuan_t2v(folder: Path) -> Path:
+    """HunyuanVideoPipeline: Llama, CLIP text, AutoencoderKLHunyuanVideo, embedded guidance."""
+    from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+    from transformers import LlamaModel
+
+    parts = hunyuan_parts()
+    encoder = LlamaModel(llama_config(parts["tokenizer"]))
+    network = HunyuanVideoTransformer3DModel(in_channels=16, out_channels=16, guidance_embeds=True, **HUNYUAN)
+    return save(HunyuanVideoPipeline(transformer=network, text_encoder=encoder, **parts), folder)
+
+
+@seeded(3)
+def hunyuan_i2v(folder: Path, condition: str = "latent_concat") -> Path:
+    """HunyuanVideoImageToVideoPipeline with Llava; condition: latent_concat (33 channels) or token_replace (16)."""
+    from diffusers import HunyuanVideoImageToVideoPipeline, HunyuanVideoTransformer3DModel
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    parts = hunyuan_parts()
+    tokenizer = parts["tokenizer"]
+    vision = CLIPVisionConfig(  # 24 x 24 patches: the pipeline's 576 image tokens are fixed
+        hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=336, patch_size=14
+    )
+    llava = LlavaConfig(
+        vision_config=vision,
+        text_config=llama_config(tokenizer),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    concat = condition == "latent_concat"
+    network = HunyuanVideoTransformer3DModel(
+        in_channels=33 if concat else 16,
+        out_channels=16,
+        guidance_embeds=not concat,
+        image_condition_type=condition,
+        **HUNYUAN,
+    )
+    pipe = HunyuanVideoImageToVideoPipeline(
+        transformer=network,
+        text_encoder=LlavaForConditionalGeneration(llava),
+        image_processor=clip_processor(336),
+        **parts,
+    )
+    return save(pipe, folder)
+
+
+def hunyuan_i2v_token(folder: Path) -> Path:
+    return hunyuan_i2v(folder, "token_replace")
+
+
+KINDS: dict[str, Callable[[Path], Path]] = {
+    f.__name__: f for f in (wan_t2v, wan_i2v, hunyuan_t2v, hunyuan_i2v, hunyuan_i2v_token)
+}
+
+
+def save(pipe, folder: Path) -> Path:
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def wan_parts() -> dict:
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tokenizer = unigram_tokenizer()
+    text = UMT5Config(
+        vocab_size=len(tokenizer), d_model=TEXT_DIM, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=0
+    )
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": UMT5EncoderModel(text),
+        "vae": AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+        ),
+    }
+
+
+def hunyuan_parts() -> dict:
+    from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    clip_tokenizer = bpe_tokenizer(["<|startoftext|>", "<|endoftext|>"], "<|startoftext|>", "<|endoftext|>")
+    clip = CLIPTextConfig(
+        vocab_size=len(clip_tokenizer),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=clip_tokenizer.bos_token_id,
+        eos_token_id=clip_tokenizer.eos_token_id,
+    )
+    return {
+        "tokenizer": llama_tokenizer(),
+        "tokenizer_2": clip_tokenizer,
+        "text_encoder_2": CLIPTextModel(clip),
+        "vae": AutoencoderKLHunyuanVideo(
+            block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False
+        ),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
+    }
+
+
+def llama_config(tokenizer):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_DIM,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+
+
+def clip_processor(size: int):
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def unigram_tokenizer():
+    """A T5-like tokenizer: pieces with a leading mark, `</s>` at the end, `<pad>` is 0."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def llama_tokenizer():
+    """A Llama-3-like tokenizer: the words of the pipelines' templates are one token each, as in the real one."""
+    special = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>", "<pad>"]
+    return bpe_tokenizer(special, "<|begin_of_text|>", None, pad="<pad>")
+
+
+def bpe_tokenizer(special: list[str], bos: str, eos: str | None, pad: str | None = None):
+    from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    templates = [
+        module.DEFAULT_PROMPT_TEMPLATE["template"]
+        for module in (pipeline_hunyuan_video, pipeline_hunyuan_video_image2video)
+    ]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([*SENTENCES, *templates], trainer)
+    ends = f" {eos}" if eos else ""
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A{ends}", special_tokens=[(t, tokenizer.token_to_id(t)) for t in (bos, eos) if t]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad or eos,
+        additional_special_tokens=special,
+    )
