@@ -77,7 +77,7 @@ def title(net: Network, cfg: Plan) -> list[str]:
 
 def formula(cfg: Plan, b: Budget) -> list[str]:
     peak = getattr(GPU[cfg.gpu], cfg.dtype)
-    source = "given" if cfg.efficiency else "what the paper's 86.4 s per iteration on H100 imply at 480 x 832 x 81"
+    source = "given" if cfg.efficiency else "implied by the paper's 86.4 s per iteration, if at 480x832x81 on H100"
     return [
         "time = operations / (efficiency x peak); GPU-days = time x iterations x GPUs / 86400",
         f"  {b.flops / 1e15:.3f} PFLOP / ({b.efficiency:.4f} x {peak / 1e12:.0f} TFLOP/s) = {b.seconds:.2f} s",
@@ -136,7 +136,7 @@ def table(cfg: Plan) -> tuple[list[str], dict]:
     lines = [
         f"planned, not measured: {cfg.gpus} GPUs, batch {cfg.batch}, {'' if cfg.checkpointing else 'no '}checkpointing;"
         " per GPU the sum in GB, with the changes that make it fit",
-        f"{'model':<28}{'size':<15}{'stage':<7}" + "".join(f"{gpu:<30}" for gpu in GPUS),
+        f"{'model':<28}{'size':<15}{'stage':<7}" + "".join(f"{gpu:<30}" for gpu in GPUS).rstrip(),
     ]
     record: dict = {"rows": [], "measured": False}
     for name in (name for name in presets() if not name.startswith("tiny")):
@@ -156,13 +156,15 @@ SHORT = {"sequence_parallel": "sp", "checkpointing": "ckpt", "fake_mode": "fake"
 
 def cell(net: Network, cfg: Plan) -> dict:
     """What one kind of GPU needs for one stage."""
-    peak, done = budget(net, cfg).peak, ""
+    peak, changes = budget(net, cfg).peak, {}
     for what, after, _ in remedies(net, cfg):
-        words = [w for w in what.split() if not w.startswith("zero") or cfg.zero < 3]
-        done += " " + " ".join(f"{SHORT.get(k, k)}={v}" for k, v in (w.split("=") for w in words))
+        changes |= dict(word.split("=") for word in what.split())
         peak = after.peak
+    if cfg.zero == 3:
+        changes.pop("zero", None)
     fits = peak < GPU[cfg.gpu].memory
-    return {"peak": peak, "fits": fits, "changes": done.strip(), "text": f"{peak / 1e9:.0f}{done}" if fits else "no"}
+    done = "".join(f" {SHORT.get(key, key)}={value}" for key, value in changes.items())
+    return {"peak": peak, "fits": fits, "changes": changes, "text": f"{peak / 1e9:.0f}{done}" if fits else "no"}
 
 
 if __name__ == "__main__":

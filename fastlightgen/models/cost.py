@@ -1,4 +1,4 @@
-"""What a network costs, from its configuration alone: parameters, floating-point operations, tensors kept for a backward.
+"""What a network costs, from its configuration alone: parameters, operations, tensors kept for a backward pass.
 
 A multiply and add of a matrix product counts as two operations, as in torch's FlopCounterMode; norms, activations and
 sums are not counted. Everything is per sample. L image tokens, T text tokens, I tokens of an embedded image, D hidden.
@@ -146,7 +146,9 @@ def wan(cfg: Mapping, latent: tuple[int, int, int], text: int) -> Network:
         attention_out=Saved(hidden, heads * tokens),
         # Of 22 hidden tensors (2 more where image tokens are read) 12 are float32 whatever the compute type: inside
         # the norms and in the residual sum. Then the feed-forward before and after GELU, and rows of statistics.
-        saved=Saved((10 + 2 * bool(image)) * hidden + 2 * tokens * ffn, 12 * hidden + (2 + bool(image)) * heads * tokens),
+        saved=Saved(
+            (10 + 2 * bool(image)) * hidden + 2 * tokens * ffn, 12 * hidden + (2 + bool(image)) * heads * tokens
+        ),
         prompt_saved=Saved(2 * context, 2 * context),
     )
     inputs, outputs = cfg["in_channels"] * patch, cfg["out_channels"] * patch

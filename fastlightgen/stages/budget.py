@@ -69,8 +69,8 @@ def load_network(config: dict, size: str, text_tokens: int) -> Network:
 def paper_efficiency(stage: int) -> float:
     """The share of an H100's peak at which this stage, as planned here, takes the paper's GPU-days.
 
-    64 days x 86400 s / 16 GPUs / 4000 iterations = 86.4 s per iteration, and 16 days / 16 / 1000 the same. The paper does
-    not give its resolution; 480 x 832, 81 frames is an assumption. Stages 0 and 1 take Stage II's share.
+    64 days x 86400 s / 16 GPUs / 4000 iterations = 86.4 s per iteration, and 16 days / 16 / 1000 the same. The
+    paper does not give its resolution; 480 x 832, 81 frames is an assumption. Stages 0 and 1 take Stage II's share.
     """
     stage = 3 if stage == 3 else 2
     net = network(preset(PAPER["model"])["network"], latent_size(*PAPER["size"]))

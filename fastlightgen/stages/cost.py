@@ -1,4 +1,4 @@
-"""What one iteration of each stage runs and holds, by the numbers of blocks: the walks of `prune`, `distill` and `rank`."""
+"""What one iteration of each stage runs and holds: the walks of `teacher`, `rank`, `prune` and `distill`, as costs."""
 
 from dataclasses import dataclass, field, replace
 

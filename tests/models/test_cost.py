@@ -41,7 +41,7 @@ VARIANTS = {
 
 
 def counted(fn) -> int:
-    """Operations that torch counts; it lacks the entries of the attention kernel for CPUs, which are like the others'."""
+    """Operations that torch counts; the entry of the attention kernel for CPUs is missing and like the others'."""
     aten = torch.ops.aten
     kernels = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
