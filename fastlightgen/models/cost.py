@@ -73,6 +73,7 @@ class Network:
     unembed: Work  # once per prediction
     hidden: int  # elements of a hidden state, [tokens, D]
     heads: int
+    saved: Saved  # kept for a backward pass outside the blocks: input, positions, prompt, prediction
     merges: bool  # do predictions with different prompts start from one hidden state?
     latent: tuple[int, int, int]
 
@@ -165,6 +166,10 @@ def wan(cfg: Mapping, latent: tuple[int, int, int], text: int) -> Network:
         unembed=Work(linear(tokens, (dim, outputs))),
         hidden=hidden,
         heads=heads,
+        saved=Saved(
+            tokens * (inputs + outputs) + text * (cfg["text_dim"] + 3 * dim) + image * (4 * (image_dim or 0) + 3 * dim),
+            tokens * cfg["attention_head_dim"],
+        ),
         merges=True,
         latent=latent,
     )
@@ -239,6 +244,7 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int) -> Network:
         unembed=Work(linear(1, (dim, 2 * dim)) + linear(tokens, (dim, outputs))),
         hidden=hidden,
         heads=heads,
+        saved=Saved(tokens * (inputs + outputs) + text * (wide[0] + count * (10 * dim + 8 * dim)), tokens * head),
         merges=False,
         latent=latent,
     )

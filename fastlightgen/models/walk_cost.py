@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastlightgen.models.cost import Network, Saved
+from fastlightgen.models.cost import Network, Saved, Work
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,14 @@ class WalkCost:
         self.wide += saved.wide * times
 
 
-def walk(net: Network, paths: Sequence[Path], checkpointing: bool = False, keep_attention: int = 0) -> WalkCost:
-    """The cost of `net.walk` for these streams; `keep_attention` as in VideoDiT."""
+def walk(
+    net: Network, paths: Sequence[Path], checkpointing: bool = False, keep_attention: int = 0, rank: int = 0
+) -> WalkCost:
+    """The cost of `net.walk` for these streams; `keep_attention` as in VideoDiT.
+
+    With a rank the weights are frozen and low-rank adapters train: the blocks' layers then take the adapters' products
+    as well, make no gradient of their own weights, and what comes before the blocks has no backward pass.
+    """
     cost, states = WalkCost(), set()
     grads = [p.grad for p in paths]
     prompts = [p.prompt for p in paths]
@@ -59,18 +65,30 @@ def walk(net: Network, paths: Sequence[Path], checkpointing: bool = False, keep_
     def grad(members: Sequence[int]) -> bool:
         return any(grads[i] for i in members)
 
-    def add(work, members: Sequence[int]) -> None:
+    def outside(work: Work, members: Sequence[int], after: bool = False) -> None:
         cost.forward += work.forward
-        cost.backward += work.backward * grad(members)
+        if grad(members):
+            cost.backward += work.backward if not rank else work.linear * after
+
+    def inside(work: Work, members: Sequence[int], reads_grad: bool = True) -> float:
+        extra = work.linear * rank * net.blocks[0].widths / net.blocks[0].weights
+        cost.forward += work.forward + extra
+        if grad(members) and not rank:
+            cost.backward += work.backward
+        elif grad(members):
+            cost.backward += work.linear * reads_grad + 2.5 * work.attention + 2 * extra
+        return work.forward + extra
 
     everyone = range(len(paths))
-    add(net.tables, everyone)
+    outside(net.tables, everyone)
+    if grad(everyone):
+        cost.keep(net.saved)
     for members in split(everyone, prompts):
-        add(net.text, members)
+        outside(net.text, members)
     starts = [everyone] if net.merges else split(everyone, prompts)
     groups = [(list(members), object()) for members in starts]  # with a mark for the state that they share
     for members, _ in groups:
-        add(net.embed, members)
+        outside(net.embed, members)
 
     for index, block in enumerate(net.blocks):
         running = [([i for i in g if index in keeps[i]], state) for g, state in groups]
@@ -78,25 +96,22 @@ def walk(net: Network, paths: Sequence[Path], checkpointing: bool = False, keep_
         running, waiting = ([(g, s) for g, s in side if g] for side in (running, waiting))
         if not running:
             continue
-        inside = [i for g, _ in running for i in g]
+        present = [i for g, _ in running for i in g]
         cost.gathers += 1
         cost.gathered += block.params
-        cost.grad_gathers += grad(inside)
-        cost.grad_gathered += block.params * grad(inside)
-        for members in split(inside, prompts):
+        cost.grad_gathers += grad(present)
+        cost.grad_gathered += block.params * grad(present)
+        for members in split(present, prompts):
             if not all(paths[i].kept_text for i in members):
-                add(block.prompt, members)
+                inside(block.prompt, members, reads_grad=False)
             if grad(members):
                 cost.keep(block.prompt_saved)
         for members, state in running:
             parts = split(members, prompts)
-            add(block.shared, members)
-            for part in parts:
-                add(block.private, part)
+            again = inside(block.shared, members) + sum([inside(block.private, part) for part in parts])
             cost.calls += len(parts)
             cost.grad_calls += sum(map(grad, parts))
             if grad(members) and checkpointing:
-                again = block.shared.forward + block.private.forward * len(parts)
                 cost.recompute += again - block.self_attention * (index < keep_attention)
                 if index < keep_attention:
                     cost.keep(block.attention_out)
@@ -108,7 +123,7 @@ def walk(net: Network, paths: Sequence[Path], checkpointing: bool = False, keep_
         cost.forks = max(cost.forks, sum(not grad(g) for g, _ in groups))
     for members, _ in groups:
         for part in split(members, prompts):
-            add(net.unembed, part)
+            outside(net.unembed, part, after=True)
             if grad(part):  # the last norm: its input, its output before the modulation, its output
                 cost.narrow += net.hidden
                 cost.wide += 2 * net.hidden

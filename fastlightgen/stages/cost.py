@@ -1,6 +1,6 @@
 """What one iteration of each stage runs and holds: the walks of `teacher`, `rank`, `prune` and `distill`, as costs."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from fastlightgen.blocks import num_dropped
 from fastlightgen.models.cost import Network
@@ -72,8 +72,8 @@ def teacher(net: Network, cfg) -> StepCost:
     return step
 
 
-def grad_walk(net: Network, paths: list[Path], cfg) -> WalkCost:
-    return walk(net, paths, cfg.checkpointing, cfg.keep_attention if cfg.checkpointing else 0)
+def grad_walk(net: Network, paths: list[Path], cfg, rank: int = 0) -> WalkCost:
+    return walk(net, paths, cfg.checkpointing, cfg.keep_attention, rank)
 
 
 def rank(net: Network, cfg) -> StepCost:
@@ -121,15 +121,18 @@ def distill(net: Network, keep: list[int], cfg) -> StepCost:
     early = (cfg.steps - 1) / 2 if cfg.rollout == "simulate" else 0  # steps before the exit, on the average
 
     step = StepCost(net, updates={"student": generators, "fake": critics})
-    step.trained = {"student": student.params, "fake": net.adapters(cfg.lora_rank) if lora else fake.params}
+    step.trained = {"student": student.params, "fake": fake.params}
     step.frozen = {"teacher": net.params} | ({"original": net.params} if cfg.strong == "original" else {})
+    if lora:  # every block has adapters; those of blocks that the critic skips never train
+        step.trained["fake"] = net.prune(fake_keep or range(len(net.blocks))).adapters(cfg.lora_rank)
+        step.frozen["idle adapters"] = net.adapters(cfg.lora_rank) - step.trained["fake"]
 
     free = walk(student, [Path()])
     weak, strong = [Path(keep=keep), Path(1, keep, kept_text=True)], Path()
     real = [*weak, strong] if cfg.strong == "stage2" else weak
-    fake_free, fake_grad = walk(fake, [Path(keep=fake_keep)]), grad_walk(fake, [Path(keep=fake_keep, grad=True)], cfg)
-    if lora:
-        fake_free, fake_grad = (adapted(c, net, cfg.lora_rank) for c in (fake_free, fake_grad))
+    adapters = cfg.lora_rank if lora else 0
+    fake_free = walk(fake, [Path(keep=fake_keep)], rank=adapters)
+    fake_grad = grad_walk(fake, [Path(keep=fake_keep, grad=True)], cfg, adapters)
     step.passes = [
         Pass("student", free, generators * early + critics * (early + 1)),
         Pass("student", grad_walk(student, [Path(grad=True)], cfg), generators),
@@ -140,17 +143,3 @@ def distill(net: Network, keep: list[int], cfg) -> StepCost:
     if cfg.strong == "original":
         step.passes.append(Pass("original", walk(net, [strong]), generators))
     return step
-
-
-def adapted(cost: WalkCost, net: Network, rank: int) -> WalkCost:
-    """With low-rank adapters on frozen layers: their own products, and no gradient of the frozen weights."""
-    block = net.blocks[0]
-    share = rank * block.widths / block.weights
-    linear = (block.shared + block.private).linear
-    extra = cost.calls * linear * share
-    weights = cost.grad_calls * linear
-    out = replace(cost, forward=cost.forward + extra)
-    if cost.grad_calls:
-        out.backward += 2 * extra - weights
-        out.recompute += extra * bool(cost.recompute)
-    return out
