@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from helpers import batches, config, counted_flops, run_train, small_wan
+from helpers import batches, config, counted_flops, run_train, small_hunyuan, small_wan
 from safetensors.torch import load_file
 
 from fastlightgen.data.source import ShapesSource

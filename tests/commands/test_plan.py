@@ -1,0 +1,185 @@
+"""The plan command: the paper's figures, DeepSpeed's documented bytes by hand, what it says when a run does not fit."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+
+from fastlightgen.config import Plan, main, preset
+from fastlightgen.config.fields import default_of
+from fastlightgen.config.schema import DistillKeys, PruneKeys, RankKeys, TeacherKeys
+from fastlightgen.plan import one, plan
+from fastlightgen.stages.budget import ITERS, budget, load_network, paper_efficiency
+
+PAPER = Plan(offload="optimizer")  # 16 H100, ZeRO-3, AdamW in host memory, batch 1: the other defaults
+P, STUDENT = 16_394_878_784, 16_394_878_784 - 12 * 403_838_464  # parameters of the teacher and of 28 of its 40 blocks
+
+
+def planned(cfg: Plan):
+    return budget(load_network(preset(cfg.model)["network"], cfg.size, cfg.text_tokens), cfg)
+
+
+def run(*words: str) -> None:
+    main(plan, "plan", list(words))
+
+
+def test_the_papers_gpu_days():
+    """64 + 16 GPU-days on 16 GPUs over 4000 + 1000 iterations are 86.4 s per iteration, in both stages."""
+    assert 64 * 86400 / 16 / 4000 == 16 * 86400 / 16 / 1000 == pytest.approx(86.4)
+    shares = {}
+    for stage, days in (("2", 64), ("3", 16)):
+        cfg = replace(PAPER, stage=stage, target="self")
+        b = planned(cfg)
+        assert (b.seconds, b.gpu_days) == (pytest.approx(86.4), pytest.approx(days))
+        shares[stage] = b.efficiency
+        assert 0 < b.efficiency < 1
+        # the same again from the printed numbers alone
+        assert b.flops / (86.4 * 989e12) == pytest.approx(b.efficiency)
+    # Stage II 6.2 PFLOP, Stage III 10.3: one time for both means 7 and 12% of the peak.
+    assert shares == {"2": pytest.approx(0.0717, abs=5e-4), "3": pytest.approx(0.1202, abs=5e-4)}
+
+
+def test_a_given_efficiency_divides_the_time():
+    slow, fast = planned(PAPER), planned(replace(PAPER, efficiency=0.4))
+    assert fast.seconds == pytest.approx(slow.seconds * paper_efficiency(3) / 0.4)
+    assert fast.flops == slow.flops
+
+
+def test_the_papers_stage_3_fits_its_gpus():
+    """Wan I2V-14B, 480p, 16 x 80 GB: with AdamW in host memory as in the paper, and also without."""
+    assert planned(PAPER).peak < 80e9
+    assert planned(replace(PAPER, offload="none")).peak < 80e9
+
+
+def test_zero_as_deepspeed_documents_it():
+    """Per parameter 2 + 4 + 12 bytes; host memory 16 (18 with the weights) times 1.5 over the hosts."""
+    trained, everything = 2 * STUDENT, 2 * STUDENT + P
+    states = ("weights", "gradients", "optimizer states")
+    expected = {
+        ("none", 0): (2 * everything, 4 * trained, 12 * trained),
+        ("none", 1): (2 * everything, 4 * trained, 12 * trained / 16),
+        ("none", 2): (2 * everything, 4 * trained / 16, 12 * trained / 16),
+        ("none", 3): (2 * everything / 16, 4 * trained / 16, 12 * trained / 16),
+        ("optimizer", 3): (2 * everything / 16, 0, 0),
+        ("all", 3): (0, 0, 0),
+    }
+    for (offload, zero), wanted in expected.items():
+        b = planned(Plan(offload=offload, zero=zero))
+        assert [b.gpu[part] for part in states] == [pytest.approx(v) for v in wanted]
+        host = {"none": 0, "optimizer": 16 * trained, "all": 16 * trained + 2 * everything}[offload]
+        assert sum(b.host.values()) == pytest.approx(1.5 * host / 2)
+
+
+def test_traffic_by_hand():
+    """Stage 2 with its literal target: 40 gathers forward, 28 backward; bfloat16; 15 of 16 shares come from others."""
+    cfg = Plan(stage="2", target="self")
+    b, block, outside = planned(cfg), 403_838_464, 241_340_224
+    assert b.gathers == 68
+    assert b.wire["weights"] == pytest.approx(2 * 15 / 16 * (68 * block + 2 * outside))
+    assert b.wire["gradients"] == pytest.approx(2 * 15 / 16 * STUDENT)
+    twice = planned(replace(cfg, accumulation=2))
+    assert twice.wire["weights"] == 2 * b.wire["weights"] and twice.flops == 2 * b.flops
+    assert planned(replace(cfg, gpus=1)).wire == {} and planned(replace(cfg, zero=1)).gathers == 0
+    # four tensors change their split around each attention: 54 forward, 28 again, 28 backward; 7 of 8 shares travel
+    shared = planned(replace(cfg, sequence_parallel=8))
+    hidden = 2 * 32760 * 5120 / 8
+    assert shared.wire["attention"] == pytest.approx(4 * (54 + 28 + 28) * hidden * 7 / 8)
+    assert shared.flops == pytest.approx(b.flops / 8)
+    assert shared.gpu["activations kept"] == pytest.approx(b.gpu["activations kept"] / 8)
+
+
+def test_the_parts_of_the_activations():
+    """28 hidden states of 32760 x 5120 bfloat16 numbers are 9.4 GB; attention outputs as much again for each block."""
+    base, kept = planned(PAPER), planned(replace(PAPER, keep_attention=28))
+    assert 9.4e9 < base.gpu["activations kept"] < 1.4 * 9.4e9
+    outputs = 28 * (32760 * 5120 * 2 + 40 * 32760 * 4)
+    assert kept.gpu["activations kept"] - base.gpu["activations kept"] == pytest.approx(outputs)
+    assert kept.flops < base.flops < planned(replace(PAPER, strong="original")).flops
+    assert planned(replace(PAPER, checkpointing=False)).gpu["activations kept"] > 10 * base.gpu["activations kept"]
+    assert planned(replace(PAPER, batch=2)).gpu["activations kept"] == 2 * base.gpu["activations kept"]
+
+
+def test_the_defaults_are_those_of_the_stages():
+    stages = {f.name: default_of(f) for keys in (RankKeys, PruneKeys, DistillKeys) for f in fields(keys)}
+    stages["critics"] = stages.pop("ratio")
+    assert stages["critics"] == Plan().critics and Plan().ratio == RankKeys().ratio
+    same = ("clips", "timesteps", "memory", "alpha", "target", "kappa_unpruned", "estimator", "p", "steps", "rollout")
+    for name in (*same, "count", "fake_arch", "fake_mode", "lora_rank", "strong"):
+        assert getattr(Plan(), name) == stages[name], name
+    assert {0: TeacherKeys().iters, 2: PruneKeys().iters, 3: DistillKeys().iters} == ITERS
+
+
+def test_what_is_printed_adds_up_and_is_not_called_measured(capsys, tmp_path):
+    run("offload=optimizer", f"out={tmp_path / 'plan.json'}")
+    text, record = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("memory per GPU")) + 1
+    last = next(i for i, line in enumerate(lines) if "sum: bounds the peak" in line)
+    parts = [float(line[30:40]) for line in lines[first:last]]
+    assert sum(parts) == pytest.approx(float(lines[last][30:40]), abs=0.005 * len(parts))
+    assert sum(record["plan"]["gpu"].values()) == pytest.approx(record["plan"]["peak"])
+    assert "planned, not measured" in text and record["measured"] is False and " fits" in lines[last]
+    assert "16.00 GPU-days" in text and list(tmp_path.iterdir()) == [tmp_path / "plan.json"]
+
+
+def test_changes_when_it_does_not_fit():
+    """In order of cost, each on top of those before, until it fits; every line is a plan that can be asked for."""
+    cfg = Plan(stage="3", gpu="a100-80gb", zero=1, gpus=8, batch=2, checkpointing=False)
+    lines, record = one(cfg)
+    changes = record["changes"]
+    assert any("DOES NOT FIT" in line for line in lines)
+    assert [c["change"].split("=")[0] for c in changes][:3] == ["zero", "checkpointing", "batch"]
+    peaks = [record["plan"]["peak"], *(c["peak"] for c in changes)]
+    assert peaks == sorted(peaks, reverse=True) and peaks[-1] < 80e9 < peaks[-2]
+    for change in changes:
+        words = dict(w.split("=") for w in change["change"].split())
+        values = {k: {"true": True, "false": False}.get(v, int(v) if v.isdecimal() else v) for k, v in words.items()}
+        cfg = replace(cfg, **values)
+        assert planned(cfg).peak == change["peak"]
+
+
+def test_a_run_that_cannot_fit_says_so():
+    lines, record = one(Plan(gpu="4090", gpus=1, gpus_per_node=1, size="720x1280x81"))
+    assert lines[-1] == "  still more than 24 GB: more GPUs, a larger GPU, or a smaller size"
+    assert record["plan"]["fits"] is False
+
+
+def test_the_table_agrees_with_single_plans(capsys, tmp_path):
+    run("table=true", "gpus=16", f"out={tmp_path / 'table.json'}")
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert {(r["model"], r["stage"]) for r in rows} >= {("wan2.1-i2v-14b", s) for s in "0123"}
+    assert not any(r["model"].startswith("tiny") for r in rows)
+    row = next(r for r in rows if (r["model"], r["stage"]) == ("wan2.1-i2v-14b", "3"))
+    assert row["gpus"]["h200"]["fits"] and row["gpus"]["h200"]["changes"] == {}
+    assert row["gpus"]["h200"]["peak"] == planned(Plan()).peak
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) + 2
+
+
+def test_a_model_folder_is_planned_from_its_config(tmp_path):
+    config = preset("wan2.1-t2v-1.3b")["network"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "WanTransformer3DModel"}))
+    _, record = one(Plan(model=str(tmp_path), stage="0", gpus=1, gpus_per_node=1))
+    _, same = one(Plan(model="wan2.1-t2v-1.3b", stage="0", gpus=1, gpus_per_node=1))
+    assert record["plan"] == same["plan"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["size=480x832"], "size=480x832: wanted HEIGHTxWIDTHxFRAMES in pixels, for example size=480x832x81"),
+        (["size=480x832x80"], "size: 80 frames; wanted 4 n + 1, for example 81"),
+        (["sequence_parallel=16"], "sequence_parallel=16: does not divide the network's 40 heads; take one of 1, 2"),
+        (["sequence_parallel=3"], "sequence_parallel=3: gpus=16 is not a multiple of it"),
+        (["prefix=30"], "prefix=30: 12 blocks are dropped from there, but the network has 40; wanted at most 28"),
+        (["offload=all", "zero=2"], "offload=all: weights can wait in host memory under zero=3 only, not zero=2"),
+        (["offload=optimizer", "zero=0"], "offload=optimizer: needs sharded optimizer states"),
+        (["engine=local"], "gpus=16: engine=local is one process; use gpus=1"),
+        (["gpu=v100"], "gpu=v100: wanted one of h100-80gb, h200, a100-80gb, 4090"),
+        (["lr=1"], "lr=1: unknown key"),
+    ],
+)
+def test_errors_are_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1

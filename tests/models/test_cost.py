@@ -1,0 +1,360 @@
+"""Planned costs against torch's own counts: parameters on the meta device, FlopCounterMode, tensors that stay alive."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import BLOCKS, KEPT, PRUNED, batches, config, small_wan
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from fastlightgen.config import preset
+from fastlightgen.data.source import Batch
+from fastlightgen.engine.local import LocalEngine
+from fastlightgen.models.base import Stream
+from fastlightgen.models.cost import latent_size, network
+from fastlightgen.models.lora import attach_lora
+from fastlightgen.models.walk_cost import Path, walk
+from fastlightgen.models.weights import build
+from fastlightgen.stages.budget import model_states
+from fastlightgen.stages.cost import distill, prune, rank, teacher
+from fastlightgen.stages.distill import Distill, Networks
+from fastlightgen.stages.prune import Prune
+from fastlightgen.stages.rank import score_sets
+from fastlightgen.stages.teacher import Teacher
+
+WAN = {"patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4}
+WAN |= {"text_dim": 20, "freq_dim": 32, "ffn_dim": 160, "num_layers": 3, "cross_attn_norm": True}
+WAN |= {"image_dim": None, "added_kv_proj_dim": None}
+I2V = WAN | {"in_channels": 9, "image_dim": 8, "added_kv_proj_dim": 64}
+HUNYUAN = {"_class_name": "HunyuanVideoTransformer3DModel", "in_channels": 4, "out_channels": 4, "mlp_ratio": 3.0}
+HUNYUAN |= {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "num_single_layers": 3}
+HUNYUAN |= {"num_refiner_layers": 1, "patch_size": 2, "patch_size_t": 1, "guidance_embeds": True}
+HUNYUAN |= {"text_embed_dim": 24, "pooled_projection_dim": 10, "image_condition_type": None}
+LARGE = HUNYUAN | {"in_channels": 16, "out_channels": 16, "num_attention_heads": 24, "attention_head_dim": 128}
+LARGE |= {"num_layers": 20, "num_single_layers": 40, "num_refiner_layers": 2, "mlp_ratio": 4.0}
+LARGE |= {"text_embed_dim": 4096, "pooled_projection_dim": 768}
+VARIANTS = {
+    "t2v": {},
+    "latent_concat": {"in_channels": 9, "image_condition_type": "latent_concat", "guidance_embeds": False},
+    "token_replace": {"image_condition_type": "token_replace"},
+}
+
+
+def counted(fn) -> int:
+    """Operations that torch counts; the entry of the attention kernel for CPUs is missing and like the others'."""
+    aten = torch.ops.aten
+    kernels = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
+            q, k, v
+        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, out_shape=None, **__: (
+            sdpa_backward_flop_count(g, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
+        fn()
+    return counter.get_total_flops()
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the tensors made inside that something still holds: autograd, a checkpoint, a result."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        old = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)}
+        for tensor in (v for v in tree_leaves(out) if isinstance(v, torch.Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in old:
+                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+    def bytes(self) -> int:
+        return sum(size for ref, size in self.made.values() if not ref.expired())
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.1-i2v-14b", "tiny"])
+def test_parameters_of_the_wan_presets(name):
+    config = preset(name)["network"]
+    with torch.device("meta"):
+        model = build(config | {"num_layers": 2})
+    net = network(config, (3, 4, 4))
+    assert net.blocks[0].params == sum(p.numel() for p in model.blocks[0].parameters())
+    outside = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("blocks."))
+    assert net.outside_params == outside
+    assert net.params == outside + config["num_layers"] * net.blocks[0].params
+    assert net.prune([0, 1]).params == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_parameters_of_hunyuan(changes):
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        fields = {k: v for k, v in (LARGE | changes).items() if k != "_class_name"}
+        fields |= {"num_layers": 1, "num_single_layers": 1}
+        model = diffusers.HunyuanVideoTransformer3DModel(**fields)
+    net = network(LARGE | changes, (3, 4, 4))
+    blocks = model.transformer_blocks[0], model.single_transformer_blocks[0]
+    double, single = (sum(p.numel() for p in block.parameters()) for block in blocks)
+    assert (net.blocks[0].params, net.blocks[-1].params) == (double, single)
+    assert net.outside_params == sum(p.numel() for p in model.parameters()) - double - single
+    if changes == {}:
+        assert net.params == 12_821_012_544  # the released weights
+
+
+@pytest.mark.parametrize("config", [WAN, I2V], ids=["t2v", "i2v"])
+@pytest.mark.parametrize(("checkpointing", "kept"), [(False, 0), (True, 0), (True, 2)])
+def test_operations_of_a_wan_forward_and_backward(config, checkpointing, kept):
+    model = build(config, seed=0)
+    model.checkpointing, model.keep_attention = checkpointing, kept
+    x_t, t, cond, _ = model.example_inputs(2, size=(3, 4, 6))
+    cost = walk(network(config, (3, 4, 6), cond.text.shape[1]), [Path(grad=True)], checkpointing, kept)
+    with torch.no_grad():
+        assert counted(lambda: model(x_t, t, cond)) == 2 * cost.forward
+    # Nothing is approximate: products are the same whatever computes them.
+    assert counted(lambda: model(x_t, t, cond).sum().backward()) == 2 * cost.flops
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_operations_of_a_hunyuan_forward_and_backward(changes):
+    diffusers = pytest.importorskip("diffusers")
+    config = HUNYUAN | changes
+    fields = {k: v for k, v in config.items() if k != "_class_name"} | {"rope_axes_dim": (4, 6, 6)}
+    model = diffusers.HunyuanVideoTransformer3DModel(**fields)
+    x, text = torch.randn(1, config["in_channels"], 3, 4, 6), torch.randn(1, 7, 24)
+    guidance = torch.ones(1) if config["guidance_embeds"] else None
+
+    def run():
+        return model(x, torch.ones(1), text, torch.ones(1, 7), torch.randn(1, 10), guidance).sample
+
+    cost = walk(network(config, (3, 4, 6), 7), [Path(grad=True)])
+    slack = 0 if config["image_condition_type"] != "token_replace" else 0.01  # it embeds the pooled text twice
+    with torch.no_grad():
+        assert counted(run) == pytest.approx(cost.forward, rel=slack)
+    # No gradient reaches the input of the embedding of a pooled text that is computed from data: under 1%.
+    assert counted(lambda: run().sum().backward()) == pytest.approx(cost.flops, rel=0.01)
+
+
+def one_batch():
+    """step -> the same batch, made beforehand: drawing clips takes matrix products too."""
+    batch = batches(2)(0)
+    batch = Batch(
+        batch.x0, batch.cond, replace(batch.null, image=batch.cond.image)
+    )  # one picture for all prompts, as clips have it
+    return lambda step: batch
+
+
+def step_of(stage):
+    """The network that a step's batches belong to."""
+    net = stage.nets.teacher if hasattr(stage, "nets") else stage.net
+    x0, cond = stage.batches(0).x0, stage.batches(0).cond
+    return network(net.config, tuple(x0.shape[2:]), cond.text.shape[1])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["alpha=1", "target=self"],
+        ["alpha=0.5", "target=self"],
+        ["alpha=1", "target=frozen", "kappa_unpruned=0"],
+        ["alpha=1", "target=frozen"],
+        ["alpha=0.5", "target=ema", "checkpointing=true", "keep_attention=2"],
+    ],
+    ids=" ".join,
+)
+def test_operations_and_evaluations_of_a_stage_2_step(words):
+    cfg, net = config(2, *words), small_wan()
+    stage = Prune(cfg, net, PRUNED, one_batch(), lambda: batches(2)(9), {})
+    net.checkpointing, net.keep_attention = cfg.checkpointing, cfg.keep_attention
+    planned = prune(step_of(stage), KEPT, cfg)
+    nets = [net] + [stage.frozen] * (stage.frozen is not None)
+    for n in nets:
+        n.block_calls = n.grad_block_calls = 0
+    assert counted(lambda: stage.loss(0)[0].backward()) == 2 * planned.total("flops")
+    assert sum(n.block_calls for n in nets) == planned.total("calls")
+    assert sum(n.grad_block_calls for n in nets) == planned.total("grad_calls")
+
+
+def distillation(*words: str) -> Distill:
+    cfg = config(3, *words)
+    teacher, student, fake = small_wan().requires_grad_(False), small_wan().prune(KEPT), small_wan().prune(KEPT)
+    original = small_wan(seed=1).requires_grad_(False) if cfg.strong == "original" else None
+    fake_keep, trained = None, fake
+    if cfg.fake_mode == "lora":
+        fake, fake_keep = teacher, KEPT
+        trained = attach_lora(teacher, cfg.lora_rank, torch.Generator())
+    student.checkpointing = fake.checkpointing = cfg.checkpointing
+    nets = Networks(student, teacher, KEPT, fake, fake_keep, trained, cfg.fake_mode == "lora", original)
+    return Distill(cfg, nets, one_batch(), {})
+
+
+class Keys:
+    """A configuration of `train` with the names that the planner adds."""
+
+    def __init__(self, cfg, **more):
+        self.__dict__ = vars(cfg) | more
+
+
+@pytest.mark.parametrize("words", [["strong=stage2"], ["strong=original", "checkpointing=true"]], ids=" ".join)
+def test_operations_of_a_stage_3_iteration(words):
+    stage = distillation("steps=1", "count=generator", "ratio=2", *words)
+    planned = distill(step_of(stage), KEPT, Keys(stage.cfg, critics=2))
+
+    def student():
+        stage.student_loss(0)[0].backward()
+
+    student()  # fills the null prompt's keys and values, which a run computes once
+    ran = counted(student) + 2 * counted(lambda: stage.critic_loss(0)[0].backward())
+    assert ran == 2 * planned.total("flops")
+
+
+def test_operations_of_low_rank_critics():
+    stage = distillation("steps=1", "fake_mode=lora", "lora_rank=2")
+    planned = distill(step_of(stage), KEPT, Keys(stage.cfg, critics=1))
+    adapters = sum(p.numel() for p in stage.nets.fake_trained.parameters())
+    assert planned.trained["fake"] + planned.frozen["idle adapters"] == adapters
+    critic = next(p.cost for p in planned.passes if p.net == "fake" and p.cost.grad_calls)
+    student = next(p.cost for p in planned.passes if p.net == "student" and not p.cost.grad_calls)
+    ran = counted(lambda: stage.critic_loss(0)[0].backward())
+    # The plan gives the first block's input a gradient, which has none: in a network of two blocks 3 of its 14 products
+    # for that, so 3 of some 140 in all; and it spreads the adapters evenly over image and text tokens.
+    assert ran == pytest.approx(2 * (critic.flops + student.flops), rel=0.03)
+
+
+def test_a_rollout_exits_at_every_rung_alike():
+    stage = distillation("steps=2")
+    planned = distill(step_of(stage), KEPT, Keys(stage.cfg, critics=5, count="outer"))
+    seen = set()
+    for step in range(12):
+        stage.nets.student.block_calls = 0
+        stage.critic_loss(step)
+        seen.add(stage.nets.student.block_calls)
+    (rollout,) = [p for p in planned.passes if p.net == "student" and not p.cost.grad_calls]
+    assert seen == {2, 4}
+    assert rollout.times * rollout.cost.calls == 3 + 0.5 * 2 / 5  # each critic step 3, the student's share of 0.5 steps
+
+
+def test_operations_and_evaluations_of_the_sweep():
+    net, cfg = small_wan(), config(1, "batch=2")
+    x_t, t, cond, _ = net.example_inputs(2, size=(2, 4, 4))
+    planned = rank(network(net.config, (2, 4, 4), cond.text.shape[1]), cfg)
+    keeps = [[j for j in range(BLOCKS) if j != i] for i in range(BLOCKS)] + [None]
+    net.block_calls = 0
+    ran = counted(lambda: score_sets(net, [(x_t, t, x_t, cond)], keeps, "elbo", cfg.memory, lambda n: None))
+    assert ran == 2 * planned.total("flops")
+    assert net.block_calls == planned.total("calls") == BLOCKS * (BLOCKS + 1) // 2
+
+
+def test_the_counts_derived_by_hand():
+    """40 blocks, 12 dropped, the first of them 14: what sharing a prefix and one call for all streams come to."""
+    net = network(preset("wan2.1-i2v-14b")["network"], latent_size(480, 832, 81))
+    keep = [i for i in range(40) if not 14 <= i < 26]
+    dual = walk(net, [Path(keep=keep, grad=True), Path()], checkpointing=True)
+    assert (dual.calls, dual.gathers, dual.grad_calls, dual.grad_gathers) == (54, 40, 28, 28)
+    real = walk(net, [Path(keep=keep), Path(1, keep, kept_text=True), Path()])
+    assert (real.calls, real.gathers) == (82, 40)
+    every = walk(net, [Path(keep=[j for j in range(40) if j != i]) for i in range(40)] + [Path()])
+    assert (every.calls, every.gathers) == (820, 40)
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "text", "teraflops"),
+    [
+        ("wan2.1-t2v-1.3b", (480, 832, 81), 512, 9.43),
+        ("wan2.1-t2v-14b", (480, 832, 81), 512, 41.96),
+        ("wan2.1-i2v-14b", (480, 832, 81), 512, 42.16),
+        ("wan2.1-i2v-14b", (720, 1280, 81), 512, 163.5),
+        (LARGE, (720, 1280, 129), 256, 201.1),
+        (LARGE, (544, 960, 129), 256, 71.4),
+    ],
+)
+def test_operations_of_a_block_of_the_large_networks(config, size, text, teraflops):
+    """24 L D^2 + 4 L^2 D and the like, worked out by hand."""
+    config = config if isinstance(config, dict) else preset(config)["network"]
+    net = network(config, latent_size(*size), text)
+    for block in (net.blocks[0], net.blocks[-1]):
+        total = (block.shared + block.private + block.prompt).forward
+        assert total / 1e12 == pytest.approx(teraflops, rel=1e-3)
+
+
+def alive(config: dict, layers: int, dtype, checkpointing: bool, kept: int) -> tuple[int, float]:
+    """Bytes that a forward leaves for its backward, counted and planned."""
+    model = build(config | {"num_layers": layers}, seed=0).to(dtype)
+    model.checkpointing, model.keep_attention = checkpointing, kept
+    x_t, t, cond, _ = model.example_inputs(1, size=(5, 8, 16))
+    x_t, cond = x_t.to(dtype), cond.map(lambda v: v.to(dtype))
+    with Alive() as made:
+        out = model.walk(x_t, t, [Stream(cond, grad=True)])
+        counted = made.bytes()
+    del out
+    net = network(config | {"num_layers": layers}, (5, 8, 16), cond.text.shape[1])
+    cost = walk(net, [Path(grad=True)], checkpointing, kept)
+    return counted, cost.kept_bytes(torch.finfo(dtype).bits // 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("checkpointing", "kept"), [(False, 0), (True, 0), (True, 99)])
+@pytest.mark.parametrize("config", [WAN, I2V], ids=["t2v", "i2v"])
+def test_tensors_kept_for_the_backward_pass(config, checkpointing, kept, dtype):
+    few, many = (alive(config, layers, dtype, checkpointing, kept) for layers in (2, 6))
+    assert many[1] == pytest.approx(many[0], rel=0.1)
+    assert many[1] - few[1] == pytest.approx(many[0] - few[0], rel=0.03)  # per block; the rest is rows of statistics
+
+
+def state_bytes(stage, engine: LocalEngine) -> tuple[int, int, int]:
+    """Weights, the largest gradients, AdamW's two moments, in bytes."""
+    tensors = {id(p): p for role in stage.roles.values() for p in role.net.parameters()}
+    for net in (getattr(stage, "frozen", None), *vars(getattr(stage, "nets", stage)).values()):
+        if isinstance(net, torch.nn.Module):
+            tensors |= {id(p): p for p in net.parameters()}
+    gradients = 0
+    for update in stage.updates(0):
+        update.loss()[0].backward()
+        params = engine.optimizers[update.role].param_groups[0]["params"]
+        gradients = max(gradients, sum(p.grad.nbytes for p in tensors.values() if p.grad is not None))
+        engine.optimizers[update.role].step()
+        for p in params:
+            p.grad = None
+    states = [s for o in engine.optimizers.values() for s in o.state.values()]
+    moments = sum(s[k].nbytes for s in states for k in ("exp_avg", "exp_avg_sq"))
+    return sum(p.nbytes for p in tensors.values()), gradients, moments
+
+
+@pytest.mark.parametrize("case", ["teacher", "prune", "prune still", "distill", "distill lora"])
+def test_model_states_of_the_local_engine_to_the_byte(case):
+    if case == "teacher":
+        stage = Teacher(config(0), small_wan(), batches(2), {})
+        planned = teacher(step_of(stage), stage.cfg)
+    elif case.startswith("prune"):
+        cfg = config(2, *(["kappa_unpruned=0"] if case == "prune still" else []))
+        stage = Prune(cfg, small_wan(), PRUNED, one_batch(), lambda: batches(2)(9), {})
+        planned = prune(step_of(stage), KEPT, cfg)
+    else:
+        stage = distillation(*(["fake_mode=lora"] if case == "distill lora" else []))
+        planned = distill(step_of(stage), KEPT, Keys(stage.cfg, critics=5))
+    engine = LocalEngine(torch.device("cpu"), "float32")
+    engine.prepare(stage)
+    states = model_states(planned, Keys(stage.cfg, engine="local", dtype="float32"))
+    assert tuple(states.values()) == state_bytes(stage, engine)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [((480, 832, 80), "80 frames; wanted 4 n \\+ 1"), ((500, 832, 81), "height is 500; wanted a multiple of 16")],
+)
+def test_sizes_that_cannot_be(size, message):
+    with pytest.raises(ValueError, match=message):
+        latent_size(*size)
+
+
+def test_configurations_that_cannot_be_planned():
+    with pytest.raises(ValueError, match="config.json: ffn_dim is missing; wanted a WanTransformer3DModel"):
+        network({k: v for k, v in WAN.items() if k != "ffn_dim"}, (3, 4, 4))
+    with pytest.raises(ValueError, match="_class_name is 'Flux'; wanted one of WanTransformer3DModel"):
+        network({"_class_name": "Flux"}, (3, 4, 4))
