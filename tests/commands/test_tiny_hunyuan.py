@@ -52,7 +52,7 @@ def test_stock_diffusers_runs_the_student(run):
 
 
 def test_the_student_makes_clips(run, tmp_path):
-    words = [f"model={run / 'stage3/model'}", "prompt=a red circle moves right", "count=2", "threads=1"]
+    words = [f"model={run / 'stage3/model'}", "prompt=a red ball moves right", "count=2", "threads=1"]
     for name in ("a.png", "b.png"):
         main(generate, "generate", [*words, f"out={tmp_path / name}"])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

@@ -14,7 +14,7 @@ from helpers import assert_same, result, run_train, write_inputs
 import fastlightgen
 from fastlightgen.data.source import ShapesSource
 from fastlightgen.engine import checkpoint, loop
-from fastlightgen.models import weights
+from fastlightgen.models import files as model_files
 
 RUNS = {
     "teacher with ema": (0, ["ema=0.9", "warmup=3"]),
@@ -87,7 +87,7 @@ def between_rename_and_pruning(patch, files):  # flush(folder) is what follows t
 
 
 def before_the_result(patch, files):
-    patch.setattr(weights, "save_file", nth_call(1, weights.save_file))
+    patch.setattr(model_files, "save_file", nth_call(1, model_files.save_file))
 
 
 EVERYWHERE = [before_optimizer, after_optimizer, inside_saving, before_the_result]

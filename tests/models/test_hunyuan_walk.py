@@ -100,8 +100,9 @@ def test_gradients_equal_those_of_separate_forwards(kind, flags: tuple[bool, boo
     separate = gradients(model, total([alone(model, x_t, t, cond, keep) for keep in (PRUNED, None)]))
     assert walked.keys() == separate.keys()
     assert ("transformer_blocks.0.attn.to_q.weight" in walked) == flags[1]  # a dropped block gets no gradient
+    scale = max(g.abs().max().item() for g in separate.values())  # a bias of keys has no gradient but rounding
     for name, want in separate.items():
-        torch.testing.assert_close(walked[name], want, rtol=1e-10, atol=1e-10 * want.abs().max().item())
+        torch.testing.assert_close(walked[name], want, rtol=1e-10, atol=1e-12 * scale)
 
 
 @VARIANTS
