@@ -129,9 +129,9 @@ def num_params(subject: Subject) -> int:
 
 
 def shipped_scores(cfg: Evaluate, subject: Subject) -> dict | None:
-    """scores.json of the model folder, if it was measured with this plan."""
+    """scores.json of the model folder, if it was measured with this plan; show=0 asks for nothing but a measurement."""
     path = subject.folder / "scores.json"
-    if not path.is_file() or subject.keep is not None:
+    if not path.is_file() or subject.keep is not None or cfg.show == 0:
         return None
     found = [r for r in read_json(path)["records"] if r["plan"] == subject.plan]
     return found[0] if found else None
