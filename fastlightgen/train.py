@@ -62,6 +62,7 @@ def preview_of(cfg, source, device):
     """What turns held-out prompts into clips during training, or None."""
     import torch
 
+    from fastlightgen.data.pipeline import is_pipeline
     from fastlightgen.data.preview import Preview
     from fastlightgen.data.worlds import BuiltIn, Pipeline
     from fastlightgen.engine.log import say
@@ -70,8 +71,8 @@ def preview_of(cfg, source, device):
         return None
     if source.name == "shapes":
         world = BuiltIn()
-    elif cfg.pipeline:
-        world = Pipeline(Path(cfg.pipeline), device, torch.float32, decode_only=True)
+    elif folder := cfg.pipeline or (cfg.model if is_pipeline(cfg.model) else ""):
+        world = Pipeline(Path(folder), device, torch.float32, decode_only=True)
     else:
         say("no clips are made during training: give pipeline=FOLDER, whose VAE can show those of a cache")
         return None

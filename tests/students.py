@@ -2,7 +2,6 @@
 
 import itertools
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -26,17 +25,6 @@ def stock(folder: Path):
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def no_ftfy(patch) -> None:
-    """Wan's pipelines clean prompts with ftfy, which plain text does not need."""
-    import diffusers
-    from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
-
-    if not diffusers.utils.is_ftfy_available():
-        patch.setattr(diffusers.utils, "is_ftfy_available", lambda: True)
-        for module in (pipeline_wan, pipeline_wan_i2v):
-            patch.setattr(module, "ftfy", SimpleNamespace(fix_text=str), raising=False)
 
 
 def same_noise(patch, noises: list[torch.Tensor]) -> None:

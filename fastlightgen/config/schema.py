@@ -46,7 +46,9 @@ class Run(Checked):
     sample_every: int = field(
         200, "steps between two sets of clips in samples/, and a last one at the end; 0: none", lo=0, numbers=False
     )
-    pipeline: str = field("", "pipeline folder whose VAE shows the clips of a latent cache", numbers=False)
+    pipeline: str = field(
+        "", "pipeline folder whose VAE shows the clips of a cache; empty: model, if it is one", numbers=False
+    )
     overwrite: bool = field(False, "start anew in a run folder that is in use", numbers=False)
     threads: int = field(0, THREADS, lo=0, numbers=False)
     progress: bool = field(True, "show a progress bar", numbers=False)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from students import KEEP, SHIFT, STEPS, make_student, no_ftfy, same_noise, stock
+from students import KEEP, SHIFT, STEPS, make_student, same_noise, stock
 
 from fastlightgen.config import main
 from fastlightgen.data.pipeline import block_map, call_of
@@ -79,7 +79,6 @@ def test_stock_pipeline_samples_what_we_sample(made, monkeypatch, sampler):
 def test_image_to_video(made, monkeypatch):
     from PIL import Image
 
-    no_ftfy(monkeypatch)
     source, model, out = made("wan_i2v")
     pipe = stock(out)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
@@ -173,7 +172,6 @@ def test_lora_of_the_teacher(made, tmp_path, capsys):
     run(f"model={model}", *words)
     assert "lora: 3 blocks renumbered, 1 dropped with the student's" in capsys.readouterr().out
     assert 'weight_name="style.safetensors"' in (tmp_path / "out" / "README.md").read_text()
-    pytest.importorskip("peft")
     pipe, inputs = stock(tmp_path / "out"), load_model(model).example_inputs()
     pipe.load_lora_weights(tmp_path / "out" / "lora", weight_name="style.safetensors")
     wanted = load_model(source / "transformer")
@@ -187,9 +185,6 @@ def test_lora_of_the_teacher(made, tmp_path, capsys):
 
 
 def test_original_format_goes_beside(made, tmp_path):
-    weights = pytest.importorskip("fastlightgen.models.weights")
-    if not hasattr(weights, "save_original"):
-        pytest.skip("this version does not write the original format")
     source, model, _ = made("wan_t2v")
     run(f"model={model}", f"pipeline={source}", f"out={tmp_path / 'out'}", "original=true", "dtype=float32")
     a, b = load_model(model), load_model(tmp_path / "out" / "original")
@@ -252,7 +247,6 @@ def test_a_wrong_export_is_not_left_behind(made, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("kind", ["hunyuan_t2v", "hunyuan_i2v", "hunyuan_i2v_token"])
 def test_hunyuan(made, tmp_path, kind, capsys):
     """Two lists of blocks renumbered, the plain scheduler, a LoRA of both lists."""
-    pytest.importorskip("fastlightgen.models.hunyuan")
     source, model, out = made(kind)
     network = stock(out).transformer
     assert (len(network.transformer_blocks), len(network.single_transformer_blocks)) == (1, 2)

@@ -46,6 +46,14 @@ def test_golden_wan():
 
 
 @torch.no_grad()
+def test_golden_hunyuan():
+    model, io = load_model(GOLDEN / "hunyuan"), load_file(GOLDEN / "hunyuan" / "io.safetensors")
+    lengths = io["text_mask"].sum(1).long()
+    cond = Cond(io["text"], text_len=lengths, pooled=io["pooled"], guidance=io["guidance"])
+    torch.testing.assert_close(model(io["x"], io["t"], cond), io["out"], rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
 def test_golden_hunyuan_in_diffusers_class():
     stock = pytest.importorskip("diffusers").HunyuanVideoTransformer3DModel
     folder = GOLDEN / "hunyuan"
