@@ -82,7 +82,7 @@ def preview_of(cfg, source, device):
 def rank_blocks(cfg, source, device, folder) -> None:
     """Stage I writes importance.json and its picture."""
     from fastlightgen.engine.log import bar, say
-    from fastlightgen.report import plot_importance
+    from fastlightgen.metrics.importance import plot_importance
     from fastlightgen.stages import build
     from fastlightgen.stages.rank import rank
 

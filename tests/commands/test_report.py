@@ -12,9 +12,10 @@ import yaml
 from PIL import Image
 from safetensors.numpy import save_file
 
-from fastlightgen import config, report
+from fastlightgen import config
 from fastlightgen.config import UserError
-from fastlightgen.report import best, plot_importance, write_report
+from fastlightgen.metrics.importance import is_log, plot_importance
+from fastlightgen.report import best, write_report
 
 HOSTILE = """</script><img src=x onerror="alert('1')">&"""
 RANKING = {
@@ -203,4 +204,4 @@ def test_plot_importance(tmp_path):
     assert pixels.shape == (450, 1000, 3)
     kept, dropped = ((np.abs(pixels - c).max(-1) < 8).sum() for c in ((0x2F, 0x6F, 0xED), (0xE8, 0x83, 0x3A)))
     assert kept > dropped > 500
-    assert report.is_log(RANKING) and not report.is_log(RANKING | {"baseline_score": 0.0})
+    assert is_log(RANKING) and not is_log(RANKING | {"baseline_score": 0.0})
