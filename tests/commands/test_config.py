@@ -1,18 +1,13 @@
 """The command line: what is refused, in which words, and what its accepted neighbour means."""
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from fastlightgen import config
 from fastlightgen.config import ConfigError, UserError, load
-from fastlightgen.config.commands import COMMANDS
-from fastlightgen.config.files import config_root
-from fastlightgen.config.schema import STAGES
 
 S0, S1, S2, S3, ALL = (f"stage={n} run=r".split() for n in (0, 1, 2, 3, "all"))
 EVALUATE = ["model=tiny", "out=e.json"]
@@ -158,176 +153,6 @@ def test_file_that_is_not_text(tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="is not text"):
         load([*S2, f"config={tmp_path / 'c.yaml'}"])
-
-
-def test_precedence(tmp_path):
-    """Defaults < configs/stageN.yaml < the preset's section < config=FILE < the command line."""
-    preset = config.preset("tiny")["stage2"]
-    assert (preset["iters"], preset["shift"]) != (config.Stage2.iters, config.Stage2.shift)
-    cfg = load(S2)
-    assert {k: getattr(cfg, k) for k in preset} == preset
-    assert cfg.guard_every == config.Stage2.guard_every  # in no file
-    file = tmp_path / "c.yaml"
-    file.write_text("iters: 77\nshift: 2\n")
-    cfg = load([*S2, f"config={file}", "shift=9"])
-    assert (cfg.iters, cfg.shift, cfg.batch) == (77, 9.0, preset["batch"])
-    # another network: the paper's settings, as is a folder's
-    for model in ("wan2.1-t2v-14b", "tests"):
-        cfg = load([*S2, f"model={model}"])
-        assert (cfg.alpha, cfg.lr, cfg.iters, cfg.batch, cfg.shift) == (1.0, 1e-5, 4000, 1, 5.0)
-    # the file may name the preset, whose settings it still overrides
-    file.write_text("model: wan2.1-i2v-14b\nstage: 3\nlr: 1\nrun: r\n")
-    cfg = load([f"config={file}"])
-    assert (cfg.stage, cfg.beta1, cfg.beta2, cfg.shift, cfg.lr) == ("3", 3.5, 0.25, 3.0, 1.0)
-
-
-def test_stage_layer_lies_between_defaults_and_preset(tmp_path, monkeypatch):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "stage0.yaml").write_text("lr: 5\nclip: 6\n")
-    (tmp_path / "model" / "small.yaml").write_text("network: {}\nstage0: {lr: 7}\n")
-    monkeypatch.setattr("fastlightgen.config.files.config_root", lambda: tmp_path)
-    monkeypatch.setattr("fastlightgen.config.cli.config_root", lambda: tmp_path)
-    monkeypatch.setattr("fastlightgen.config.cli.check_place", lambda *_: None)
-    cfg = load([*S0, "model=small"])
-    assert (cfg.lr, cfg.clip, cfg.weight_decay) == (7.0, 6.0, config.Stage0.weight_decay)
-    (tmp_path / "stage0.yaml").write_text("lrr: 5\n")
-    with pytest.raises(ConfigError, match=r"did you mean lr\? \(in configs/stage0.yaml\)"):
-        load(S0)
-
-
-@pytest.mark.parametrize("name", ["0", "1", "2", "3"])
-def test_stage_files_agree_with_the_defaults(name):
-    """configs/stageN.yaml is the paper's recipe for the reader; the dataclass is the one source."""
-    cls, recipe = STAGES[name], yaml.safe_load((config_root() / f"stage{name}.yaml").read_text())
-    assert {key: getattr(cls, key) for key in recipe} == recipe
-
-
-@pytest.mark.parametrize("name", config.presets())
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_preset_loads(name, stage):
-    cfg = load([f"stage={stage}", "run=r", f"model={name}"])
-    section = cfg.stage3 if stage == "all" else cfg
-    assert section.shift == config.preset(name)["inference"]["shift"]
-
-
-def test_presets():
-    wan = config.preset("wan2.1-t2v-1.3b")["network"]
-    assert wan["num_attention_heads"] * wan["attention_head_dim"] == 1536 and isinstance(wan["eps"], float)
-    assert config.preset("shapes", "data") == {"frames": 8, "size": 16, "first_frame_prob": 0.5}
-    with pytest.raises(ConfigError, match="model=huge: no such preset; there are hunyuanvideo-i2v, .*tiny, "):
-        config.preset("huge")
-
-
-def test_wan_presets_have_the_published_sizes():
-    """Parameters from the block's formula: 4 d^2 + 2 d^2 ... against the counts of the released checkpoints."""
-    counts = {"wan2.1-t2v-1.3b": 46_440_704, "wan2.1-t2v-14b": 351_394_304, "wan2.1-i2v-14b": 403_838_464}
-    for name, published in counts.items():
-        n = config.preset(name)["network"]
-        d, f = n["num_attention_heads"] * n["attention_head_dim"], n["ffn_dim"]
-        attention = 4 * (d * d + d) + 2 * d  # q, k, v, o and two RMS norms
-        image = 2 * (n["added_kv_proj_dim"] * d + d) + d if n["added_kv_proj_dim"] else 0
-        assert 2 * attention + image + (2 * d * f + d + f) + 2 * d + 6 * d == published, name
-
-
-@pytest.mark.parametrize("words", [["--help"], ["stage=all", "-h"], ["help=1", "stage=3", "--help"]])
-def test_help_lists_every_key(words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        load(words)
-    assert stop.value.code == 0
-    blocks = capsys.readouterr().out.split("\n\n")
-    keys = {b.splitlines()[0]: {line.split()[0]: line for line in b.splitlines()[1:]} for b in blocks if "Keys" in b}
-    common = keys.pop("Keys of every stage:")
-    shown = {title.split("=")[1].split()[0]: lines for title, lines in keys.items()}
-    assert set(shown) == ({"0", "1", "2", "3", "all"} if words == ["--help"] else {"all"} if "-h" in words else {"3"})
-    for stage, lines in shown.items():
-        for f in dataclasses.fields(STAGES[stage]):
-            if dataclasses.is_dataclass(f.type):
-                inner = [f"{f.name}.{g.name}" for g in dataclasses.fields(f.type)]
-                assert words == ["--help"] and f.name != "evaluate" or set(inner) <= set(lines)
-            else:
-                line = lines.get(f.name) or common[f.name]
-                assert f.metadata["help"] in line
-    if "3" in shown:
-        wanted = config.preset("tiny")["stage3"]["lr"]  # the preset's, not the dataclass's
-        assert shown["3"]["lr"].split()[1] == "number" and float(shown["3"]["lr"].split()[2]) == wanted
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_the_other_commands(command, capsys):
-    with pytest.raises(SystemExit):
-        load(["--help"], command)
-    out = capsys.readouterr().out
-    assert all(f"  {f.name} " in out and f.metadata["help"] in out for f in dataclasses.fields(COMMANDS[command]))
-
-
-PROMPTS = ("yes", "${x}", "a: 'b' # é", r"\${", r"\\${y}", "1e5", "a red ball, {fast}", "2024-01-01")
-
-
-@pytest.mark.parametrize(
-    "command, words",
-    [
-        ("train", [*S0, "lr=1e-7", "init=tests"]),
-        ("train", [*S1, "t_range=[0.1,0.5]", "model=wan2.1-t2v-14b"]),
-        ("train", ["stage=2", "run=12e5"]),
-        ("train", [*S3, "beta1=-0.5"]),
-        ("train", [*ALL, "stage3.lr=3e-7", "seed=5", "evaluate.clips=4"]),
-        ("evaluate", EVALUATE),
-        ("report", ["run=null"]),
-        *(("generate", ["model=tiny", "out=a.mp4", f"prompt={p}"]) for p in PROMPTS),
-    ],
-    ids=lambda v: v if isinstance(v, str) else v[-1],
-)
-def test_dry_run_reproduces_the_configuration(command, words, tmp_path, capsys):
-    def never(cfg):
-        raise AssertionError("a dry run runs nothing")
-
-    config.main(never, command, [*words, "dry_run=true"])
-    out = capsys.readouterr().out
-    assert isinstance(yaml.safe_load(out), dict)
-    (tmp_path / "c.yaml").write_text(out)
-    cfg = load(words, command)
-    assert load([f"config={tmp_path / 'c.yaml'}"], command) == cfg
-    for word in words:  # text stays what was typed
-        if word.startswith(("prompt=", "run=")):
-            assert getattr(cfg, word.split("=")[0]) == word.split("=", 1)[1]
-
-
-def test_fingerprint():
-    first = config.fingerprint(load(S2))
-    quiet = "device=cpu threads=1 log_every=1 save_every=9 keep=1 overwrite=true progress=false guard=3 dry_run=true"
-    assert config.fingerprint(load(["stage=2", "run=other", *quiet.split()])) == first
-    changes = ("lr=1", "seed=1", "batch=2", "betas=[0.1,0.999]", "dtype=bfloat16", "target=ema", "model=tests")
-    assert len({first, *(config.fingerprint(load([*S2, c])) for c in changes)}) == len(changes) + 1
-    assert config.fingerprint(load(S3)) != first
-    whole = load(ALL)
-    assert config.fingerprint(load([*ALL, "evaluate.clips=1"])) == config.fingerprint(whole)
-    assert config.fingerprint(load([*ALL, "stage2.lr=1"])) != config.fingerprint(whole)
-
-
-def test_for_stage_gives_the_stage_its_own_configuration():
-    whole = load([*ALL, "stage2.lr=1", "seed=4", "log_every=3", "evaluate.steps=2"])
-    assert config.for_stage(whole, 2) == load([*S2, "lr=1", "seed=4", "log_every=3"])
-    assert config.for_stage(whole, 1) == load([*S1, "seed=4", "log_every=3"])
-    assert config.for_stage(whole, 3) == load([*S3, "seed=4", "log_every=3"])
-    measured = config.for_evaluate(whole, model="tiny", teacher="", out="e.json")
-    assert measured == load([*EVALUATE, "seed=4", "steps=2"], "evaluate")
-
-
-def test_diff():
-    old, new = {"a": 1, "b": {"c": [0.1, 2], "d": True}, "e": 1}, {"a": 1, "b": {"c": [0.1, 3], "d": True}, "f": "x"}
-    assert config.diff(old, new) == ["b.c: [0.1,2] -> [0.1,3]", "e: 1 -> (none)", "f: (none) -> x"]
-    assert config.diff(old, old) == []
-    changed = config.diff(config.numbers(load(S2)), config.numbers(load(["stage=2", "run=z", "lr=1e-5"])))
-    wanted = config.preset("tiny")["stage2"]["lr"]
-    assert changed == [f"lr: {wanted} -> 1e-05"]
-
-
-def test_a_configuration_made_in_python_is_checked_too():
-    assert config.Stage3(run="r").beta1 == 3.5
-    with pytest.raises(ConfigError, match="steps=0: wanted >= 1 and <= 8"):
-        config.Stage3(run="r", steps=0)
-    with pytest.raises(ConfigError, match="t_clamp"):
-        config.Stage3(run="r", t_clamp=[0.9, 0.1])
 
 
 def test_main(capsys, monkeypatch):
