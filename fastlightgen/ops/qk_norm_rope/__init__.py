@@ -10,7 +10,7 @@ from fastlightgen.ops.qk_norm_rope import reference
 from fastlightgen.ops.qk_norm_rope.reference import Rope, rope_factors
 from fastlightgen.ops.tables import dense, kernel_takes
 
-__all__ = ["qk_norm_rope", "rope_factors"]
+__all__ = ["Rope", "qk_norm_rope", "rope_factors"]
 
 _NAME = "qk_norm_rope"
 
