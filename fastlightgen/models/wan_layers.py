@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlightgen.ops import linear_gelu_tanh
+
 
 @dataclass(frozen=True)
 class WanConfig:
@@ -67,6 +69,8 @@ class Gelu(nn.Module):
         self.proj, self.approximate = nn.Linear(dim, inner), approximate
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.approximate == "tanh" and isinstance(self.proj, nn.Linear):  # not where an adapter has wrapped it
+            return linear_gelu_tanh(x, self.proj.weight, self.proj.bias)
         return F.gelu(self.proj(x), approximate=self.approximate)
 
 

@@ -33,7 +33,9 @@ def losses(steps: int, device: str, moved: float = 0.0, seed: int = 0) -> list[f
             p *= 1 + moved * (2 * torch.rand(p.shape, generator=gen) - 1)
     net.to(device)
     clips = [clip.to(device) for clip in CLIPS]
-    stage = Prune(config(2, "batch=1", "alpha=0.5"), net, [1], lambda step: clips[step % len(clips)], lambda: clips[0], {})
+    stage = Prune(
+        config(2, "batch=1", "alpha=0.5"), net, [1], lambda step: clips[step % len(clips)], lambda: clips[0], {}
+    )
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3)
     out = []
     for step in range(steps):
