@@ -67,7 +67,8 @@ def gradient(dout: Tensor, x: Tensor, weight: Tensor, turn: Tensor, eps: float) 
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     back = dout.to(wide).unflatten(-1, (-1, 2 * turn.shape[-1]))
     image, text = back[:, : len(turn)], back[:, len(turn) :]
-    image = torch.view_as_complex(image.unflatten(-1, (-1, 2)).contiguous()) * turn.conj()
+    # conj() only sets a flag, which AOTAutograd's runtime does not resolve inside an operator.
+    image = torch.view_as_complex(image.unflatten(-1, (-1, 2)).contiguous()) * turn.conj_physical()
     back = torch.cat([torch.view_as_real(image).flatten(-2), text], 1)
     heads = x.to(wide).unflatten(-1, (-1, 2 * turn.shape[-1]))
     if weight.shape[-1] == x.shape[-1]:
