@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
 STAMP := $(VENV)/.installed
-CXX_FILES := $(wildcard bindings/* csrc/*.cu csrc/include/flg/* csrc/ops/*/* tests/simt/*.cpp tests/simt/*/*.h)
+CXX_FILES := $(wildcard bindings/* csrc/*.cu csrc/include/flg/* csrc/gemm/* csrc/ops/*/* tests/simt/*.cpp tests/simt/*/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint format bench clean

@@ -2,6 +2,7 @@
 
 FLG_BUILD_CUDA=auto (default): CUDA kernels where nvcc is found; without a C++ compiler the package is pure Python.
 FLG_BUILD_CUDA=0: no CUDA kernels.  FLG_BUILD_CUDA=1: fail when they cannot be built.  FLG_CUDA_ARCHS: "90a" by default.
+FLG_CUTLASS: a folder of CUTLASS headers for the matrix products; by default that of the nvidia-cutlass wheel, if any.
 """
 
 import json
@@ -64,17 +65,19 @@ class CMakeBuild(build_ext):
     def attempt(self, out: Path, mode: str) -> dict[str, str]:
         """auto steps down: with CUDA, without CUDA, pure Python; each step down keeps its reason."""
         try:
-            return {"C++ extension": "compiled", "CUDA kernels": self.compile(out, mode)}
+            cuda, gemm = self.compile(out, mode)
+            return {"C++ extension": "compiled", "CUDA kernels": cuda, "CUTLASS products": gemm}
         except BuildFailed as error:
             if mode == "1":
                 raise SystemExit(f"FLG_BUILD_CUDA=1: the CUDA kernels were not built: {error}") from None
             if mode == "0":
-                return {"C++ extension": str(error), "CUDA kernels": "they need the C++ extension"}
+                need = "they need the C++ extension"
+                return {"C++ extension": str(error), "CUDA kernels": need, "CUTLASS products": need}
             report = self.attempt(out, "0")
             return report | ({"CUDA kernels": str(error)} if report["C++ extension"] == "compiled" else {})
 
-    def compile(self, out: Path, mode: str) -> str:
-        """Configures and builds; returns what CMake says about the CUDA part."""
+    def compile(self, out: Path, mode: str) -> tuple[str, str]:
+        """Configures and builds; returns what CMake says about the CUDA part and about the CUTLASS products."""
         import pybind11  # here, because pip asks this file for its requirements before they are installed
 
         build = Path(self.build_temp).resolve() / f"cmake-{mode}"
@@ -85,12 +88,13 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "FLG_BUILD_CUDA": mode,
+            "FLG_CUTLASS": os.environ.get("FLG_CUTLASS", ""),
             "FLG_CUDA_ARCHS": os.environ.get("FLG_CUDA_ARCHS", "90a"),
         }
         cmake = tool("cmake")
         call(cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *(f"-D{key}={value}" for key, value in options.items()))
         call(cmake, "--build", build)
-        return (build / "cuda_state.txt").read_text()
+        return tuple((build / f"{part}_state.txt").read_text() for part in ("cuda", "gemm"))
 
 
 setup(

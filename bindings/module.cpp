@@ -10,6 +10,9 @@ void bind_dmd_gradient(py::module_& m);
 void bind_gate_residual_norm_modulate(py::module_& m);
 void bind_qk_norm_rope(py::module_& m);
 #endif
+#ifdef FLG_GEMM
+void bind_gemm(py::module_& m);
+#endif
 
 PYBIND11_MODULE(_C, m) {
 #ifdef FLG_CUDA_ARCHS
@@ -22,5 +25,11 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.def("cuda_built", [] { return false; });
   m.def("archs", [] { return ""; });
+#endif
+#ifdef FLG_GEMM
+  m.def("gemm_built", [] { return true; });
+  bind_gemm(m);
+#else
+  m.def("gemm_built", [] { return false; });
 #endif
 }

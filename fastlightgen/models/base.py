@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastlightgen.blocks import check_keep
-from fastlightgen.ops import add_residual
+from fastlightgen.ops import Rope, add_residual
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class Prompt:
 class Tables:
     """What all blocks and streams of a walk share; a family adds its own."""
 
-    rope: Tensor  # complex rotations [1, L, 1, head_dim / 2]
+    rope: Rope  # cosine and sine per frame, row and column (`rope_factors`)
     grid: tuple[int, int, int]  # patches along (F, H, W)
 
 

@@ -22,8 +22,7 @@ from fastlightgen.models.hunyuan_layers import (
     TimeTextEmbedder,
     joined,
 )
-from fastlightgen.models.wan_layers import rope_table
-from fastlightgen.ops import norm_modulate
+from fastlightgen.ops import norm_modulate, rope_factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +111,8 @@ class HunyuanModel(VideoDiT):
 
     def tables(self, x_t: Tensor, t: Tensor) -> HunyuanTables:
         grid = self.grid(x_t)
-        rope = rope_table(grid, self.cfg.rope_axes_dim, self.cfg.rope_theta, x_t.device)
-        rope = rope.to(torch.complex128 if self.dtype == torch.float64 else torch.complex64)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        rope = rope_factors(grid, self.cfg.rope_axes_dim, self.cfg.rope_theta, x_t.device, wide)
         return HunyuanTables(rope, grid, x_t, t)
 
     def prompt(self, cond: Cond, tables: HunyuanTables) -> HunyuanPrompt:

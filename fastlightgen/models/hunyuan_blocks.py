@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastlightgen.models.base import Block, Job, Prompt, State, Tables
 from fastlightgen.models.hunyuan_layers import EPS, Attention, HunyuanConfig, JointAttention, Modulation, joined
 from fastlightgen.models.wan_layers import FeedForward
-from fastlightgen.ops import gate_residual_norm_modulate
+from fastlightgen.ops import Rope, gate_residual_norm_modulate
 
 Modulations = list[tuple[Tensor, ...]]  # of each sequence of a state
 
@@ -32,7 +32,7 @@ class HunyuanBlock(Block):
         state = job.state
         return [state_of(self.residual([state, *state.others], read[prompt], tables.rope, prompt.mask))]
 
-    def residual(self, parts: list[State], mods: Modulations, rope: Tensor, mask: Tensor | None) -> list[State]:
+    def residual(self, parts: list[State], mods: Modulations, rope: Rope, mask: Tensor | None) -> list[State]:
         raise NotImplementedError
 
 
@@ -67,7 +67,7 @@ class DoubleBlock(HunyuanBlock):
         first = [] if prompt.first is None else [self.norm1(prompt.first)]
         return [*first, self.norm1(prompt.temb), self.norm1_context(prompt.temb)]
 
-    def residual(self, parts: list[State], mods: Modulations, rope: Tensor, mask: Tensor | None) -> list[State]:
+    def residual(self, parts: list[State], mods: Modulations, rope: Rope, mask: Tensor | None) -> list[State]:
         shift1, scale1, gate1, shift2, scale2, gate2 = zip(*mods, strict=True)
         x, h = norms(parts, scale1, shift1)
         image, text = self.attn(joined(h[:-1]), h[-1], rope, mask)
@@ -90,7 +90,7 @@ class SingleBlock(HunyuanBlock):
         first = [] if prompt.first is None else [self.norm(prompt.first)]
         return [*first, self.norm(prompt.temb)]
 
-    def residual(self, parts: list[State], mods: Modulations, rope: Tensor, mask: Tensor | None) -> list[State]:
+    def residual(self, parts: list[State], mods: Modulations, rope: Rope, mask: Tensor | None) -> list[State]:
         if len(parts) > len(mods):  # the first single block that runs: from here on the text follows the image
             *given, image, text = parts
             parts = [*given, State(joined([image.settled().x, text.settled().x]))]

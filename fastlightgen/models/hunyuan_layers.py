@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlightgen.models.wan_layers import Embedder, FeedForward, attend, rotate, sinusoids
-from fastlightgen.ops import add_residual
+from fastlightgen.models.wan_layers import Embedder, FeedForward, attend, sinusoids
+from fastlightgen.ops import Rope, add_residual, qk_norm_rope
 
 EPS = 1e-6  # of every norm
 TIME_CHANNELS = 256
@@ -96,12 +96,14 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1))
 
-    def forward(self, h: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
-        """Image and text tokens in one sequence, of which the first L are turned by their place."""
-        q, k, v = self.qkv(h)
-        n = rope.shape[1]
-        q, k = (torch.cat([rotate(x[:, :n], rope), x[:, n:]], 1) for x in (self.norm_q(q), self.norm_k(k)))
-        return attend(q, k, v, mask)
+    def turned(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with q and k normed, and turned by their place as far as `rope` goes: text has none."""
+        q, k = qk_norm_rope(self.to_q(x), self.to_k(x), self.norm_q.weight, self.norm_k.weight, rope, EPS)
+        return self.split(q), self.split(k), self.split(self.to_v(x))
+
+    def forward(self, h: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+        """Image and text tokens in one sequence."""
+        return attend(*self.turned(h, rope), mask)
 
 
 class JointAttention(Attention):
@@ -114,11 +116,10 @@ class JointAttention(Attention):
         self.to_add_out = nn.Linear(dim, dim)
         self.norm_added_q, self.norm_added_k = (nn.RMSNorm(cfg.attention_head_dim, eps=EPS) for _ in range(2))
 
-    def forward(self, image: Tensor, text: Tensor, rope: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        q, k, v = self.qkv(image)
+    def forward(self, image: Tensor, text: Tensor, rope: Rope, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v = self.turned(image, rope)
         tq, tk, tv = (self.split(layer(text)) for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
-        q = torch.cat([rotate(self.norm_q(q), rope), self.norm_added_q(tq)], 1)
-        k = torch.cat([rotate(self.norm_k(k), rope), self.norm_added_k(tk)], 1)
+        q, k = torch.cat([q, self.norm_added_q(tq)], 1), torch.cat([k, self.norm_added_k(tk)], 1)
         y, n = attend(q, k, torch.cat([v, tv], 1), mask), image.shape[1]
         return self.to_out[0](y[:, :n]), self.to_add_out(y[:, n:])
 

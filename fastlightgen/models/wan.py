@@ -17,10 +17,8 @@ from fastlightgen.models.wan_layers import (
     WanConfig,
     attend,
     rope_axes,
-    rope_table,
-    rotate,
 )
-from fastlightgen.ops import add_residual, gate_residual_norm_modulate
+from fastlightgen.ops import Rope, add_residual, gate_residual_norm_modulate, qk_norm_rope, rope_factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +44,12 @@ class Attention(nn.Module):
         if added_kv is not None:
             self.add_k_proj, self.add_v_proj = nn.Linear(added_kv, dim), nn.Linear(added_kv, dim)
             self.norm_added_k = nn.RMSNorm(dim, eps=cfg.eps)
+
+    def to_itself(self, x: Tensor, rope: Rope) -> Tensor:
+        """Self-attention: queries and keys are also turned by their place."""
+        q, k = self.to_q(x), self.to_k(x)
+        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope, self.norm_q.eps)
+        return self.to_out[0](attend(*map(self._split, (q, k, self.to_v(x)))))
 
     def query(self, x: Tensor) -> Tensor:
         return self._split(self.norm_q(self.to_q(x)))
@@ -91,8 +95,7 @@ class WanBlock(Block):
     def run(self, job: Job, tables: WanTables, keys: dict[WanPrompt, Any]) -> list[State]:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + tables.mod).unbind(1)
         x, h = gate_residual_norm_modulate(*job.state.parts(), scale1, shift1, self.eps)
-        q, (k, v) = self.attn1.query(h), self.attn1.keys(h)
-        y = self.attn1.to_out[0](attend(rotate(q, tables.rope), rotate(k, tables.rope), v))
+        y = self.attn1.to_itself(h, tables.rope)
         # Text enters here: everything above was the same for all prompts, and so is the cross-attention's query.
         if isinstance(self.norm2, nn.LayerNorm):
             x, h = gate_residual_norm_modulate(x, y, gate1, None, None, self.eps, self.norm2.weight, self.norm2.bias)
@@ -153,8 +156,8 @@ class WanModel(VideoDiT):
     def tables(self, x_t: Tensor, t: Tensor) -> WanTables:
         temb, mod = self.condition_embedder.time(t)
         grid = tuple(n // p for n, p in zip(x_t.shape[2:], self.cfg.patch_size, strict=True))
-        rope = rope_table(grid, rope_axes(self.cfg.attention_head_dim), 10000.0, x_t.device)
-        rope = rope.to(torch.complex128 if self.dtype == torch.float64 else torch.complex64)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        rope = rope_factors(grid, rope_axes(self.cfg.attention_head_dim), device=x_t.device, dtype=wide)
         return WanTables(rope, grid, temb, mod)
 
     def merge_key(self, cond: Cond) -> int:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlightgen.ops import linear_gelu_tanh
+
 
 @dataclass(frozen=True)
 class WanConfig:
@@ -59,13 +61,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return out.transpose(1, 2).flatten(2)
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary embedding of interleaved pairs (x[0::2], x[1::2]) by the complex table, in float32 or better."""
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * rope
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
-
-
 class Gelu(nn.Module):
     """Linear then tanh-GELU; a module of its own so that the keys read `ffn.net.0.proj`."""
 
@@ -74,6 +69,8 @@ class Gelu(nn.Module):
         self.proj, self.approximate = nn.Linear(dim, inner), approximate
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.approximate == "tanh" and isinstance(self.proj, nn.Linear):  # not where an adapter has wrapped it
+            return linear_gelu_tanh(x, self.proj.weight, self.proj.bias)
         return F.gelu(self.proj(x), approximate=self.approximate)
 
 
@@ -137,16 +134,3 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
     """Wan's split of a head's channels over the frame, row and column axes."""
     space = 2 * (head_dim // 6)
     return head_dim - 2 * space, space, space
-
-
-def rope_table(grid: tuple[int, int, int], axes: tuple[int, int, int], theta: float, device: torch.device) -> Tensor:
-    """Complex rotations [1, L, 1, head_dim / 2]; `axes` are the channels of the frame, row and column axis."""
-    parts = []
-    for axis, (size, dim) in enumerate(zip(grid, axes, strict=True)):
-        freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-        angle = torch.outer(torch.arange(size, dtype=torch.float64, device=device), freq)
-        shape = [1, 1, 1, -1]
-        shape[axis] = size
-        parts.append(angle.view(shape).expand(*grid, -1))
-    angle = torch.cat(parts, -1).flatten(0, 2)[None, :, None]
-    return torch.polar(torch.ones_like(angle), angle)

@@ -32,6 +32,10 @@ def rows(mod: Tensor, x: Tensor) -> tuple[Tensor, int]:
 
 def tables(op: str, x: Tensor, **mods: Tensor | None) -> list[Tensor | None]:
     """One table per modulation, all with as many rows; differentiable, so an operator's backward only sees tables."""
+    plain = (x.shape[0], x.shape[-1])
+    if x.dim() > 2 and all(m is None or m.shape == plain for m in mods.values()):  # the networks' own: one row a sample
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return [m if m is None or m.dtype == wide else m.to(wide) for m in mods.values()]
     found = {name: rows(align(op, name, mod, x), x) for name, mod in mods.items() if mod is not None}
     few = math.gcd(*(count for _, count in found.values()))
     full = {name: t if count == few else t.repeat_interleave(count // few, 0) for name, (t, count) in found.items()}

@@ -18,6 +18,7 @@ CASES = {
         "[t.agrees(*s, d) for s in t.CASES for d in t.DTYPES]",
         "t.agrees(1536, 128, False, 0, torch.bfloat16)",
     ),
+    "training": ("t.agrees(2)",),
     "dmd_gradient": ("[t.check_kernel(d, s, 'cpu') for d in t.TYPES for s in ((3, 8), (3, 16, 5, 8, 8))]",),
 }
 

@@ -1,7 +1,5 @@
 """The distribution-matching gradient of Stage III: Eq. 8 under the well-guided teacher of Eq. 9."""
 
-import importlib
-
 import torch
 from torch import Tensor
 
@@ -45,6 +43,8 @@ def dmd_gradient(
 
 def _per_sample(value: Tensor | float, x0: Tensor) -> Tensor:
     wide = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    if isinstance(value, Tensor) and value.shape == (len(x0),) and value.dtype == wide and value.device == x0.device:
+        return value
     return torch.as_tensor(value, dtype=wide, device=x0.device).expand(len(x0))
 
 
@@ -62,7 +62,7 @@ def _compute(
         return grad.contiguous(), normaliser
     grad = torch.empty_like(x0, memory_format=torch.contiguous_format)
     normaliser = torch.empty(len(x0), dtype=torch.float32, device=x0.device)
-    kernels = importlib.import_module(f"{__name__}.{backend}")
+    kernels = dispatch.kernels("dmd_gradient", backend)
     scalars = [s.contiguous() for s in (t, beta1, beta2)]
     kernels.forward(grad, normaliser, [dense(x0), dense(x_t)], [dense(p) for p in v], scalars)
     return grad, normaliser

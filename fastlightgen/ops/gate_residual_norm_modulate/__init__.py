@@ -1,7 +1,5 @@
 """The deferred residual: x + gate y of the block that ran last, fused with the norm of whatever runs next."""
 
-import importlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,12 +63,12 @@ def _forward(
     if backend == "reference" or not kernel_takes(x):
         x_out, h = reference.on_tables(x, y, gate, scale, shift, affine, eps)
         return x_out.reshape(x.shape).contiguous(), h.reshape(x.shape).contiguous()
-    flat, y = dense(x).view(-1, x.shape[-1]), dense(y)
-    x_out, h = torch.empty_like(flat), torch.empty_like(flat)
+    x, y = dense(x), dense(y)
+    x_out, h = torch.empty_like(x), torch.empty_like(x)
     mods = map(dense_rows, (gate, scale, shift))
-    kernels = importlib.import_module(f"{__name__}.{backend}")
-    kernels.forward(x_out, h, flat, y.view_as(flat), *mods, _groups(gate, scale), 0.0 if affine else 1.0, eps)
-    return x_out.view(x.shape), h.view(x.shape)
+    kernels = dispatch.kernels(_NAME, backend)
+    kernels.forward(x_out, h, x, y, *mods, _groups(gate, scale), 0.0 if affine else 1.0, eps)
+    return x_out, h
 
 
 def _backward(
@@ -80,21 +78,20 @@ def _backward(
     """dx, dy, dscale, dshift, dgate; without a gate dy (it is dx) and dgate are empty. Tables as in the forward."""
     backend = dispatch.backend_for(x_out.device.type)
     none = x_out.new_empty(0)
-    flat = x_out.reshape(-1, x_out.shape[-1])
-    dh, dx_out, y = (None if t is None else t.reshape(flat.shape) for t in (dh, dx_out, y))
     if backend == "reference" or not kernel_takes(x_out):
+        flat = x_out.reshape(-1, x_out.shape[-1])
+        dh, dx_out, y = (None if t is None else t.reshape(flat.shape) for t in (dh, dx_out, y))
         dx, dy, *mods = reference.gradient(dh, dx_out, flat, y, gate, scale, affine, eps)
         dx, dy = (none if t is None else t.reshape(x_out.shape).contiguous() for t in (dx, dy))
         return dx, dy, *(none.to(mods[0].dtype) if t is None else t.contiguous() for t in mods)
-    flat, dh, dx_out, y = (dense(t) for t in (flat, dh, dx_out, y))
+    x_out, dh, dx_out, y = (dense(t) for t in (x_out, dh, dx_out, y))
     gate, scale = dense_rows(gate), dense_rows(scale)
-    dx, dy = torch.empty_like(flat), None if gate is None else torch.empty_like(flat)
-    kernels = importlib.import_module(f"{__name__}.{backend}")
+    dx, dy = torch.empty_like(x_out), None if gate is None else torch.empty_like(x_out)
+    kernels = dispatch.kernels(_NAME, backend)
     mods = (gate, scale, _groups(gate, scale), 0.0 if affine else 1.0, eps)
-    sums = kernels.backward(dx, dy, dh, dx_out, flat, y, *mods)
+    sums = kernels.backward(dx, dy, dh, dx_out, x_out, y, *mods)
     dscale, dshift, *dgate = (s.contiguous() for s in sums.unbind(1))
-    dy = none if dy is None else dy.view(x_out.shape)
-    return dx.view(x_out.shape), dy, dscale, dshift, *(dgate or [none.float()])
+    return dx, none if dy is None else dy, dscale, dshift, *(dgate or [none.float()])
 
 
 def _fake(x, y, gate, scale, shift, affine, eps):
@@ -113,10 +110,12 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     _, y, gate, scale, shift, ctx.affine, ctx.eps = inputs
     ctx.save_for_backward(output[0], None if gate is None else y, gate, scale)
     ctx.has_shift = shift is not None
+    ctx.set_materialize_grads(False)  # an x' that nobody reads has no gradient to add
 
 
-def _autograd(ctx, dx_out: Tensor | None, dh: Tensor) -> tuple:
+def _autograd(ctx, dx_out: Tensor | None, dh: Tensor | None) -> tuple:
     x_out, y, gate, scale = ctx.saved_tensors
+    dh = torch.zeros_like(x_out) if dh is None else dh
     backward = torch.ops.fastlightgen.gate_residual_norm_modulate_backward
     dx, dy, dscale, dshift, dgate = backward(dh, dx_out, x_out, y, gate, scale, ctx.affine, ctx.eps)
     dscale, dshift = dscale if scale is not None else None, dshift if ctx.has_shift else None

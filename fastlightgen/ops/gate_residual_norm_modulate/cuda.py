@@ -1,6 +1,6 @@
 """The compiled kernels, csrc/ops/gate_residual_norm_modulate; norm_modulate is the case without y.
 
-x, y, ... [R, D] dense; gate, scale, shift [M, D] float32 tables, unit stride in D, all with M rows.
+x, y, ... [..., D] dense, R rows in all; gate, scale, shift [M, D] float32 tables, unit stride in D, all with M rows.
 """
 
 import torch
@@ -18,6 +18,13 @@ def _stride(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
+def _sizes(x: Tensor, groups: int) -> tuple[int, int, int]:
+    """Rows, width, rows that share a modulation row."""
+    dim = x.shape[-1]
+    rows = x.numel() // dim
+    return rows, dim, rows // groups
+
+
 def forward(
     x_out: Tensor | None, h: Tensor, x: Tensor, y: Tensor | None,
     gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, groups: int, offset: float, eps: float,
@@ -25,7 +32,7 @@ def forward(
     """x_out = x + gate y (with y), h = LayerNorm(x_out) (offset + scale) + shift; `groups` is M."""
     device, stream = dispatch.queue(x)
     error = dispatch.extension().gate_residual_norm_modulate(
-        *map(_pointer, (x_out, h, x, y, gate, scale, shift)), *x.shape, x.shape[0] // groups,
+        *map(_pointer, (x_out, h, x, y, gate, scale, shift)), *_sizes(x, groups),
         *map(_stride, (gate, scale, shift)), offset, eps, DTYPES[x.dtype], device, stream,
     )  # fmt: skip
     dispatch.check("gate_residual_norm_modulate", error, x)
@@ -37,8 +44,7 @@ def backward(
 ) -> Tensor:  # fmt: skip
     """Writes dx (and dy with a gate); returns the table gradients [M, 2 or 3, D]: dscale, dshift, dgate."""
     device, stream = dispatch.queue(x_out)
-    rows, dim = x_out.shape
-    size = rows, dim, rows // groups
+    size, dim = _sizes(x_out, groups), x_out.shape[-1]
     runs = dispatch.extension().gate_residual_norm_modulate_runs(*size, DTYPES[x_out.dtype], device)
     dispatch.check("gate_residual_norm_modulate", max(-runs, 0), x_out)
     kinds = 2 if gate is None else 3

@@ -92,7 +92,8 @@ def forward(
     gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, groups: int, offset: float, eps: float,
 ) -> None:  # fmt: skip
     """x_out = x + gate y (with y), h = LayerNorm(x_out) (offset + scale) + shift; `groups` is M."""
-    rows, dim = x.shape
+    dim = x.shape[-1]
+    rows = x.numel() // dim
     block = triton.next_power_of_2(dim)
     there = {"Y": y is not None, "GATE": gate is not None, "SCALE": scale is not None, "SHIFT": shift is not None}
     with on_device(x):
@@ -107,7 +108,8 @@ def backward(
     gate: Tensor | None, scale: Tensor | None, groups: int, offset: float, eps: float,
 ) -> Tensor:  # fmt: skip
     """Writes dx (and dy with a gate); returns the table gradients [M, 2 or 3, D]: dscale, dshift, dgate."""
-    rows, dim = x_out.shape
+    dim = x_out.shape[-1]
+    rows = x_out.numel() // dim
     block, kinds = triton.next_power_of_2(dim), 2 if gate is None else 3
     per_mod, length = split(rows // groups, groups, x_out)
     partial = torch.empty(groups * per_mod, kinds, dim, dtype=torch.float32, device=x_out.device)

@@ -3,8 +3,6 @@
 Its kernels are those of gate_residual_norm_modulate, without a pending residual.
 """
 
-import importlib
-
 import torch
 from torch import Tensor
 
@@ -33,11 +31,11 @@ def _forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     if backend == "reference" or not kernel_takes(x):
         grouped = x.reshape(groups, -1, x.shape[-1]) if x.numel() else x
         return reference.norm_modulate(grouped, scale[:, None], shift[:, None], eps).reshape(x.shape).contiguous()
-    flat = dense(x).view(-1, x.shape[-1])
-    h = torch.empty_like(flat)
-    kernels = importlib.import_module(f"fastlightgen.ops.gate_residual_norm_modulate.{backend}")
-    kernels.forward(None, h, flat, None, None, dense_rows(scale), dense_rows(shift), groups, 1.0, eps)
-    return h.view(x.shape)
+    x = dense(x)
+    h = torch.empty_like(x)
+    kernels = dispatch.kernels("gate_residual_norm_modulate", backend)
+    kernels.forward(None, h, x, None, None, dense_rows(scale), dense_rows(shift), groups, 1.0, eps)
+    return h
 
 
 def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:

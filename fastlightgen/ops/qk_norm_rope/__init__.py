@@ -1,7 +1,5 @@
 """RMS norm of q and k and their three-axis rotary embedding: Wan norms whole rows, HunyuanVideo each head."""
 
-import importlib
-
 import torch
 from torch import Tensor
 
@@ -10,7 +8,7 @@ from fastlightgen.ops.qk_norm_rope import reference
 from fastlightgen.ops.qk_norm_rope.reference import Rope, rope_factors
 from fastlightgen.ops.tables import dense, kernel_takes
 
-__all__ = ["qk_norm_rope", "rope_factors"]
+__all__ = ["Rope", "qk_norm_rope", "rope_factors"]
 
 _NAME = "qk_norm_rope"
 
@@ -48,7 +46,7 @@ def _kernels(q: Tensor, weight: Tensor, head_dim: int):
     backend, lanes = dispatch.backend_for(q.device.type), head_dim // 8
     heads_fit = weight.numel() == q.shape[-1] or (lanes <= 32 and lanes & (lanes - 1) == 0)
     takes = kernel_takes(q) and head_dim % 8 == 0 and heads_fit
-    return None if backend == "reference" or not takes else importlib.import_module(f"{__name__}.{backend}")
+    return None if backend == "reference" or not takes else dispatch.kernels(_NAME, backend)
 
 
 def _prepared(tensors: list[Tensor]) -> list[Tensor]:

@@ -1,10 +1,19 @@
 """The specification of qk_norm_rope. Shapes: B batch, L tokens, D = heads x head_dim."""
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Rope = tuple[Tensor, Tensor, Tensor]
+
+class Rope(tuple):
+    """Cosine and sine per frame, row and column, each [size, pairs, 2]."""
+
+    @cached_property
+    def turn(self) -> Tensor:
+        """Kept, because all blocks of a network read it."""
+        return per_token(self, self[0].dtype)
 
 
 def rope_factors(
@@ -17,7 +26,7 @@ def rope_factors(
         freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
         angle = torch.outer(torch.arange(size, dtype=torch.float64, device=device), freq)
         tables.append(torch.stack([angle.cos(), angle.sin()], -1).to(dtype))
-    return tuple(tables)
+    return Rope(tables)
 
 
 def per_token(rope: Rope, wide: torch.dtype) -> Tensor:
@@ -48,7 +57,8 @@ def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Both, float32 inside (float64 stays float64) and one cast out."""
-    turn = per_token(rope, torch.float64 if q.dtype == torch.float64 else torch.float32)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    turn = rope.turn if isinstance(rope, Rope) and rope[0].dtype == wide else per_token(rope, wide)
     return norm_rope(q, q_weight, turn, eps), norm_rope(k, k_weight, turn, eps)
 
 
@@ -57,7 +67,8 @@ def gradient(dout: Tensor, x: Tensor, weight: Tensor, turn: Tensor, eps: float) 
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     back = dout.to(wide).unflatten(-1, (-1, 2 * turn.shape[-1]))
     image, text = back[:, : len(turn)], back[:, len(turn) :]
-    image = torch.view_as_complex(image.unflatten(-1, (-1, 2)).contiguous()) * turn.conj()
+    # conj() only sets a flag, which AOTAutograd's runtime does not resolve inside an operator.
+    image = torch.view_as_complex(image.unflatten(-1, (-1, 2)).contiguous()) * turn.conj_physical()
     back = torch.cat([torch.view_as_real(image).flatten(-2), text], 1)
     heads = x.to(wide).unflatten(-1, (-1, 2 * turn.shape[-1]))
     if weight.shape[-1] == x.shape[-1]:

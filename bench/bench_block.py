@@ -1,0 +1,140 @@
+"""A whole block of Wan 14B and of HunyuanVideo, forward and forward + backward, against diffusers' with its weights.
+
+Ours runs as in the middle of a walk: the sum of the block before is pending, and its own is left to the next. The
+work is that of diffusers' block. Before a clock starts, both have to agree. Without a GPU the sizes are small.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import kernels
+import pytest
+import torch
+import torch.nn.functional as F
+from kernels import DEVICE, DTYPE, GPU, draw
+from torch import Tensor, nn
+
+from fastlightgen.models.base import Block, Cond, Job, Prompt, State, Tables
+from fastlightgen.models.hunyuan_blocks import DoubleBlock, HunyuanPrompt, SingleBlock
+from fastlightgen.models.hunyuan_layers import HunyuanConfig
+from fastlightgen.models.wan import WanBlock, WanPrompt, WanTables
+from fastlightgen.models.wan_layers import WanConfig, rope_axes
+from fastlightgen.ops import dispatch, rope_factors
+
+OURS = ["reference", "triton", "cuda"]
+CONTENDERS = ["eager", "torch.compile", *OURS]  # the first two are diffusers' block
+ROUNDS = 10 if GPU else 3
+
+
+@dataclass
+class Pair:
+    """The same block twice; `theirs` takes the sequences of hidden states."""
+
+    block: Block
+    peer: nn.Module
+    theirs: Callable[..., Tensor | tuple[Tensor, ...]]
+    prompt: Prompt
+    tables: Tables
+    x: list[Tensor]  # diffusers' sequences
+    joined: bool = False  # do ours come as one?
+
+    def inputs(self) -> list[Tensor]:
+        return [torch.cat(self.x, 1)] if self.joined else self.x
+
+    def ours(self, x: list[Tensor], y: list[Tensor | None], gate: Tensor | None) -> list[State]:
+        first, *others = [State(a, b, None if b is None else gate) for a, b in zip(x, y)]
+        job = Job(State(*first.parts(), others=tuple(others)), [self.prompt], [True])
+        state = self.block([job], self.tables)[0][0]
+        return [state, *state.others]
+
+    def agree(self) -> None:
+        with torch.no_grad():
+            got = [s.settled().x for s in self.ours(self.inputs(), [None] * 2, None)]
+            want = self.theirs(*self.x)
+        got, want = (torch.cat(v, 1) if isinstance(v, (list, tuple)) else v for v in (got, want))
+        # bfloat16 rounds to 1 part in 256, and diffusers rounds between its operations, ours do not.
+        tolerance = 1e-4 if DTYPE == torch.float32 else 0.1
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def wan() -> Pair:
+    diffusers = pytest.importorskip("diffusers.models.transformers.transformer_wan")
+    cfg = WanConfig() if GPU else WanConfig(num_attention_heads=4, attention_head_dim=32, ffn_dim=352)
+    grid, tokens = ((21, 30, 52), 512) if GPU else ((2, 4, 6), 16)
+    block = WanBlock(cfg).to(DEVICE, DTYPE)
+    args = cfg.dim, cfg.ffn_dim, cfg.num_attention_heads, cfg.qk_norm, cfg.cross_attn_norm, cfg.eps
+    peer = diffusers.WanTransformerBlock(*args).to(DEVICE, DTYPE)
+    x, text, mod = draw(1, grid[0] * grid[1] * grid[2], cfg.dim), draw(1, tokens, cfg.dim), draw(1, 6, cfg.dim)
+    rope = rope_factors(grid, rope_axes(cfg.attention_head_dim), device=torch.device(DEVICE))
+    latent = torch.empty(1, 1, grid[0], 2 * grid[1], 2 * grid[2], device=DEVICE)
+    rotary = diffusers.WanRotaryPosEmbed(cfg.attention_head_dim, (1, 2, 2), 1024).to(DEVICE)(latent)
+    prompt, tables = WanPrompt(Cond(text), text, None), WanTables(rope, grid, mod[:, 0], mod)
+    return Pair(block, peer, lambda x: peer(x, text, mod, rotary), prompt, tables, [x])
+
+
+def hunyuan(double: bool) -> Pair:
+    diffusers = pytest.importorskip("diffusers.models.transformers.transformer_hunyuan_video")
+    small = {"num_attention_heads": 4, "attention_head_dim": 32, "rope_axes_dim": (8, 12, 12)}
+    cfg = HunyuanConfig() if GPU else HunyuanConfig(**small)
+    grid, tokens = ((33, 34, 60), 256) if GPU else ((2, 4, 6), 16)
+    block = (DoubleBlock if double else SingleBlock)(cfg).to(DEVICE, DTYPE)
+    kind = diffusers.HunyuanVideoTransformerBlock if double else diffusers.HunyuanVideoSingleTransformerBlock
+    peer = kind(cfg.num_attention_heads, cfg.attention_head_dim, cfg.mlp_ratio).to(DEVICE, DTYPE)
+    x, text, emb = draw(1, grid[0] * grid[1] * grid[2], cfg.dim), draw(1, tokens, cfg.dim), draw(1, cfg.dim)
+    rope = rope_factors(grid, cfg.rope_axes_dim, cfg.rope_theta, torch.device(DEVICE))
+    latent = torch.empty(1, 1, grid[0], 2 * grid[1], 2 * grid[2], device=DEVICE)
+    rotary = diffusers.HunyuanVideoRotaryPosEmbed(2, 1, cfg.rope_axes_dim, cfg.rope_theta)(latent)
+    prompt = HunyuanPrompt(Cond(text), text, F.silu(emb), None, None)
+    theirs = lambda x, text: peer(x, text, emb, None, rotary)  # noqa: E731
+    return Pair(block, peer, theirs, prompt, Tables(rope, grid), [x, text], joined=not double)
+
+
+PAIRS = {"wan-14b": wan, "hunyuan-double": lambda: hunyuan(True), "hunyuan-single": lambda: hunyuan(False)}
+
+
+def timed(pair: Pair, name: str, backward: bool) -> Callable[[], object]:
+    """One call of one contender."""
+    ours = name in OURS
+    inputs = [x.requires_grad_(backward) for x in (pair.inputs() if ours else pair.x)]
+    if ours:
+        y, gate = [torch.randn_like(x).requires_grad_(backward) for x in inputs], draw(1, inputs[0].shape[-1])
+        wanted = [*inputs, *y, *pair.block.parameters()]
+
+        def forward() -> list[Tensor]:
+            return [v for s in pair.ours(inputs, y, gate) for v in (s.x, s.y)]
+    else:
+        call = torch.compile(pair.theirs) if name == "torch.compile" else pair.theirs
+        wanted = [*inputs, *pair.peer.parameters()]
+
+        def forward() -> list[Tensor]:
+            out = call(*inputs)
+            return [out] if isinstance(out, Tensor) else list(out)
+
+    if not backward:
+        return torch.no_grad()(forward)
+    with torch.no_grad():
+        seeds = [torch.randn_like(v) for v in forward()]
+    return lambda: torch.autograd.grad(forward(), wanted, seeds)
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("way", ["forward", "forward+backward"])
+@pytest.mark.parametrize("network", PAIRS)
+def bench_block(benchmark, monkeypatch, network: str, way: str, name: str):
+    if name in OURS:
+        if reason := dispatch._why_not(name):
+            pytest.skip(reason)
+        monkeypatch.setattr(dispatch, "backend_for", lambda device: name)
+    torch.manual_seed(0)
+    pair = PAIRS[network]()
+    pair.peer.load_state_dict(pair.block.state_dict())
+    if name in OURS:
+        pair.agree()
+    try:
+        call = timed(pair, name, way != "forward")
+        seconds = kernels.times([call], ROUNDS)
+    except torch.OutOfMemoryError:
+        pytest.skip("the block does not fit this GPU's memory")
+    benchmark.group = f"{network} block {way} {DTYPE}".replace("torch.", "")
+    benchmark.extra_info.update({"us": seconds * 1e6, "contender": name})
+    benchmark.pedantic(call, rounds=1, iterations=1)

@@ -1,0 +1,74 @@
+// One CUTLASS 3 product for sm_90a: D[M, N] = epilogue(A[M, K] W[N, K]^T), bfloat16 in and out, float32 sums. Both
+// operands arrive by TMA and are multiplied by wgmma, two warp groups to a tile, persistent blocks in clusters of two.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <cutlass/cutlass.h>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+#include <stdint.h>
+
+#include <cute/tensor.hpp>
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/kernel/gemm_universal.hpp>
+
+#include "flg/check.h"
+#include "flg/launch.h"
+
+namespace flg::gemm {
+
+using Element = cutlass::bfloat16_t;
+using RowMajor = cutlass::layout::RowMajor;
+using Tile = cute::Shape<cute::_128, cute::_256, cute::_64>;
+using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
+constexpr int kAlignment = 8;  // elements in 16 bytes
+constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
+
+// A vector [N] that every row of the tile sees.
+template <typename T>
+using Row = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, T, float, cute::Stride<cute::_0, cute::_1, int64_t>>;
+
+// `Source` is the element of C, or void where the epilogue reads none.
+template <typename Fusion, typename Source>
+struct Matmul {
+  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, Source, RowMajor, kAlignment, Element, RowMajor,
+      kAlignment, cutlass::epilogue::TmaWarpSpecializedCooperative, Fusion>::CollectiveOp;
+  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, kAlignment, Element,
+      cutlass::layout::ColumnMajor, kAlignment, float, Tile, Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
+      cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
+  using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+
+  // Enqueues one product; `fusion` are the epilogue's own arguments.
+  static int run(const void* a, const void* w, const Source* c, void* d, int64_t m, int64_t n, int64_t k,
+                 typename Epilogue::FusionCallbacks::Arguments fusion, int device, void* stream) {
+    int64_t sms = 0;
+    FLG_TRY(count_sms(device, sms));
+    const auto rows = [](int64_t width) { return cute::make_stride(width, cute::_1{}, int64_t{0}); };
+    typename Device::Arguments args{cutlass::gemm::GemmUniversalMode::kGemm,
+                                    {static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), 1},
+                                    {static_cast<const Element*>(a), rows(k), static_cast<const Element*>(w), rows(k)},
+                                    {fusion, c, rows(n), static_cast<Element*>(d), rows(n)}};
+    args.hw_info.device_id = device;
+    args.hw_info.sm_count = static_cast<int>(sms);
+    // A workspace is for split-K only, which this scheduler does not do.
+    if (Device::get_workspace_size(args) != 0 || Device::can_implement(args) != cutlass::Status::kSuccess)
+      return static_cast<int>(cudaErrorInvalidValue);
+    Device matmul;
+    if (matmul(args, nullptr, static_cast<cudaStream_t>(stream)) == cutlass::Status::kSuccess) return 0;
+    const cudaError_t error = cudaGetLastError();
+    return static_cast<int>(error == cudaSuccess ? cudaErrorLaunchFailure : error);
+  }
+};
+
+inline bool fits(int64_t m, int64_t n, int64_t k) {
+  constexpr int64_t most = INT32_MAX;
+  return m >= 0 && n > 0 && k > 0 && n % kAlignment == 0 && k % kAlignment == 0 && m <= most && n <= most && k <= most;
+}
+
+}  // namespace flg::gemm

@@ -1,0 +1,27 @@
+/* z = x weight^T + bias, out = GELU(z) by the tanh formula; z is kept for the backward pass. bfloat16, sm_90a. */
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+  void* out;          /* [rows, dim]; all tensors dense and 16-byte aligned */
+  void* z;            /* [rows, dim], or null: not wanted */
+  const void* x;      /* [rows, inner] */
+  const void* weight; /* [dim, inner] */
+  const void* bias;   /* [dim], or null */
+  int64_t rows;
+  int64_t dim; /* dim and inner are multiples of 8 */
+  int64_t inner;
+  int device;
+} flg_linear_gelu_tanh_params;
+
+/* Enqueues on `stream` (a cudaStream_t); returns a cudaError, 0 when all is well. */
+int flg_linear_gelu_tanh(const flg_linear_gelu_tanh_params* params, void* stream);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,36 @@
+"""What the operators with a matrix product share: when CUTLASS computes them, checks, the backward products.
+
+Without the CUTLASS kernels (csrc/gemm, bfloat16 on Hopper) torch computes them; autograd then is torch's own.
+"""
+
+import torch
+from torch import Tensor
+
+from fastlightgen.ops import dispatch
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Is this product one for the CUTLASS kernels?"""
+    return (
+        x.dtype == weight.dtype == torch.bfloat16
+        and dispatch.backend_for(x.device.type) == "cuda"
+        and dispatch.gemm_built()
+        and x.numel() > 0
+        and not (weight.shape[0] % 8 or weight.shape[1] % 8)
+    )
+
+
+def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+        got = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {None if bias is None else tuple(bias.shape)}"
+        raise ValueError(f"{op}: got {got}; wanted [..., K], [N, K] and [N] or none; transpose or reshape them")
+
+
+def linear_gradients(
+    dz: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias of z = x weight^T + bias, those that are wanted."""
+    rows = dz.reshape(-1, dz.shape[-1])
+    dx = dz @ weight if wanted[0] else None
+    dweight = rows.mT @ x.reshape(-1, x.shape[-1]) if wanted[1] else None
+    return dx, dweight, rows.sum(0) if wanted[2] else None

@@ -1,0 +1,83 @@
+"""The residual step of a block in its last matrix product: no tensor for what is added is written or read again."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlightgen.ops import dispatch
+from fastlightgen.ops.gemm import check, takes
+from fastlightgen.ops.linear_gate_residual import reference
+from fastlightgen.ops.tables import align, dense, tables
+
+__all__ = ["linear_gate_residual"]
+
+_NAME = "linear_gate_residual"
+
+
+def linear_gate_residual(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """c + gate (x weight^T + bias): c [B, ..., N], x [B, ..., K], weight [N, K], bias [N].
+
+    gate [B, N], or c's rank with every axis full or 1: a gate for each sample or frame, and one launch for each.
+    """
+    check(_NAME, x, weight, bias)
+    if c.shape != (*x.shape[:-1], len(weight)) or c.dtype != x.dtype:
+        got, wanted = f"{tuple(c.shape)} {c.dtype}", f"{(*x.shape[:-1], len(weight))} {x.dtype}"
+        raise ValueError(f"{_NAME}: c got {got}, wanted {wanted}, as x and weight give it; cast or reshape it")
+    if not takes(x, weight):
+        return reference.linear_gate_residual(c, align(_NAME, "gate", gate, c), x, weight, bias)
+    (gate,) = tables(_NAME, c, gate=gate)
+    return torch.ops.fastlightgen.linear_gate_residual(c, gate, x, weight, bias)
+
+
+def _forward(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """gate is a table [M, N]; the rows come in M groups."""
+    groups, inner = len(gate), x.shape[-1]
+    if not takes(x, weight):
+        z = F.linear(x, weight, bias).reshape(groups, -1, len(weight))
+        return reference.add_residual(c.reshape(z.shape), z, gate[:, None]).view(c.shape)
+    c, gate, x, weight, bias = (dense(t) for t in (c, gate, x, weight, bias))
+    out = torch.empty_like(c)
+    rows = x.numel() // inner
+    pointers = (0 if t is None else t.data_ptr() for t in (out, c, x, weight, bias, gate))
+    sizes = rows, len(weight), inner, rows // groups
+    dispatch.check(_NAME, dispatch.extension().linear_gate_residual(*pointers, *sizes, *dispatch.queue(x)), x)
+    return out
+
+
+def _fake(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return c.new_empty(c.shape)
+
+
+def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _autograd(ctx, dout: Tensor) -> tuple:
+    """What was added was never written, so its part of dgate comes out of the weight's product.
+
+    Per group of rows P = dout^T x: dweight = sum gate P, dgate = rowsum(P weight) + bias colsum(dout), and dx is a
+    product with gate weight, the gate folded into the smaller operand.
+    """
+    gate, x, weight, bias = ctx.saved_tensors
+    _, for_gate, for_x, for_weight, _ = ctx.needs_input_grad
+    groups = len(gate)
+    dx, dgate, dweight, dbias = [], [], 0, 0
+    for d, rows, one in zip(*(t.reshape(groups, -1, t.shape[-1]) for t in (dout, x)), gate):
+        total = d.sum(0, dtype=gate.dtype)
+        dbias = dbias + one * total
+        if for_x:
+            dx.append(d @ (one[:, None] * weight).to(weight.dtype))
+        if for_gate or for_weight:
+            product = d.mT @ rows
+            dgate.append((product * weight).sum(1, dtype=gate.dtype) + (0 if bias is None else bias * total))
+            dweight = dweight + one[:, None] * product
+    dx = (dx[0] if groups == 1 else torch.cat(dx)).view(x.shape) if for_x else None
+    dgate = torch.stack(dgate) if for_gate else None
+    dweight = dweight.to(weight.dtype) if for_weight else None
+    return dout, dgate, dx, dweight, None if bias is None else dbias.to(bias.dtype)
+
+
+dispatch.register(
+    f"{_NAME}(Tensor c, Tensor gate, Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _forward, _fake, _setup_context, _autograd,
+)  # fmt: skip

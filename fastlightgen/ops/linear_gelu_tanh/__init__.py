@@ -1,0 +1,65 @@
+"""The first half of a feed-forward: a linear layer and its GELU in one matrix product, z kept for the backward pass."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlightgen.ops import dispatch
+from fastlightgen.ops.gemm import check, linear_gradients, takes
+from fastlightgen.ops.linear_gelu_tanh import reference
+from fastlightgen.ops.tables import dense
+
+__all__ = ["linear_gelu_tanh"]
+
+_NAME = "linear_gelu_tanh"
+
+
+def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU(x weight^T + bias) by the tanh formula: x [..., K], weight [N, K], bias [N] -> [..., N]."""
+    check(_NAME, x, weight, bias)
+    if not takes(x, weight):
+        return reference.linear_gelu_tanh(x, weight, bias)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    return torch.ops.fastlightgen.linear_gelu_tanh(x, weight, bias, keep)[0]
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    """The result and, with `keep`, z = x weight^T + bias (else nothing)."""
+    if not takes(x, weight):
+        z = F.linear(x, weight, bias)
+        return F.gelu(z, approximate="tanh"), z if keep else z.new_empty(0)
+    x, weight, bias = dense(x), dense(weight), dense(bias)
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    z = torch.empty_like(out) if keep else out.new_empty(0)
+    rows, inner = x.numel() // x.shape[-1], x.shape[-1]
+    pointers = (0 if t is None or not t.numel() else t.data_ptr() for t in (out, z, x, weight, bias))
+    error = dispatch.extension().linear_gelu_tanh(*pointers, rows, len(weight), inner, *dispatch.queue(x))
+    dispatch.check(_NAME, error, x)
+    return out, z
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return out, out.new_empty(out.shape if keep else (0,))
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    x, weight, bias, keep = inputs
+    if not keep:
+        raise ValueError(f"{_NAME}: got keep=False and a gradient; pass keep=True, which stores what it needs")
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.has_bias = bias is not None
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # z has none
+
+
+def _autograd(ctx, dout: Tensor, _dz: None) -> tuple:
+    x, weight, z = ctx.saved_tensors
+    dz = torch.ops.aten.gelu_backward(dout, z, approximate="tanh")
+    return *linear_gradients(dz, x, weight, (*ctx.needs_input_grad[:2], ctx.has_bias)), None
+
+
+dispatch.register(
+    f"{_NAME}(Tensor x, Tensor weight, Tensor? bias, bool keep) -> (Tensor, Tensor)",
+    _forward, _fake, _setup_context, _autograd,
+)  # fmt: skip
