@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlightgen.ops import dispatch
+from fastlightgen.ops.tables import check_together
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
@@ -20,7 +21,8 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, **others: Tensor) -> None:
+    check_together(op, x, weight=weight, bias=bias, **others)
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         got = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {None if bias is None else tuple(bias.shape)}"
         raise ValueError(f"{op}: got {got}; wanted [..., K], [N, K] and [N] or none; transpose or reshape them")

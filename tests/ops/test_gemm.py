@@ -145,7 +145,7 @@ def test_what_nvcc_makes_of_it(tmp_path, source: str):
         pytest.skip("nvcc is not installed" if NVCC is None else "no CUTLASS headers: pip install nvidia-cutlass")
     out = tmp_path / "k.cubin"
     command = [NVCC, "-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin", "-o", out]
-    command += ["-gencode=arch=compute_90a,code=sm_90a", f"-isystem{headers}"]
+    command += ["-gencode=arch=compute_90a,code=sm_90a", "-isystem", headers]
     command += [f"-I{ROOT / 'csrc' / folder}" for folder in ("include", "gemm")]
     nice = ["nice"] if shutil.which("nice") else []
     done = subprocess.run([*nice, *command, ROOT / "csrc" / "gemm" / f"{source}.cu"], capture_output=True, text=True)

@@ -19,7 +19,7 @@ def linear_gate_residual(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bia
 
     gate [B, N], or c's rank with every axis full or 1: a gate for each sample or frame, and one launch for each.
     """
-    check(_NAME, x, weight, bias)
+    check(_NAME, x, weight, bias, c=c, gate=gate)
     if c.shape != (*x.shape[:-1], len(weight)) or c.dtype != x.dtype:
         got, wanted = f"{tuple(c.shape)} {c.dtype}", f"{(*x.shape[:-1], len(weight))} {x.dtype}"
         raise ValueError(f"{_NAME}: c got {got}, wanted {wanted}, as x and weight give it; cast or reshape it")

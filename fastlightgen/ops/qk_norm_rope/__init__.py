@@ -6,7 +6,7 @@ from torch import Tensor
 from fastlightgen.ops import dispatch
 from fastlightgen.ops.qk_norm_rope import reference
 from fastlightgen.ops.qk_norm_rope.reference import Rope, rope_factors
-from fastlightgen.ops.tables import dense, kernel_takes
+from fastlightgen.ops.tables import check_together, dense, kernel_takes
 
 __all__ = ["Rope", "qk_norm_rope", "rope_factors"]
 
@@ -32,6 +32,7 @@ def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope)
     if q.dim() != 3 or k.shape != q.shape or k.dtype != q.dtype:
         got = f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}"
         raise ValueError(f"{_NAME}: got {got}, wanted two [B, L, D] alike; reshape or cast them")
+    check_together(_NAME, q, k=k, q_weight=q_weight, k_weight=k_weight, rope=rope[0])
     head_dim, tokens = 2 * sum(table.shape[1] for table in rope), len(rope[0]) * len(rope[1]) * len(rope[2])
     if q.shape[-1] % head_dim or tokens > q.shape[1]:
         got = f"tables for head_dim {head_dim} and {tokens} tokens, q {tuple(q.shape)}"
