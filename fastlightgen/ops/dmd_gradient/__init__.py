@@ -41,9 +41,7 @@ def dmd_gradient(
     if eager or (torch.is_grad_enabled() and any(v.requires_grad for v in tensors)):
         return reference.dmd_gradient(x0, x_t, t, v_fake, v_weak_cond, v_weak_null, v_strong_cond, beta1, beta2)
     t, beta1, beta2 = (_per_sample(v, x0) for v in (t, beta1, beta2))
-    return torch.ops.fastlightgen.dmd_gradient(
-        x0, x_t, t, v_fake, v_weak_cond, v_weak_null, v_strong_cond, beta1, beta2
-    )
+    return _call(x0, x_t, t, v_fake, v_weak_cond, v_weak_null, v_strong_cond, beta1, beta2)
 
 
 def _per_sample(value: Tensor | float, x0: Tensor) -> Tensor:
@@ -77,7 +75,7 @@ def _fake(x0, x_t, t, v_fake, v_weak_cond, v_weak_null, v_strong_cond, beta1, be
     return x0.new_empty(x0.shape), t.new_empty(len(x0))
 
 
-dispatch.register(
+_call = dispatch.register(
     "dmd_gradient(Tensor x0, Tensor x_t, Tensor t, Tensor v_fake, Tensor v_weak_cond, Tensor v_weak_null, "
     "Tensor v_strong_cond, Tensor beta1, Tensor beta2) -> (Tensor, Tensor)",
     _compute, _fake,

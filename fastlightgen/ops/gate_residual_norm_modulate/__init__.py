@@ -50,7 +50,7 @@ def gate_residual_norm_modulate(
         weight, bias = (None if w is None else w.expand(gate.shape[0], -1) for w in (weight, bias))
     if scale is None:
         scale, shift = (None if w is None else w.reshape(-1, x.shape[-1]).float() for w in (weight, bias))
-    return torch.ops.fastlightgen.gate_residual_norm_modulate(x, y, gate, scale, shift, weight is not None, eps)
+    return _call(x, y, gate, scale, shift, weight is not None, eps)
 
 
 def _groups(*mods: Tensor | None) -> int:
@@ -127,7 +127,7 @@ def _autograd(ctx, dx_out: Tensor | None, dh: Tensor | None) -> tuple:
     return (dx, dx, None, dscale, dshift, None, None) if gate is None else (dx, dy, dgate, dscale, dshift, None, None)
 
 
-dispatch.register(
+_call = dispatch.register(
     f"{_NAME}(Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, bool affine, float eps)"
     " -> (Tensor, Tensor)",
     _forward, _fake, _setup_context, _autograd,

@@ -26,7 +26,7 @@ def linear_gate_residual(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bia
     if not takes(x, weight):
         return reference.linear_gate_residual(c, align(_NAME, "gate", gate, c), x, weight, bias)
     (gate,) = tables(_NAME, c, gate=gate)
-    return torch.ops.fastlightgen.linear_gate_residual(c, gate, x, weight, bias)
+    return _call(c, gate, x, weight, bias)
 
 
 def _forward(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -77,7 +77,7 @@ def _autograd(ctx, dout: Tensor) -> tuple:
     return dout, dgate, dx, dweight, None if bias is None else dbias.to(bias.dtype)
 
 
-dispatch.register(
+_call = dispatch.register(
     f"{_NAME}(Tensor c, Tensor gate, Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     _forward, _fake, _setup_context, _autograd,
 )  # fmt: skip

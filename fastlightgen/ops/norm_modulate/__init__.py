@@ -23,7 +23,7 @@ def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) ->
     if x.is_cpu and not torch.compiler.is_compiling() and dispatch.backend_for("cpu") == "reference":
         scale, shift = align(_NAME, "scale", scale, x), align(_NAME, "shift", shift, x)
         return reference.norm_modulate(x, scale, shift, eps)
-    return torch.ops.fastlightgen.norm_modulate(x, *tables(_NAME, x, scale=scale, shift=shift), eps)
+    return _call(x, *tables(_NAME, x, scale=scale, shift=shift), eps)
 
 
 def _forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -55,7 +55,7 @@ def _fake(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-dispatch.register(
+_call = dispatch.register(
     "norm_modulate(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor",
     _forward, _fake, _setup_context, _autograd,
 )  # fmt: skip

@@ -25,7 +25,7 @@ def qk_norm_rope(
     _check(q, k, q_weight, k_weight, rope)
     if q.is_cpu and not torch.compiler.is_compiling() and dispatch.backend_for("cpu") == "reference":
         return reference.qk_norm_rope(q, k, q_weight, k_weight, rope, eps)
-    return torch.ops.fastlightgen.qk_norm_rope(q, k, q_weight, k_weight, *rope, eps)
+    return _call(q, k, q_weight, k_weight, *rope, eps)
 
 
 def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope) -> None:
@@ -104,7 +104,7 @@ def _autograd(ctx, dq: Tensor, dk: Tensor) -> tuple:
 
 
 _TENSORS = "Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor rows, Tensor cols, float eps"
-dispatch.register(f"{_NAME}({_TENSORS}) -> (Tensor, Tensor)", _forward, _fake, _setup_context, _autograd)
+_call = dispatch.register(f"{_NAME}({_TENSORS}) -> (Tensor, Tensor)", _forward, _fake, _setup_context, _autograd)
 dispatch.register(
     f"{_NAME}_backward(Tensor dq, Tensor dk, {_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward, _fake_backward,
