@@ -135,6 +135,5 @@ def bench_block(benchmark, monkeypatch, network: str, way: str, name: str):
         seconds = kernels.times([call], ROUNDS)
     except torch.OutOfMemoryError:
         pytest.skip("the block does not fit this GPU's memory")
-    benchmark.group = f"{network} block {way} {DTYPE}".replace("torch.", "")
-    benchmark.extra_info.update({"us": seconds * 1e6, "contender": name})
+    kernels.record(benchmark, f"{network} block {way}", name, seconds)
     benchmark.pedantic(call, rounds=1, iterations=1)

@@ -15,7 +15,7 @@ def plain(x, scale, shift):
     return reference.norm_modulate(x, scale, shift, 1e-6)
 
 
-@pytest.mark.parametrize("name", kernels.CONTENDERS)
+@pytest.mark.parametrize("name", kernels.CONTENDERS + kernels.PEERS)
 @pytest.mark.parametrize("way", TENSORS)
 @pytest.mark.parametrize("shape", SIZES)
 def bench_norm_modulate(benchmark, monkeypatch, shape: str, way: str, name: str):
@@ -28,6 +28,10 @@ def bench_norm_modulate(benchmark, monkeypatch, shape: str, way: str, name: str)
     moved = TENSORS[way] * batch * tokens * dim * kernels.DTYPE.itemsize
     calls = None
     if name != "copy":
-        op, cases = kernels.contender(monkeypatch, name, norm_modulate, plain), kernels.rotate(make)
+        cases = kernels.rotate(make)
+        if name in kernels.PEERS:
+            op, cases = kernels.peer(name, cases)
+        else:
+            op = kernels.contender(monkeypatch, name, norm_modulate, plain)
         calls = kernels.backward(op, cases) if way == "backward" else [lambda c=c: op(**c) for c in cases]
     kernels.report(benchmark, f"norm_modulate {way} {shape}", name, calls, moved)

@@ -6,6 +6,7 @@ With the networks' shapes in little, so that nothing else takes time; `us` is th
 import timeit
 from types import SimpleNamespace
 
+import kernels
 import pytest
 import torch
 
@@ -51,7 +52,5 @@ def bench_overhead(benchmark, monkeypatch, op: str, way: str):
     x = X.clone().requires_grad_(way == "training")
     with torch.set_grad_enabled(way == "training"):
         call = lambda: CALLS[op](x)  # noqa: E731
-        seconds = best(call)
-        benchmark.group = f"call overhead, {way}"
-        benchmark.extra_info.update({"us": seconds * 1e6, "goal_us": GOAL, "contender": op})
+        kernels.record(benchmark, f"call overhead, {way}", op, best(call), goal_us=GOAL)
         benchmark.pedantic(call, rounds=3, iterations=10)

@@ -20,6 +20,7 @@ GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 L2_BYTES = 64 << 20  # inputs rotate through more memory than the cache holds
 CONTENDERS = ["copy", "eager", "torch.compile", "triton", "cuda"]
+PEERS = ["liger layer_norm", "quack rmsnorm"]  # norms without modulation that move the same bytes, where installed
 
 
 def draw(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -74,6 +75,26 @@ def contender(monkeypatch: pytest.MonkeyPatch, name: str, op: Callable, referenc
     return op
 
 
+def peer(name: str, cases: list[dict[str, Tensor]]) -> tuple[Callable, list[dict[str, Tensor]]]:
+    """A public norm and its inputs in the place of norm_modulate's."""
+    if not GPU:
+        pytest.skip("it needs a GPU")
+    if name.startswith("liger"):
+        norm = pytest.importorskip("liger_kernel.ops.layer_norm").LigerLayerNormFunction
+
+        def op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return norm.apply(x, weight, bias, 1e-6)
+    else:
+        rmsnorm = pytest.importorskip("quack").rmsnorm
+
+        def op(x: Tensor, weight: Tensor) -> Tensor:
+            return rmsnorm(x.flatten(0, -2), weight, eps=1e-6).view_as(x)
+
+    dim = cases[0]["x"].shape[-1]
+    names = ("weight", "bias") if name.startswith("liger") else ("weight",)
+    return op, [{"x": case["x"]} | {n: draw(dim) for n in names} for case in cases]
+
+
 def backward(op: Callable, cases: list[dict[str, Tensor]]) -> list[Callable[[], object]]:
     """Calls that run only the backward pass: every input's gradient, cotangents drawn once."""
     calls = []
@@ -87,11 +108,15 @@ def backward(op: Callable, cases: list[dict[str, Tensor]]) -> list[Callable[[], 
     return calls
 
 
+def record(benchmark, group: str, name: str, seconds: float, **columns: float) -> None:
+    """Leaves a row in the record."""
+    benchmark.group = f"{group} {DTYPE}".replace("torch.", "")
+    benchmark.extra_info.update({"us": seconds * 1e6, **columns, "contender": name})
+
+
 def report(benchmark, group: str, name: str, calls: list[Callable[[], object]] | None, moved: int) -> None:
     """Times the calls (None: the copy itself) and leaves the columns in the record."""
-    benchmark.group = f"{group} {DTYPE}".replace("torch.", "")
     copied = copy_seconds(moved)
     seconds = copied if calls is None else times(calls)
-    columns = {"us": seconds * 1e6, "GB/s": moved / seconds / 1e9, "of_copy": copied / seconds, "contender": name}
-    benchmark.extra_info.update(columns)
+    record(benchmark, group, name, seconds, **{"GB/s": moved / seconds / 1e9, "of_copy": copied / seconds})
     benchmark.pedantic((calls or [lambda: None])[0], rounds=3, iterations=1)

@@ -75,20 +75,26 @@ def _why_not(backend: str) -> str:
 
 def register(
     schema: str, compute: Callable, fake: Callable, setup: Callable | None = None, gradient: Callable | None = None
-) -> None:
-    """An operator torch.ops.fastlightgen.<name> for CPU and CUDA; with `gradient`, autograd's formula."""
+) -> Callable:
+    """An operator torch.ops.fastlightgen.<name> for CPU and CUDA; with `gradient`, autograd's formula.
+
+    Returns what calls it: outside a compilation it spares the first of the dispatcher's rounds, some 2 us.
+    """
     name = schema[: schema.index("(")]
     LIB.define(schema)
     for device in ("CPU", "CUDA"):
         LIB.impl(name, compute, device)
     torch.library.register_fake(f"fastlightgen::{name}", fake, lib=LIB)
-    if gradient is not None:
-        LIB.impl(name, _differentiable(name, setup, gradient), "Autograd")
-
-
-def _differentiable(name: str, setup: Callable, gradient: Callable) -> Callable:
-    """What torch.library.register_autograd would make, at a fraction of its 30 us per call."""
     op = getattr(torch.ops.fastlightgen, name).default
+    if gradient is None:
+        return op
+    eager = _differentiable(name, op, setup, gradient)
+    LIB.impl(name, eager, "Autograd")
+    return lambda *args: op(*args) if torch.compiler.is_compiling() else eager(*args)
+
+
+def _differentiable(name: str, op: Callable, setup: Callable, gradient: Callable) -> Callable:
+    """What torch.library.register_autograd would make, at a fraction of its 30 us per call."""
 
     def plain(*args):
         with torch._C._AutoDispatchBelowAutograd():
@@ -99,7 +105,8 @@ def _differentiable(name: str, setup: Callable, gradient: Callable) -> Callable:
         setup(ctx, args, out)
         return out
 
-    parts = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
+    backward = torch.autograd.function.once_differentiable(gradient)  # no second derivative, and it says so
+    parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     recorded = type(name, (torch.autograd.Function,), parts).apply
 
     def call(*args):

@@ -3,24 +3,36 @@
 Without the CUTLASS kernels (csrc/gemm, bfloat16 on Hopper) torch computes them; autograd then is torch's own.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from fastlightgen.ops import dispatch
+from fastlightgen.ops.tables import check_together
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Is this product one for the CUTLASS kernels?"""
+    """Is this product one for the CUTLASS kernels? In a compilation never: the compiler fuses epilogues by itself."""
     return (
         x.dtype == weight.dtype == torch.bfloat16
+        and not torch.compiler.is_compiling()
         and dispatch.backend_for(x.device.type) == "cuda"
         and dispatch.gemm_built()
+        and _hopper(x.device.index)
         and x.numel() > 0
         and not (weight.shape[0] % 8 or weight.shape[1] % 8)
     )
 
 
-def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+@lru_cache
+def _hopper(device: int) -> bool:
+    """wgmma is there on no other GPU, whatever else the extension was built for."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, **others: Tensor) -> None:
+    check_together(op, x, weight=weight, bias=bias, **others)
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         got = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {None if bias is None else tuple(bias.shape)}"
         raise ValueError(f"{op}: got {got}; wanted [..., K], [N, K] and [N] or none; transpose or reshape them")

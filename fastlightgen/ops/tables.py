@@ -12,6 +12,15 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # flg_dtype in
 WIDEST = 5120  # csrc/include/flg/widths.h; wider rows are computed by the reference
 
 
+def check_together(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """x is a number format that has fractions, and nothing lies on another device: kernels would read wild memory."""
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: x got {x.dtype}, wanted a floating-point type; cast it")
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: {name} got {t.device}, wanted {x.device}, where x is; move it")
+
+
 def align(op: str, name: str, mod: Tensor, x: Tensor) -> Tensor:
     """A view of a modulation with x's rank: [B, D] is one row per sample, any axis may be full or 1."""
     rank = x.dim()

@@ -92,6 +92,16 @@ def test_a_gate_for_every_frame():
     assert torch.autograd.gradcheck(fused, inputs)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_the_public_function_compiles_whole(op: str):
+    inputs = case(op, (2, 5, 24, 16), True, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(OPS[op][0], backend="aot_eager", fullgraph=True)
+    want = rule.results(OPS[op][0], inputs)
+    for name, value in rule.results(compiled, inputs).items():
+        torch.testing.assert_close(value, want[name])
+
+
 def test_frozen_parts_get_no_gradient():
     """A frozen weight, as under adapters: the others' gradients do not change."""
     inputs = case("linear_gate_residual", (2, 5, 24, 16), True, torch.float32)
@@ -122,8 +132,8 @@ def test_bad_input_is_named():
 @pytest.mark.parametrize("shape", [(1, 128, 64, 256), (3, 331, 72, 520), (2, 1560, 1536, 8960)], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_gpu(monkeypatch, op: str, shape, bias: bool):
-    if not dispatch.gemm_built():
-        pytest.skip(dispatch.parts()["CUTLASS products"][1])
+    if not dispatch.gemm_built() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip(f"CUTLASS products: {dispatch.parts()['CUTLASS products'][1]}; they are for sm_90a")
     monkeypatch.setattr(dispatch, "backend_for", lambda device: "cuda")
     agrees(OPS[op][0], op, case(op, shape, bias, torch.bfloat16, "cuda"))
 
@@ -145,7 +155,7 @@ def test_what_nvcc_makes_of_it(tmp_path, source: str):
         pytest.skip("nvcc is not installed" if NVCC is None else "no CUTLASS headers: pip install nvidia-cutlass")
     out = tmp_path / "k.cubin"
     command = [NVCC, "-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin", "-o", out]
-    command += ["-gencode=arch=compute_90a,code=sm_90a", f"-isystem{headers}"]
+    command += ["-gencode=arch=compute_90a,code=sm_90a", "-isystem", headers]
     command += [f"-I{ROOT / 'csrc' / folder}" for folder in ("include", "gemm")]
     nice = ["nice"] if shutil.which("nice") else []
     done = subprocess.run([*nice, *command, ROOT / "csrc" / "gemm" / f"{source}.cu"], capture_output=True, text=True)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastlightgen.ops import dispatch
 from fastlightgen.ops.dmd_gradient import reference
-from fastlightgen.ops.tables import DTYPES, dense
+from fastlightgen.ops.tables import DTYPES, check_together, dense
 
 __all__ = ["dmd_gradient"]
 
@@ -32,13 +32,16 @@ def dmd_gradient(
         if tensor.shape != x0.shape or tensor.device != x0.device:
             got, wanted = (f"{tuple(v.shape)} on {v.device}" for v in (tensor, x0))
             raise ValueError(f"dmd_gradient: {name} got {got}, wanted x0's {wanted}; make them equal")
+    check_together("dmd_gradient", x0)
+    if not x0.numel() and len(x0):
+        raise ValueError(
+            f"dmd_gradient: x0 got {tuple(x0.shape)}, wanted samples with elements; their mean is undefined"
+        )
     eager = not torch.compiler.is_compiling() and dispatch.backend_for(x0.device.type) == "reference"
     if eager or (torch.is_grad_enabled() and any(v.requires_grad for v in tensors)):
         return reference.dmd_gradient(x0, x_t, t, v_fake, v_weak_cond, v_weak_null, v_strong_cond, beta1, beta2)
     t, beta1, beta2 = (_per_sample(v, x0) for v in (t, beta1, beta2))
-    return torch.ops.fastlightgen.dmd_gradient(
-        x0, x_t, t, v_fake, v_weak_cond, v_weak_null, v_strong_cond, beta1, beta2
-    )
+    return _call(x0, x_t, t, v_fake, v_weak_cond, v_weak_null, v_strong_cond, beta1, beta2)
 
 
 def _per_sample(value: Tensor | float, x0: Tensor) -> Tensor:
@@ -72,7 +75,7 @@ def _fake(x0, x_t, t, v_fake, v_weak_cond, v_weak_null, v_strong_cond, beta1, be
     return x0.new_empty(x0.shape), t.new_empty(len(x0))
 
 
-dispatch.register(
+_call = dispatch.register(
     "dmd_gradient(Tensor x0, Tensor x_t, Tensor t, Tensor v_fake, Tensor v_weak_cond, Tensor v_weak_null, "
     "Tensor v_strong_cond, Tensor beta1, Tensor beta2) -> (Tensor, Tensor)",
     _compute, _fake,

@@ -8,7 +8,7 @@ from fastlightgen.ops import dispatch
 from fastlightgen.ops.gate_residual_norm_modulate import reference
 from fastlightgen.ops.gate_residual_norm_modulate.reference import add_residual
 from fastlightgen.ops.norm_modulate import norm_modulate
-from fastlightgen.ops.tables import align, dense, dense_rows, kernel_takes, tables
+from fastlightgen.ops.tables import align, check_together, dense, dense_rows, kernel_takes, tables
 
 __all__ = ["add_residual", "gate_residual_norm_modulate"]
 
@@ -30,6 +30,7 @@ def gate_residual_norm_modulate(
     x, y [B, ..., D]; gate, scale, shift [B, D], or x's rank with every axis full or 1; weight, bias [D]. Without y
     nothing is pending and x' is x, without gate it is x + y. The norm sees the rounded x'.
     """
+    check_together(_NAME, x, y=y, gate=gate, scale=scale, shift=shift, weight=weight, bias=bias)
     if y is not None and (y.shape != x.shape or y.dtype != x.dtype):
         got, wanted = f"{tuple(y.shape)} {y.dtype}", f"{tuple(x.shape)} {x.dtype}"
         raise ValueError(f"{_NAME}: y got {got}, wanted x's {wanted}; cast or reshape it")
@@ -49,7 +50,7 @@ def gate_residual_norm_modulate(
         weight, bias = (None if w is None else w.expand(gate.shape[0], -1) for w in (weight, bias))
     if scale is None:
         scale, shift = (None if w is None else w.reshape(-1, x.shape[-1]).float() for w in (weight, bias))
-    return torch.ops.fastlightgen.gate_residual_norm_modulate(x, y, gate, scale, shift, weight is not None, eps)
+    return _call(x, y, gate, scale, shift, weight is not None, eps)
 
 
 def _groups(*mods: Tensor | None) -> int:
@@ -59,6 +60,8 @@ def _groups(*mods: Tensor | None) -> int:
 def _forward(
     x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, affine: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
+    if not x.numel():
+        return _fake(x, y, gate, scale, shift, affine, eps)
     backend = dispatch.backend_for(x.device.type)
     if backend == "reference" or not kernel_takes(x):
         x_out, h = reference.on_tables(x, y, gate, scale, shift, affine, eps)
@@ -76,6 +79,8 @@ def _backward(
     affine: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dy, dscale, dshift, dgate; without a gate dy (it is dx) and dgate are empty. Tables as in the forward."""
+    if not x_out.numel():
+        return tuple(t.zero_() for t in _fake_backward(dh, dx_out, x_out, y, gate, scale, affine, eps))
     backend = dispatch.backend_for(x_out.device.type)
     none = x_out.new_empty(0)
     if backend == "reference" or not kernel_takes(x_out):
@@ -122,7 +127,7 @@ def _autograd(ctx, dx_out: Tensor | None, dh: Tensor | None) -> tuple:
     return (dx, dx, None, dscale, dshift, None, None) if gate is None else (dx, dy, dgate, dscale, dshift, None, None)
 
 
-dispatch.register(
+_call = dispatch.register(
     f"{_NAME}(Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, bool affine, float eps)"
     " -> (Tensor, Tensor)",
     _forward, _fake, _setup_context, _autograd,

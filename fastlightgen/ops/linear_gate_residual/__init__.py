@@ -19,14 +19,14 @@ def linear_gate_residual(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bia
 
     gate [B, N], or c's rank with every axis full or 1: a gate for each sample or frame, and one launch for each.
     """
-    check(_NAME, x, weight, bias)
+    check(_NAME, x, weight, bias, c=c, gate=gate)
     if c.shape != (*x.shape[:-1], len(weight)) or c.dtype != x.dtype:
         got, wanted = f"{tuple(c.shape)} {c.dtype}", f"{(*x.shape[:-1], len(weight))} {x.dtype}"
         raise ValueError(f"{_NAME}: c got {got}, wanted {wanted}, as x and weight give it; cast or reshape it")
     if not takes(x, weight):
         return reference.linear_gate_residual(c, align(_NAME, "gate", gate, c), x, weight, bias)
     (gate,) = tables(_NAME, c, gate=gate)
-    return torch.ops.fastlightgen.linear_gate_residual(c, gate, x, weight, bias)
+    return _call(c, gate, x, weight, bias)
 
 
 def _forward(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -77,7 +77,7 @@ def _autograd(ctx, dout: Tensor) -> tuple:
     return dout, dgate, dx, dweight, None if bias is None else dbias.to(bias.dtype)
 
 
-dispatch.register(
+_call = dispatch.register(
     f"{_NAME}(Tensor c, Tensor gate, Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     _forward, _fake, _setup_context, _autograd,
 )  # fmt: skip

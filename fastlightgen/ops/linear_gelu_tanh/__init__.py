@@ -20,7 +20,7 @@ def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     if not takes(x, weight):
         return reference.linear_gelu_tanh(x, weight, bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return torch.ops.fastlightgen.linear_gelu_tanh(x, weight, bias, keep)[0]
+    return _call(x, weight, bias, keep)[0]
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ def _autograd(ctx, dout: Tensor, _dz: None) -> tuple:
     return *linear_gradients(dz, x, weight, (*ctx.needs_input_grad[:2], ctx.has_bias)), None
 
 
-dispatch.register(
+_call = dispatch.register(
     f"{_NAME}(Tensor x, Tensor weight, Tensor? bias, bool keep) -> (Tensor, Tensor)",
     _forward, _fake, _setup_context, _autograd,
 )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastlightgen.ops import dispatch
 from fastlightgen.ops.norm_modulate import reference
-from fastlightgen.ops.tables import align, dense, dense_rows, kernel_takes, tables
+from fastlightgen.ops.tables import align, check_together, dense, dense_rows, kernel_takes, tables
 
 _NAME = "norm_modulate"
 
@@ -18,11 +18,12 @@ def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) ->
 
     scale and shift: [B, D], one row per sample, or x's rank with every axis full or 1 ([B, 1, D], [B, N, D]).
     """
+    check_together(_NAME, x, scale=scale, shift=shift)
     # Eager CPU calls skip the dispatcher: torch's own LayerNorm backward is 4 times faster than _backward.
     if x.is_cpu and not torch.compiler.is_compiling() and dispatch.backend_for("cpu") == "reference":
         scale, shift = align(_NAME, "scale", scale, x), align(_NAME, "shift", shift, x)
         return reference.norm_modulate(x, scale, shift, eps)
-    return torch.ops.fastlightgen.norm_modulate(x, *tables(_NAME, x, scale=scale, shift=shift), eps)
+    return _call(x, *tables(_NAME, x, scale=scale, shift=shift), eps)
 
 
 def _forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -54,7 +55,7 @@ def _fake(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-dispatch.register(
+_call = dispatch.register(
     "norm_modulate(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor",
     _forward, _fake, _setup_context, _autograd,
 )  # fmt: skip

@@ -6,7 +6,7 @@ from torch import Tensor
 from fastlightgen.ops import dispatch
 from fastlightgen.ops.qk_norm_rope import reference
 from fastlightgen.ops.qk_norm_rope.reference import Rope, rope_factors
-from fastlightgen.ops.tables import dense, kernel_takes
+from fastlightgen.ops.tables import check_together, dense, kernel_takes
 
 __all__ = ["Rope", "qk_norm_rope", "rope_factors"]
 
@@ -25,13 +25,14 @@ def qk_norm_rope(
     _check(q, k, q_weight, k_weight, rope)
     if q.is_cpu and not torch.compiler.is_compiling() and dispatch.backend_for("cpu") == "reference":
         return reference.qk_norm_rope(q, k, q_weight, k_weight, rope, eps)
-    return torch.ops.fastlightgen.qk_norm_rope(q, k, q_weight, k_weight, *rope, eps)
+    return _call(q, k, q_weight, k_weight, *rope, eps)
 
 
 def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope) -> None:
     if q.dim() != 3 or k.shape != q.shape or k.dtype != q.dtype:
         got = f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}"
         raise ValueError(f"{_NAME}: got {got}, wanted two [B, L, D] alike; reshape or cast them")
+    check_together(_NAME, q, k=k, q_weight=q_weight, k_weight=k_weight, rope=rope[0])
     head_dim, tokens = 2 * sum(table.shape[1] for table in rope), len(rope[0]) * len(rope[1]) * len(rope[2])
     if q.shape[-1] % head_dim or tokens > q.shape[1]:
         got = f"tables for head_dim {head_dim} and {tokens} tokens, q {tuple(q.shape)}"
@@ -103,7 +104,7 @@ def _autograd(ctx, dq: Tensor, dk: Tensor) -> tuple:
 
 
 _TENSORS = "Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor frames, Tensor rows, Tensor cols, float eps"
-dispatch.register(f"{_NAME}({_TENSORS}) -> (Tensor, Tensor)", _forward, _fake, _setup_context, _autograd)
+_call = dispatch.register(f"{_NAME}({_TENSORS}) -> (Tensor, Tensor)", _forward, _fake, _setup_context, _autograd)
 dispatch.register(
     f"{_NAME}_backward(Tensor dq, Tensor dk, {_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward, _fake_backward,

@@ -1,0 +1,43 @@
+"""Linear layers with a fused epilogue against torch's product and separate operations, forward and backward.
+
+`TFLOP/s` counts the products: one forward, two backward. The gate's gradient comes out of the weight's product.
+"""
+
+import kernels
+import pytest
+from kernels import GPU, draw
+
+from fastlightgen.ops import dispatch, linear_gate_residual, linear_gelu_tanh
+from fastlightgen.ops.linear_gate_residual import reference as residual
+from fastlightgen.ops.linear_gelu_tanh import reference as gelu
+
+# rows, K, N: the two halves of a feed-forward and an attention's last layer
+GPU_SIZES = {
+    "linear_gelu_tanh": {"wan-14b-480p": (32760, 5120, 13824), "wan-1.3b-480p": (32760, 1536, 8960)},
+    "linear_gate_residual": {"wan-14b-480p ffn": (32760, 13824, 5120), "wan-14b-480p attention": (32760, 5120, 5120)},
+}
+SIZES = GPU_SIZES if GPU else {op: {"small (no GPU)": (96, 64, 128)} for op in GPU_SIZES}
+OPS = {
+    "linear_gelu_tanh": (linear_gelu_tanh, gelu.linear_gelu_tanh),
+    "linear_gate_residual": (linear_gate_residual, residual.linear_gate_residual),
+}
+
+
+@pytest.mark.parametrize("name", ["eager", "torch.compile", "cuda"])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize(("op", "shape"), [(op, shape) for op, shapes in SIZES.items() for shape in shapes])
+def bench_linear(benchmark, monkeypatch, op: str, shape: str, way: str, name: str):
+    if name == "cuda" and not (dispatch.gemm_built() and kernels.torch.cuda.get_device_capability() == (9, 0)):
+        pytest.skip(f"CUTLASS products: {dispatch.parts()['CUTLASS products'][1]}; they are for sm_90a")
+    rows, inner, dim = SIZES[op][shape]
+
+    def make():
+        case = {"x": draw(1, rows, inner), "weight": draw(dim, inner) / inner**0.5, "bias": draw(dim)}
+        return case if op == "linear_gelu_tanh" else case | {"c": draw(1, rows, dim), "gate": draw(1, dim)}
+
+    run, cases = kernels.contender(monkeypatch, name, *OPS[op]), kernels.rotate(make)
+    calls = kernels.backward(run, cases) if way == "backward" else [lambda c=c: run(**c) for c in cases]
+    seconds = kernels.times(calls)
+    flops = (4 if way == "backward" else 2) * rows * inner * dim
+    kernels.record(benchmark, f"{op} {way} {shape}", name, seconds, **{"TFLOP/s": flops / seconds / 1e12})
+    benchmark.pedantic(calls[0], rounds=3, iterations=1)

@@ -1,0 +1,16 @@
+"""A bench file stops by itself: FLG_BENCH_CAP seconds after its start, the rest of it is skipped (bench/gpu.sh)."""
+
+import os
+import time
+
+import pytest
+
+CAP = float(os.environ.get("FLG_BENCH_CAP", "inf"))
+STARTED: dict[str, float] = {}
+
+
+@pytest.fixture(autouse=True)
+def within_its_time(request: pytest.FixtureRequest):
+    spent = time.monotonic() - STARTED.setdefault(request.module.__name__, time.monotonic())
+    if spent > CAP:
+        pytest.skip(f"FLG_BENCH_CAP={CAP:g} seconds are over for this file")
