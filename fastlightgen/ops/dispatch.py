@@ -33,6 +33,7 @@ def parts() -> dict[str, tuple[bool, str]]:
     """Name of each part -> (is it there, how it was built or why not): the end of every installation prints it."""
     report = Path(__file__).parents[1] / "_build.json"
     said = json.loads(report.read_text()) if report.exists() else {}
+    said = {part: state.removeprefix("not built: ") for part, state in said.items()}
     ext = extension()
     unknown = "the installation left no report; run `pip install -e .`"
     return {
