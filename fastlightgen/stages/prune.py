@@ -37,7 +37,8 @@ def unpruned_terms(v_u: Tensor, v_target: Tensor, v_star: Tensor, alpha: float, 
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
-    return (a - b).square().mean()
+    wide = torch.promote_types(a.dtype, torch.float32)  # predictions under autocast are bfloat16
+    return (a.to(wide) - b.to(wide)).square().mean()
 
 
 class Prune:
