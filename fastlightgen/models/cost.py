@@ -145,10 +145,10 @@ def wan(cfg: Mapping, latent: tuple[int, int, int], text: int) -> Network:
         prompt=Work(linear(text + image, square, square)),
         self_attention=attention(tokens, tokens, dim),
         attention_out=Saved(hidden, heads * tokens),
-        # Of 22 hidden tensors (2 more where image tokens are read) 12 are float32 whatever the compute type: inside
-        # the norms and in the residual sum. Then the feed-forward before and after GELU, and rows of statistics.
+        # Of 22 hidden tensors (2 more where image tokens are read) 10 are float32 whatever the compute type: inside
+        # the norms. Then the feed-forward before and after GELU, and rows of statistics.
         saved=Saved(
-            (10 + 2 * bool(image)) * hidden + 2 * tokens * ffn, 12 * hidden + (2 + bool(image)) * heads * tokens
+            (12 + 2 * bool(image)) * hidden + 2 * tokens * ffn, 10 * hidden + (2 + bool(image)) * heads * tokens
         ),
         prompt_saved=Saved(2 * context, 2 * context),
     )
