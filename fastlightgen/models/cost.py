@@ -146,7 +146,7 @@ def wan(cfg: Mapping, latent: tuple[int, int, int], text: int) -> Network:
         self_attention=attention(tokens, tokens, dim),
         attention_out=Saved(hidden, heads * tokens),
         # Of 22 hidden tensors (2 more where image tokens are read) 10 are float32 whatever the compute type: inside
-        # the norms and in the residual sum. Then the feed-forward before and after GELU, and rows of statistics.
+        # the norms. Then the feed-forward before and after GELU, and rows of statistics.
         saved=Saved(
             (12 + 2 * bool(image)) * hidden + 2 * tokens * ffn, 10 * hidden + (2 + bool(image)) * heads * tokens
         ),

@@ -16,9 +16,15 @@ template <typename T, typename W>
 constexpr int kForwardBlocks = W::kExact && sizeof(T) == 2 ? 640 / W::kThreads : 1;
 template <typename T, typename W>
 constexpr int kBackwardBlocks = W::kExact && sizeof(T) == 2 ? 384 / W::kThreads : 1;
-// Without room for the next rows in registers they are read when they are needed.
+// Without room for the next rows in registers they are read when they are needed: with idle lanes, in float32, and on
+// other GPUs than Hopper, where ptxas lacks a few registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+constexpr bool kHopper = false;
+#else
+constexpr bool kHopper = true;
+#endif
 template <typename T, typename W>
-constexpr bool kPrefetchBackward = W::kExact && sizeof(T) == 2;
+constexpr bool kPrefetchBackward = kHopper && W::kExact && sizeof(T) == 2;
 
 template <typename W>
 __device__ __forceinline__ void load_table(const float* row, float offset, const Columns<W>& col,
