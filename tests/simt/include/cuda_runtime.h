@@ -60,6 +60,11 @@ template <typename T>
 T __ldcs(const T* p) {
   return simt::aligned(p);
 }
+template <typename T>
+void __stwb(T* p, T v) {
+  simt::aligned(p);
+  *p = v;
+}
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 
 // The runtime.
