@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from fastlightgen.engine.ema import Ema
+from fastlightgen.engine.log import say
+from fastlightgen.engine.ranks import accumulation
 from fastlightgen.engine.roles import Role, Stage, Update
+from fastlightgen.models.weights import save_model
+from fastlightgen.rng import share
 
 
 def pick_device(name: str) -> torch.device:
@@ -16,11 +20,27 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
 
 
+def schedule(role: Role, count: int, step: int, iters: int) -> float:
+    """The factor of the learning rate: linear warm-up over a role's updates, then constant or cosine over the run."""
+    warm = min(1.0, (count + 1) / role.warmup) if role.warmup else 1.0
+    return warm * (0.5 + 0.5 * math.cos(math.pi * step / iters) if role.cosine else 1.0)
+
+
+def require_finite(value: float, what: str, role: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise ValueError(
+            f"step {step}, {role}: {what} is {value}; stopped before the optimizer, the last checkpoint is "
+            "intact; lower lr or clip, or look at the data of this step"
+        )
+
+
 class LocalEngine:
     """Trains float32 weights; with dtype=bfloat16 the forward and backward run under autocast."""
 
-    def __init__(self, device: torch.device, dtype: str):
-        self.device, self.dtype = device, dtype
+    name = "local"
+
+    def __init__(self, device: torch.device, dtype: str, batch: int = 1, micro_batch: int = 0):
+        self.device, self.dtype, self.micro_batches = device, dtype, accumulation(batch, micro_batch, 1)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
@@ -50,33 +70,26 @@ class LocalEngine:
     def apply(self, update: Update, step: int) -> dict[str, float]:
         """Loss, backward, clip, optimizer step, average. A non-finite loss or gradient stops before the optimizer."""
         role, optimizer = self.roles[update.role], self.optimizers[update.role]
-        with self.autocast():
-            loss, record = update.loss()
-        self._finite(loss, "loss", update.role, step + 1)
-        loss.backward()
+        loss, record = 0.0, {}
+        for k in range(self.micro_batches):
+            with share(k, self.micro_batches), self.autocast():
+                part, numbers = update.loss()
+            require_finite(part.item(), "loss", update.role, step + 1)
+            (part / self.micro_batches).backward()
+            loss += part.item() / self.micro_batches
+            record = {key: record.get(key, 0.0) + v / self.micro_batches for key, v in numbers.items()}
         params = optimizer.param_groups[0]["params"]
         norm = torch.nn.utils.clip_grad_norm_(params, role.clip)
-        self._finite(norm, "gradient norm", update.role, step + 1)
-        lr = role.lr * self._schedule(role, self.count[update.role], step)
+        require_finite(norm.item(), "gradient norm", update.role, step + 1)
+        lr = role.lr * schedule(role, self.count[update.role], step, self.iters)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         self.count[update.role] += 1
         if update.role in self.emas:
             self.emas[update.role].update(role.net)
-        record = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr} | record
+        record = {"loss": loss, "grad_norm": norm.item(), "lr": lr} | record
         return {k if len(self.roles) == 1 else f"{update.role}_{k}": v for k, v in record.items()}
-
-    def _schedule(self, role: Role, count: int, step: int) -> float:
-        warm = min(1.0, (count + 1) / role.warmup) if role.warmup else 1.0
-        return warm * (0.5 + 0.5 * math.cos(math.pi * step / self.iters) if role.cosine else 1.0)
-
-    def _finite(self, value: Tensor, what: str, role: str, step: int) -> None:
-        if not torch.isfinite(value):
-            raise ValueError(
-                f"step {step}, {role}: {what} is {value.item()}; stopped before the optimizer, the last checkpoint is "
-                "intact; lower lr or clip, or look at the data of this step"
-            )
 
     # What a checkpoint holds: per role the network, its AdamW state and its average.
 

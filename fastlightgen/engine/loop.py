@@ -44,6 +44,7 @@ Show = Callable[[Path, int, dict, Callable[[], bool]], None]  # folder, step, st
 def train(stage: Stage, engine: LocalEngine, folder: StageFolder, cfg, show: Show | None = None) -> None:
     """Run or continue a stage to its end and write its model folder; `show` makes clips on the way."""
     engine.prepare(stage)
+    stage.begin()
     say(f"stage {stage.number}: {engine.estimate()}")
     start = 0
     if (found := checkpoint.load_latest(folder.checkpoints)) is not None:

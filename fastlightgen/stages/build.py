@@ -15,7 +15,7 @@ from fastlightgen.engine.log import say
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.lora import attach_lora
 from fastlightgen.models.weights import digest, load_model, read_card, trained_folder
-from fastlightgen.rng import generator
+from fastlightgen.rng import generator, rows
 from fastlightgen.stages.check import check_source, check_teacher
 from fastlightgen.stages.distill import Distill, Networks
 from fastlightgen.stages.prune import Prune
@@ -35,7 +35,7 @@ def set_checkpointing(cfg, source: Source, *nets: VideoDiT) -> None:
 
 
 def batches_of(cfg, source: Source, device: torch.device) -> Batches:
-    return lambda step: source.batch(step, cfg.batch).to(device)
+    return lambda step: source.batch(step, cfg.batch, rows(cfg.batch)).to(device)
 
 
 def check_data(cfg, source: Source, net: VideoDiT, card: dict) -> None:

@@ -181,11 +181,11 @@ def test_sigint_ends_the_step_saves_and_says_how_to_continue(inputs, finished, t
 import pathlib, time
 from fastlightgen.data.source import ShapesSource
 real = ShapesSource.batch
-def batch(self, step, size):
+def batch(self, step, size, rows=None):
     if step == 4:
         pathlib.Path({str(tmp_path)!r}, "ready").touch()
         time.sleep(0.5)
-    return real(self, step, size)
+    return real(self, step, size, rows)
 ShapesSource.batch = batch"""
     process = child(pause, *command)
     deadline = time.monotonic() + 120
@@ -206,10 +206,10 @@ def test_sigterm_does_the_same(inputs, finished, tmp_path, monkeypatch, capsys):
     old = signal.getsignal(signal.SIGTERM)
     real = ShapesSource.batch
 
-    def batch(self, step, size):
+    def batch(self, step, size, rows=None):
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, step, size)
+        return real(self, step, size, rows)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(ShapesSource, "batch", batch)
