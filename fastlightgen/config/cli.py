@@ -21,6 +21,7 @@ from fastlightgen.config.files import config_root, flatten, preset, presets, rea
 from fastlightgen.config.schema import STAGES, Run, StageAll
 
 TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", list[float]: "[number,number]"}
+REQUEUE = 75  # exit code of a run that a scheduler stopped, to be started again (EX_TEMPFAIL)
 MODELS = ("model", "teacher", "init", "stage2_model")  # keys that name a model: a preset or a folder
 
 
@@ -224,7 +225,14 @@ def main(fn: Callable[[Any], None], command: str = "train", argv: Sequence[str] 
         if os.environ.get("FLG_DEBUG") == "1":
             raise
         print(f"error: {' '.join(str(err).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_code(err))
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(exit_code(stop))
+
+
+def exit_code(err: BaseException) -> int:
+    """2: something to mend; 75: stopped by a scheduler; 130: by Ctrl-C."""
+    if not isinstance(err, KeyboardInterrupt):
+        return 2
+    return REQUEUE if getattr(err, "requeue", False) else 130

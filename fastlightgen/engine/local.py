@@ -1,22 +1,27 @@
 """The one-process engine: places the roles, holds their optimizers and averages, and takes the steps."""
 
 import math
+import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastlightgen.engine import checkpoint
 from fastlightgen.engine.ema import Ema
-from fastlightgen.engine.log import say
 from fastlightgen.engine.ranks import accumulation
 from fastlightgen.engine.roles import Role, Stage, Update
+from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.weights import save_model
 from fastlightgen.rng import share
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU when there is one."""
+    """`auto` is the GPU when there is one; of several processes in one machine each has its own."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: torch sees no GPU; use device=cpu or device=auto")
+    if torch.cuda.is_available() and name != "cpu" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
 
 
@@ -58,6 +63,10 @@ class LocalEngine:
             if role.ema:
                 self.emas[name] = Ema(role.net, role.ema, role.ema_start)
 
+    def place(self, net: VideoDiT) -> None:
+        """A network that only predicts."""
+        net.to(self.device)
+
     def estimate(self) -> str:
         """What training will hold besides activations: float32 weights, gradients, two AdamW moments, the average."""
         parts, total = [], 0
@@ -93,7 +102,20 @@ class LocalEngine:
 
     # What a checkpoint holds: per role the network, its AdamW state and its average.
 
-    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
+    def save(self, folder: Path, step: int, keep: int, every: int) -> None:
+        checkpoint.save(folder, step, self.state(), {"count": self.count, "engine": self.name}, keep, every)
+
+    def load(self, folder: Path) -> int:
+        """Continue from the newest checkpoint; returns its step, 0 where there is none."""
+        step, meta, files = checkpoint.latest(folder, self.name)
+        if step:
+            self.load_state(checkpoint.reading(folder, step, lambda: checkpoint.load(files)), meta["count"])
+        return step
+
+    def save_model(self, net: VideoDiT, folder: Path, dtype: torch.dtype | None = None, **card) -> None:
+        save_model(net, folder, dtype, **card)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
         files = {}
         for name, role in self.roles.items():
             files[name] = dict(role.net.state_dict())
@@ -104,7 +126,7 @@ class LocalEngine:
                 files[f"{name}-ema"] = self.emas[name].shadow
             if role.carried is not None:
                 files[f"{name}-carried"] = dict(role.carried.state_dict())
-        return files, dict(self.count)
+        return files
 
     def load_state(self, files: dict[str, dict[str, Tensor]], count: dict[str, int]) -> None:
         self.count = dict(count)

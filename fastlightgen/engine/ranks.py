@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def launched() -> int:
@@ -84,6 +86,32 @@ def agree(what: str, value: Any) -> None:
             f"{what} differs on rank {', '.join(map(str, odd))} of {size()} (here, on rank {rank()}: {value}); "
             "start all ranks with the same command, code and data"
         )
+
+
+def summed(x: Tensor) -> Tensor:
+    """Sum over the ranks of a tensor of the same shape on all of them."""
+    if size() == 1:
+        return x
+    total = x.detach().cpu()
+    dist.all_reduce(total)
+    return total.to(x.device)
+
+
+def speaks_first(wait: float = 1.0) -> bool:
+    """Of ranks that stop, one tells why: rank 0 if it is among them."""
+    if size() == 1:
+        return True
+    if rank():
+        time.sleep(wait)
+    return dist.distributed_c10d._get_default_store().add("flg/stopped", 1) == 1
+
+
+def gone(wait: float = 3.0) -> list[int]:
+    """The ranks that do not report within `wait` seconds; called by those whose collective has failed."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"flg/here/{rank()}", "1")
+    time.sleep(wait)
+    return [r for r in range(size()) if not store.check([f"flg/here/{r}"])]
 
 
 def mean(values: Sequence[float]) -> list[float]:

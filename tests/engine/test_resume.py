@@ -214,7 +214,7 @@ def test_sigterm_does_the_same(inputs, finished, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(ShapesSource, "batch", batch)
         run_train(*command)
-    assert stop.value.code == 130 and capsys.readouterr().err.strip() == SAVED.format("SIGTERM")
+    assert stop.value.code == 75 and capsys.readouterr().err.strip() == SAVED.format("SIGTERM")
     assert signal.getsignal(signal.SIGTERM) is old
     run_train(*command)
     assert_same(result(tmp_path, stage), finished(kind))
