@@ -32,6 +32,19 @@ def check_walk(net: VideoDiT, args: tuple) -> None:
     ranks.agree("the blocks of a walk", (net.num_blocks, keeps))
 
 
+def start_graph(block: Block, args: tuple) -> tuple | None:
+    """Let the hidden states carry gradient into the first block whose adapters train in a frozen network.
+
+    DeepSpeed reduces and releases a block once the gradient of its inputs is there. Without one it would do so too
+    early: the adapters of the first block would get no gradient.
+    """
+    training = [job for job in args[0] if any(job.grads)]
+    if not (training and torch.is_grad_enabled()) or any(a.requires_grad for a in args if isinstance(a, Tensor)):
+        return None
+    x = training[0].state.x
+    return tuple(a.detach().requires_grad_() if a is x else a for a in args)
+
+
 class Runner(nn.Module):
     """What DeepSpeed takes for the model: calling it computes a loss, by any number of walks of `net`."""
 
@@ -107,6 +120,9 @@ class DeepSpeedEngine:
         count = sum(p.numel() for p in params)
         config = self._config(role.clip, self.accumulation, net) | {"zero_allow_untested_optimizer": True}
         config["zero_optimization"]["reduce_bucket_size"] = int(min(BUCKET, count))
+        if role.host is not None and self.zero3:
+            for block in net.blocks:
+                block.register_forward_pre_hook(start_graph, prepend=True)
         engine = self.deepspeed.initialize(model=Runner(self._leaves(net)), optimizer=optimizer, config=config)[0]
         self._watch(net)
         return engine
