@@ -55,8 +55,16 @@ def make_engine(case: dict):
         return LocalEngine(CPU, "float32", BATCH, case.get("micro_batch", 0))
     from fastlightgen.engine.deepspeed import DeepSpeedEngine
 
+    class Engine(DeepSpeedEngine):
+        """DeepSpeed keeps gathered what is prefetched or used again soon: all of so small a network. Not here."""
+
+        def _config(self, *args) -> dict:
+            config = super()._config(*args)
+            config["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+            return config
+
     keys = {"batch": BATCH, "micro_batch": 0, "zero": 3, "offload": "none", "dtype": "float32"}
-    return DeepSpeedEngine(CPU, SimpleNamespace(**{k: case.get(k, v) for k, v in keys.items()}))
+    return Engine(CPU, SimpleNamespace(**{k: case.get(k, v) for k, v in keys.items()}))
 
 
 def steps(stage, engine, first: int, last: int) -> list[dict[str, float]]:
