@@ -5,7 +5,6 @@ module call that a walk makes of it, whatever the number of streams, and once mo
 """
 
 import logging
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -69,7 +68,6 @@ class DeepSpeedEngine:
         self.deepspeed, self.cfg, self.device = deepspeed, cfg, device
         self.dtype = getattr(torch, cfg.dtype)
         self.zero3 = cfg.zero == 3
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it reports every setting, on every rank
         logging.getLogger("deepspeed").setLevel(logging.ERROR)
         # Between CPU ranks it would compile shared-memory collectives at the first start; gloo's are enough there.

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
@@ -32,6 +33,8 @@ def join(device: torch.device, timeout: float) -> None:
     if dist.is_initialized():
         return
     limit = timedelta(seconds=timeout)
+    # DeepSpeed supports torch versions in which the collectives' new names do not exist yet.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit)
     else:

@@ -1,7 +1,6 @@
-"""Starting real ranks for a test: gloo on this CPU, in a group of their own that is ended with the test."""
+"""Starting real ranks for a test: gloo on this CPU, ended with the test."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,27 +20,31 @@ def launch(ranks: int, *words: str, module: bool = True) -> subprocess.Popen:
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["-m", "fastlightgen.train"] if module else []
-    return subprocess.Popen(
-        [*command, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    last = {w.split("=", 1)[0]: w for w in words}  # a later word replaces an earlier one
+    return subprocess.Popen([*command, *last.values()], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ranks_of(process: subprocess.Popen) -> list:
+    """torchrun's ranks as psutil processes, in the order of their start."""
+    import psutil
+
+    try:
+        return sorted(psutil.Process(process.pid).children(), key=lambda child: child.pid)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def finish(process: subprocess.Popen, seconds: float) -> tuple[str, str]:
     """Its output; whatever is still running after `seconds` is killed, the ranks included."""
-    children = ranks_of(process)
+    import psutil
+
+    started = ranks_of(process)
     try:
         return process.communicate(timeout=seconds)
     finally:
-        for pid in {process.pid, *children, *ranks_of(process)}:
+        for child in [*started, *ranks_of(process)]:
             try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
+                child.kill()  # psutil sees to it that the number has not gone to another process
+            except psutil.NoSuchProcess:
                 pass
-
-
-def ranks_of(process: subprocess.Popen) -> list[int]:
-    """The process ids of torchrun's ranks, in the order of their start."""
-    out = []
-    for thread in Path(f"/proc/{process.pid}/task").glob("*/children"):
-        out += [int(pid) for pid in thread.read_text().split()]
-    return sorted(out)
+        process.kill()

@@ -47,7 +47,9 @@ def make(number: int, words: list[str]):
     lora = cfg.fake_mode == "lora"
     fake = teacher if lora else small_wan(seed=1).prune(KEPT)
     trained = attach_lora(teacher, cfg.lora_rank, generator(0, 7)) if lora else fake
-    return Distill(cfg, Networks(student, teacher, KEPT, fake, KEPT if lora else None, trained, lora, None), batches, {})
+    return Distill(
+        cfg, Networks(student, teacher, KEPT, fake, KEPT if lora else None, trained, lora, None), batches, {}
+    )
 
 
 def make_engine(case: dict):
