@@ -216,7 +216,12 @@ def describe(cls: type, model: str | None) -> list[str]:
 def main(fn: Callable[[Any], None], command: str = "train", argv: Sequence[str] | None = None) -> None:
     """Run a command. What a user can mend is one line and exit code 2; FLG_DEBUG=1 shows where it came from."""
     try:
-        cfg = load(sys.argv[1:] if argv is None else argv, command)
+        try:
+            cfg = load(sys.argv[1:] if argv is None else argv, command)
+        except ValueError:
+            if os.environ.get("RANK", "0") != "0":  # of several processes with one mistake the first one tells it
+                sys.exit(2)
+            raise
         if cfg.dry_run:
             print(to_yaml(cfg), end="")
         else:

@@ -21,7 +21,9 @@ def launch(ranks: int, *words: str, module: bool = True) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["-m", "fastlightgen.train"] if module else []
     last = {w.split("=", 1)[0]: w for w in words}  # a later word replaces an earlier one
-    return subprocess.Popen([*command, *last.values()], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*command, *last.values()], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def ranks_of(process: subprocess.Popen) -> list:
