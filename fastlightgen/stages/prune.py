@@ -38,7 +38,8 @@ def unpruned_terms(v_u: Tensor, v_target: Tensor, v_star: Tensor, alpha: float, 
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
-    return (a - b).square().mean()
+    wide = torch.promote_types(a.dtype, torch.float32)  # a bfloat16 network's outputs are compared in float32
+    return (a.to(wide) - b.to(wide)).square().mean()
 
 
 class Prune:

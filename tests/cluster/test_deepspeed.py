@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +30,15 @@ CASES = {
     "stage 3, zero 3": {"stage": 3, "words": THREE},
     "stage 3, zero 3, lora": {"stage": 3, "words": [*THREE, "fake_mode=lora", "lora_rank=2", "ema=0.9"]},
 }
-SAVED = {"stage 2, saved, zero 3": 3, "stage 2, saved, zero 1": 1}
+AVERAGED = ["target=ema", "alpha=0.7"]
+LORA = [*THREE, "fake_mode=lora", "lora_rank=2", "ema=0.9"]
+SAVED = {
+    "stage 2, saved, zero 3": {"stage": 2, "words": AVERAGED},
+    "stage 2, saved, zero 1": {"stage": 2, "zero": 1, "words": AVERAGED},
+    "stage 2, saved, bfloat16": {"stage": 2, "zero": 2, "dtype": "bfloat16", "micro_batch": 1},
+    "stage 3, saved, lora": {"stage": 3, "words": LORA},
+    "stage 3, saved, bfloat16, offloaded": {"stage": 3, "dtype": "bfloat16", "offload": "optimizer", "words": THREE},
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +49,15 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folder) -> dict:
     """Every case on two ranks of one process group."""
-    saved = {
-        name: {"stage": 2, "zero": zero, "save": str(folder / str(zero)), "words": ["target=ema", "alpha=0.7"]}
-        for name, zero in SAVED.items()
-    }
-    lora = {"stage": 3, "save": str(folder / "lora"), "words": [*THREE, "fake_mode=lora", "lora_rank=2", "ema=0.9"]}
-    (folder / "cases.json").write_text(json.dumps(CASES | saved | {"stage 3, saved, lora": lora}))
-    process = launch(2, str(WORKER), str(folder / "cases.json"), str(folder / "results.json"), module=False)
-    out, err = finish(process, 240)
+    saved = {name: case | {"save": str(folder / name)} for name, case in SAVED.items()}
+    return on_ranks(2, CASES | saved, folder, 240)
+
+
+def on_ranks(count: int, cases: dict, folder: Path, seconds: float) -> dict:
+    """What the worker finds."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    process = launch(count, str(WORKER), str(folder / "cases.json"), str(folder / "results.json"), module=False)
+    out, err = finish(process, seconds)
     assert process.returncode == 0, err[-4000:]
     return json.loads((folder / "results.json").read_text())
 
@@ -100,11 +110,37 @@ def test_stage_1_gathers_each_block_once_per_sample(results):
     assert results["stage 1"]["gathers"] == [[2] * BLOCKS]
 
 
-@pytest.mark.parametrize("name", [*SAVED, "stage 3, saved, lora"])
+@pytest.mark.parametrize("name", SAVED)
 def test_a_continued_run_is_the_uninterrupted_one(results, folder, name):
     done = results[name]
     assert done["again"] == done["records"][-len(done["again"]) :]  # bit-equal
-    place = folder / str(SAVED.get(name, "lora"))
+    place = folder / name
     whole, continued = (load_file(place / n / "diffusion_pytorch_model.safetensors") for n in ("whole", "continued"))
     assert whole.keys() == continued.keys() and all(torch.equal(whole[k], continued[k]) for k in whole)
     assert len(list((place / "step-000002").glob("rank-*-of-00002.safetensors"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_twenty_steps(tmp_path, ranks):
+    """At 1e-5 where nothing amplifies rounding: stage 2 at its own learning rate, stage 3 at a thousand times its."""
+    words = {2: ["lr=1e-5"], 3: [*THREE, "lr=5e-4"]}
+    cases = {
+        f"stage {stage}, zero {zero}, {offload}": {"stage": stage, "zero": zero, "offload": offload, "steps": 20}
+        | {"words": words[stage]}
+        for stage in (2, 3)
+        for zero, offload in ((1, "none"), (2, "none"), (3, "none"), (3, "all"))
+    }
+    for name, two in on_ranks(ranks, cases, tmp_path, 600).items():
+        for a, b in zip(worker.run(cases[name])["records"], two["records"], strict=True):
+            assert compared(b) == pytest.approx(compared(a), rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_random_masks_for_two_hundred_steps(tmp_path, ranks):
+    case = {"stage": 2, "steps": 200, "words": ["drop=independent", "lr=1e-5"]}
+    done = on_ranks(ranks, {"masks": case}, tmp_path, 600)["masks"]
+    assert len(done["records"]) == 200 and done["gathers"] == [[400] * BLOCKS, [200] * BLOCKS]

@@ -13,7 +13,7 @@ from helpers import assert_same, result, run_train, write_inputs
 
 import fastlightgen
 from fastlightgen.data.source import ShapesSource
-from fastlightgen.engine import checkpoint, loop
+from fastlightgen.engine import checkpoint
 from fastlightgen.models import files as model_files
 
 RUNS = {
@@ -131,7 +131,7 @@ def test_a_run_saved_at_every_step_computes_the_same(kind, inputs, finished, tmp
     command = [f"stage={stage}", f"run={tmp_path}", *inputs[stage], *words]
     with pytest.MonkeyPatch.context() as patch:
         for _ in range(2):
-            patch.setattr(loop.checkpoint, "save", nth_call(2, checkpoint.save, before=False))
+            patch.setattr(checkpoint, "save", nth_call(2, checkpoint.save, before=False))
             with pytest.raises(Crash):
                 run_train(*command, "save_every=1", "keep=3")
             patch.undo()
