@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from fastlightgen.config import StageAll, exit_code, for_stage, main, numbers
@@ -81,6 +82,7 @@ def run_stage(cfg) -> None:
     from fastlightgen.engine.log import say
     from fastlightgen.engine.loop import train as train_loop
     from fastlightgen.stages import build
+    from fastlightgen.stages.check import check_teacher
 
     number = int(cfg.stage)
     device, source = pick_device(cfg.device), open_source(cfg.data, cfg.seed)
@@ -95,7 +97,11 @@ def run_stage(cfg) -> None:
         else:
             make = {0: build.build_teacher, 2: build.build_prune, 3: build.build_distill}[number]
             stage = make(cfg, source, device)
-            train_loop(stage, engine, folder, cfg, preview_of(cfg, source, device))
+            look = None
+            if cfg.engine == "deepspeed" and number > 0:
+                teacher = stage.net if number == 2 else stage.nets.teacher
+                look = partial(check_teacher, cfg, teacher, source)
+            train_loop(stage, engine, folder, cfg, preview_of(cfg, source, device), look)
             say(f"stage {number}: {folder.result}")
     finally:
         folder.close()
@@ -138,10 +144,13 @@ def rank_blocks(cfg, source, device, folder, engine) -> None:
     from fastlightgen.engine.log import bar, say
     from fastlightgen.report import plot_importance
     from fastlightgen.stages import build
+    from fastlightgen.stages.check import check_teacher
     from fastlightgen.stages.rank import rank
 
     model, costs = build.build_ranking(cfg, source, device)
     engine.place(model)
+    if cfg.engine == "deepspeed":
+        check_teacher(cfg, model, source)
     batches = build.batches_of(cfg, source, device)
     record = {"model": cfg.model, "data_hash": source.name} | rank(
         cfg, model, batches, costs, lambda total, title: bar(total, title, cfg.progress)

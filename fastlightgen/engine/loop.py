@@ -67,10 +67,15 @@ def interruptible():
 Show = Callable[[Path, int, dict, Callable[[], bool]], None]  # folder, step, stage.sampler(), is a signal waiting?
 
 
-def train(stage: Stage, engine: Engine, folder: StageFolder, cfg, show: Show | None = None) -> None:
-    """Run or continue a stage to its end and write its model folder; `show` makes clips on the way."""
+def train(
+    stage: Stage, engine: Engine, folder: StageFolder, cfg, show: Show | None = None, look: Callable | None = None
+) -> None:
+    """Run or continue a stage to its end and write its model folder; `show` makes clips on the way, `look` is called
+    once the networks are placed."""
     engine.prepare(stage)
     say(f"stage {stage.number}: {engine.estimate()}")
+    if look:
+        look()
     stage.begin()
     if start := engine.load(folder.checkpoints):
         say(f"stage {stage.number}: continues at step {start} of {stage.iters}")
