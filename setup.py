@@ -104,6 +104,6 @@ setup(
     package_dir={"fastlightgen.configs": "configs"},  # the folder stands at the top; the package brings it along
     package_data={
         "fastlightgen": ["report_template.html"],
-        "fastlightgen.configs": ["**/*.yaml", "**/*.json", "**/*.safetensors"],
+        "fastlightgen.configs": ["**/*.yaml", "**/*.json", "**/*.safetensors", "cluster/*"],
     },
 )

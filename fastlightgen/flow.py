@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastlightgen.rng import rand, randn
+
 
 def per_sample(t: Tensor | float, like: Tensor) -> Tensor | float:
     """Shape [B] values so that they broadcast over `like` [B, ...]; numbers pass through."""
@@ -46,9 +48,9 @@ def ladder(num_steps: int, shift: float) -> list[float]:
 
 def draw_times(batch: int, shift: float, kind: str, generator: torch.Generator) -> Tensor:
     """t ~ U(0, 1) or logit-normal, then shifted; [B], on the CPU so that every device sees the same draw."""
-    u = torch.rand(batch, generator=generator)
+    u = rand(batch, generator)
     if kind == "logit_normal":
-        u = torch.sigmoid(torch.randn(batch, generator=generator))
+        u = torch.sigmoid(randn(batch, generator))
     return shift_time(u.clamp(1e-4, 1.0), shift)
 
 

@@ -1,45 +1,88 @@
 """python -m fastlightgen.train stage=0|1|2|3|all run=DIR ...: train, or continue, one stage or all of them."""
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
 
-from fastlightgen.config import StageAll, for_stage, main
+from fastlightgen.config import StageAll, exit_code, for_stage, main, numbers
 
 
 def train(cfg) -> None:
+    from fastlightgen.engine import ranks
     from fastlightgen.engine.log import say
     from fastlightgen.ops.dispatch import describe
 
     set_up(cfg)
-    say(describe())
-    if not isinstance(cfg, StageAll):
-        run_stage(cfg)
-        return
-    for number in (1, 2, 3):
-        run_stage(for_stage(cfg, number))
-    from fastlightgen.evaluate import evaluate_run
-    from fastlightgen.report import write_report
+    try:
+        say(describe())
+        if not isinstance(cfg, StageAll):
+            run_stage(cfg)
+            return
+        for number in (1, 2, 3):
+            run_stage(for_stage(cfg, number))
+        if ranks.rank() == 0:
+            from fastlightgen.evaluate import evaluate_run
+            from fastlightgen.report import write_report
 
-    evaluate_run(cfg)
-    say(f"report: {write_report(Path(cfg.run))}")
+            evaluate_run(cfg)
+            say(f"report: {write_report(Path(cfg.run))}")
+        ranks.barrier()
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as err:
+        end(err)
+
+
+def end(err: BaseException) -> None:
+    """Raise what ended the run on one rank; the others leave without a word, or name the one that has gone."""
+    from fastlightgen.engine import ranks
+
+    if ranks.size() == 1:
+        raise err
+    if isinstance(err, RuntimeError):  # a collective failed because its partner is not there any more, or too late
+        missing = ranks.gone()
+        if not missing:
+            raise err
+        told = f"rank {', '.join(map(str, missing))} of {ranks.size()} has gone; the last checkpoint is intact"
+        err = ValueError(f"{told}: run the same command to continue")
+    if ranks.speaks_first():
+        raise type(err)(f"rank {ranks.rank()}: {err}") if ranks.rank() and isinstance(err, ValueError) else err
+    sys.exit(exit_code(err))
 
 
 def set_up(cfg) -> None:
-    """Process-wide settings: threads, and numbers too small for full speed on a CPU flushed to zero."""
+    """Process-wide settings: threads, numbers too small for full speed on a CPU flushed to zero, the other ranks."""
     import torch
+
+    from fastlightgen.engine import ranks
+    from fastlightgen.engine.local import pick_device
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.set_flush_denormal(True)
+    if cfg.engine == "local" and ranks.launched() > 1:
+        raise ValueError(f"engine=local: is one process, {ranks.launched()} were launched; use engine=deepspeed")
+    if cfg.engine == "deepspeed":
+        device = pick_device(cfg.device)
+        ranks.join(device, cfg.timeout)
+        ranks.agree("the configuration", sorted(numbers(cfg).items()))
+        ranks.agree("the random numbers", draws(cfg.seed))
+
+
+def draws(seed: int) -> list[float]:
+    """What masks, exits and betas are made of; ranks that disagree would wait for each other for ever."""
+    from fastlightgen.rng import generator, rand
+
+    return [x for purpose in range(8) for x in rand(2, generator(seed, purpose, 0)).tolist()]
 
 
 def run_stage(cfg) -> None:
     """Run, continue, or find complete one stage of a run folder."""
     from fastlightgen.data.source import open_source
-    from fastlightgen.engine.local import LocalEngine, pick_device
+    from fastlightgen.engine.local import pick_device
     from fastlightgen.engine.log import say
     from fastlightgen.engine.loop import train as train_loop
     from fastlightgen.stages import build
+    from fastlightgen.stages.check import check_teacher
 
     number = int(cfg.stage)
     device, source = pick_device(cfg.device), open_source(cfg.data, cfg.seed)
@@ -47,15 +90,32 @@ def run_stage(cfg) -> None:
     try:
         if folder.complete:
             say(f"stage {number}: {folder.result} is there, nothing to do (overwrite=true starts anew)")
-        elif number == 1:
-            rank_blocks(cfg, source, device, folder)
+            return
+        engine = make_engine(cfg, device)
+        if number == 1:
+            rank_blocks(cfg, source, device, folder, engine)
         else:
             make = {0: build.build_teacher, 2: build.build_prune, 3: build.build_distill}[number]
             stage = make(cfg, source, device)
-            train_loop(stage, LocalEngine(device, cfg.dtype), folder, cfg, preview_of(cfg, source, device))
+            look = None
+            if cfg.engine == "deepspeed" and number > 0:
+                teacher = stage.net if number == 2 else stage.nets.teacher
+                look = partial(check_teacher, cfg, teacher, source)
+            train_loop(stage, engine, folder, cfg, preview_of(cfg, source, device), look)
             say(f"stage {number}: {folder.result}")
     finally:
         folder.close()
+
+
+def make_engine(cfg, device):
+    """The engine that the configuration names."""
+    from fastlightgen.engine.local import LocalEngine
+
+    if cfg.engine == "local":
+        return LocalEngine(device, cfg.dtype, cfg.batch, cfg.micro_batch if int(cfg.stage) != 1 else 0)
+    from fastlightgen.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(device, cfg)
 
 
 def preview_of(cfg, source, device):
@@ -79,18 +139,25 @@ def preview_of(cfg, source, device):
     return Preview(source, world.frames, world.fps, cfg.seed, device).write
 
 
-def rank_blocks(cfg, source, device, folder) -> None:
+def rank_blocks(cfg, source, device, folder, engine) -> None:
     """Stage I writes importance.json and its picture."""
+    from fastlightgen.engine import ranks
     from fastlightgen.engine.log import bar, say
     from fastlightgen.metrics.importance import plot_importance
     from fastlightgen.stages import build
+    from fastlightgen.stages.check import check_teacher
     from fastlightgen.stages.rank import rank
 
     model, costs = build.build_ranking(cfg, source, device)
+    engine.place(model)
+    if cfg.engine == "deepspeed":
+        check_teacher(cfg, model, source)
     batches = build.batches_of(cfg, source, device)
     record = {"model": cfg.model, "data_hash": source.name} | rank(
         cfg, model, batches, costs, lambda total, title: bar(total, title, cfg.progress)
     )
+    if ranks.rank():
+        return
     plot_importance(record, folder.path / "importance.png")
     temporary = folder.path / "importance.tmp"
     temporary.write_text(json.dumps(record, indent=1))

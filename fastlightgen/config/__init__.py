@@ -1,6 +1,6 @@
 """Configuration of every command: keys (schema), presets and YAML (files), command line (cli). Imports no torch."""
 
-from fastlightgen.config.cli import load, main
+from fastlightgen.config.cli import exit_code, load, main
 from fastlightgen.config.commands import GPUS, Encode, Evaluate, Generate, Plan, Report, for_evaluate, parse_buckets
 from fastlightgen.config.fields import ConfigError, UserError
 from fastlightgen.config.files import diff, find_preset_weights, fingerprint, numbers, preset, presets, to_yaml
@@ -21,6 +21,7 @@ __all__ = [
     "StageAll",
     "UserError",
     "diff",
+    "exit_code",
     "find_preset_weights",
     "fingerprint",
     "for_evaluate",

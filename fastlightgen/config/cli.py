@@ -21,6 +21,7 @@ from fastlightgen.config.files import config_root, flatten, preset, presets, rea
 from fastlightgen.config.schema import STAGES, Run, StageAll
 
 TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", list[float]: "[number,number]"}
+REQUEUE = 75  # exit code of a run that a scheduler stopped, to be started again (EX_TEMPFAIL)
 MODELS = ("model", "teacher", "init", "stage2_model")  # keys that name a model: a preset or a folder
 
 
@@ -215,7 +216,12 @@ def describe(cls: type, model: str | None) -> list[str]:
 def main(fn: Callable[[Any], None], command: str = "train", argv: Sequence[str] | None = None) -> None:
     """Run a command. What a user can mend is one line and exit code 2; FLG_DEBUG=1 shows where it came from."""
     try:
-        cfg = load(sys.argv[1:] if argv is None else argv, command)
+        try:
+            cfg = load(sys.argv[1:] if argv is None else argv, command)
+        except ValueError:
+            if os.environ.get("RANK", "0") != "0":  # of several processes with one mistake the first one tells it
+                sys.exit(2)
+            raise
         if cfg.dry_run:
             print(to_yaml(cfg), end="")
         else:
@@ -224,7 +230,14 @@ def main(fn: Callable[[Any], None], command: str = "train", argv: Sequence[str] 
         if os.environ.get("FLG_DEBUG") == "1":
             raise
         print(f"error: {' '.join(str(err).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_code(err))
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(exit_code(stop))
+
+
+def exit_code(err: BaseException) -> int:
+    """2: something to mend; 75: stopped by a scheduler; 130: by Ctrl-C."""
+    if not isinstance(err, KeyboardInterrupt):
+        return 2
+    return REQUEUE if getattr(err, "requeue", False) else 130

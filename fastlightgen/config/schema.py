@@ -39,10 +39,31 @@ class Run(Checked):
     device: str = field("auto", DEVICE, choices=DEVICES, numbers=False)
     dtype: str = field("float32", "type the networks compute in", choices=("float32", "bfloat16"))
     allow_pt: bool = field(False, ALLOW_PT, numbers=False)
-    engine: str = field("local", "what runs the steps; local: one process", choices=("local",))
+    engine: str = field(
+        "local",
+        "what runs the steps; local: one process; deepspeed: one process per GPU, started by torchrun",
+        choices=("local", "deepspeed"),
+        numbers=False,
+    )
+    zero: int = field(
+        3, "engine=deepspeed shards: 1 optimizer states, 2 and gradients, 3 and weights", lo=1, hi=3, numbers=False
+    )
+    offload: str = field(
+        "none",
+        "engine=deepspeed: what waits in host memory; optimizer: AdamW's states; all: the weights too",
+        choices=("none", "optimizer", "all"),
+        numbers=False,
+    )
+    micro_batch: int = field(
+        0, "clips per process in one forward pass, of `batch` per step; 0: all of its share", lo=0, numbers=False
+    )
+    timeout: float = field(
+        1800, "engine=deepspeed: seconds after which a rank that waits for another gives up", above=0, numbers=False
+    )
     log_every: int = field(10, "steps between two lines of metrics.jsonl", lo=1, numbers=False)
     save_every: int = field(200, "steps between two checkpoints", lo=1, numbers=False)
     keep: int = field(2, "how many of the latest checkpoints stay on disk", lo=1, numbers=False)
+    keep_every: int = field(0, "besides them the checkpoints of every so many steps; 0: none", lo=0, numbers=False)
     sample_every: int = field(
         200, "steps between two sets of clips in samples/, and a last one at the end; 0: none", lo=0, numbers=False
     )
@@ -53,6 +74,13 @@ class Run(Checked):
     threads: int = field(0, THREADS, lo=0, numbers=False)
     progress: bool = field(True, "show a progress bar", numbers=False)
     dry_run: bool = field(False, DRY_RUN, numbers=False)
+
+    def check(self) -> None:
+        super().check()
+        if self.engine == "deepspeed" and self.offload == "all" and self.zero < 3:
+            raise ConfigError(f"offload=all: weights can wait in host memory under zero=3 only, not zero={self.zero}")
+        if self.engine == "local" and self.offload != "none":
+            raise ConfigError(f"offload={self.offload}: engine=local keeps everything on its device; use offload=none")
 
 
 @dataclass(kw_only=True)
@@ -78,6 +106,7 @@ class Training(Batch):
     )
 
     def check(self) -> None:
+        super().check()
         self.check_ordered("betas")
 
 
@@ -119,6 +148,7 @@ class RankKeys(Batch):
     )
 
     def check(self) -> None:
+        super().check()
         self.check_ordered("t_range")
 
 

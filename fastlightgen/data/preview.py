@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastlightgen.data.frames import write_clips
 from fastlightgen.data.source import Source
+from fastlightgen.engine import ranks
 from fastlightgen.engine.log import say
 from fastlightgen.models.sample import sample
 from fastlightgen.rng import generator, normal_like
@@ -31,6 +32,8 @@ class Preview:
             batch = self.source.held_out(i, 1).to(self.device)
             noise = normal_like(batch.x0, generator(self.seed, PURPOSE, i))
             clips.append(self.frames(sample(cond=batch.cond, null=batch.null, noise=noise, seed=self.seed, **how)))
+        if ranks.rank():
+            return
         try:
             # a cache may hold several sizes; a file holds the clips of the first one's
             same = [c[0] for c in clips if c.shape == clips[0].shape]

@@ -44,7 +44,8 @@ class Batch:
 
 
 class Source(Protocol):
-    """`batch(step, size)` draws training clips, `held_out(start, size)` fixed clips that training never sees.
+    """`batch(step, size)` draws training clips (only `rows` of them, where given),
+    `held_out(start, size)` fixed clips that training never sees.
 
     `description` says what the clips were made with; it is empty for the built-in world.
     """
@@ -52,7 +53,7 @@ class Source(Protocol):
     name: str
     description: dict
 
-    def batch(self, step: int, size: int) -> Batch: ...
+    def batch(self, step: int, size: int, rows: range | None = None) -> Batch: ...
 
     def held_out(self, start: int, size: int) -> Batch: ...
 
@@ -66,8 +67,8 @@ class ShapesSource:
     def __init__(self, seed: int):
         self.train, self.test = (synthetic.Shapes(seed=seed, split=s) for s in synthetic.SPLITS)
 
-    def batch(self, step: int, size: int) -> Batch:
-        return shapes_batch(self.train.batch(range(step * size, (step + 1) * size)))
+    def batch(self, step: int, size: int, rows: range | None = None) -> Batch:
+        return shapes_batch(self.train.batch([step * size + row for row in rows or range(size)]))
 
     def held_out(self, start: int, size: int) -> Batch:
         return shapes_batch(self.test.batch(range(start, start + size)))
@@ -101,11 +102,11 @@ class CacheSource:
             )
         self.groups[0], self.rest = clips[:cut], clips[cut:]
 
-    def batch(self, step: int, size: int) -> Batch:
+    def batch(self, step: int, size: int, rows: range | None = None) -> Batch:
         """Epochs of each size in seeded random orders, cut into batches without a break between epochs."""
         number, turn = self.turn(step, size)
         group = self.groups[number]
-        places = range(turn * size, (turn + 1) * size)
+        places = [turn * size + row for row in rows or range(size)]
         orders = {e: self._order(number, e) for e in {p // len(group) for p in places}}
         return self._read([group[orders[p // len(group)][p % len(group)]] for p in places])
 

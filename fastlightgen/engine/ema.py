@@ -4,6 +4,16 @@ import torch
 from torch import nn
 
 
+@torch.no_grad()
+def follow(average: nn.Module, net: nn.Module, rate: float) -> None:
+    """average <- average + rate (net - average), in whatever parts of the two an engine keeps on this rank."""
+    for a, p in zip(average.parameters(), net.parameters(), strict=True):
+        if a.numel():
+            a.lerp_(p, rate)
+        if hasattr(a, "ds_tensor"):  # ZeRO-3: this rank's share
+            a.ds_tensor.lerp_(p.ds_tensor, rate)
+
+
 class Ema:
     def __init__(self, net: nn.Module, decay: float, start: int):
         self.decay, self.start, self.count = decay, start, 0

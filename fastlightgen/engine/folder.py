@@ -11,7 +11,7 @@ import yaml
 
 import fastlightgen
 from fastlightgen.config import diff
-from fastlightgen.engine import checkpoint
+from fastlightgen.engine import checkpoint, ranks
 
 
 class StageFolder:
@@ -20,17 +20,31 @@ class StageFolder:
     `config` is the whole resolved configuration, `numbers` the names of its keys that decide what the run computes.
     """
 
+    _lock = None  # held by the first of several processes
+
     def __init__(self, run: str, number: int, config: dict, numbers: Iterable[str], overwrite: bool = False):
         self.run, self.path = Path(run), Path(run) / f"stage{number}"
         self.checkpoints = self.path / "checkpoints"
         self.result = self.path / ("importance.json" if number == 1 else "model")
+        error: str | None = None
+        self.complete = False
+        if ranks.rank() == 0:
+            try:
+                self._open(number, config, numbers, overwrite)
+            except ValueError as err:
+                error = str(err)
+        error, self.complete = ranks.from_first([error, self.complete])
+        if error:
+            raise ValueError(error)
+
+    def _open(self, number: int, config: dict, numbers: Iterable[str], overwrite: bool) -> None:
         self.run.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.run / ".lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
-                f"run={run}: another process is using this folder; wait for it or choose another"
+                f"run={self.run}: another process is using this folder; wait for it or choose another"
             ) from None
         if overwrite:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -42,7 +56,8 @@ class StageFolder:
             self._record(number, config)
 
     def close(self) -> None:
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
 
     def _check(self, number: int, config: dict, numbers: Iterable[str]) -> None:
         """Refuse to mix two configurations in one folder."""

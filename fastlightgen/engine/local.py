@@ -1,26 +1,51 @@
 """The one-process engine: places the roles, holds their optimizers and averages, and takes the steps."""
 
 import math
+import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastlightgen.engine import checkpoint
 from fastlightgen.engine.ema import Ema
+from fastlightgen.engine.ranks import accumulation
 from fastlightgen.engine.roles import Role, Stage, Update
+from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.weights import save_model
+from fastlightgen.rng import share
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU when there is one."""
+    """`auto` is the GPU when there is one; of several processes in one machine each has its own."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: torch sees no GPU; use device=cpu or device=auto")
+    if torch.cuda.is_available() and name != "cpu" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+
+
+def schedule(role: Role, count: int, step: int, iters: int) -> float:
+    """The factor of the learning rate: linear warm-up over a role's updates, then constant or cosine over the run."""
+    warm = min(1.0, (count + 1) / role.warmup) if role.warmup else 1.0
+    return warm * (0.5 + 0.5 * math.cos(math.pi * step / iters) if role.cosine else 1.0)
+
+
+def require_finite(value: float, what: str, role: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise ValueError(
+            f"step {step}, {role}: {what} is {value}; stopped before the optimizer, the last checkpoint is "
+            "intact; lower lr or clip, or look at the data of this step"
+        )
 
 
 class LocalEngine:
     """Trains float32 weights; with dtype=bfloat16 the forward and backward run under autocast."""
 
-    def __init__(self, device: torch.device, dtype: str):
-        self.device, self.dtype = device, dtype
+    name = "local"
+
+    def __init__(self, device: torch.device, dtype: str, batch: int = 1, micro_batch: int = 0):
+        self.device, self.dtype, self.micro_batches = device, dtype, accumulation(batch, micro_batch, 1)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
@@ -38,6 +63,10 @@ class LocalEngine:
             if role.ema:
                 self.emas[name] = Ema(role.net, role.ema, role.ema_start)
 
+    def place(self, net: VideoDiT) -> None:
+        """A network that only predicts."""
+        net.to(self.device)
+
     def estimate(self) -> str:
         """What training will hold besides activations: float32 weights, gradients, two AdamW moments, the average."""
         parts, total = [], 0
@@ -50,37 +79,43 @@ class LocalEngine:
     def apply(self, update: Update, step: int) -> dict[str, float]:
         """Loss, backward, clip, optimizer step, average. A non-finite loss or gradient stops before the optimizer."""
         role, optimizer = self.roles[update.role], self.optimizers[update.role]
-        with self.autocast():
-            loss, record = update.loss()
-        self._finite(loss, "loss", update.role, step + 1)
-        loss.backward()
+        loss, record = 0.0, {}
+        for k in range(self.micro_batches):
+            with share(k, self.micro_batches), self.autocast():
+                part, numbers = update.loss()
+            require_finite(part.item(), "loss", update.role, step + 1)
+            (part / self.micro_batches).backward()
+            loss += part.item() / self.micro_batches
+            record = {key: record.get(key, 0.0) + v / self.micro_batches for key, v in numbers.items()}
         params = optimizer.param_groups[0]["params"]
         norm = torch.nn.utils.clip_grad_norm_(params, role.clip)
-        self._finite(norm, "gradient norm", update.role, step + 1)
-        lr = role.lr * self._schedule(role, self.count[update.role], step)
+        require_finite(norm.item(), "gradient norm", update.role, step + 1)
+        lr = role.lr * schedule(role, self.count[update.role], step, self.iters)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         self.count[update.role] += 1
         if update.role in self.emas:
             self.emas[update.role].update(role.net)
-        record = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr} | record
+        record = {"loss": loss, "grad_norm": norm.item(), "lr": lr} | record
         return {k if len(self.roles) == 1 else f"{update.role}_{k}": v for k, v in record.items()}
-
-    def _schedule(self, role: Role, count: int, step: int) -> float:
-        warm = min(1.0, (count + 1) / role.warmup) if role.warmup else 1.0
-        return warm * (0.5 + 0.5 * math.cos(math.pi * step / self.iters) if role.cosine else 1.0)
-
-    def _finite(self, value: Tensor, what: str, role: str, step: int) -> None:
-        if not torch.isfinite(value):
-            raise ValueError(
-                f"step {step}, {role}: {what} is {value.item()}; stopped before the optimizer, the last checkpoint is "
-                "intact; lower lr or clip, or look at the data of this step"
-            )
 
     # What a checkpoint holds: per role the network, its AdamW state and its average.
 
-    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
+    def save(self, folder: Path, step: int, keep: int, every: int) -> None:
+        checkpoint.save(folder, step, self.state(), {"count": self.count, "engine": self.name}, keep, every)
+
+    def load(self, folder: Path) -> int:
+        """Continue from the newest checkpoint; returns its step, 0 where there is none."""
+        step, meta, files = checkpoint.latest(folder, self.name)
+        if step:
+            self.load_state(checkpoint.reading(folder, step, lambda: checkpoint.load(files)), meta["count"])
+        return step
+
+    def save_model(self, net: VideoDiT, folder: Path, dtype: torch.dtype | None = None, **card) -> None:
+        save_model(net, folder, dtype, **card)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
         files = {}
         for name, role in self.roles.items():
             files[name] = dict(role.net.state_dict())
@@ -91,7 +126,7 @@ class LocalEngine:
                 files[f"{name}-ema"] = self.emas[name].shadow
             if role.carried is not None:
                 files[f"{name}-carried"] = dict(role.carried.state_dict())
-        return files, dict(self.count)
+        return files
 
     def load_state(self, files: dict[str, dict[str, Tensor]], count: dict[str, int]) -> None:
         self.count = dict(count)

@@ -1,4 +1,4 @@
-"""The only training loop: updates, metrics, checkpoints; stops cleanly on Ctrl-C and SIGTERM, resumes bit for bit."""
+"""The only training loop: updates, metrics, checkpoints; stops cleanly when it is told to, resumes bit for bit."""
 
 import math
 import signal
@@ -6,23 +6,49 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
-from fastlightgen.engine import checkpoint
+from fastlightgen.engine import ranks
 from fastlightgen.engine.folder import StageFolder
-from fastlightgen.engine.local import LocalEngine
 from fastlightgen.engine.log import Metrics, bar, say
-from fastlightgen.engine.roles import Stage
+from fastlightgen.engine.roles import Stage, Update
+
+REQUEUE = (signal.SIGTERM, signal.SIGUSR1)  # a scheduler's: end soon, to be started again
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was interrupted after its state was saved."""
+    """The run was interrupted after its state was saved; `signal` is what interrupted it."""
+
+    def __init__(self, message: str, signal_name: str):
+        super().__init__(message)
+        self.requeue = signal_name in {s.name for s in REQUEUE}
+
+
+class Engine(Protocol):
+    """What runs the updates of a stage: one process (local) or many (deepspeed)."""
+
+    def prepare(self, stage: Stage) -> None: ...
+
+    def estimate(self) -> str: ...
+
+    def apply(self, update: Update, step: int) -> dict[str, float]: ...
+
+    def save(self, folder: Path, step: int, keep: int, every: int) -> None: ...
+
+    def load(self, folder: Path) -> int: ...
+
+    def autocast(self): ...
+
+    def finish(self) -> None: ...
+
+    def save_model(self, net, folder: Path, dtype=None, **card) -> None: ...
 
 
 @contextmanager
 def interruptible():
     """A list that gets the signal's name: the loop then saves and stops. A second signal acts at once."""
     seen: list[str] = []
-    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    old = {s: signal.getsignal(s) for s in (signal.SIGINT, *REQUEUE)}
 
     def note(number: int, _frame) -> None:
         seen.append(signal.Signals(number).name)
@@ -41,22 +67,20 @@ def interruptible():
 Show = Callable[[Path, int, dict, Callable[[], bool]], None]  # folder, step, stage.sampler(), is a signal waiting?
 
 
-def train(stage: Stage, engine: LocalEngine, folder: StageFolder, cfg, show: Show | None = None) -> None:
-    """Run or continue a stage to its end and write its model folder; `show` makes clips on the way."""
+def train(
+    stage: Stage, engine: Engine, folder: StageFolder, cfg, show: Show | None = None, look: Callable | None = None
+) -> None:
+    """Run or continue a stage to its end and write its model folder; `show` makes clips on the way, `look` is called
+    once the networks are placed."""
     engine.prepare(stage)
     say(f"stage {stage.number}: {engine.estimate()}")
-    start = 0
-    if (found := checkpoint.load_latest(folder.checkpoints)) is not None:
-        files, meta = found
-        engine.load_state(files, meta["count"])
-        start = meta["step"]
+    if look:
+        look()
+    stage.begin()
+    if start := engine.load(folder.checkpoints):
         say(f"stage {stage.number}: continues at step {start} of {stage.iters}")
 
-    def save(step: int) -> None:
-        files, count = engine.state()
-        checkpoint.save(folder.checkpoints, step, files, {"count": count}, cfg.keep)
-
-    metrics = Metrics(folder.path / "metrics.jsonl", start)
+    metrics = Metrics(folder.path / "metrics.jsonl", start) if ranks.rank() == 0 else None
     with interruptible() as signals, bar(stage.iters, f"stage {stage.number}", cfg.progress, start) as progress:
         for step in range(start, stage.iters):
             clock = time.perf_counter()
@@ -64,20 +88,28 @@ def train(stage: Stage, engine: LocalEngine, folder: StageFolder, cfg, show: Sho
             for update in stage.updates(step):
                 record |= engine.apply(update, step)
             done = step + 1
-            if step % cfg.log_every == 0 or done == stage.iters:
+            if metrics and (step % cfg.log_every == 0 or done == stage.iters):
                 metrics.write({"step": done, **record, "sec_per_step": round(time.perf_counter() - clock, 4)})
                 shown = {k: f"{v:.4g}" for k, v in record.items() if k.endswith("loss") and math.isfinite(v)}
                 progress.set_postfix(shown, refresh=False)
             progress.update()
             stage.check(done)
-            stop = bool(signals)  # read once: a signal from here on waits for the next step
+            stop = ranks.anyone(bool(signals))  # read once: a signal from here on waits for the next step
             if done % cfg.save_every == 0 or done == stage.iters or stop:
-                save(done)
+                engine.save(folder.checkpoints, done, cfg.keep, cfg.keep_every)
             if show and not stop and (done % cfg.sample_every == 0 or done == stage.iters):
                 with engine.autocast():
-                    show(folder.path / "samples", done, stage.sampler(), lambda: bool(signals))
+                    show(folder.path / "samples", done, stage.sampler(), lambda: ranks.anyone(bool(signals)))
             if stop and done < stage.iters:
-                raise Stopped(f"{signals[0]}: saved step {done} of {stage.iters}; run the same command to continue")
-    metrics.close()
+                name = gathered_names(signals)[0]
+                raise Stopped(f"{name}: saved step {done} of {stage.iters}; run the same command to continue", name)
+    if metrics:
+        metrics.close()
     engine.finish()
-    stage.save(folder.path / "model")
+    stage.save(folder.path / "model", engine.save_model)
+
+
+def gathered_names(signals: list[str]) -> list[str]:
+    """The first signal of every rank that got one."""
+    numbers = ranks.gathered(int(signal.Signals[signals[0]]) if signals else 0)
+    return [signal.Signals(n).name for n in numbers if n]

@@ -24,6 +24,7 @@ class Role:
     ema: float = 0.0  # decay of the averaged weights; 0: none
     ema_start: int = 0  # update at which averaging starts
     carried: nn.Module | None = None  # a network that moves without an optimizer; checkpoints hold it too
+    host: nn.Module | None = None  # the frozen network that `net` is a part of (adapters)
 
 
 @dataclass
@@ -40,6 +41,10 @@ class Stage(Protocol):
     number: int
     iters: int
     roles: dict[str, Role]
+    frozen: list[nn.Module]  # networks that only predict
+
+    def begin(self) -> None:
+        """Called once the networks are placed and before a checkpoint is read: the first look at them."""
 
     def updates(self, step: int) -> list[Update]: ...
 
@@ -49,5 +54,5 @@ class Stage(Protocol):
     def sampler(self) -> dict:
         """How to make clips with what is being trained: arguments of `models.sample.sample`."""
 
-    def save(self, folder: Path) -> None:
-        """Write the result of the stage as a model folder."""
+    def save(self, folder: Path, write: Callable) -> None:
+        """Write the result of the stage as a model folder; `write` has the arguments of models.weights.save_model."""

@@ -11,92 +11,17 @@ A model supplies `tables` (time, positions), `prompt` (what is read of a conditi
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastlightgen.blocks import check_keep
-from fastlightgen.ops import Rope, add_residual
+from fastlightgen.models.recompute import recomputed
+from fastlightgen.models.streams import Cond, Job, Made, Prompt, State, Stream, Tables, tensors_of, with_tensors
 
-
-@dataclass(frozen=True, eq=False)
-class Cond:
-    """What a prediction is conditioned on, as batched tensors. `image` holds the condition channels."""
-
-    text: Tensor
-    text_len: Tensor | None = None
-    image: Tensor | None = None
-    image_embeds: Tensor | None = None
-    pooled: Tensor | None = None
-    guidance: Tensor | None = None
-    kept: dict | None = None  # an empty dict, for one text under frozen weights: Wan keeps its keys and values here
-
-    def map(self, fn) -> "Cond":
-        """Apply fn to every tensor."""
-        return replace(self, **{k: fn(v) for k, v in vars(self).items() if isinstance(v, Tensor)})
-
-
-@dataclass(frozen=True, eq=False)
-class Stream:
-    """One prediction of a walk. `keep`: indices of the blocks that run (None: all of them)."""
-
-    cond: Cond
-    keep: Sequence[int] | None = None
-    grad: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """What a walk reads of one condition; a family adds its own."""
-
-    cond: Cond
-    text: Tensor  # [B, T, D]
-
-
-@dataclass(frozen=True, eq=False)
-class Tables:
-    """What all blocks and streams of a walk share; a family adds its own."""
-
-    rope: Rope  # cosine and sine per frame, row and column (`rope_factors`)
-    grid: tuple[int, int, int]  # patches along (F, H, W)
-
-
-@dataclass(frozen=True, eq=False)
-class State:
-    """Hidden states [B, L, D] as a block leaves them: x + gate y, with the sum left to whatever runs next.
-
-    Tokens with a modulation of their own (Hunyuan's text) are a sequence of their own, which travels in `others`.
-    """
-
-    x: Tensor
-    y: Tensor | None = None
-    gate: Tensor | None = None
-    others: "tuple[State, ...]" = ()
-
-    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return self.x, self.y, self.gate
-
-    def settled(self) -> "State":
-        """The same with the sum taken, once for both sides of a fork."""
-        x = self.x if self.y is None else add_residual(self.x, self.y, self.gate)
-        return State(x, others=tuple(s.settled() for s in self.others))
-
-    def detach(self) -> "State":
-        parts = (None if v is None else v.detach() for v in self.parts())
-        return State(*parts, tuple(s.detach() for s in self.others))
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """One group of streams in one block: a state, and the prompts it goes on with (several only until text enters)."""
-
-    state: State
-    prompts: list[Prompt]
-    grads: list[bool]
+__all__ = ["Block", "Cond", "Job", "Prompt", "State", "Stream", "Tables", "VideoDiT", "gradient"]
 
 
 def gradient(on: bool):
@@ -107,8 +32,17 @@ def gradient(on: bool):
 class Block(nn.Module):
     """What can be skipped: one residual step of the hidden states, run for all streams in one module call."""
 
-    def forward(self, jobs: list[Job], tables: Tables, recompute: str | None = None) -> list[list[State]]:
-        """Per job one state for each of its prompts."""
+    def forward(
+        self, jobs: list[Job], tables: Tables, recompute: str | None = None, made: Made | None = None, *tensors: Tensor
+    ) -> list[list[State]] | tuple[Tensor, ...]:
+        """Per job one state for each of its prompts.
+
+        With `made` the states go there and their tensors are returned; `tensors` are those of jobs and tables. A
+        sharded engine sees only tensors that are arguments and results of a module call, and puts its own in their
+        place to learn when the block's backward pass begins and ends.
+        """
+        if tensors:
+            jobs, tables = with_tensors((jobs, tables), tensors)
         read = self._read_once(jobs)
         out = []
         for job in jobs:
@@ -117,7 +51,10 @@ class Block(nn.Module):
                     out.append(recomputed(self.run_settled, recompute, job, tables, read))
                 else:
                     out.append(self.run(job, tables, read))
-        return out
+        if made is None:
+            return out
+        made.states = out
+        return tuple(tensors_of(out))
 
     def _read_once(self, jobs: list[Job]) -> dict[Prompt, Any]:
         """`read` of each prompt, once however many streams go on with it."""
@@ -170,12 +107,17 @@ class VideoDiT(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond, keep: Sequence[int] | None = None) -> Tensor:
-        """v for one condition; `keep` names the blocks that run."""
-        return self.walk(x_t, t, [Stream(cond, keep, grad=True)])[0]
-
     def walk(self, x_t: Tensor, t: Tensor | float, streams: Sequence[Stream]) -> list[Tensor]:
         """v for every stream. Each block is visited once, and once called for all the streams that run it."""
+        return self(x_t, t, streams)
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | Sequence[Stream], keep: Sequence[int] | None = None):
+        """v for one condition (`keep` names the blocks that run), or what `walk` returns for streams."""
+        if isinstance(cond, Cond):
+            return self._walk(x_t, t, [Stream(cond, keep, grad=True)])[0]
+        return self._walk(x_t, t, cond)
+
+    def _walk(self, x_t: Tensor, t: Tensor | float, streams: Sequence[Stream]) -> list[Tensor]:
         t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(x_t.shape[0])
         keeps = [check_keep(s.keep, self.num_blocks) for s in streams]
         self.check(x_t, [s.cond for s in streams])
@@ -234,7 +176,9 @@ class VideoDiT(nn.Module):
             Job(g.state, [prompts[m[0]] for m in part], [grad(m) for m in part])
             for g, part in zip(groups, parts, strict=True)
         ]
-        states = block(jobs, tables, recompute)
+        made = Made()
+        tensors = block(jobs, tables, recompute, made, *tensors_of((jobs, tables)))
+        states = with_tensors(made.states, tensors)
         flags = [flag for job in jobs for flag in job.grads]
         self.block_calls += len(flags)
         self.grad_block_calls += sum(flags) * torch.is_grad_enabled()  # a caller under no_grad has no backward
@@ -281,26 +225,3 @@ class VideoDiT(nn.Module):
         keep = sorted(check_keep(keep, self.num_blocks))
         self.blocks = nn.ModuleList([self.blocks[i] for i in keep])
         return self
-
-
-_ATTENTION = [
-    getattr(torch.ops.aten, name).default
-    for name in (
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-    )
-]
-
-
-def _save_self_attention(_ctx, op, *args, **_kwargs) -> CheckpointPolicy:
-    """Attention is quadratic in the tokens: keep its output (a hidden tensor) and compute the rest again."""
-    keep = op in _ATTENTION and args[0].shape[-2] == args[1].shape[-2]
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def recomputed(run, recompute: str, *args):
-    """run(*args) under activation checkpointing; "attention" keeps the self-attention outputs."""
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _save_self_attention)}
-    return checkpoint(run, *args, use_reentrant=False, **(contexts if recompute == "attention" else {}))

@@ -3,7 +3,7 @@
 Shapes: B batch, L image tokens, T text tokens, D hidden.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class HunyuanBlock(Block):
 
 def state_of(parts: list[State]) -> State:
     """Sequences as one state."""
-    return replace(parts[0], others=tuple(parts[1:]))
+    return parts[0]._replace(others=tuple(parts[1:]))
 
 
 def norms(parts: list[State], scales: list[Tensor], shifts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -6,7 +6,7 @@ the device wanted, so that beside the network there is never more than one tenso
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -242,10 +242,20 @@ def read_card(folder: str | Path) -> dict:
 
 
 def save_model(
-    model: VideoDiT, dir: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = SHARD_BYTES, **card
+    model: VideoDiT,
+    dir: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    state: Mapping[str, Tensor] | None = None,
+    get: Callable[[str], Tensor] | None = None,
+    **card,
 ) -> Path:
-    """Write a model folder whole or not at all; stock `from_pretrained` loads it. `card` adds to fastlightgen.json."""
-    folder, state = Path(dir), model.state_dict()
+    """Write a model folder whole or not at all; stock `from_pretrained` loads it. `card` adds to fastlightgen.json.
+
+    For a network whose weights are spread over processes `state` holds their shapes and `get` gathers one of them.
+    """
+    folder, state = Path(dir), model.state_dict() if state is None else state
+    get = get or (lambda key: state[key].detach().to("cpu", dtype).contiguous())
     sizes = {key: v.numel() * (dtype or v.dtype).itemsize for key, v in state.items()}
     defaults = {
         "family": model.family,
@@ -258,7 +268,7 @@ def save_model(
         "source": None,
     }
     with replacing(folder) as temporary:
-        write_tensors(temporary, sizes, lambda key: state[key].detach().to("cpu", dtype).contiguous(), max_shard_bytes)
+        write_tensors(temporary, sizes, get, max_shard_bytes)
         write_json(temporary / "config.json", model.config)
         write_json(temporary / "fastlightgen.json", defaults | card)
     return folder

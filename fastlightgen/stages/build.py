@@ -15,7 +15,7 @@ from fastlightgen.engine.log import say
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.lora import attach_lora
 from fastlightgen.models.weights import digest, load_model, read_card, trained_folder
-from fastlightgen.rng import generator
+from fastlightgen.rng import generator, rows
 from fastlightgen.stages.check import check_source, check_teacher
 from fastlightgen.stages.distill import Distill, Networks
 from fastlightgen.stages.prune import Prune
@@ -35,13 +35,21 @@ def set_checkpointing(cfg, source: Source, *nets: VideoDiT) -> None:
 
 
 def batches_of(cfg, source: Source, device: torch.device) -> Batches:
-    return lambda step: source.batch(step, cfg.batch).to(device)
+    return lambda step: source.batch(step, cfg.batch, rows(cfg.batch)).to(device)
 
 
 def check_data(cfg, source: Source, net: VideoDiT, card: dict) -> None:
     """Stop before a cache that was not made for this network; look whether the teacher knows its clips."""
     check_source(source, net, card, cfg.data)
-    check_teacher(cfg, net, source)
+    if cfg.engine == "local":  # a sharding engine places the networks first
+        check_teacher(cfg, net, source)
+
+
+def load(cfg, model: str | Path, device: torch.device) -> VideoDiT:
+    """A network where the engine wants it: local: float32 on its device; deepspeed: it shards what the host holds."""
+    if cfg.engine == "local":
+        return load_model(model, device, seed=cfg.seed, allow_pt=cfg.allow_pt)
+    return load_model(model, "cpu", getattr(torch, cfg.dtype), cfg.seed, cfg.allow_pt)
 
 
 def card_of(source: Source) -> dict:
@@ -50,7 +58,7 @@ def card_of(source: Source) -> dict:
 
 
 def build_teacher(cfg: Stage0, source: Source, device: torch.device) -> Teacher:
-    net = load_model(cfg.init or cfg.model, device, seed=cfg.seed, allow_pt=cfg.allow_pt)
+    net = load(cfg, cfg.init or cfg.model, device)
     set_checkpointing(cfg, source, net)
     start = cfg.init or cfg.model
     card = preset(start)["inference"] if start in presets() else read_card(start)
@@ -61,7 +69,7 @@ def build_teacher(cfg: Stage0, source: Source, device: torch.device) -> Teacher:
 
 def build_ranking(cfg: Stage1, source: Source, device: torch.device) -> tuple[VideoDiT, list[float]]:
     """The model, and what dropping each of its blocks saves in the unit of `ratio`."""
-    model = load_model(trained_folder(cfg.model), device, allow_pt=cfg.allow_pt).requires_grad_(False)
+    model = load(cfg, trained_folder(cfg.model), device).requires_grad_(False)
     check_data(cfg, source, model, read_card(trained_folder(cfg.model)))
     costs = [1.0] * model.num_blocks
     if cfg.ratio_unit == "params":
@@ -74,7 +82,7 @@ def build_ranking(cfg: Stage1, source: Source, device: torch.device) -> tuple[Vi
 
 def build_prune(cfg: Stage2, source: Source, device: torch.device) -> Prune:
     folder = trained_folder(cfg.teacher or cfg.model)
-    net = load_model(folder, device, allow_pt=cfg.allow_pt)
+    net = load(cfg, folder, device)
     ranking = read_importance(cfg.importance or Path(cfg.run) / "stage1" / "importance.json", net.num_blocks)
     card = {"source": str(folder)} | {k: read_card(folder).get(k) for k in ("steps", "guidance")} | card_of(source)
     check_data(cfg, source, net, read_card(folder))
@@ -97,12 +105,12 @@ def build_distill(cfg: Stage3, source: Source, device: torch.device) -> Distill:
     keep: Sequence[int] | None = card.get("pruned_path")
     if keep is None:
         raise ValueError(f"{folder}/fastlightgen.json: names no pruned_path; wanted a model that stage=2 made")
-    teacher = load_model(folder, device).requires_grad_(False)
+    teacher = load(cfg, folder, device).requires_grad_(False)
     check_data(cfg, source, teacher, card)
     student = copy.deepcopy(teacher).requires_grad_(True).prune(keep)
     original = None
     if cfg.strong == "original":
-        original = load_model(trained_folder(cfg.model), device, allow_pt=cfg.allow_pt).requires_grad_(False)
+        original = load(cfg, trained_folder(cfg.model), device).requires_grad_(False)
     fake_keep = keep if cfg.fake_arch == "pruned" else None
     if cfg.fake_mode == "lora":  # literally shared weights: the adapters count for the fake's predictions only
         fake, trained = teacher, attach_lora(teacher, cfg.lora_rank, generator(cfg.seed, 7))

@@ -18,7 +18,7 @@ from fastlightgen.models.base import Cond, Stream, VideoDiT
 from fastlightgen.models.lora import lora_on
 from fastlightgen.models.weights import save_model
 from fastlightgen.ops import dmd_gradient
-from fastlightgen.rng import generator, normal_like
+from fastlightgen.rng import generator, normal_like, rand
 from fastlightgen.stages.teacher import flow_matching_loss
 
 STUDENT, FAKE = 5, 6  # the purposes of a step's random draws
@@ -30,7 +30,7 @@ def dmd_loss(x_hat: Tensor, gradient: Tensor) -> Tensor:
 
 
 def uniform(size: int, low: float, high: float, gen: torch.Generator) -> Tensor:
-    return low + (high - low) * torch.rand(size, generator=gen)
+    return low + (high - low) * rand(size, gen)
 
 
 def score_times(size: int, shift: float, clamp: Sequence[float], gen: torch.Generator) -> Tensor:
@@ -75,8 +75,12 @@ class Distill:
         common = (cfg.betas, cfg.weight_decay, cfg.clip, cfg.warmup, cfg.lr_schedule == "cosine")
         self.roles = {
             "student": Role(nets.student, cfg.lr, *common, ema=cfg.ema, ema_start=cfg.ema_start),
-            "fake": Role(nets.fake_trained, cfg.lr_fake, *common),
+            "fake": Role(nets.fake_trained, cfg.lr_fake, *common, host=nets.teacher if nets.lora else None),
         }
+        self.frozen = [net for net in ((None if nets.lora else nets.teacher), nets.original) if net is not None]
+
+    def begin(self) -> None:
+        """Nothing to look at beyond the loop's own checks."""
 
     def updates(self, step: int) -> list[Update]:
         """`outer` (DMD2): the critic at every step, the student at every ratio-th; `generator`: the student at every
@@ -138,7 +142,7 @@ class Distill:
     def sampler(self) -> dict:
         return {"model": self.nets.student, "times": self.times, "guidance": 1.0, "kind": self.cfg.sampler}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, write: Callable = save_model) -> None:
         cfg = self.cfg
         card = {"stage": 3, "ladder": self.times, "shift": cfg.shift, "guidance": 1.0, "sampler": cfg.sampler}
-        save_model(self.nets.student, folder, **self.card | card)
+        write(self.nets.student, folder, **self.card | card)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastlightgen import flow
 from fastlightgen.blocks import draw_keep
 from fastlightgen.data.source import Batch
+from fastlightgen.engine.ema import follow
 from fastlightgen.engine.roles import Role, Update
 from fastlightgen.models.base import Stream, VideoDiT
 from fastlightgen.models.sample import preview_plan
@@ -37,7 +38,7 @@ def unpruned_terms(v_u: Tensor, v_target: Tensor, v_star: Tensor, alpha: float, 
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
-    wide = torch.promote_types(a.dtype, torch.float32)  # predictions under autocast are bfloat16
+    wide = torch.promote_types(a.dtype, torch.float32)  # a bfloat16 network's outputs are compared in float32
     return (a.to(wide) - b.to(wide)).square().mean()
 
 
@@ -64,16 +65,20 @@ class Prune:
         self.pruned = list(pruned)
         self.keep = [i for i in range(net.num_blocks) if i not in self.pruned]
         # The fixed target: a copy of the teacher that never moves, or that follows as an average.
-        self.frozen = copy.deepcopy(net).requires_grad_(False) if cfg.target != "self" else None
+        self.target = copy.deepcopy(net).requires_grad_(False) if cfg.target != "self" else None
+        self.frozen = [] if self.target is None else [self.target]
         self.kappa = 0.0 if cfg.target == "self" else cfg.kappa_unpruned
         self.grad_u = self.kappa * cfg.alpha > 0 or cfg.alpha < 1  # does any term train the full path?
         if cfg.drop == "joint" and cfg.alpha == 1 and self.kappa == 0:
             # These blocks then get no gradient; a sharded optimizer would still decay their weights.
             for i in self.pruned:
                 net.blocks[i].requires_grad_(False)
-        carried = self.frozen if cfg.target == "ema" else None
+        carried = self.target if cfg.target == "ema" else None
         optimizer = (cfg.lr, cfg.betas, cfg.weight_decay, cfg.clip, cfg.warmup, cfg.lr_schedule == "cosine")
         self.roles = {"student": Role(net, *optimizer, carried=carried)}
+        self.start_error = 0.0
+
+    def begin(self) -> None:
         self.start_error = self.error()
 
     def updates(self, step: int) -> list[Update]:
@@ -99,12 +104,12 @@ class Prune:
         # One walk: both paths share everything before the first skipped block.
         skip = self.skips(step)
         trains_u = self.grad_u and (cfg.estimator == "full" or not skip)
-        needs_u = trains_u or self.frozen is None
+        needs_u = trains_u or self.target is None
         streams = [Stream(cond, keep, grad=True)] * skip + [Stream(cond, None, grad=trains_u)] * needs_u
         out = self.net.walk(x_t, t, streams)
         v_u = out[-1] if needs_u else None
         with torch.no_grad():
-            v_target = v_u if self.frozen is None else self.frozen(x_t, t, cond)
+            v_target = v_u if self.target is None else self.target(x_t, t, cond)
 
         record: dict[str, float] = {}
         loss = torch.zeros((), device=x_t.device)
@@ -123,8 +128,7 @@ class Prune:
         """Move the averaged target, and stop a run whose full path has left its teacher (the self target can)."""
         cfg = self.cfg
         if cfg.target == "ema":
-            for average, p in zip(self.frozen.parameters(), self.net.parameters(), strict=True):
-                average.lerp_(p, 1 - cfg.target_decay)
+            follow(self.target, self.net, 1 - cfg.target_decay)
         if step % cfg.guard_every == 0 and not (error := self.error()) <= cfg.guard * self.start_error:
             raise ValueError(
                 f"step {step}: the x0 error of the full path is {error:.4g}, {error / self.start_error:.2f} times its "
@@ -144,5 +148,5 @@ class Prune:
     def sampler(self) -> dict:
         return {"model": self.net, "keep": self.keep} | preview_plan(self.card, self.cfg.shift, self.net.released)
 
-    def save(self, folder: Path) -> None:
-        save_model(self.net, folder, **self.card | {"stage": 2, "pruned_path": self.keep, "shift": self.cfg.shift})
+    def save(self, folder: Path, write: Callable = save_model) -> None:
+        write(self.net, folder, **self.card | {"stage": 2, "pruned_path": self.keep, "shift": self.cfg.shift})

@@ -4,7 +4,7 @@ Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B]; errors [clips x timesteps].
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations, product
+from itertools import accumulate, combinations, product
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from fastlightgen import flow
 from fastlightgen.blocks import num_dropped
 from fastlightgen.data.source import Batch
+from fastlightgen.engine import ranks
 from fastlightgen.models.base import Cond, Stream, VideoDiT
 from fastlightgen.rng import generator, normal_like
 
@@ -49,10 +50,13 @@ def score_sets(
     """The error of every candidate block set, [candidates, samples], from lock-step walks that share prefixes.
 
     All single skips and the full pass take N (N + 1) / 2 block evaluations instead of N N. A walk holds two hidden
-    tensors per candidate, so candidates go in groups of at most `memory` GiB.
+    tensors per candidate, so candidates go in groups of at most `memory` GiB. Several processes share the samples;
+    one without a sample left repeats the last, because all have to walk together.
     """
-    columns = []
-    for x_t, t, x0, cond in samples:
+    offsets = [0, *accumulate(len(t) for _, t, _, _ in samples)]
+    table = samples[0][0].new_zeros(len(keeps), offsets[-1], dtype=torch.float32)
+    for index in range(ranks.rank(), -(-len(samples) // ranks.size()) * ranks.size(), ranks.size()):
+        x_t, t, x0, cond = samples[min(index, len(samples) - 1)]
         size = max(1, int(memory * 2**30 / (2 * model.hidden_bytes(x_t))))
         column, v_full = [], None
         for start in range(0, len(keeps), size):
@@ -62,9 +66,10 @@ def score_sets(
             if first:
                 v_full = out.pop(0)
             column += [x0_error(v, x_t, t, x0) if v_full is None else output_mse(v, v_full) for v in out]
-        columns.append(torch.stack(column))
-        tick(len(t))
-    return torch.cat(columns, 1)
+        if index < len(samples):
+            table[:, offsets[index] : offsets[index + 1]] = torch.stack(column)
+        tick(len(t) * ranks.size())
+    return ranks.summed(table)
 
 
 def drop_until(cost: Sequence[float], order: Sequence[int], ratio: float, total: float) -> int:

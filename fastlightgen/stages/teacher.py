@@ -15,7 +15,7 @@ from fastlightgen.engine.roles import Role, Update
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.sample import preview_plan
 from fastlightgen.models.weights import save_model
-from fastlightgen.rng import generator, normal_like
+from fastlightgen.rng import generator, normal_like, rand
 
 
 def flow_matching_loss(v: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
@@ -28,13 +28,14 @@ def noised(batch: Batch, cfg, *keys: int):
     gen = generator(*keys)
     size = batch.x0.shape[0]
     t = flow.draw_times(size, cfg.shift, cfg.time, gen).to(batch.x0.device)
-    cond = batch.drop_text(torch.rand(size, generator=gen) < cfg.text_dropout)
+    cond = batch.drop_text(rand(size, gen) < cfg.text_dropout)
     noise = normal_like(batch.x0, gen)
     return flow.add_noise(batch.x0, noise, t), t, noise, cond
 
 
 class Teacher:
     number = 0
+    frozen: list[VideoDiT] = []
 
     def __init__(self, cfg, net: VideoDiT, batches: Callable[[int], Batch], card: dict):
         self.cfg, self.net, self.batches, self.card, self.iters = cfg, net, batches, card, cfg.iters
@@ -43,6 +44,9 @@ class Teacher:
                 net, cfg.lr, cfg.betas, cfg.weight_decay, cfg.clip, cfg.warmup, cfg.lr_schedule == "cosine", cfg.ema
             )
         }
+
+    def begin(self) -> None:
+        """Nothing to look at: the target is the data."""
 
     def updates(self, step: int) -> list[Update]:
         return [Update("teacher", lambda: self.loss(step))]
@@ -58,6 +62,6 @@ class Teacher:
     def sampler(self) -> dict:
         return {"model": self.net} | preview_plan(self.card, self.cfg.shift, self.net.released)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, write: Callable = save_model) -> None:
         card = {"stage": 0, "shift": self.cfg.shift, "source": self.cfg.data}
-        save_model(self.net, folder, getattr(torch, self.cfg.save_dtype), **self.card | card)
+        write(self.net, folder, getattr(torch, self.cfg.save_dtype), **self.card | card)

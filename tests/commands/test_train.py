@@ -43,7 +43,7 @@ def test_a_stage_from_a_cache_is_a_stage_from_its_clips(tmp_path, monkeypatch):
 
     order = torch.randperm(11, generator=fastlightgen.data.source.generator(0, 0)).tolist()  # the twelfth is held out
 
-    def same_order(self, step, size):
+    def same_order(self, step, size, rows=None):
         from fastlightgen.data.source import shapes_batch
 
         return shapes_batch(self.train.batch([order[p] for p in range(step * size, (step + 1) * size)]))

@@ -13,7 +13,7 @@ from helpers import assert_same, result, run_train, write_inputs
 
 import fastlightgen
 from fastlightgen.data.source import ShapesSource
-from fastlightgen.engine import checkpoint, loop
+from fastlightgen.engine import checkpoint
 from fastlightgen.models import files as model_files
 
 RUNS = {
@@ -131,7 +131,7 @@ def test_a_run_saved_at_every_step_computes_the_same(kind, inputs, finished, tmp
     command = [f"stage={stage}", f"run={tmp_path}", *inputs[stage], *words]
     with pytest.MonkeyPatch.context() as patch:
         for _ in range(2):
-            patch.setattr(loop.checkpoint, "save", nth_call(2, checkpoint.save, before=False))
+            patch.setattr(checkpoint, "save", nth_call(2, checkpoint.save, before=False))
             with pytest.raises(Crash):
                 run_train(*command, "save_every=1", "keep=3")
             patch.undo()
@@ -181,11 +181,11 @@ def test_sigint_ends_the_step_saves_and_says_how_to_continue(inputs, finished, t
 import pathlib, time
 from fastlightgen.data.source import ShapesSource
 real = ShapesSource.batch
-def batch(self, step, size):
+def batch(self, step, size, rows=None):
     if step == 4:
         pathlib.Path({str(tmp_path)!r}, "ready").touch()
         time.sleep(0.5)
-    return real(self, step, size)
+    return real(self, step, size, rows)
 ShapesSource.batch = batch"""
     process = child(pause, *command)
     deadline = time.monotonic() + 120
@@ -206,15 +206,15 @@ def test_sigterm_does_the_same(inputs, finished, tmp_path, monkeypatch, capsys):
     old = signal.getsignal(signal.SIGTERM)
     real = ShapesSource.batch
 
-    def batch(self, step, size):
+    def batch(self, step, size, rows=None):
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, step, size)
+        return real(self, step, size, rows)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(ShapesSource, "batch", batch)
         run_train(*command)
-    assert stop.value.code == 130 and capsys.readouterr().err.strip() == SAVED.format("SIGTERM")
+    assert stop.value.code == 75 and capsys.readouterr().err.strip() == SAVED.format("SIGTERM")
     assert signal.getsignal(signal.SIGTERM) is old
     run_train(*command)
     assert_same(result(tmp_path, stage), finished(kind))

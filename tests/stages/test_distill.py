@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 class DoubleSource:
     name, description = "test", {}
 
-    def batch(self, step: int, size: int):
+    def batch(self, step: int, size: int, rows=None):
         return batches(size, torch.float64)(step)
 
 

@@ -22,6 +22,7 @@ def make(*words: str, moved: float = 0.05) -> Prune:
     """A stage in float64 whose network has already left its frozen target."""
     net = small_wan().double()
     stage = Prune(config(2, "text_dropout=0.5", *words), net, PRUNED, DOUBLE, lambda: DOUBLE(99), {})
+    stage.begin()
     gen = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in net.parameters():
@@ -44,7 +45,7 @@ def by_hand(stage: Prune, step: int, keep=KEPT):
     x_t, t, noise, cond = noised(batch, cfg, cfg.seed, 2, step)
     v_star = noise - batch.x0
     v_p, v_u = net(x_t, t, cond, keep), net(x_t, t, cond)
-    target = (v_u if cfg.target == "self" else stage.frozen(x_t, t, cond)).detach()
+    target = (v_u if cfg.target == "self" else stage.target(x_t, t, cond)).detach()
 
     def distance(a, b):
         return ((a - b) ** 2).sum() / a.numel()
@@ -79,10 +80,10 @@ def test_the_two_paths_take_one_walk():
 
 def test_ema_target_follows_by_its_decay():
     stage = make("target=ema", "target_decay=0.75", "guard_every=1000")
-    before = {k: v.clone() for k, v in stage.frozen.named_parameters()}
+    before = {k: v.clone() for k, v in stage.target.named_parameters()}
     stage.check(1)
     for k, p in stage.net.named_parameters():
-        assert torch.allclose(stage.frozen.get_parameter(k), 0.75 * before[k] + 0.25 * p, rtol=1e-12)
+        assert torch.allclose(stage.target.get_parameter(k), 0.75 * before[k] + 0.25 * p, rtol=1e-12)
 
 
 def test_the_frozen_target_does_not_move():
@@ -93,7 +94,7 @@ def test_the_frozen_target_does_not_move():
     for step in range(3):
         engine.apply(stage.updates(step)[0], step)
         stage.check(step + 1)
-    assert all(torch.equal(v, teacher[k]) for k, v in stage.frozen.state_dict().items())
+    assert all(torch.equal(v, teacher[k]) for k, v in stage.target.state_dict().items())
     assert not all(torch.equal(v, teacher[k]) for k, v in stage.net.state_dict().items())
 
 

@@ -47,7 +47,7 @@ def test_operations_and_evaluations_of_a_stage_2_step(words):
     stage = Prune(cfg, net, PRUNED, one_batch(), lambda: batches(2)(9), {})
     net.checkpointing, net.keep_attention = cfg.checkpointing, cfg.keep_attention
     planned = prune(step_of(stage), KEPT, cfg)
-    nets = [net] + [stage.frozen] * (stage.frozen is not None)
+    nets = [net, *stage.frozen]
     for n in nets:
         n.block_calls = n.grad_block_calls = 0
     assert counted(lambda: stage.loss(0)[0].backward()) == 2 * planned.total("flops")
@@ -128,7 +128,7 @@ def test_operations_and_evaluations_of_the_sweep():
 def state_bytes(stage, engine: LocalEngine) -> tuple[int, int, int]:
     """Weights, the largest gradients, AdamW's two moments, in bytes."""
     tensors = {id(p): p for role in stage.roles.values() for p in role.net.parameters()}
-    for net in (getattr(stage, "frozen", None), *vars(getattr(stage, "nets", stage)).values()):
+    for net in (*stage.frozen, *vars(getattr(stage, "nets", stage)).values()):
         if isinstance(net, torch.nn.Module):
             tensors |= {id(p): p for p in net.parameters()}
     gradients = 0

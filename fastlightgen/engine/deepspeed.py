@@ -1,0 +1,301 @@
+"""The engine for many processes: DeepSpeed shards optimizer states (zero=1), gradients (2) and weights (3).
+
+The networks keep their own walk. Under zero=3 a block is a leaf for DeepSpeed: its weights are gathered by the one
+module call that a walk makes of it, whatever the number of streams, and once more in the backward pass.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastlightgen.engine import checkpoint, ranks, shards
+from fastlightgen.engine.local import require_finite, schedule
+from fastlightgen.engine.log import say
+from fastlightgen.engine.roles import Role, Stage, Update
+from fastlightgen.models.base import Block, VideoDiT
+from fastlightgen.models.weights import save_model
+from fastlightgen.rng import share
+
+BUCKET = 5e8  # DeepSpeed's default, in numbers
+PERSISTENT = 1e5  # DeepSpeed's default: parameters up to this size are not worth sharding
+
+
+def check_walk(net: VideoDiT, args: tuple) -> None:
+    """The blocks that every stream of this walk will run are the same on all ranks."""
+    streams = args[2] if isinstance(args[2], list | tuple) else [(args[3:] or (None,))[0]]
+    keeps = [None if k is None else sorted(k) for k in (getattr(s, "keep", s) for s in streams)]
+    ranks.agree("the blocks of a walk", (net.num_blocks, keeps))
+
+
+def start_graph(block: Block, args: tuple) -> tuple | None:
+    """Let the hidden states carry gradient into the first block whose adapters train in a frozen network.
+
+    DeepSpeed reduces and releases a block once the gradient of its inputs is there. Without one it would do so too
+    early: the adapters of the first block would get no gradient.
+    """
+    training = [job for job in args[0] if any(job.grads)]
+    if not (training and torch.is_grad_enabled()) or any(a.requires_grad for a in args if isinstance(a, Tensor)):
+        return None
+    x = training[0].state.x
+    return tuple(a.detach().requires_grad_() if a is x else a for a in args)
+
+
+class Runner(nn.Module):
+    """What DeepSpeed takes for the model: calling it computes a loss, by any number of walks of `net`."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, loss: Callable) -> Tensor:
+        return loss()
+
+
+class DeepSpeedEngine:
+    """Float32 weights, or bfloat16 weights with float32 master weights; the batch is divided among the ranks."""
+
+    name = "deepspeed"
+
+    def __init__(self, device: torch.device, cfg):
+        try:
+            import deepspeed
+        except ImportError:
+            raise ValueError("engine=deepspeed: not installed; pip install 'fastlightgen[cluster]'") from None
+        self.deepspeed, self.cfg, self.device = deepspeed, cfg, device
+        self.dtype = getattr(torch, cfg.dtype)
+        self.zero3 = cfg.zero == 3
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it reports every setting, on every rank
+        logging.getLogger("deepspeed").setLevel(logging.ERROR)
+        # Between CPU ranks it would compile shared-memory collectives at the first start; gloo's are enough there.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.comm.init_distributed(dist_init_required=False)
+
+    def autocast(self):
+        """Float32 inputs meet weights of the compute type inside the networks; nothing is cast behind their back."""
+        return nullcontext()
+
+    def prepare(self, stage: Stage) -> None:
+        cfg = self.cfg
+        self.iters, self.roles = stage.iters, stage.roles
+        self.count = dict.fromkeys(self.roles, 0)
+        self.accumulation = ranks.accumulation(cfg.batch, cfg.micro_batch, ranks.size())
+        say(
+            f"batch: {cfg.batch} = {ranks.size()} ranks x {self.accumulation} micro-batches x "
+            f"{cfg.batch // ranks.size() // self.accumulation} clips"
+        )
+        for role in self.roles.values():
+            if role.carried is not None and self.dtype != torch.float32:
+                raise ValueError("target=ema: an average does not move in bfloat16; use dtype=float32 or target=frozen")
+        self.engines, self.averages = {}, {}
+        for name, role in self.roles.items():
+            self.engines[name] = self._trained(role)
+            if role.ema:
+                self.averages[name] = [m.detach().clone() for m in shards.masters(self.engines[name].optimizer)]
+        for net in [*stage.frozen, *(r.carried for r in self.roles.values() if r.carried is not None)]:
+            self.place(net)
+
+    def place(self, net: nn.Module) -> None:
+        """A network that only predicts: sharded under zero=3, whole on every rank otherwise."""
+        if hasattr(next(net.parameters()), "ds_id"):
+            return
+        net.to(dtype=self.dtype)
+        if self.zero3:
+            net.sharded = self.deepspeed.initialize(model=self._leaves(net), config=self._config(1.0, 1, net))[0]
+            self._watch(net)
+        else:
+            net.to(self.device)
+
+    def _trained(self, role: Role):
+        """A DeepSpeed engine for one role; the learning rate is set at every step."""
+        net = role.host or role.net
+        net.to(dtype=self.dtype)
+        params = [p for p in role.net.parameters() if p.requires_grad]
+        optimizer = self._adamw(params, role)
+        count = sum(p.numel() for p in params)
+        config = self._config(role.clip, self.accumulation, net) | {"zero_allow_untested_optimizer": True}
+        config["zero_optimization"]["reduce_bucket_size"] = int(min(BUCKET, count))
+        if role.host is not None and self.zero3:
+            for block in net.blocks:
+                block.register_forward_pre_hook(start_graph, prepend=True)
+        engine = self.deepspeed.initialize(model=Runner(self._leaves(net)), optimizer=optimizer, config=config)[0]
+        self._watch(net)
+        return engine
+
+    def _adamw(self, params: list[nn.Parameter], role: Role) -> torch.optim.Optimizer:
+        """lr=0 at first: DeepSpeed may take an empty step to allocate its states."""
+        keys = {"lr": 0.0, "betas": tuple(role.betas), "weight_decay": role.weight_decay}
+        if self.cfg.offload != "none" and self.device.type == "cuda":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(params, adamw_mode=True, **keys)
+        return torch.optim.AdamW(params, **keys)
+
+    def _leaves(self, net: nn.Module) -> nn.Module:
+        if self.zero3:
+            kinds = list({type(m) for m in net.modules() if isinstance(m, Block)})
+            self.deepspeed.utils.set_z3_leaf_modules(net, kinds, raise_if_not_found=False)
+        return net
+
+    def _config(self, clip: float, accumulation: int, net: nn.Module) -> dict:
+        cfg, host = self.cfg, {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        largest = max(p.numel() for p in net.parameters())
+        zero = {
+            "stage": cfg.zero,
+            "overlap_comm": self.device.type == "cuda",
+            # a small network is sharded too: its blocks' matrices are above the limit
+            "stage3_param_persistence_threshold": int(min(PERSISTENT, largest // 8)),
+        }
+        if cfg.offload != "none":
+            zero["offload_optimizer"] = host
+        if cfg.offload == "all":
+            zero["offload_param"] = host
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": clip,
+            "bf16": {"enabled": self.dtype == torch.bfloat16},
+            "zero_optimization": zero,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+        }
+
+    def _watch(self, net: nn.Module) -> None:
+        """Compare what every walk is about to do over the ranks, before the first gather of a walk that differs."""
+        if isinstance(net, VideoDiT) and ranks.size() > 1:
+            net.register_forward_pre_hook(check_walk, prepend=True)
+
+    def estimate(self) -> str:
+        parts = []
+        for name, role in self.roles.items():
+            count = sum(getattr(p, "ds_numel", p.numel()) for p in role.net.parameters() if p.requires_grad)
+            parts.append(f"{name} {count / 1e6:.1f}M parameters")
+        cfg = self.cfg
+        return f"trains {', '.join(parts)} with DeepSpeed, {ranks.size()} ranks, zero={cfg.zero}, offload={cfg.offload}"
+
+    def apply(self, update: Update, step: int) -> dict[str, float]:
+        """Loss and backward of every micro-batch, then clip and step. What is not finite stops before the optimizer."""
+        name, role, engine = update.role, self.roles[update.role], self.engines[update.role]
+        records, losses = [], []
+        for k in range(self.accumulation):
+            with share(k * ranks.size() + ranks.rank(), ranks.size() * self.accumulation):
+                loss = engine(lambda: self._loss(update, records))
+            losses.append(loss.item())
+            value = ranks.mean([losses[-1]])[0]
+            require_finite(value, "loss", name, step + 1)
+            engine.backward(loss)
+            if k + 1 < self.accumulation:
+                engine.step()
+        lr = role.lr * schedule(role, self.count[name], step, self.iters)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        if getattr(engine.optimizer, "overflow", False):
+            norm = float("inf")
+        require_finite(float(norm), "gradient norm", name, step + 1)
+        self.count[name] += 1
+        if name in self.averages:
+            self._average(name)
+        keys = list(records[0])
+        means = ranks.mean([sum(losses), *(sum(r[k] for r in records) for k in keys)])
+        loss, *rest = (m / self.accumulation for m in means)
+        record = {"loss": loss, "grad_norm": float(norm), "lr": lr} | dict(zip(keys, rest, strict=True))
+        return {k if len(self.roles) == 1 else f"{name}_{k}": v for k, v in record.items()}
+
+    @staticmethod
+    def _loss(update: Update, records: list[dict]) -> Tensor:
+        loss, record = update.loss()
+        records.append(record)
+        return loss
+
+    @torch.no_grad()
+    def _average(self, name: str) -> None:
+        """As engine.ema.Ema does: the first updates average evenly."""
+        role = self.roles[name]
+        n = self.count[name] - role.ema_start
+        rate = 1.0 if n <= 0 else max(1 - role.ema, 1 / (n + 1))
+        for average, master in zip(self.averages[name], shards.masters(self.engines[name].optimizer), strict=True):
+            average.lerp_(master.detach(), rate)
+
+    def save(self, folder: Path, step: int, keep: int, every: int) -> None:
+        """Each rank writes its share of every role's weights, moments and average."""
+        share = shards.Share()
+        for name, role in self.roles.items():
+            trained = [(key, p) for key, p in role.net.named_parameters() if p.requires_grad]
+            for kind in ("weight", *(shards.MOMENTS if self.count[name] else ())):
+                for key, p in trained:
+                    share.add(f"{name}/{kind}/{key}", shards.get(p, kind))
+            if name in self.averages:
+                with shards.swapped(self.engines[name].optimizer, self.averages[name]):
+                    for key, p in trained:
+                        share.add(f"{name}/ema/{key}", shards.get(p))
+            if role.carried is not None:
+                for key, p in role.carried.named_parameters():
+                    with shards.whole(p) as value:
+                        share.add(f"{name}/carried/{key}", value)
+        meta = {"count": self.count, "engine": self.name, "ranks": ranks.size()}
+        checkpoint.save(folder, step, {checkpoint.rank_file(ranks.rank()): share.tensors}, meta, keep, every)
+
+    def load(self, folder: Path) -> int:
+        """The step of the newest checkpoint, read by any number of ranks; 0 where there is none."""
+        step, meta, files = checkpoint.latest(folder, self.name)
+        if not step:
+            return 0
+        stored = checkpoint.reading(folder, step, lambda: shards.Stored(files))
+        self.count = dict(meta["count"])
+
+        def whole(name: str) -> Tensor:
+            return checkpoint.reading(folder, step, lambda: stored[name]).to(self.device)
+
+        for name, role in self.roles.items():
+            optimizer = self.engines[name].optimizer
+            trained = [(key, p) for key, p in role.net.named_parameters() if p.requires_grad]
+            if name in self.averages:
+                for key, p in trained:
+                    shards.put(p, whole(f"{name}/ema/{key}"))
+                self.averages[name] = [m.detach().clone() for m in shards.masters(optimizer)]
+            if self.count[name]:
+                shards.start_states(optimizer, self.count[name])
+            for kind in ("weight", *(shards.MOMENTS if self.count[name] else ())):
+                for key, p in trained:
+                    shards.put(p, whole(f"{name}/{kind}/{key}"), kind)
+            if role.carried is not None:
+                for key, p in role.carried.named_parameters():
+                    shards.put_frozen(p, whole(f"{name}/carried/{key}"))
+        return step
+
+    def finish(self) -> None:
+        """Swap the averaged weights in, where there are any."""
+        for name, average in self.averages.items():
+            trained = [p for p in self.roles[name].net.parameters() if p.requires_grad]
+            for p in trained:
+                with shards.swapped(self.engines[name].optimizer, average):
+                    value = shards.get(p).clone()
+                p.averaged = value.cpu()
+            for p in trained:
+                shards.put(p, p.averaged.to(self.device))
+                del p.averaged
+
+    def save_model(self, net: VideoDiT, folder: Path, dtype: torch.dtype | None = None, **card) -> None:
+        """Every rank takes part in gathering, one tensor at a time; rank 0 writes, one file's tensors in memory."""
+        state = net.state_dict(keep_vars=True)
+        trained = {id(p) for role in self.roles.values() for p in role.net.parameters() if p.requires_grad}
+
+        def get(key: str) -> Tensor:
+            p = state[key]
+            if id(p) in trained:
+                return shards.get(p).detach().to("cpu", dtype or torch.float32).contiguous()
+            with shards.whole(p) as value:
+                return value.detach().to("cpu", dtype or torch.float32, copy=True).contiguous()
+
+        if ranks.rank() == 0:
+            shapes = {key: torch.empty(shards.shape(p), device="meta") for key, p in state.items()}
+            save_model(net, folder, dtype, state=shapes, get=get, **card)
+        else:
+            for key in state:
+                get(key)
+        ranks.barrier()

@@ -1,0 +1,148 @@
+"""Weights and AdamW states by name: out of DeepSpeed's flat partitions, into them, and onto disk one share per rank.
+
+A tensor's name is ROLE/KIND/PARAMETER. Each is gathered whole, one at a time, and kept by one rank, so that a
+checkpoint is spread over the ranks' files and can be read by any number of ranks.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fastlightgen.engine import ranks
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def shape(p: Tensor) -> torch.Size:
+    """Of the whole parameter, however little of it is here."""
+    return getattr(p, "ds_shape", p.shape)
+
+
+def get(p: nn.Parameter, kind: str = "weight") -> Tensor:
+    """The whole float32 weight, or one of its moments; every rank takes part."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    return safe_get_full_fp32_param(p) if kind == "weight" else safe_get_full_optimizer_state(p, kind)
+
+
+@torch.no_grad()
+def put(p: nn.Parameter, value: Tensor, kind: str = "weight") -> None:
+    """The reverse of `get`: this rank keeps its part of `value`; of a weight also what the network computes with."""
+    if hasattr(p, "ds_tensor"):
+        put_partition(p, value, kind)
+        return
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    if kind == "weight":
+        safe_set_full_fp32_param(p, value)
+        p.copy_(value)
+    else:
+        safe_set_full_optimizer_state(p, value, kind)
+
+
+def put_partition(p: nn.Parameter, value: Tensor, kind: str) -> None:
+    """ZeRO-3. DeepSpeed's own setter fails where a parameter is no multiple of the ranks; the last part is padded."""
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    if kind == "weight":
+        safe_set_local_fp32_param(p, part_of(p, value))
+        put_frozen(p, value)
+    else:
+        safe_set_local_optimizer_state(p, part_of(p, value), kind)
+
+
+def part_of(p: nn.Parameter, value: Tensor) -> Tensor:
+    """This rank's partition of a whole value."""
+    size, flat = p.ds_tensor.numel(), value.flatten()
+    padded = torch.cat([flat, flat.new_zeros(size * ranks.size() - flat.numel())])
+    return padded[size * ranks.rank() :][:size]
+
+
+@torch.no_grad()
+def put_frozen(p: nn.Parameter, value: Tensor) -> None:
+    """What the network computes with; all of it for a weight without an optimizer."""
+    if hasattr(p, "ds_tensor"):
+        p.ds_tensor.copy_(part_of(p, value))
+    if p.numel():  # small ones are whole on every rank
+        p.copy_(value)
+
+
+def masters(optimizer) -> list[Tensor]:
+    """This rank's share of the float32 weights, in the flat buffers of DeepSpeed's optimizers."""
+    for key in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(optimizer, key):
+            return list(getattr(optimizer, key))
+    raise AssertionError(f"{type(optimizer)}: unknown DeepSpeed optimizer")
+
+
+def start_states(optimizer, count: int) -> None:
+    """AdamW's states after `count` updates, as zeros: DeepSpeed makes them in its first step only."""
+    base = optimizer.optimizer
+    steps = torch.tensor(float(count)) if isinstance(base, torch.optim.AdamW) else count
+    for master in masters(optimizer):
+        base.state[master] = {"step": steps} | {key: torch.zeros_like(master) for key in MOMENTS}
+        if isinstance(steps, Tensor):
+            steps = steps.clone()
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@contextmanager
+def swapped(optimizer, others: list[Tensor]) -> Iterator[None]:
+    """The float32 weights are `others` inside this context (an average, to read it by name)."""
+    before = [m.detach().clone() for m in masters(optimizer)]
+    with torch.no_grad():
+        for master, other in zip(masters(optimizer), others, strict=True):
+            master.copy_(other)
+        yield
+        for master, old in zip(masters(optimizer), before, strict=True):
+            master.copy_(old)
+
+
+@contextmanager
+def whole(p: Tensor) -> Iterator[Tensor]:
+    """A weight as the network computes with it, gathered where it is sharded."""
+    if not hasattr(p, "ds_id"):
+        yield p
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([p]):
+        yield p
+
+
+class Share:
+    """The tensors that this rank writes: every size-th one."""
+
+    def __init__(self):
+        self.tensors: dict[str, Tensor] = {}
+        self.seen = 0
+
+    def add(self, name: str, value: Tensor) -> None:
+        if self.seen % ranks.size() == ranks.rank():
+            self.tensors[name] = value.detach().cpu().clone()
+        self.seen += 1
+
+
+class Stored(Mapping):
+    """The tensors of all ranks' files by name, read when they are asked for."""
+
+    def __init__(self, files: list[Path]):
+        self.where = {}
+        for file in files:
+            with safe_open(file, framework="pt") as f:
+                self.where |= dict.fromkeys(f.keys(), file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.where[name], framework="pt") as f:
+            return f.get_tensor(name)
+
+    def __iter__(self):
+        return iter(self.where)
+
+    def __len__(self) -> int:
+        return len(self.where)

@@ -1,0 +1,134 @@
+"""What travels through a walk: conditions, streams, hidden states; and how an engine finds the tensors in it.
+
+Shapes: hidden states x, y [B, L, D].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastlightgen.ops import Rope, add_residual
+
+
+@dataclass(frozen=True, eq=False)
+class Cond:
+    """What a prediction is conditioned on, as batched tensors. `image` holds the condition channels."""
+
+    text: Tensor
+    text_len: Tensor | None = None
+    image: Tensor | None = None
+    image_embeds: Tensor | None = None
+    pooled: Tensor | None = None
+    guidance: Tensor | None = None
+    kept: dict | None = None  # an empty dict, for one text under frozen weights: Wan keeps its keys and values here
+
+    def map(self, fn) -> "Cond":
+        """Apply fn to every tensor."""
+        return replace(self, **{k: fn(v) for k, v in vars(self).items() if isinstance(v, Tensor)})
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """One prediction of a walk. `keep`: indices of the blocks that run (None: all of them)."""
+
+    cond: Cond
+    keep: Sequence[int] | None = None
+    grad: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What a walk reads of one condition; a family adds its own."""
+
+    cond: Cond
+    text: Tensor  # [B, T, D]
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """What all blocks and streams of a walk share; a family adds its own."""
+
+    rope: Rope  # cosine and sine per frame, row and column (`rope_factors`)
+    grid: tuple[int, int, int]  # patches along (F, H, W)
+
+
+class State(NamedTuple):
+    """Hidden states [B, L, D] as a block leaves them: x + gate y, with the sum left to whatever runs next.
+
+    Tokens with a modulation of their own (Hunyuan's text) are a sequence of their own, which travels in `others`.
+    """
+
+    x: Tensor
+    y: Tensor | None = None
+    gate: Tensor | None = None
+    others: tuple = ()
+
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.x, self.y, self.gate
+
+    def settled(self) -> "State":
+        """The same with the sum taken, once for both sides of a fork."""
+        x = self.x if self.y is None else add_residual(self.x, self.y, self.gate)
+        return State(x, others=tuple(s.settled() for s in self.others))
+
+    def detach(self) -> "State":
+        parts = (None if v is None else v.detach() for v in self.parts())
+        return State(*parts, tuple(s.detach() for s in self.others))
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One group of streams in one block: a state, and the prompts it goes on with (several only until text enters)."""
+
+    state: State
+    prompts: list[Prompt]
+    grads: list[bool]
+
+
+@dataclass(eq=False)
+class Made:
+    """Where a block leaves its states, when its call returns their tensors alone."""
+
+    states: Any = None
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The distinct tensors in nested lists, tuples and dataclasses; a Cond is the caller's and stays as it is."""
+    out: dict[int, Tensor] = {}
+
+    def collect(v: Any) -> None:
+        if isinstance(v, Tensor):
+            out[id(v)] = v
+        elif isinstance(v, list | tuple):
+            for item in v:
+                collect(item)
+        elif is_dataclass(v) and not isinstance(v, Cond):
+            for f in fields(v):
+                collect(getattr(v, f.name))
+
+    collect(value)
+    return list(out.values())
+
+
+def with_tensors(value: Any, tensors: Sequence[Tensor]) -> Any:
+    """`value` with the tensors that `tensors_of` found replaced, in order; what was shared stays shared."""
+    old = tensors_of(value)
+    if all(a is b for a, b in zip(old, tensors, strict=True)):
+        return value
+    done: dict[int, Any] = {id(a): b for a, b in zip(old, tensors, strict=True)}
+
+    def rebuilt(v: Any) -> Any:
+        if id(v) not in done:
+            if isinstance(v, State):
+                done[id(v)] = State(*map(rebuilt, v))
+            elif isinstance(v, list | tuple):
+                done[id(v)] = type(v)(map(rebuilt, v))
+            elif is_dataclass(v) and not isinstance(v, Cond):
+                done[id(v)] = replace(v, **{f.name: rebuilt(getattr(v, f.name)) for f in fields(v)})
+            else:
+                return v
+        return done[id(v)]
+
+    return rebuilt(value)

@@ -1,0 +1,52 @@
+"""Starting real ranks for a test: gloo on this CPU, ended with the test."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fastlightgen
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def launch(ranks: int, *words: str, module: bool = True) -> subprocess.Popen:
+    """torchrun with `ranks` processes: the train command, or the file that `words` begin with."""
+    env = os.environ | {
+        "PYTHONPATH": str(Path(fastlightgen.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["-m", "fastlightgen.train"] if module else []
+    last = {w.split("=", 1)[0]: w for w in words}  # a later word replaces an earlier one
+    return subprocess.Popen(
+        [*command, *last.values()], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ranks_of(process: subprocess.Popen) -> list:
+    """torchrun's ranks as psutil processes, in the order of their start."""
+    import psutil
+
+    try:
+        return sorted(psutil.Process(process.pid).children(), key=lambda child: child.pid)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def finish(process: subprocess.Popen, seconds: float) -> tuple[str, str]:
+    """Its output; whatever is still running after `seconds` is killed, the ranks included."""
+    import psutil
+
+    started = ranks_of(process)
+    try:
+        return process.communicate(timeout=seconds)
+    finally:
+        for child in [*started, *ranks_of(process)]:
+            try:
+                child.kill()  # psutil sees to it that the number has not gone to another process
+            except psutil.NoSuchProcess:
+                pass
+        process.kill()

@@ -1,0 +1,146 @@
+"""Two real ranks under DeepSpeed against one process without it: losses, gathers, checkpoints. gloo on the CPU."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import worker
+from helpers import BLOCKS, PRUNED
+from launch import WORKER, finish, launch
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+THREE = ["ratio=2", "lr_fake=1e-3"]
+CASES = {
+    "stage 0, zero 2, ema": {"stage": 0, "zero": 2, "words": ["ema=0.9"]},
+    "stage 1": {"stage": 1},
+    "stage 2, zero 1": {"stage": 2, "zero": 1},
+    "stage 2, zero 2, accumulated": {"stage": 2, "zero": 2, "micro_batch": 1},
+    "stage 2, zero 3": {"stage": 2},
+    "stage 2, zero 3, accumulated": {"stage": 2, "micro_batch": 1},
+    "stage 2, zero 3, all offloaded": {"stage": 2, "offload": "all"},
+    "stage 2, zero 3, checkpointing, average": {"stage": 2, "words": ["checkpointing=true", "target=ema", "alpha=0.7"]},
+    "stage 2, zero 3, as printed": {"stage": 2, "words": ["target=self", "kappa_unpruned=0"]},
+    "stage 2, zero 3, random masks": {"stage": 2, "words": ["drop=independent"]},
+    "stage 3, zero 1": {"stage": 3, "zero": 1, "words": THREE},
+    "stage 3, zero 2, offloaded": {"stage": 3, "zero": 2, "offload": "optimizer", "words": THREE},
+    "stage 3, zero 3": {"stage": 3, "words": THREE},
+    "stage 3, zero 3, lora": {"stage": 3, "words": [*THREE, "fake_mode=lora", "lora_rank=2", "ema=0.9"]},
+}
+AVERAGED = ["target=ema", "alpha=0.7"]
+LORA = [*THREE, "fake_mode=lora", "lora_rank=2", "ema=0.9"]
+SAVED = {
+    "stage 2, saved, zero 3": {"stage": 2, "words": AVERAGED},
+    "stage 2, saved, zero 1": {"stage": 2, "zero": 1, "words": AVERAGED},
+    "stage 2, saved, bfloat16": {"stage": 2, "zero": 2, "dtype": "bfloat16", "micro_batch": 1},
+    "stage 3, saved, lora": {"stage": 3, "words": LORA},
+    "stage 3, saved, bfloat16, offloaded": {"stage": 3, "dtype": "bfloat16", "offload": "optimizer", "words": THREE},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cluster")
+
+
+@pytest.fixture(scope="module")
+def results(folder) -> dict:
+    """Every case on two ranks of one process group."""
+    saved = {name: case | {"save": str(folder / name)} for name, case in SAVED.items()}
+    return on_ranks(2, CASES | saved, folder, 240)
+
+
+def on_ranks(count: int, cases: dict, folder: Path, seconds: float) -> dict:
+    """What the worker finds."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    process = launch(count, str(WORKER), str(folder / "cases.json"), str(folder / "results.json"), module=False)
+    out, err = finish(process, seconds)
+    assert process.returncode == 0, err[-4000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+def compared(record: dict) -> dict[str, float]:
+    """The spread of a rank's clips is no mean over clips; everything else is."""
+    return {k: v for k, v in record.items() if not k.endswith("contrast")}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "stage 1"])
+def test_losses_are_those_of_one_process(results, name):
+    """float32 sums in another order: 1e-5 is what the engine promises; gradient norms and learning rates as well."""
+    one = worker.run(CASES[name])["records"]
+    two = results[name]["records"]
+    assert len(one) == len(two) and len(one) >= 4
+    for a, b in zip(one, two, strict=True):
+        assert compared(b) == pytest.approx(compared(a), rel=1e-5, abs=1e-7)
+
+
+def test_stage_1_scores_are_those_of_one_process(results):
+    one, two = torch.tensor(worker.run(CASES["stage 1"])["table"]), torch.tensor(results["stage 1"]["table"])
+    assert torch.allclose(two, one, rtol=1e-5, atol=0)
+
+
+KEPT = [i for i in range(BLOCKS) if i not in PRUNED]
+
+
+def test_blocks_are_gathered_once_per_walk(results):
+    """kernels of the plan: N forward and K backward gathers for Stage II as printed, N for a frozen network's walk."""
+    per_step = [[2 if i in KEPT else 1 for i in range(BLOCKS)]]
+    assert results["stage 2, zero 3, as printed"]["gathers"] == [[4 * n for n in row] for row in per_step]
+    student, target = results["stage 2, zero 3"]["gathers"]  # both paths carry gradient
+    assert student == [2 * 4] * BLOCKS and target == [4] * BLOCKS
+
+
+def test_recomputing_a_block_needs_no_further_gather(results):
+    student, target = results["stage 2, zero 3, checkpointing, average"]["gathers"]
+    assert student == [2 * 4] * BLOCKS and target == [4] * BLOCKS
+
+
+def test_the_gathers_do_not_depend_on_the_mask(results):
+    """The full path runs every block, so the forward order is constant, and here the backward order too."""
+    student, target = results["stage 2, zero 3, random masks"]["gathers"]
+    assert student == [2 * 4] * BLOCKS and target == [4] * BLOCKS
+
+
+def test_stage_1_gathers_each_block_once_per_sample(results):
+    """4 samples (3 clips in batches of 2, 2 times) on 2 ranks: 2 walks, whatever the number of candidates."""
+    assert results["stage 1"]["gathers"] == [[2] * BLOCKS]
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_continued_run_is_the_uninterrupted_one(results, folder, name):
+    done = results[name]
+    assert done["again"] == done["records"][-len(done["again"]) :]  # bit-equal
+    place = folder / name
+    whole, continued = (load_file(place / n / "diffusion_pytorch_model.safetensors") for n in ("whole", "continued"))
+    assert whole.keys() == continued.keys() and all(torch.equal(whole[k], continued[k]) for k in whole)
+    assert len(list((place / "step-000002").glob("rank-*-of-00002.safetensors"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_twenty_steps(tmp_path, ranks):
+    """At 1e-5 where nothing amplifies rounding: stage 2 at its own learning rate, stage 3 at a thousand times its."""
+    words = {2: ["lr=1e-5"], 3: [*THREE, "lr=5e-4"]}
+    cases = {
+        f"stage {stage}, zero {zero}, {offload}": {"stage": stage, "zero": zero, "offload": offload, "steps": 20}
+        | {"words": words[stage]}
+        for stage in (2, 3)
+        for zero, offload in ((1, "none"), (2, "none"), (3, "none"), (3, "all"))
+    }
+    for name, two in on_ranks(ranks, cases, tmp_path, 600).items():
+        for a, b in zip(worker.run(cases[name])["records"], two["records"], strict=True):
+            assert compared(b) == pytest.approx(compared(a), rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_random_masks_for_two_hundred_steps(tmp_path, ranks):
+    case = {"stage": 2, "steps": 200, "words": ["drop=independent", "lr=1e-5"]}
+    done = on_ranks(ranks, {"masks": case}, tmp_path, 600)["masks"]
+    assert len(done["records"]) == 200 and done["gathers"] == [[400] * BLOCKS, [200] * BLOCKS]

@@ -1,0 +1,73 @@
+"""The launch files start what they say: run by bash with `srun` and `scontrol` that only write down what they get."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fastlightgen.config import load
+
+FOLDER = Path(__file__).parents[2] / "configs" / "cluster"
+STUB = """#!/bin/bash
+echo "$(basename "$0") $*" >> "$CALLS"
+[ "$1" = show ] && echo node0 && echo node1
+exit "${CODE:-0}"
+"""
+
+
+def calls(file: Path, folder: Path, **env: str) -> tuple[int, list[list[str]]]:
+    """Exit code, and the words of every srun and scontrol call."""
+    for name in ("srun", "scontrol", "python"):
+        (folder / name).write_text(STUB)
+        (folder / name).chmod(0o755)
+    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[0-1]", "USER": "u"}
+    given = {"MODEL": str(folder), "DATA": str(folder), "RUN": str(folder / "run"), "CALLS": str(folder / "calls")}
+    env = os.environ | slurm | given | env | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", file, folder / "run"], env=env, timeout=30)
+    return done.returncode, [line.split() for line in (folder / "calls").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.sbatch")), ids=lambda f: f.stem)
+def test_the_paper_on_two_nodes(file, tmp_path):
+    code, made = calls(file, tmp_path)
+    runs = [words for words in made if "torchrun" in words]
+    assert code == 0 and len(runs) == 3
+    settings = [load(words[words.index("fastlightgen.train") + 1 :]) for words in runs]
+    assert [cfg.stage for cfg in settings] == ["1", "2", "3"]
+    assert all("--nproc-per-node=8" in words and "--nnodes=2" in words for words in runs)
+    prune, distill = settings[1:]
+    for cfg in settings[1:]:
+        assert (cfg.engine, cfg.zero, cfg.offload, cfg.dtype) == ("deepspeed", 3, "optimizer", "bfloat16")
+        assert cfg.batch == 16 and cfg.checkpointing
+    assert (prune.iters, prune.lr, prune.alpha, prune.p) == (4000, 1e-5, 1.0, 0.5)
+    assert (distill.iters, distill.lr, distill.lr_fake, distill.steps, distill.ratio) == (1000, 5e-7, 5e-7, 4, 5)
+    assert distill.beta2 == 0.25 and distill.beta1 == {"wan": 3.5, "hun": 2.0}[file.stem[:3]]
+
+
+def test_a_failed_stage_ends_the_job(tmp_path):
+    code, made = calls(FOLDER / "wan2.1-i2v-14b-2x8h100.sbatch", tmp_path, CODE="3")
+    assert code == 3 and len([words for words in made if "torchrun" in words]) == 1
+
+
+def test_a_signal_reaches_the_ranks_and_queues_the_job_again(tmp_path):
+    """The stub of srun tells the script that its time is over, as Slurm does, while the stage runs."""
+    stub = tmp_path / "bin"
+    stub.mkdir()
+    (stub / "srun").write_text(STUB.replace("exit", '[ "$1" = torchrun ] && kill -USR1 $PPID && sleep 1\nexit'))
+    (stub / "srun").chmod(0o755)
+    file = FOLDER / "hunyuanvideo-2x8h100.sbatch"
+    script = tmp_path / "job"  # the stubs that `calls` writes come after these
+    script.write_text(f"PATH={stub}:$PATH\n{file.read_text()}")
+    code, made = calls(script, tmp_path)
+    assert code == 75 and made[-1] == ["scontrol", "requeue", "7"]
+    assert any("pkill" in words and "-USR1" in words for words in made)
+    assert len([words for words in made if "torchrun" in words]) == 1
+
+
+def test_two_ranks_on_a_cpu(tmp_path):
+    code, made = calls(FOLDER / "cpu-smoke.sh", tmp_path)
+    settings = [load(words[words.index("fastlightgen.train") + 1 :]) for words in made]
+    assert code == 0 and [(cfg.stage, cfg.zero, cfg.engine) for cfg in settings] == [
+        (n, 3, "deepspeed") for n in ("1", "2", "3")
+    ]

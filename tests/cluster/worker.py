@@ -1,0 +1,161 @@
+"""What every rank of a test runs: some cases one after the other in one process group; rank 0 writes the results.
+
+python -m torch.distributed.run --nproc-per-node 2 worker.py CASES.json RESULTS.json
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers import BLOCKS, KEPT, PRUNED, config, crop, small_wan
+
+from fastlightgen.data.source import ShapesSource
+from fastlightgen.engine import ranks
+from fastlightgen.engine.local import LocalEngine
+from fastlightgen.models.lora import attach_lora
+from fastlightgen.rng import generator, rows
+from fastlightgen.stages.distill import Distill, Networks
+from fastlightgen.stages.prune import Prune
+from fastlightgen.stages.rank import evaluation_set, score_sets
+from fastlightgen.stages.teacher import Teacher
+
+BATCH = 4
+CPU = torch.device("cpu")
+
+
+def batches(step: int):
+    return crop(ShapesSource(0).batch(step, BATCH, rows(BATCH)))
+
+
+def make(number: int, words: list[str]):
+    """A stage whose networks are a few thousand numbers."""
+    cfg = config(number, f"batch={BATCH}", "iters=100", "warmup=0", "lr=1e-3", *words)
+    if number == 0:
+        return Teacher(cfg, small_wan(), batches, {})
+    if number == 2:
+        net = small_wan()
+        net.checkpointing = cfg.checkpointing
+        return Prune(cfg, net, PRUNED, batches, lambda: crop(ShapesSource(0).held_out(0, 4)), {})
+    teacher = small_wan(seed=1).requires_grad_(False)
+    student = small_wan(seed=1).prune(KEPT)
+    lora = cfg.fake_mode == "lora"
+    fake = teacher if lora else small_wan(seed=1).prune(KEPT)
+    trained = attach_lora(teacher, cfg.lora_rank, generator(0, 7)) if lora else fake
+    return Distill(
+        cfg, Networks(student, teacher, KEPT, fake, KEPT if lora else None, trained, lora, None), batches, {}
+    )
+
+
+def make_engine(case: dict):
+    if ranks.size() == 1:
+        return LocalEngine(CPU, "float32", BATCH, case.get("micro_batch", 0))
+    from fastlightgen.engine.deepspeed import DeepSpeedEngine
+
+    class Engine(DeepSpeedEngine):
+        """DeepSpeed keeps gathered what is prefetched or used again soon: all of so small a network. Not here."""
+
+        def _config(self, *args) -> dict:
+            config = super()._config(*args)
+            config["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+            return config
+
+    keys = {"batch": BATCH, "micro_batch": 0, "zero": 3, "offload": "none", "dtype": "float32"}
+    return Engine(CPU, SimpleNamespace(**{k: case.get(k, v) for k, v in keys.items()}))
+
+
+def steps(stage, engine, first: int, last: int) -> list[dict[str, float]]:
+    out = []
+    for step in range(first, last):
+        out += [engine.apply(update, step) for update in stage.updates(step)]
+        stage.check(step + 1)
+    return out
+
+
+def run(case: dict) -> dict:
+    """Records of every update, gathers of blocks per step, or Stage I's table."""
+    gathered = Counter()
+    engine = make_engine(case)
+    if case["stage"] == 1:
+        model = small_wan()
+        engine.place(model)
+        count_gathers(gathered)
+        samples = list(evaluation_set(config(1, "clips=3", "timesteps=2", "batch=2"), batches))
+        keeps = [[j for j in range(BLOCKS) if j != i] for i in range(BLOCKS)]
+        table = score_sets(model, samples, keeps, "elbo", 4.0, lambda n: None)
+        return {"table": table.tolist(), "gathers": gathers(gathered, [model])}
+    stage = make(case["stage"], case.get("words", []))
+    engine.prepare(stage)
+    stage.begin()
+    count_gathers(gathered)
+    last = case.get("steps", 4)
+    if "save" not in case:
+        records = steps(stage, engine, 0, last)
+        nets = {id(n): n for n in (*(r.host or r.net for r in stage.roles.values()), *stage.frozen)}
+        return {"records": records, "gathers": gathers(gathered, list(nets.values()))}
+    # Save in the middle, go on, and let a second engine continue from there.
+    folder, middle = Path(case["save"]), last // 2
+    records = steps(stage, engine, 0, middle)
+    engine.save(folder, middle, keep=2, every=0)
+    records += steps(stage, engine, middle, last)
+    engine.finish()
+    stage.save(folder / "whole", engine.save_model)
+    stage, engine = make(case["stage"], case.get("words", [])), make_engine(case)
+    engine.prepare(stage)
+    stage.begin()
+    assert engine.load(folder) == middle
+    again = steps(stage, engine, middle, last)
+    engine.finish()
+    stage.save(folder / "continued", engine.save_model)
+    return {"records": records, "again": again}
+
+
+def count_gathers(counter: Counter) -> None:
+    """Count how often each sharded weight of a block is gathered."""
+    if ranks.size() == 1:
+        return
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    name = "_PartitionedParameterCoordinator__all_gather_params_"
+    real = ORIGINAL.setdefault(name, getattr(Coordinator, name))
+
+    def counting(self, params, *args, **keys):
+        counter.update(p.ds_id for p in params)
+        return real(self, params, *args, **keys)
+
+    setattr(Coordinator, name, counting)
+
+
+ORIGINAL: dict = {}
+
+
+def gathers(counter: Counter, nets: list) -> list[list[int]]:
+    """Per network and block; all sharded weights of a block must have been gathered equally often."""
+    if ranks.size() == 1:
+        return []
+    out = []
+    for net in nets:
+        row = []
+        for block in net.blocks:
+            counts = {counter[p.ds_id] for p in block.parameters() if hasattr(p, "ds_id") and not p.ds_persist}
+            row.append(counts.pop() if len(counts) == 1 else -1)
+        out.append(row)
+    return out
+
+
+def main(cases: Path, results: Path) -> None:
+    torch.set_num_threads(1)
+    ranks.join(CPU, 120)
+    done = {name: run(case) for name, case in json.loads(cases.read_text()).items()}
+    if ranks.rank() == 0:
+        results.write_text(json.dumps(done))
+    ranks.barrier()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
