@@ -115,9 +115,8 @@ class DeepSpeedEngine:
         net.to(dtype=self.dtype)
         params = [p for p in role.net.parameters() if p.requires_grad]
         optimizer = self._adamw(params, role)
-        count = sum(p.numel() for p in params)
         config = self._config(role.clip, self.accumulation, net) | {"zero_allow_untested_optimizer": True}
-        config["zero_optimization"]["reduce_bucket_size"] = int(min(BUCKET, count))
+        config["zero_optimization"]["reduce_bucket_size"] = int(min(BUCKET, sum(p.numel() for p in params)))
         if role.host is not None and self.zero3:
             for block in net.blocks:
                 block.register_forward_pre_hook(start_graph, prepend=True)
