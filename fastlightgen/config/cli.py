@@ -18,7 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from fastlightgen.config.commands import COMMANDS
 from fastlightgen.config.fields import REQUIRED, ConfigError, check_value, default_of, limits, show
 from fastlightgen.config.files import config_root, flatten, preset, presets, read_yaml, to_yaml
-from fastlightgen.config.schema import STAGES, Run, StageAll
+from fastlightgen.config.run import Run
+from fastlightgen.config.schema import STAGES, StageAll
 
 TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", list[float]: "[number,number]"}
 REQUEUE = 75  # exit code of a run that a scheduler stopped, to be started again (EX_TEMPFAIL)

@@ -4,7 +4,7 @@
 from dataclasses import asdict, dataclass
 
 from fastlightgen.config.fields import REQUIRED, Checked, ConfigError, field
-from fastlightgen.config.schema import (
+from fastlightgen.config.run import (
     ALLOW_PT,
     DEVICE,
     DEVICES,
@@ -15,9 +15,8 @@ from fastlightgen.config.schema import (
     SAMPLERS,
     STEPS,
     THREADS,
-    EvaluateKeys,
-    StageAll,
 )
+from fastlightgen.config.schema import EvaluateKeys, StageAll
 
 
 @dataclass(kw_only=True)

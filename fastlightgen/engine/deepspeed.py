@@ -7,17 +7,16 @@ module call that a walk makes of it, whatever the number of streams, and once mo
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fastlightgen.engine import checkpoint, ranks, shards
+from fastlightgen.engine import ranks, shards
 from fastlightgen.engine.local import require_finite, schedule
 from fastlightgen.engine.log import say
 from fastlightgen.engine.roles import Role, Stage, Update
+from fastlightgen.engine.sharded_state import ShardedState
 from fastlightgen.models.base import Block, VideoDiT
-from fastlightgen.models.weights import save_model
 from fastlightgen.rng import share
 
 BUCKET = 5e8  # DeepSpeed's default, in numbers
@@ -55,10 +54,8 @@ class Runner(nn.Module):
         return loss()
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(ShardedState):
     """Float32 weights, or bfloat16 weights with float32 master weights; the batch is divided among the ranks."""
-
-    name = "deepspeed"
 
     def __init__(self, device: torch.device, cfg):
         try:
@@ -198,7 +195,7 @@ class DeepSpeedEngine:
         require_finite(float(norm), "gradient norm", name, step + 1)
         self.count[name] += 1
         if name in self.averages:
-            self._average(name)
+            self.average(name)
         keys = list(records[0])
         means = ranks.mean([sum(losses), *(sum(r[k] for r in records) for k in keys)])
         loss, *rest = (m / self.accumulation for m in means)
@@ -210,91 +207,3 @@ class DeepSpeedEngine:
         loss, record = update.loss()
         records.append(record)
         return loss
-
-    @torch.no_grad()
-    def _average(self, name: str) -> None:
-        """As engine.ema.Ema does: the first updates average evenly."""
-        role = self.roles[name]
-        n = self.count[name] - role.ema_start
-        rate = 1.0 if n <= 0 else max(1 - role.ema, 1 / (n + 1))
-        for average, master in zip(self.averages[name], shards.masters(self.engines[name].optimizer), strict=True):
-            average.lerp_(master.detach(), rate)
-
-    def save(self, folder: Path, step: int, keep: int, every: int) -> None:
-        """Each rank writes its share of every role's weights, moments and average."""
-        share = shards.Share()
-        for name, role in self.roles.items():
-            trained = [(key, p) for key, p in role.net.named_parameters() if p.requires_grad]
-            for kind in ("weight", *(shards.MOMENTS if self.count[name] else ())):
-                for key, p in trained:
-                    share.add(f"{name}/{kind}/{key}", shards.get(p, kind))
-            if name in self.averages:
-                with shards.swapped(self.engines[name].optimizer, self.averages[name]):
-                    for key, p in trained:
-                        share.add(f"{name}/ema/{key}", shards.get(p))
-            if role.carried is not None:
-                for key, p in role.carried.named_parameters():
-                    with shards.whole(p) as value:
-                        share.add(f"{name}/carried/{key}", value)
-        meta = {"count": self.count, "engine": self.name, "ranks": ranks.size()}
-        checkpoint.save(folder, step, {checkpoint.rank_file(ranks.rank()): share.tensors}, meta, keep, every)
-
-    def load(self, folder: Path) -> int:
-        """The step of the newest checkpoint, read by any number of ranks; 0 where there is none."""
-        step, meta, files = checkpoint.latest(folder, self.name)
-        if not step:
-            return 0
-        stored = checkpoint.reading(folder, step, lambda: shards.Stored(files))
-        self.count = dict(meta["count"])
-
-        def whole(name: str) -> Tensor:
-            return checkpoint.reading(folder, step, lambda: stored[name]).to(self.device)
-
-        for name, role in self.roles.items():
-            optimizer = self.engines[name].optimizer
-            trained = [(key, p) for key, p in role.net.named_parameters() if p.requires_grad]
-            if name in self.averages:
-                for key, p in trained:
-                    shards.put(p, whole(f"{name}/ema/{key}"))
-                self.averages[name] = [m.detach().clone() for m in shards.masters(optimizer)]
-            if self.count[name]:
-                shards.start_states(optimizer, self.count[name])
-            for kind in ("weight", *(shards.MOMENTS if self.count[name] else ())):
-                for key, p in trained:
-                    shards.put(p, whole(f"{name}/{kind}/{key}"), kind)
-            if role.carried is not None:
-                for key, p in role.carried.named_parameters():
-                    shards.put_frozen(p, whole(f"{name}/carried/{key}"))
-        return step
-
-    def finish(self) -> None:
-        """Swap the averaged weights in, where there are any."""
-        for name, average in self.averages.items():
-            trained = [p for p in self.roles[name].net.parameters() if p.requires_grad]
-            for p in trained:
-                with shards.swapped(self.engines[name].optimizer, average):
-                    value = shards.get(p).clone()
-                p.averaged = value.cpu()
-            for p in trained:
-                shards.put(p, p.averaged.to(self.device))
-                del p.averaged
-
-    def save_model(self, net: VideoDiT, folder: Path, dtype: torch.dtype | None = None, **card) -> None:
-        """Every rank takes part in gathering, one tensor at a time; rank 0 writes, one file's tensors in memory."""
-        state = net.state_dict(keep_vars=True)
-        trained = {id(p) for role in self.roles.values() for p in role.net.parameters() if p.requires_grad}
-
-        def get(key: str) -> Tensor:
-            p = state[key]
-            if id(p) in trained:
-                return shards.get(p).detach().to("cpu", dtype or torch.float32).contiguous()
-            with shards.whole(p) as value:
-                return value.detach().to("cpu", dtype or torch.float32, copy=True).contiguous()
-
-        if ranks.rank() == 0:
-            shapes = {key: torch.empty(shards.shape(p), device="meta") for key, p in state.items()}
-            save_model(net, folder, dtype, state=shapes, get=get, **card)
-        else:
-            for key in state:
-                get(key)
-        ranks.barrier()

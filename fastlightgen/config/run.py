@@ -1,0 +1,78 @@
+"""The keys that every training stage has, and words that several commands' keys share."""
+# ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
+
+from dataclasses import dataclass
+
+from fastlightgen.config.fields import REQUIRED, Checked, ConfigError, field
+
+MAX_SEED = 2**31 - 1  # leaves room to count up and fits every generator
+DEVICES, SAMPLERS = ("auto", "cpu", "cuda"), ("auto", "ode", "stochastic")
+DEVICE = "where to compute; auto takes the GPU if there is one"
+THREADS = "CPU threads; 0 leaves the choice to torch"
+ALLOW_PT = "also read weights from .pt, .pth and .bin files, as plain tensors"
+DRY_RUN = "print the resolved configuration and exit"
+STEPS = "network evaluations per clip; 0: the model's own (a student's ladder, the preset's steps for a teacher)"
+GUIDANCE = "classifier-free guidance; 1 turns it off, a negative number takes the model's own"
+SAMPLER = "ode: Euler; stochastic: predict x0, noise again; auto: stochastic for students, ode for teachers"
+
+
+@dataclass(kw_only=True)
+class Run(Checked):
+    """Keys of every training stage."""
+
+    stage: str = field(REQUIRED, "which stage to run", choices=("0", "1", "2", "3", "all"))
+    run: str = field(REQUIRED, "run folder: results, checkpoints, log", numbers=False)
+    model: str = field("tiny", "a preset, or a model folder (diffusers' or the original repository's format)")
+    data: str = field("shapes", "a preset, or a folder with a latent cache")
+    data_check: str = field(
+        "warn",
+        "a cache that the teacher does not know, found before stages 1 to 3; warn, stop, or off: do not look",
+        choices=("warn", "stop", "off"),
+        numbers=False,
+    )
+    seed: int = field(0, "decides every random number of the run", lo=0, hi=MAX_SEED)
+    device: str = field("auto", DEVICE, choices=DEVICES, numbers=False)
+    dtype: str = field("float32", "type the networks compute in", choices=("float32", "bfloat16"))
+    allow_pt: bool = field(False, ALLOW_PT, numbers=False)
+    engine: str = field(
+        "local",
+        "what runs the steps; local: one process; deepspeed: one process per GPU, started by torchrun",
+        choices=("local", "deepspeed"),
+        numbers=False,
+    )
+    zero: int = field(
+        3, "engine=deepspeed shards: 1 optimizer states, 2 and gradients, 3 and weights", lo=1, hi=3, numbers=False
+    )
+    offload: str = field(
+        "none",
+        "engine=deepspeed: what waits in host memory; optimizer: AdamW's states; all: the weights too",
+        choices=("none", "optimizer", "all"),
+        numbers=False,
+    )
+    micro_batch: int = field(
+        0, "clips per process in one forward pass, of `batch` per step; 0: all of its share", lo=0, numbers=False
+    )
+    timeout: float = field(
+        1800, "engine=deepspeed: seconds after which a rank that waits for another gives up", above=0, numbers=False
+    )
+    log_every: int = field(10, "steps between two lines of metrics.jsonl", lo=1, numbers=False)
+    save_every: int = field(200, "steps between two checkpoints", lo=1, numbers=False)
+    keep: int = field(2, "how many of the latest checkpoints stay on disk", lo=1, numbers=False)
+    keep_every: int = field(0, "besides them the checkpoints of every so many steps; 0: none", lo=0, numbers=False)
+    sample_every: int = field(
+        200, "steps between two sets of clips in samples/, and a last one at the end; 0: none", lo=0, numbers=False
+    )
+    pipeline: str = field(
+        "", "pipeline folder whose VAE shows the clips of a cache; empty: model, if it is one", numbers=False
+    )
+    overwrite: bool = field(False, "start anew in a run folder that is in use", numbers=False)
+    threads: int = field(0, THREADS, lo=0, numbers=False)
+    progress: bool = field(True, "show a progress bar", numbers=False)
+    dry_run: bool = field(False, DRY_RUN, numbers=False)
+
+    def check(self) -> None:
+        super().check()
+        if self.engine == "deepspeed" and self.offload == "all" and self.zero < 3:
+            raise ConfigError(f"offload=all: weights can wait in host memory under zero=3 only, not zero={self.zero}")
+        if self.engine == "local" and self.offload != "none":
+            raise ConfigError(f"offload={self.offload}: engine=local keeps everything on its device; use offload=none")
