@@ -11,11 +11,12 @@ from fastlightgen.config import StageAll, exit_code, for_stage, main, numbers
 def train(cfg) -> None:
     from fastlightgen.engine import ranks
     from fastlightgen.engine.log import say
-    from fastlightgen.ops.dispatch import describe
+    from fastlightgen.ops import attention, describe
 
     set_up(cfg)
     try:
         say(describe())
+        say(attention.describe())
         if not isinstance(cfg, StageAll):
             run_stage(cfg)
             return

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlightgen.models.wan_layers import Embedder, FeedForward, attend, sinusoids
-from fastlightgen.ops import Rope, add_residual, qk_norm_rope
+from fastlightgen.models.wan_layers import Embedder, FeedForward, sinusoids
+from fastlightgen.ops import Rope, add_residual, attend, qk_norm_rope
 
 EPS = 1e-6  # of every norm
 TIME_CHANNELS = 256

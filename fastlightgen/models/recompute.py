@@ -5,6 +5,8 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+# What every kernel of FLG_ATTENTION is to torch's dispatcher, but `math`, which is many operations and keeps nothing.
+# FlashAttention-3 and -4 take the place of torch's own under its name.
 _ATTENTION = [
     getattr(torch.ops.aten, name).default
     for name in (

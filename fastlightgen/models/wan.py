@@ -11,14 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlightgen.models.base import Block, Cond, Job, Prompt, State, Tables, VideoDiT, gradient
-from fastlightgen.models.wan_layers import (
-    ConditionEmbedder,
-    FeedForward,
-    WanConfig,
-    attend,
-    rope_axes,
-)
-from fastlightgen.ops import Rope, add_residual, gate_residual_norm_modulate, qk_norm_rope, rope_factors
+from fastlightgen.models.wan_layers import ConditionEmbedder, FeedForward, WanConfig, rope_axes
+from fastlightgen.ops import Rope, add_residual, attend, gate_residual_norm_modulate, qk_norm_rope, rope_factors
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,12 +55,6 @@ class WanConfig:
         return self.num_attention_heads * self.attention_head_dim
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention of [B, L, heads, head_dim] tensors -> [B, L, D]; `mask` is true where a key may be read."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-    return out.transpose(1, 2).flatten(2)
-
-
 class Gelu(nn.Module):
     """Linear then tanh-GELU; a module of its own so that the keys read `ffn.net.0.proj`."""
 

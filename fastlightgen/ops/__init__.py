@@ -1,5 +1,6 @@
 """The fused operators: each has one specification (`reference.py`) and faster twins."""
 
+from fastlightgen.ops.attention import attend
 from fastlightgen.ops.dispatch import describe
 from fastlightgen.ops.dmd_gradient import dmd_gradient
 from fastlightgen.ops.gate_residual_norm_modulate import add_residual, gate_residual_norm_modulate
@@ -11,6 +12,7 @@ from fastlightgen.ops.qk_norm_rope import Rope, qk_norm_rope, rope_factors
 __all__ = [
     "Rope",
     "add_residual",
+    "attend",
     "describe",
     "dmd_gradient",
     "gate_residual_norm_modulate",
