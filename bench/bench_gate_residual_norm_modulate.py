@@ -4,11 +4,12 @@ import kernels
 import pytest
 from shapes import CPU_SHAPES, SHAPES
 
-from fastlightgen.ops import gate_residual_norm_modulate
+from fastlightgen.ops import gate_residual_norm_modulate, gate_residual_norm_modulate_fork
 from fastlightgen.ops.gate_residual_norm_modulate import reference
 
 SIZES = SHAPES if kernels.GPU else CPU_SHAPES
-TENSORS = {"forward": 4, "backward": 6}  # x, y in, x', h out; dh, dx', x', y in, dx, dy out
+# x, y in, x', h out; dh, dx', x', y in, dx, dy out. With two successors one more each way.
+TENSORS = {"forward": 4, "backward": 6, "fork forward": 5, "fork backward": 7}
 
 
 @pytest.mark.parametrize("name", kernels.CONTENDERS)
@@ -16,15 +17,21 @@ TENSORS = {"forward": 4, "backward": 6}  # x, y in, x', h out; dh, dx', x', y in
 @pytest.mark.parametrize("shape", SIZES)
 def bench_gate_residual_norm_modulate(benchmark, monkeypatch, shape: str, way: str, name: str):
     batch, tokens, dim = SIZES[shape]
+    fork = way.startswith("fork")
+    if fork and shape not in ("wan-14b-480p", *CPU_SHAPES):
+        pytest.skip("two successors are measured at one shape: a walk has one fork")
 
     def make():
-        mods = {m: kernels.draw(batch, dim, dtype=kernels.torch.float32) for m in ("gate", "scale", "shift")}
+        names = ("gate", "scale", "shift", *(("scale2", "shift2") if fork else ()))
+        mods = {m: kernels.draw(batch, dim, dtype=kernels.torch.float32) for m in names}
         return {v: kernels.draw(batch, tokens, dim) for v in ("x", "y")} | mods
 
     moved = TENSORS[way] * batch * tokens * dim * kernels.DTYPE.itemsize
     calls = None
     if name != "copy":
-        plain = reference.gate_residual_norm_modulate
-        op, cases = kernels.contender(monkeypatch, name, gate_residual_norm_modulate, plain), kernels.rotate(make)
-        calls = kernels.backward(op, cases) if way == "backward" else [lambda c=c: op(**c) for c in cases]
+        ops = (gate_residual_norm_modulate, reference.gate_residual_norm_modulate)
+        if fork:
+            ops = (gate_residual_norm_modulate_fork, reference.gate_residual_norm_modulate_fork)
+        op, cases = kernels.contender(monkeypatch, name, *ops), kernels.rotate(make)
+        calls = kernels.backward(op, cases) if way.endswith("backward") else [lambda c=c: op(**c) for c in cases]
     kernels.report(benchmark, f"gate_residual_norm_modulate {way} {shape}", name, calls, moved)
