@@ -70,13 +70,14 @@ class Block(nn.Module):
 
     def run_settled(self, job: Job, tables: Tables, read: dict[Prompt, Any]) -> list[State]:
         """With the sum taken: a checkpoint then keeps one hidden tensor, not two."""
-        return [state.settled() for state in self.run(job, tables, read)]
+        return [state.settled() for state in self.run(job, tables, read, settle=True)]
 
     def read(self, prompt: Prompt) -> Any:
         """What the block makes of a prompt before it sees the hidden states."""
         raise NotImplementedError
 
-    def run(self, job: Job, tables: Tables, read: dict[Prompt, Any]) -> list[State]:
+    def run(self, job: Job, tables: Tables, read: dict[Prompt, Any], settle: bool = False) -> list[State]:
+        """One state per prompt; with `settle` the last product may take the sum along that is left open otherwise."""
         raise NotImplementedError
 
 

@@ -86,7 +86,7 @@ class WanBlock(Block):
         k, v = kept[self]
         return k.expand(len(prompt.text), -1, -1, -1), v.expand(len(prompt.text), -1, -1, -1)
 
-    def run(self, job: Job, tables: WanTables, keys: dict[WanPrompt, Any]) -> list[State]:
+    def run(self, job: Job, tables: WanTables, keys: dict[WanPrompt, Any], settle: bool = False) -> list[State]:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + tables.mod).unbind(1)
         x, h = gate_residual_norm_modulate(*job.state.parts(), scale1, shift1, self.eps)
         y = self.attn1.to_itself(h, tables.rope)
@@ -104,7 +104,7 @@ class WanBlock(Block):
                     y = y + attend(q, *image)
                 y = self.attn2.to_out[0](y)
                 x_2, h = gate_residual_norm_modulate(x, y, None, scale2, shift2, self.eps)
-                out.append(State(x_2, self.ffn(h), gate2))
+                out.append(State(self.ffn.onto(x_2, gate2, h)) if settle else State(x_2, self.ffn(h), gate2))
         return out
 
 

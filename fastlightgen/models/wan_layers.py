@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlightgen.ops import linear_gelu_tanh
+from fastlightgen.ops import add_residual, linear_gate_residual, linear_gelu_tanh
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,17 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
+
+    def onto(self, c: Tensor, gate: Tensor, x: Tensor) -> Tensor:
+        """c + gate times the feed-forward of x."""
+        return linear_onto(self.net[2], c, gate, self.net[0](x))
+
+
+def linear_onto(layer: nn.Module, c: Tensor, gate: Tensor, x: Tensor) -> Tensor:
+    """c + gate layer(x), in the product's epilogue where that is built and no adapter has wrapped the layer."""
+    if isinstance(layer, nn.Linear):
+        return linear_gate_residual(c, gate, x, layer.weight, layer.bias)
+    return add_residual(c, layer(x), gate)
 
 
 class Embedder(nn.Module):

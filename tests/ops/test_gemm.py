@@ -11,13 +11,16 @@ import pytest
 import rule
 import torch
 import torch.nn.functional as F
+from helpers import small_hunyuan, small_wan
 from test_build import NVCC, ROOT, cuobjdump
 from torch import Tensor
 
+from fastlightgen.models.recompute import recomputed
 from fastlightgen.ops import dispatch, linear_gate_residual, linear_gelu_tanh
 from fastlightgen.ops.tables import tables
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ORDER = ("c", "gate", "x", "weight", "bias")
 SOURCES = ["linear_gate_residual", "linear_gelu_tanh"]
 
 
@@ -113,6 +116,68 @@ def test_frozen_parts_get_no_gradient():
         out.backward(seed)
         for name, leaf in leaves.items():
             assert (leaf.grad is None) if name in frozen else torch.equal(leaf.grad, want[f"d{name}"]), name
+
+
+@pytest.fixture
+def products(monkeypatch) -> list[Tensor]:
+    """The path of a GPU with CUTLASS, with torch in the place of the kernel; the products that it computed."""
+    module, done = importlib.import_module("fastlightgen.ops.linear_gate_residual"), []
+
+    def product(out: Tensor, c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        groups = (len(gate), -1, c.shape[-1])
+        z = F.linear(*(None if t is None else t.detach() for t in (x, weight, bias)))
+        added = gate.detach()[:, None] * z.view(groups)
+        out.copy_((c.detach().view(groups) + added).view(c.shape))
+        done.append(out)
+
+    monkeypatch.setattr(module, "takes", lambda *_: True)
+    monkeypatch.setattr(module, "_product", product)
+    return done
+
+
+def test_the_result_is_filled_in_after_what_the_backward_needs_is_saved(products):
+    for dtype in (torch.float32, torch.bfloat16):
+        agrees(linear_gate_residual, "linear_gate_residual", case("linear_gate_residual", (3, 5, 24, 16), True, dtype))
+    inputs = case("linear_gate_residual", (3, 5, 24, 16), True, torch.float32)
+    assert not linear_gate_residual(**inputs).requires_grad
+    assert torch.equal(linear_gate_residual(**inputs), linear_gate_residual(**rule.leaves(inputs)))
+
+
+@pytest.mark.parametrize("recompute", ["all", "attention"])
+def test_a_checkpoint_does_not_compute_a_last_product_again(products, recompute: str):
+    inputs = case("linear_gate_residual", (3, 5, 24, 16), True, torch.float32)
+
+    def block(c, gate, x, weight, bias):
+        return linear_gate_residual(c.sin(), gate, x.cos(), weight, bias)
+
+    want = rule.results(block, inputs)
+    products.clear()
+    got = rule.results(lambda **a: recomputed(block, recompute, *(a[k] for k in ORDER)), inputs)
+    assert len(products) == 1 and rule.same(got, want)
+
+
+@pytest.mark.parametrize("make", [small_wan, small_hunyuan], ids=["wan", "hunyuan"])
+def test_the_networks_checkpoints_end_in_it(products, make):
+    """One product per block and sequence forward, the image's not again backward; the gradients of the plain path."""
+    net = make().double()
+    x_t, t, cond, _ = net.example_inputs(batch=2, size=(2, 4, 4))
+    cond = cond.map(lambda v: v.double() if v.is_floating_point() else v)
+
+    def gradients() -> dict[str, Tensor]:
+        net.zero_grad()
+        net(x_t.double(), t, cond).square().sum().backward()
+        return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+    want = gradients()
+    assert not products  # without checkpoints the sum waits for the next norm
+    net.checkpointing = True
+    got = gradients()
+    double, lengths = sum(hasattr(block, "ff_context") for block in net.blocks), [out.shape[1] for out in products]
+    assert lengths.count(2 * 2 * 2) == (double or net.num_blocks)  # the image's tokens
+    assert len(lengths) == net.num_blocks + 2 * double  # only the text's little product is there twice
+    assert got.keys() == want.keys()
+    for name, value in want.items():  # float64, sums of some thousand terms
+        torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9 * float(value.abs().max()) + 1e-15)
 
 
 def test_bad_input_is_named():

@@ -18,6 +18,9 @@ def linear_gate_residual(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bia
     """c + gate (x weight^T + bias): c [B, ..., N], x [B, ..., K], weight [N, K], bias [N].
 
     gate [B, N], or c's rank with every axis full or 1: a gate for each sample or frame, and one launch for each.
+    A block ends in it where a checkpoint wants one hidden tensor: 4 bytes an element (c in, out) in the place of 8 (y
+    out; x, y in, out), and the backward pass, which needs no y, does not compute the product again. Elsewhere the sum
+    is left to the next norm: 8 bytes with it, as many as this and a norm alone have together.
     """
     check(_NAME, x, weight, bias, c=c, gate=gate)
     if c.shape != (*x.shape[:-1], len(weight)) or c.dtype != x.dtype:
@@ -26,21 +29,33 @@ def linear_gate_residual(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bia
     if not takes(x, weight):
         return reference.linear_gate_residual(c, align(_NAME, "gate", gate, c), x, weight, bias)
     (gate,) = tables(_NAME, c, gate=gate)
-    return _call(c, gate, x, weight, bias)
+    operands = c, gate, x, weight, bias
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    out = _Saved.apply(*operands) if wanted else _empty(c)
+    _product(out.detach(), *operands)
+    return out
+
+
+def _empty(c: Tensor) -> Tensor:
+    return torch.empty_like(c, memory_format=torch.contiguous_format)
+
+
+def _product(out: Tensor, c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    c, gate, x, weight, bias = (dense(t) for t in (c, gate, x, weight, bias))
+    rows, inner = x.numel() // x.shape[-1], x.shape[-1]
+    pointers = (0 if t is None else t.data_ptr() for t in (out, c, x, weight, bias, gate))
+    sizes = rows, len(weight), inner, rows // len(gate)
+    dispatch.check(_NAME, dispatch.extension().linear_gate_residual(*pointers, *sizes, *dispatch.queue(x)), x)
 
 
 def _forward(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """gate is a table [M, N]; the rows come in M groups."""
-    groups, inner = len(gate), x.shape[-1]
+    groups = len(gate)
     if not takes(x, weight):
         z = F.linear(x, weight, bias).reshape(groups, -1, len(weight))
         return reference.add_residual(c.reshape(z.shape), z, gate[:, None]).view(c.shape)
-    c, gate, x, weight, bias = (dense(t) for t in (c, gate, x, weight, bias))
-    out = torch.empty_like(c)
-    rows = x.numel() // inner
-    pointers = (0 if t is None else t.data_ptr() for t in (out, c, x, weight, bias, gate))
-    sizes = rows, len(weight), inner, rows // groups
-    dispatch.check(_NAME, dispatch.extension().linear_gate_residual(*pointers, *sizes, *dispatch.queue(x)), x)
+    out = _empty(c)
+    _product(out, c, gate, x, weight, bias)
     return out
 
 
@@ -77,7 +92,25 @@ def _autograd(ctx, dout: Tensor) -> tuple:
     return dout, dgate, dx, dweight, None if bias is None else dbias.to(bias.dtype)
 
 
-_call = dispatch.register(
+class _Saved(torch.autograd.Function):
+    """What the backward pass needs, saved before the product is there: the caller fills the result in.
+
+    The backward pass does not need the product itself, and a checkpoint computes a block again only until everything
+    is saved: so it never comes to a last product.
+    """
+
+    @staticmethod
+    def forward(ctx, c, gate, x, weight, bias):
+        ctx.save_for_backward(gate, x, weight, bias)
+        return _empty(c)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout: Tensor) -> tuple:
+        return _autograd(ctx, dout)
+
+
+dispatch.register(
     f"{_NAME}(Tensor c, Tensor gate, Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     _forward, _fake, _setup_context, _autograd,
 )  # fmt: skip
