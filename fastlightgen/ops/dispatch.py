@@ -79,7 +79,7 @@ def register(
 ) -> Callable:
     """An operator torch.ops.fastlightgen.<name> for CPU and CUDA; with `gradient`, autograd's formula.
 
-    Returns what calls it: outside a compilation it spares the first of the dispatcher's rounds, some 2 us.
+    Returns what calls it. The dispatcher costs 3 us and more, so it takes part only where somebody listens to it.
     """
     name = schema[: schema.index("(")]
     LIB.define(schema)
@@ -88,33 +88,46 @@ def register(
     torch.library.register_fake(f"fastlightgen::{name}", fake, lib=LIB)
     op = getattr(torch.ops.fastlightgen, name).default
     if gradient is None:
-        return op
-    eager = _differentiable(name, op, setup, gradient)
+        return lambda *args: compute(*args) if unobserved(args) else op(*args)
+    recorded = _recorded(name, op, compute, setup, gradient)
+
+    def eager(*args):
+        wanted = torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+        return recorded(*args) if wanted else compute(*args) if unobserved(args) else _below_autograd(op, args)
+
     LIB.impl(name, eager, "Autograd")
     return lambda *args: op(*args) if torch.compiler.is_compiling() else eager(*args)
 
 
-def _differentiable(name: str, op: Callable, setup: Callable, gradient: Callable) -> Callable:
+PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, float}
+
+
+def unobserved(args: tuple) -> bool:
+    """Are these ordinary tensors, with no compiler, mode (a profiler of operations, a checkpoint's) or transform on?"""
+    return (
+        PLAIN.issuperset(map(type, args))
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _below_autograd(op: Callable, args: tuple):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _recorded(name: str, op: Callable, compute: Callable, setup: Callable, gradient: Callable) -> Callable:
     """What torch.library.register_autograd would make, at a fraction of its 30 us per call."""
 
-    def plain(*args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
     def forward(ctx, *args):  # setup_context as a method of its own costs an inspect.signature per call
-        out = plain(*args)
+        out = compute(*args) if unobserved(args) else _below_autograd(op, args)
         setup(ctx, args, out)
         return out
 
     backward = torch.autograd.function.once_differentiable(gradient)  # no second derivative, and it says so
     parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    recorded = type(name, (torch.autograd.Function,), parts).apply
-
-    def call(*args):
-        wanted = torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
-        return recorded(*args) if wanted else plain(*args)
-
-    return call
+    return type(name, (torch.autograd.Function,), parts).apply
 
 
 @lru_cache

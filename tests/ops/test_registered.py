@@ -6,8 +6,10 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlightgen.ops import rope_factors
+from fastlightgen.ops import gate_residual_norm_modulate, norm_modulate, rope_factors
 
 G = partial(torch.randn, generator=torch.Generator().manual_seed(0))
 ROPE = tuple(rope_factors((2, 1, 3), (4, 2, 2)))
@@ -19,6 +21,7 @@ def leaf(*size: int) -> Tensor:
 
 X, Y, DH = (leaf(2, 3, 8) for _ in range(3))
 GATE, SCALE, SHIFT = (leaf(2, 8) for _ in range(3))
+MODS = [t.detach() for t in (GATE, SCALE, SHIFT)]
 Q, K, WEIGHT = leaf(2, 7, 16), leaf(2, 7, 16), leaf(8)
 V, ONE = (2, 4, 8), torch.rand(2)
 # Operators without a gradient of their own get tensors that want none.
@@ -62,3 +65,38 @@ def test_compiles_whole(name: str):
     torch._dynamo.reset()
     for got, want in zip(run(torch.compile(op, backend="aot_eager", fullgraph=True)), run(op), strict=True):
         torch.testing.assert_close(got, want)
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators that go through torch's dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_whoever_listens_to_the_dispatcher_sees_the_operator(simt, tracked: bool):
+    """A call that nobody watches goes to the kernel by itself; the results are the same bits."""
+    x = G(2, 3, 8).requires_grad_(tracked)
+    want = gate_residual_norm_modulate(x, x, *MODS)
+    with Seen() as seen:
+        got = gate_residual_norm_modulate(x, x, *MODS)
+    assert "fastlightgen::gate_residual_norm_modulate" in seen.names and "aten::empty_like" not in seen.names
+    assert all(torch.equal(a, b) and a.requires_grad == b.requires_grad == tracked for a, b in zip(got, want))
+
+
+def test_tensors_without_memory_never_reach_a_kernel(simt):
+    """Fake tensors, inside their mode and out of it, and those of a transform."""
+    tensors = torch.ones(2, 3, 8), *MODS[1:]
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in tensors]
+        assert norm_modulate(*fake).shape == (2, 3, 8)
+    assert type(norm_modulate(*fake)) is type(fake[0])
+    gradient = torch.func.grad(lambda x: norm_modulate(x, *MODS[1:]).square().sum())
+    with pytest.raises(RuntimeError, match="generate_vmap_rule|setup_context"):  # torch's own words: not supported
+        gradient(torch.randn(2, 3, 8))

@@ -27,26 +27,28 @@ def dmd_gradient(
     t (v_real - v_fake); normaliser[b] = mean |x0 - x0_real| + 1e-6 (DMD2). A gradient is taken of neither result.
     """
     tensors = (x0, x_t, v_fake, v_weak_cond, v_weak_null, v_strong_cond)
-    names = ("x0", "x_t", "v_fake", "v_weak_cond", "v_weak_null", "v_strong_cond")
-    for name, tensor in zip(names, tensors):
-        if tensor.shape != x0.shape or tensor.device != x0.device:
+    shape, device, tracked = x0.shape, x0.device, x0.requires_grad
+    for at, tensor in enumerate(tensors):
+        tracked |= tensor.requires_grad
+        if tensor.shape != shape or tensor.device != device:
+            name = ("x0", "x_t", "v_fake", "v_weak_cond", "v_weak_null", "v_strong_cond")[at]
             got, wanted = (f"{tuple(v.shape)} on {v.device}" for v in (tensor, x0))
             raise ValueError(f"dmd_gradient: {name} got {got}, wanted x0's {wanted}; make them equal")
     check_together("dmd_gradient", x0)
-    if not x0.numel() and len(x0):
+    if not x0.numel() and shape[0]:
         raise ValueError(
             f"dmd_gradient: x0 got {tuple(x0.shape)}, wanted samples with elements; their mean is undefined"
         )
-    eager = not torch.compiler.is_compiling() and dispatch.backend_for(x0.device.type) == "reference"
-    if eager or (torch.is_grad_enabled() and any(v.requires_grad for v in tensors)):
+    eager = not torch.compiler.is_compiling() and dispatch.backend_for(device.type) == "reference"
+    if eager or (tracked and torch.is_grad_enabled()):
         return reference.dmd_gradient(x0, x_t, t, v_fake, v_weak_cond, v_weak_null, v_strong_cond, beta1, beta2)
-    t, beta1, beta2 = (_per_sample(v, x0) for v in (t, beta1, beta2))
+    t, beta1, beta2 = _per_sample(t, x0), _per_sample(beta1, x0), _per_sample(beta2, x0)
     return _call(x0, x_t, t, v_fake, v_weak_cond, v_weak_null, v_strong_cond, beta1, beta2)
 
 
 def _per_sample(value: Tensor | float, x0: Tensor) -> Tensor:
     wide = torch.float64 if x0.dtype == torch.float64 else torch.float32
-    if isinstance(value, Tensor) and value.shape == (len(x0),) and value.dtype == wide and value.device == x0.device:
+    if isinstance(value, Tensor) and value.shape == x0.shape[:1] and value.dtype == wide and value.device == x0.device:
         return value
     return torch.as_tensor(value, dtype=wide, device=x0.device).expand(len(x0))
 
@@ -58,15 +60,17 @@ def _compute(
     """A kernel, or the reference for what kernels do not take (float64, samples that are no multiple of 8)."""
     backend = dispatch.backend_for(x0.device.type)
     v = [v_fake, v_weak_cond, v_weak_null, v_strong_cond]
-    same = x0.dtype == x_t.dtype and all(p.dtype == v[0].dtype for p in v) and x0.dtype in (v[0].dtype, torch.float32)
-    takes = same and {x0.dtype, v[0].dtype} <= set(DTYPES) and x0.numel() > 0 and x0[0].numel() % 8 == 0
+    kind, kind_v, samples = x0.dtype, v_fake.dtype, x0.shape[0]
+    same = v_weak_cond.dtype == v_weak_null.dtype == v_strong_cond.dtype == kind_v and x_t.dtype == kind
+    takes = same and kind in (kind_v, torch.float32) and kind in DTYPES and kind_v in DTYPES
+    takes = takes and x0.numel() > 0 and x0.numel() % (8 * samples) == 0
     if backend == "reference" or not takes:
         grad, normaliser = reference.dmd_gradient(x0, x_t, t, *v, beta1, beta2)
         return grad.contiguous(), normaliser
     grad = torch.empty_like(x0, memory_format=torch.contiguous_format)
-    normaliser = torch.empty(len(x0), dtype=torch.float32, device=x0.device)
+    normaliser = t.new_empty(samples)
     kernels = dispatch.kernels("dmd_gradient", backend)
-    scalars = [s.contiguous() for s in (t, beta1, beta2)]
+    scalars = [t.contiguous(), beta1.contiguous(), beta2.contiguous()]
     kernels.forward(grad, normaliser, [dense(x0), dense(x_t)], [dense(p) for p in v], scalars)
     return grad, normaliser
 

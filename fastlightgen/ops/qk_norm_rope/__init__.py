@@ -29,40 +29,43 @@ def qk_norm_rope(
 
 
 def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope) -> None:
-    if q.dim() != 3 or k.shape != q.shape or k.dtype != q.dtype:
+    shape = q.shape
+    if len(shape) != 3 or k.shape != shape or k.dtype != q.dtype:
         got = f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}"
         raise ValueError(f"{_NAME}: got {got}, wanted two [B, L, D] alike; reshape or cast them")
     check_together(_NAME, q, k=k, q_weight=q_weight, k_weight=k_weight, rope=rope[0])
-    head_dim, tokens = 2 * sum(table.shape[1] for table in rope), len(rope[0]) * len(rope[1]) * len(rope[2])
-    if q.shape[-1] % head_dim or tokens > q.shape[1]:
+    (frames, f, _), (rows, r, _), (cols, c, _) = rope[0].shape, rope[1].shape, rope[2].shape
+    head_dim, tokens = 2 * (f + r + c), frames * rows * cols
+    if shape[2] % head_dim or tokens > shape[1]:
         got = f"tables for head_dim {head_dim} and {tokens} tokens, q {tuple(q.shape)}"
         raise ValueError(f"{_NAME}: rope got {got}, wanted a divisor of D and at most L tokens; build it for this grid")
-    if q_weight.shape != k_weight.shape or q_weight.shape not in ((q.shape[-1],), (head_dim,)):
+    if q_weight.shape != k_weight.shape or q_weight.dim() != 1 or q_weight.shape[0] not in (shape[2], head_dim):
         got = f"{tuple(q_weight.shape)} and {tuple(k_weight.shape)}"
         raise ValueError(f"{_NAME}: weights got {got}, wanted ({q.shape[-1]},) or ({head_dim},) twice; reshape them")
 
 
-def _kernels(q: Tensor, weight: Tensor, head_dim: int):
+def _kernels(q: Tensor, weight: Tensor, rope: list[Tensor]):
     """The module of the backend that computes this, None for the reference."""
+    head_dim = 2 * (rope[0].shape[1] + rope[1].shape[1] + rope[2].shape[1])
     backend, lanes = dispatch.backend_for(q.device.type), head_dim // 8
-    heads_fit = weight.numel() == q.shape[-1] or (lanes <= 32 and lanes & (lanes - 1) == 0)
-    takes = kernel_takes(q) and head_dim % 8 == 0 and heads_fit
+    heads_fit = weight.shape[0] == q.shape[2] or (lanes <= 32 and lanes & (lanes - 1) == 0)
+    takes = head_dim % 8 == 0 and heads_fit and kernel_takes(q)
     return None if backend == "reference" or not takes else dispatch.kernels(_NAME, backend)
 
 
 def _prepared(tensors: list[Tensor]) -> list[Tensor]:
-    return [dense(t.float()) for t in tensors]
+    return [dense(t if t.dtype == torch.float32 else t.float()) for t in tensors]
 
 
 def _forward(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, frames: Tensor, rows: Tensor, cols: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     rope = [frames, rows, cols]
-    kernels = _kernels(q, q_weight, 2 * sum(t.shape[1] for t in rope))
+    kernels = _kernels(q, q_weight, rope)
     if kernels is None:
         return tuple(t.contiguous() for t in reference.qk_norm_rope(q, k, q_weight, k_weight, rope, eps))
     x = [dense(q), dense(k)]
-    out = [torch.empty_like(t) for t in x]
+    out = [torch.empty_like(x[0]), torch.empty_like(x[1])]
     kernels.forward(out, x, _prepared([q_weight, k_weight]), _prepared(rope), eps)
     return tuple(out)
 
@@ -73,13 +76,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and the weights; dq and dk are those of the results."""
     rope = [frames, rows, cols]
-    kernels = _kernels(q, q_weight, 2 * sum(t.shape[1] for t in rope))
+    kernels = _kernels(q, q_weight, rope)
     if kernels is None:
         turn = reference.per_token(rope, torch.float64 if q.dtype == torch.float64 else torch.float32)
         q_grads, k_grads = (reference.gradient(*a, turn, eps) for a in ((dq, q, q_weight), (dk, k, k_weight)))
         return q_grads[0].contiguous(), k_grads[0].contiguous(), q_grads[1], k_grads[1]
     x, dout = [dense(q), dense(k)], [dense(dq), dense(dk)]
-    dx = [torch.empty_like(t) for t in x]
+    dx = [torch.empty_like(x[0]), torch.empty_like(x[1])]
     sums = kernels.backward(dx, dout, x, _prepared([q_weight, k_weight]), _prepared(rope), eps)
     dw = sums.view(2, -1, q_weight.numel()).sum(1).to(q_weight.dtype)  # over the heads, where they share a weight
     return *dx, dw[0].clone(), dw[1].clone()

@@ -10,14 +10,19 @@ from fastlightgen.ops.tables import DTYPES
 def _shape(x: Tensor, weight: Tensor, rope: list[Tensor], eps: float) -> tuple:
     """What follows the tensors in both launchers, up to the stream."""
     batch, tokens, dim = x.shape
-    pairs = [table.shape[1] for table in rope]
-    axes = [table.data_ptr() for table in rope], [len(table) for table in rope], pairs
-    per_head = weight.numel() != dim
+    frames, rows, cols = rope
+    sizes, pairs = [], []
+    for table in rope:
+        size, n, _ = table.shape
+        sizes.append(size), pairs.append(n)
+    axes = [frames.data_ptr(), rows.data_ptr(), cols.data_ptr()], sizes, pairs
+    per_head = weight.shape[0] != dim
     return *axes, batch * tokens, tokens, dim, 2 * sum(pairs), per_head, eps, DTYPES[x.dtype], *dispatch.queue(x)
 
 
 def _pointers(tensors: list[Tensor]) -> list[int]:
-    return [t.data_ptr() for t in tensors]
+    first, second = tensors
+    return [first.data_ptr(), second.data_ptr()]
 
 
 def forward(out: list[Tensor], x: list[Tensor], weight: list[Tensor], rope: list[Tensor], eps: float) -> None:
