@@ -8,30 +8,36 @@ from fastlightgen.ops import gate_residual_norm_modulate, gate_residual_norm_mod
 from fastlightgen.ops.gate_residual_norm_modulate import reference
 
 SIZES = SHAPES if kernels.GPU else CPU_SHAPES
-# x, y in, x', h out; dh, dx', x', y in, dx, dy out. With two successors one more each way.
-TENSORS = {"forward": 4, "backward": 6, "fork forward": 5, "fork backward": 7}
+TENSORS = {"forward": 4, "backward": 6}  # x, y in, x', h out; dh, dx', x', y in, dx, dy out
+OPS = gate_residual_norm_modulate, reference.gate_residual_norm_modulate
+FORK = gate_residual_norm_modulate_fork, reference.gate_residual_norm_modulate_fork
 
 
 @pytest.mark.parametrize("name", kernels.CONTENDERS)
 @pytest.mark.parametrize("way", TENSORS)
 @pytest.mark.parametrize("shape", SIZES)
 def bench_gate_residual_norm_modulate(benchmark, monkeypatch, shape: str, way: str, name: str):
+    measure(benchmark, monkeypatch, shape, way, name, ("gate", "scale", "shift"), OPS, TENSORS[way])
+
+
+@pytest.mark.parametrize("name", kernels.CONTENDERS)
+@pytest.mark.parametrize("way", TENSORS)
+def bench_fork(benchmark, monkeypatch, way: str, name: str):
+    """Two successors: one tensor more each way. At one shape: a walk has one fork."""
+    mods = ("gate", "scale", "shift", "scale2", "shift2")
+    measure(benchmark, monkeypatch, next(iter(SIZES)), way, name, mods, FORK, TENSORS[way] + 1)
+
+
+def measure(benchmark, monkeypatch, shape, way, name, mods, ops, tensors) -> None:
     batch, tokens, dim = SIZES[shape]
-    fork = way.startswith("fork")
-    if fork and shape not in ("wan-14b-480p", *CPU_SHAPES):
-        pytest.skip("two successors are measured at one shape: a walk has one fork")
 
     def make():
-        names = ("gate", "scale", "shift", *(("scale2", "shift2") if fork else ()))
-        mods = {m: kernels.draw(batch, dim, dtype=kernels.torch.float32) for m in names}
-        return {v: kernels.draw(batch, tokens, dim) for v in ("x", "y")} | mods
+        tables = {m: kernels.draw(batch, dim, dtype=kernels.torch.float32) for m in mods}
+        return {v: kernels.draw(batch, tokens, dim) for v in ("x", "y")} | tables
 
-    moved = TENSORS[way] * batch * tokens * dim * kernels.DTYPE.itemsize
+    moved = tensors * batch * tokens * dim * kernels.DTYPE.itemsize
     calls = None
     if name != "copy":
-        ops = (gate_residual_norm_modulate, reference.gate_residual_norm_modulate)
-        if fork:
-            ops = (gate_residual_norm_modulate_fork, reference.gate_residual_norm_modulate_fork)
         op, cases = kernels.contender(monkeypatch, name, *ops), kernels.rotate(make)
-        calls = kernels.backward(op, cases) if way.endswith("backward") else [lambda c=c: op(**c) for c in cases]
-    kernels.report(benchmark, f"gate_residual_norm_modulate {way} {shape}", name, calls, moved)
+        calls = kernels.backward(op, cases) if way == "backward" else [lambda c=c: op(**c) for c in cases]
+    kernels.report(benchmark, f"{ops[0].__name__} {way} {shape}", name, calls, moved)

@@ -1,10 +1,12 @@
 """What the kernel benches share: rotating inputs, GPU clocks, the copy of the same bytes, the contenders.
 
-Read the extra columns of `--benchmark-json`: `us` (median, by GPU events on a GPU, where the host clock sees launches),
+Read the columns in FLG_BENCH_ROWS or `--benchmark-json`: `us` (median, by GPU events: a host clock would see launches),
 `GB/s`, and `of_copy`, the fraction of the bandwidth that a copy of the same bytes reaches in the same process. Without
 a GPU the shapes are small: it checks the path only.
 """
 
+import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -68,11 +70,17 @@ def contender(monkeypatch: pytest.MonkeyPatch, name: str, op: Callable, referenc
     if name == "eager":
         return reference
     if name == "torch.compile":
-        return torch.compile(reference)
+        return compiled(reference)
     if reason := dispatch._why_not(name):
         pytest.skip(reason)
     monkeypatch.setattr(dispatch, "backend_for", lambda device: name)
     return op
+
+
+def compiled(function: Callable) -> Callable:
+    """For these shapes alone, and not given up because of those that were compiled before it."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
 
 
 def peer(name: str, cases: list[dict[str, Tensor]]) -> tuple[Callable, list[dict[str, Tensor]]]:
@@ -109,9 +117,13 @@ def backward(op: Callable, cases: list[dict[str, Tensor]]) -> list[Callable[[], 
 
 
 def record(benchmark, group: str, name: str, seconds: float, **columns: float) -> None:
-    """Leaves a row in the record."""
+    """Leaves a row in the record, and at once in the file that FLG_BENCH_ROWS names: a bench that is ended keeps it."""
     benchmark.group = f"{group} {DTYPE}".replace("torch.", "")
-    benchmark.extra_info.update({"us": seconds * 1e6, **columns, "contender": name})
+    row = {"us": seconds * 1e6, **columns, "contender": name}
+    benchmark.extra_info.update(row)
+    if file := os.environ.get("FLG_BENCH_ROWS"):
+        with open(file, "a") as rows:
+            rows.write(json.dumps({"group": benchmark.group, **row}) + "\n")
 
 
 def report(benchmark, group: str, name: str, calls: list[Callable[[], object]] | None, moved: int) -> None:

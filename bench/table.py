@@ -1,4 +1,4 @@
-"""`python bench/table.py FOLDER`: pytest-benchmark's records as one table and bench/results/<gpu>.json."""
+"""`python bench/table.py FILE`: the rows of FLG_BENCH_ROWS as one table and bench/results/<gpu>.json."""
 
 import json
 import sys
@@ -9,25 +9,29 @@ import torch
 COLUMNS = ("GB/s", "of_copy", "TFLOP/s", "goal_us")
 
 
-def rows(folder: Path) -> list[dict]:
-    """One per contender; a file that a bench did not finish is empty."""
-    texts = [file.read_text() for file in sorted(folder.glob("*.json"))]
-    found = [b for text in texts if text for b in json.loads(text)["benchmarks"]]
-    return [{"group": b["group"], **{k: _short(v) for k, v in b["extra_info"].items()}} for b in found]
+def rows(file: Path) -> list[dict]:
+    """One per contender; a line that was cut short is left out."""
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            found.append({k: _short(v) for k, v in json.loads(line).items()})
+        except json.JSONDecodeError:
+            print("left out:", line[:80])
+    return found
 
 
 def _short(value):
     return round(value, 3) if isinstance(value, float) else value
 
 
-def main(folder: Path, results: Path = Path(__file__).parent / "results") -> None:
+def main(file: Path, results: Path = Path(__file__).parent / "results") -> None:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    table = rows(folder)
+    table = rows(file)
     for row in table:
         more = "  ".join(f"{row[name]:.6g} {name}" for name in COLUMNS if name in row)
         print(f"{row['group']:<60} {row['contender']:<28} {row['us']:11.1f} us  {more}")
-    if not torch.cuda.is_available():
-        return print("no GPU: nothing is kept")
+    if not torch.cuda.is_available() or not table:
+        return print("no GPU: nothing is kept" if table else "no row: nothing is kept")
     results.mkdir(exist_ok=True)
     out = results / f"{gpu.replace(' ', '-').lower()}.json"
     part = out.with_suffix(".part")

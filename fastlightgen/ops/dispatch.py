@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("cuda", "triton", "reference")  # in the order in which `auto` prefers them
+INTERFACE = 2  # of bindings/module.cpp
 LIB = torch.library.Library("fastlightgen", "DEF")  # every operator is torch.ops.fastlightgen.<name>
 
 
@@ -22,7 +23,8 @@ def extension() -> ModuleType | None:
         return None
     try:
         module = importlib.import_module("fastlightgen._C")
-        module.gemm_built()  # the newest name: a module of older sources has it not
+        if module.interface != INTERFACE:
+            raise ImportError(f"it was made from other sources, interface {module.interface} instead of {INTERFACE}")
     except (ImportError, AttributeError) as error:
         warnings.warn(f"fastlightgen._C is not used: {error}; `pip install -e .` builds it anew", stacklevel=2)
         return None

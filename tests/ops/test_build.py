@@ -110,6 +110,10 @@ def test_the_extension_agrees_with_the_report():
     assert extension.cuda_built() == parts["CUDA kernels"][0] == bool(extension.archs())
 
 
+def test_the_interface_is_the_one_that_is_asked_for(simt):
+    assert simt.interface == dispatch.INTERFACE
+
+
 def test_a_launcher_refuses_what_it_cannot_do(simt):
     """cudaErrorInvalidValue (1) before any CUDA call: misaligned, odd width, too wide, no divisor, odd stride."""
     good = [0, 64, 64, 0, 0, 64, 64, 0, 16, 1, 0, 16, 16, 1.0, 1e-6, 0, 0, 0]  # no rows: nothing to do
