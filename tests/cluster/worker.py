@@ -66,6 +66,7 @@ def make_engine(case: dict):
             return config
 
     keys = {"batch": BATCH, "micro_batch": 0, "zero": 3, "offload": "none", "dtype": "float32"}
+    keys |= {"sequence_parallel": 1, "timeout": 120}
     return Engine(CPU, SimpleNamespace(**{k: case.get(k, v) for k, v in keys.items()}))
 
 

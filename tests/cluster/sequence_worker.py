@@ -1,0 +1,157 @@
+"""Walks of which groups of ranks share the tokens, against the same walks by one process; rank 0 writes the results.
+
+python -m torch.distributed.run --nproc-per-node 4 sequence_worker.py RESULTS.json
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers import NETWORK
+
+from fastlightgen.config import preset
+from fastlightgen.engine import ranks
+from fastlightgen.models.base import Stream, VideoDiT
+from fastlightgen.models.weights import build
+
+HEADS = {"num_attention_heads": 4, "attention_head_dim": 8}
+WAN = NETWORK | HEADS | {"in_channels": 4, "out_channels": 4, "num_layers": 4}
+HUNYUAN = preset("tiny-hunyuan")["network"] | HEADS | {"rope_axes_dim": [4, 2, 2]}
+HUNYUAN |= {"in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2}
+NETWORKS = {
+    "wan t2v": WAN,
+    "wan i2v": WAN | {"in_channels": 9, "image_dim": 16, "added_kv_proj_dim": 32},
+    "hunyuan t2v": HUNYUAN | {"image_condition_type": None},
+    "hunyuan token replace": HUNYUAN | {"image_condition_type": "token_replace"},
+}
+CASES = {  # name -> ranks per group, latent, batch, type, checkpointing, blocks that keep their attention
+    "two ranks": (2, (2, 6, 10), 1, "float32", False, 0),  # 3 x 5 patches: 3 + 2 columns
+    "two ranks, rows, checkpointing": (2, (2, 10, 8), 2, "float32", True, 0),  # 2 + 2 columns
+    "four ranks": (4, (2, 12, 10), 2, "float32", False, 0),  # 6 x 5 patches: 2 + 2 + 1 + 1 rows
+    "four ranks, attention kept": (4, (2, 8, 14), 1, "float32", True, 2),
+    "four ranks, float64, checkpointing": (4, (2, 6, 10), 2, "float64", True, 0),  # 2 + 1 + 1 + 1 columns
+    "two ranks, float64": (2, (2, 10, 6), 1, "float64", False, 0),  # 3 + 2 rows
+}
+
+
+def streams(cond, null) -> list[Stream]:
+    """Different blocks, with and without gradient; two of them share a prefix."""
+    return [
+        Stream(cond, [0, 3], grad=True),
+        Stream(null, [0, 1, 3]),
+        Stream(cond, None, grad=True),
+        Stream(null, [1, 2, 3], grad=True),
+    ]
+
+
+def inputs(net: VideoDiT, batch: int, seed: int, size: tuple[int, int, int], dtype: torch.dtype):
+    """Those of one group; texts of different lengths where the family knows lengths."""
+    x_t, t, cond, null = net.example_inputs(batch, seed, size)
+
+    def to(v: Tensor) -> Tensor:
+        return v.to(dtype) if v.is_floating_point() else v
+
+    return to(x_t), t, *(replace(c, kept=None).map(to) for c in (cond, null))
+
+
+def run(net: VideoDiT, given: list) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """v of every stream and input, and the gradients of the mean over the inputs of a loss of each."""
+    net.zero_grad()
+    out = []
+    for x_t, t, cond, null in given:
+        made = net.walk(x_t, t, streams(cond, null))
+        weights = torch.randn(made[0].shape, generator=torch.Generator().manual_seed(5)).to(x_t)
+        (sum((weights * v).sum() for v in made if v.requires_grad) / len(given)).backward()
+        with torch.no_grad():
+            out += [*(v.detach() for v in made), net(x_t, t, cond, [1, 2])]
+    return out, {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in net.named_parameters()}
+
+
+def apart(a: Tensor, b: Tensor, scale: float) -> float:
+    return float((a - b).abs().max() / scale)
+
+
+def compare(name: str, case: tuple) -> dict:
+    """The largest differences, relative to the largest entry: of v, of each gradient, and of all gradients."""
+    size, latent, batch, dtype, net_checkpoints, kept = case
+    dtype, group = getattr(torch, dtype), ranks.sequence_group(size, 120.0)
+    net = build(NETWORKS[name], seed=0).to(dtype)
+    net.checkpointing, net.keep_attention = net_checkpoints, kept
+    index, count = ranks.shares(size)
+    given = [inputs(net, batch, seed, latent, dtype) for seed in range(count)]
+
+    group.share(net)
+    net.block_calls = 0
+    parts, grads = run(net, given[index : index + 1])
+    calls, net.sequence = net.block_calls, None
+    for grad in grads.values():
+        dist.all_reduce(grad)
+        grad /= ranks.size()
+    grads = {k: g.clone() for k, g in grads.items()}
+
+    net.block_calls = 0
+    whole, wanted = run(net, given)
+    mine = whole[index * len(parts) : (index + 1) * len(parts)]
+    largest = max(float(g.abs().max()) for g in wanted.values())
+    own = {k: apart(grads[k], g, float(g.abs().max())) for k, g in wanted.items() if float(g.abs().max()) > 1e-6}
+    found = {
+        "v": max(apart(a, b, float(b.abs().max())) for a, b in zip(parts, mine, strict=True)),
+        "gradients": max(apart(grads[k], g, largest) for k, g in wanted.items()),
+        "own": max(own.values()),
+        "worst": max(own, key=own.get),
+        "compared": len(own) / len(wanted),
+        "calls": calls / (net.block_calls / count),
+    }
+    print(name, case, found) if ranks.rank() == 0 else None
+    return found
+
+
+def sent_elements(name: str) -> list[int]:
+    """Numbers that each of four ranks gets from the others in one block of one stream without gradient."""
+    net, group = build(NETWORKS[name], seed=0), ranks.sequence_group(4, 120.0)
+    group.share(net)
+    real, got = dist.all_to_all_single, []
+
+    def counting(out, x, received, sent, group):
+        got.append(out[0].numel() * (sum(received) - received[ranks.rank()]))
+        return real(out, x, received, sent, group=group)
+
+    dist.all_to_all_single = counting
+    x_t, t, cond, _ = inputs(net, 1, 0, (2, 12, 10), torch.float32)
+    with torch.no_grad():
+        net.walk(x_t, t, [Stream(cond, [3])])
+    dist.all_to_all_single = real
+    return ranks.gathered(sum(got[:2]))  # the third is the prediction's
+
+
+def refused() -> str:
+    net = build(NETWORKS["wan t2v"], seed=0)
+    ranks.sequence_group(4, 120.0).share(net)
+    x_t, t, cond, _ = net.example_inputs(1, 0, (2, 6, 6))
+    try:
+        net(x_t, t, cond)
+    except ValueError as err:
+        return str(err)
+    return ""
+
+
+def main(results: Path) -> None:
+    torch.set_num_threads(1)
+    ranks.join(torch.device("cpu"), 120)
+    done = {f"{name}, {case}": compare(name, CASES[case]) for name in NETWORKS for case in CASES}
+    done |= {"wire": {name: sent_elements(name) for name in ("wan t2v", "hunyuan t2v")}, "refused": refused()}
+    worst = ranks.gathered(int(1e15 * max(d["v"] for d in done.values() if "v" in d)))
+    if ranks.rank() == 0:
+        results.write_text(json.dumps(done | {"worst v": max(worst) / 1e15}))
+    ranks.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
