@@ -55,7 +55,8 @@ def sequence_group(sequence: int, timeout: float) -> SequenceGroup | None:
     """The neighbours, on one node where they fit, that share a clip's tokens with this rank; None: it is alone."""
     if size() % sequence:
         raise ValueError(
-            f"sequence_parallel={sequence}: does not divide the {size()} processes; use one of {divisors(size())}"
+            f"sequence_parallel={sequence}: does not divide the number of processes, {size()}; "
+            f"use one of {divisors(size())}"
         )
     if sequence == 1:
         return None

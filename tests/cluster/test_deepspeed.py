@@ -30,6 +30,17 @@ CASES = {
     "stage 3, zero 3": {"stage": 3, "words": THREE},
     "stage 3, zero 3, lora": {"stage": 3, "words": [*THREE, "fake_mode=lora", "lora_rank=2", "ema=0.9"]},
 }
+SHARED = {  # both ranks work on every clip, each on half of its tokens
+    "stage 0, zero 2": {"stage": 0, "zero": 2},
+    "stage 1": {"stage": 1},
+    "stage 2, zero 3": {"stage": 2},
+    "stage 2, zero 3, accumulated, checkpointing": {"stage": 2, "micro_batch": 2, "words": ["checkpointing=true"]},
+    "stage 2, zero 2": {"stage": 2, "zero": 2, "words": ["target=ema", "alpha=0.7"]},
+    "stage 3, zero 2": {"stage": 3, "zero": 2, "words": THREE},
+    "stage 3, zero 3": {"stage": 3, "words": THREE},
+    "stage 3, zero 3, lora": {"stage": 3, "words": [*THREE, "fake_mode=lora", "lora_rank=2"]},
+}
+CASES |= {f"{name}, shared tokens": case | {"sequence_parallel": 2} for name, case in SHARED.items()}
 AVERAGED = ["target=ema", "alpha=0.7"]
 LORA = [*THREE, "fake_mode=lora", "lora_rank=2", "ema=0.9"]
 SAVED = {
@@ -68,7 +79,7 @@ def compared(record: dict) -> dict[str, float]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", [name for name in CASES if name != "stage 1"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["stage"] != 1])
 def test_losses_are_those_of_one_process(results, name):
     """float32 sums in another order: 1e-5 is what the engine promises; gradient norms and learning rates as well."""
     one = worker.run(CASES[name])["records"]
@@ -78,8 +89,9 @@ def test_losses_are_those_of_one_process(results, name):
         assert compared(b) == pytest.approx(compared(a), rel=1e-5, abs=1e-7)
 
 
-def test_stage_1_scores_are_those_of_one_process(results):
-    one, two = torch.tensor(worker.run(CASES["stage 1"])["table"]), torch.tensor(results["stage 1"]["table"])
+@pytest.mark.parametrize("name", ["stage 1", "stage 1, shared tokens"])
+def test_stage_1_scores_are_those_of_one_process(results, name):
+    one, two = torch.tensor(worker.run(CASES[name])["table"]), torch.tensor(results[name]["table"])
     assert torch.allclose(two, one, rtol=1e-5, atol=0)
 
 
