@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastlightgen.models.cost import token_shares
 from fastlightgen.models.wan_layers import attend
 
 
@@ -60,15 +61,8 @@ class SequenceGroup:
         net.sequence = self
 
     def cut(self, grid: tuple[int, int, int]) -> "Cut":
-        """Along rows or columns of patches: where the largest share is the smaller part of the whole."""
-        axis = min((2, 1), key=lambda a: float("inf") if grid[a] < self.size else -(-grid[a] // self.size) / grid[a])
-        if grid[axis] < self.size:
-            raise ValueError(
-                f"sequence_parallel={self.size}: the latent has {grid[1]} rows and {grid[2]} columns of patches, "
-                f"wanted {self.size} of either; use larger clips or sequence_parallel={max(grid[1:])} or less"
-            )
-        each, more = divmod(grid[axis], self.size)
-        sizes = [each + (r < more) for r in range(self.size)]
+        """What each rank works on, of a latent of so many patches."""
+        axis, sizes = token_shares(grid, self.size)
         return Cut(self, axis, sizes, [grid[0] * grid[3 - axis] * n for n in sizes])
 
 

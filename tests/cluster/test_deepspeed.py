@@ -150,6 +150,21 @@ def test_twenty_steps(tmp_path, ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_groups_of_two_ranks(tmp_path):
+    """Each group works on half of the clips, each rank of it on half of their tokens."""
+    cases = {name: CASES[f"{name}, shared tokens"] for name in SHARED}
+    for name, four in on_ranks(4, cases, tmp_path, 240).items():
+        one = worker.run(cases[name])
+        if "table" in one:
+            assert torch.allclose(torch.tensor(four["table"]), torch.tensor(one["table"]), rtol=1e-5, atol=0)
+            assert four["gathers"] == [[2] * BLOCKS]  # 4 samples, 2 of them in each group
+        else:
+            for a, b in zip(one["records"], four["records"], strict=True):
+                assert compared(b) == pytest.approx(compared(a), rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_random_masks_for_two_hundred_steps(tmp_path, ranks):
