@@ -56,7 +56,11 @@ class Run(Checked):
         numbers=False,
     )
     micro_batch: int = field(
-        0, "clips per process in one forward pass, of `batch` per step; 0: all of its share", lo=0, numbers=False
+        0,
+        "clips per process (with sequence_parallel: per group) in one forward pass, of `batch` per step; 0: all of its "
+        "share",
+        lo=0,
+        numbers=False,
     )
     timeout: float = field(
         1800, "engine=deepspeed: seconds after which a rank that waits for another gives up", above=0, numbers=False

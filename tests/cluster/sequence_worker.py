@@ -5,6 +5,8 @@ python -m torch.distributed.run --nproc-per-node 4 sequence_worker.py RESULTS.js
 
 import json
 import sys
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,7 +57,8 @@ def inputs(net: VideoDiT, batch: int, seed: int, size: tuple[int, int, int], dty
     def to(v: Tensor) -> Tensor:
         return v.to(dtype) if v.is_floating_point() else v
 
-    return to(x_t), t, cond.map(to), null.map(to)
+    cond = cond.map(to)
+    return to(x_t), t, cond, replace(null.map(to), image=cond.image)  # one image: Wan shares what comes before the text
 
 
 def run(net: VideoDiT, given: list) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -69,6 +72,20 @@ def run(net: VideoDiT, given: list) -> tuple[list[Tensor], dict[str, Tensor]]:
         with torch.no_grad():
             out += [*(v.detach() for v in made), net(x_t, t, cond, [1, 2])]
     return out, {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in net.named_parameters()}
+
+
+@contextmanager
+def exchanges(note):
+    """Hand to `note` the result of every exchange, and how many rows of it come from each rank."""
+    real = dist.all_to_all_single
+
+    def noting(out, x, received, sent, group):
+        note(out, received)
+        return real(out, x, received, sent, group=group)
+
+    dist.all_to_all_single = noting
+    yield
+    dist.all_to_all_single = real
 
 
 def apart(a: Tensor, b: Tensor, scale: float) -> float:
@@ -85,9 +102,11 @@ def compare(name: str, case: tuple) -> dict:
     given = [inputs(net, batch, seed, latent, dtype) for seed in range(count)]
 
     group.share(net)
-    net.block_calls = 0
-    parts, grads = run(net, given[index : index + 1])
+    net.block_calls, order = 0, []
+    with exchanges(lambda out, _: order.append(tuple(out.shape[1:]))):
+        parts, grads = run(net, given[index : index + 1])
     calls, net.sequence = net.block_calls, None
+    orders = ranks.gathered(ranks.digest(order))
     alike = ranks.gathered(ranks.digest([v.tolist() for v in parts]))
     for grad in grads.values():
         dist.all_reduce(grad)
@@ -103,6 +122,8 @@ def compare(name: str, case: tuple) -> dict:
     return {
         "v": max(apart(a, b, float(b.abs().max())) for a, b in zip(parts, whole[: len(parts)], strict=True)),
         "predictions": len(set(alike)),
+        "orders": len(set(orders)),
+        "exchanges": len(order),
         "gradients": max(apart(grads[k], g, largest) for k, g in wanted.items()),
         "own": max(own.values()),
         "worst": max(own, key=own.get),
@@ -115,17 +136,14 @@ def received(name: str) -> list[int]:
     """Numbers that each of four ranks gets from the others in one block of one stream without gradient."""
     net, group = build(NETWORKS[name], seed=0), ranks.sequence_group(4, 120.0)
     group.share(net)
-    real, got = dist.all_to_all_single, []
-
-    def counting(out, x, received, sent, group):
-        got.append(out[0].numel() * (sum(received) - received[ranks.rank()]))
-        return real(out, x, received, sent, group=group)
-
-    dist.all_to_all_single = counting
+    got: list[int] = []
     x_t, t, cond, _ = inputs(net, 1, 0, (2, 12, 10), torch.float32)
-    with torch.no_grad():
+
+    def others(out: Tensor, received: list[int]) -> None:
+        got.append(out[0].numel() * (sum(received) - received[ranks.rank()]))
+
+    with torch.no_grad(), exchanges(others):
         net.walk(x_t, t, [Stream(cond, [3])])
-    dist.all_to_all_single = real
     return ranks.gathered(sum(got[:2]))  # the third is the prediction's
 
 

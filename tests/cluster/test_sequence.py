@@ -35,6 +35,20 @@ def test_predictions_and_gradients_are_those_of_one_process(results, network, ca
     assert found["calls"] == 1  # as many block evaluations as one process
 
 
+# The streams of the test call blocks 11 times, 8 of them with gradient, and the last prediction 2 times. Where prompts
+# share block 0 up to its text, as Wan's do, two calls have one self-attention.
+CALLS, GRAD, PREDICTIONS, GRAD_PREDICTIONS = 13, 8, 5, 3
+
+
+@pytest.mark.parametrize("network", sequence_worker.NETWORKS)
+@pytest.mark.parametrize("case", sequence_worker.CASES)
+def test_the_order_of_the_exchanges_is_the_same_on_all_ranks(results, network, case):
+    """Two per self-attention, one per prediction, and as many in the backward pass; recomputing a block repeats its."""
+    found, recomputed = results[f"{network}, {case}"], "checkpointing" in case
+    attentions = CALLS - ("wan" in network) + GRAD * (1 + recomputed)
+    assert found["orders"] == 1 and found["exchanges"] == 2 * attentions + PREDICTIONS + GRAD_PREDICTIONS
+
+
 def test_bytes_on_the_wire(results):
     """A rank gets q, k, v of the others' tokens for its heads, and the others' heads of its tokens and of the text."""
     frames, rows, cols, dim = 2, 6, 5, 32
