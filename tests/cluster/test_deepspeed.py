@@ -33,11 +33,11 @@ CASES = {
 SHARED = {  # both ranks work on every clip, each on half of its tokens
     "stage 0, zero 2": {"stage": 0, "zero": 2},
     "stage 1": {"stage": 1},
-    "stage 2, zero 3": {"stage": 2},
+    "stage 2, zero 3, hunyuan, uneven": {"stage": 2, "family": "hunyuan", "size": 6},
     "stage 2, zero 3, accumulated, checkpointing": {"stage": 2, "micro_batch": 2, "words": ["checkpointing=true"]},
     "stage 2, zero 2": {"stage": 2, "zero": 2, "words": ["target=ema", "alpha=0.7"]},
     "stage 3, zero 2": {"stage": 3, "zero": 2, "words": THREE},
-    "stage 3, zero 3": {"stage": 3, "words": THREE},
+    "stage 3, zero 3, uneven": {"stage": 3, "size": 6, "words": THREE},
     "stage 3, zero 3, lora": {"stage": 3, "words": [*THREE, "fake_mode=lora", "lora_rank=2"]},
 }
 CASES |= {f"{name}, shared tokens": case | {"sequence_parallel": 2} for name, case in SHARED.items()}
