@@ -10,12 +10,13 @@ export PYTHONPATH=$PWD FLG_BUILD_CUDA=1 HF_HUB_OFFLINE=1
 status=0
 
 left() { echo $((${FLG_GPU_SECONDS:-570} - SECONDS)); } # of the ten minutes
+most() { echo $(($1 < $(left) ? $1 : $(left))); }
 
-timeout 240 $PY setup.py -q build_ext --inplace >build.log 2>&1 ||
+timeout "$(most 240)" $PY setup.py -q build_ext --inplace >build.log 2>&1 ||
   { tail -n 20 build.log; echo "the compiled part was not built; the rest goes on"; status=1; }
 rm -f build.log
 $PY -m fastlightgen.ops || exit 1
-timeout 150 $PY -m pytest tests/ops -q -m 'not slow' -k 'gpu or GPU' -o addopts= -p no:cacheprovider || status=1
+timeout "$(most 150)" $PY -m pytest tests/ops -q -m 'not slow' -k 'gpu or GPU' -o addopts= -p no:cacheprovider || status=1
 
 # Each file stops by itself after its share, what it leaves goes to the next; a file that hangs is ended. Every row is
 # kept as soon as it is measured.
@@ -25,8 +26,7 @@ export FLG_BENCH_ROWS=$raw/rows
 for i in "${!files[@]}"; do
   share=$(($(left) / (${#files[@]} - i)))
   ((share > 5)) || { echo "no time for bench_${files[$i]}"; status=1; continue; }
-  limit=$((share + 40 < $(left) ? share + 40 : $(left)))
-  FLG_BENCH_CAP=$((share * 2 / 3)) timeout "$limit" $PY -m pytest "bench/bench_${files[$i]}.py" --benchmark-only -q \
+  FLG_BENCH_CAP=$((share * 2 / 3)) timeout "$(most $((share + 40)))" $PY -m pytest "bench/bench_${files[$i]}.py" --benchmark-only -q \
     -o addopts= -p no:cacheprovider --benchmark-columns=median >"$raw/$i.log" 2>&1 ||
     { echo "bench_${files[$i]} did not end well:"; tail -n 5 "$raw/$i.log"; status=1; }
 done

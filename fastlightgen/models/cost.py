@@ -99,6 +99,22 @@ def latent_size(height: int, width: int, frames: int) -> tuple[int, int, int]:
     return (frames - 1) // 4 + 1, height // 8, width // 8
 
 
+def token_shares(grid: tuple[int, int, int], size: int) -> tuple[int, list[int]]:
+    """How `size` GPUs share a grid of patches (F, H, W): the axis that is cut, H or W, and each one's patches along it.
+
+    The axis is the one where the largest share is the smaller part of the whole.
+    """
+    axes = [a for a in (2, 1) if grid[a] >= size]
+    if not axes:
+        raise ValueError(
+            f"sequence_parallel={size}: the latent has {grid[1]} rows and {grid[2]} columns of patches, wanted {size} "
+            f"of either; use larger clips or sequence_parallel={max(grid[1:])} or less"
+        )
+    axis = min(axes, key=lambda a: math.ceil(grid[a] / size) / grid[a])
+    each, more = divmod(grid[axis], size)
+    return axis, [each + (r < more) for r in range(size)]
+
+
 def network(config: Mapping, latent: tuple[int, int, int], text_tokens: int = 0) -> Network:
     """The cost of the network that a diffusers config.json describes; text_tokens 0: what its family is used with."""
     name = config.get("_class_name", "WanTransformer3DModel")

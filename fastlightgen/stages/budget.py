@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from fastlightgen.config import preset
-from fastlightgen.models.cost import Network, latent_size, network
+from fastlightgen.models.cost import Network, latent_size, network, token_shares
 from fastlightgen.stages.cost import StepCost, dropped, step_cost
 
 
@@ -156,7 +156,7 @@ def number(cfg) -> int:
 def gpu_memory(step: StepCost, cfg) -> dict[str, float]:
     """The parts' sum bounds the peak: not all of them are at their largest at one moment."""
     size, sharded = number(cfg), cfg.engine == "deepspeed" and cfg.zero == 3 and cfg.gpus > 1
-    share = cfg.batch / cfg.sequence_parallel
+    share = cfg.batch * busiest(step.net, cfg)
     kept, block, states, widest = (share * part for part in step.peak(size))
     largest = max(b.params for b in step.net.blocks)
     parts = model_states(step, cfg)
@@ -169,6 +169,13 @@ def gpu_memory(step: StepCost, cfg) -> dict[str, float]:
     buckets = 2 * BUCKET * size if cfg.engine == "deepspeed" and cfg.gpus > 1 and step.trained else 0.0
     parts["buffers"] = buckets + RESERVED
     return parts
+
+
+def busiest(net: Network, cfg) -> float:
+    """The largest part of a clip's tokens on one GPU: rows or columns of patches, which need not come out even."""
+    frames, height, width = net.latent
+    _, sizes = token_shares((frames, height // 2, width // 2), cfg.sequence_parallel)
+    return max(sizes) / sum(sizes)
 
 
 def host_memory(step: StepCost, cfg) -> dict[str, float]:
