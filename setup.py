@@ -2,7 +2,8 @@
 
 FLG_BUILD_CUDA=auto (default): CUDA kernels where nvcc is found; without a C++ compiler the package is pure Python.
 FLG_BUILD_CUDA=0: no CUDA kernels.  FLG_BUILD_CUDA=1: fail when they cannot be built.  FLG_CUDA_ARCHS: "90a" by default.
-FLG_CUTLASS: a folder of CUTLASS headers for the matrix products; by default that of the nvidia-cutlass wheel, if any.
+FLG_CUTLASS: a folder of CUTLASS headers for the matrix products; by default that of the nvidia-cutlass wheel, if it was
+installed before (an extra comes after the build: pip install -c constraints.txt nvidia-cutlass, then this package).
 """
 
 import json
