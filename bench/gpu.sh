@@ -28,7 +28,7 @@ for i in "${!files[@]}"; do
   ((share > 5)) || { echo "no time for bench_${files[$i]}"; status=1; continue; }
   FLG_BENCH_CAP=$((share * 2 / 3)) timeout "$(most $((share + 40)))" $PY -m pytest "bench/bench_${files[$i]}.py" --benchmark-only -q \
     -o addopts= -p no:cacheprovider --benchmark-columns=median >"$raw/$i.log" 2>&1 ||
-    { echo "bench_${files[$i]} did not end well:"; tail -n 5 "$raw/$i.log"; status=1; }
+    { echo "bench_${files[$i]} ended with $? (124: out of time)"; grep '^E  ' "$raw/$i.log" | head -n 5; status=1; }
 done
 $PY bench/table.py "$raw/rows" || status=1
 rm -rf "$raw"
