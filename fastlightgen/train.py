@@ -83,6 +83,7 @@ def run_stage(cfg) -> None:
     from fastlightgen.engine.loop import train as train_loop
     from fastlightgen.stages import build
     from fastlightgen.stages.check import check_teacher
+    from fastlightgen.stages.fit import check_fit
 
     number = int(cfg.stage)
     device, source = pick_device(cfg.device), open_source(cfg.data, cfg.seed)
@@ -91,6 +92,7 @@ def run_stage(cfg) -> None:
         if folder.complete:
             say(f"stage {number}: {folder.result} is there, nothing to do (overwrite=true starts anew)")
             return
+        check_fit(cfg, source, device)
         engine = make_engine(cfg, device)
         if number == 1:
             rank_blocks(cfg, source, device, folder, engine)

@@ -52,6 +52,12 @@ class Run(Checked):
     micro_batch: int = field(
         0, "clips per process in one forward pass, of `batch` per step; 0: all of its share", lo=0, numbers=False
     )
+    fit: str = field(
+        "refuse",
+        "a stage that does not fit into memory by the planner's count; refuse, warn, or off: do not look",
+        choices=("refuse", "warn", "off"),
+        numbers=False,
+    )
     timeout: float = field(
         1800, "engine=deepspeed: seconds after which a rank that waits for another gives up", above=0, numbers=False
     )
