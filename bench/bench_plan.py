@@ -1,4 +1,4 @@
-"""The planner against memory that real steps take on this CPU: python bench/bench_plan.py [cases=WORD,WORD] [again=1].
+"""The planner against memory that real steps take on this CPU: python bench/bench_plan.py [cases=WORD+WORD] [again=1].
 
 Writes bench/results/plan-cpu.json and prints the table. Every case runs in processes of its own: a Wan network with
 random weights trains two iterations with the engine's own code, and the peak of resident memory (VmHWM, reset through
@@ -39,10 +39,11 @@ from fastlightgen.stages.teacher import Teacher
 
 OUT, CPU = Path("bench/results/plan-cpu.json"), torch.device("cpu")
 NETS = {  # dim, feed-forward, blocks, latent, text tokens
-    "53M": (512, 2048, 12, (4, 32, 32), 64),
-    "287M": (1024, 4096, 16, (4, 16, 32), 64),
-    "499M": (1536, 8960, 10, (4, 16, 16), 64),  # ten of the 30 blocks of Wan2.1 1.3B
-    "1.4B": (1536, 8960, 30, (1, 16, 16), 64),  # all of them
+    "53M, 1024 tokens": (512, 2048, 12, (4, 32, 32), 64),
+    "53M, 256 tokens": (512, 2048, 12, (4, 16, 16), 64),
+    "287M, 256 tokens": (1024, 4096, 16, (4, 16, 16), 64),
+    "499M, 256 tokens": (1536, 8960, 10, (4, 16, 16), 64),  # ten of the 30 blocks of Wan2.1 1.3B
+    "1.4B, 64 tokens": (1536, 8960, 30, (1, 16, 16), 64),  # all of them
 }
 SMALL = (64, 128, 2, (1, 4, 4), 8)  # a first run, for what is imported and made once
 LORA = "fake_mode=lora"
@@ -62,26 +63,24 @@ def cases() -> dict[str, dict]:
         words = [w for word in words for w in word.split()]
         out[name] = {"stage": stage, "net": NETS[net], "ranks": ranks, "words": words, "heap": heap}
 
+    large, small = "53M, 1024 tokens", "53M, 256 tokens"
     for again in (False, True):
         for stage in (0, 2, 3):
-            add(stage, "53M", again=again)
-    add(1, "53M")
-    add(0, "53M", more="ema=0.99")
-    add(3, "53M", again=True, more=LORA)
-    add(0, "53M", heap=True)
-    add(3, "53M", again=True, heap=True)
+            add(stage, large, again=again)
+    add(0, large, more="ema=0.99")
+    add(0, large, heap=True)
+    add(1, large)
     for zero in (1, 2, 3):
-        add(0, "53M", 2, zero)
-        add(2, "53M", 2, zero, again=True)
-        add(3, "53M", 2, zero, again=True)
-    add(1, "53M", 2)
-    add(3, "53M", 2, again=True, more=LORA)
-    add(0, "287M")
-    add(0, "287M", again=True)
-    add(2, "287M", 2, again=True)
-    add(3, "287M", 2, again=True)
-    add(0, "499M", again=True)
-    add(1, "1.4B")
+        add(0, small, 2, zero)
+        add(2, small, 2, zero, again=True)
+        add(3, small, 2, zero, again=True)
+    add(1, small, 2)
+    add(3, small, again=True, more=LORA)
+    add(3, small, 2, again=True, more=LORA)
+    add(0, "287M, 256 tokens")
+    add(3, "287M, 256 tokens", 2, again=True)
+    add(0, "499M, 256 tokens", again=True)
+    add(1, "1.4B, 64 tokens")
     return out
 
 
@@ -230,7 +229,7 @@ def main() -> None:
         return worker(json.loads(given["worker"]), given["out"])
     found = read_json(OUT)["cases"] if OUT.is_file() and "again" not in given else {}
     for name, case in cases().items():
-        if name not in found and all(word in name for word in given.get("cases", "").split(",")):
+        if name not in found and all(word in name for word in given.get("cases", "").split("+")):
             found[name] = measure(case, name)
             write(found)
             print(f"{name}: {read_json(OUT)['cases'][name]['ratio']:.3f} ({found[name]['seconds']} s)", flush=True)

@@ -164,7 +164,7 @@ def wan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool) -> N
             (2 if fused else 10) * hidden + (2 + bool(image)) * heads * tokens,
         ),
         prompt_saved=Saved(2 * context, 2 * context),
-        working=10 * hidden + 2 * tokens * ffn,
+        working=7 * hidden + 2 * tokens * ffn,
         gradients=hidden + tokens * ffn,
     )
     inputs, outputs = cfg["in_channels"] * patch, cfg["out_channels"] * patch
@@ -214,7 +214,7 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool) 
             attention_out=Saved(hidden, heads * both),
             saved=saved + Saved(2 * both * inner, heads * both),
             prompt_saved=Saved(0, 0),
-            working=8 * hidden + inners * both * inner,
+            working=(5 if kind == "double" else 3) * hidden + inners * both * inner,
             gradients=hidden + both * inner,
         )
 
@@ -237,7 +237,7 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool) 
         (*flat, three),
         linear(both, *flat),
         linear(rows, three),
-        Saved(10 * hidden, 0) if fused else Saved(6.5 * hidden, 6.5 * hidden),
+        Saved(10 * hidden, 0) if fused else Saved(7 * hidden, 6 * hidden),
         inners=3,
     )
     inputs, outputs = cfg["in_channels"] * patch, cfg["out_channels"] * patch

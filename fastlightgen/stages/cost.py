@@ -41,8 +41,11 @@ class StepCost:
             block += again
         forks = max((p.cost.forks for p in self.passes), default=0)
         states = 2 * forks * self.net.hidden * size  # x and y of a state, its sum left to the next block
-        working = max(b.working for b in self.net.blocks) * size + self.net.saved.bytes(size)
-        return Activations(kept, block, states, working if len(grad) < len(self.passes) else 0.0)
+        return Activations(kept, block, states, self.without_gradient(size) if len(grad) < len(self.passes) else 0.0)
+
+    def without_gradient(self, size: int) -> float:
+        """Bytes alive at the widest moment of a walk of one stream without gradient."""
+        return max(b.working + b.prompt_saved.narrow for b in self.net.blocks) * size
 
 
 @dataclass(frozen=True)
