@@ -102,7 +102,7 @@ def table(cfg: Plan) -> tuple[list[str], dict]:
     lines = [
         f"planned, not measured: {cfg.gpus} GPUs, batch {cfg.batch}, {'' if cfg.checkpointing else 'no '}checkpointing;"
         " per GPU the sum in GB, with the changes that make it fit",
-        f"{'model':<28}{'size':<15}{'stage':<7}" + "".join(f"{gpu:<30}" for gpu in GPUS).rstrip(),
+        f"{'model':<32}{'size':<15}{'stage':<7}" + "".join(f"{gpu:<30}" for gpu in GPUS).rstrip(),
     ]
     record: dict = {"rows": [], "measured": False}
     for name in (name for name in presets() if not name.startswith("tiny")):
@@ -112,7 +112,7 @@ def table(cfg: Plan) -> tuple[list[str], dict]:
         for stage in ("0", "1", "2", "3"):
             cells = {gpu: cell(net, replace(cfg, model=name, stage=stage, gpu=gpu)) for gpu in GPUS}
             row = "".join(f"{cells[gpu]['text']:<30}" for gpu in GPUS)
-            lines.append(f"{name:<28}{STANDARD[family]:<15}{stage:<7}{row}".rstrip())
+            lines.append(f"{name:<32}{STANDARD[family]:<15}{stage:<7}{row}".rstrip())
             record["rows"].append({"model": name, "size": STANDARD[family], "stage": stage, "gpus": cells})
     return lines, record
 

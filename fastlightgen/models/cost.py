@@ -183,7 +183,7 @@ def wan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool) -> N
         heads=heads,
         saved=Saved(
             tokens * (inputs + outputs) + text * (cfg["text_dim"] + 3 * dim) + image * (4 * (image_dim or 0) + 3 * dim),
-            tokens * cfg["attention_head_dim"],
+            0 if fused else tokens * cfg["attention_head_dim"],  # rotations of every token
         ),
         last=last_norm(hidden, fused),
         merges=True,
@@ -265,7 +265,9 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool) 
         unembed=Work(linear(1, (dim, 2 * dim)) + linear(tokens, (dim, outputs))),
         hidden=hidden,
         heads=heads,
-        saved=Saved(tokens * (inputs + outputs) + text * (wide[0] + count * (10 * dim + 8 * dim)), tokens * head),
+        saved=Saved(
+            tokens * (inputs + outputs) + text * (wide[0] + count * (10 * dim + 8 * dim)), 0 if fused else tokens * head
+        ),
         last=last_norm(tokens * dim, fused),
         merges=False,
         latent=latent,

@@ -41,9 +41,9 @@ def test_the_plan_of_a_stage_is_the_planners(stage, models, capsys):
     fit.check_fit(cfg, SOURCE, CPU)
     clip = SOURCE.largest()
     net = network(found, tuple(clip.x0.shape[2:]), clip.cond.text.shape[1], fused=False)
-    words = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name in {"alpha", "target", "steps", "count", "ema"}}
-    plan = Plan(stage=str(stage), gpu="cpu", gpus=1, gpus_per_node=1, engine="local", batch=4, dtype="float32",
-                checkpointing=False, **words)  # fmt: skip
+    same = {f.name for f in fields(cfg)} & {"alpha", "target", "steps", "count", "ema"}
+    words = {"stage": str(stage), "engine": "local", "dtype": "float32"} | {key: getattr(cfg, key) for key in same}
+    plan = Plan(gpu="cpu", gpus=1, gpus_per_node=1, batch=4, checkpointing=False, **words)
     b = budget(net, plan, drop)
     said = capsys.readouterr().out
     assert said.startswith(f"stage {stage}, planned: {b.peak / 1e9:.1f} GB per process (") and said.count("\n") == 1
