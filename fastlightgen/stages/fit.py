@@ -65,23 +65,22 @@ def misfit(cfg, net: Network, plan: Plan, drop: list[int], b: Budget, room: int,
     """One line on what does not fit and what would; empty if all does."""
     on_gpu = plan.gpu != "cpu"
     if on_gpu and b.peak >= room:
-        least, change = smaller(cfg, net, plan, drop, room)
-        return f"fit: the plan is {size(b.peak)} GB per GPU, {size(room)} GB are free; {change}, {least}; {ANYWAY}"
+        start = f"fit: the plan is {size(b.peak)} GB per GPU, {size(room)} GB are free"
+        return f"{start}; {smaller(cfg, net, plan, drop, room)}; {ANYWAY}"
     if b.host_peak < host:
         return ""
     start = f"fit: the plan is {size(b.host_peak)} GB of host memory, {size(host)} GB are free"
     if on_gpu:
         change = "fewer processes per host" + (" or offload=none" if plan.offload != "none" else "")
         return f"{start}; use a larger host or {change}; {ANYWAY}"
-    least, change = smaller(cfg, net, plan, drop, host * b.peak / b.host_peak)
-    return f"{start}; {change}, {least}; {ANYWAY}"
+    return f"{start}; {smaller(cfg, net, plan, drop, host * b.peak / b.host_peak)}; {ANYWAY}"
 
 
 ANYWAY = "or start it anyway with fit=warn"
 
 
-def smaller(cfg, net: Network, plan: Plan, drop: list[int], room: float) -> tuple[str, str]:
-    """What the changes come to, and the changes in the keys of training, cheapest first."""
+def smaller(cfg, net: Network, plan: Plan, drop: list[int], room: float) -> str:
+    """The changes in the keys of training, cheapest first, and what they come to."""
     keys = {f.name for f in fields(cfg)} | {"accumulation"}
     change: dict = {}
     peak = 0.0
@@ -91,9 +90,9 @@ def smaller(cfg, net: Network, plan: Plan, drop: list[int], room: float) -> tupl
     if change.pop("accumulation", 0) and cfg.stage != "1":
         change = {("micro_batch" if k == "batch" else k): v for k, v in change.items()}
     if not change:
-        return "no key makes it smaller", "use more or larger devices, or smaller clips"
+        return "use more or larger devices, or smaller clips: no key makes it smaller"
     enough = "" if peak < room else ", still too much: more or larger devices, or smaller clips"
-    return f"which makes it {size(peak)} GB per process{enough}", f"use {words(change)}"
+    return f"use {words(change)}, which makes it {size(peak)} GB per process{enough}"
 
 
 def subject(cfg) -> tuple[dict, list[int]]:

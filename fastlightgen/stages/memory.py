@@ -110,13 +110,13 @@ def gpu_memory(step: StepCost, cfg) -> dict[str, float]:
 
 
 def loaded(step: StepCost, cfg) -> float:
-    """Bytes of networks that one rank reads into host memory before they are on their device, or sharded.
+    """Bytes that one rank has in host memory while networks are read, besides its share of them.
 
-    With DeepSpeed all networks of a stage; a loader that shards each before it reads the next would make it the
-    largest of them: the only line to change.
+    Files are read one tensor at a time (a block bounds it). Only Stage 0 may draw random weights, a whole network.
     """
-    networks = sum(step.trained.values()) + sum(step.frozen.values())
-    return number(cfg) * networks if cfg.engine == "deepspeed" else 0.0
+    if cfg.engine == "local":
+        return 0.0
+    return number(cfg) * (step.net.params if int(cfg.stage) == 0 else max(b.params for b in step.net.blocks))
 
 
 def host_memory(step: StepCost, cfg, peak: float) -> dict[str, float]:
