@@ -65,6 +65,7 @@ def set_up(cfg) -> None:
         device = pick_device(cfg.device)
         ranks.join(device, cfg.timeout)
         ranks.agree("the configuration", sorted(numbers(cfg).items()))
+        ranks.agree("sequence_parallel", cfg.sequence_parallel)
         ranks.agree("the random numbers", draws(cfg.seed))
 
 

@@ -49,8 +49,18 @@ class Run(Checked):
         choices=("none", "optimizer", "all"),
         numbers=False,
     )
+    sequence_parallel: int = field(
+        1,
+        "engine=deepspeed: processes that share the tokens of one clip; a divisor of the heads and of all processes",
+        lo=1,
+        numbers=False,
+    )
     micro_batch: int = field(
-        0, "clips per process in one forward pass, of `batch` per step; 0: all of its share", lo=0, numbers=False
+        0,
+        "clips per process (with sequence_parallel: per group) in one forward pass, of `batch` per step; 0: all of its "
+        "share",
+        lo=0,
+        numbers=False,
     )
     fit: str = field(
         "refuse",
@@ -82,3 +92,8 @@ class Run(Checked):
             raise ConfigError(f"offload=all: weights can wait in host memory under zero=3 only, not zero={self.zero}")
         if self.engine == "local" and self.offload != "none":
             raise ConfigError(f"offload={self.offload}: engine=local keeps everything on its device; use offload=none")
+        if self.engine == "local" and self.sequence_parallel > 1:
+            raise ConfigError(
+                f"sequence_parallel={self.sequence_parallel}: engine=local is one process, which has no other to share "
+                "with; use sequence_parallel=1 or engine=deepspeed"
+            )

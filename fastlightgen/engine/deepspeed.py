@@ -70,6 +70,8 @@ class DeepSpeedEngine(ShardedState):
         # Between CPU ranks it would compile shared-memory collectives at the first start; gloo's are enough there.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.comm.init_distributed(dist_init_required=False)
+        self.sequence = ranks.sequence_group(cfg.sequence_parallel, cfg.timeout)
+        self.share, self.shares = ranks.shares(cfg.sequence_parallel)  # of the data: which one, of how many
 
     def autocast(self):
         """Float32 inputs meet weights of the compute type inside the networks; nothing is cast behind their back."""
@@ -79,10 +81,10 @@ class DeepSpeedEngine(ShardedState):
         cfg = self.cfg
         self.iters, self.roles = stage.iters, stage.roles
         self.count = dict.fromkeys(self.roles, 0)
-        self.accumulation = ranks.accumulation(cfg.batch, cfg.micro_batch, ranks.size())
+        self.accumulation = ranks.accumulation(cfg.batch, cfg.micro_batch, ranks.size(), cfg.sequence_parallel)
         say(
-            f"batch: {cfg.batch} = {ranks.size()} ranks x {self.accumulation} micro-batches x "
-            f"{cfg.batch // ranks.size() // self.accumulation} clips"
+            f"batch: {cfg.batch} = {ranks.workers(self.shares, cfg.sequence_parallel)} x {self.accumulation} "
+            f"micro-batches x {cfg.batch // self.shares // self.accumulation} clips"
         )
         for role in self.roles.values():
             if role.carried is not None and self.dtype != torch.float32:
@@ -99,6 +101,7 @@ class DeepSpeedEngine(ShardedState):
         """A network that only predicts: sharded under zero=3, whole on every rank otherwise."""
         if hasattr(next(net.parameters()), "ds_id"):
             return
+        self._together(net)
         net.to(dtype=self.dtype)
         if self.zero3:
             net.sharded = self.deepspeed.initialize(model=self._leaves(net), config=self._config(1.0, 1, net))[0]
@@ -109,6 +112,7 @@ class DeepSpeedEngine(ShardedState):
     def _trained(self, role: Role):
         """A DeepSpeed engine for one role; the learning rate is set at every step."""
         net = role.host or role.net
+        self._together(net)
         net.to(dtype=self.dtype)
         params = [p for p in role.net.parameters() if p.requires_grad]
         optimizer = self._adamw(params, role)
@@ -120,6 +124,11 @@ class DeepSpeedEngine(ShardedState):
         engine = self.deepspeed.initialize(model=Runner(self._leaves(net)), optimizer=optimizer, config=config)[0]
         self._watch(net)
         return engine
+
+    def _together(self, net: VideoDiT) -> None:
+        """Its walks are of all ranks that share a clip's tokens."""
+        if self.sequence is not None:
+            self.sequence.share(net)
 
     def _adamw(self, params: list[nn.Parameter], role: Role) -> torch.optim.Optimizer:
         """lr=0 at first: DeepSpeed may take an empty step to allocate its states."""
@@ -177,7 +186,7 @@ class DeepSpeedEngine(ShardedState):
         name, role, engine = update.role, self.roles[update.role], self.engines[update.role]
         records, losses = [], []
         for k in range(self.accumulation):
-            with share(k * ranks.size() + ranks.rank(), ranks.size() * self.accumulation):
+            with share(k * self.shares + self.share, self.shares * self.accumulation):
                 loss = engine(lambda: self._loss(update, records))
             losses.append(loss.item())
             value = ranks.mean([losses[-1]])[0]

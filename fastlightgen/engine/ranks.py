@@ -8,11 +8,14 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fastlightgen.models.sequence import SequenceGroup, divisors
 
 
 def launched() -> int:
@@ -40,6 +43,25 @@ def join(device: torch.device, timeout: float) -> None:
     else:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+
+
+def shares(sequence: int) -> tuple[int, int]:
+    """Which share of the data this rank works on, of how many: ranks that share a clip's tokens work on the same."""
+    return rank() // sequence, size() // sequence
+
+
+@cache
+def sequence_group(sequence: int, timeout: float) -> SequenceGroup | None:
+    """The neighbours, on one node where they fit, that share a clip's tokens with this rank; None: it is alone."""
+    if size() % sequence:
+        raise ValueError(
+            f"sequence_parallel={sequence}: does not divide the number of processes, {size()}; "
+            f"use one of {divisors(size())}"
+        )
+    if sequence == 1:
+        return None
+    group, _ = dist.new_subgroups(sequence, timeout=timedelta(seconds=timeout))
+    return SequenceGroup(group, rank() % sequence, sequence)
 
 
 def gathered(number: int) -> list[int]:
@@ -126,13 +148,19 @@ def mean(values: Sequence[float]) -> list[float]:
     return (total / size()).tolist()
 
 
-def accumulation(batch: int, micro_batch: int, ranks: int) -> int:
-    """Micro-batches per rank and step, so that all ranks together work on `batch` clips."""
-    micro = micro_batch or max(1, batch // ranks)
-    if batch % (micro * ranks):
-        least = micro * ranks
+def workers(count: int, sequence: int) -> str:
+    """Those that work on clips of their own, in words."""
+    return f"{count} ranks" if sequence == 1 else f"{count} groups of {sequence} ranks"
+
+
+def accumulation(batch: int, micro_batch: int, ranks: int, sequence: int = 1) -> int:
+    """Micro-batches per rank (or group of ranks) and step, so that all together work on `batch` clips."""
+    count, who = ranks // sequence, workers(ranks // sequence, sequence)
+    micro = micro_batch or max(1, batch // count)
+    if batch % (micro * count):
+        least = micro * count
         raise ValueError(
-            f"batch={batch}: is not a multiple of {least}, which is {ranks} ranks with {micro} clips each; "
+            f"batch={batch}: is not a multiple of {least}, which is {who} with {micro} clips each; "
             f"use batch={max(1, round(batch / least)) * least}, another micro_batch or another number of ranks"
         )
-    return batch // (micro * ranks)
+    return batch // (micro * count)

@@ -11,7 +11,7 @@ A model supplies `tables` (time, positions), `prompt` (what is read of a conditi
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastlightgen.blocks import check_keep
 from fastlightgen.models.recompute import recomputed
+from fastlightgen.models.sequence import SequenceGroup
 from fastlightgen.models.streams import Cond, Job, Made, Prompt, State, Stream, Tables, tensors_of, with_tensors
 
 __all__ = ["Block", "Cond", "Job", "Prompt", "State", "Stream", "Tables", "VideoDiT", "gradient"]
@@ -95,6 +96,7 @@ class VideoDiT(nn.Module):
     block_calls: int = 0  # block evaluations since the counter was last set to 0
     grad_block_calls: int = 0  # those of them that carried gradient
     checkpointing: bool = False  # keep one hidden tensor per block and compute the block again in the backward pass
+    sequence: SequenceGroup | None = None  # the ranks that share a clip's tokens, and call this network together
     keep_attention: int = 0  # with checkpointing: how many of the blocks keep their self-attention outputs
     released: dict  # steps, guidance and shift that the family's released weights are sampled with
     embeds_guidance: bool = False  # does it read Cond.guidance, so that one prediction is a guided one?
@@ -132,10 +134,16 @@ class VideoDiT(nn.Module):
         # Computed once: time and positions for all, the context per prompt, the first hidden states per merge key.
         with gradient(grad(range(len(streams)))):
             tables = self.tables(x_t, t)
+        cut = None if self.sequence is None else self.sequence.cut(tables.grid)
+        if cut is not None:
+            x_t, tables = cut.part(x_t), tables.part(cut)
         prompts: list[Prompt | None] = [None] * len(streams)
         for members in same(lambda s: id(s.cond)):
             with gradient(grad(members)):
-                prompt = self.prompt(streams[members[0]].cond, tables)
+                cond = streams[members[0]].cond
+                if cut is not None and cond.image is not None:
+                    cond = replace(cond, image=cut.part(cond.image))
+                prompt = self.prompt(cond, tables)
             for i in members:
                 prompts[i] = prompt
         groups = []
@@ -165,6 +173,7 @@ class VideoDiT(nn.Module):
             for members in self._by_prompt(group.members, prompts):  # still merged only if no block ran
                 with gradient(grad(members)):
                     v = self.unembed(group.state, prompts[members[0]], tables)
+                    v = v if cut is None else cut.whole(v)
                 for i in members:
                     out[i] = v if streams[i].grad else v.detach()
         return out

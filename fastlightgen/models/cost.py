@@ -20,9 +20,6 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(self.linear + other.linear, self.attention + other.attention, self.entry + other.entry)
 
-    def __mul__(self, times: float) -> "Work":
-        return Work(self.linear * times, self.attention * times, self.entry * times)
-
     @property
     def forward(self) -> float:
         return self.linear + self.attention + self.entry
@@ -105,6 +102,22 @@ def latent_size(height: int, width: int, frames: int) -> tuple[int, int, int]:
     return (frames - 1) // 4 + 1, height // 8, width // 8
 
 
+def token_shares(grid: tuple[int, int, int], size: int) -> tuple[int, list[int]]:
+    """How `size` GPUs share a grid of patches (F, H, W): the axis that is cut, H or W, and each one's patches along it.
+
+    The axis is the one where the largest share is the smaller part of the whole.
+    """
+    axes = [a for a in (2, 1) if grid[a] >= size]
+    if not axes:
+        raise ValueError(
+            f"sequence_parallel={size}: the latent has {grid[1]} rows and {grid[2]} columns of patches, wanted {size} "
+            f"of either; use larger clips or sequence_parallel={max(grid[1:])} or less"
+        )
+    axis = min(axes, key=lambda a: math.ceil(grid[a] / size) / grid[a])
+    each, more = divmod(grid[axis], size)
+    return axis, [each + (r < more) for r in range(size)]
+
+
 def network(config: Mapping, latent: tuple[int, int, int], text_tokens: int = 0, fused: bool = True) -> Network:
     """The cost of the network that a diffusers config.json describes; text_tokens 0: what its family is used with.
 
@@ -121,6 +134,10 @@ def network(config: Mapping, latent: tuple[int, int, int], text_tokens: int = 0,
         raise ValueError(f"config.json: {err.args[0]} is missing; wanted a {name} configuration of diffusers") from None
 
 
+def attention(queries: int, keys: int, dim: int) -> int:
+    return 4 * queries * keys * dim
+
+
 def linear(tokens: int, *widths: tuple[int, int]) -> int:
     """Operations of linear layers (inputs, outputs) on `tokens` rows."""
     return sum(2 * tokens * a * b for a, b in widths)
@@ -129,10 +146,6 @@ def linear(tokens: int, *widths: tuple[int, int]) -> int:
 def biased(*widths: tuple[int, int]) -> int:
     """Parameters of linear layers with bias."""
     return sum(a * b + b for a, b in widths)
-
-
-def attention(queries: int, keys: int, dim: int) -> int:
-    return 4 * queries * keys * dim
 
 
 def wan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool) -> Network:

@@ -22,6 +22,7 @@ from fastlightgen.models.hunyuan_layers import (
     TimeTextEmbedder,
     joined,
 )
+from fastlightgen.models.sequence import Cut
 from fastlightgen.ops import norm_modulate, rope_factors
 
 
@@ -29,6 +30,9 @@ from fastlightgen.ops import norm_modulate, rope_factors
 class HunyuanTables(Tables):
     x_t: Tensor
     t: Tensor
+
+    def part(self, cut: Cut) -> "HunyuanTables":
+        return replace(super().part(cut), x_t=cut.part(self.x_t))
 
 
 class HunyuanModel(VideoDiT):
@@ -129,7 +133,7 @@ class HunyuanModel(VideoDiT):
             text = text[:, :longest]
             if shortest < longest:
                 valid = torch.arange(longest, device=t.device) < lengths[:, None]
-                mask = F.pad(valid, (math.prod(tables.grid), 0), value=True)[:, None, None]
+                mask = F.pad(valid, (tables.tokens, 0), value=True)[:, None, None]
         pooled = cond.pooled.to(self.dtype).expand(size, -1)
         guidance = None
         if self.cfg.guidance_embeds:  # 1: the prediction for the prompt alone, which Eq. 9 mixes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastlightgen.models.base import Block, Job, Prompt, State, Tables
 from fastlightgen.models.hunyuan_layers import EPS, Attention, HunyuanConfig, JointAttention, Modulation, joined
 from fastlightgen.models.wan_layers import FeedForward
-from fastlightgen.ops import Rope, gate_residual_norm_modulate
+from fastlightgen.ops import gate_residual_norm_modulate
 
 Modulations = list[tuple[Tensor, ...]]  # of each sequence of a state
 
@@ -30,9 +30,9 @@ class HunyuanBlock(Block):
     def run(self, job: Job, tables: Tables, read: dict[Prompt, Modulations]) -> list[State]:
         (prompt,) = job.prompts  # text enters at the start, so that every state has one
         state = job.state
-        return [state_of(self.residual([state, *state.others], read[prompt], tables.rope, prompt.mask))]
+        return [state_of(self.residual([state, *state.others], read[prompt], tables, prompt.mask))]
 
-    def residual(self, parts: list[State], mods: Modulations, rope: Rope, mask: Tensor | None) -> list[State]:
+    def residual(self, parts: list[State], mods: Modulations, tables: Tables, mask: Tensor | None) -> list[State]:
         raise NotImplementedError
 
 
@@ -67,10 +67,10 @@ class DoubleBlock(HunyuanBlock):
         first = [] if prompt.first is None else [self.norm1(prompt.first)]
         return [*first, self.norm1(prompt.temb), self.norm1_context(prompt.temb)]
 
-    def residual(self, parts: list[State], mods: Modulations, rope: Rope, mask: Tensor | None) -> list[State]:
+    def residual(self, parts: list[State], mods: Modulations, tables: Tables, mask: Tensor | None) -> list[State]:
         shift1, scale1, gate1, shift2, scale2, gate2 = zip(*mods, strict=True)
         x, h = norms(parts, scale1, shift1)
-        image, text = self.attn(joined(h[:-1]), h[-1], rope, mask)
+        image, text = self.attn(joined(h[:-1]), h[-1], tables, mask)
         x, h = norms(list(map(State, x, [*cut(image, x[:-1]), text], gate1)), scale2, shift2)
         y = [*cut(self.ff(joined(h[:-1])), x[:-1]), self.ff_context(h[-1])]
         return list(map(State, x, y, gate2))
@@ -90,12 +90,12 @@ class SingleBlock(HunyuanBlock):
         first = [] if prompt.first is None else [self.norm(prompt.first)]
         return [*first, self.norm(prompt.temb)]
 
-    def residual(self, parts: list[State], mods: Modulations, rope: Rope, mask: Tensor | None) -> list[State]:
+    def residual(self, parts: list[State], mods: Modulations, tables: Tables, mask: Tensor | None) -> list[State]:
         if len(parts) > len(mods):  # the first single block that runs: from here on the text follows the image
             *given, image, text = parts
             parts = [*given, State(joined([image.settled().x, text.settled().x]))]
         shift, scale, gate = zip(*mods, strict=True)
         x, h = norms(parts, scale, shift)
         h = joined(h)
-        y = torch.cat([self.attn(h, rope, mask), F.gelu(self.proj_mlp(h), approximate="tanh")], 2)
+        y = torch.cat([self.attn(h, tables, mask), F.gelu(self.proj_mlp(h), approximate="tanh")], 2)
         return list(map(State, x, cut(self.proj_out(y), x), gate))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlightgen.models.streams import Tables
 from fastlightgen.models.wan_layers import Embedder, FeedForward, attend, sinusoids
 from fastlightgen.ops import Rope, add_residual, qk_norm_rope
 
@@ -101,9 +102,9 @@ class Attention(nn.Module):
         q, k = qk_norm_rope(self.to_q(x), self.to_k(x), self.norm_q.weight, self.norm_k.weight, rope, EPS)
         return self.split(q), self.split(k), self.split(self.to_v(x))
 
-    def forward(self, h: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, tables: Tables, mask: Tensor | None) -> Tensor:
         """Image and text tokens in one sequence."""
-        return attend(*self.turned(h, rope), mask)
+        return tables.attend(*self.turned(h, tables.rope), mask)
 
 
 class JointAttention(Attention):
@@ -116,11 +117,11 @@ class JointAttention(Attention):
         self.to_add_out = nn.Linear(dim, dim)
         self.norm_added_q, self.norm_added_k = (nn.RMSNorm(cfg.attention_head_dim, eps=EPS) for _ in range(2))
 
-    def forward(self, image: Tensor, text: Tensor, rope: Rope, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        q, k, v = self.turned(image, rope)
+    def forward(self, image: Tensor, text: Tensor, tables: Tables, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v = self.turned(image, tables.rope)
         tq, tk, tv = (self.split(layer(text)) for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
         q, k = torch.cat([q, self.norm_added_q(tq)], 1), torch.cat([k, self.norm_added_k(tk)], 1)
-        y, n = attend(q, k, torch.cat([v, tv], 1), mask), image.shape[1]
+        y, n = tables.attend(q, k, torch.cat([v, tv], 1), mask), image.shape[1]
         return self.to_out[0](y[:, :n]), self.to_add_out(y[:, n:])
 
 

@@ -3,12 +3,15 @@
 Shapes: hidden states x, y [B, L, D].
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastlightgen.models.sequence import Cut
+from fastlightgen.models.wan_layers import attend
 from fastlightgen.ops import Rope, add_residual
 
 
@@ -52,6 +55,21 @@ class Tables:
 
     rope: Rope  # cosine and sine per frame, row and column (`rope_factors`)
     grid: tuple[int, int, int]  # patches along (F, H, W)
+    cut: Cut | None = field(default=None, kw_only=True)  # where ranks share the tokens: rope and grid are of this part
+
+    def part(self, cut: Cut) -> "Tables":
+        """Those of this rank's part of the latent."""
+        rope = Rope(cut.along(table, 0) if axis == cut.axis else table for axis, table in enumerate(self.rope))
+        return replace(self, rope=rope, grid=tuple(map(len, rope)), cut=cut)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention among all tokens of the latent, wherever they are."""
+        return attend(q, k, v, mask) if self.cut is None else self.cut.attend(q, k, v, mask)
+
+    @property
+    def tokens(self) -> int:
+        """The image tokens that attention sees."""
+        return math.prod(self.grid) if self.cut is None else sum(self.cut.tokens)
 
 
 class State(NamedTuple):

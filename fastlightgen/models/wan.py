@@ -18,7 +18,7 @@ from fastlightgen.models.wan_layers import (
     attend,
     rope_axes,
 )
-from fastlightgen.ops import Rope, add_residual, gate_residual_norm_modulate, qk_norm_rope, rope_factors
+from fastlightgen.ops import add_residual, gate_residual_norm_modulate, qk_norm_rope, rope_factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +45,11 @@ class Attention(nn.Module):
             self.add_k_proj, self.add_v_proj = nn.Linear(added_kv, dim), nn.Linear(added_kv, dim)
             self.norm_added_k = nn.RMSNorm(dim, eps=cfg.eps)
 
-    def to_itself(self, x: Tensor, rope: Rope) -> Tensor:
+    def to_itself(self, x: Tensor, tables: Tables) -> Tensor:
         """Self-attention: queries and keys are also turned by their place."""
         q, k = self.to_q(x), self.to_k(x)
-        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope, self.norm_q.eps)
-        return self.to_out[0](attend(*map(self._split, (q, k, self.to_v(x)))))
+        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, tables.rope, self.norm_q.eps)
+        return self.to_out[0](tables.attend(*map(self._split, (q, k, self.to_v(x)))))
 
     def query(self, x: Tensor) -> Tensor:
         return self._split(self.norm_q(self.to_q(x)))
@@ -95,7 +95,7 @@ class WanBlock(Block):
     def run(self, job: Job, tables: WanTables, keys: dict[WanPrompt, Any]) -> list[State]:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + tables.mod).unbind(1)
         x, h = gate_residual_norm_modulate(*job.state.parts(), scale1, shift1, self.eps)
-        y = self.attn1.to_itself(h, tables.rope)
+        y = self.attn1.to_itself(h, tables)
         # Text enters here: everything above was the same for all prompts, and so is the cross-attention's query.
         if isinstance(self.norm2, nn.LayerNorm):
             x, h = gate_residual_norm_modulate(x, y, gate1, None, None, self.eps, self.norm2.weight, self.norm2.bias)

@@ -30,7 +30,7 @@ def set_checkpointing(cfg, source: Source, *nets: VideoDiT) -> None:
         return
     for net in nets:
         net.checkpointing, net.keep_attention = True, min(cfg.keep_attention, net.num_blocks)
-    size = nets[0].hidden_bytes(source.batch(0, cfg.batch).x0) / 2**20
+    size = nets[0].hidden_bytes(source.batch(0, cfg.batch).x0) / cfg.sequence_parallel / 2**20
     say(f"checkpointing: {size:.1f} MiB per block, and as much for each of {cfg.keep_attention} kept attention outputs")
 
 

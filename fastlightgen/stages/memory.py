@@ -5,6 +5,7 @@ weight, 4 for the gradient, 12 for AdamW's float32 weight and moments; of what p
 code holds at one time. bench/bench_plan.py compares with the memory that real steps take on a CPU.
 """
 
+from fastlightgen.models.cost import Network, token_shares
 from fastlightgen.stages.cost import StepCost
 
 # The CUDA context and the collectives' own buffers; on a CPU the program itself, as measured with torch and DeepSpeed.
@@ -77,9 +78,18 @@ def passing(step: StepCost, cfg) -> tuple[float, float, float]:
     return always, backward, update
 
 
+def busiest(net: Network, cfg) -> float:
+    """The largest part of a clip's tokens on one GPU: rows or columns of patches, which need not come out even."""
+    if cfg.sequence_parallel == 1:
+        return 1.0
+    frames, height, width = net.latent
+    _, sizes = token_shares((frames, height // 2, width // 2), cfg.sequence_parallel)
+    return max(sizes) / sum(sizes)
+
+
 def gpu_memory(step: StepCost, cfg) -> dict[str, float]:
     """Of one GPU. The last part, which is negative, makes the sum the peak: no moment holds all of the others."""
-    share, deepspeed = cfg.batch / cfg.sequence_parallel, cfg.engine == "deepspeed"
+    share, deepspeed = cfg.batch * busiest(step.net, cfg), cfg.engine == "deepspeed"
     acts = step.activations(number(cfg))
     kept, block, working, forks = (share * part for part in (acts.kept, acts.block, acts.working, acts.forks))
     always, backward, update = passing(step, cfg)

@@ -30,6 +30,17 @@ CASES = {
     "stage 3, zero 3": {"stage": 3, "words": THREE},
     "stage 3, zero 3, lora": {"stage": 3, "words": [*THREE, "fake_mode=lora", "lora_rank=2", "ema=0.9"]},
 }
+SHARED = {  # both ranks work on every clip, each on half of its tokens
+    "stage 0, zero 2": {"stage": 0, "zero": 2},
+    "stage 1": {"stage": 1},
+    "stage 2, zero 3, hunyuan, uneven": {"stage": 2, "family": "hunyuan", "size": 6},
+    "stage 2, zero 3, accumulated, checkpointing": {"stage": 2, "micro_batch": 2, "words": ["checkpointing=true"]},
+    "stage 2, zero 2": {"stage": 2, "zero": 2, "words": ["target=ema", "alpha=0.7"]},
+    "stage 3, zero 2": {"stage": 3, "zero": 2, "words": THREE},
+    "stage 3, zero 3, uneven": {"stage": 3, "size": 6, "words": THREE},
+    "stage 3, zero 3, lora": {"stage": 3, "words": [*THREE, "fake_mode=lora", "lora_rank=2"]},
+}
+CASES |= {f"{name}, shared tokens": case | {"sequence_parallel": 2} for name, case in SHARED.items()}
 AVERAGED = ["target=ema", "alpha=0.7"]
 LORA = [*THREE, "fake_mode=lora", "lora_rank=2", "ema=0.9"]
 SAVED = {
@@ -50,7 +61,7 @@ def folder(tmp_path_factory):
 def results(folder) -> dict:
     """Every case on two ranks of one process group."""
     saved = {name: case | {"save": str(folder / name)} for name, case in SAVED.items()}
-    return on_ranks(2, CASES | saved, folder, 240)
+    return on_ranks(2, CASES | saved, folder, 300)
 
 
 def on_ranks(count: int, cases: dict, folder: Path, seconds: float) -> dict:
@@ -67,8 +78,8 @@ def compared(record: dict) -> dict[str, float]:
     return {k: v for k, v in record.items() if not k.endswith("contrast")}
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", [name for name in CASES if name != "stage 1"])
+@pytest.mark.timeout(360)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["stage"] != 1])
 def test_losses_are_those_of_one_process(results, name):
     """float32 sums in another order: 1e-5 is what the engine promises; gradient norms and learning rates as well."""
     one = worker.run(CASES[name])["records"]
@@ -78,8 +89,9 @@ def test_losses_are_those_of_one_process(results, name):
         assert compared(b) == pytest.approx(compared(a), rel=1e-5, abs=1e-7)
 
 
-def test_stage_1_scores_are_those_of_one_process(results):
-    one, two = torch.tensor(worker.run(CASES["stage 1"])["table"]), torch.tensor(results["stage 1"]["table"])
+@pytest.mark.parametrize("name", ["stage 1", "stage 1, shared tokens"])
+def test_stage_1_scores_are_those_of_one_process(results, name):
+    one, two = torch.tensor(worker.run(CASES[name])["table"]), torch.tensor(results[name]["table"])
     assert torch.allclose(two, one, rtol=1e-5, atol=0)
 
 
@@ -135,6 +147,21 @@ def test_twenty_steps(tmp_path, ranks):
     for name, two in on_ranks(ranks, cases, tmp_path, 600).items():
         for a, b in zip(worker.run(cases[name])["records"], two["records"], strict=True):
             assert compared(b) == pytest.approx(compared(a), rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_groups_of_two_ranks(tmp_path):
+    """Each group works on half of the clips, each rank of it on half of their tokens."""
+    cases = {name: CASES[f"{name}, shared tokens"] for name in SHARED}
+    for name, four in on_ranks(4, cases, tmp_path, 240).items():
+        one = worker.run(cases[name])
+        if "table" in one:
+            assert torch.allclose(torch.tensor(four["table"]), torch.tensor(one["table"]), rtol=1e-5, atol=0)
+            assert four["gathers"] == [[2] * BLOCKS]  # 4 samples, 2 of them in each group
+        else:
+            for a, b in zip(one["records"], four["records"], strict=True):
+                assert compared(b) == pytest.approx(compared(a), rel=1e-5, abs=1e-7), name
 
 
 @pytest.mark.slow

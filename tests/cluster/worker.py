@@ -6,6 +6,7 @@ python -m torch.distributed.run --nproc-per-node 2 worker.py CASES.json RESULTS.
 import json
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers import BLOCKS, KEPT, PRUNED, config, crop, small_wan
+from helpers import BLOCKS, KEPT, PRUNED, config, crop, small_hunyuan, small_wan
 
 from fastlightgen.data.source import ShapesSource
 from fastlightgen.engine import ranks
@@ -29,27 +30,29 @@ BATCH = 4
 CPU = torch.device("cpu")
 
 
-def batches(step: int):
-    return crop(ShapesSource(0).batch(step, BATCH, rows(BATCH)))
+NETWORKS = {"wan": small_wan, "hunyuan": partial(small_hunyuan, 2, 2)}
 
 
-def make(number: int, words: list[str]):
+def batches(step: int, size: int = 4):
+    return crop(ShapesSource(0).batch(step, BATCH, rows(BATCH)), size)
+
+
+def make(number: int, words: list[str], family: str = "wan", size: int = 4):
     """A stage whose networks are a few thousand numbers."""
+    network, clips = NETWORKS[family], partial(batches, size=size)
     cfg = config(number, f"batch={BATCH}", "iters=100", "warmup=0", "lr=1e-3", *words)
     if number == 0:
-        return Teacher(cfg, small_wan(), batches, {})
+        return Teacher(cfg, network(), clips, {})
     if number == 2:
-        net = small_wan()
+        net = network()
         net.checkpointing = cfg.checkpointing
-        return Prune(cfg, net, PRUNED, batches, lambda: crop(ShapesSource(0).held_out(0, 4)), {})
-    teacher = small_wan(seed=1).requires_grad_(False)
-    student = small_wan(seed=1).prune(KEPT)
+        return Prune(cfg, net, PRUNED, clips, lambda: crop(ShapesSource(0).held_out(0, 4), size), {})
+    teacher = network(seed=1).requires_grad_(False)
+    student = network(seed=1).prune(KEPT)
     lora = cfg.fake_mode == "lora"
-    fake = teacher if lora else small_wan(seed=1).prune(KEPT)
+    fake = teacher if lora else network(seed=1).prune(KEPT)
     trained = attach_lora(teacher, cfg.lora_rank, generator(0, 7)) if lora else fake
-    return Distill(
-        cfg, Networks(student, teacher, KEPT, fake, KEPT if lora else None, trained, lora, None), batches, {}
-    )
+    return Distill(cfg, Networks(student, teacher, KEPT, fake, KEPT if lora else None, trained, lora, None), clips, {})
 
 
 def make_engine(case: dict):
@@ -66,6 +69,7 @@ def make_engine(case: dict):
             return config
 
     keys = {"batch": BATCH, "micro_batch": 0, "zero": 3, "offload": "none", "dtype": "float32"}
+    keys |= {"sequence_parallel": 1, "timeout": 120}
     return Engine(CPU, SimpleNamespace(**{k: case.get(k, v) for k, v in keys.items()}))
 
 
@@ -89,7 +93,7 @@ def run(case: dict) -> dict:
         keeps = [[j for j in range(BLOCKS) if j != i] for i in range(BLOCKS)]
         table = score_sets(model, samples, keeps, "elbo", 4.0, lambda n: None)
         return {"table": table.tolist(), "gathers": gathers(gathered, [model])}
-    stage = make(case["stage"], case.get("words", []))
+    stage = make(case["stage"], case.get("words", []), case.get("family", "wan"), case.get("size", 4))
     engine.prepare(stage)
     stage.begin()
     count_gathers(gathered)
