@@ -13,6 +13,7 @@ RESERVED = {"gpu": 1.5e9, "cpu": 0.4e9}
 BUCKET = 5e8  # DeepSpeed's default reduce_bucket_size, in numbers
 SUBGROUP = 1e9  # its default sub_group_size: ZeRO-3's optimizer takes so many numbers at a time
 REUSE = 1e9  # its default stage3_max_reuse_distance: what the backward pass needs again that soon stays gathered
+AHEAD = 5e7  # its default stage3_prefetch_bucket_size
 HOST_FACTOR = 1.5  # DeepSpeed's allowance for buffers in host memory
 
 
@@ -55,9 +56,12 @@ def gathered(step: StepCost, cfg) -> float:
     if cfg.engine == "local" or cfg.zero < 3 or cfg.gpus == 1:
         return 0.0
     net, block = step.net, max(b.params for b in step.net.blocks)
-    # This block and the next; behind them, when the backward pass is near, what the forward pass leaves for it.
-    whole = net.outside_params + 2 * block + (REUSE / 2 if step.trained else 0)
-    return number(cfg) * (min(whole, net.params) + (block if step.trained else 0))
+    # Of each network this block and the next, or what is fetched ahead. One that trains also keeps, for as long as the
+    # others run, what its backward pass will need soon.
+    passing_through = net.outside_params + 2 * block
+    kept = sum(min(passing_through + REUSE / 2, count) for count in step.trained.values())
+    kept += sum(min(passing_through + AHEAD, count) for count in step.frozen.values())
+    return number(cfg) * (kept + (block if step.trained else 0))
 
 
 def passing(step: StepCost, cfg) -> tuple[float, float, float]:
