@@ -66,8 +66,9 @@ class Watch:
         values = [r[self.stage.loss_key] for r in self.lines if self.stage.loss_key in r]
         found = [drift.in_loss(values, self.limits)]
         if self.stage.drifts:
-            both = [(r["student_contrast"], r["student_contrast_data"]) for r in self.lines if "student_contrast" in r]
-            found.append(drift.in_contrast([a for a, _ in both], [b for _, b in both], self.limits))
+            lines = [r for r in self.lines if "student_contrast_data" in r]  # not every line has the student
+            made, data = ([r[key] for r in lines] for key in ("student_contrast", "student_contrast_data"))
+            found.append(drift.in_contrast(made, data, self.limits))
         return [f for f in found if f]
 
     def _newest(self, last: int) -> int:
