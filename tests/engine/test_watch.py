@@ -4,12 +4,17 @@ import shutil
 from functools import partial
 
 import pytest
+import torch
 from helpers import assert_same, result, run_train, write_inputs
 
 from fastlightgen.data.preview import Preview
+from fastlightgen.data.source import ShapesSource
+from fastlightgen.data.worlds import BuiltIn
 from fastlightgen.engine.checkpoint import steps
 from fastlightgen.engine.log import read_metrics
 from fastlightgen.metrics import drift
+from fastlightgen.models.sample import preview_plan
+from fastlightgen.models.weights import load_model, read_card, save_model, trained_folder
 from fastlightgen.stages.distill import Distill
 
 FROZEN = "motion collapse: motion of the clips"
@@ -150,3 +155,25 @@ def test_where_nothing_is_watched(words, tmp_path, frozen_from, capsys, stage, e
     folder = tmp_path / f"stage{stage}"
     assert "alarm" not in capsys.readouterr().out and not (folder / "alarms.jsonl").exists()
     assert steps(folder / "checkpoints") == [7]
+
+
+def test_clips_of_the_shipped_teacher_are_as_usual(tmp_path):
+    folder = trained_folder("tiny")
+    net = load_model(folder)
+    preview = Preview(ShapesSource(0), BuiltIn().frames, 6, 0, torch.device("cpu"))
+    looks = preview.write(tmp_path, 1, {"model": net} | preview_plan(read_card(folder), 3.0, net.released), bool)
+    assert len(looks) == 4 and drift.in_clips(looks, preview.real(), drift.Limits()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_short_distillation_of_the_tiny_model(tmp_path, capsys):
+    """The shipped teacher, no block dropped, to a student of 4 steps. Silent at the preset's learning rate; at 500
+    times that the clips go, and the alarm sounds."""
+    folder = trained_folder("tiny")
+    save_model(load_model(folder), tmp_path / "stage2", **read_card(folder) | {"pruned_path": list(range(12))})
+    words = ["stage=3", "model=tiny", "progress=false", "threads=1", "log_every=1", "batch=4", "ratio=2"]
+    words += [f"stage2_model={tmp_path}/stage2", "iters=8", "sample_every=4"]
+    run_train(*words, f"run={tmp_path}/a")
+    assert "alarm" not in capsys.readouterr().out and not (tmp_path / "a/stage3/alarms.jsonl").exists()
+    assert "of the clips (" in stops(capsys, *words, f"run={tmp_path}/b", "lr=0.05", "alarms=stop")
