@@ -198,7 +198,7 @@ def watched(found: dict) -> str:
     out = ""
     for stage, lines in found["alarms"].items():
         told = [f"step {a['step']}: {escape(a['alarm'])} ({a['value']:.3g}, usual {a['usual']:.3g})" for a in lines]
-        out += f'<p class="alarm"><b>Stage {stage}, {len(told)} alarms</b> {"; ".join(told[:8])}</p>'
+        out += f'<p class="alarm"><b>Alarms of stage {stage} ({len(told)})</b> {"; ".join(told[:8])}</p>'
     for stage, lines in found["logs"].items():
         names = [key for key in lines[-1] if key.startswith("share_")]
         shares = {key.removeprefix("share_"): sum(ln.get(key, 0.0) for ln in lines) / len(lines) for key in names}

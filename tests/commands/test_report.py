@@ -116,7 +116,7 @@ def test_alarms_and_time_shares(run):
     alarm = {"step": 40, "alarm": f"motion collapse: {HOSTILE}", "value": 0.1234, "usual": 5.678, "good": 20}
     (run / "stage3" / "alarms.jsonl").write_text(json.dumps(alarm) + "\n")
     page = Page(write_report(run))
-    assert "Stage 3, 1 alarms|" in page.text and "(0.123, usual 5.68)" in page.text
+    assert "Alarms of stage 3 (1)|" in page.text and "(0.123, usual 5.68)" in page.text
     assert "Time of stage 2: data 20%, forward 50%, rest 30%|" in page.text and "Time of stage 3" not in page.text
     widths = [a["style"].split(";")[0] for tag, a in page.tags if tag == "i" and "style" in a]
     assert widths == ["width:20.0%", "width:50.0%", "width:30.0%"]
