@@ -55,7 +55,9 @@ def set_up(cfg) -> None:
 
     from fastlightgen.engine import ranks
     from fastlightgen.engine.local import pick_device
+    from fastlightgen.engine.writers import check_installed
 
+    check_installed(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.set_flush_denormal(True)
@@ -139,7 +141,7 @@ def preview_of(cfg, source, device):
     else:
         say("no clips are made during training: give pipeline=FOLDER, whose VAE can show those of a cache")
         return None
-    return Preview(source, world.frames, world.fps, cfg.seed, device).write
+    return Preview(source, world.frames, world.fps, cfg.seed, device)
 
 
 def rank_blocks(cfg, source, device, folder, engine) -> None:

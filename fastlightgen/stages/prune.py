@@ -45,6 +45,7 @@ def mse(a: Tensor, b: Tensor) -> Tensor:
 
 class Prune:
     number = 2
+    loss_key, drifts = "loss", False
 
     def __init__(
         self,
