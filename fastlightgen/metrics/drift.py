@@ -31,7 +31,7 @@ class Limits:
     """When an alarm sounds; docs/watching.md has the measurements behind the numbers."""
 
     # Clips against the real ones of the same prompts, as factors in both directions. In the built-in world (16 sets of
-    # 4 prompts) healthy teachers and students differ by up to 1.2, 1.3, 1.2, 2.1, students trained 3 to 4 times too
+    # 4 prompts) healthy teachers and students differ by up to 1.2, 1.3, 1.2, 2.1, students trained 2 to 4 times too
     # long by 1.5, 1.6, 1.45, 2.9; a still has 1 / 30 of the motion.
     brightness: float = 1.5
     contrast: float = 2.0
