@@ -54,6 +54,7 @@ def read_run(run: Path) -> dict:
         "config": read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {},
         "importance": read(run / "stage1" / "importance.json"),
         "logs": {n: lines for n, lines in logs.items() if lines},
+        "alarms": {n: lines for n in (0, 2, 3) if (lines := read(run / f"stage{n}" / "alarms.jsonl"))},
         "evals": {n: read(folder / f"{n}.json") for n in names},
         "speed": read(folder / "speed.json"),
     }
@@ -192,6 +193,25 @@ def curves(logs: dict[int, list[dict]]) -> dict[int, dict[str, list]]:
     return out
 
 
+def watched(found: dict) -> str:
+    """Alarms, and where the time of a step went: one bar a stage."""
+    out = ""
+    for stage, lines in found["alarms"].items():
+        told = [f"step {a['step']}: {escape(a['alarm'])} ({a['value']:.3g}, usual {a['usual']:.3g})" for a in lines]
+        out += f'<p class="alarm"><b>Alarms of stage {stage} ({len(told)})</b> {"; ".join(told[:8])}</p>'
+    for stage, lines in found["logs"].items():
+        names = [key for key in lines[-1] if key.startswith("share_")]
+        shares = {key.removeprefix("share_"): sum(ln.get(key, 0.0) for ln in lines) / len(lines) for key in names}
+        if shares:
+            shares["rest"] = max(0.0, 1 - sum(shares.values()))
+            parts = "".join(
+                f'<i style="width:{v:.1%};opacity:{0.75**k:.2f}"></i>' for k, v in enumerate(shares.values())
+            )
+            text = ", ".join(f"{name} {v:.0%}" for name, v in shares.items())
+            out += f'<p class="note">Time of stage {stage}: {text}</p><div class="times">{parts}</div>'
+    return out
+
+
 def sizes(found: dict) -> str:
     made = {n: e for n, e in found["evals"].items() if "sampler" in e}
     if not made:
@@ -230,7 +250,7 @@ def settings(config: dict) -> str:
 def write_report(run: Path, out: Path | None = None) -> Path:
     """RUN/report.html, or `out`: one file that loads nothing else."""
     found = read_run(run)
-    training = '<div id="curves"></div>' * bool(found["logs"])
+    training = '<div id="curves"></div>' * bool(found["logs"]) + watched(found)
     if not {2, 3} <= found["logs"].keys():  # a teacher may come ready-made: no stage 0
         training += missing(run, "all")
     sections = {  # title: (HTML, the stage that makes its input)

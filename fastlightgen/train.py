@@ -56,7 +56,9 @@ def set_up(cfg) -> None:
 
     from fastlightgen.engine import ranks
     from fastlightgen.engine.local import pick_device
+    from fastlightgen.engine.writers import check_installed
 
+    check_installed(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.set_flush_denormal(True)
@@ -85,6 +87,7 @@ def run_stage(cfg) -> None:
     from fastlightgen.engine.loop import train as train_loop
     from fastlightgen.stages import build
     from fastlightgen.stages.check import check_teacher
+    from fastlightgen.stages.fit import check_fit
 
     number = int(cfg.stage)
     device, source = pick_device(cfg.device), open_source(cfg.data, cfg.seed)
@@ -93,6 +96,7 @@ def run_stage(cfg) -> None:
         if folder.complete:
             say(f"stage {number}: {folder.result} is there, nothing to do (overwrite=true starts anew)")
             return
+        check_fit(cfg, source, device)
         engine = make_engine(cfg, device)
         if number == 1:
             rank_blocks(cfg, source, device, folder, engine)
@@ -138,7 +142,7 @@ def preview_of(cfg, source, device):
     else:
         say("no clips are made during training: give pipeline=FOLDER, whose VAE can show those of a cache")
         return None
-    return Preview(source, world.frames, world.fps, cfg.seed, device).write
+    return Preview(source, world.frames, world.fps, cfg.seed, device)
 
 
 def rank_blocks(cfg, source, device, folder, engine) -> None:

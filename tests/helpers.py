@@ -107,7 +107,8 @@ def result(run: Path, stage: int) -> dict:
         "state": {f.name: load_file(f) for f in files},
         "card": json.loads((folder / "model" / "fastlightgen.json").read_text()),
         "metrics": [
-            {k: v for k, v in r.items() if k != "sec_per_step"} for r in read_metrics(folder / "metrics.jsonl")
+            {k: v for k, v in r.items() if k != "sec_per_step" and not k.startswith("share_")}
+            for r in read_metrics(folder / "metrics.jsonl")
         ],
     }
 

@@ -145,7 +145,7 @@ class Plan(Checked):
     stage: str = field("3", "which stage to plan", choices=("0", "1", "2", "3"))
     size: str = field("480x832x81", "height x width x frames of the clips, in pixels (VAE: 4 x 8 x 8)")
     text_tokens: int = field(0, "tokens of a prompt; 0: what the family is used with", lo=0)
-    gpu: str = field("h100-80gb", "kind of GPU", choices=GPUS)
+    gpu: str = field("h100-80gb", "kind of GPU; cpu: processes on a CPU in place of GPUs", choices=(*GPUS, "cpu"))
     gpus: int = field(16, "GPUs in all", lo=1)
     gpus_per_node: int = field(8, "GPUs in one host", lo=1)
     engine: str = field(
@@ -161,6 +161,7 @@ class Plan(Checked):
     accumulation: int = field(1, "micro-batches per optimizer step", lo=1)
     checkpointing: bool = field(True, "keep one hidden tensor per block, compute the rest again in the backward pass")
     keep_attention: int = field(0, "checkpointing: blocks that keep their self-attention outputs", lo=0)
+    ema: float = field(0.0, "stages 0 and 3: decay of the averaged weights; 0 keeps no average", lo=0, below=1)
     iters: int = field(0, "iterations; 0: the stage's default, in stage 1 what its clips and timesteps need", lo=0)
     efficiency: float = field(
         0.0, "share of the GPU's peak that the run reaches; 0: what the paper's figures imply", lo=0, hi=1

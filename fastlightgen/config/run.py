@@ -62,6 +62,12 @@ class Run(Checked):
         lo=0,
         numbers=False,
     )
+    fit: str = field(
+        "refuse",
+        "a stage that does not fit into memory by the planner's count; refuse, warn, or off: do not look",
+        choices=("refuse", "warn", "off"),
+        numbers=False,
+    )
     timeout: float = field(
         1800, "engine=deepspeed: seconds after which a rank that waits for another gives up", above=0, numbers=False
     )
@@ -75,6 +81,14 @@ class Run(Checked):
     pipeline: str = field(
         "", "pipeline folder whose VAE shows the clips of a cache; empty: model, if it is one", numbers=False
     )
+    alarms: str = field(
+        "warn",
+        "drift of the clips, of the student's contrast, of the loss; warn; stop: end the run; off: do not look",
+        choices=("warn", "stop", "off"),
+        numbers=False,
+    )
+    tensorboard: bool = field(False, "log to RUN/stageN/tensorboard as well", numbers=False)
+    wandb: str = field("", "log to this Weights & Biases project as well; empty: do not", numbers=False)
     overwrite: bool = field(False, "start anew in a run folder that is in use", numbers=False)
     threads: int = field(0, THREADS, lo=0, numbers=False)
     progress: bool = field(True, "show a progress bar", numbers=False)

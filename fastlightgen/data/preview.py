@@ -11,10 +11,12 @@ from fastlightgen.data.frames import write_clips
 from fastlightgen.data.source import Source
 from fastlightgen.engine import ranks
 from fastlightgen.engine.log import say
+from fastlightgen.metrics.drift import look
 from fastlightgen.models.sample import sample
 from fastlightgen.rng import generator, normal_like
 
 CLIPS, PURPOSE = 4, 9  # how many; the purpose of their random draws, apart from those of the stages
+REAL = 2 * CLIPS  # real clips to compare with; their spread counts too
 
 
 class Preview:
@@ -22,21 +24,32 @@ class Preview:
 
     def __init__(self, source: Source, frames: Callable[[Tensor], NDArray], fps: int, seed: int, device: torch.device):
         self.source, self.frames, self.fps, self.seed, self.device = source, frames, fps, seed, device
+        self.looks: list[dict] = []  # of real clips
 
-    def write(self, folder: Path, step: int, how: dict, stopped: Callable[[], bool]) -> None:
-        """`how`: the network and its plan, arguments of `sample`. One clip at a time, so that a signal is heard."""
+    def write(self, folder: Path, step: int, how: dict, stopped: Callable[[], bool]) -> list[dict]:
+        """`how`: the network and its plan, arguments of `sample`. One clip at a time, so that a signal is heard.
+
+        Returns the look of every clip; nothing after a signal."""
         clips = []
         for i in range(CLIPS):
             if stopped():
-                return
+                return []
             batch = self.source.held_out(i, 1).to(self.device)
             noise = normal_like(batch.x0, generator(self.seed, PURPOSE, i))
             clips.append(self.frames(sample(cond=batch.cond, null=batch.null, noise=noise, seed=self.seed, **how)))
+        looks = [look(c[0]) for c in clips]
         if ranks.rank():
-            return
+            return looks
         try:
             # a cache may hold several sizes; a file holds the clips of the first one's
             same = [c[0] for c in clips if c.shape == clips[0].shape]
             write_clips(folder / f"step-{step:06d}.gif", same, self.fps)
         except OSError as err:
             say(f"step {step}: no clips written to {folder} ({err}); training goes on")
+        return looks
+
+    def real(self) -> list[dict]:
+        """The look of the same prompts' real clips and of some more, decoded once, one at a time."""
+        if not self.looks:
+            self.looks = [look(self.frames(self.source.held_out(i, 1).x0.to(self.device))[0]) for i in range(REAL)]
+        return self.looks

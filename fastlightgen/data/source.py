@@ -1,5 +1,6 @@
 """Where batches come from: the built-in world or a folder of latent shards; both are functions of the step alone."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -47,7 +48,8 @@ class Source(Protocol):
     """`batch(step, size)` draws training clips (only `rows` of them, where given),
     `held_out(start, size)` fixed clips that training never sees.
 
-    `description` says what the clips were made with; it is empty for the built-in world.
+    `largest` is one clip of the largest size. `description` says what the clips were made with; it is empty for the
+    built-in world.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Source(Protocol):
     def batch(self, step: int, size: int, rows: range | None = None) -> Batch: ...
 
     def held_out(self, start: int, size: int) -> Batch: ...
+
+    def largest(self) -> Batch: ...
 
 
 class ShapesSource:
@@ -72,6 +76,9 @@ class ShapesSource:
 
     def held_out(self, start: int, size: int) -> Batch:
         return shapes_batch(self.test.batch(range(start, start + size)))
+
+    def largest(self) -> Batch:
+        return self.batch(0, 1)
 
 
 def shapes_batch(clips: synthetic.Clips) -> Batch:
@@ -121,6 +128,9 @@ class CacheSource:
 
     def held_out(self, start: int, size: int) -> Batch:
         return self._read([self.rest[(start + i) % len(self.rest)] for i in range(size)])
+
+    def largest(self) -> Batch:
+        return self._read([max(range(len(self.cache)), key=lambda i: math.prod(self.cache.sizes[i]))])
 
     def _order(self, number: int, epoch: int) -> list[int]:
         keys = (epoch, number) if number else (epoch,)

@@ -31,8 +31,8 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank + 1:05d}-of-{ranks.size():05d}"
 
 
-def save(folder: Path, step: int, files: Files, meta: dict, keep: int, every: int = 0) -> None:
-    """Write step's checkpoint whole or not at all; of the older ones stay the newest `keep` and every `every` steps.
+def save(folder: Path, step: int, files: Files, meta: dict, keep: int, every: int = 0, good: int = 0) -> None:
+    """Write step's checkpoint whole or not at all; of the older ones stay the newest `keep`, `every` so many, `good`.
 
     Each rank writes files of its own. Rank 0 makes the folder before them and gives it its name after them.
     """
@@ -53,7 +53,7 @@ def save(folder: Path, step: int, files: Files, meta: dict, keep: int, every: in
             "make room and run the same command to continue"
         ) from None
     for old in steps(folder)[:-keep] if first else []:
-        if not every or old % every:
+        if old != good and (not every or old % every):
             shutil.rmtree(path(folder, old))
 
 

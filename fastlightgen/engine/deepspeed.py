@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlightgen.engine import ranks, shards
+from fastlightgen.engine.clock import clock
 from fastlightgen.engine.local import require_finite, schedule
 from fastlightgen.engine.log import say
 from fastlightgen.engine.roles import Role, Stage, Update
@@ -186,19 +187,21 @@ class DeepSpeedEngine(ShardedState):
         name, role, engine = update.role, self.roles[update.role], self.engines[update.role]
         records, losses = [], []
         for k in range(self.accumulation):
-            with share(k * self.shares + self.share, self.shares * self.accumulation):
+            with clock.part("forward"), share(k * self.shares + self.share, self.shares * self.accumulation):
                 loss = engine(lambda: self._loss(update, records))
-            losses.append(loss.item())
+                losses.append(loss.item())
             value = ranks.mean([losses[-1]])[0]
             require_finite(value, "loss", name, step + 1)
-            engine.backward(loss)
+            with clock.part("backward"):
+                engine.backward(loss)
             if k + 1 < self.accumulation:
                 engine.step()
         lr = role.lr * schedule(role, self.count[name], step, self.iters)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        engine.step()
-        norm = engine.get_global_grad_norm()
+        with clock.part("optimizer"):
+            engine.step()
+            norm = engine.get_global_grad_norm()
         if getattr(engine.optimizer, "overflow", False):
             norm = float("inf")
         require_finite(float(norm), "gradient norm", name, step + 1)

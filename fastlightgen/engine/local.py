@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlightgen.engine import checkpoint
+from fastlightgen.engine.clock import clock
 from fastlightgen.engine.ema import Ema
 from fastlightgen.engine.ranks import accumulation
 from fastlightgen.engine.roles import Role, Stage, Update
@@ -81,29 +82,33 @@ class LocalEngine:
         role, optimizer = self.roles[update.role], self.optimizers[update.role]
         loss, record = 0.0, {}
         for k in range(self.micro_batches):
-            with share(k, self.micro_batches), self.autocast():
+            with clock.part("forward"), share(k, self.micro_batches), self.autocast():
                 part, numbers = update.loss()
-            require_finite(part.item(), "loss", update.role, step + 1)
-            (part / self.micro_batches).backward()
-            loss += part.item() / self.micro_batches
+                value = part.item()
+            require_finite(value, "loss", update.role, step + 1)
+            with clock.part("backward"):
+                (part / self.micro_batches).backward()
+            loss += value / self.micro_batches
             record = {key: record.get(key, 0.0) + v / self.micro_batches for key, v in numbers.items()}
         params = optimizer.param_groups[0]["params"]
-        norm = torch.nn.utils.clip_grad_norm_(params, role.clip)
-        require_finite(norm.item(), "gradient norm", update.role, step + 1)
+        with clock.part("backward"):
+            norm = torch.nn.utils.clip_grad_norm_(params, role.clip).item()
+        require_finite(norm, "gradient norm", update.role, step + 1)
         lr = role.lr * schedule(role, self.count[update.role], step, self.iters)
         optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        self.count[update.role] += 1
-        if update.role in self.emas:
-            self.emas[update.role].update(role.net)
-        record = {"loss": loss, "grad_norm": norm.item(), "lr": lr} | record
+        with clock.part("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
+            self.count[update.role] += 1
+            if update.role in self.emas:
+                self.emas[update.role].update(role.net)
+        record = {"loss": loss, "grad_norm": norm, "lr": lr} | record
         return {k if len(self.roles) == 1 else f"{update.role}_{k}": v for k, v in record.items()}
 
     # What a checkpoint holds: per role the network, its AdamW state and its average.
 
-    def save(self, folder: Path, step: int, keep: int, every: int) -> None:
-        checkpoint.save(folder, step, self.state(), {"count": self.count, "engine": self.name}, keep, every)
+    def save(self, folder: Path, step: int, keep: int, every: int, good: int = 0) -> None:
+        checkpoint.save(folder, step, self.state(), {"count": self.count, "engine": self.name}, keep, every, good)
 
     def load(self, folder: Path) -> int:
         """Continue from the newest checkpoint; returns its step, 0 where there is none."""

@@ -1,13 +1,15 @@
-"""Progress on screen and metrics.jsonl."""
+"""Progress on screen, and the log of a run."""
 
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from fastlightgen.engine import ranks
+from fastlightgen.engine.writers import Writer
 
 
 def bar(total: int, title: str, shown: bool, start: int = 0) -> tqdm:
@@ -29,28 +31,42 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-class Metrics:
-    """One JSON object a line. Resuming at a step drops the lines after it, so that none appears twice."""
+class Lines:
+    """A file of JSON objects, one a line. Resuming at a step drops the lines after it, so that none appears twice."""
 
     def __init__(self, path: Path, start: int):
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= start:
-                        kept.append(line + "\n")
-                except (json.JSONDecodeError, KeyError):
-                    break  # a line cut short by a crash is the last one
+        self.path, kept = path, []
+        if not path.exists():
+            return
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= start:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                break  # a line cut short by a crash is the last one
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
-        self.file = open(path, "a", buffering=1)
 
     def write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class Metrics:
+    """Fans a record out: a line of metrics.jsonl, or of samples.jsonl for the look of clips, and the writers."""
+
+    def __init__(self, folder: Path, start: int, writers: Sequence[Writer] = ()):
+        self.files = {name: Lines(folder / f"{name}.jsonl", start) for name in ("metrics", "samples")}
+        self.writers = writers
+
+    def write(self, record: dict, file: str = "metrics") -> None:
+        for writer in (self.files[file], *self.writers):
+            writer.write(record)
 
     def close(self) -> None:
-        self.file.close()
+        for writer in self.writers:
+            writer.close()
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -2,16 +2,18 @@
 
 import math
 import signal
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from fastlightgen.engine import ranks
+from fastlightgen.engine.clock import clock
 from fastlightgen.engine.folder import StageFolder
 from fastlightgen.engine.log import Metrics, bar, say
 from fastlightgen.engine.roles import Stage, Update
+from fastlightgen.engine.watch import Watch
+from fastlightgen.engine.writers import open_writers
 
 REQUEUE = (signal.SIGTERM, signal.SIGUSR1)  # a scheduler's: end soon, to be started again
 
@@ -33,7 +35,7 @@ class Engine(Protocol):
 
     def apply(self, update: Update, step: int) -> dict[str, float]: ...
 
-    def save(self, folder: Path, step: int, keep: int, every: int) -> None: ...
+    def save(self, folder: Path, step: int, keep: int, every: int, good: int = 0) -> None: ...
 
     def load(self, folder: Path) -> int: ...
 
@@ -64,7 +66,14 @@ def interruptible():
             signal.signal(s, handler)
 
 
-Show = Callable[[Path, int, dict, Callable[[], bool]], None]  # folder, step, stage.sampler(), is a signal waiting?
+class Show(Protocol):
+    """Makes clips on the way."""
+
+    def write(self, folder: Path, step: int, how: dict, stopped: Callable[[], bool]) -> list[dict]:
+        """`how`: stage.sampler(); `stopped`: is a signal waiting? Returns the look of every clip."""
+
+    def real(self) -> list[dict]:
+        """The look of the real clips of the same prompts, and of some more."""
 
 
 def train(
@@ -80,26 +89,34 @@ def train(
     if start := engine.load(folder.checkpoints):
         say(f"stage {stage.number}: continues at step {start} of {stage.iters}")
 
-    metrics = Metrics(folder.path / "metrics.jsonl", start) if ranks.rank() == 0 else None
+    metrics = Metrics(folder.path, start, open_writers(cfg, folder.path, start)) if ranks.rank() == 0 else None
+    watch = Watch(stage, folder, cfg.alarms, metrics, start)
+    clock.restart()
     with interruptible() as signals, bar(stage.iters, f"stage {stage.number}", cfg.progress, start) as progress:
         for step in range(start, stage.iters):
-            clock = time.perf_counter()
             record: dict[str, float] = {}
-            for update in stage.updates(step):
-                record |= engine.apply(update, step)
+            with clock.step():
+                for update in stage.updates(step):
+                    record |= engine.apply(update, step)
             done = step + 1
-            if metrics and (step % cfg.log_every == 0 or done == stage.iters):
-                metrics.write({"step": done, **record, "sec_per_step": round(time.perf_counter() - clock, 4)})
+            if step % cfg.log_every == 0 or done == stage.iters:
+                line = {"step": done, **record, **clock.read()}
+                if metrics:
+                    metrics.write(line)
+                watch.log(line)
                 shown = {k: f"{v:.4g}" for k, v in record.items() if k.endswith("loss") and math.isfinite(v)}
                 progress.set_postfix(shown, refresh=False)
             progress.update()
             stage.check(done)
             stop = ranks.anyone(bool(signals))  # read once: a signal from here on waits for the next step
             if done % cfg.save_every == 0 or done == stage.iters or stop:
-                engine.save(folder.checkpoints, done, cfg.keep, cfg.keep_every)
+                engine.save(folder.checkpoints, done, cfg.keep, cfg.keep_every, watch.good())
             if show and not stop and (done % cfg.sample_every == 0 or done == stage.iters):
                 with engine.autocast():
-                    show(folder.path / "samples", done, stage.sampler(), lambda: ranks.anyone(bool(signals)))
+                    looks = show.write(
+                        folder.path / "samples", done, stage.sampler(), lambda: ranks.anyone(bool(signals))
+                    )
+                watch.clips(done, looks, show.real)
             if stop and done < stage.iters:
                 name = gathered_names(signals)[0]
                 raise Stopped(f"{name}: saved step {done} of {stage.iters}; run the same command to continue", name)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastlightgen.engine.clock import clock
 from fastlightgen.models.sequence import SequenceGroup, divisors
 
 
@@ -69,7 +70,8 @@ def gathered(number: int) -> list[int]:
     if size() == 1:
         return [number]
     mine, out = torch.tensor([number]), torch.empty(size(), dtype=torch.int64)
-    dist.all_gather_into_tensor(out, mine)
+    with clock.part("collectives"):
+        dist.all_gather_into_tensor(out, mine)
     return out.tolist()
 
 
@@ -118,7 +120,8 @@ def summed(x: Tensor) -> Tensor:
     if size() == 1:
         return x
     total = x.detach().cpu()
-    dist.all_reduce(total)
+    with clock.part("collectives"):
+        dist.all_reduce(total)
     return total.to(x.device)
 
 
@@ -144,7 +147,8 @@ def mean(values: Sequence[float]) -> list[float]:
     if size() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
+    with clock.part("collectives"):
+        dist.all_reduce(total)
     return (total / size()).tolist()
 
 

@@ -42,6 +42,8 @@ class Stage(Protocol):
     iters: int
     roles: dict[str, Role]
     frozen: list[nn.Module]  # networks that only predict
+    loss_key: str  # the logged loss that tells of divergence when it grows
+    drifts: bool  # may the clips leave the look of the data? Else the data themselves hold them there
 
     def begin(self) -> None:
         """Called once the networks are placed and before a checkpoint is read: the first look at them."""

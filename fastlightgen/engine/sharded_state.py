@@ -30,7 +30,7 @@ class ShardedState:
         for average, master in zip(self.averages[name], shards.masters(self.engines[name].optimizer), strict=True):
             average.lerp_(master.detach(), rate)
 
-    def save(self, folder: Path, step: int, keep: int, every: int) -> None:
+    def save(self, folder: Path, step: int, keep: int, every: int, good: int = 0) -> None:
         """Each rank writes its share of every role's weights, moments and average."""
         share = shards.Share()
         for name, role in self.roles.items():
@@ -47,7 +47,7 @@ class ShardedState:
                     with shards.whole(p) as value:
                         share.add(f"{name}/carried/{key}", value)
         meta = {"count": self.count, "engine": self.name, "ranks": ranks.size()}
-        checkpoint.save(folder, step, {checkpoint.rank_file(ranks.rank()): share.tensors}, meta, keep, every)
+        checkpoint.save(folder, step, {checkpoint.rank_file(ranks.rank()): share.tensors}, meta, keep, every, good)
 
     def load(self, folder: Path) -> int:
         """The step of the newest checkpoint, read by any number of ranks; 0 where there is none."""

@@ -34,6 +34,33 @@ def saturation(video: Tensor) -> Tensor:
 
 def sharpness(video: Tensor) -> Tensor:
     """Variance of the 4-neighbour Laplacian of the grey level 0..255 inside a frame, mean over the frames."""
-    x = (_levels(video) * torch.tensor(_GREY, dtype=torch.float64, device=video.device).view(3, 1, 1)).sum(2)
+    x = _grey(video)
     laplace = x.diff(n=2, dim=-1)[..., 1:-1, :] + x.diff(n=2, dim=-2)[..., 1:-1]
     return laplace.flatten(2).var(-1, correction=0).mean(1)
+
+
+def brightness(video: Tensor) -> Tensor:
+    """Mean grey level, 0..255."""
+    return _grey(video).mean((1, 2, 3))
+
+
+def contrast(video: Tensor) -> Tensor:
+    """Standard deviation of the grey level 0..255 inside a frame, mean over the frames."""
+    return _grey(video).flatten(2).std(-1, correction=0).mean(1)
+
+
+def colourfulness(video: Tensor) -> Tensor:
+    """Hasler and Suesstrunk (2003) of every frame, mean over the frames: 0 grey, 33 moderately, 82 highly colourful."""
+    red, green, blue = _levels(video).flatten(3).unbind(2)
+    opponents = torch.stack([red - green, (red + green) / 2 - blue])
+    spread, offset = opponents.std(-1, correction=0), opponents.mean(-1)
+    return (spread.norm(dim=0) + 0.3 * offset.norm(dim=0)).mean(1)
+
+
+def frame_difference(video: Tensor) -> Tensor:
+    """Mean |frame[i+1] - frame[i]| in levels 0..255: 0 is a still."""
+    return 255 * (1 - temporal_flickering(video))
+
+
+def _grey(video: Tensor) -> Tensor:
+    return (_levels(video) * torch.tensor(_GREY, dtype=torch.float64, device=video.device).view(3, 1, 1)).sum(2)

@@ -20,9 +20,6 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(self.linear + other.linear, self.attention + other.attention, self.entry + other.entry)
 
-    def __mul__(self, times: float) -> "Work":
-        return Work(self.linear * times, self.attention * times, self.entry * times)
-
     @property
     def forward(self) -> float:
         return self.linear + self.attention + self.entry
@@ -38,6 +35,9 @@ class Saved:
 
     narrow: float
     wide: float
+
+    def __add__(self, other: "Saved") -> "Saved":
+        return Saved(self.narrow + other.narrow, self.wide + other.wide)
 
     def bytes(self, size: int) -> float:
         return self.narrow * size + self.wide * 4
@@ -58,6 +58,8 @@ class Block:
     attention_out: Saved  # what that keeps
     saved: Saved  # kept by the block where nothing is computed again
     prompt_saved: Saved  # kept per prompt, with and without checkpointing
+    working: float  # elements alive at its widest moment without a graph, states at its ends included
+    gradients: float  # elements of gradients on their way at the widest moment of its backward pass
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Network:
     hidden: int  # elements of a hidden state, [tokens, D]
     heads: int
     saved: Saved  # kept for a backward pass outside the blocks: input, positions, prompt, prediction
+    last: Saved  # the last norm's share, given back before the backward pass comes to the blocks
     merges: bool  # do predictions with different prompts start from one hidden state?
     latent: tuple[int, int, int]
 
@@ -115,16 +118,24 @@ def token_shares(grid: tuple[int, int, int], size: int) -> tuple[int, list[int]]
     return axis, [each + (r < more) for r in range(size)]
 
 
-def network(config: Mapping, latent: tuple[int, int, int], text_tokens: int = 0) -> Network:
-    """The cost of the network that a diffusers config.json describes; text_tokens 0: what its family is used with."""
+def network(config: Mapping, latent: tuple[int, int, int], text_tokens: int = 0, fused: bool = True) -> Network:
+    """The cost of the network that a diffusers config.json describes; text_tokens 0: what its family is used with.
+
+    `fused`: with the kernels of a GPU, which keep their inputs; the CPU's reference operators are torch's own, which
+    keep what lies between them too, much of it in float32.
+    """
     name = config.get("_class_name", "WanTransformer3DModel")
     if name not in FAMILIES:
         raise ValueError(f"config.json: _class_name is {name!r}; wanted one of {', '.join(FAMILIES)}")
     make, tokens = FAMILIES[name]
     try:
-        return make(config, latent, text_tokens or tokens)
+        return make(config, latent, text_tokens or tokens, fused)
     except KeyError as err:
         raise ValueError(f"config.json: {err.args[0]} is missing; wanted a {name} configuration of diffusers") from None
+
+
+def attention(queries: int, keys: int, dim: int) -> int:
+    return 4 * queries * keys * dim
 
 
 def linear(tokens: int, *widths: tuple[int, int]) -> int:
@@ -137,11 +148,7 @@ def biased(*widths: tuple[int, int]) -> int:
     return sum(a * b + b for a, b in widths)
 
 
-def attention(queries: int, keys: int, dim: int) -> int:
-    return 4 * queries * keys * dim
-
-
-def wan(cfg: Mapping, latent: tuple[int, int, int], text: int) -> Network:
+def wan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool) -> Network:
     """WanTransformer3DModel; the image embedding of image-to-video has 257 tokens."""
     heads, patch = cfg["num_attention_heads"], math.prod(cfg["patch_size"])
     dim, ffn, image_dim = heads * cfg["attention_head_dim"], cfg["ffn_dim"], cfg["image_dim"]
@@ -161,12 +168,17 @@ def wan(cfg: Mapping, latent: tuple[int, int, int], text: int) -> Network:
         prompt=Work(linear(text + image, square, square)),
         self_attention=attention(tokens, tokens, dim),
         attention_out=Saved(hidden, heads * tokens),
-        # Of 22 hidden tensors (2 more where image tokens are read) 10 are float32 whatever the compute type: inside
-        # the norms. Then the feed-forward before and after GELU, and rows of statistics.
+        # Fused, 18 hidden tensors: x and y of the two gated norms and x of the third, their three results, q and k
+        # before and after norm and rotation, v, the output; in the cross-attention q after its norm and the output,
+        # and of that norm, which is torch's own, 2 in float32. Reference, 22, of them 10 in float32 inside the norms.
+        # Image tokens add 2. Then the feed-forward before and after GELU, and rows of statistics.
         saved=Saved(
-            (12 + 2 * bool(image)) * hidden + 2 * tokens * ffn, 10 * hidden + (2 + bool(image)) * heads * tokens
+            ((16 if fused else 12) + 2 * bool(image)) * hidden + 2 * tokens * ffn,
+            (2 if fused else 10) * hidden + (2 + bool(image)) * heads * tokens,
         ),
         prompt_saved=Saved(2 * context, 2 * context),
+        working=7 * hidden + 2 * tokens * ffn,
+        gradients=hidden + tokens * ffn,
     )
     inputs, outputs = cfg["in_channels"] * patch, cfg["out_channels"] * patch
     embedder = ((image_dim, image_dim), (image_dim, dim)) if image else ()
@@ -184,14 +196,15 @@ def wan(cfg: Mapping, latent: tuple[int, int, int], text: int) -> Network:
         heads=heads,
         saved=Saved(
             tokens * (inputs + outputs) + text * (cfg["text_dim"] + 3 * dim) + image * (4 * (image_dim or 0) + 3 * dim),
-            tokens * cfg["attention_head_dim"],
+            0 if fused else tokens * cfg["attention_head_dim"],  # rotations of every token
         ),
+        last=last_norm(hidden, fused),
         merges=True,
         latent=latent,
     )
 
 
-def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int) -> Network:
+def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool) -> Network:
     """HunyuanVideoTransformer3DModel: double blocks, then single ones, over image and text tokens together."""
     heads, patch = cfg["num_attention_heads"], cfg["patch_size_t"] * cfg["patch_size"] ** 2
     dim = heads * cfg["attention_head_dim"]
@@ -201,7 +214,7 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int) -> Network:
     rows = 2 if cfg["image_condition_type"] == "token_replace" else 1  # the given frame has a modulation of its own
     scores, hidden = attention(both, both, dim), both * dim
 
-    def block(kind: str, params: int, layers: tuple, work: int, modulation: int, narrow: int) -> Block:
+    def block(kind: str, params: int, layers: tuple, work: int, modulation: int, saved: Saved, inners: int) -> Block:
         return Block(
             kind=kind,
             params=params,
@@ -212,8 +225,10 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int) -> Network:
             prompt=Work(modulation),
             self_attention=scores,
             attention_out=Saved(hidden, heads * both),
-            saved=Saved(narrow, 10 * hidden + heads * both),
+            saved=saved + Saved(2 * both * inner, heads * both),
             prompt_saved=Saved(0, 0),
+            working=(5 if kind == "double" else 3) * hidden + inners * both * inner,
+            gradients=hidden + both * inner,
         )
 
     streams = (*[square] * 4, *fed)  # of the image, and again of the text
@@ -224,7 +239,9 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int) -> Network:
         (*streams, *streams, six, six),
         linear(both, *streams),
         linear(rows + 1, six),
-        6 * hidden + 2 * both * inner,
+        # Of the text's norms of q and k, which are torch's own, 4 tensors in float32 take the place of 2.
+        Saved(12 * hidden - 2 * text * dim, 4 * text * dim) if fused else Saved(8 * hidden, 8 * hidden),
+        inners=2,
     )
     flat = (*[square] * 3, (dim, inner), (dim + inner, dim))
     single = block(
@@ -233,7 +250,8 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int) -> Network:
         (*flat, three),
         linear(both, *flat),
         linear(rows, three),
-        3 * hidden + 2 * both * inner,
+        Saved(10 * hidden, 0) if fused else Saved(7 * hidden, 6 * hidden),
+        inners=3,
     )
     inputs, outputs = cfg["in_channels"] * patch, cfg["out_channels"] * patch
     time, pooled, wide = (256, dim), (cfg["pooled_projection_dim"], dim), (cfg["text_embed_dim"], dim)
@@ -260,10 +278,18 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int) -> Network:
         unembed=Work(linear(1, (dim, 2 * dim)) + linear(tokens, (dim, outputs))),
         hidden=hidden,
         heads=heads,
-        saved=Saved(tokens * (inputs + outputs) + text * (wide[0] + count * (10 * dim + 8 * dim)), tokens * head),
+        saved=Saved(
+            tokens * (inputs + outputs) + text * (wide[0] + count * (10 * dim + 8 * dim)), 0 if fused else tokens * head
+        ),
+        last=last_norm(tokens * dim, fused),
         merges=False,
         latent=latent,
     )
+
+
+def last_norm(hidden: int, fused: bool) -> Saved:
+    """Its input and its output; reference: in float32 also what lies between the norm and the modulation."""
+    return Saved(2 * hidden, 0) if fused else Saved(hidden, 2 * hidden)
 
 
 def fed_refiner(dim: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.recompute import Switched
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(nn.Module, Switched):
     """y = W x + b + B A x while `on`; B starts at zero, so that nothing changes at first."""
 
     def __init__(self, base: nn.Linear, rank: int, gen: torch.Generator):

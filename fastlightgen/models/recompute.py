@@ -1,6 +1,7 @@
 """Activation checkpointing: keep a block's input, compute the rest again in the backward pass."""
 
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -24,7 +25,35 @@ def _save_self_attention(_ctx, op, *args, **_kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+class Switched:
+    """A module that can be turned off."""
+
+    on: bool
+
+
+@contextmanager
+def as_it_was(switches: list[tuple[Switched, bool]], inner) -> Iterator[None]:
+    """The backward pass comes when adapters that took part may be off again."""
+    now = [module.on for module, _ in switches]
+    for module, on in switches:
+        module.on = on
+    try:
+        with inner:
+            yield
+    finally:
+        for (module, _), on in zip(switches, now, strict=True):
+            module.on = on
+
+
 def recomputed(run, recompute: str, *args):
-    """run(*args) under activation checkpointing; "attention" keeps the self-attention outputs."""
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _save_self_attention)}
-    return checkpoint(run, *args, use_reentrant=False, **(contexts if recompute == "attention" else {}))
+    """run(*args) of a block under activation checkpointing; "attention" keeps the self-attention outputs."""
+    switches = [(m, m.on) for m in run.__self__.modules() if isinstance(m, Switched)]
+
+    def contexts():
+        keeps = recompute == "attention"
+        first, again = (
+            create_selective_checkpoint_contexts(_save_self_attention) if keeps else (nullcontext(), nullcontext())
+        )
+        return first, as_it_was(switches, again)
+
+    return checkpoint(run, *args, use_reentrant=False, context_fn=contexts)

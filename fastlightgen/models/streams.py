@@ -114,19 +114,20 @@ class Made:
 def tensors_of(value: Any) -> list[Tensor]:
     """The distinct tensors in nested lists, tuples and dataclasses; a Cond is the caller's and stays as it is."""
     out: dict[int, Tensor] = {}
-
-    def collect(v: Any) -> None:
-        if isinstance(v, Tensor):
-            out[id(v)] = v
-        elif isinstance(v, list | tuple):
-            for item in v:
-                collect(item)
-        elif is_dataclass(v) and not isinstance(v, Cond):
-            for f in fields(v):
-                collect(getattr(v, f.name))
-
-    collect(value)
+    collect(value, out)
     return list(out.values())
+
+
+def collect(value: Any, out: dict[int, Tensor]) -> None:
+    # No inner function: one that calls itself is a reference cycle, which would hold tensors until Python looks for it.
+    if isinstance(value, Tensor):
+        out[id(value)] = value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            collect(item, out)
+    elif is_dataclass(value) and not isinstance(value, Cond):
+        for f in fields(value):
+            collect(getattr(value, f.name), out)
 
 
 def with_tensors(value: Any, tensors: Sequence[Tensor]) -> Any:
@@ -134,18 +135,17 @@ def with_tensors(value: Any, tensors: Sequence[Tensor]) -> Any:
     old = tensors_of(value)
     if all(a is b for a, b in zip(old, tensors, strict=True)):
         return value
-    done: dict[int, Any] = {id(a): b for a, b in zip(old, tensors, strict=True)}
+    return rebuilt(value, {id(a): b for a, b in zip(old, tensors, strict=True)})
 
-    def rebuilt(v: Any) -> Any:
-        if id(v) not in done:
-            if isinstance(v, State):
-                done[id(v)] = State(*map(rebuilt, v))
-            elif isinstance(v, list | tuple):
-                done[id(v)] = type(v)(map(rebuilt, v))
-            elif is_dataclass(v) and not isinstance(v, Cond):
-                done[id(v)] = replace(v, **{f.name: rebuilt(getattr(v, f.name)) for f in fields(v)})
-            else:
-                return v
-        return done[id(v)]
 
-    return rebuilt(value)
+def rebuilt(value: Any, done: dict[int, Any]) -> Any:
+    if id(value) not in done:
+        if isinstance(value, State):
+            done[id(value)] = State(*(rebuilt(v, done) for v in value))
+        elif isinstance(value, list | tuple):
+            done[id(value)] = type(value)(rebuilt(v, done) for v in value)
+        elif is_dataclass(value) and not isinstance(value, Cond):
+            done[id(value)] = replace(value, **{f.name: rebuilt(getattr(value, f.name), done) for f in fields(value)})
+        else:
+            return value
+    return done[id(value)]

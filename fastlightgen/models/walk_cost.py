@@ -124,9 +124,8 @@ def walk(
     for members, _ in groups:
         for part in split(members, prompts):
             outside(net.unembed, part, after=True)
-            if grad(part):  # the last norm: its input, its output before the modulation, its output
-                cost.narrow += net.hidden
-                cost.wide += 2 * net.hidden
+            if grad(part):
+                cost.keep(net.last)
     cost.boundaries = len(states)
     cost.narrow += len(states) * net.hidden
     cost.gathered += net.outside_params * bool(cost.gathers)

@@ -7,7 +7,7 @@ the device wanted, so that beside the network there is never more than one tenso
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ from fastlightgen.models.wan import WanConfig, WanModel
 __all__ = [
     "WEIGHTS",
     "build",
+    "config_of",
     "digest",
     "load_model",
     "load_weights",
@@ -59,17 +60,30 @@ WINDOW = 2**28  # bytes copied from a mapped file before it is mapped anew, whic
 
 def build(config: Mapping, seed: int | None = None) -> VideoDiT:
     """A network from a diffusers config; random weights are drawn from `seed`."""
-    name = config.get("_class_name", WanModel.config_class)
-    if name not in NETWORKS:
-        raise ValueError(f"config.json: _class_name is {name!r}; supported: {', '.join([*NETWORKS, *BY_ORIGINAL])}")
-    kind, network = NETWORKS[name]
-    check_config(config, kind)
-    cfg = kind(**{f.name: config[f.name] for f in fields(kind) if f.name in config})
+    cfg, network = settings(config)
     if seed is None:
         return network(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return network(cfg)
+
+
+def settings(config: Mapping) -> tuple[WanConfig | HunyuanConfig, type[VideoDiT]]:
+    """A diffusers config, with defaults for what it leaves out, and the class that takes it."""
+    name = config.get("_class_name", WanModel.config_class)
+    if name not in NETWORKS:
+        raise ValueError(f"config.json: _class_name is {name!r}; supported: {', '.join([*NETWORKS, *BY_ORIGINAL])}")
+    kind, network = NETWORKS[name]
+    check_config(config, kind)
+    return kind(**{f.name: config[f.name] for f in fields(kind) if f.name in config}), network
+
+
+def config_of(path_or_preset: str | Path) -> dict:
+    """The complete diffusers config of a preset or a model folder, without its weights."""
+    name = str(path_or_preset)
+    config = preset(name)["network"] if name in presets() else read_config(model_folder(path_or_preset))
+    cfg, network = settings(config)
+    return {"_class_name": network.config_class} | asdict(cfg)
 
 
 def check_config(config: Mapping, kind: type) -> None:

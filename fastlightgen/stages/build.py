@@ -10,6 +10,7 @@ import torch
 from fastlightgen.blocks import read_importance
 from fastlightgen.config import Stage0, Stage1, Stage2, Stage3, numbers, preset, presets
 from fastlightgen.data.source import Batch, Source
+from fastlightgen.engine.clock import clock
 from fastlightgen.engine.folder import StageFolder, read_run
 from fastlightgen.engine.log import say
 from fastlightgen.models.base import VideoDiT
@@ -35,7 +36,11 @@ def set_checkpointing(cfg, source: Source, *nets: VideoDiT) -> None:
 
 
 def batches_of(cfg, source: Source, device: torch.device) -> Batches:
-    return lambda step: source.batch(step, cfg.batch, rows(cfg.batch)).to(device)
+    def batches(step: int) -> Batch:
+        with clock.part("data"):
+            return source.batch(step, cfg.batch, rows(cfg.batch)).to(device)
+
+    return batches
 
 
 def check_data(cfg, source: Source, net: VideoDiT, card: dict) -> None:

@@ -1,5 +1,6 @@
 """What one iteration of each stage runs and holds: the walks of `teacher`, `rank`, `prune` and `distill`, as costs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastlightgen.blocks import num_dropped
@@ -30,18 +31,34 @@ class StepCost:
         """Sum over an iteration of one number of its walks."""
         return sum(p.times * getattr(p.cost, key) for p in self.passes)
 
-    def peak(self, size: int) -> tuple[float, float, float, float]:
-        """Most bytes per sample: kept for a backward, one block in it, states of forks, one block without gradient.
-
-        Backward passes follow each other, so the largest counts. `size`: bytes of a number in the compute type.
-        """
-        kept = max((p.cost.kept_bytes(size) for p in self.passes if p.cost.grad_calls), default=0.0)
+    def activations(self, size: int) -> "Activations":
+        """The largest of its walks, in bytes per sample; `size`: bytes of a number in the compute type."""
+        grad = [p.cost for p in self.passes if p.cost.grad_calls]
+        kept = max((cost.kept_bytes(size) for cost in grad), default=0.0)
+        again = max(b.saved.bytes(size) for b in self.net.blocks) - self.net.last.bytes(size)
+        block = max(b.gradients for b in self.net.blocks) * size if grad else 0.0
+        if any(cost.boundaries for cost in grad):
+            block += again
         forks = max((p.cost.forks for p in self.passes), default=0)
         states = 2 * forks * self.net.hidden * size  # x and y of a state, its sum left to the next block
-        block = max(b.saved.bytes(size) for b in self.net.blocks) + 4 * self.net.hidden * size
-        # Widest in a block without gradient: about ten tensors in the compute type and three in float32.
-        widest = self.net.hidden * (10 * size + 12)
-        return kept, block if kept else 0.0, states, 0.0 if kept else widest
+        return Activations(kept, block, states, self.without_gradient(size) if len(grad) < len(self.passes) else 0.0)
+
+    def without_gradient(self, size: int) -> float:
+        """Bytes alive at the widest moment of a walk of one stream without gradient."""
+        return max(b.working + b.prompt_saved.narrow for b in self.net.blocks) * size
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes per sample: kept for a backward pass, one block in that pass, states of forks, one block without gradient.
+
+    Backward passes follow each other, so the largest counts. A walk without gradient may run while tensors are kept.
+    """
+
+    kept: float
+    block: float
+    forks: float
+    working: float
 
 
 def dropped(blocks: int, ratio: float, prefix: int) -> list[int]:
@@ -56,7 +73,7 @@ def dropped(blocks: int, ratio: float, prefix: int) -> list[int]:
     return list(range(start, start + count))
 
 
-def step_cost(stage: int, net: Network, drop: list[int], cfg) -> StepCost:
+def step_cost(stage: int, net: Network, drop: Sequence[int], cfg) -> StepCost:
     """The iteration of a stage; `cfg` holds the stage's own keys and the critic's as `critics`."""
     keep = [i for i in range(len(net.blocks)) if i not in drop]
     if stage == 0:

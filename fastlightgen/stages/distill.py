@@ -68,6 +68,7 @@ class Networks:
 
 class Distill:
     number = 3
+    loss_key, drifts = "fake_loss", True
 
     def __init__(self, cfg, nets: Networks, batches: Callable[[int], Batch], card: dict):
         self.cfg, self.nets, self.batches, self.card, self.iters = cfg, nets, batches, card, cfg.iters
@@ -92,8 +93,10 @@ class Distill:
             updates.insert(0, Update("student", lambda: self.student_loss(step)))
         return updates
 
-    def rollout(self, batch: Batch, gen: torch.Generator) -> Tensor:
-        """Backward simulation with early exit: from noise down to a random rung, or from noised data at that rung."""
+    def rollout(self, batch: Batch, gen: torch.Generator) -> tuple[Tensor, int]:
+        """Backward simulation with early exit: from noise down to a random rung, or from noised data at that rung.
+
+        Returns the clips and the rung, counted from 0."""
         exit_rung = int(torch.randint(len(self.times), (), generator=gen))  # one for the batch, alike on every rank
         noise = normal_like(batch.x0, gen)
         if self.cfg.rollout == "data":
@@ -101,15 +104,16 @@ class Distill:
             x = flow.add_noise(batch.x0, noise, times[0])
         else:
             times, x = self.times[: exit_rung + 1], noise
-        return flow.rollout(
+        x_hat = flow.rollout(
             lambda x, t: self.nets.student(x, t, batch.cond), x, times, self.cfg.sampler, lambda _: normal_like(x, gen)
         )
+        return x_hat, exit_rung
 
     def student_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Eq. 8: no gradient flows through x_t into the two scores."""
         cfg, batch = self.cfg, self.batches(step)
         gen, size = generator(cfg.seed, STUDENT, step), len(batch.x0)
-        x_hat = self.rollout(batch, gen)
+        x_hat, rung = self.rollout(batch, gen)
         with torch.no_grad():
             x0 = x_hat.detach()
             t = score_times(size, cfg.score_shift or cfg.shift, cfg.t_clamp, gen).to(x0.device)
@@ -121,9 +125,12 @@ class Distill:
             gradient, normaliser = dmd_gradient(x0, x_t, t, v_fake, v_pc, v_pn, v_uc, beta1, beta2)
             if cfg.normaliser == "none":
                 gradient = gradient * flow.per_sample(normaliser, gradient)
+        gap = normaliser.mean().item()  # mean |x - x0_real|
         return dmd_loss(x_hat, gradient), {
-            "x0_gap": normaliser.mean().item(),  # mean |x - x0_real|
+            "x0_gap": gap,
+            f"x0_gap_rung{rung + 1}": gap,  # of the step's own exit only: the rungs are curves of their own
             "contrast": x0.std().item(),  # grows when a student over-saturates
+            "contrast_data": batch.x0.std().item(),
         }
 
     def critic_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -131,7 +138,7 @@ class Distill:
         cfg, batch = self.cfg, self.batches(step)
         gen = generator(cfg.seed, FAKE, step)
         with torch.no_grad():
-            x_hat = self.rollout(batch, gen)
+            x_hat, _ = self.rollout(batch, gen)
         t = score_times(len(x_hat), cfg.score_shift or cfg.shift, cfg.t_clamp, gen).to(x_hat.device)
         noise = normal_like(x_hat, gen)
         return flow_matching_loss(self.nets.fake(flow.add_noise(x_hat, noise, t), t, batch.cond), x_hat, noise), {}

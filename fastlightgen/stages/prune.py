@@ -13,6 +13,7 @@ from torch import Tensor
 from fastlightgen import flow
 from fastlightgen.blocks import draw_keep
 from fastlightgen.data.source import Batch
+from fastlightgen.engine import ranks
 from fastlightgen.engine.ema import follow
 from fastlightgen.engine.roles import Role, Update
 from fastlightgen.models.base import Stream, VideoDiT
@@ -44,6 +45,7 @@ def mse(a: Tensor, b: Tensor) -> Tensor:
 
 class Prune:
     number = 2
+    loss_key, drifts = "loss", False
 
     def __init__(
         self,
@@ -137,13 +139,18 @@ class Prune:
 
     @torch.no_grad()
     def error(self, keep: Sequence[int] | None = None) -> float:
-        """Stage I's measure (Eq. 4) on a held-out batch."""
-        batch = self.held_out()
-        gen = generator(self.cfg.seed, 4)
-        u = torch.linspace(0.02, 0.98, len(batch.x0))
+        """Stage I's measure (Eq. 4) on held-out clips, as many at a time as in training."""
+        batch, errors = self.held_out(), []
+        count = len(batch.x0)
+        u = torch.linspace(0.02, 0.98, count)
         t = flow.shift_time(u, self.cfg.shift).to(batch.x0.device)
-        x_t = flow.add_noise(batch.x0, normal_like(batch.x0, gen), t)
-        return x0_error(self.net(x_t, t, batch.cond, keep), x_t, t, batch.x0).mean().item()
+        x_t = flow.add_noise(batch.x0, normal_like(batch.x0, generator(self.cfg.seed, 4)), t)
+        size = self.cfg.micro_batch or max(1, self.cfg.batch // ranks.size())
+        for start in range(0, count, size):
+            some = slice(start, start + size)
+            v = self.net(x_t[some], t[some], batch.cond.map(lambda x, some=some: x[some]), keep)
+            errors.append(x0_error(v, x_t[some], t[some], batch.x0[some]))
+        return torch.cat(errors).mean().item()
 
     def sampler(self) -> dict:
         return {"model": self.net, "keep": self.keep} | preview_plan(self.card, self.cfg.shift, self.net.released)

@@ -35,6 +35,7 @@ def noised(batch: Batch, cfg, *keys: int):
 
 class Teacher:
     number = 0
+    loss_key, drifts = "loss", False
     frozen: list[VideoDiT] = []
 
     def __init__(self, cfg, net: VideoDiT, batches: Callable[[int], Batch], card: dict):

@@ -109,6 +109,20 @@ def test_numbers_of_the_run_are_on_the_page(run):
     assert data["curves"] == wanted
 
 
+def test_alarms_and_time_shares(run):
+    assert "alarm" not in Page(write_report(run)).text
+    lines = [{"step": k, "share_data": 0.1 * k, "share_forward": 0.5, "loss": 1.0} for k in (1, 3)]
+    (run / "stage2" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    alarm = {"step": 40, "alarm": f"motion collapse: {HOSTILE}", "value": 0.1234, "usual": 5.678, "good": 20}
+    (run / "stage3" / "alarms.jsonl").write_text(json.dumps(alarm) + "\n")
+    page = Page(write_report(run))
+    assert "Alarms of stage 3 (1)|" in page.text and "(0.123, usual 5.68)" in page.text
+    assert "Time of stage 2: data 20%, forward 50%, rest 30%|" in page.text and "Time of stage 3" not in page.text
+    widths = [a["style"].split(";")[0] for tag, a in page.tags if tag == "i" and "style" in a]
+    assert widths == ["width:20.0%", "width:50.0%", "width:30.0%"]
+    assert not [a for _, a in page.tags if "onerror" in a]
+
+
 def test_clips_survive_as_sprites(run):
     """Row k, column f of a column's picture is frame f of clip k, bit for bit; the columns stand in order."""
     page = Page(write_report(run))

@@ -9,7 +9,7 @@ import torch
 from helpers import assert_same, result, run_train, write_inputs, write_ranking
 
 from fastlightgen.engine import checkpoint
-from fastlightgen.engine.log import Metrics, read_metrics
+from fastlightgen.engine.log import Lines, read_metrics
 from fastlightgen.stages.teacher import Teacher
 
 
@@ -232,9 +232,8 @@ def test_metrics_drop_what_comes_after_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": s, "loss": s / 2}) for s in (1, 3, 5)]
     path.write_text("\n".join(lines) + '\n{"step": 6, "lo')
-    metrics = Metrics(path, 3)
+    metrics = Lines(path, 3)
     metrics.write({"step": 5, "loss": 9.0})
-    metrics.close()
     assert read_metrics(path) == [{"step": 1, "loss": 0.5}, {"step": 3, "loss": 1.5}, {"step": 5, "loss": 9.0}]
 
 

@@ -38,3 +38,23 @@ def test_sharpness():
     clip[0, 0, :, 1, 1] = 100 / 255
     # inner 2x2 Laplacians: -400, 100, 100, 0; mean -50, mean square 45000
     close(metrics.sharpness(clip), [45000.0 - 2500.0])
+
+
+def test_brightness_and_contrast():
+    close(metrics.brightness(levels(10, 40)), [25.0])
+    close(metrics.contrast(levels(10, 40)), [0.0])
+    clip = torch.zeros(1, 2, 3, 1, 2)
+    clip[0, 0, :, 0, 0] = 100 / 255  # levels 100 and 0: deviation 50; the second frame is black
+    close(metrics.contrast(clip), [25.0])
+    close(metrics.brightness(clip), [25.0])
+
+
+def test_colourfulness():
+    close(metrics.colourfulness(levels(80)), [0.0])
+    clip = torch.zeros(1, 1, 3, 1, 2)
+    clip[0, 0, 0, 0, 0] = 200 / 255  # a red pixel and a black one: red - green 200, 0; yellow - blue 100, 0
+    close(metrics.colourfulness(clip), [(1 + 0.3) * (100**2 + 50**2) ** 0.5])
+
+
+def test_frame_difference():
+    close(metrics.frame_difference(levels(10, 40, 30)), [20.0])

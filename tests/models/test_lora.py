@@ -87,3 +87,22 @@ def test_scope_restores_after_errors_and_nests():
 def test_start_is_a_function_of_the_generator():
     a, b, c = (attached(seed)[1] for seed in (0, 0, 1))
     assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_a_block_is_computed_again_with_its_adapters(kept):
+    """The backward pass comes after the scope, and leaves the adapters off as it found them."""
+    gradients = []
+    for checkpointing in (False, True):
+        model, adapters, args = attached()
+        shake(adapters)
+        model.checkpointing, model.keep_attention = checkpointing, kept
+        with lora_on(model):
+            out = model(*args)
+        out.square().sum().backward()
+        assert not any(m.on for m in model.modules() if isinstance(m, LoraLinear))
+        gradients.append({name: p.grad for name, p in adapters.items() if p.grad is not None})
+    plain, again = gradients
+    assert plain.keys() == again.keys() and any(g.any() for g in plain.values())
+    for name, grad in plain.items():  # the same operations on the same numbers
+        assert torch.equal(again[name], grad), name

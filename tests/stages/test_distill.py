@@ -105,7 +105,7 @@ def test_student_gradient_is_that_of_eq_8(folders, words):
         noise = normal_like(x, gen)
         beta1 = cfg.beta1 - cfg.a1 + (cfg.a1 + cfg.b1) * torch.rand(2, generator=gen).double()
         beta2 = cfg.beta2 - cfg.a2 + (cfg.a2 + cfg.b2) * torch.rand(2, generator=gen).double()
-        wanted = []
+        wanted, gaps = [], []
         for b in range(2):  # one sample at a time, weak teacher as a network with fewer blocks
             cond, null = (c.map(lambda v, b=b: v[b : b + 1]) for c in (batch.cond, batch.null))
             x_t = (1 - t[b].double()) * x[b : b + 1] + t[b].double() * noise[b : b + 1]
@@ -113,14 +113,19 @@ def test_student_gradient_is_that_of_eq_8(folders, words):
             v_p, v_null, v_u = weak(x_t, at, cond), weak(x_t, at, null), strong(x_t, at, cond)
             v_real = beta1[b] * (v_p - v_null) + beta2[b] * (v_u - v_p) + v_null
             g = t[b].double() * (v_real - fake(x_t, at, cond))
+            gaps.append(((x[b] - (x_t - t[b].double() * v_real)[0]).abs().mean() + 1e-6).item())
             if cfg.normaliser == "dmd":
-                g = g / ((x[b] - (x_t - t[b].double() * v_real)[0]).abs().mean() + 1e-6)
+                g = g / gaps[b]
             wanted.append(g[0].detach())
         g = torch.stack(wanted)
         hand = torch.autograd.grad(x_hat, params, g / g.numel(), allow_unused=True)
         loss, record = stage.student_loss(step)
         assert loss.item() == pytest.approx(0.5 * g.square().mean().item(), rel=1e-6)
         assert record["contrast"] == pytest.approx(x.std().item())
+        assert record["contrast_data"] == pytest.approx(batch.x0.std().item())
+        rung = 1 + int(torch.randint(cfg.steps, (), generator=generator(0, 5, step)))
+        gap = pytest.approx(sum(gaps) / 2, rel=1e-6)
+        assert {k: v for k, v in record.items() if "gap" in k} == {"x0_gap": gap, f"x0_gap_rung{rung}": gap}
         loss.backward()
         for p, h in zip(params, hand, strict=True):
             assert torch.allclose(p.grad, h, rtol=1e-5, atol=1e-9 + 1e-6 * h.abs().max().item())
@@ -252,7 +257,7 @@ def test_ladders(folders, tmp_path, steps):
 
 def test_betas_and_times_stay_inside_their_ranges_per_sample(folders, monkeypatch):
     stage, seen = make(folders, "batch=8", "beta1=2", "a1=1", "b1=0.5", "beta2=0.3", "a2=0.1", "b2=0.2"), []
-    stage.rollout = lambda batch, gen: batch.x0.clone().requires_grad_(True)
+    stage.rollout = lambda batch, gen: (batch.x0.clone().requires_grad_(True), 0)
 
     def spy(x0, x_t, t, *rest):
         seen.append((t, *rest[-2:]))

@@ -9,9 +9,9 @@ from helpers import BLOCKS, KEPT, PRUNED, batches, config, counted, small_wan
 from fastlightgen.engine.local import LocalEngine
 from fastlightgen.models.cost import network
 from fastlightgen.models.lora import attach_lora
-from fastlightgen.stages.budget import model_states
 from fastlightgen.stages.cost import distill, prune, rank, teacher
 from fastlightgen.stages.distill import Distill, Networks
+from fastlightgen.stages.memory import model_states
 from fastlightgen.stages.prune import Prune
 from fastlightgen.stages.rank import score_sets
 from fastlightgen.stages.teacher import Teacher

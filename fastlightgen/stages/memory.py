@@ -1,0 +1,160 @@
+"""What a step holds in a GPU's memory (or in that of a process on a CPU) and in a host's, part by part.
+
+ZeRO as DeepSpeed documents it (estimate_zero3_model_states_mem_needs): per trained parameter 2 bytes for the bfloat16
+weight, 4 for the gradient, 12 for AdamW's float32 weight and moments; of what passes through its buffers, what its
+code holds at one time. bench/bench_plan.py compares with the memory that real steps take on a CPU.
+"""
+
+from fastlightgen.models.cost import Network, token_shares
+from fastlightgen.stages.cost import StepCost
+
+# The CUDA context and the collectives' own buffers; on a CPU the program itself, as measured with torch and DeepSpeed.
+RESERVED = {"gpu": 1.5e9, "cpu": 0.4e9}
+BUCKET = 5e8  # DeepSpeed's default reduce_bucket_size, in numbers
+SUBGROUP = 1e9  # its default sub_group_size: ZeRO-3's optimizer takes so many numbers at a time
+REUSE = 1e9  # its default stage3_max_reuse_distance: what the backward pass needs again that soon stays gathered
+AHEAD = 5e7  # its default stage3_prefetch_bucket_size
+HOST_FACTOR = 1.5  # DeepSpeed's allowance for buffers in host memory
+
+
+def number(cfg) -> int:
+    """Bytes of a number in the compute type."""
+    return 2 if cfg.dtype == "bfloat16" else 4
+
+
+def on_cpu(cfg) -> bool:
+    return cfg.gpu == "cpu"
+
+
+def model_states(step: StepCost, cfg) -> dict[str, float]:
+    """Weights, gradients and AdamW's states on one GPU, and float32 weights' copies in the compute type."""
+    trained, frozen = sum(step.trained.values()), sum(step.frozen.values())
+    largest = max(step.trained.values(), default=0)  # roles are updated one after the other
+    if cfg.engine == "local":  # autocast keeps what it has cast until the step ends
+        copies = 2 * largest if cfg.dtype == "bfloat16" else 0
+        return {"weights": 4 * (trained + frozen) + copies, "gradients": 4 * largest, "optimizer states": 8 * trained}
+    size = number(cfg)
+    weights = size * (trained + frozen) / (cfg.gpus if cfg.zero == 3 else 1)
+    # zero=3 has room for all gradients all the time. Float32 gradients of bfloat16 ones are kept whole by zero=1.
+    kept = trained if cfg.zero == 3 else largest
+    gradients = 4 * kept / (cfg.gpus if cfg.zero >= (2 if size == 2 else 1) else 1)
+    states = 12 * trained / (cfg.gpus if cfg.zero >= 1 else 1)
+    if cfg.offload != "none":
+        gradients, states = (0.0 if cfg.zero >= 2 else size * kept), 0.0
+    return {"weights": 0.0 if cfg.offload == "all" else weights, "gradients": gradients, "optimizer states": states}
+
+
+def averaged(step: StepCost, cfg) -> float:
+    """Float32 averages of what a stage trains under `ema`: of the teacher, or of the student."""
+    if int(cfg.stage) not in (0, 3) or not cfg.ema:
+        return 0.0
+    return 4 * next(iter(step.trained.values())) / (1 if cfg.engine == "local" or cfg.zero == 0 else cfg.gpus)
+
+
+def gathered(step: StepCost, cfg) -> float:
+    """Under ZeRO-3 the weights that are whole at one time, and the gradient of one block."""
+    if cfg.engine == "local" or cfg.zero < 3 or cfg.gpus == 1:
+        return 0.0
+    net, block = step.net, max(b.params for b in step.net.blocks)
+    # Of each network this block and the next, or what is fetched ahead. One that trains also keeps, for as long as the
+    # others run, what its backward pass will need soon.
+    passing_through = net.outside_params + 2 * block
+    kept = sum(min(passing_through + REUSE / 2, count) for count in step.trained.values())
+    kept += sum(min(passing_through + AHEAD, count) for count in step.frozen.values())
+    return number(cfg) * (kept + (block if step.trained else 0))
+
+
+def passing(step: StepCost, cfg) -> tuple[float, float, float]:
+    """DeepSpeed's buffers all the time, those of a backward pass, and the tensors of an optimizer step."""
+    largest, cpu = max(step.trained.values(), default=0), on_cpu(cfg)
+    if cfg.engine == "local":  # AdamW on a GPU takes the roots of all second moments at once
+        return 0.0, 0.0, 0.0 if cpu else 4.0 * largest
+    size = number(cfg)
+    bucket = size * min(BUCKET, largest)
+    part = largest / (cfg.gpus if cfg.zero else 1)
+    if cfg.zero == 3:  # a bucket for every role; to be scattered it is copied in the order of the ranks
+        always, backward = size * sum(min(BUCKET, count) for count in step.trained.values()), bucket
+        part = min(part, SUBGROUP)
+    else:  # a second one where communication overlaps; at the end the gradients are laid out flat
+        always, backward = 0.0, bucket * (1 if cpu else 2) + size * part
+    # Gradients laid out flat once more, and as many roots of second moments; on a CPU a tensor more.
+    update = 4 * part * (3 if cpu else 2) if cfg.offload == "none" else 0.0
+    return always, backward, update
+
+
+def busiest(net: Network, cfg) -> float:
+    """The largest part of a clip's tokens on one GPU: rows or columns of patches, which need not come out even."""
+    if cfg.sequence_parallel == 1:
+        return 1.0
+    frames, height, width = net.latent
+    _, sizes = token_shares((frames, height // 2, width // 2), cfg.sequence_parallel)
+    return max(sizes) / sum(sizes)
+
+
+def gpu_memory(step: StepCost, cfg) -> dict[str, float]:
+    """Of one GPU. The last part, which is negative, makes the sum the peak: no moment holds all of the others."""
+    share, deepspeed = cfg.batch * busiest(step.net, cfg), cfg.engine == "deepspeed"
+    acts = step.activations(number(cfg))
+    kept, block, working, forks = (share * part for part in (acts.kept, acts.block, acts.working, acts.forks))
+    always, backward, update = passing(step, cfg)
+    whole = gathered(step, cfg)
+    parts = model_states(step, cfg) | {"averaged weights": averaged(step, cfg)}
+    reserved = RESERVED["cpu" if on_cpu(cfg) else "gpu"]
+    steady = sum(parts.values()) + always + reserved
+
+    gradients = 0.0 if deepspeed and cfg.zero == 3 else parts["gradients"]  # else made as activations are given back
+    paged = deepspeed and cfg.zero < 3 and on_cpu(cfg)  # and a CPU's buffers too: their pages come with the first write
+    growing, at_once = (gradients + backward, 0.0) if paged else (gradients, backward)
+    moments = (
+        kept + working + forks + whole,  # a forward pass, of this network or of one without gradient after it
+        max(kept, growing) + block + whole + at_once,  # the backward pass, from one end to the other
+        update + (0.0 if deepspeed else gradients),  # DeepSpeed's flat gradients take the place of the first
+    )
+    parts |= {
+        "activations kept": kept,
+        "one block, backward": block,
+        "one block, no gradient": working,
+        "fork states": forks,
+        "gathered blocks": whole,
+        "optimizer step": update,
+        "buffers": always + backward + reserved,
+    }
+    rest = steady - gradients + max(moments) - sum(parts.values())
+    return {name: value for name, value in parts.items() if value} | {"not at one moment": rest}
+
+
+def loaded(step: StepCost, cfg) -> float:
+    """Bytes that one rank has in host memory while networks are read, besides its share of them.
+
+    Files are read one tensor at a time (a block bounds it). Only Stage 0 may draw random weights, a whole network.
+    """
+    if cfg.engine == "local":
+        return 0.0
+    return number(cfg) * (step.net.params if int(cfg.stage) == 0 else max(b.params for b in step.net.blocks))
+
+
+def host_memory(step: StepCost, cfg, peak: float) -> dict[str, float]:
+    """Of one host: what is read, what waits there (with DeepSpeed's allowance for buffers), a checkpoint's copy.
+
+    `peak`: of a process, which on a CPU is in the host's memory too.
+    """
+    trained, frozen, size = sum(step.trained.values()), sum(step.frozen.values()), number(cfg)
+    here = min(cfg.gpus, cfg.gpus_per_node)
+    share = here / cfg.gpus
+    parts = {"networks while they are read": here * loaded(step, cfg), "processes": here * peak * on_cpu(cfg)}
+    if cfg.offload == "all":
+        parts["weights"] = HOST_FACTOR * size * (trained + frozen) * share
+    if cfg.offload != "none":
+        parts["gradients"] = HOST_FACTOR * 4 * trained * share
+        parts["optimizer states"] = HOST_FACTOR * 12 * trained * share
+    average = 4 * next(iter(step.trained.values())) if averaged(step, cfg) else 0.0
+    parts["a checkpoint while it is written"] = (12 * trained + average) * share
+    return {name: value for name, value in parts.items() if value}
+
+
+def host_peak(parts: dict[str, float]) -> float:
+    """The networks have been sharded before a checkpoint is written, and on a CPU before the first step."""
+    rest = sum(parts.values()) - (read := parts.get("networks while they are read", 0.0))
+    if "processes" in parts:
+        return max(read, rest)
+    return read + rest - min(read, parts.get("a checkpoint while it is written", 0.0))

@@ -1,0 +1,179 @@
+"""Alarms in a run: what they say, what they keep, how they end it, and that training does not notice them."""
+
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from helpers import assert_same, result, run_train, write_inputs
+
+from fastlightgen.data.preview import Preview
+from fastlightgen.data.source import ShapesSource
+from fastlightgen.data.worlds import BuiltIn
+from fastlightgen.engine.checkpoint import steps
+from fastlightgen.engine.log import read_metrics
+from fastlightgen.metrics import drift
+from fastlightgen.models.sample import preview_plan
+from fastlightgen.models.weights import load_model, read_card, save_model, trained_folder
+from fastlightgen.stages.distill import Distill
+
+FROZEN = "motion collapse: motion of the clips"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    return ["stage=3", *write_inputs(tmp_path_factory.mktemp("inputs"))[3], "keep=1", "sample_every=3"]
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    """What a run without anyone watching leaves."""
+    run = tmp_path_factory.mktemp("whole")
+    run_train(*words, f"run={run}", "alarms=off", "sample_every=0")
+    return result(run, 3)
+
+
+@pytest.fixture
+def frozen_from(monkeypatch):
+    """Clips that look like real ones up to a step and stand still from it on."""
+
+    def write(self, folder, step, how, stopped, start):
+        return [x | {"motion": x["motion"] * (step < start)} for x in self.real()[:4]]
+
+    def set_up(start: int) -> None:
+        monkeypatch.setattr(Preview, "write", lambda *args: write(*args, start))
+
+    return set_up
+
+
+def growing_from(step: int, monkeypatch) -> None:
+    """The critic's loss is eight times as large from a step on, and alarms need few lines."""
+    real = Distill.critic_loss
+    monkeypatch.setattr(drift, "Limits", partial(drift.Limits, first=3, recent=2))
+
+    def critic_loss(self, at):
+        loss, record = real(self, at)
+        return loss * (8.0 if at + 1 >= step else 1.0), record
+
+    monkeypatch.setattr(Distill, "critic_loss", critic_loss)
+
+
+def stops(capsys, *command: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_train(*command)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: alarms=stop: ") and err.count("\n") == 1
+    return err
+
+
+def test_stop_keeps_the_last_good_checkpoint_and_says_how_to_go_on(words, whole, tmp_path, frozen_from, capsys):
+    command, folder = [*words, f"run={tmp_path}", "alarms=stop"], tmp_path / "stage3"
+    frozen_from(6)
+    line = stops(capsys, *command)
+    usual = read_metrics(folder / "alarms.jsonl")[0]["usual"]
+    assert f"step 6: {FROZEN} (0, usual {usual:.3g})" in line
+    assert f"the last checkpoint before it is {folder}/checkpoints/step-000003; give alarms=warn" in line
+    assert steps(folder / "checkpoints") == [3, 6] and not (folder / "model").exists()
+
+    # the same command again does not slip past the alarm
+    assert f"step 6: {FROZEN}; the last checkpoint before it is {folder}/checkpoints/step-000003" in stops(
+        capsys, *command
+    )
+    assert steps(folder / "checkpoints") == [3, 6]
+
+    run_train(*command[:-1], "alarms=warn")
+    assert f"alarm: step 7: {FROZEN}" in capsys.readouterr().out
+    assert steps(folder / "checkpoints") == [3, 7]  # keep=1, and the good one
+    assert [(a["step"], a["alarm"], a["good"]) for a in read_metrics(folder / "alarms.jsonl")] == [
+        (6, FROZEN, 3), (7, FROZEN, 3),
+    ]  # fmt: skip
+    got = result(tmp_path, 3)
+    for key in ("model", "state", "metrics"):
+        assert_same(got[key], whole[key])
+
+
+def test_from_the_good_checkpoint_the_alarm_is_forgotten(words, whole, tmp_path, frozen_from, capsys):
+    command, folder = [*words, f"run={tmp_path}", "alarms=stop"], tmp_path / "stage3"
+    frozen_from(6)
+    stops(capsys, *command)
+    shutil.rmtree(folder / "checkpoints/step-000006")
+    frozen_from(100)
+    run_train(*command)
+    assert read_metrics(folder / "alarms.jsonl") == []
+    assert [line["step"] for line in read_metrics(folder / "samples.jsonl")] == [3, 6, 7]
+    assert_same(result(tmp_path, 3)["model"], whole["model"])
+
+
+def test_an_alarm_of_the_first_clips(words, tmp_path, frozen_from, capsys):
+    """save_every=2: step 2 is the newest one before step 3, whose clips are bad."""
+    frozen_from(1)
+    line = stops(capsys, *words, f"run={tmp_path}/a", "alarms=stop", "save_every=2")
+    assert "step 3" in line and "checkpoints/step-000002" in line
+    assert "there is no checkpoint before it" in stops(capsys, *words, f"run={tmp_path}/b", "alarms=stop")
+
+
+def test_a_diverging_critic_stops_before_it_is_saved(words, tmp_path, monkeypatch, capsys):
+    growing_from(6, monkeypatch)
+    command = [*words, f"run={tmp_path}", "iters=12", "log_every=1", "save_every=1", "sample_every=0", "alarms=stop"]
+    line = stops(capsys, *command)  # the median of two lines exceeds twice the usual with the first large one
+    assert "step 6: divergence (" in line and f"{tmp_path}/stage3/checkpoints/step-000005; give" in line
+    assert steps(tmp_path / "stage3/checkpoints") == [5]
+    assert [r["step"] for r in read_metrics(tmp_path / "stage3/metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    # Nothing of the bad step was saved, so it is done again, and sounds again.
+    assert "step 6: divergence (" in stops(capsys, *command)
+
+
+def test_warn_tells_once_and_knows_what_it_told_after_a_resume(words, tmp_path, monkeypatch, capsys):
+    growing_from(6, monkeypatch)
+    command = [*words, f"run={tmp_path}", "log_every=1", "save_every=1", "sample_every=0"]
+
+    def check(self, done):
+        if done == 9:
+            raise ValueError("stopped by the test")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Distill, "check", check)
+        run_train(*command, "iters=12")
+    run_train(*command, "iters=12")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("alarm: ")]
+    assert len(told) == 1 and told[0].startswith("alarm: step 6: divergence (")
+    [alarm] = read_metrics(tmp_path / "stage3/alarms.jsonl")
+    losses = [r["fake_loss"] for r in read_metrics(tmp_path / "stage3/metrics.jsonl")]
+    middle = sorted(losses[:3])[1]
+    both = (losses[4] * losses[5]) ** 0.5  # the median of two logarithms
+    assert alarm["value"] == pytest.approx(both) and alarm["usual"] <= middle * (1 + 1e-12) and alarm["good"] == 5
+    assert steps(tmp_path / "stage3/checkpoints") == [5, 12]
+
+
+@pytest.mark.parametrize("stage, extra", [("3", "alarms=off"), ("0", "alarms=warn")])
+def test_where_nothing_is_watched(words, tmp_path, frozen_from, capsys, stage, extra):
+    """alarms=off; and the clips of a stage that learns from data may look as they like while it learns."""
+    frozen_from(1)
+    words = [*write_inputs(tmp_path / "inputs")[int(stage)], "keep=1", "sample_every=3"]
+    run_train(f"stage={stage}", *words, f"run={tmp_path}", extra)
+    folder = tmp_path / f"stage{stage}"
+    assert "alarm" not in capsys.readouterr().out and not (folder / "alarms.jsonl").exists()
+    assert steps(folder / "checkpoints") == [7]
+
+
+def test_clips_of_the_shipped_teacher_are_as_usual(tmp_path):
+    folder = trained_folder("tiny")
+    net = load_model(folder)
+    preview = Preview(ShapesSource(0), BuiltIn().frames, 6, 0, torch.device("cpu"))
+    looks = preview.write(tmp_path, 1, {"model": net} | preview_plan(read_card(folder), 3.0, net.released), bool)
+    assert len(looks) == 4 and drift.in_clips(looks, preview.real(), drift.Limits()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_short_distillation_of_the_tiny_model(tmp_path, capsys):
+    """The shipped teacher, no block dropped, to a student of 4 steps. Silent at the preset's learning rate; at 500
+    times that the clips go, and the alarm sounds."""
+    folder = trained_folder("tiny")
+    save_model(load_model(folder), tmp_path / "stage2", **read_card(folder) | {"pruned_path": list(range(12))})
+    words = ["stage=3", "model=tiny", "progress=false", "threads=1", "log_every=1", "batch=4", "ratio=2"]
+    words += [f"stage2_model={tmp_path}/stage2", "iters=8", "sample_every=4"]
+    run_train(*words, f"run={tmp_path}/a")
+    assert "alarm" not in capsys.readouterr().out and not (tmp_path / "a/stage3/alarms.jsonl").exists()
+    assert "of the clips (" in stops(capsys, *words, f"run={tmp_path}/b", "lr=0.05", "alarms=stop")

@@ -1,0 +1,122 @@
+"""TensorBoard and W&B get every line once, also after a crash; what is not installed is told at the start."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+from helpers import run_train, write_inputs
+
+from fastlightgen.engine.log import read_metrics
+from fastlightgen.stages.teacher import Teacher
+
+FAKE = """
+import json
+from pathlib import Path
+class Error(Exception): pass
+def init(**keys):
+    if keys["project"] == "refused": raise Error("not logged in")
+    return Run(keys)
+class Run:
+    def __init__(self, keys):
+        self.file = Path(keys["dir"], "calls.jsonl")
+        shown = {k: keys[k] for k in ("project", "id", "name", "resume")}
+        self.note("init", shown | {"iters": keys["config"]["iters"]})
+    def note(self, *what):
+        with open(self.file, "a") as f: f.write(json.dumps(what) + "\\n")
+    def log(self, record, step): self.note("log", step, record)
+    def finish(self): self.note("finish")
+"""
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    return ["stage=0", *write_inputs(tmp_path_factory.mktemp("inputs"))[0], "sample_every=4"]
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/wandb.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    yield
+    sys.modules.pop("wandb", None)
+
+
+def crash(monkeypatch, step: int, *words: str) -> None:
+    """A run that ends in an error after `step`, past its last checkpoint."""
+
+    def check(self, done):
+        if done == step:
+            raise ValueError("stopped by the test")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Teacher, "check", check)
+        run_train(*words)
+
+
+def numbers(run) -> dict[str, list]:
+    """{name: [[step, value], ..]} of both files of the log, in TensorBoard's float32."""
+    out: dict[str, list] = {}
+    for name in ("metrics", "samples"):
+        for line in read_metrics(run / f"stage0/{name}.jsonl"):
+            for key in set(line) - {"step"}:
+                out.setdefault(key, []).append((line["step"], pytest.approx(line[key], rel=2**-23)))
+    return out
+
+
+def test_tensorboard_shows_every_step_once(words, tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    crash(monkeypatch, 5, *words, f"run={tmp_path}", "tensorboard=true")  # step 5 is logged, step 3 is saved
+    run_train(*words, f"run={tmp_path}", "tensorboard=true")
+    events = accumulator.EventAccumulator(str(tmp_path / "stage0/tensorboard"))
+    events.Reload()
+    shown = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    wanted = numbers(tmp_path)
+    assert [s for s, _ in wanted["loss"]] == [1, 3, 5, 7] and [s for s, _ in wanted["clips_motion"]] == [4, 7]
+    assert shown == wanted
+
+
+def test_wandb_gets_the_log(words, tmp_path, monkeypatch, wandb):
+    command = [*words, f"run={tmp_path}", "wandb=films"]
+    crash(monkeypatch, 5, *command)
+    run_train(*command)
+    calls = [json.loads(line) for line in (tmp_path / "stage0/calls.jsonl").read_text().splitlines()]
+    starts = [c[1] for c in calls if c[0] == "init"]
+    name = (tmp_path / "stage0/wandb-id").read_text()
+    wanted = {"project": "films", "id": name, "name": f"{tmp_path.name} stage0", "resume": "allow", "iters": 7}
+    assert starts == [wanted, wanted] and len(name) == 12  # the same W&B run, continued
+    second = calls[[i for i, c in enumerate(calls) if c[0] == "init"][1] + 1 :]
+    assert [c[:2] for c in second] == [["log", 4], ["log", 5], ["log", 7], ["log", 7], ["finish"]]
+    last = read_metrics(tmp_path / "stage0/metrics.jsonl")[-1]
+    assert second[2][2] == {k: v for k, v in last.items() if k != "step"}
+
+
+@pytest.mark.parametrize("word", ["tensorboard=true", "wandb=films"])
+def test_what_is_not_installed_is_told_at_the_start(words, tmp_path, monkeypatch, capsys, word):
+    key = word.split("=")[0]
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == key else find(name, *a))
+    with pytest.raises(SystemExit) as stop:
+        run_train(*words, f"run={tmp_path}/run", word)
+    line = capsys.readouterr().err
+    told = f"error: {word}: {key} is not installed; pip install 'fastlightgen[watch]', or leave {key}= out\n"
+    assert stop.value.code == 2 and line == told and not (tmp_path / "run").exists()
+
+
+def test_a_folder_named_wandb_is_not_the_package(words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "modules/wandb").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "modules"), *(p for p in sys.path if "site-packages" not in p)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(SystemExit):
+        run_train(*words, f"run={tmp_path}/run", "wandb=films")
+    assert "wandb=films: wandb is not installed" in capsys.readouterr().err
+
+
+def test_wandb_that_refuses_is_one_line(words, tmp_path, wandb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_train(*words, f"run={tmp_path}", "wandb=refused")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    assert "wandb=refused: cannot start (not logged in); run `wandb login`" in err
