@@ -1,7 +1,7 @@
 """The error rule of every kernel: at most twice the error of torch's own operations in the same dtype."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def leaves(case: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -40,3 +40,14 @@ def check(got: dict[str, Tensor], own: dict[str, Tensor], exact: dict[str, Tenso
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Part(nn.Module):
+    """A function as a module's method, which is what a checkpoint takes."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def run(self, *args):
+        return self.function(*args)
