@@ -102,8 +102,9 @@ class LocalEngine:
 
     # What a checkpoint holds: per role the network, its AdamW state and its average.
 
-    def save(self, folder: Path, step: int, keep: int, every: int) -> None:
-        checkpoint.save(folder, step, self.state(), {"count": self.count, "engine": self.name}, keep, every)
+    def save(self, folder: Path, step: int, keep: int, every: int) -> checkpoint.Saving:
+        files = {name: {k: checkpoint.held(v) for k, v in part.items()} for name, part in self.state().items()}
+        return checkpoint.save(folder, step, files, {"count": dict(self.count), "engine": self.name}, keep, every)
 
     def load(self, folder: Path) -> int:
         """Continue from the newest checkpoint; returns its step, 0 where there is none."""

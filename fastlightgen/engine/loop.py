@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from fastlightgen.engine import ranks
+from fastlightgen.engine import checkpoint, ranks
 from fastlightgen.engine.folder import StageFolder
 from fastlightgen.engine.log import Metrics, bar, say
 from fastlightgen.engine.roles import Stage, Update
@@ -33,7 +33,7 @@ class Engine(Protocol):
 
     def apply(self, update: Update, step: int) -> dict[str, float]: ...
 
-    def save(self, folder: Path, step: int, keep: int, every: int) -> None: ...
+    def save(self, folder: Path, step: int, keep: int, every: int) -> checkpoint.Saving: ...
 
     def load(self, folder: Path) -> int: ...
 
@@ -81,7 +81,12 @@ def train(
         say(f"stage {stage.number}: continues at step {start} of {stage.iters}")
 
     metrics = Metrics(folder.path / "metrics.jsonl", start) if ranks.rank() == 0 else None
-    with interruptible() as signals, bar(stage.iters, f"stage {stage.number}", cfg.progress, start) as progress:
+    title = f"stage {stage.number}"
+    with (
+        interruptible() as signals,
+        checkpoint.Background() as saves,
+        bar(stage.iters, title, cfg.progress, start) as progress,
+    ):
         for step in range(start, stage.iters):
             clock = time.perf_counter()
             record: dict[str, float] = {}
@@ -94,15 +99,21 @@ def train(
                 progress.set_postfix(shown, refresh=False)
             progress.update()
             stage.check(done)
-            stop = ranks.anyone(bool(signals))  # read once: a signal from here on waits for the next step
+            # One collective: is there a signal (one that comes later waits for the next step), is a save under way?
+            told = ranks.gathered(bool(signals) | saves.state())
+            stop = any(number & 1 for number in told)
+            saves.hear(told)
             if done % cfg.save_every == 0 or done == stage.iters or stop:
-                engine.save(folder.checkpoints, done, cfg.keep, cfg.keep_every)
+                saves.wait()
+                saves.saving = engine.save(folder.checkpoints, done, cfg.keep, cfg.keep_every)
             if show and not stop and (done % cfg.sample_every == 0 or done == stage.iters):
                 with engine.autocast():
                     show(folder.path / "samples", done, stage.sampler(), lambda: ranks.anyone(bool(signals)))
             if stop and done < stage.iters:
+                saves.wait()
                 name = gathered_names(signals)[0]
                 raise Stopped(f"{name}: saved step {done} of {stage.iters}; run the same command to continue", name)
+        saves.wait()
     if metrics:
         metrics.close()
     engine.finish()

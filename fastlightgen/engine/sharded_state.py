@@ -30,7 +30,7 @@ class ShardedState:
         for average, master in zip(self.averages[name], shards.masters(self.engines[name].optimizer), strict=True):
             average.lerp_(master.detach(), rate)
 
-    def save(self, folder: Path, step: int, keep: int, every: int) -> None:
+    def save(self, folder: Path, step: int, keep: int, every: int) -> checkpoint.Saving:
         """Each rank writes its share of every role's weights, moments and average."""
         share = shards.Share()
         for name, role in self.roles.items():
@@ -46,8 +46,8 @@ class ShardedState:
                 for key, p in role.carried.named_parameters():
                     with shards.whole(p) as value:
                         share.add(f"{name}/carried/{key}", value)
-        meta = {"count": self.count, "engine": self.name, "ranks": ranks.size()}
-        checkpoint.save(folder, step, {checkpoint.rank_file(ranks.rank()): share.tensors}, meta, keep, every)
+        meta = {"count": dict(self.count), "engine": self.name, "ranks": ranks.size()}
+        return checkpoint.save(folder, step, {checkpoint.rank_file(ranks.rank()): share.tensors}, meta, keep, every)
 
     def load(self, folder: Path) -> int:
         """The step of the newest checkpoint, read by any number of ranks; 0 where there is none."""

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fastlightgen.engine import ranks
+from fastlightgen.engine.checkpoint import held
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -124,7 +125,7 @@ class Share:
 
     def add(self, name: str, value: Tensor) -> None:
         if self.seen % ranks.size() == ranks.rank():
-            self.tensors[name] = value.detach().cpu().clone()
+            self.tensors[name] = held(value)
         self.seen += 1
 
 

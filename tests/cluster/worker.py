@@ -101,8 +101,9 @@ def run(case: dict) -> dict:
     # Save in the middle, go on, and let a second engine continue from there.
     folder, middle = Path(case["save"]), last // 2
     records = steps(stage, engine, 0, middle)
-    engine.save(folder, middle, keep=2, every=0)
+    saving = engine.save(folder, middle, keep=2, every=0)  # on its way while the next steps run
     records += steps(stage, engine, middle, last)
+    saving.wait()
     engine.finish()
     stage.save(folder / "whole", engine.save_model)
     stage, engine = make(case["stage"], case.get("words", [])), make_engine(case)

@@ -1,0 +1,88 @@
+"""Checkpoints are written while the steps go on, one at a time, with the numbers of their own step."""
+
+import threading
+
+import pytest
+import torch
+from helpers import assert_same, result, run_train, write_inputs
+
+from fastlightgen.engine import checkpoint
+from fastlightgen.stages.teacher import Teacher
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(inputs, tmp_path, monkeypatch):
+    """The disk takes until step 5 to write the checkpoint of step 3; that of step 6 is then like any other."""
+    command = ["stage=0", f"run={tmp_path}", *inputs[0], "ema=0.9", "keep=3"]
+    reached, seen = threading.Event(), []
+    write, check = checkpoint.write, Teacher.check
+
+    def slow(*args):
+        assert seen or reached.wait(60)
+        write(*args)
+
+    def note(self, step):
+        if step == 5:
+            seen.append(checkpoint.steps(tmp_path / "stage0/checkpoints"))
+            reached.set()
+        return check(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", slow)
+        patch.setattr(Teacher, "check", note)
+        run_train(*command)
+    assert seen == [[]]  # at step 5 the one of step 3 was not there yet
+    assert checkpoint.steps(tmp_path / "stage0/checkpoints") == [3, 6, 7]
+    run_train("stage=0", f"run={tmp_path}/whole", *inputs[0], "ema=0.9", "keep=3")
+    for step in (3, 6, 7):
+        files = [checkpoint.path(run / "stage0/checkpoints", step) for run in (tmp_path, tmp_path / "whole")]
+        one, two = (checkpoint.load(sorted(folder.glob("*.safetensors"))) for folder in files)
+        assert_same(one, two)
+    assert_same(result(tmp_path, 0), result(tmp_path / "whole", 0))
+
+
+def test_one_at_a_time(inputs, tmp_path, monkeypatch):
+    """A save at every step: each waits for the one before it, and the run for the last."""
+    inside, overlaps, write = [], [], checkpoint.write
+
+    def counted(*args):
+        inside.append(1)
+        overlaps.append(len(inside))
+        write(*args)
+        inside.pop()
+
+    monkeypatch.setattr(checkpoint, "write", counted)
+    run_train("stage=0", f"run={tmp_path}", *inputs[0], "save_every=1", "keep=7")
+    assert overlaps == [1] * 7 and checkpoint.steps(tmp_path / "stage0/checkpoints") == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_an_error_of_the_run_leaves_the_checkpoint_under_way_whole(inputs, tmp_path, monkeypatch, capsys):
+    failed, write = threading.Event(), checkpoint.write
+
+    def slow(*args):
+        assert failed.wait(60)
+        write(*args)
+
+    def check(self, step):
+        if step == 4:
+            failed.set()
+            raise ValueError("stopped by the test")
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr(Teacher, "check", check)
+    with pytest.raises(SystemExit):
+        run_train("stage=0", f"run={tmp_path}", *inputs[0])
+    assert "stopped by the test" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "stage0/checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_what_is_held_does_not_change():
+    x = torch.arange(6.0).view(2, 3).T.requires_grad_()  # not contiguous, as no file can hold it
+    copy = checkpoint.held(x)
+    with torch.no_grad():
+        x.zero_()
+    assert copy.is_contiguous() and torch.equal(copy, torch.tensor([[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]))
