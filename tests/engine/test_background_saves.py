@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from helpers import assert_same, result, run_train, write_inputs
+from safetensors.torch import load_file
 
 from fastlightgen.engine import checkpoint
 from fastlightgen.stages.teacher import Teacher
@@ -86,3 +87,13 @@ def test_what_is_held_does_not_change():
     with torch.no_grad():
         x.zero_()
     assert copy.is_contiguous() and torch.equal(copy, torch.tensor([[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]))
+
+
+@pytest.mark.parametrize("dtype", [*checkpoint.NAMES], ids=str)
+def test_files_are_what_safetensors_reads(tmp_path, dtype):
+    tensors = {"a": torch.arange(-3, 4).to(dtype), "step": torch.tensor(2.0), "none": torch.zeros(0, 3, dtype=dtype)}
+    tensors["b"] = torch.randn(2, 3, 5).to(dtype)
+    checkpoint.save_file(tensors, tmp_path / "x.safetensors")
+    assert_same(load_file(tmp_path / "x.safetensors"), tensors)
+    checkpoint.save_file({}, tmp_path / "empty")
+    assert load_file(tmp_path / "empty") == {}
