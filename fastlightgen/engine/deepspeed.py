@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlightgen.engine import ranks, shards
+from fastlightgen.engine.hang import HERE, keeps_of, note_walks
 from fastlightgen.engine.local import require_finite, schedule
 from fastlightgen.engine.log import say
 from fastlightgen.engine.roles import Role, Stage, Update
@@ -25,9 +26,7 @@ PERSISTENT = 1e5  # DeepSpeed's default: parameters up to this size are not wort
 
 def check_walk(net: VideoDiT, args: tuple) -> None:
     """The blocks that every stream of this walk will run are the same on all ranks."""
-    streams = args[2] if isinstance(args[2], list | tuple) else [(args[3:] or (None,))[0]]
-    keeps = [None if k is None else sorted(k) for k in (getattr(s, "keep", s) for s in streams)]
-    ranks.agree("the blocks of a walk", (net.num_blocks, keeps))
+    ranks.agree("the blocks of a walk", (net.num_blocks, keeps_of(args)))
 
 
 def start_graph(block: Block, args: tuple) -> tuple | None:
@@ -89,25 +88,27 @@ class DeepSpeedEngine(ShardedState):
                 raise ValueError("target=ema: an average does not move in bfloat16; use dtype=float32 or target=frozen")
         self.engines, self.averages = {}, {}
         for name, role in self.roles.items():
-            self.engines[name] = self._trained(role)
+            self.engines[name] = self._trained(role, name)
             if role.ema:
                 self.averages[name] = [m.detach().clone() for m in shards.masters(self.engines[name].optimizer)]
         for net in [*stage.frozen, *(r.carried for r in self.roles.values() if r.carried is not None)]:
             self.place(net)
 
-    def place(self, net: nn.Module) -> None:
+    def place(self, net: nn.Module, name: str = "the frozen network") -> None:
         """A network that only predicts: sharded under zero=3, whole on every rank otherwise."""
         if hasattr(next(net.parameters()), "ds_id"):
             return
+        HERE.at(f"placing {name}")
         net.to(dtype=self.dtype)
         if self.zero3:
             net.sharded = self.deepspeed.initialize(model=self._leaves(net), config=self._config(1.0, 1, net))[0]
-            self._watch(net)
         else:
             net.to(self.device)
+        self._watch(net, name)
 
-    def _trained(self, role: Role):
+    def _trained(self, role: Role, name: str):
         """A DeepSpeed engine for one role; the learning rate is set at every step."""
+        HERE.at(f"placing {name}")
         net = role.host or role.net
         net.to(dtype=self.dtype)
         params = [p for p in role.net.parameters() if p.requires_grad]
@@ -118,7 +119,7 @@ class DeepSpeedEngine(ShardedState):
             for block in net.blocks:
                 block.register_forward_pre_hook(start_graph, prepend=True)
         engine = self.deepspeed.initialize(model=Runner(self._leaves(net)), optimizer=optimizer, config=config)[0]
-        self._watch(net)
+        self._watch(net, name)
         return engine
 
     def _adamw(self, params: list[nn.Parameter], role: Role) -> torch.optim.Optimizer:
@@ -159,10 +160,11 @@ class DeepSpeedEngine(ShardedState):
             "steps_per_print": 10**9,
         }
 
-    def _watch(self, net: nn.Module) -> None:
+    def _watch(self, net: nn.Module, name: str) -> None:
         """Compare what every walk is about to do over the ranks, before the first gather of a walk that differs."""
         if isinstance(net, VideoDiT) and ranks.size() > 1:
             net.register_forward_pre_hook(check_walk, prepend=True)
+            note_walks(net, name)
 
     def estimate(self) -> str:
         parts = []
@@ -177,12 +179,16 @@ class DeepSpeedEngine(ShardedState):
         name, role, engine = update.role, self.roles[update.role], self.engines[update.role]
         records, losses = [], []
         for k in range(self.accumulation):
+            HERE.at("forward", role=name)
             with share(k * ranks.size() + ranks.rank(), ranks.size() * self.accumulation):
                 loss = engine(lambda: self._loss(update, records))
+            HERE.at("mean of the loss")
             losses.append(loss.item())
             value = ranks.mean([losses[-1]])[0]
             require_finite(value, "loss", name, step + 1)
+            HERE.at("backward")
             engine.backward(loss)
+            HERE.at("optimizer")
             if k + 1 < self.accumulation:
                 engine.step()
         lr = role.lr * schedule(role, self.count[name], step, self.iters)
@@ -196,6 +202,7 @@ class DeepSpeedEngine(ShardedState):
         self.count[name] += 1
         if name in self.averages:
             self.average(name)
+        HERE.at("means of the records")
         keys = list(records[0])
         means = ranks.mean([sum(losses), *(sum(r[k] for r in records) for k in keys)])
         loss, *rest = (m / self.accumulation for m in means)

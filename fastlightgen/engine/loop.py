@@ -10,6 +10,7 @@ from typing import Protocol
 
 from fastlightgen.engine import checkpoint, ranks
 from fastlightgen.engine.folder import StageFolder
+from fastlightgen.engine.hang import HERE
 from fastlightgen.engine.log import Metrics, bar, say
 from fastlightgen.engine.roles import Stage, Update
 
@@ -89,6 +90,7 @@ def train(
     ):
         for step in range(start, stage.iters):
             clock = time.perf_counter()
+            HERE.at("the step's data", step=step + 1)
             record: dict[str, float] = {}
             for update in stage.updates(step):
                 record |= engine.apply(update, step)
@@ -98,15 +100,18 @@ def train(
                 shown = {k: f"{v:.4g}" for k, v in record.items() if k.endswith("loss") and math.isfinite(v)}
                 progress.set_postfix(shown, refresh=False)
             progress.update()
+            HERE.at("the stage's check", role="")
             stage.check(done)
             # One collective: is there a signal (one that comes later waits for the next step), is a save under way?
             told = ranks.gathered(bool(signals) | saves.state())
             stop = any(number & 1 for number in told)
             saves.hear(told)
             if done % cfg.save_every == 0 or done == stage.iters or stop:
+                HERE.at("the checkpoint")
                 saves.wait()
                 saves.saving = engine.save(folder.checkpoints, done, cfg.keep, cfg.keep_every)
             if show and not stop and (done % cfg.sample_every == 0 or done == stage.iters):
+                HERE.at("the clips")
                 with engine.autocast():
                     show(folder.path / "samples", done, stage.sampler(), lambda: ranks.anyone(bool(signals)))
             if stop and done < stage.iters:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlightgen.engine import checkpoint, ranks, shards
+from fastlightgen.engine.hang import HERE
 from fastlightgen.engine.roles import Role
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.weights import save_model
@@ -36,6 +37,7 @@ class ShardedState:
         for name, role in self.roles.items():
             trained = [(key, p) for key, p in role.net.named_parameters() if p.requires_grad]
             for kind in ("weight", *(shards.MOMENTS if self.count[name] else ())):
+                HERE.at(f"the checkpoint, {kind} of {name}")
                 for key, p in trained:
                     share.add(f"{name}/{kind}/{key}", shards.get(p, kind))
             if name in self.averages:
@@ -58,6 +60,7 @@ class ShardedState:
         self.count = dict(meta["count"])
 
         def whole(name: str) -> Tensor:
+            HERE.at("reading the checkpoint")
             return checkpoint.reading(folder, step, lambda: stored[name]).to(self.device)
 
         for name, role in self.roles.items():
@@ -95,6 +98,7 @@ class ShardedState:
         trained = {id(p) for role in self.roles.values() for p in role.net.parameters() if p.requires_grad}
 
         def get(key: str) -> Tensor:
+            HERE.at("writing the result")
             p = state[key]
             if id(p) in trained:
                 return shards.get(p).detach().to("cpu", dtype or torch.float32).contiguous()
