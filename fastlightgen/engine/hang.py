@@ -100,7 +100,8 @@ class Place:
 def verdict(places: Sequence[Place], seconds: float) -> str:
     """One line: the ranks that have come less far than the others, or where all of them wait."""
     most = max(p.count for p in places)
-    odd = [r for r, p in enumerate(places) if p.count < most or p.silent]
+    behind = [r for r, p in enumerate(places) if p.count < most]
+    odd = behind or [r for r, p in enumerate(places) if p.silent]
     others = [r for r in range(len(places)) if r not in odd]
     told = f"nothing has moved for {seconds:.0f} s: "
     if not odd or not others:

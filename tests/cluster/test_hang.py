@@ -22,11 +22,11 @@ from fastlightgen.train import train
 RANK = int(os.environ["RANK"])
 enter, check = hang.Watch.__enter__, Prune.check
 def kept(self):
-    hang.watch = self
+    hang.watch, self.pause = self, 0.5
     return enter(self)
 def impatient(self, step):
     if step == 2:
-        hang.watch.limit, hang.watch.pause = 4.0, 0.5
+        hang.watch.limit = 4.0
     return check(self, step)
 hang.Watch.__enter__, Prune.check = kept, impatient
 def sleep():
@@ -106,6 +106,8 @@ def test_the_verdict():
         [at[0], Place(7, "B", True)], 3
     )
     assert "rank 0 of 2 is at A; " not in verdict([Place(5, "A"), Place(7, "B")], 3)
+    both = [Place(7, "B", True), Place(5, "A")]
+    assert "rank 1 of 2 is at A, while rank 0 waits at B;" in verdict(both, 3)
     many = [Place(r, f"{r}") for r in range(6)]
     assert "rank 2 of 6 is at 2 and 2 more, while rank 5 waits at 5" in verdict(many, 3)
 
