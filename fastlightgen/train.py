@@ -78,7 +78,7 @@ def draws(seed: int) -> list[float]:
 def run_stage(cfg) -> None:
     """Run, continue, or find complete one stage of a run folder."""
     from fastlightgen.data.source import open_source
-    from fastlightgen.engine.hang import Watch
+    from fastlightgen.engine.hang import HangWatch
     from fastlightgen.engine.local import pick_device
     from fastlightgen.engine.log import say
     from fastlightgen.engine.loop import train as train_loop
@@ -103,7 +103,7 @@ def run_stage(cfg) -> None:
                 teacher = stage.net if number == 2 else stage.nets.teacher
                 look = partial(check_teacher, cfg, teacher, source)
             show = preview_of(cfg, source, device)
-            with Watch(cfg.timeout, number):
+            with HangWatch(cfg.timeout, number):
                 train_loop(stage, engine, folder, cfg, show, look)
             say(f"stage {number}: {folder.result}")
     finally:
@@ -145,7 +145,7 @@ def preview_of(cfg, source, device):
 def rank_blocks(cfg, source, device, folder, engine) -> None:
     """Stage I writes importance.json and its picture."""
     from fastlightgen.engine import ranks
-    from fastlightgen.engine.hang import Watch
+    from fastlightgen.engine.hang import HangWatch
     from fastlightgen.engine.log import bar, say
     from fastlightgen.metrics.importance import plot_importance
     from fastlightgen.stages import build
@@ -154,7 +154,7 @@ def rank_blocks(cfg, source, device, folder, engine) -> None:
 
     model, costs = build.build_ranking(cfg, source, device)
     batches = build.batches_of(cfg, source, device)
-    with Watch(cfg.timeout, 1):
+    with HangWatch(cfg.timeout, 1):
         engine.place(model)
         if cfg.engine == "deepspeed":
             check_teacher(cfg, model, source)

@@ -21,7 +21,6 @@ from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.rng import share
 
 BUCKET = 5e8  # DeepSpeed's default, in numbers
-PERSISTENT = 1e5  # DeepSpeed's default: parameters up to this size are not worth sharding
 
 
 def check_walk(net: VideoDiT, args: tuple) -> None:
@@ -64,6 +63,7 @@ class DeepSpeedEngine(ShardedState):
         self.deepspeed, self.cfg, self.device = deepspeed, cfg, device
         self.dtype = getattr(torch, cfg.dtype)
         self.zero3 = cfg.zero == 3
+        self.placed: list[nn.Module] = []
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it reports every setting, on every rank
         logging.getLogger("deepspeed").setLevel(logging.ERROR)
         # Between CPU ranks it would compile shared-memory collectives at the first start; gloo's are enough there.
@@ -96,8 +96,9 @@ class DeepSpeedEngine(ShardedState):
 
     def place(self, net: nn.Module, name: str = "the frozen network") -> None:
         """A network that only predicts: sharded under zero=3, whole on every rank otherwise."""
-        if hasattr(next(net.parameters()), "ds_id"):
+        if net in self.placed:
             return
+        self.placed.append(net)
         HERE.at(f"placing {name}")
         net.to(dtype=self.dtype)
         if self.zero3:
@@ -114,7 +115,9 @@ class DeepSpeedEngine(ShardedState):
         params = [p for p in role.net.parameters() if p.requires_grad]
         optimizer = self._adamw(params, role)
         config = self._config(role.clip, self.accumulation, net) | {"zero_allow_untested_optimizer": True}
-        config["zero_optimization"]["reduce_bucket_size"] = int(min(BUCKET, sum(p.numel() for p in params)))
+        config["zero_optimization"]["reduce_bucket_size"] = int(
+            min(BUCKET, sum(shards.shape(p).numel() for p in params))
+        )
         if role.host is not None and self.zero3:
             for block in net.blocks:
                 block.register_forward_pre_hook(start_graph, prepend=True)
@@ -138,24 +141,12 @@ class DeepSpeedEngine(ShardedState):
         return net
 
     def _config(self, clip: float, accumulation: int, net: nn.Module) -> dict:
-        cfg, host = self.cfg, {"device": "cpu", "pin_memory": self.device.type == "cuda"}
-        largest = max(p.numel() for p in net.parameters())
-        zero = {
-            "stage": cfg.zero,
-            "overlap_comm": self.device.type == "cuda",
-            # a small network is sharded too: its blocks' matrices are above the limit
-            "stage3_param_persistence_threshold": int(min(PERSISTENT, largest // 8)),
-        }
-        if cfg.offload != "none":
-            zero["offload_optimizer"] = host
-        if cfg.offload == "all":
-            zero["offload_param"] = host
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": clip,
             "bf16": {"enabled": self.dtype == torch.bfloat16},
-            "zero_optimization": zero,
+            "zero_optimization": shards.zero_config(self.cfg, net, self.device),
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
@@ -169,7 +160,7 @@ class DeepSpeedEngine(ShardedState):
     def estimate(self) -> str:
         parts = []
         for name, role in self.roles.items():
-            count = sum(getattr(p, "ds_numel", p.numel()) for p in role.net.parameters() if p.requires_grad)
+            count = sum(shards.shape(p).numel() for p in role.net.parameters() if p.requires_grad)
             parts.append(f"{name} {count / 1e6:.1f}M parameters")
         cfg = self.cfg
         return f"trains {', '.join(parts)} with DeepSpeed, {ranks.size()} ranks, zero={cfg.zero}, offload={cfg.offload}"

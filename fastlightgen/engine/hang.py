@@ -120,7 +120,7 @@ def one_or_all(others: list[int], places: Sequence[Place]) -> str:
     return f"rank {others[0]} waits" if len(others) == 1 else f"the other {len(others)} wait"
 
 
-class Watch:
+class HangWatch:
     """Watches the ranks inside its context; a single process has nobody to wait for."""
 
     def __init__(self, timeout: float, stage: int):
@@ -129,7 +129,7 @@ class Watch:
         self.stage, self.ended = stage, threading.Event()
         self.thread: threading.Thread | None = None
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "HangWatch":
         HERE.count = 0
         HERE.at("the networks", stage=self.stage, step=0, role="")
         if ranks.size() > 1:

@@ -20,7 +20,7 @@ from fastlightgen.models.wan import WanModel
 from fastlightgen.stages.prune import Prune
 from fastlightgen.train import train
 RANK = int(os.environ["RANK"])
-enter, check = hang.Watch.__enter__, Prune.check
+enter, check = hang.HangWatch.__enter__, Prune.check
 def kept(self):
     hang.watch, self.pause = self, 0.5
     return enter(self)
@@ -28,7 +28,7 @@ def impatient(self, step):
     if step == 2:
         hang.watch.limit = 4.0
     return check(self, step)
-hang.Watch.__enter__, Prune.check = kept, impatient
+hang.HangWatch.__enter__, Prune.check = kept, impatient
 def sleep():
     time.sleep(1000)
 {patch}
