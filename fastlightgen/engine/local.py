@@ -69,12 +69,17 @@ class LocalEngine:
 
     def estimate(self) -> str:
         """What training will hold besides activations: float32 weights, gradients, two AdamW moments, the average."""
-        parts, total = [], 0
+        parts, total, saved = [], 0, 0
         for name, role in self.roles.items():
             count = sum(p.numel() for p in role.net.parameters() if p.requires_grad)
             total += count * 4 * (4 + (name in self.emas))
+            whole = sum(p.numel() for net in (role.net, role.carried) if net is not None for p in net.parameters())
+            saved += 4 * (whole + count * (2 + (name in self.emas)))
             parts.append(f"{name} {count / 1e6:.1f}M parameters")
-        return f"trains {', '.join(parts)}; {total / 2**30:.2f} GiB for weights, gradients and AdamW, plus activations"
+        return (
+            f"trains {', '.join(parts)}; {total / 2**30:.2f} GiB for weights, gradients and AdamW, plus activations; "
+            f"while a checkpoint is written a copy of it, {saved / 2**30:.2f} GiB, waits in host memory"
+        )
 
     def apply(self, update: Update, step: int) -> dict[str, float]:
         """Loss, backward, clip, optimizer step, average. A non-finite loss or gradient stops before the optimizer."""

@@ -80,17 +80,15 @@ class ShardedState:
                     shards.put_frozen(p, whole(f"{name}/carried/{key}"))
         return step
 
+    @torch.no_grad()
     def finish(self) -> None:
         """Swap the averaged weights in, where there are any."""
         for name, average in self.averages.items():
-            trained = [p for p in self.roles[name].net.parameters() if p.requires_grad]
-            for p in trained:
-                with shards.swapped(self.engines[name].optimizer, average):
-                    value = shards.get(p).clone()
-                p.averaged = value.cpu()
-            for p in trained:
-                shards.put(p, p.averaged.to(self.device))
-                del p.averaged
+            for master, value in zip(shards.masters(self.engines[name].optimizer), average, strict=True):
+                master.copy_(value)
+            for p in self.roles[name].net.parameters():
+                if p.requires_grad:
+                    shards.put(p, shards.get(p).clone())
 
     def save_model(self, net: VideoDiT, folder: Path, dtype: torch.dtype | None = None, **card) -> None:
         """Every rank takes part in gathering, one tensor at a time; rank 0 writes, one file's tensors in memory."""
