@@ -7,12 +7,12 @@ import importlib.util
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers import assert_same, write_inputs
 from launch import ranks_of
@@ -40,24 +40,11 @@ def start(launcher: list[str], words: list[str], log: Path) -> subprocess.Popen:
     env = os.environ | {"PYTHONPATH": str(Path(fastlightgen.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     env |= {"DS_ACCELERATOR": "cpu"}
     with open(log, "w") as out:
-        return subprocess.Popen([*launcher, *words], env=env, start_new_session=True, stdout=out, stderr=out)
+        return subprocess.Popen([*launcher, *words], env=env, stdout=out, stderr=out)
 
 
 def newest(folder: Path) -> int:
     return (checkpoint.steps(folder) or [0])[-1]
-
-
-def end(process: subprocess.Popen) -> None:
-    """kill -9 of all that it started; a rank that torchrun ends on its own is given time for it."""
-    try:
-        process.wait(timeout=60)
-    except subprocess.TimeoutExpired:
-        pass
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
 
 
 def until(process: subprocess.Popen, folder: Path, step: int, log: Path) -> None:
@@ -69,11 +56,22 @@ def until(process: subprocess.Popen, folder: Path, step: int, log: Path) -> None
 
 
 def kill(process: subprocess.Popen, one: random.Random | None = None) -> None:
-    if one and (ranks := ranks_of(process)):
-        one.choice(ranks).kill()  # torchrun ends the other
-    else:
-        os.killpg(process.pid, signal.SIGKILL)
-    end(process)
+    """kill -9 of one rank, after which torchrun ends the others, or of everything."""
+    ranks = ranks_of(process)
+    if one and ranks:
+        one.choice(ranks).kill()
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            pass
+    process.kill()
+    for rank in ranks:  # torchrun's ranks outlive it
+        try:
+            rank.kill()
+        except psutil.NoSuchProcess:
+            pass
+    process.wait()
+    psutil.wait_procs(ranks, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -110,13 +108,17 @@ def test_killed_at_random_moments(tmp_path, launcher, stage, extra, count):
 
     early = writing = 0
     for _ in range(count):
-        process, folder, log = run("killed", 1 if draw.random() < 0.6 else draw.randint(2, 20))
+        every = 1 if draw.random() < 0.6 else draw.randint(2, 20)
+        process, folder, log = run("killed", every)
         if draw.random() < 0.2:  # while it starts
             time.sleep(draw.uniform(0, 6))
             early += 1
         else:
             until(process, folder, newest(folder) + 1, log)
             time.sleep(draw.uniform(0, SPREAD))
+            while every == 1 and not any(folder.glob(".step-*.tmp")):  # in the midst of a save
+                assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(draw.uniform(0, 0.005))
         writing += any(folder.glob(".step-*.tmp"))
         kill(process, draw if launcher is TWO and draw.random() < 0.5 else None)
         assert not process.returncode == 0, log.read_text()[-3000:]
