@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from helpers import assert_same, write_inputs
 from launch import ranks_of
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 import fastlightgen
 from fastlightgen.engine import checkpoint
 
+psutil = pytest.importorskip("psutil")  # comes with deepspeed
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 ITERS, SPREAD = 100000, 1.5  # no run of the killed ones comes to its end; seconds in which a kill falls
 LOCAL = [sys.executable, "-m", "fastlightgen.train"]
