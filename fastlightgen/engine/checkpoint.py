@@ -24,6 +24,7 @@ T = TypeVar("T")
 BUSY, FAILED = 2, 4  # of a rank that writes; bits, so that a step's one collective carries another flag as well
 POLL = 0.05  # seconds between two looks at the other ranks' files
 PARTING = 5.0  # seconds that a run which ends with an error gives them
+MAX_PARTS = 1024  # Linux takes as many in one call
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 
 
@@ -186,12 +187,15 @@ def save_file(tensors: dict[str, Tensor], file: Path) -> None:
         header[name] = {"dtype": NAMES[v.dtype], "shape": list(v.shape), "data_offsets": [begin, offset]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    parts = [memoryview(len(text).to_bytes(8, "little") + text)]
+    parts += [memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()) for name in ordered]
     with open(file, "wb", buffering=0) as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for name in ordered:
-            rest = memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())
-            while rest:
-                rest = rest[f.write(rest) :]  # Linux writes at most 2 GiB at once
+        while parts:  # few long calls, in which the steps' thread never waits for this one's turn
+            written = os.writev(f.fileno(), parts[:MAX_PARTS])
+            while parts and written >= len(parts[0]):
+                written -= len(parts.pop(0))
+            if written:
+                parts[0] = parts[0][written:]
 
 
 def complete(folder: Path, temporary: Path, step: int, meta: dict) -> None:
