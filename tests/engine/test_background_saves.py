@@ -7,7 +7,7 @@ import torch
 from helpers import assert_same, result, run_train, write_inputs
 from safetensors.torch import load_file
 
-from fastlightgen.engine import checkpoint
+from fastlightgen.engine import checkpoint, ranks
 from fastlightgen.stages.teacher import Teacher
 
 
@@ -97,3 +97,44 @@ def test_files_are_what_safetensors_reads(tmp_path, dtype):
     assert_same(load_file(tmp_path / "x.safetensors"), tensors)
     checkpoint.save_file({}, tmp_path / "empty")
     assert load_file(tmp_path / "empty") == {}
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """This process is rank 0 of two; the other is played by the test."""
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(ranks, "anyone", lambda flag: flag)
+
+
+def saved(rank: int) -> dict:
+    return {checkpoint.rank_file(rank): {f"w{rank}": torch.ones(2)}}
+
+
+def test_rank_0_names_it_once_all_have_written(tmp_path, two_ranks):
+    saving = checkpoint.save(tmp_path, 4, saved(0), {"engine": "deepspeed"}, keep=1)
+    saving.thread.join(0.3)
+    assert saving.state() == checkpoint.BUSY and not saving.whole([checkpoint.BUSY, checkpoint.BUSY])
+    checkpoint.write(tmp_path / ".step-000004.tmp", saved(1))
+    saving.thread.join(60)
+    assert saving.state() == 0 and saving.whole([0, 0]) and not saving.whole([0, checkpoint.BUSY])
+    step, meta, files = checkpoint.latest(tmp_path, "deepspeed")
+    assert step == 4 and meta["files"] == [checkpoint.rank_file(r) for r in range(2)]
+    assert {k for tensors in checkpoint.load(files).values() for k in tensors} == {"w0", "w1"}
+
+
+def test_a_rank_that_cannot_write_stops_all(tmp_path, two_ranks):
+    saving = checkpoint.save(tmp_path, 4, saved(0), {}, keep=1)
+    with pytest.raises(
+        ValueError, match="step-000004: the checkpoint could not be saved .on another rank.; there is none"
+    ):
+        saving.whole([checkpoint.BUSY, checkpoint.FAILED])
+    assert list(tmp_path.iterdir()) == [] and not saving.thread.is_alive()
+
+
+def test_a_run_that_ends_does_not_wait_long_for_a_rank_that_has_gone(tmp_path, two_ranks, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PARTING", 0.2)
+    with pytest.raises(RuntimeError, match="gone"), checkpoint.Background() as saves:
+        saves.saving = checkpoint.save(tmp_path, 4, saved(0), {}, keep=1)
+        raise RuntimeError("gone")
+    saves.saving.thread.join(60)
+    assert not saves.saving.thread.is_alive() and checkpoint.steps(tmp_path) == []
