@@ -126,7 +126,7 @@ class HangWatch:
     def __init__(self, timeout: float, stage: int):
         self.limit = timeout * PART
         self.pause = min(PAUSE, self.limit / BEATS)
-        self.stage, self.ended = stage, threading.Event()
+        self.stage, self.ended, self.beats = stage, threading.Event(), 0
         self.thread: threading.Thread | None = None
 
     def __enter__(self) -> "HangWatch":
@@ -145,34 +145,42 @@ class HangWatch:
     def _run(self) -> None:
         try:
             store = own_store()
-            beat = 0
             while not self.ended.wait(self.pause):
-                beat += 1
-                store.set(f"flg/place/{self.stage}/{ranks.rank()}", json.dumps([beat, HERE.count, HERE.text()]))
+                self._beat(store)
                 if self._late(2 * self.pause):
                     self._end(store)
         except RuntimeError:  # the store has gone with the process that held it
             while not self.ended.wait(self.pause):
                 if self._late(0):
-                    say_and_exit(f"rank {ranks.rank()} of {ranks.size()} is at {HERE.text()}, and the store has gone")
+                    tell(f"rank {ranks.rank()} of {ranks.size()} waits at {HERE.text()}, and the ranks' store has gone")
+                    os._exit(2)
+
+    def _beat(self, store) -> None:
+        self.beats += 1
+        store.set(f"flg/place/{self.stage}/{ranks.rank()}", json.dumps([self.beats, HERE.count, HERE.text()]))
 
     def _late(self, more: float) -> bool:
         return time.monotonic() - HERE.moved > self.limit + more  # `more`: time for the others to tell their places
 
     def _end(self, store) -> None:
-        """The first rank to come here tells; the others wait until it has."""
-        if store.add("flg/hang", 1) > 1:
-            store.wait(["flg/hang/told"], timedelta(seconds=10 + 4 * self.pause))
-            os._exit(2)
+        """The first rank that is sure tells; the others wait until it has."""
         before = self._places(store)
-        time.sleep(2 * self.pause)
+        for _ in range(4):
+            time.sleep(self.pause / 2)
+            self._beat(store)  # or another rank would take this one for a stopped process
+        if not self._late(2 * self.pause):  # it was slow, and goes on
+            return
+        if store.add("flg/hang", 1) > 1:
+            store.wait(["flg/hang/told"], timedelta(seconds=10))
+            os._exit(2)
         after = self._places(store)
         places = [
             Place(count, text, silent=beat == old and r != ranks.rank())
             for r, ((old, *_), (beat, count, text)) in enumerate(zip(before, after, strict=True))
         ]
+        tell(verdict(places, time.monotonic() - HERE.moved))
         store.set("flg/hang/told", "1")
-        say_and_exit(verdict(places, time.monotonic() - HERE.moved))
+        os._exit(2)
 
     def _places(self, store) -> list[list]:
         keys = [f"flg/place/{self.stage}/{r}" for r in range(ranks.size())]
@@ -187,8 +195,6 @@ def own_store():
     return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
 
 
-def say_and_exit(line: str) -> None:
-    """At once, whatever the training thread waits for."""
+def tell(line: str) -> None:
     print(f"\nerror: {line}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(2)
