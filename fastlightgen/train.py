@@ -82,6 +82,7 @@ def draws(seed: int) -> list[float]:
 def run_stage(cfg) -> None:
     """Run, continue, or find complete one stage of a run folder."""
     from fastlightgen.data.source import open_source
+    from fastlightgen.engine.hang import HangWatch
     from fastlightgen.engine.local import pick_device
     from fastlightgen.engine.log import say
     from fastlightgen.engine.loop import train as train_loop
@@ -107,7 +108,9 @@ def run_stage(cfg) -> None:
             if cfg.engine == "deepspeed" and number > 0:
                 teacher = stage.net if number == 2 else stage.nets.teacher
                 look = partial(check_teacher, cfg, teacher, source)
-            train_loop(stage, engine, folder, cfg, preview_of(cfg, source, device), look)
+            show = preview_of(cfg, source, device)
+            with HangWatch(cfg.timeout, number):
+                train_loop(stage, engine, folder, cfg, show, look)
             say(f"stage {number}: {folder.result}")
     finally:
         folder.close()
@@ -148,6 +151,7 @@ def preview_of(cfg, source, device):
 def rank_blocks(cfg, source, device, folder, engine) -> None:
     """Stage I writes importance.json and its picture."""
     from fastlightgen.engine import ranks
+    from fastlightgen.engine.hang import HangWatch
     from fastlightgen.engine.log import bar, say
     from fastlightgen.metrics.importance import plot_importance
     from fastlightgen.stages import build
@@ -155,13 +159,14 @@ def rank_blocks(cfg, source, device, folder, engine) -> None:
     from fastlightgen.stages.rank import rank
 
     model, costs = build.build_ranking(cfg, source, device)
-    engine.place(model)
-    if cfg.engine == "deepspeed":
-        check_teacher(cfg, model, source)
     batches = build.batches_of(cfg, source, device)
-    record = {"model": cfg.model, "data_hash": source.name} | rank(
-        cfg, model, batches, costs, lambda total, title: bar(total, title, cfg.progress)
-    )
+    with HangWatch(cfg.timeout, 1):
+        engine.place(model)
+        if cfg.engine == "deepspeed":
+            check_teacher(cfg, model, source)
+        record = {"model": cfg.model, "data_hash": source.name} | rank(
+            cfg, model, batches, costs, lambda total, title: bar(total, title, cfg.progress)
+        )
     if ranks.rank():
         return
     plot_importance(record, folder.path / "importance.png")

@@ -69,7 +69,11 @@ class Run(Checked):
         numbers=False,
     )
     timeout: float = field(
-        1800, "engine=deepspeed: seconds after which a rank that waits for another gives up", above=0, numbers=False
+        1800,
+        "engine=deepspeed: seconds after which a rank that waits for another gives up; after a third of them without "
+        "progress the run ends and names the rank that the others wait for",
+        above=0,
+        numbers=False,
     )
     log_every: int = field(10, "steps between two lines of metrics.jsonl", lo=1, numbers=False)
     save_every: int = field(200, "steps between two checkpoints", lo=1, numbers=False)

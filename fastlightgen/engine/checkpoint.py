@@ -1,20 +1,31 @@
-"""Checkpoints: a folder per step, written under a temporary name, flushed, renamed; the oldest are removed last."""
+"""Checkpoints: a folder per step, written under a temporary name, flushed, renamed; the oldest are removed last.
+
+A thread writes them from copies in host memory while the steps go on.
+"""
 
 import json
 import os
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastlightgen.engine import ranks
 
 Files = dict[str, dict[str, Tensor]]
 T = TypeVar("T")
+
+BUSY, FAILED = 2, 4  # of a rank that writes; bits, so that a step's one collective carries another flag as well
+POLL = 0.05  # seconds between two looks at the other ranks' files
+PARTING = 5.0  # seconds that a run which ends with an error gives them
+MAX_PARTS = 1024  # Linux takes as many in one call
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 
 
 def steps(folder: Path) -> list[int]:
@@ -31,41 +42,125 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank + 1:05d}-of-{ranks.size():05d}"
 
 
-def save(folder: Path, step: int, files: Files, meta: dict, keep: int, every: int = 0, good: int = 0) -> None:
-    """Write step's checkpoint whole or not at all; of the older ones stay the newest `keep`, `every` so many, `good`.
+def held(value: Tensor) -> Tensor:
+    """A copy in host memory, which no later step changes."""
+    return torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
+
+
+def save(folder: Path, step: int, files: Files, meta: dict, keep: int, every: int = 0, good: int = 0) -> "Saving":
+    """Begin to write step's checkpoint, whole or not at all; of the older ones stay the newest `keep`, every `every`
+    steps, and `good`. The tensors must be `held`: they are written while the steps go on.
 
     Each rank writes files of its own. Rank 0 makes the folder before them and gives it its name after them.
     """
-    temporary, first = folder / f".step-{step:06d}.tmp", ranks.rank() == 0
+    temporary = folder / f".step-{step:06d}.tmp"
     names = [*files] if ranks.size() == 1 else [rank_file(r) for r in range(ranks.size())]
-    meta = meta | {"step": step, "files": sorted(names)}
-    try:
-        together(lambda: start(folder, temporary) if first else None)
-        together(lambda: write(temporary, files))
-        together(lambda: complete(folder, temporary, step, meta) if first else None)
-    except (OSError, SafetensorError) as err:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        last = steps(folder)
-        state = f"the last one is {path(folder, last[-1])}" if last else "there is none yet"
-        raise ValueError(
-            f"{path(folder, step)}: the checkpoint could not be saved ({err}); {state}; "
-            "make room and run the same command to continue"
-        ) from None
-    for old in steps(folder)[:-keep] if first else []:
+    error: OSError | None = None
+    if ranks.rank() == 0:
+        try:
+            start(folder, temporary)
+        except OSError as err:
+            error = err
+    if ranks.anyone(error is not None):
+        raise not_saved(folder, step, error)
+
+    def work(stopped: threading.Event) -> None:
+        write(temporary, files)
+        if ranks.rank():
+            return
+        while not all((temporary / f"{name}.safetensors").exists() for name in names):
+            if stopped.wait(POLL):
+                return
+        complete(folder, temporary, step, meta | {"step": step, "files": sorted(names)})
+        thin(folder, keep, every, good)
+
+    return Saving(folder, step, temporary, work)
+
+
+class Saving:
+    """A checkpoint on its way to disk, by a thread that does no collectives; every rank has one at the same time."""
+
+    def __init__(self, folder: Path, step: int, temporary: Path, work: Callable[[threading.Event], None]):
+        self.folder, self.step, self.temporary = folder, step, temporary
+        self.error: BaseException | None = None
+        self.stopped = threading.Event()  # nobody waits for other ranks' files any more
+
+        def run() -> None:
+            try:
+                work(self.stopped)
+            except BaseException as err:  # told by the training thread
+                self.error = err
+
+        self.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def state(self) -> int:
+        """What this rank knows, for `whole`."""
+        return BUSY if self.thread.is_alive() else FAILED if self.error else 0
+
+    def whole(self, states: Sequence[int]) -> bool:
+        """Is it complete, by the states of all ranks? Where one of them failed, all stop."""
+        if not any(s & FAILED for s in states):
+            return not any(s & BUSY for s in states)
+        self.stopped.set()
+        self.thread.join()
+        if not isinstance(self.error, OSError | SafetensorError | None) or path(self.folder, self.step).exists():
+            raise self.error or OSError(f"{path(self.folder, self.step)}: rank 0 could not remove older checkpoints")
+        if ranks.rank() == 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        raise not_saved(self.folder, self.step, self.error)
+
+    def wait(self) -> None:
+        """Until it is complete; on all ranks."""
+        while not self.whole(ranks.gathered(self.state())):
+            self.thread.join(POLL)
+
+    def leave(self) -> None:
+        """The run ends with an error: complete it if the other ranks have written theirs, or do soon."""
+        self.thread.join(None if ranks.size() == 1 else PARTING)
+        self.stopped.set()
+
+
+class Background:
+    """The checkpoint that is under way, at most one."""
+
+    saving: Saving | None = None
+
+    def __enter__(self) -> "Background":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.saving:
+            self.saving.leave()
+
+    def state(self) -> int:
+        return self.saving.state() if self.saving else 0
+
+    def hear(self, states: Sequence[int]) -> None:
+        """Once a step, with the states of all ranks."""
+        if self.saving and self.saving.whole(states):
+            self.saving = None
+
+    def wait(self) -> None:
+        if self.saving:
+            self.saving.wait()
+            self.saving = None
+
+
+def not_saved(folder: Path, step: int, error: BaseException | None) -> ValueError:
+    last = steps(folder)
+    state = f"the last one is {path(folder, last[-1])}" if last else "there is none yet"
+    return ValueError(
+        f"{path(folder, step)}: the checkpoint could not be saved ({error or 'on another rank'}); {state}; "
+        "make room and run the same command to continue"
+    )
+
+
+def thin(folder: Path, keep: int, every: int, good: int) -> None:
+    """Remove what is older than the newest `keep`, not one of every `every` steps and not `good`."""
+    for old in steps(folder)[:-keep]:
         if old != good and (not every or old % every):
             shutil.rmtree(path(folder, old))
-
-
-def together(work: Callable[[], None]) -> None:
-    """Do a part of the work on every rank; where one fails, all fail."""
-    error: Exception | None = None
-    try:
-        work()
-    except (OSError, SafetensorError) as err:
-        error = err
-    if ranks.anyone(error is not None):
-        raise error or OSError("on another rank")
 
 
 def start(folder: Path, temporary: Path) -> None:
@@ -76,10 +171,31 @@ def start(folder: Path, temporary: Path) -> None:
 
 def write(temporary: Path, files: Files) -> None:
     for name, tensors in files.items():
-        file = temporary / f"{name}.safetensors"
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
-    for name in files:
-        flush(temporary / f"{name}.safetensors")
+        save_file(tensors, temporary / f"{name}.part")
+    for name in files:  # a name without .part says that the file is whole and on disk
+        flush(temporary / f"{name}.part")
+        os.replace(temporary / f"{name}.part", temporary / f"{name}.safetensors")
+
+
+def save_file(tensors: dict[str, Tensor], file: Path) -> None:
+    """safetensors' format, by plain writes: its own writer takes three times the CPU, which the steps would miss."""
+    header, offset = {}, 0
+    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())  # keeps every tensor aligned
+    for name in ordered:
+        v, begin = tensors[name], offset
+        offset += v.numel() * v.element_size()
+        header[name] = {"dtype": NAMES[v.dtype], "shape": list(v.shape), "data_offsets": [begin, offset]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    parts = [memoryview(len(text).to_bytes(8, "little") + text)]
+    parts += [memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()) for name in ordered]
+    with open(file, "wb", buffering=0) as f:
+        while parts:  # few long calls, in which the steps' thread never waits for this one's turn
+            written = os.writev(f.fileno(), parts[:MAX_PARTS])
+            while parts and written >= len(parts[0]):
+                written -= len(parts.pop(0))
+            if written:
+                parts[0] = parts[0][written:]
 
 
 def complete(folder: Path, temporary: Path, step: int, meta: dict) -> None:

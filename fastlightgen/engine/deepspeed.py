@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastlightgen.engine import ranks, shards
 from fastlightgen.engine.clock import clock
+from fastlightgen.engine.hang import HERE, keeps_of, note_walks
 from fastlightgen.engine.local import require_finite, schedule
 from fastlightgen.engine.log import say
 from fastlightgen.engine.roles import Role, Stage, Update
@@ -21,14 +22,11 @@ from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.rng import share
 
 BUCKET = 5e8  # DeepSpeed's default, in numbers
-PERSISTENT = 1e5  # DeepSpeed's default: parameters up to this size are not worth sharding
 
 
 def check_walk(net: VideoDiT, args: tuple) -> None:
     """The blocks that every stream of this walk will run are the same on all ranks."""
-    streams = args[2] if isinstance(args[2], list | tuple) else [(args[3:] or (None,))[0]]
-    keeps = [None if k is None else sorted(k) for k in (getattr(s, "keep", s) for s in streams)]
-    ranks.agree("the blocks of a walk", (net.num_blocks, keeps))
+    ranks.agree("the blocks of a walk", (net.num_blocks, keeps_of(args)))
 
 
 def start_graph(block: Block, args: tuple) -> tuple | None:
@@ -66,6 +64,7 @@ class DeepSpeedEngine(ShardedState):
         self.deepspeed, self.cfg, self.device = deepspeed, cfg, device
         self.dtype = getattr(torch, cfg.dtype)
         self.zero3 = cfg.zero == 3
+        self.placed: list[nn.Module] = []
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it reports every setting, on every rank
         logging.getLogger("deepspeed").setLevel(logging.ERROR)
         # Between CPU ranks it would compile shared-memory collectives at the first start; gloo's are enough there.
@@ -92,38 +91,43 @@ class DeepSpeedEngine(ShardedState):
                 raise ValueError("target=ema: an average does not move in bfloat16; use dtype=float32 or target=frozen")
         self.engines, self.averages = {}, {}
         for name, role in self.roles.items():
-            self.engines[name] = self._trained(role)
+            self.engines[name] = self._trained(role, name)
             if role.ema:
                 self.averages[name] = [m.detach().clone() for m in shards.masters(self.engines[name].optimizer)]
         for net in [*stage.frozen, *(r.carried for r in self.roles.values() if r.carried is not None)]:
             self.place(net)
 
-    def place(self, net: nn.Module) -> None:
+    def place(self, net: nn.Module, name: str = "the frozen network") -> None:
         """A network that only predicts: sharded under zero=3, whole on every rank otherwise."""
-        if hasattr(next(net.parameters()), "ds_id"):
+        if net in self.placed:
             return
         self._together(net)
+        self.placed.append(net)
+        HERE.at(f"placing {name}")
         net.to(dtype=self.dtype)
         if self.zero3:
             net.sharded = self.deepspeed.initialize(model=self._leaves(net), config=self._config(1.0, 1, net))[0]
-            self._watch(net)
         else:
             net.to(self.device)
+        self._watch(net, name)
 
-    def _trained(self, role: Role):
+    def _trained(self, role: Role, name: str):
         """A DeepSpeed engine for one role; the learning rate is set at every step."""
+        HERE.at(f"placing {name}")
         net = role.host or role.net
         self._together(net)
         net.to(dtype=self.dtype)
         params = [p for p in role.net.parameters() if p.requires_grad]
         optimizer = self._adamw(params, role)
         config = self._config(role.clip, self.accumulation, net) | {"zero_allow_untested_optimizer": True}
-        config["zero_optimization"]["reduce_bucket_size"] = int(min(BUCKET, sum(p.numel() for p in params)))
+        config["zero_optimization"]["reduce_bucket_size"] = int(
+            min(BUCKET, sum(shards.shape(p).numel() for p in params))
+        )
         if role.host is not None and self.zero3:
             for block in net.blocks:
                 block.register_forward_pre_hook(start_graph, prepend=True)
         engine = self.deepspeed.initialize(model=Runner(self._leaves(net)), optimizer=optimizer, config=config)[0]
-        self._watch(net)
+        self._watch(net, name)
         return engine
 
     def _together(self, net: VideoDiT) -> None:
@@ -147,37 +151,26 @@ class DeepSpeedEngine(ShardedState):
         return net
 
     def _config(self, clip: float, accumulation: int, net: nn.Module) -> dict:
-        cfg, host = self.cfg, {"device": "cpu", "pin_memory": self.device.type == "cuda"}
-        largest = max(p.numel() for p in net.parameters())
-        zero = {
-            "stage": cfg.zero,
-            "overlap_comm": self.device.type == "cuda",
-            # a small network is sharded too: its blocks' matrices are above the limit
-            "stage3_param_persistence_threshold": int(min(PERSISTENT, largest // 8)),
-        }
-        if cfg.offload != "none":
-            zero["offload_optimizer"] = host
-        if cfg.offload == "all":
-            zero["offload_param"] = host
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": clip,
             "bf16": {"enabled": self.dtype == torch.bfloat16},
-            "zero_optimization": zero,
+            "zero_optimization": shards.zero_config(self.cfg, net, self.device),
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
 
-    def _watch(self, net: nn.Module) -> None:
+    def _watch(self, net: nn.Module, name: str) -> None:
         """Compare what every walk is about to do over the ranks, before the first gather of a walk that differs."""
         if isinstance(net, VideoDiT) and ranks.size() > 1:
             net.register_forward_pre_hook(check_walk, prepend=True)
+            note_walks(net, name)
 
     def estimate(self) -> str:
         parts = []
         for name, role in self.roles.items():
-            count = sum(getattr(p, "ds_numel", p.numel()) for p in role.net.parameters() if p.requires_grad)
+            count = sum(shards.shape(p).numel() for p in role.net.parameters() if p.requires_grad)
             parts.append(f"{name} {count / 1e6:.1f}M parameters")
         cfg = self.cfg
         return f"trains {', '.join(parts)} with DeepSpeed, {ranks.size()} ranks, zero={cfg.zero}, offload={cfg.offload}"
@@ -187,13 +180,17 @@ class DeepSpeedEngine(ShardedState):
         name, role, engine = update.role, self.roles[update.role], self.engines[update.role]
         records, losses = [], []
         for k in range(self.accumulation):
+            HERE.at("forward", role=name)
             with clock.part("forward"), share(k * self.shares + self.share, self.shares * self.accumulation):
                 loss = engine(lambda: self._loss(update, records))
+                HERE.at("mean of the loss")
                 losses.append(loss.item())
             value = ranks.mean([losses[-1]])[0]
             require_finite(value, "loss", name, step + 1)
+            HERE.at("backward")
             with clock.part("backward"):
                 engine.backward(loss)
+            HERE.at("optimizer")
             if k + 1 < self.accumulation:
                 engine.step()
         lr = role.lr * schedule(role, self.count[name], step, self.iters)
@@ -208,6 +205,7 @@ class DeepSpeedEngine(ShardedState):
         self.count[name] += 1
         if name in self.averages:
             self.average(name)
+        HERE.at("means of the records")
         keys = list(records[0])
         means = ranks.mean([sum(losses), *(sum(r[k] for r in records) for k in keys)])
         loss, *rest = (m / self.accumulation for m in means)

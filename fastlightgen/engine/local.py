@@ -70,12 +70,17 @@ class LocalEngine:
 
     def estimate(self) -> str:
         """What training will hold besides activations: float32 weights, gradients, two AdamW moments, the average."""
-        parts, total = [], 0
+        parts, total, saved = [], 0, 0
         for name, role in self.roles.items():
             count = sum(p.numel() for p in role.net.parameters() if p.requires_grad)
             total += count * 4 * (4 + (name in self.emas))
+            whole = sum(p.numel() for net in (role.net, role.carried) if net is not None for p in net.parameters())
+            saved += 4 * (whole + count * (2 + (name in self.emas)))
             parts.append(f"{name} {count / 1e6:.1f}M parameters")
-        return f"trains {', '.join(parts)}; {total / 2**30:.2f} GiB for weights, gradients and AdamW, plus activations"
+        return (
+            f"trains {', '.join(parts)}; {total / 2**30:.2f} GiB for weights, gradients and AdamW, plus activations; "
+            f"while a checkpoint is written a copy of it, {saved / 2**30:.2f} GiB, waits in host memory"
+        )
 
     def apply(self, update: Update, step: int) -> dict[str, float]:
         """Loss, backward, clip, optimizer step, average. A non-finite loss or gradient stops before the optimizer."""
@@ -107,8 +112,9 @@ class LocalEngine:
 
     # What a checkpoint holds: per role the network, its AdamW state and its average.
 
-    def save(self, folder: Path, step: int, keep: int, every: int, good: int = 0) -> None:
-        checkpoint.save(folder, step, self.state(), {"count": self.count, "engine": self.name}, keep, every, good)
+    def save(self, folder: Path, step: int, keep: int, every: int, good: int = 0) -> checkpoint.Saving:
+        files = {name: {k: checkpoint.held(v) for k, v in part.items()} for name, part in self.state().items()}
+        return checkpoint.save(folder, step, files, {"count": dict(self.count), "engine": self.name}, keep, every, good)
 
     def load(self, folder: Path) -> int:
         """Continue from the newest checkpoint; returns its step, 0 where there is none."""

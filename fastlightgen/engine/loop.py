@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from fastlightgen.engine import ranks
+from fastlightgen.engine import checkpoint, ranks
 from fastlightgen.engine.clock import clock
 from fastlightgen.engine.folder import StageFolder
+from fastlightgen.engine.hang import HERE
 from fastlightgen.engine.log import Metrics, bar, say
 from fastlightgen.engine.roles import Stage, Update
 from fastlightgen.engine.watch import Watch
@@ -35,7 +36,7 @@ class Engine(Protocol):
 
     def apply(self, update: Update, step: int) -> dict[str, float]: ...
 
-    def save(self, folder: Path, step: int, keep: int, every: int, good: int = 0) -> None: ...
+    def save(self, folder: Path, step: int, keep: int, every: int, good: int = 0) -> checkpoint.Saving: ...
 
     def load(self, folder: Path) -> int: ...
 
@@ -92,8 +93,14 @@ def train(
     metrics = Metrics(folder.path, start, open_writers(cfg, folder.path, start)) if ranks.rank() == 0 else None
     watch = Watch(stage, folder, cfg.alarms, metrics, start)
     clock.restart()
-    with interruptible() as signals, bar(stage.iters, f"stage {stage.number}", cfg.progress, start) as progress:
+    title = f"stage {stage.number}"
+    with (
+        interruptible() as signals,
+        checkpoint.Background() as saves,
+        bar(stage.iters, title, cfg.progress, start) as progress,
+    ):
         for step in range(start, stage.iters):
+            HERE.at("the step's data", step=step + 1)
             record: dict[str, float] = {}
             with clock.step():
                 for update in stage.updates(step):
@@ -107,19 +114,28 @@ def train(
                 shown = {k: f"{v:.4g}" for k, v in record.items() if k.endswith("loss") and math.isfinite(v)}
                 progress.set_postfix(shown, refresh=False)
             progress.update()
+            HERE.at("the stage's check", role="")
             stage.check(done)
-            stop = ranks.anyone(bool(signals))  # read once: a signal from here on waits for the next step
+            # One collective: is there a signal (one that comes later waits for the next step), is a save under way?
+            told = ranks.gathered(bool(signals) | saves.state())
+            stop = any(number & 1 for number in told)
+            saves.hear(told)
             if done % cfg.save_every == 0 or done == stage.iters or stop:
-                engine.save(folder.checkpoints, done, cfg.keep, cfg.keep_every, watch.good())
+                HERE.at("the checkpoint")
+                saves.wait()
+                saves.saving = engine.save(folder.checkpoints, done, cfg.keep, cfg.keep_every, watch.good())
             if show and not stop and (done % cfg.sample_every == 0 or done == stage.iters):
+                HERE.at("the clips")
                 with engine.autocast():
                     looks = show.write(
                         folder.path / "samples", done, stage.sampler(), lambda: ranks.anyone(bool(signals))
                     )
                 watch.clips(done, looks, show.real)
             if stop and done < stage.iters:
+                saves.wait()
                 name = gathered_names(signals)[0]
                 raise Stopped(f"{name}: saved step {done} of {stage.iters}; run the same command to continue", name)
+        saves.wait()
     if metrics:
         metrics.close()
     engine.finish()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlightgen.engine import checkpoint, ranks, shards
+from fastlightgen.engine.hang import HERE
 from fastlightgen.engine.roles import Role
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.weights import save_model
@@ -30,12 +31,13 @@ class ShardedState:
         for average, master in zip(self.averages[name], shards.masters(self.engines[name].optimizer), strict=True):
             average.lerp_(master.detach(), rate)
 
-    def save(self, folder: Path, step: int, keep: int, every: int, good: int = 0) -> None:
+    def save(self, folder: Path, step: int, keep: int, every: int, good: int = 0) -> checkpoint.Saving:
         """Each rank writes its share of every role's weights, moments and average."""
         share = shards.Share()
         for name, role in self.roles.items():
             trained = [(key, p) for key, p in role.net.named_parameters() if p.requires_grad]
             for kind in ("weight", *(shards.MOMENTS if self.count[name] else ())):
+                HERE.at(f"the checkpoint, {kind} of {name}")
                 for key, p in trained:
                     share.add(f"{name}/{kind}/{key}", shards.get(p, kind))
             if name in self.averages:
@@ -46,8 +48,9 @@ class ShardedState:
                 for key, p in role.carried.named_parameters():
                     with shards.whole(p) as value:
                         share.add(f"{name}/carried/{key}", value)
-        meta = {"count": self.count, "engine": self.name, "ranks": ranks.size()}
-        checkpoint.save(folder, step, {checkpoint.rank_file(ranks.rank()): share.tensors}, meta, keep, every, good)
+        meta = {"count": dict(self.count), "engine": self.name, "ranks": ranks.size()}
+        files = {checkpoint.rank_file(ranks.rank()): share.tensors}
+        return checkpoint.save(folder, step, files, meta, keep, every, good)
 
     def load(self, folder: Path) -> int:
         """The step of the newest checkpoint, read by any number of ranks; 0 where there is none."""
@@ -58,6 +61,7 @@ class ShardedState:
         self.count = dict(meta["count"])
 
         def whole(name: str) -> Tensor:
+            HERE.at("reading the checkpoint")
             return checkpoint.reading(folder, step, lambda: stored[name]).to(self.device)
 
         for name, role in self.roles.items():
@@ -77,17 +81,15 @@ class ShardedState:
                     shards.put_frozen(p, whole(f"{name}/carried/{key}"))
         return step
 
+    @torch.no_grad()
     def finish(self) -> None:
         """Swap the averaged weights in, where there are any."""
         for name, average in self.averages.items():
-            trained = [p for p in self.roles[name].net.parameters() if p.requires_grad]
-            for p in trained:
-                with shards.swapped(self.engines[name].optimizer, average):
-                    value = shards.get(p).clone()
-                p.averaged = value.cpu()
-            for p in trained:
-                shards.put(p, p.averaged.to(self.device))
-                del p.averaged
+            for master, value in zip(shards.masters(self.engines[name].optimizer), average, strict=True):
+                master.copy_(value)
+            for p in self.roles[name].net.parameters():
+                if p.requires_grad:
+                    shards.put(p, shards.get(p).clone())
 
     def save_model(self, net: VideoDiT, folder: Path, dtype: torch.dtype | None = None, **card) -> None:
         """Every rank takes part in gathering, one tensor at a time; rank 0 writes, one file's tensors in memory."""
@@ -95,6 +97,7 @@ class ShardedState:
         trained = {id(p) for role in self.roles.values() for p in role.net.parameters() if p.requires_grad}
 
         def get(key: str) -> Tensor:
+            HERE.at("writing the result")
             p = state[key]
             if id(p) in trained:
                 return shards.get(p).detach().to("cpu", dtype or torch.float32).contiguous()

@@ -4,7 +4,7 @@ A tensor's name is ROLE/KIND/PARAMETER. Each is gathered whole, one at a time, a
 checkpoint is spread over the ranks' files and can be read by any number of ranks.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,13 +13,56 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fastlightgen.engine import ranks
+from fastlightgen.engine.checkpoint import held
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PERSISTENT = 1e5  # DeepSpeed's default: parameters up to this size are not worth sharding
 
 
 def shape(p: Tensor) -> torch.Size:
     """Of the whole parameter, however little of it is here."""
     return getattr(p, "ds_shape", p.shape)
+
+
+def keeper(cfg, device: torch.device) -> Callable[[nn.Module], Callable[[nn.Parameter], None]] | None:
+    """What makes of a network's parameters this rank's shares of them, one at a time, while it is being loaded."""
+    if cfg.engine != "deepspeed" or cfg.zero < 3:
+        return None
+
+    def of(net: nn.Module) -> Callable[[nn.Parameter], None]:
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero_config(cfg, net, device)}
+        first: list[nn.Parameter] = []
+
+        def keep(p: nn.Parameter) -> None:
+            if first:
+                first[0].convert_to_zero_parameters(param_list=[p])
+                return
+            import deepspeed
+
+            holder = nn.Module()
+            holder.p = p
+            deepspeed.zero.Init(module=holder, config_dict_or_path=config, dtype=p.dtype)
+            first.append(p)
+
+        return keep
+
+    return of
+
+
+def zero_config(cfg, net: nn.Module, device: torch.device) -> dict:
+    """DeepSpeed's settings for one network: what is sharded, and where the shares wait."""
+    cuda, largest = device.type == "cuda", max(shape(p).numel() for p in net.parameters())
+    zero = {
+        "stage": cfg.zero,
+        "overlap_comm": cuda,
+        # a small network is sharded too: its blocks' matrices are above the limit
+        "stage3_param_persistence_threshold": int(min(PERSISTENT, largest // 8)),
+    }
+    if cfg.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+    if cfg.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
+    return zero
 
 
 def get(p: nn.Parameter, kind: str = "weight") -> Tensor:
@@ -124,7 +167,7 @@ class Share:
 
     def add(self, name: str, value: Tensor) -> None:
         if self.seen % ranks.size() == ranks.rank():
-            self.tensors[name] = value.detach().cpu().clone()
+            self.tensors[name] = held(value)
         self.seen += 1
 
 

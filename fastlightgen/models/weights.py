@@ -55,6 +55,7 @@ NETWORKS = {  # _class_name of config.json
     WanModel.config_class: (WanConfig, WanModel),
     HunyuanModel.config_class: (HunyuanConfig, HunyuanModel),
 }
+Placed = Callable[[nn.Parameter], None]
 WINDOW = 2**28  # bytes copied from a mapped file before it is mapped anew, which gives its pages back
 
 
@@ -105,19 +106,25 @@ def load_model(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     allow_pt: bool = False,
+    placed: Callable[[VideoDiT], Placed] | None = None,
 ) -> VideoDiT:
     """A folder's network with its weights, or a preset's network with random weights drawn from `seed`.
 
     The folder holds diffusers' transformer format, a pipeline with such a `transformer/`, or the original Wan2.1 or
     HunyuanVideo format. All parameters are of type `dtype` (None: float32, whatever the files hold). `allow_pt` also
-    reads .pt, .pth and .bin files, as plain tensors.
+    reads .pt, .pth and .bin files, as plain tensors. `placed(network)` is what takes each parameter as soon as it has
+    its values: a sharding engine then keeps its share of it, and no process ever holds a whole network.
     """
     if str(path_or_preset) in presets():
-        return build(preset(str(path_or_preset))["network"], seed).to(device=device, dtype=dtype)
+        model = build(preset(str(path_or_preset))["network"], seed).to(device=device, dtype=dtype)
+        place = placed(model) if placed else None
+        for p in model.parameters() if place else ():
+            place(p)
+        return model
     folder = model_folder(path_or_preset)
     with torch.device("meta"), Undrawn():
         model = build(read_config(folder))
-    load_weights(model, folder, device, dtype, allow_pt)
+    load_weights(model, folder, device, dtype, allow_pt, placed(model) if placed else None)
     return model
 
 
@@ -164,7 +171,14 @@ def trained_folder(path_or_preset: str) -> Path:
     return folder
 
 
-def load_weights(model: VideoDiT, folder: Path, device=None, dtype: torch.dtype | None = None, allow_pt=False) -> None:
+def load_weights(
+    model: VideoDiT,
+    folder: Path,
+    device=None,
+    dtype: torch.dtype | None = None,
+    allow_pt: bool = False,
+    placed: Placed | None = None,
+) -> None:
     """Give `model`, on the meta device or any other, the folder's weights: every key, every shape, nothing else."""
     files = weight_files(folder, allow_pt)
     headers = read_headers(files)
@@ -181,7 +195,9 @@ def load_weights(model: VideoDiT, folder: Path, device=None, dtype: torch.dtype 
             with mapped(headers[stored[0]][0]) as (_, get):
                 for name in stored:
                     for key in takers.get(name, []):
-                        assign(model, key, copied(get(name), table[key], state[key], device or "cpu", dtype))
+                        value = assign(model, key, copied(get(name), table[key], state[key], device or "cpu", dtype))
+                        if placed and isinstance(value, nn.Parameter):
+                            placed(value)
                     progress.update(headers[name][1].numel() * headers[name][1].element_size())
     rest = [name for name, v in [*model.named_parameters(), *model.named_buffers()] if v.is_meta]
     assert not rest, f"left without memory: {rest[:3]}; buffers that are not in the state dict must be made on use"
@@ -241,12 +257,14 @@ def copied(stored: Tensor, source: Source, like: Tensor, device, dtype: torch.dt
     return out
 
 
-def assign(model: nn.Module, key: str, value: Tensor) -> None:
+def assign(model: nn.Module, key: str, value: Tensor) -> Tensor:
     """Put a tensor in place of the parameter or buffer of that name."""
     parent, _, name = key.rpartition(".")
     module = model.get_submodule(parent)
     old = getattr(module, name)
-    setattr(module, name, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
+    new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+    setattr(module, name, new)
+    return new
 
 
 def read_card(folder: str | Path) -> dict:

@@ -13,6 +13,7 @@ from fastlightgen.data.source import Batch, Source
 from fastlightgen.engine.clock import clock
 from fastlightgen.engine.folder import StageFolder, read_run
 from fastlightgen.engine.log import say
+from fastlightgen.engine.shards import keeper, shape
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.lora import attach_lora
 from fastlightgen.models.weights import digest, load_model, read_card, trained_folder
@@ -51,10 +52,17 @@ def check_data(cfg, source: Source, net: VideoDiT, card: dict) -> None:
 
 
 def load(cfg, model: str | Path, device: torch.device) -> VideoDiT:
-    """A network where the engine wants it: local: float32 on its device; deepspeed: it shards what the host holds."""
+    """A network where the engine wants it: float32 under engine=local; under deepspeed in the type that computes, and
+    with zero=3 only this rank's share of every weight."""
     if cfg.engine == "local":
         return load_model(model, device, seed=cfg.seed, allow_pt=cfg.allow_pt)
-    return load_model(model, "cpu", getattr(torch, cfg.dtype), cfg.seed, cfg.allow_pt)
+    keep = keeper(cfg, device)
+    return load_model(model, "cpu" if keep else device, getattr(torch, cfg.dtype), cfg.seed, cfg.allow_pt, keep)
+
+
+def another(cfg, net: VideoDiT, model: str | Path, device: torch.device) -> VideoDiT:
+    """A copy of a network that `load` has just made of `model`; shares of weights are read once more."""
+    return load(cfg, model, device) if keeper(cfg, device) else copy.deepcopy(net)
 
 
 def card_of(source: Source) -> dict:
@@ -78,7 +86,7 @@ def build_ranking(cfg: Stage1, source: Source, device: torch.device) -> tuple[Vi
     check_data(cfg, source, model, read_card(trained_folder(cfg.model)))
     costs = [1.0] * model.num_blocks
     if cfg.ratio_unit == "params":
-        costs = [float(sum(p.numel() for p in b.parameters())) for b in model.blocks]
+        costs = [float(sum(shape(p).numel() for p in b.parameters())) for b in model.blocks]
     elif cfg.ratio_unit == "flops":
         batch = source.batch(0, 1)
         costs = [float(f) for f in model.block_flops(batch.x0, batch.cond)]
@@ -97,7 +105,8 @@ def build_prune(cfg: Stage2, source: Source, device: torch.device) -> Prune:
     def held_out() -> Batch:
         return source.held_out(0, 32).to(device)
 
-    return Prune(cfg, net, ranking["pruned"], batches_of(cfg, source, device), held_out, card)
+    target = another(cfg, net, folder, device) if cfg.target != "self" else None
+    return Prune(cfg, net, ranking["pruned"], batches_of(cfg, source, device), held_out, card, target)
 
 
 def build_distill(cfg: Stage3, source: Source, device: torch.device) -> Distill:
@@ -112,7 +121,7 @@ def build_distill(cfg: Stage3, source: Source, device: torch.device) -> Distill:
         raise ValueError(f"{folder}/fastlightgen.json: names no pruned_path; wanted a model that stage=2 made")
     teacher = load(cfg, folder, device).requires_grad_(False)
     check_data(cfg, source, teacher, card)
-    student = copy.deepcopy(teacher).requires_grad_(True).prune(keep)
+    student = another(cfg, teacher, folder, device).requires_grad_(True).prune(keep)
     original = None
     if cfg.strong == "original":
         original = load(cfg, trained_folder(cfg.model), device).requires_grad_(False)
@@ -120,7 +129,7 @@ def build_distill(cfg: Stage3, source: Source, device: torch.device) -> Distill:
     if cfg.fake_mode == "lora":  # literally shared weights: the adapters count for the fake's predictions only
         fake, trained = teacher, attach_lora(teacher, cfg.lora_rank, generator(cfg.seed, 7))
     else:
-        fake = copy.deepcopy(teacher).requires_grad_(True)
+        fake = another(cfg, teacher, folder, device).requires_grad_(True)
         fake, fake_keep = (fake.prune(keep), None) if fake_keep is not None else (fake, None)
         trained = fake
     set_checkpointing(cfg, source, student, fake)

@@ -55,6 +55,7 @@ class Prune:
         batches: Callable[[int], Batch],
         held_out: Callable[[], Batch],
         card: dict,
+        target: VideoDiT | None = None,
     ):
         self.cfg, self.net, self.batches, self.held_out, self.card, self.iters = (
             cfg,
@@ -67,7 +68,7 @@ class Prune:
         self.pruned = list(pruned)
         self.keep = [i for i in range(net.num_blocks) if i not in self.pruned]
         # The fixed target: a copy of the teacher that never moves, or that follows as an average.
-        self.target = copy.deepcopy(net).requires_grad_(False) if cfg.target != "self" else None
+        self.target = (target or copy.deepcopy(net)).requires_grad_(False) if cfg.target != "self" else None
         self.frozen = [] if self.target is None else [self.target]
         self.kappa = 0.0 if cfg.target == "self" else cfg.kappa_unpruned
         self.grad_u = self.kappa * cfg.alpha > 0 or cfg.alpha < 1  # does any term train the full path?

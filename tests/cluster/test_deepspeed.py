@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import worker
-from helpers import BLOCKS, PRUNED
+from helpers import BLOCKS, PRUNED, small_wan
 from launch import WORKER, finish, launch
 from safetensors.torch import load_file
 
+from fastlightgen.models.weights import save_model
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
+DTYPES = ("float32", "bfloat16")
 THREE = ["ratio=2", "lr_fake=1e-3"]
 CASES = {
     "stage 0, zero 2, ema": {"stage": 0, "zero": 2, "words": ["ema=0.9"]},
@@ -61,7 +64,10 @@ def folder(tmp_path_factory):
 def results(folder) -> dict:
     """Every case on two ranks of one process group."""
     saved = {name: case | {"save": str(folder / name)} for name, case in SAVED.items()}
-    return on_ranks(2, CASES | saved, folder, 300)
+    save_model(small_wan(), folder / "network")
+    read = {f"read, {t}": {"stage": 0, "load": str(folder / "network"), "words": [f"dtype={t}"]} for t in DTYPES}
+    read["drawn"] = {"stage": 0, "load": "tiny", "words": ["offload=all"]}
+    return on_ranks(2, CASES | saved | read, folder, 300)
 
 
 def on_ranks(count: int, cases: dict, folder: Path, seconds: float) -> dict:
@@ -130,6 +136,14 @@ def test_a_continued_run_is_the_uninterrupted_one(results, folder, name):
     whole, continued = (load_file(place / n / "diffusion_pytorch_model.safetensors") for n in ("whole", "continued"))
     assert whole.keys() == continued.keys() and all(torch.equal(whole[k], continued[k]) for k in whole)
     assert len(list((place / "step-000002").glob("rank-*-of-00002.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("name", ["drawn", *(f"read, {t}" for t in DTYPES)])
+def test_a_rank_keeps_its_share_of_what_it_reads(results, name):
+    """Half of every weight, padded to a multiple of the ranks (DeepSpeed aligns to a few numbers)."""
+    found = results[name]
+    assert found["same"] and found["total"] > 0
+    assert all(2 * s <= found["total"] + 64 * found["parameters"] for s in found["shares"])
 
 
 @pytest.mark.slow

@@ -17,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import BLOCKS, KEPT, PRUNED, config, crop, small_hunyuan, small_wan
 
 from fastlightgen.data.source import ShapesSource
-from fastlightgen.engine import ranks
+from fastlightgen.engine import ranks, shards
 from fastlightgen.engine.local import LocalEngine
 from fastlightgen.models.lora import attach_lora
+from fastlightgen.models.weights import load_model
 from fastlightgen.rng import generator, rows
+from fastlightgen.stages.build import load
 from fastlightgen.stages.distill import Distill, Networks
 from fastlightgen.stages.prune import Prune
 from fastlightgen.stages.rank import evaluation_set, score_sets
@@ -93,6 +95,8 @@ def run(case: dict) -> dict:
         keeps = [[j for j in range(BLOCKS) if j != i] for i in range(BLOCKS)]
         table = score_sets(model, samples, keeps, "elbo", 4.0, lambda n: None)
         return {"table": table.tolist(), "gathers": gathers(gathered, [model])}
+    if "load" in case:
+        return loaded(case)
     stage = make(case["stage"], case.get("words", []), case.get("family", "wan"), case.get("size", 4))
     engine.prepare(stage)
     stage.begin()
@@ -105,8 +109,9 @@ def run(case: dict) -> dict:
     # Save in the middle, go on, and let a second engine continue from there.
     folder, middle = Path(case["save"]), last // 2
     records = steps(stage, engine, 0, middle)
-    engine.save(folder, middle, keep=2, every=0)
+    saving = engine.save(folder, middle, keep=2, every=0)  # on its way while the next steps run
     records += steps(stage, engine, middle, last)
+    saving.wait()
     engine.finish()
     stage.save(folder / "whole", engine.save_model)
     stage, engine = make(case["stage"], case.get("words", [])), make_engine(case)
@@ -117,6 +122,21 @@ def run(case: dict) -> dict:
     engine.finish()
     stage.save(folder / "continued", engine.save_model)
     return {"records": records, "again": again}
+
+
+def loaded(case: dict) -> dict:
+    """What this rank keeps of a network that it reads under zero=3, and whether the ranks have all of it together."""
+    words = ["engine=deepspeed", "zero=3", *case["words"]]
+    cfg = config(case["stage"], *words)
+    net, whole = load(cfg, case["load"], CPU), load_model(case["load"], dtype=getattr(torch, cfg.dtype))
+    same = []
+    for p, q in zip(net.parameters(), whole.parameters(), strict=True):
+        kept = p.untyped_storage().nbytes()
+        with shards.whole(p) as value:
+            same.append(kept == 0 and value.dtype == q.dtype and torch.equal(value, q))
+    shares = ranks.gathered(sum(p.ds_tensor.untyped_storage().nbytes() for p in net.parameters()))
+    total = sum(p.untyped_storage().nbytes() for p in whole.parameters())
+    return {"same": not ranks.anyone(not all(same)), "parameters": len(same), "shares": shares, "total": total}
 
 
 def count_gathers(counter: Counter) -> None:

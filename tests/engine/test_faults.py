@@ -221,8 +221,8 @@ def test_checkpoints_flush_before_they_appear(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "flush", spy)
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, {"net": {"w": torch.ones(2)}}, {"count": {}}, keep=1)
-    assert {n for n, _ in events[3:5]} == {"net.safetensors", "state.json"}
+        checkpoint.save(tmp_path, step, {"net": {"w": torch.ones(2)}}, {"count": {}}, keep=1).wait()
+    assert [n for n, _ in events[3:5]] == ["net.part", "state.json"]
     assert events[3][1] == [".step-000002.tmp", "step-000001"]
     assert events[5] == (tmp_path.name, ["step-000001", "step-000002"])
     assert checkpoint.steps(tmp_path) == [2]

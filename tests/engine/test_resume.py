@@ -131,7 +131,7 @@ def test_a_run_saved_at_every_step_computes_the_same(kind, inputs, finished, tmp
     command = [f"stage={stage}", f"run={tmp_path}", *inputs[stage], *words]
     with pytest.MonkeyPatch.context() as patch:
         for _ in range(2):
-            patch.setattr(checkpoint, "save", nth_call(2, checkpoint.save, before=False))
+            patch.setattr(checkpoint, "thin", nth_call(2, checkpoint.thin, before=False))
             with pytest.raises(Crash):
                 run_train(*command, "save_every=1", "keep=3")
             patch.undo()

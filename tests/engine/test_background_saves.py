@@ -1,0 +1,140 @@
+"""Checkpoints are written while the steps go on, one at a time, with the numbers of their own step."""
+
+import threading
+
+import pytest
+import torch
+from helpers import assert_same, result, run_train, write_inputs
+from safetensors.torch import load_file
+
+from fastlightgen.engine import checkpoint, ranks
+from fastlightgen.stages.teacher import Teacher
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(inputs, tmp_path, monkeypatch):
+    """The disk takes until step 5 to write the checkpoint of step 3; that of step 6 is then like any other."""
+    command = ["stage=0", f"run={tmp_path}", *inputs[0], "ema=0.9", "keep=3"]
+    reached, seen = threading.Event(), []
+    write, check = checkpoint.write, Teacher.check
+
+    def slow(*args):
+        assert seen or reached.wait(60)
+        write(*args)
+
+    def note(self, step):
+        if step == 5:
+            seen.append(checkpoint.steps(tmp_path / "stage0/checkpoints"))
+            reached.set()
+        return check(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", slow)
+        patch.setattr(Teacher, "check", note)
+        run_train(*command)
+    assert seen == [[]]  # at step 5 the one of step 3 was not there yet
+    assert checkpoint.steps(tmp_path / "stage0/checkpoints") == [3, 6, 7]
+    run_train("stage=0", f"run={tmp_path}/whole", *inputs[0], "ema=0.9", "keep=3")
+    for step in (3, 6, 7):
+        files = [checkpoint.path(run / "stage0/checkpoints", step) for run in (tmp_path, tmp_path / "whole")]
+        one, two = (checkpoint.load(sorted(folder.glob("*.safetensors"))) for folder in files)
+        assert_same(one, two)
+    assert_same(result(tmp_path, 0), result(tmp_path / "whole", 0))
+
+
+def test_one_at_a_time(inputs, tmp_path, monkeypatch):
+    """A save at every step: each waits for the one before it, and the run for the last."""
+    inside, overlaps, write = [], [], checkpoint.write
+
+    def counted(*args):
+        inside.append(1)
+        overlaps.append(len(inside))
+        write(*args)
+        inside.pop()
+
+    monkeypatch.setattr(checkpoint, "write", counted)
+    run_train("stage=0", f"run={tmp_path}", *inputs[0], "save_every=1", "keep=7")
+    assert overlaps == [1] * 7 and checkpoint.steps(tmp_path / "stage0/checkpoints") == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_an_error_of_the_run_leaves_the_checkpoint_under_way_whole(inputs, tmp_path, monkeypatch, capsys):
+    failed, write = threading.Event(), checkpoint.write
+
+    def slow(*args):
+        assert failed.wait(60)
+        write(*args)
+
+    def check(self, step):
+        if step == 4:
+            failed.set()
+            raise ValueError("stopped by the test")
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr(Teacher, "check", check)
+    with pytest.raises(SystemExit):
+        run_train("stage=0", f"run={tmp_path}", *inputs[0])
+    assert "stopped by the test" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "stage0/checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_what_is_held_does_not_change():
+    x = torch.arange(6.0).view(2, 3).T.requires_grad_()  # not contiguous, as no file can hold it
+    copy = checkpoint.held(x)
+    with torch.no_grad():
+        x.zero_()
+    assert copy.is_contiguous() and torch.equal(copy, torch.tensor([[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]))
+
+
+@pytest.mark.parametrize("dtype", [*checkpoint.NAMES], ids=str)
+def test_files_are_what_safetensors_reads(tmp_path, dtype):
+    tensors = {"a": torch.arange(-3, 4).to(dtype), "step": torch.tensor(2.0), "none": torch.zeros(0, 3, dtype=dtype)}
+    tensors["b"] = torch.randn(2, 3, 5).to(dtype)
+    checkpoint.save_file(tensors, tmp_path / "x.safetensors")
+    assert_same(load_file(tmp_path / "x.safetensors"), tensors)
+    checkpoint.save_file({}, tmp_path / "empty")
+    assert load_file(tmp_path / "empty") == {}
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """This process is rank 0 of two; the other is played by the test."""
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(ranks, "anyone", lambda flag: flag)
+
+
+def saved(rank: int) -> dict:
+    return {checkpoint.rank_file(rank): {f"w{rank}": torch.ones(2)}}
+
+
+def test_rank_0_names_it_once_all_have_written(tmp_path, two_ranks):
+    saving = checkpoint.save(tmp_path, 4, saved(0), {"engine": "deepspeed"}, keep=1)
+    saving.thread.join(0.3)
+    assert saving.state() == checkpoint.BUSY and not saving.whole([checkpoint.BUSY, checkpoint.BUSY])
+    checkpoint.write(tmp_path / ".step-000004.tmp", saved(1))
+    saving.thread.join(60)
+    assert saving.state() == 0 and saving.whole([0, 0]) and not saving.whole([0, checkpoint.BUSY])
+    step, meta, files = checkpoint.latest(tmp_path, "deepspeed")
+    assert step == 4 and meta["files"] == [checkpoint.rank_file(r) for r in range(2)]
+    assert {k for tensors in checkpoint.load(files).values() for k in tensors} == {"w0", "w1"}
+
+
+def test_a_rank_that_cannot_write_stops_all(tmp_path, two_ranks):
+    saving = checkpoint.save(tmp_path, 4, saved(0), {}, keep=1)
+    with pytest.raises(
+        ValueError, match="step-000004: the checkpoint could not be saved .on another rank.; there is none"
+    ):
+        saving.whole([checkpoint.BUSY, checkpoint.FAILED])
+    assert list(tmp_path.iterdir()) == [] and not saving.thread.is_alive()
+
+
+def test_a_run_that_ends_does_not_wait_long_for_a_rank_that_has_gone(tmp_path, two_ranks, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PARTING", 0.2)
+    with pytest.raises(RuntimeError, match="gone"), checkpoint.Background() as saves:
+        saves.saving = checkpoint.save(tmp_path, 4, saved(0), {}, keep=1)
+        raise RuntimeError("gone")
+    saves.saving.thread.join(60)
+    assert not saves.saving.thread.is_alive() and checkpoint.steps(tmp_path) == []
