@@ -129,8 +129,8 @@ class Distill:
         return dmd_loss(x_hat, gradient), {
             "x0_gap": gap,
             f"x0_gap_rung{rung + 1}": gap,  # of the step's own exit only: the rungs are curves of their own
-            "contrast": x0.std().item(),  # grows when a student over-saturates
-            "contrast_data": batch.x0.std().item(),
+            "contrast": x0.flatten(1).std(1).mean().item(),  # of a clip; grows when a student over-saturates
+            "contrast_data": batch.x0.flatten(1).std(1).mean().item(),
         }
 
     def critic_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
