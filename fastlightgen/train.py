@@ -2,10 +2,13 @@
 
 import json
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from fastlightgen.config import StageAll, exit_code, for_stage, main, numbers
+from fastlightgen.config import StageAll, exit_code, for_stage, main
+
+OWN = ("run", "device", "threads", "progress")  # keys that may differ between the processes of a run
 
 
 def train(cfg) -> None:
@@ -39,12 +42,13 @@ def end(err: BaseException) -> None:
 
     if ranks.size() == 1:
         raise err
-    if isinstance(err, RuntimeError):  # a collective failed because its partner is not there any more, or too late
+    if isinstance(err, RuntimeError) and not ranks.lost_partner(err):
+        raise err
+    if isinstance(err, RuntimeError):
         missing = ranks.gone()
         if not missing:
             raise err
-        told = f"rank {', '.join(map(str, missing))} of {ranks.size()} has gone; the last checkpoint is intact"
-        err = ValueError(f"{told}: run the same command to continue")
+        err = ValueError(f"rank {', '.join(map(str, missing))} of {ranks.size()} has gone; {ranks.GO_ON}")
     if ranks.speaks_first():
         raise type(err)(f"rank {ranks.rank()}: {err}") if ranks.rank() and isinstance(err, ValueError) else err
     sys.exit(exit_code(err))
@@ -67,8 +71,8 @@ def set_up(cfg) -> None:
     if cfg.engine == "deepspeed":
         device = pick_device(cfg.device)
         ranks.join(device, cfg.timeout)
-        ranks.agree("the configuration", sorted(numbers(cfg).items()))
-        ranks.agree("sequence_parallel", cfg.sequence_parallel)
+        ranks.agree("stage", cfg.stage)
+        ranks.agree_on_keys({k: v for k, v in asdict(cfg).items() if k not in OWN})
         ranks.agree("the random numbers", draws(cfg.seed))
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -17,13 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastlightgen.engine import ranks
+from fastlightgen.engine.hang import HERE
 
 Files = dict[str, dict[str, Tensor]]
 T = TypeVar("T")
 
 BUSY, FAILED = 2, 4  # of a rank that writes; bits, so that a step's one collective carries another flag as well
 POLL = 0.05  # seconds between two looks at the other ranks' files
-PARTING = 5.0  # seconds that a run which ends with an error gives them
+PARTING = 5.0  # seconds without a byte of theirs after which a run that ends with an error leaves them
 MAX_PARTS = 1024  # Linux takes as many in one call
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 
@@ -104,7 +106,9 @@ class Saving:
             return not any(s & BUSY for s in states)
         self.stopped.set()
         self.thread.join()
-        if not isinstance(self.error, OSError | SafetensorError | None) or path(self.folder, self.step).exists():
+        if self.error is None:
+            time.sleep(PARTING / 2)  # the rank that knows why tells
+        if not isinstance(self.error, OSError | None) or path(self.folder, self.step).exists():
             raise self.error or OSError(f"{path(self.folder, self.step)}: rank 0 could not remove older checkpoints")
         if ranks.rank() == 0:
             shutil.rmtree(self.temporary, ignore_errors=True)
@@ -113,11 +117,16 @@ class Saving:
     def wait(self) -> None:
         """Until it is complete; on all ranks."""
         while not self.whole(ranks.gathered(self.state())):
+            HERE.at("the wait for the checkpoint")  # a slow disk is no hang; a rank that is stuck does not get here
             self.thread.join(POLL)
 
     def leave(self) -> None:
-        """The run ends with an error: complete it if the other ranks have written theirs, or do soon."""
-        self.thread.join(None if ranks.size() == 1 else PARTING)
+        """The run ends with an error: complete it, for as long as this rank or another one still writes."""
+        size, since = -1, time.monotonic()
+        while self.thread.is_alive() and (ranks.size() == 1 or time.monotonic() - since < PARTING):
+            self.thread.join(POLL)
+            if (now := written(self.temporary)) != size:
+                size, since = now, time.monotonic()
         self.stopped.set()
 
 
@@ -154,6 +163,14 @@ def not_saved(folder: Path, step: int, error: BaseException | None) -> ValueErro
         f"{path(folder, step)}: the checkpoint could not be saved ({error or 'on another rank'}); {state}; "
         "make room and run the same command to continue"
     )
+
+
+def written(folder: Path) -> int:
+    """Bytes in a folder so far."""
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(folder))
+    except FileNotFoundError:  # it has got its name, or a file in it
+        return 0
 
 
 def thin(folder: Path, keep: int, every: int, good: int) -> None:

@@ -113,7 +113,7 @@ def verdict(places: Sequence[Place], seconds: float) -> str:
         ]
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         told += f"{'; '.join(named)}{more}, while {one_or_all(others, places)} at {places[others[0]].text}"
-    return f"{told}; the last checkpoint is intact: run the same command to continue"
+    return f"{told}; {ranks.GO_ON}"
 
 
 def one_or_all(others: list[int], places: Sequence[Place]) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import time
 import warnings
 from collections import Counter
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from fastlightgen.engine.clock import clock
 from fastlightgen.models.sequence import SequenceGroup, divisors
+
+GO_ON = "run the same command to continue from the last checkpoint, if there is one"
+LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe", re.IGNORECASE)
 
 
 def launched() -> int:
@@ -113,6 +117,18 @@ def agree(what: str, value: Any) -> None:
             f"{what} differs on rank {', '.join(map(str, odd))} of {size()} (here, on rank {rank()}: {value}); "
             "start all ranks with the same command, code and data"
         )
+
+
+def agree_on_keys(values: dict[str, Any]) -> None:
+    """As `agree`, for the same keys on every rank: names the first key that differs."""
+    if differing(gathered(digest(values))):
+        for key, value in values.items():
+            agree(key, value)
+
+
+def lost_partner(err: Exception) -> bool:
+    """Did a collective fail, because a partner has gone or is too late? Other errors are this rank's own."""
+    return isinstance(err, getattr(dist, "DistError", ())) or bool(LOST.search(str(err)))
 
 
 def summed(x: Tensor) -> Tensor:

@@ -159,16 +159,17 @@ def whole(p: Tensor) -> Iterator[Tensor]:
 
 
 class Share:
-    """The tensors that this rank writes: every size-th one."""
+    """The tensors that this rank writes. Each goes to the rank that has the fewest bytes so far."""
 
     def __init__(self):
         self.tensors: dict[str, Tensor] = {}
-        self.seen = 0
+        self.bytes = [0] * ranks.size()
 
     def add(self, name: str, value: Tensor) -> None:
-        if self.seen % ranks.size() == ranks.rank():
+        taker = self.bytes.index(min(self.bytes))
+        self.bytes[taker] += value.nbytes
+        if taker == ranks.rank():
             self.tensors[name] = held(value)
-        self.seen += 1
 
 
 class Stored(Mapping):
@@ -177,12 +178,11 @@ class Stored(Mapping):
     def __init__(self, files: list[Path]):
         self.where = {}
         for file in files:
-            with safe_open(file, framework="pt") as f:
-                self.where |= dict.fromkeys(f.keys(), file)
+            opened = safe_open(file, framework="pt")
+            self.where |= dict.fromkeys(opened.keys(), opened)
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.where[name], framework="pt") as f:
-            return f.get_tensor(name)
+        return self.where[name].get_tensor(name)
 
     def __iter__(self):
         return iter(self.where)

@@ -31,8 +31,7 @@ class Watch:
             self.kept = alarms[0]["good"] if alarms else None
             self.fine = shown[-1]["step"] if shown else 0
         self.sounding = {f.alarm for f in self._in_log()}
-        if mode == "stop" and ranks.anyone(bool(alarms)):
-            self._end(alarms[0]["step"] if alarms else start, [a["alarm"] for a in alarms[:1]])
+        self._stop([(a["step"], a["alarm"], a["good"]) for a in alarms[:1]])
 
     def log(self, record: dict) -> None:
         """Judge a new line."""
@@ -40,7 +39,8 @@ class Watch:
         found = self._in_log()
         new = [f for f in found if f.alarm not in self.sounding]
         self.sounding = {f.alarm for f in found}
-        self._tell(record["step"], new, self._newest(record["step"] - 1))
+        judged = self.lines[-self.limits.recent :][0]["step"]  # what the medians are of began here
+        self._tell(record["step"], new, self._newest(min(self.fine or judged, judged)))
 
     def clips(self, step: int, looks: Sequence[dict], real: Callable[[], Sequence[dict]]) -> None:
         """Note the look of new clips, none if a signal came first, and judge it."""
@@ -81,11 +81,12 @@ class Watch:
             say(f"alarm: step {step}: {finding}")
             known = {"alarm": finding.alarm, "value": finding.value, "usual": finding.usual, "good": self.kept}
             self.file.write({"step": step} | known)
-        if self.mode == "stop" and ranks.anyone(bool(found)):
-            self._end(step, [str(f) for f in found])
+        self._stop([(step, "; ".join(map(str, found)), self.kept)] if found else [])
 
-    def _end(self, step: int, told: list[str]) -> None:
-        before = f"the last checkpoint before it is {checkpoint.path(self.checkpoints, self.kept)}" if self.kept else ""
-        raise ValueError(
-            f"alarms=stop: step {step}: {'; '.join(told)}; {before or 'there is no checkpoint before it'}; {REMEDY}"
-        )
+    def _stop(self, alarm: list[tuple[int, str, int]]) -> None:
+        """End the run on all ranks, with what rank 0 found: step, alarms, the checkpoint before."""
+        if self.mode != "stop" or not (alarm := ranks.from_first(alarm)):
+            return
+        step, told, kept = alarm[0]
+        before = f"the last checkpoint before it is {checkpoint.path(self.checkpoints, kept)}" if kept else ""
+        raise ValueError(f"alarms=stop: step {step}: {told}; {before or 'there is no checkpoint before it'}; {REMEDY}")

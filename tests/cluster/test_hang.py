@@ -94,13 +94,13 @@ def test_the_rank_that_stands_still_is_named(tmp_path, where):
     assert "while rank 0 waits at stage 2, step 3, update of student, " in lines[0]
     state = f"is at stage 2, {place}, while" if place else "has stopped, last seen at stage 2, step"
     assert f"error: nothing has moved for {lines[0].split()[5]} s: rank 1 of 2 {state}" in lines[0]
-    assert "the last checkpoint is intact" in lines[0] and "exitcode  : 2 " in err
+    assert "continue from the last checkpoint" in lines[0] and "exitcode  : 2 " in err
     assert (tmp_path / "run/stage2/checkpoints/step-000001").is_dir()
 
 
 def test_the_verdict():
     at = [Place(7, "B"), Place(7, "B"), Place(5, "A"), Place(7, "B")]
-    assert "for 10 s: rank 2 of 4 is at A, while the other 3 wait at B; the last" in verdict(at, 10.2)
+    assert "for 10 s: rank 2 of 4 is at A, while the other 3 wait at B; run the same" in verdict(at, 10.2)
     assert "for 3 s: all 2 ranks are at B; the last" in verdict(at[:2], 3)
     assert "rank 1 of 2 has stopped, last seen at B, while rank 0 waits at B;" in verdict(
         [at[0], Place(7, "B", True)], 3

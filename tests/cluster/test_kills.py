@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import assert_same, write_inputs
+from helpers import assert_same, untimed, write_inputs
 from launch import ranks_of
 from safetensors.torch import load_file
 
@@ -147,4 +147,4 @@ def lines(stage: Path, last: int) -> list[dict]:
     """What metrics.jsonl says up to a step, without the time that it took; a kill may have cut the last line."""
     whole = (stage / "metrics.jsonl").read_text().splitlines(keepends=True)
     records = [json.loads(line) for line in whole if line.endswith("\n")]
-    return [{k: v for k, v in r.items() if k != "sec_per_step"} for r in records if r["step"] <= last]
+    return [untimed(r) for r in records if r["step"] <= last]
