@@ -97,8 +97,8 @@ def run_stage(cfg) -> None:
         if folder.complete:
             say(f"stage {number}: {folder.result} is there, nothing to do (overwrite=true starts anew)")
             return
-        check_fit(cfg, source, device)
         engine = make_engine(cfg, device)
+        check_fit(cfg, source, device)
         if number == 1:
             rank_blocks(cfg, source, device, folder, engine)
         else:

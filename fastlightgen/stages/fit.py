@@ -1,6 +1,6 @@
 """Before a stage is built: what it will need by the planner's arithmetic, and whether this machine has it."""
 
-import os
+import socket
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,14 +26,18 @@ def check_fit(cfg, source: Source, device: torch.device) -> None:
     if cfg.fit == "off":
         return
     kind = kind_of(device)
+    missing = ""
     try:
         config, drop = subject(cfg)
         clip = source.largest()
-        net = network(config, tuple(clip.x0.shape[2:]), clip.cond.text.shape[1], fused=device.type == "cuda")
-        plan = plan_of(cfg, ranks.size(), local_ranks(), kind or "h100-80gb")
-        b = budget(net, plan, drop)
-    except (OSError, ValueError):  # an input is missing or wrong: building the stage tells
+    except (OSError, ValueError) as err:  # building the stage stops at it
+        missing = str(err) or type(err).__name__
+    if ranks.anyone(bool(missing)):  # all ranks leave together: what follows are collectives
+        say(f"fit: not looked at: {missing or 'another rank cannot read its inputs'}")
         return
+    net = network(config, tuple(clip.x0.shape[2:]), clip.cond.text.shape[1], fused=device.type == "cuda")
+    plan = plan_of(cfg, ranks.size(), local_ranks(), kind or "h100-80gb")
+    b = budget(net, plan, drop)
     room, host = (min(ranks.gathered(have)) for have in (gpu_free(device), host_free()))
     say(f"stage {cfg.stage}, planned: {told(b, plan, room, host)}")
     if kind and b.seconds:
@@ -131,8 +135,9 @@ def plan_of(cfg, processes: int, here: int, gpu: str) -> Plan:
 
 
 def local_ranks() -> int:
-    """Processes of this run on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Processes of this run on this host; counted, because Slurm's ranks have no LOCAL_WORLD_SIZE."""
+    hosts = ranks.gathered(ranks.digest(socket.gethostname()))
+    return hosts.count(hosts[ranks.rank()])
 
 
 def kind_of(device: torch.device) -> str | None:

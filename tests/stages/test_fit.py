@@ -98,9 +98,31 @@ def test_the_command_exits_with_one_line(models, monkeypatch, capsys):
     assert not (models / "new" / "stage1" / "importance.json").exists()
 
 
-def test_what_is_missing_is_told_by_what_reads_it(tmp_path, capsys):
+def test_a_missing_input_is_named_and_ends_the_look(tmp_path, monkeypatch, capsys):
+    """On all ranks, also on those that could read theirs."""
     fit.check_fit(config(3, f"run={tmp_path}"), SOURCE, CPU)
-    assert capsys.readouterr().out == ""
+    out = capsys.readouterr().out
+    assert out.startswith("fit: not looked at: ") and f"{tmp_path}/stage2/model" in out and out.count("\n") == 1
+    monkeypatch.setattr(fit.ranks, "gathered", lambda flag: [flag, 1])
+    fit.check_fit(load(["stage=1", "run=unused"]), SOURCE, CPU)
+    assert capsys.readouterr().out == "fit: not looked at: another rank cannot read its inputs\n"
+
+
+def test_what_the_planner_refuses_is_told(models, monkeypatch):
+    """The small network has two heads, which three processes cannot share."""
+    monkeypatch.setattr(fit.ranks, "size", lambda: 3)
+    monkeypatch.setattr(fit.ranks, "gathered", lambda mine: [mine] * 3)
+    cfg = configured(2, models, "engine=deepspeed", "sequence_parallel=3")
+    with pytest.raises(ValueError, match=r"^sequence_parallel=3: does not divide the network's 2 heads; take one of 1"):
+        fit.check_fit(cfg, SOURCE, CPU)
+
+
+def test_ranks_of_this_host_are_counted(monkeypatch):
+    """Three of five ranks, of which this one is the last."""
+    monkeypatch.setattr(fit.ranks, "gathered", lambda mine: [mine, 1, mine, 2, mine])
+    monkeypatch.setattr(fit.ranks, "rank", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert fit.local_ranks() == 3
 
 
 def test_the_shipped_demo_is_neither_refused_nor_slowed(capsys):
