@@ -1,7 +1,7 @@
 """What train says of its plan, and which runs it refuses: the same count as the plan command's."""
 
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +95,26 @@ def test_the_command_exits_with_one_line(models, monkeypatch, capsys):
         main(train, "train", ["stage=1", *words])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("error: fit: the plan is 0.") and err.count("\n") == 1
+    assert not (models / "new" / "stage1" / "importance.json").exists()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_stage_is_planned_ahead_as_in_its_turn(stage, models, capsys):
+    """Half of four blocks, from the middle, are those that the ranking names."""
+    cfg = configured(stage, models)
+    fit.check_fit(cfg, SOURCE, CPU)
+    fit.check_fit(replace(cfg, run=f"{models}/new"), SOURCE, CPU, 0.5)
+    now, ahead = (line.split(":") for line in capsys.readouterr().out.splitlines())
+    assert now[1].split(" of ")[0] == ahead[1].split(" of ")[0]  # what is free moves
+    assert ahead[0] == f"stage {stage}, planned ahead, with blocks yet to be chosen"
+    assert fit.foreseen(cfg, 0.5) == fit.subject(cfg)
+
+
+def test_stage_3_is_refused_before_stage_1_runs(models, monkeypatch, capsys):
+    monkeypatch.setattr(fit, "misfit", lambda cfg, *rest: "fit: stage 3 is too large" if cfg.stage == "3" else "")
+    with pytest.raises(SystemExit):
+        main(train, "train", ["stage=all", f"run={models / 'new'}", f"model={models / 'teacher'}", "progress=false"])
+    assert "error: fit: stage 3 is too large\n" in capsys.readouterr().err
     assert not (models / "new" / "stage1" / "importance.json").exists()
 
 
