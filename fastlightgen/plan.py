@@ -14,6 +14,8 @@ STANDARD = {"wan": "480x832x81", "hunyuan": "720x1280x129"}  # the sizes of the 
 
 
 def plan(cfg: Plan) -> None:
+    if cfg.out and not Path(cfg.out).parent.is_dir():
+        raise ValueError(f"out={cfg.out}: there is no folder {Path(cfg.out).parent}; make it, or choose another file")
     lines, record = table(cfg) if cfg.table else one(cfg)
     print("\n".join(lines))
     if cfg.out:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ def train(cfg) -> None:
             run_stage(cfg)
             return
         for number in (1, 2, 3):
-            run_stage(for_stage(cfg, number))
+            run_stage(for_stage(cfg, number), [for_stage(cfg, later) for later in (2, 3) if number == 1])
         if ranks.rank() == 0:
             from fastlightgen.evaluate import evaluate_run
             from fastlightgen.report import write_report
@@ -83,8 +84,8 @@ def draws(seed: int) -> list[float]:
     return [x for purpose in range(8) for x in rand(2, generator(seed, purpose, 0)).tolist()]
 
 
-def run_stage(cfg) -> None:
-    """Run, continue, or find complete one stage of a run folder."""
+def run_stage(cfg, later: Sequence = ()) -> None:
+    """Run, continue, or find complete one stage of a run folder; Stage I also looks whether `later` ones will fit."""
     from fastlightgen.data.source import open_source
     from fastlightgen.engine.hang import HangWatch
     from fastlightgen.engine.local import pick_device
@@ -101,8 +102,10 @@ def run_stage(cfg) -> None:
         if folder.complete:
             say(f"stage {number}: {folder.result} is there, nothing to do (overwrite=true starts anew)")
             return
-        check_fit(cfg, source, device)
         engine = make_engine(cfg, device)
+        check_fit(cfg, source, device)
+        for other in later:
+            check_fit(other, source, device, cfg.ratio)
         if number == 1:
             rank_blocks(cfg, source, device, folder, engine)
         else:

@@ -1,9 +1,9 @@
 """The keys that every training stage has, and words that several commands' keys share."""
 # ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from fastlightgen.config.fields import REQUIRED, Checked, ConfigError, field
+from fastlightgen.config.fields import REQUIRED, Checked, ConfigError, field, show
 
 MAX_SEED = 2**31 - 1  # leaves room to count up and fits every generator
 DEVICES, SAMPLERS = ("auto", "cpu", "cuda"), ("auto", "ode", "stochastic")
@@ -104,6 +104,10 @@ class Run(Checked):
             raise ConfigError(f"offload=all: weights can wait in host memory under zero=3 only, not zero={self.zero}")
         if self.engine == "local" and self.offload != "none":
             raise ConfigError(f"offload={self.offload}: engine=local keeps everything on its device; use offload=none")
+        for f in fields(Run):
+            why = {"zero": "is one process and shards nothing", "timeout": "waits for no other process"}.get(f.name)
+            if why and self.engine == "local" and (value := getattr(self, f.name)) != f.default:
+                raise ConfigError(f"{f.name}={show(value)}: engine=local {why}; leave it out or use engine=deepspeed")
         if self.engine == "local" and self.sequence_parallel > 1:
             raise ConfigError(
                 f"sequence_parallel={self.sequence_parallel}: engine=local is one process, which has no other to share "

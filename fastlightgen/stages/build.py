@@ -103,7 +103,7 @@ def build_prune(cfg: Stage2, source: Source, device: torch.device) -> Prune:
     set_checkpointing(cfg, source, net)
 
     def held_out() -> Batch:
-        return source.held_out(0, 32).to(device)
+        return source.held_out(0, 32)  # the guard moves what it looks at
 
     target = another(cfg, net, folder, device) if cfg.target != "self" else None
     return Prune(cfg, net, ranking["pruned"], batches_of(cfg, source, device), held_out, card, target)

@@ -1,6 +1,6 @@
 """Before a stage is built: what it will need by the planner's arithmetic, and whether this machine has it."""
 
-import os
+import socket
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from fastlightgen.engine.log import say
 from fastlightgen.models.cost import Network, network
 from fastlightgen.models.weights import config_of, read_card, trained_folder
 from fastlightgen.stages.budget import Budget, budget
+from fastlightgen.stages.cost import dropped
 from fastlightgen.stages.remedies import remedies, words
 
 CGROUP, MEMINFO, SELF = Path("/sys/fs/cgroup"), Path("/proc/meminfo"), Path("/proc/self/cgroup")
@@ -21,21 +22,29 @@ UNKNOWN = 2**62  # bytes
 KINDS = {"H100": "h100-80gb", "H200": "h200", "A100": "a100-80gb", "4090": "4090"}  # in the names that torch reports
 
 
-def check_fit(cfg, source: Source, device: torch.device) -> None:
-    """Say what the stage will need; stop one that cannot fit, before anything large is read."""
+def check_fit(cfg, source: Source, device: torch.device, ratio: float | None = None) -> None:
+    """Say what the stage will need; stop one that cannot fit, before anything large is read.
+
+    `ratio`: the stage's turn is yet to come, after a Stage I that will drop this share of the blocks.
+    """
     if cfg.fit == "off":
         return
     kind = kind_of(device)
+    missing = ""
     try:
-        config, drop = subject(cfg)
+        config, drop = subject(cfg) if ratio is None else foreseen(cfg, ratio)
         clip = source.largest()
-        net = network(config, tuple(clip.x0.shape[2:]), clip.cond.text.shape[1], fused=device.type == "cuda")
-        plan = plan_of(cfg, ranks.size(), local_ranks(), kind or "h100-80gb")
-        b = budget(net, plan, drop)
-    except (OSError, ValueError):  # an input is missing or wrong: building the stage tells
+    except (OSError, ValueError) as err:  # building the stage stops at it
+        missing = str(err) or type(err).__name__
+    if ranks.anyone(bool(missing)):  # all ranks leave together: what follows are collectives
+        say(f"fit: not looked at: {missing or 'another rank cannot read its inputs'}")
         return
+    net = network(config, tuple(clip.x0.shape[2:]), clip.cond.text.shape[1], fused=device.type == "cuda")
+    plan = plan_of(cfg, ranks.size(), local_ranks(), kind or "h100-80gb")
+    b = budget(net, plan, drop)
     room, host = (min(ranks.gathered(have)) for have in (gpu_free(device), host_free()))
-    say(f"stage {cfg.stage}, planned: {told(b, plan, room, host)}")
+    ahead = "" if ratio is None else " ahead, with blocks yet to be chosen"
+    say(f"stage {cfg.stage}, planned{ahead}: {told(b, plan, room, host)}")
     if kind and b.seconds:
         say(
             f"  {b.flops / 1e15:.3g} PFLOP per GPU and iteration; {b.seconds:.3g} s, and {b.gpu_days:.3g} GPU-days in "
@@ -108,6 +117,15 @@ def subject(cfg) -> tuple[dict, list[int]]:
     return config_of(cfg.init or cfg.model) if cfg.stage == "0" else config_of(trained_folder(cfg.model)), []
 
 
+def foreseen(cfg, ratio: float) -> tuple[dict, list[int]]:
+    """What `subject` will find, as far as can be said: the model's network, and as many of its middle blocks."""
+    if cfg.importance if cfg.stage == "2" else cfg.stage2_model:
+        return subject(cfg)
+    config = config_of(trained_folder((cfg.stage == "2" and cfg.teacher) or cfg.model))
+    joint = cfg.stage == "3" or cfg.drop == "joint"
+    return config, dropped(depth(config), ratio, -1) if joint else []
+
+
 def depth(config: dict) -> int:
     return config["num_layers"] + config.get("num_single_layers", 0)
 
@@ -131,8 +149,9 @@ def plan_of(cfg, processes: int, here: int, gpu: str) -> Plan:
 
 
 def local_ranks() -> int:
-    """Processes of this run on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Processes of this run on this host; counted, because Slurm's ranks have no LOCAL_WORLD_SIZE."""
+    hosts = ranks.gathered(ranks.digest(socket.gethostname()))
+    return hosts.count(hosts[ranks.rank()])
 
 
 def kind_of(device: torch.device) -> str | None:

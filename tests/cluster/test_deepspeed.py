@@ -179,5 +179,5 @@ def test_two_groups_of_two_ranks(tmp_path):
 def test_random_masks_for_two_hundred_steps(tmp_path, ranks):
     case = {"stage": 2, "steps": 200, "words": ["drop=independent", "lr=1e-5"]}
     done = on_ranks(ranks, {"masks": case}, tmp_path, 600)["masks"]
-    looks = 200 // 50 * ranks  # at the held-out error (guard_every=50) of 4 clips, 4 / ranks in a walk
+    looks = 200 // 50  # at the held-out error (guard_every=50) of 4 clips: each rank walks with its 4 / ranks at once
     assert len(done["records"]) == 200 and done["gathers"] == [[400 + looks] * BLOCKS, [200] * BLOCKS]

@@ -65,6 +65,16 @@ def test_every_preset_loads(name, stage):
     assert section.shift == config.preset(name)["inference"]["shift"]
 
 
+@pytest.mark.parametrize(("word", "why"), [("zero=2", "shards nothing"), ("timeout=60", "waits for no other process")])
+def test_keys_of_many_processes_need_an_engine_that_has_them(word, why):
+    key, value = word.split("=")
+    for stage in ("2", "all"):
+        with pytest.raises(ConfigError, match=f"^{word}.*: engine=local .*{why}; .* engine=deepspeed$"):
+            load([f"stage={stage}", "run=r", word])
+    assert getattr(load(["stage=2", "run=r", word, "engine=deepspeed"]), key) == float(value)
+    load(["stage=2", "run=r", "zero=3", "timeout=1800"])  # the defaults
+
+
 def test_presets():
     wan = config.preset("wan2.1-t2v-1.3b")["network"]
     assert wan["num_attention_heads"] * wan["attention_head_dim"] == 1536 and isinstance(wan["eps"], float)

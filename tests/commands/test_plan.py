@@ -201,6 +201,7 @@ def test_a_model_folder_is_planned_from_its_config(tmp_path):
         (["engine=local"], "gpus=16: engine=local is one process; use gpus=1"),
         (["gpu=v100"], "gpu=v100: wanted one of h100-80gb, h200, a100-80gb, 4090"),
         (["lr=1"], "lr=1: unknown key"),
+        (["table=true", "out=/nonexistent/x.json"], "out=/nonexistent/x.json: there is no folder /nonexistent"),
     ],
 )
 def test_errors_are_one_line(words, message, capsys):

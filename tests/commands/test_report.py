@@ -4,7 +4,10 @@ import base64
 import io
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ import yaml
 from PIL import Image
 from safetensors.numpy import save_file
 
-from fastlightgen import config
+from fastlightgen import config, report
 from fastlightgen.config import UserError
 from fastlightgen.metrics.importance import is_log, plot_importance
 from fastlightgen.report import best, write_report
@@ -107,6 +110,18 @@ def test_numbers_of_the_run_are_on_the_page(run):
     # five digits; what is not a number is left out
     wanted = {"2": {"loss": [[1, 0.12346]], "distill_pruned": [[1, 0.25]]}, "3": {"fake_loss": [[1, 0.5]]}}
     assert data["curves"] == wanted
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_every_rung_that_occurs_has_a_curve():
+    template = (Path(report.__file__).parent / "report_template.html").read_text()
+    line = next(line for line in template.splitlines() if line.startswith("const rungs ="))
+    keys = ("fake_loss", "student_x0_gap", "student_x0_gap_rung8", "student_x0_gap_rung1")
+    found = []
+    for curves in ({"3": dict.fromkeys(keys, [[1, 0.5]])}, {}):
+        script = f"const data = {json.dumps({'curves': curves})}; {line} console.log(JSON.stringify(rungs));"
+        found.append(json.loads(subprocess.run(["node", "-e", script], capture_output=True, check=True).stdout))
+    assert found == [[1, 8], []]
 
 
 def test_alarms_and_time_shares(run):

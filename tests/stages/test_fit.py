@@ -1,7 +1,7 @@
 """What train says of its plan, and which runs it refuses: the same count as the plan command's."""
 
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -98,9 +98,51 @@ def test_the_command_exits_with_one_line(models, monkeypatch, capsys):
     assert not (models / "new" / "stage1" / "importance.json").exists()
 
 
-def test_what_is_missing_is_told_by_what_reads_it(tmp_path, capsys):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_stage_is_planned_ahead_as_in_its_turn(stage, models, capsys):
+    """Half of four blocks, from the middle, are those that the ranking names."""
+    cfg = configured(stage, models)
+    fit.check_fit(cfg, SOURCE, CPU)
+    fit.check_fit(replace(cfg, run=f"{models}/new"), SOURCE, CPU, 0.5)
+    now, ahead = (line.split(":") for line in capsys.readouterr().out.splitlines())
+    assert now[1].split(" of ")[0] == ahead[1].split(" of ")[0]  # what is free moves
+    assert ahead[0] == f"stage {stage}, planned ahead, with blocks yet to be chosen"
+    assert fit.foreseen(cfg, 0.5) == fit.subject(cfg)
+
+
+def test_stage_3_is_refused_before_stage_1_runs(models, monkeypatch, capsys):
+    monkeypatch.setattr(fit, "misfit", lambda cfg, *rest: "fit: stage 3 is too large" if cfg.stage == "3" else "")
+    with pytest.raises(SystemExit):
+        main(train, "train", ["stage=all", f"run={models / 'new'}", f"model={models / 'teacher'}", "progress=false"])
+    assert "error: fit: stage 3 is too large\n" in capsys.readouterr().err
+    assert not (models / "new" / "stage1" / "importance.json").exists()
+
+
+def test_a_missing_input_is_named_and_ends_the_look(tmp_path, monkeypatch, capsys):
+    """On all ranks, also on those that could read theirs."""
     fit.check_fit(config(3, f"run={tmp_path}"), SOURCE, CPU)
-    assert capsys.readouterr().out == ""
+    out = capsys.readouterr().out
+    assert out.startswith("fit: not looked at: ") and f"{tmp_path}/stage2/model" in out and out.count("\n") == 1
+    monkeypatch.setattr(fit.ranks, "gathered", lambda flag: [flag, 1])
+    fit.check_fit(load(["stage=1", "run=unused"]), SOURCE, CPU)
+    assert capsys.readouterr().out == "fit: not looked at: another rank cannot read its inputs\n"
+
+
+def test_what_the_planner_refuses_is_told(models, monkeypatch):
+    """The small network has two heads, which three processes cannot share."""
+    monkeypatch.setattr(fit.ranks, "size", lambda: 3)
+    monkeypatch.setattr(fit.ranks, "gathered", lambda mine: [mine] * 3)
+    cfg = configured(2, models, "engine=deepspeed", "sequence_parallel=3")
+    with pytest.raises(ValueError, match=r"^sequence_parallel=3: does not divide the network's 2 heads; take one of 1"):
+        fit.check_fit(cfg, SOURCE, CPU)
+
+
+def test_ranks_of_this_host_are_counted(monkeypatch):
+    """Three of five ranks, of which this one is the last."""
+    monkeypatch.setattr(fit.ranks, "gathered", lambda mine: [mine, 1, mine, 2, mine])
+    monkeypatch.setattr(fit.ranks, "rank", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert fit.local_ranks() == 3
 
 
 def test_the_shipped_demo_is_neither_refused_nor_slowed(capsys):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,6 +191,23 @@ def test_error_is_eq_4_on_the_held_out_clips():
         v = stage.net(x_t, t, batch.cond, keep)
         wanted = [((x_t[b] - t[b] * v[b] - batch.x0[b]) ** 2).mean().item() for b in range(2)]
         assert stage.error(keep) == pytest.approx(sum(wanted) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_ranks_share_the_held_out_clips(monkeypatch, together):
+    """Five clips on three shares: each walks as often, and their tables, added up, give one process's error."""
+    stage, tables, walks = make("micro_batch=1"), [], []
+    stage.held_out = lambda: batches(5, torch.float64)(99)
+    alone = stage.error()
+    real = stage.net._walk
+    monkeypatch.setattr(stage.net, "_walk", lambda *a: walks.append(len(a[0])) or real(*a))
+    monkeypatch.setattr(prune.ranks, "summed", lambda table: tables.append(table) or table)
+    for rank in range(3 * together):
+        monkeypatch.setattr(prune.ranks, "shares", lambda size, rank=rank: (rank // size, 3))
+        stage.net.sequence = None if together == 1 else SimpleNamespace(rank=rank % 2, size=2, cut=lambda grid: None)
+        stage.error()
+    assert walks == [1, 1] * 3 * together
+    assert sum(tables).mean().item() == pytest.approx(alone, rel=1e-6)
 
 
 def test_the_guard_stops_the_literal_reading(tmp_path, capsys):
