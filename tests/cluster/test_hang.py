@@ -101,7 +101,7 @@ def test_the_rank_that_stands_still_is_named(tmp_path, where):
 def test_the_verdict():
     at = [Place(7, "B"), Place(7, "B"), Place(5, "A"), Place(7, "B")]
     assert "for 10 s: rank 2 of 4 is at A, while the other 3 wait at B; run the same" in verdict(at, 10.2)
-    assert "for 3 s: all 2 ranks are at B; the last" in verdict(at[:2], 3)
+    assert "for 3 s: all 2 ranks are at B; run the same" in verdict(at[:2], 3)
     assert "rank 1 of 2 has stopped, last seen at B, while rank 0 waits at B;" in verdict(
         [at[0], Place(7, "B", True)], 3
     )
