@@ -23,6 +23,7 @@ def train(cfg) -> None:
         say(attention.describe())
         if not isinstance(cfg, StageAll):
             run_stage(cfg)
+            ranks.leave()
             return
         for number in (1, 2, 3):
             run_stage(for_stage(cfg, number), [for_stage(cfg, later) for later in (2, 3) if number == 1])
@@ -32,7 +33,7 @@ def train(cfg) -> None:
 
             evaluate_run(cfg)
             say(f"report: {write_report(Path(cfg.run))}")
-        ranks.barrier()
+        ranks.leave()
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as err:
         end(err)
 

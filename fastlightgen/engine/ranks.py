@@ -88,6 +88,13 @@ def barrier() -> None:
     gathered(0)
 
 
+def leave() -> None:
+    """Out of the process group, together: what an exit tears down by itself may abort with gloo's threads alive."""
+    if size() > 1:
+        barrier()
+        dist.destroy_process_group()
+
+
 def from_first(value: Any) -> Any:
     """Rank 0's value (text, numbers, lists of them) on every rank."""
     if size() == 1:

@@ -154,7 +154,7 @@ def main(results: Path) -> None:
     done["wire"] = {name: received(name) for name in ("wan t2v", "hunyuan t2v")}
     if ranks.rank() == 0:
         results.write_text(json.dumps(done))
-    ranks.barrier()
+    ranks.leave()
 
 
 if __name__ == "__main__":

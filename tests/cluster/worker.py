@@ -178,7 +178,7 @@ def main(cases: Path, results: Path) -> None:
     done = {name: run(case) for name, case in json.loads(cases.read_text()).items()}
     if ranks.rank() == 0:
         results.write_text(json.dumps(done))
-    ranks.barrier()
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -23,13 +23,24 @@ CASES = {
 }
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
 @pytest.mark.parametrize("op", CASES)
 def test_under_the_interpreter(op: str):
+    interpret(op, CASES[op])
+
+
+@pytest.mark.slow
+def test_a_hundred_steps_of_training():
+    interpret("training", ("t.agrees(100)",))
+
+
+def interpret(op: str, lines: tuple[str, ...]) -> None:
     """In a process of its own: triton reads TRITON_INTERPRET when it is imported."""
     head = f"import torch, test_{op} as t; from fastlightgen.ops import dispatch"
     poison = "torch.use_deterministic_algorithms(True)"  # what torch.empty returns is NaN
-    code = "\n".join([head, poison, "assert dispatch.backend_for('cpu') == 'triton'", *CASES[op]])
+    code = "\n".join([head, poison, "assert dispatch.backend_for('cpu') == 'triton'", *lines])
     paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "ops"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"TRITON_INTERPRET": "1", "FLG_OPS": "triton", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
