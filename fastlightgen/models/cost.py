@@ -2,11 +2,14 @@
 
 A multiply and add of a matrix product counts as two operations, as in torch's FlopCounterMode; norms, activations and
 sums are not counted. Everything is per sample. L image tokens, T text tokens, I tokens of an embedded image, D hidden.
+Of several GPUs that share a clip's tokens (`Part`) each has some image tokens, its heads' attention, and all the text.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from fastlightgen.models.shares import WHOLE, Part
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ class Network:
     last: Saved  # the last norm's share, given back before the backward pass comes to the blocks
     merges: bool  # do predictions with different prompts start from one hidden state?
     latent: tuple[int, int, int]
+    text_hidden: int = 0  # elements of a hidden state that are the text's
+    source: tuple = ()  # the arguments of `network` that it is made of
+
+    def divided(self, part: Part) -> "Network":
+        return network(*self.source, part)
 
     @property
     def params(self) -> int:
@@ -102,23 +110,9 @@ def latent_size(height: int, width: int, frames: int) -> tuple[int, int, int]:
     return (frames - 1) // 4 + 1, height // 8, width // 8
 
 
-def token_shares(grid: tuple[int, int, int], size: int) -> tuple[int, list[int]]:
-    """How `size` GPUs share a grid of patches (F, H, W): the axis that is cut, H or W, and each one's patches along it.
-
-    The axis is the one where the largest share is the smaller part of the whole.
-    """
-    axes = [a for a in (2, 1) if grid[a] >= size]
-    if not axes:
-        raise ValueError(
-            f"sequence_parallel={size}: the latent has {grid[1]} rows and {grid[2]} columns of patches, wanted {size} "
-            f"of either; use larger clips or sequence_parallel={max(grid[1:])} or less"
-        )
-    axis = min(axes, key=lambda a: math.ceil(grid[a] / size) / grid[a])
-    each, more = divmod(grid[axis], size)
-    return axis, [each + (r < more) for r in range(size)]
-
-
-def network(config: Mapping, latent: tuple[int, int, int], text_tokens: int = 0, fused: bool = True) -> Network:
+def network(
+    config: Mapping, latent: tuple[int, int, int], text_tokens: int = 0, fused: bool = True, part: Part = WHOLE
+) -> Network:
     """The cost of the network that a diffusers config.json describes; text_tokens 0: what its family is used with.
 
     `fused`: with the kernels of a GPU, which keep their inputs; the CPU's reference operators are torch's own, which
@@ -129,7 +123,8 @@ def network(config: Mapping, latent: tuple[int, int, int], text_tokens: int = 0,
         raise ValueError(f"config.json: _class_name is {name!r}; wanted one of {', '.join(FAMILIES)}")
     make, tokens = FAMILIES[name]
     try:
-        return make(config, latent, text_tokens or tokens, fused)
+        net = make(config, latent, text_tokens or tokens, fused, part)
+        return replace(net, source=(config, latent, text_tokens, fused))
     except KeyError as err:
         raise ValueError(f"config.json: {err.args[0]} is missing; wanted a {name} configuration of diffusers") from None
 
@@ -148,11 +143,12 @@ def biased(*widths: tuple[int, int]) -> int:
     return sum(a * b + b for a, b in widths)
 
 
-def wan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool) -> Network:
+def wan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, part: Part) -> Network:
     """WanTransformer3DModel; the image embedding of image-to-video has 257 tokens."""
     heads, patch = cfg["num_attention_heads"], math.prod(cfg["patch_size"])
     dim, ffn, image_dim = heads * cfg["attention_head_dim"], cfg["ffn_dim"], cfg["image_dim"]
-    tokens = math.prod(latent) // patch
+    whole = math.prod(latent) // patch
+    tokens = round(part.share * whole)
     image = 0 if image_dim is None else 257
     square, fed = (dim, dim), ((dim, ffn), (ffn, dim))
     added = (square, square) if image else ()
@@ -163,10 +159,10 @@ def wan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool) -> N
         params=biased(*layers) + 4 * dim + (dim if image else 0) + (2 * dim if cfg["cross_attn_norm"] else 0) + 6 * dim,
         weights=sum(a * b for a, b in layers),
         widths=sum(map(sum, layers)),
-        shared=Work(linear(tokens, *[square] * 5), attention(tokens, tokens, dim)),
+        shared=Work(linear(tokens, *[square] * 5), attention(whole, whole, dim) // part.ranks),
         private=Work(linear(tokens, square, *fed), attention(tokens, text + image, dim)),
         prompt=Work(linear(text + image, square, square)),
-        self_attention=attention(tokens, tokens, dim),
+        self_attention=attention(whole, whole, dim) // part.ranks,
         attention_out=Saved(hidden, heads * tokens),
         # Fused, 18 hidden tensors: x and y of the two gated norms and x of the third, their three results, q and k
         # before and after norm and rotation, v, the output; in the cross-attention q after its norm and the output,
@@ -204,15 +200,16 @@ def wan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool) -> N
     )
 
 
-def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool) -> Network:
+def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, part: Part) -> Network:
     """HunyuanVideoTransformer3DModel: double blocks, then single ones, over image and text tokens together."""
     heads, patch = cfg["num_attention_heads"], cfg["patch_size_t"] * cfg["patch_size"] ** 2
     dim = heads * cfg["attention_head_dim"]
     inner, head = int(dim * cfg["mlp_ratio"]), cfg["attention_head_dim"]
-    tokens = math.prod(latent) // patch
+    whole = math.prod(latent) // patch
+    tokens = round(part.share * whole)
     both, square, fed = tokens + text, (dim, dim), ((dim, inner), (inner, dim))
     rows = 2 if cfg["image_condition_type"] == "token_replace" else 1  # the given frame has a modulation of its own
-    scores, hidden = attention(both, both, dim), both * dim
+    scores, hidden = attention(whole + text, whole + text, dim) // part.ranks, both * dim
 
     def block(kind: str, params: int, layers: tuple, work: int, modulation: int, saved: Saved, inners: int) -> Block:
         return Block(
@@ -284,6 +281,7 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool) 
         last=last_norm(tokens * dim, fused),
         merges=False,
         latent=latent,
+        text_hidden=text * dim,
     )
 
 

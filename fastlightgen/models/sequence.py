@@ -19,13 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastlightgen.models.cost import token_shares
+from fastlightgen.models.shares import divisors, token_shares
 from fastlightgen.ops import attend
-
-
-def divisors(*numbers: int) -> str:
-    """Of all the numbers at once, as a list to choose from."""
-    return ", ".join(str(n) for n in range(1, min(numbers) + 1) if not any(m % n for m in numbers))
 
 
 class Exchange(torch.autograd.Function):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fastlightgen.config import preset
 from fastlightgen.models.cost import Network, latent_size, network
+from fastlightgen.models.shares import Part, divisors, token_shares
 from fastlightgen.stages.cost import StepCost, dropped, step_cost
 from fastlightgen.stages.memory import gpu_memory, host_memory, host_peak, number
 
@@ -101,18 +102,27 @@ class PaperKeys:
     strong: str = "stage2"
 
 
+def busiest(net: Network, cfg) -> float:
+    """The largest part of a clip's tokens on one GPU: rows or columns of patches, which need not come out even."""
+    if cfg.sequence_parallel == 1:
+        return 1.0
+    frames, height, width = net.latent
+    _, sizes = token_shares((frames, height // 2, width // 2), cfg.sequence_parallel)
+    return max(sizes) / sum(sizes)
+
+
 def budget(net: Network, cfg, drop: Sequence[int] | None = None) -> Budget:
     """The plan of one run; `cfg` holds the keys of the plan command. `drop`: the blocks, where they are known."""
     stage = int(cfg.stage)
     if net.heads % cfg.sequence_parallel:
         raise ValueError(
             f"sequence_parallel={cfg.sequence_parallel}: does not divide the network's {net.heads} heads; "
-            f"take one of {', '.join(str(n) for n in range(1, net.heads + 1) if net.heads % n == 0)}"
+            f"use one of {divisors(net.heads)}"
         )
     drop = dropped(len(net.blocks), cfg.ratio, cfg.prefix) if drop is None else drop
-    step = step_cost(stage, net, drop, cfg)
+    step = step_cost(stage, net.divided(Part(busiest(net, cfg), cfg.sequence_parallel)), drop, cfg)
     groups = cfg.gpus // cfg.sequence_parallel  # each works on clips of its own
-    samples = cfg.batch * cfg.accumulation / cfg.sequence_parallel  # clips' worth of tokens per GPU and iteration
+    samples = cfg.batch * cfg.accumulation
     flops = step.total("flops") * samples
     efficiency = seconds = 0.0
     if cfg.gpu in GPU:
@@ -156,8 +166,8 @@ def traffic(step: StepCost, cfg) -> tuple[float, dict[str, float], float]:
     if sp > 1:  # q, k, v and the output of every attention change between shares of tokens and shares of heads
         backward = 2 if cfg.checkpointing else 1
         rounds = step.total("calls") + backward * step.total("grad_calls")
-        hidden = cfg.batch * cfg.accumulation * step.net.hidden * size / sp
-        wire["attention"] = 4 * rounds * hidden * (sp - 1) / sp
+        changed = 4 * step.net.hidden - 3 * step.net.text_hidden  # of the text, which all have, only the output
+        wire["attention"] = cfg.batch * cfg.accumulation * size * rounds * changed * (sp - 1) / sp
     moved = sum(step.updates[role] * count for role, count in step.trained.items())
     bus = 2 * size * moved / gpus if cfg.offload != "none" else 0.0  # gradients out, weights back
     if cfg.offload == "all":

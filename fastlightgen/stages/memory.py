@@ -5,11 +5,11 @@ weight, 4 for the gradient, 12 for AdamW's float32 weight and moments; of what p
 code holds at one time. bench/bench_plan.py compares with the memory that real steps take on a CPU.
 """
 
-from fastlightgen.models.cost import Network, token_shares
 from fastlightgen.stages.cost import StepCost
 
-# The CUDA context and the collectives' own buffers; on a CPU the program itself, as measured with torch and DeepSpeed.
-RESERVED = {"gpu": 1.5e9, "cpu": 0.4e9}
+RESERVED = 1.5e9  # the CUDA context and the collectives' own buffers
+# On a CPU the program itself, as measured with torch, where something trains with its optimizers, and with DeepSpeed.
+PROGRAM = {("local", False): 0.26e9, ("local", True): 0.34e9, ("deepspeed", False): 0.36e9, ("deepspeed", True): 0.42e9}
 BUCKET = 5e8  # DeepSpeed's default reduce_bucket_size, in numbers
 SUBGROUP = 1e9  # its default sub_group_size: ZeRO-3's optimizer takes so many numbers at a time
 REUSE = 1e9  # its default stage3_max_reuse_distance: what the backward pass needs again that soon stays gathered
@@ -82,24 +82,14 @@ def passing(step: StepCost, cfg) -> tuple[float, float, float]:
     return always, backward, update
 
 
-def busiest(net: Network, cfg) -> float:
-    """The largest part of a clip's tokens on one GPU: rows or columns of patches, which need not come out even."""
-    if cfg.sequence_parallel == 1:
-        return 1.0
-    frames, height, width = net.latent
-    _, sizes = token_shares((frames, height // 2, width // 2), cfg.sequence_parallel)
-    return max(sizes) / sum(sizes)
-
-
 def gpu_memory(step: StepCost, cfg) -> dict[str, float]:
     """Of one GPU. The last part, which is negative, makes the sum the peak: no moment holds all of the others."""
-    share, deepspeed = cfg.batch * busiest(step.net, cfg), cfg.engine == "deepspeed"
-    acts = step.activations(number(cfg))
-    kept, block, working, forks = (share * part for part in (acts.kept, acts.block, acts.working, acts.forks))
+    deepspeed, acts = cfg.engine == "deepspeed", step.activations(number(cfg))
+    kept, block, working, forks = (cfg.batch * part for part in (acts.kept, acts.block, acts.working, acts.forks))
     always, backward, update = passing(step, cfg)
     whole = gathered(step, cfg)
     parts = model_states(step, cfg) | {"averaged weights": averaged(step, cfg)}
-    reserved = RESERVED["cpu" if on_cpu(cfg) else "gpu"]
+    reserved = PROGRAM[cfg.engine, bool(step.trained)] if on_cpu(cfg) else RESERVED
     steady = sum(parts.values()) + always + reserved
 
     gradients = 0.0 if deepspeed and cfg.zero == 3 else parts["gradients"]  # else made as activations are given back

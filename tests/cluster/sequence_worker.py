@@ -15,7 +15,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers import NETWORK
+from helpers import NETWORK, counted
 
 from fastlightgen.config import preset
 from fastlightgen.engine import ranks
@@ -147,11 +147,20 @@ def received(name: str) -> list[int]:
     return ranks.gathered(sum(got[:2]))  # the third is the prediction's
 
 
+def operations(name: str) -> list[int]:
+    """Those of a forward and backward pass of all blocks on each of four ranks: some have twice as many tokens."""
+    net, group = build(NETWORKS[name], seed=0), ranks.sequence_group(4, 120.0)
+    group.share(net)
+    x_t, t, cond, _ = inputs(net, 1, 0, (2, 12, 10), torch.float32)
+    return ranks.gathered(counted(lambda: net(x_t, t, cond).sum().backward()))
+
+
 def main(results: Path) -> None:
     torch.set_num_threads(1)
     ranks.join(torch.device("cpu"), 120)
     done = {f"{name}, {case}": compare(name, CASES[case]) for name in NETWORKS for case in CASES}
     done["wire"] = {name: received(name) for name in ("wan t2v", "hunyuan t2v")}
+    done["operations"] = {name: operations(name) for name in ("wan i2v", "hunyuan t2v")}
     if ranks.rank() == 0:
         results.write_text(json.dumps(done))
     ranks.leave()

@@ -8,7 +8,10 @@ from helpers import config, small_wan
 from launch import finish, launch
 
 from fastlightgen.engine import ranks
+from fastlightgen.models.cost import network
 from fastlightgen.models.sequence import SequenceGroup
+from fastlightgen.models.shares import Part
+from fastlightgen.models.walk_cost import Path, walk
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,18 @@ def test_bytes_on_the_wire(results):
     _, _, cond, _ = sequence_worker.build(sequence_worker.HUNYUAN, 0).example_inputs(1, 0, (frames, 12, 10))
     text = int(cond.text_len)
     assert results["wire"]["hunyuan t2v"] == [n + 3 * text * dim // 4 for n in wan]
+
+
+def test_operations_are_those_that_the_planner_counts(results):
+    """A rank's own tokens in linear layers, all of them in its share of the heads, and the whole text."""
+    own = [2 * n * 5 for n in (2, 2, 1, 1)]
+    for name, found in results["operations"].items():
+        model = sequence_worker.build(sequence_worker.NETWORKS[name], 0)
+        _, _, cond, _ = model.example_inputs(1, 0, (2, 12, 10))
+        text = cond.text.shape[1] if "wan" in name else int(cond.text_len)
+        net = network(model.config, (2, 12, 10), text)
+        planned = [walk(net.divided(Part(n / sum(own), 4)), [Path(grad=True)]).flops for n in own]
+        assert found == pytest.approx(planned, rel=0 if "wan" in name else 0.01), name
 
 
 @pytest.mark.parametrize(

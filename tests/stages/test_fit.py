@@ -133,7 +133,7 @@ def test_what_the_planner_refuses_is_told(models, monkeypatch):
     monkeypatch.setattr(fit.ranks, "size", lambda: 3)
     monkeypatch.setattr(fit.ranks, "gathered", lambda mine: [mine] * 3)
     cfg = configured(2, models, "engine=deepspeed", "sequence_parallel=3")
-    with pytest.raises(ValueError, match=r"^sequence_parallel=3: does not divide the network's 2 heads; take one of 1"):
+    with pytest.raises(ValueError, match=r"^sequence_parallel=3: does not divide the network's 2 heads; use one of 1"):
         fit.check_fit(cfg, SOURCE, CPU)
 
 
