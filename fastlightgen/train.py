@@ -139,21 +139,22 @@ def preview_of(cfg, source, device):
     """What turns held-out prompts into clips during training, or None."""
     import torch
 
-    from fastlightgen.data.pipeline import is_pipeline
-    from fastlightgen.data.preview import Preview
+    from fastlightgen.data.pipeline import vae_folder
+    from fastlightgen.data.preview import Preview, turns
     from fastlightgen.data.worlds import BuiltIn, Pipeline
     from fastlightgen.engine.log import say
 
     if not cfg.sample_every:
         return None
+    world, shows = None, any(reports for _, reports in turns(cfg.sequence_parallel))
     if source.name == "shapes":
         world = BuiltIn()
-    elif folder := cfg.pipeline or (cfg.model if is_pipeline(cfg.model) else ""):
-        world = Pipeline(Path(folder), device, torch.float32, decode_only=True)
-    else:
+    elif not (folder := vae_folder(cfg)):
         say("no clips are made during training: give pipeline=FOLDER, whose VAE can show those of a cache")
         return None
-    return Preview(source, world.frames, world.fps, cfg.seed, device)
+    elif shows:
+        world = Pipeline(Path(folder), device, torch.float32, decode_only=True)
+    return Preview(source, world, cfg.seed, device, cfg.sequence_parallel)
 
 
 def rank_blocks(cfg, source, device, folder, engine) -> None:

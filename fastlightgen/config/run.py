@@ -15,6 +15,15 @@ STEPS = "network evaluations per clip; 0: the model's own (a student's ladder, t
 GUIDANCE = "classifier-free guidance; 1 turns it off, a negative number takes the model's own"
 SAMPLER = "ode: Euler; stochastic: predict x0, noise again; auto: stochastic for students, ode for teachers"
 
+# Keys that mean nothing to engine=local, and what to say to those who give them.
+ONE_PROCESS = {
+    "zero": "is one process and shards nothing; leave it out or use engine=deepspeed",
+    "offload": "keeps everything on its device; use offload=none",
+    "sequence_parallel": "is one process, which has no other to share with; "
+    "use sequence_parallel=1 or engine=deepspeed",
+    "timeout": "waits for no other process; leave it out or use engine=deepspeed",
+}
+
 
 @dataclass(kw_only=True)
 class Run(Checked):
@@ -102,14 +111,7 @@ class Run(Checked):
         super().check()
         if self.engine == "deepspeed" and self.offload == "all" and self.zero < 3:
             raise ConfigError(f"offload=all: weights can wait in host memory under zero=3 only, not zero={self.zero}")
-        if self.engine == "local" and self.offload != "none":
-            raise ConfigError(f"offload={self.offload}: engine=local keeps everything on its device; use offload=none")
-        for f in fields(Run):
-            why = {"zero": "is one process and shards nothing", "timeout": "waits for no other process"}.get(f.name)
-            if why and self.engine == "local" and (value := getattr(self, f.name)) != f.default:
-                raise ConfigError(f"{f.name}={show(value)}: engine=local {why}; leave it out or use engine=deepspeed")
-        if self.engine == "local" and self.sequence_parallel > 1:
-            raise ConfigError(
-                f"sequence_parallel={self.sequence_parallel}: engine=local is one process, which has no other to share "
-                "with; use sequence_parallel=1 or engine=deepspeed"
-            )
+        if self.engine == "local":
+            for f in fields(Run):
+                if f.name in ONE_PROCESS and (value := getattr(self, f.name)) != f.default:
+                    raise ConfigError(f"{f.name}={show(value)}: engine=local {ONE_PROCESS[f.name]}")

@@ -32,6 +32,11 @@ def is_pipeline(folder: str | Path) -> bool:
     return (Path(folder) / INDEX).is_file()
 
 
+def vae_folder(cfg) -> str:
+    """The pipeline folder whose VAE shows the clips of a training run; empty if there is none."""
+    return cfg.pipeline or (cfg.model if is_pipeline(cfg.model) else "")
+
+
 def parts_of(pipeline: Path) -> dict[str, str]:
     """Name -> class of the parts that a pipeline folder holds."""
     if not is_pipeline(pipeline):

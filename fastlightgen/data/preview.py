@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -19,37 +20,58 @@ CLIPS, PURPOSE = 4, 9  # how many; the purpose of their random draws, apart from
 REAL = 2 * CLIPS  # real clips to compare with; their spread counts too
 
 
-class Preview:
-    """Writes step-000200.gif when the loop asks for it. It draws from its own generators: training does not notice."""
+class World(Protocol):
+    """What turns latents into frames."""
 
-    def __init__(self, source: Source, frames: Callable[[Tensor], NDArray], fps: int, seed: int, device: torch.device):
-        self.source, self.frames, self.fps, self.seed, self.device = source, frames, fps, seed, device
+    fps: int
+
+    def frames(self, latents: Tensor) -> NDArray: ...
+
+
+def turns(sequence: int) -> list[tuple[int, bool]]:
+    """The clips that this rank makes, and which of them it shows."""
+    return ranks.turns(CLIPS, sequence)
+
+
+class Preview:
+    """Writes step-000200.gif when the loop asks for it. It draws from its own generators: training does not notice.
+
+    The ranks share the clips; rank 0 gets and writes them.
+    """
+
+    def __init__(self, source: Source, world: World | None, seed: int, device: torch.device, sequence: int = 1):
+        """`world` shows latents; None on ranks that have none to show. `sequence`: ranks that share a clip's tokens."""
+        self.source, self.world, self.seed, self.device, self.sequence = source, world, seed, device, sequence
         self.looks: list[dict] = []  # of real clips
 
-    def write(self, folder: Path, step: int, how: dict, stopped: Callable[[], bool]) -> list[dict]:
+    def write(self, folder: Path, step: int, how: dict, stopped: Callable[[], bool]) -> list[dict] | None:
         """`how`: the network and its plan, arguments of `sample`. One clip at a time, so that a signal is heard.
 
-        Returns the look of every clip; nothing after a signal."""
-        clips = []
-        for i in range(CLIPS):
+        Returns the look of every clip, on rank 0, and None after a signal."""
+        own: dict[int, NDArray] = {}
+        for i, reports in turns(self.sequence):
             if stopped():
-                return []
+                return None
             batch = self.source.held_out(i, 1).to(self.device)
             noise = normal_like(batch.x0, generator(self.seed, PURPOSE, i))
-            clips.append(self.frames(sample(cond=batch.cond, null=batch.null, noise=noise, seed=self.seed, **how)))
-        looks = [look(c[0]) for c in clips]
+            latents = sample(cond=batch.cond, null=batch.null, noise=noise, seed=self.seed, **how)
+            if reports:
+                own[i] = self.world.frames(latents)[0]
+        found = [ranks.to_first(torch.from_numpy(own[i]) if i in own else None) for i in range(CLIPS)]
         if ranks.rank():
-            return looks
+            return []
+        clips = [clip.numpy() for clip in found]
         try:
             # a cache may hold several sizes; a file holds the clips of the first one's
-            same = [c[0] for c in clips if c.shape == clips[0].shape]
-            write_clips(folder / f"step-{step:06d}.gif", same, self.fps)
+            same = [clip for clip in clips if clip.shape == clips[0].shape]
+            write_clips(folder / f"step-{step:06d}.gif", same, self.world.fps)
         except OSError as err:
             say(f"step {step}: no clips written to {folder} ({err}); training goes on")
-        return looks
+        return [look(clip) for clip in clips]
 
     def real(self) -> list[dict]:
         """The look of the same prompts' real clips and of some more, decoded once, one at a time."""
         if not self.looks:
-            self.looks = [look(self.frames(self.source.held_out(i, 1).x0.to(self.device))[0]) for i in range(REAL)]
+            clips = (self.source.held_out(i, 1).x0.to(self.device) for i in range(REAL))
+            self.looks = [look(self.world.frames(x0)[0]) for x0 in clips]
         return self.looks

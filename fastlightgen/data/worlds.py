@@ -79,7 +79,8 @@ class Pipeline:
         _, self.kind = kind_of(folder)
         height, width = self.kind.buckets[0]
         self.size = read_size(size or f"{height}x{width}x{self.kind.frames}")
-        self.encoders = Encoders(folder, device, dtype, without=ENCODERS if decode_only else ())
+        # Training has little memory to spare for a look at its clips: in tiles.
+        self.encoders = Encoders(folder, device, dtype, tiling=decode_only, without=ENCODERS if decode_only else ())
         self.nulls: dict[str, dict[str, Tensor]] = {}
         self.fps, self.defaults = round(self.kind.fps), defaults_of(folder, self.kind.family, self.encoders.network)
 

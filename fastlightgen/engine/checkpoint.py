@@ -208,11 +208,11 @@ def save_file(tensors: dict[str, Tensor], file: Path) -> None:
     parts += [memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()) for name in ordered]
     with open(file, "wb", buffering=0) as f:
         while parts:  # few long calls, in which the steps' thread never waits for this one's turn
-            written = os.writev(f.fileno(), parts[:MAX_PARTS])
-            while parts and written >= len(parts[0]):
-                written -= len(parts.pop(0))
-            if written:
-                parts[0] = parts[0][written:]
+            count = os.writev(f.fileno(), parts[:MAX_PARTS])
+            while parts and count >= len(parts[0]):
+                count -= len(parts.pop(0))
+            if count:
+                parts[0] = parts[0][count:]
 
 
 def complete(folder: Path, temporary: Path, step: int, meta: dict) -> None:

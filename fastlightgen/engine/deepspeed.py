@@ -16,7 +16,7 @@ from fastlightgen.engine.clock import clock
 from fastlightgen.engine.hang import HERE, keeps_of, note_walks
 from fastlightgen.engine.local import require_finite, schedule
 from fastlightgen.engine.log import say
-from fastlightgen.engine.roles import Role, Stage, Update
+from fastlightgen.engine.roles import Role, Stage, Update, named
 from fastlightgen.engine.sharded_state import ShardedState
 from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.rng import share
@@ -210,7 +210,7 @@ class DeepSpeedEngine(ShardedState):
         means = ranks.mean([sum(losses), *(sum(r[k] for r in records) for k in keys)])
         loss, *rest = (m / self.accumulation for m in means)
         record = {"loss": loss, "grad_norm": float(norm), "lr": lr} | dict(zip(keys, rest, strict=True))
-        return {k if len(self.roles) == 1 else f"{name}_{k}": v for k, v in record.items()}
+        return named(record, name, self.roles)
 
     @staticmethod
     def _loss(update: Update, records: list[dict]) -> Tensor:

@@ -14,6 +14,11 @@ def follow(average: nn.Module, net: nn.Module, rate: float) -> None:
             a.ds_tensor.lerp_(p.ds_tensor, rate)
 
 
+def averaging_rate(decay: float, n: int) -> float:
+    """Of the n-th averaged update: the first ones average evenly, so that there is no start-up bias."""
+    return 1.0 if n <= 0 else max(1 - decay, 1 / (n + 1))
+
+
 class Ema:
     def __init__(self, net: nn.Module, decay: float, start: int):
         self.decay, self.start, self.count = decay, start, 0
@@ -21,10 +26,9 @@ class Ema:
 
     @torch.no_grad()
     def update(self, net: nn.Module) -> None:
-        """shadow <- decay shadow + (1 - decay) weights; the first updates average evenly: no start-up bias."""
+        """shadow <- decay shadow + (1 - decay) weights."""
         self.count += 1
-        n = self.count - self.start
-        rate = 1.0 if n <= 0 else max(1 - self.decay, 1 / (n + 1))
+        rate = averaging_rate(self.decay, self.count - self.start)
         for name, p in net.named_parameters():
             if name in self.shadow:
                 self.shadow[name].lerp_(p, rate)

@@ -11,7 +11,7 @@ from fastlightgen.engine import checkpoint
 from fastlightgen.engine.clock import clock
 from fastlightgen.engine.ema import Ema
 from fastlightgen.engine.ranks import accumulation
-from fastlightgen.engine.roles import Role, Stage, Update
+from fastlightgen.engine.roles import Role, Stage, Update, named
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.weights import save_model
 from fastlightgen.rng import share
@@ -108,7 +108,7 @@ class LocalEngine:
             if update.role in self.emas:
                 self.emas[update.role].update(role.net)
         record = {"loss": loss, "grad_norm": norm, "lr": lr} | record
-        return {k if len(self.roles) == 1 else f"{update.role}_{k}": v for k, v in record.items()}
+        return named(record, update.role, self.roles)
 
     # What a checkpoint holds: per role the network, its AdamW state and its average.
 

@@ -3,7 +3,7 @@
 import math
 import signal
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -70,8 +70,9 @@ def interruptible():
 class Show(Protocol):
     """Makes clips on the way."""
 
-    def write(self, folder: Path, step: int, how: dict, stopped: Callable[[], bool]) -> list[dict]:
-        """`how`: stage.sampler(); `stopped`: is a signal waiting? Returns the look of every clip."""
+    def write(self, folder: Path, step: int, how: dict, stopped: Callable[[], bool]) -> list[dict] | None:
+        """`how`: stage.sampler(); `stopped`: is a signal waiting? Returns the look of every clip, on rank 0; None on
+        all ranks if there was a signal."""
 
     def real(self) -> list[dict]:
         """The look of the real clips of the same prompts, and of some more."""
@@ -95,10 +96,35 @@ def train(
     clock.restart()
     title = f"stage {stage.number}"
     with (
+        closing(metrics) if metrics else nullcontext(),
         interruptible() as signals,
         checkpoint.Background() as saves,
         bar(stage.iters, title, cfg.progress, start) as progress,
     ):
+
+        def save(done: int) -> None:
+            HERE.at("the checkpoint")
+            saves.wait()
+            saves.saving = engine.save(folder.checkpoints, done, cfg.keep, cfg.keep_every, watch.good())
+
+        def clips(done: int) -> bool:
+            """Make them if it is their turn; False: a signal came before they were there."""
+            if not show or not done or (done % cfg.sample_every and done < stage.iters):
+                return True
+            HERE.at("the clips")
+            with engine.autocast():
+                looks = show.write(folder.path / "samples", done, stage.sampler(), lambda: ranks.anyone(bool(signals)))
+            if looks is not None:
+                watch.clips(done, looks, show.real)
+            return looks is not None
+
+        def stopped(done: int) -> Stopped:
+            saves.wait()
+            name = gathered_names(signals)[0]
+            return Stopped(f"{name}: saved step {done} of {stage.iters}; run the same command to continue", name)
+
+        if ranks.from_first(watch.shown) < start and not clips(start):
+            raise stopped(start)
         for step in range(start, stage.iters):
             HERE.at("the step's data", step=step + 1)
             record: dict[str, float] = {}
@@ -120,24 +146,16 @@ def train(
             told = ranks.gathered(bool(signals) | saves.state())
             stop = any(number & 1 for number in told)
             saves.hear(told)
-            if done % cfg.save_every == 0 or done == stage.iters or stop:
-                HERE.at("the checkpoint")
-                saves.wait()
-                saves.saving = engine.save(folder.checkpoints, done, cfg.keep, cfg.keep_every, watch.good())
-            if show and not stop and (done % cfg.sample_every == 0 or done == stage.iters):
-                HERE.at("the clips")
-                with engine.autocast():
-                    looks = show.write(
-                        folder.path / "samples", done, stage.sampler(), lambda: ranks.anyone(bool(signals))
-                    )
-                watch.clips(done, looks, show.real)
-            if stop and done < stage.iters:
-                saves.wait()
-                name = gathered_names(signals)[0]
-                raise Stopped(f"{name}: saved step {done} of {stage.iters}; run the same command to continue", name)
+            due = done % cfg.save_every == 0 or done == stage.iters
+            if due or stop:
+                save(done)
+            if not stop and not clips(done):
+                stop = True
+                if not due:
+                    save(done)
+            if stop:
+                raise stopped(done)
         saves.wait()
-    if metrics:
-        metrics.close()
     engine.finish()
     stage.save(folder.path / "model", engine.save_model)
 

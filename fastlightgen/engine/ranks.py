@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastlightgen.engine.clock import clock
-from fastlightgen.models.sequence import SequenceGroup, divisors
+from fastlightgen.models.sequence import SequenceGroup
+from fastlightgen.models.shares import divisors
 
 GO_ON = "run the same command to continue from the last checkpoint, if there is one"
 LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe", re.IGNORECASE)
@@ -53,6 +54,17 @@ def join(device: torch.device, timeout: float) -> None:
 def shares(sequence: int) -> tuple[int, int]:
     """Which share of the data this rank works on, of how many: ranks that share a clip's tokens work on the same."""
     return rank() // sequence, size() // sequence
+
+
+def turns(count: int, sequence: int) -> list[tuple[int, bool]]:
+    """Which of `count` items this rank works on, and whether it reports the result of each.
+
+    All ranks walk together, so that one without an item left repeats the last one; nobody reports that. Of those that
+    share a clip's tokens, and so have the same result, one does.
+    """
+    share, groups = shares(sequence)
+    reports = rank() % sequence == 0
+    return [(min(i, count - 1), reports and i < count) for i in range(share, -(-count // groups) * groups, groups)]
 
 
 @cache
@@ -106,6 +118,22 @@ def from_first(value: Any) -> Any:
     return json.loads(bytes(out.tolist()))
 
 
+def to_first(clip: Tensor | None) -> Tensor | None:
+    """On rank 0 the frames, uint8 [F, H, W, 3], of the one rank that has some; None elsewhere."""
+    owner = gathered(int(clip is not None)).index(1)
+    if owner == 0 or rank() not in (0, owner):
+        return clip if rank() == 0 else None
+    if rank() == owner:
+        dist.send(torch.tensor(clip.shape), 0)
+        dist.send(clip, 0)
+        return None
+    shape = torch.empty(4, dtype=torch.int64)
+    dist.recv(shape, owner)
+    out = torch.empty(shape.tolist(), dtype=torch.uint8)
+    dist.recv(out, owner)
+    return out
+
+
 def digest(value: Any) -> int:
     """63 bits of a value's text."""
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 1
@@ -135,7 +163,7 @@ def agree_on_keys(values: dict[str, Any]) -> None:
 
 def lost_partner(err: Exception) -> bool:
     """Did a collective fail, because a partner has gone or is too late? Other errors are this rank's own."""
-    return isinstance(err, getattr(dist, "DistError", ())) or bool(LOST.search(str(err)))
+    return isinstance(err, dist.DistError) or bool(LOST.search(str(err)))
 
 
 def summed(x: Tensor) -> Tensor:

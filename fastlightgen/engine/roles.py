@@ -35,6 +35,11 @@ class Update:
     loss: Loss
 
 
+def named(record: dict[str, float], role: str, roles: dict[str, Role]) -> dict[str, float]:
+    """The numbers of one role's update, under its name where there are several roles."""
+    return record if len(roles) == 1 else {f"{role}_{key}": value for key, value in record.items()}
+
+
 class Stage(Protocol):
     """What the loop needs of a stage. A stage never steps, places or saves anything itself."""
 

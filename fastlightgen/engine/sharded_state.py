@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlightgen.engine import checkpoint, ranks, shards
+from fastlightgen.engine.ema import averaging_rate
 from fastlightgen.engine.hang import HERE
 from fastlightgen.engine.roles import Role
 from fastlightgen.models.base import VideoDiT
@@ -24,10 +25,8 @@ class ShardedState:
 
     @torch.no_grad()
     def average(self, name: str) -> None:
-        """As engine.ema.Ema does: the first updates average evenly."""
         role = self.roles[name]
-        n = self.count[name] - role.ema_start
-        rate = 1.0 if n <= 0 else max(1 - role.ema, 1 / (n + 1))
+        rate = averaging_rate(role.ema, self.count[name] - role.ema_start)
         for average, master in zip(self.averages[name], shards.masters(self.engines[name].optimizer), strict=True):
             average.lerp_(master.detach(), rate)
 

@@ -23,13 +23,14 @@ class Watch:
         self.checkpoints, self.lines, alarms = folder.checkpoints, [], []
         self.kept: int | None = None  # the checkpoint before the first alarm; 0: there is none
         self.fine = 0  # the last step whose clips were as usual
+        self.shown = 0  # the last step with clips
         if metrics:
             self.file = Lines(folder.path / "alarms.jsonl", start)
             alarms = read_metrics(self.file.path)
             self.lines = read_metrics(folder.path / "metrics.jsonl")
             shown = read_metrics(folder.path / "samples.jsonl")
             self.kept = alarms[0]["good"] if alarms else None
-            self.fine = shown[-1]["step"] if shown else 0
+            self.fine = self.shown = shown[-1]["step"] if shown else 0
         self.sounding = {f.alarm for f in self._in_log()}
         self._stop([(a["step"], a["alarm"], a["good"]) for a in alarms[:1]])
 
@@ -43,15 +44,15 @@ class Watch:
         self._tell(record["step"], new, self._newest(min(self.fine or judged, judged)))
 
     def clips(self, step: int, looks: Sequence[dict], real: Callable[[], Sequence[dict]]) -> None:
-        """Note the look of new clips, none if a signal came first, and judge it."""
+        """Note the look of new clips, which rank 0 has, and judge it."""
         found = []
-        if self.metrics and looks:
+        if self.metrics:
             means = {f"clips_{name}": fmean(look[name] for look in looks) for name in drift.LOOK}
             self.metrics.write({"step": step} | {k: round(v, 3) for k, v in means.items()}, "samples")
             if self.mode != "off" and self.stage.drifts:
                 found = drift.in_clips(looks, real(), self.limits)
         self._tell(step, found, self._newest(self.fine or step - 1))
-        if looks and not found:
+        if not found:
             self.fine = step
 
     def good(self) -> int:

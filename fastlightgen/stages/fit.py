@@ -18,6 +18,7 @@ from fastlightgen.stages.cost import dropped
 from fastlightgen.stages.remedies import remedies, words
 
 CGROUP, MEMINFO, SELF = Path("/sys/fs/cgroup"), Path("/proc/meminfo"), Path("/proc/self/cgroup")
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 UNKNOWN = 2**62  # bytes
 KINDS = {"H100": "h100-80gb", "H200": "h200", "A100": "a100-80gb", "4090": "4090"}  # in the names that torch reports
 
@@ -150,7 +151,8 @@ def plan_of(cfg, processes: int, here: int, gpu: str) -> Plan:
 
 def local_ranks() -> int:
     """Processes of this run on this host; counted, because Slurm's ranks have no LOCAL_WORLD_SIZE."""
-    hosts = ranks.gathered(ranks.digest(socket.gethostname()))
+    boot = BOOT.read_text() if BOOT.is_file() else ""  # hosts of one image may all have one name
+    hosts = ranks.gathered(ranks.digest((socket.gethostname(), boot)))
     return hosts.count(hosts[ranks.rank()])
 
 

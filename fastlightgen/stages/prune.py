@@ -140,27 +140,23 @@ class Prune:
 
     @torch.no_grad()
     def error(self, keep: Sequence[int] | None = None) -> float:
-        """Stage I's measure (Eq. 4) on held-out clips, as many at a time as in training.
-
-        The ranks share the clips as in Stage I; one without a clip left repeats the last, because all walk together.
-        """
+        """Stage I's measure (Eq. 4) on held-out clips, as many at a time as in training; the ranks share the clips."""
         net, batch = self.net, self.held_out()
-        together, reports = (1, True) if net.sequence is None else (net.sequence.size, net.sequence.rank == 0)
-        share, shares = ranks.shares(together)
         count = len(batch.x0)
         times = flow.shift_time(torch.linspace(0.02, 0.98, count), self.cfg.shift)
         noise = normal_like(batch.x0, generator(self.cfg.seed, 4))
         table = torch.zeros(count)
-        own = range(share, -(-count // shares) * shares, shares)
-        size = self.cfg.micro_batch or max(1, self.cfg.batch // shares)
-        for start in range(0, len(own), size):
-            some = torch.tensor([min(i, count - 1) for i in own[start : start + size]])
+        turns = ranks.turns(count, self.cfg.sequence_parallel)
+        size = self.cfg.micro_batch or max(1, self.cfg.batch // ranks.shares(self.cfg.sequence_parallel)[1])
+        for start in range(0, len(turns), size):
+            now = turns[start : start + size]
+            some = torch.tensor([index for index, _ in now])
             x0, t, drawn = (x[some.to(x.device)].to(net.device) for x in (batch.x0, times, noise))
             x_t = flow.add_noise(x0, drawn, t)
             cond = batch.cond.map(lambda x, some=some: x[some.to(x.device)].to(net.device))
             errors = x0_error(net(x_t, t, cond, keep), x_t, t, x0)
-            for index, error in zip(own[start : start + size], errors.tolist(), strict=True):
-                if index < count and reports:
+            for (index, reports), error in zip(now, errors.tolist(), strict=True):
+                if reports:
                     table[index] = error
         return ranks.summed(table).mean().item()
 

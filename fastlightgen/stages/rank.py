@@ -50,16 +50,14 @@ def score_sets(
     """The error of every candidate block set, [candidates, samples], from lock-step walks that share prefixes.
 
     All single skips and the full pass take N (N + 1) / 2 block evaluations instead of N N. A walk holds two hidden
-    tensors per candidate, so candidates go in groups of at most `memory` GiB. Several processes share the samples;
-    one without a sample left repeats the last, because all have to walk together. Of those that share a clip's tokens
-    and so have the same result, one reports it.
+    tensors per candidate, so candidates go in groups of at most `memory` GiB. Several processes share the samples.
     """
-    together, reports = (1, True) if model.sequence is None else (model.sequence.size, model.sequence.rank == 0)
-    share, shares = ranks.shares(together)
+    together = model.sequence.size if model.sequence else 1  # ranks that share a clip's tokens
+    _, groups = ranks.shares(together)
     offsets = [0, *accumulate(len(t) for _, t, _, _ in samples)]
     table = samples[0][0].new_zeros(len(keeps), offsets[-1], dtype=torch.float32)
-    for index in range(share, -(-len(samples) // shares) * shares, shares):
-        x_t, t, x0, cond = samples[min(index, len(samples) - 1)]
+    for index, reports in ranks.turns(len(samples), together):
+        x_t, t, x0, cond = samples[index]
         size = max(1, int(memory * 2**30 * together / (2 * model.hidden_bytes(x_t))))
         column, v_full = [], None
         for start in range(0, len(keeps), size):
@@ -69,9 +67,9 @@ def score_sets(
             if first:
                 v_full = out.pop(0)
             column += [x0_error(v, x_t, t, x0) if v_full is None else output_mse(v, v_full) for v in out]
-        if index < len(samples) and reports:
+        if reports:
             table[:, offsets[index] : offsets[index + 1]] = torch.stack(column)
-        tick(len(t) * shares)
+        tick(len(t) * groups)
     return ranks.summed(table)
 
 

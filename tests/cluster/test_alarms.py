@@ -2,15 +2,33 @@
 
 import importlib.util
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers import write_inputs
+from helpers import run_train, write_inputs
 from launch import finish, launch
+from PIL import Image, ImageSequence
 
 from fastlightgen.engine.checkpoint import steps
 from fastlightgen.engine.log import read_metrics
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+
+def assert_clips_of_one_process(shared: Path, run: Path, words: list[str]) -> None:
+    """The ranks have shared the clips; looks and pictures are those that one process makes."""
+    run_train(*words, f"run={run}", "iters=4", "save_every=9", "sample_every=4")
+    folders = [shared, run / "stage3"]
+    (ours,), (theirs,) = (read_metrics(f / "samples.jsonl") for f in folders)
+    assert ours == pytest.approx(theirs, rel=0.01)
+    pictures = []
+    for folder in folders:
+        with Image.open(folder / "samples/step-000004.gif") as file:
+            pictures.append(np.stack([frame.convert("RGB") for frame in ImageSequence.Iterator(file)]).astype(float))
+    assert pictures[0].shape == pictures[1].shape and np.abs(pictures[0] - pictures[1]).mean() < 0.1
+    columns = np.split(pictures[0], 4, axis=2)  # the clips stand side by side, and differ
+    assert min(np.abs(a - b).mean() for i, a in enumerate(columns) for b in columns[:i]) > 0.5
 
 
 @pytest.mark.timeout(200)
@@ -26,6 +44,7 @@ def test_stop_ends_all_ranks(tmp_path):
     assert f"the last checkpoint before it is {folder}/checkpoints/step-000002; give alarms=warn" in line
     assert {a["good"] for a in read_metrics(folder / "alarms.jsonl")} == {2}
     assert steps(folder / "checkpoints") == [2, 4] and "exitcode  : 2" in err
+    assert_clips_of_one_process(folder, tmp_path / "alone", words[:-3])
     lines = read_metrics(folder / "metrics.jsonl")
     assert [r["step"] for r in lines] == [1, 2, 3, 4]
     for r in lines:

@@ -1,6 +1,8 @@
 """Clips during training: what they show, when they come, and that training does not notice them."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -66,10 +68,30 @@ class Still:
 def test_a_signal_is_heard_between_clips(tmp_path):
     from fastlightgen.data.preview import Preview
 
-    made = []
-    preview = Preview(ShapesSource(0), lambda x: made.append(x) or BuiltIn().frames(x), 6, 0, torch.device("cpu"))
+    made, world = [], BuiltIn()
+    world.frames = lambda x: made.append(x) or BuiltIn().frames(x)
+    preview = Preview(ShapesSource(0), world, 0, torch.device("cpu"))
     how = {"model": Still(), "times": [1.0], "guidance": 1.0, "kind": "ode"}
     preview.write(tmp_path, 5, how, lambda: len(made) == 2)
     assert len(made) == 2 and list(tmp_path.iterdir()) == []
     preview.write(tmp_path, 5, how, lambda: False)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000005.gif"]
+
+
+@pytest.mark.parametrize("save", [3, 5])
+def test_clips_that_a_signal_prevented_are_made_when_the_run_goes_on(inputs, tmp_path, monkeypatch, save):
+    """Stopped between the checkpoint of step 3 and its clips: the same files and numbers as without."""
+    words = (*inputs[3], "sample_every=3", f"save_every={save}")
+    run_train("stage=3", f"run={tmp_path / 'whole'}", *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "fastlightgen.data.preview.sample", lambda **how: os.kill(os.getpid(), signal.SIGTERM) or how["noise"]
+        )
+        with pytest.raises(SystemExit):
+            run_train("stage=3", f"run={tmp_path / 'cut'}", *words)
+    stage = tmp_path / "cut" / "stage3"
+    assert [p.name for p in (stage / "checkpoints").iterdir()] == ["step-000003"]
+    run_train("stage=3", f"run={tmp_path / 'cut'}", *words)
+    for file in ("samples.jsonl", *(f"samples/step-{n:06d}.gif" for n in (3, 6, 7))):
+        assert (stage / file).read_bytes() == (tmp_path / "whole" / "stage3" / file).read_bytes(), file
+    assert_same(result(tmp_path / "whole", 3), result(tmp_path / "cut", 3))

@@ -160,7 +160,7 @@ def test_where_nothing_is_watched(words, tmp_path, frozen_from, capsys, stage, e
 def test_clips_of_the_shipped_teacher_are_as_usual(tmp_path):
     folder = trained_folder("tiny")
     net = load_model(folder)
-    preview = Preview(ShapesSource(0), BuiltIn().frames, 6, 0, torch.device("cpu"))
+    preview = Preview(ShapesSource(0), BuiltIn(), 0, torch.device("cpu"))
     looks = preview.write(tmp_path, 1, {"model": net} | preview_plan(read_card(folder), 3.0, net.released), bool)
     assert len(looks) == 4 and drift.in_clips(looks, preview.real(), drift.Limits()) == []
 

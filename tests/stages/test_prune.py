@@ -2,7 +2,6 @@
 
 import copy
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,9 +201,10 @@ def test_ranks_share_the_held_out_clips(monkeypatch, together):
     real = stage.net._walk
     monkeypatch.setattr(stage.net, "_walk", lambda *a: walks.append(len(a[0])) or real(*a))
     monkeypatch.setattr(prune.ranks, "summed", lambda table: tables.append(table) or table)
+    stage.cfg.sequence_parallel = together
+    monkeypatch.setattr(prune.ranks, "size", lambda: 3 * together)
     for rank in range(3 * together):
-        monkeypatch.setattr(prune.ranks, "shares", lambda size, rank=rank: (rank // size, 3))
-        stage.net.sequence = None if together == 1 else SimpleNamespace(rank=rank % 2, size=2, cut=lambda grid: None)
+        monkeypatch.setattr(prune.ranks, "rank", lambda rank=rank: rank)
         stage.error()
     assert walks == [1, 1] * 3 * together
     assert sum(tables).mean().item() == pytest.approx(alone, rel=1e-6)
