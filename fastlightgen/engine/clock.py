@@ -2,17 +2,29 @@
 
 On a GPU the host runs ahead and waits where it reads a number: for the loss (`forward`) and for the gradient norm
 (`backward`), so these two hold the device's work without a synchronisation of their own. What the optimizer leaves
-running is waited for by the next forward. `collectives` is the time blocked in those of `ranks`, which is mostly the
-wait for the slowest rank; the ones inside DeepSpeed count where they happen.
+running is waited for by the next forward. `collectives` is the time that the host is blocked in them, between CPUs
+mostly a wait for the slowest rank; what NCCL does beside the host counts where the host waits for it.
 """
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch.distributed as dist
 
 PARTS = ("data", "forward", "backward", "optimizer")
 REST = "rest"
+COLLECTIVES = (
+    "all_gather_into_tensor",
+    "all_reduce",
+    "all_to_all_single",
+    "broadcast",
+    "reduce",
+    "reduce_scatter_tensor",
+)
 
 
 class Clock:
@@ -62,3 +74,35 @@ class Clock:
 
 
 clock = Clock()  # of this process
+
+
+class Work:
+    """A collective under way; waiting for it is time in collectives."""
+
+    def __init__(self, work: dist.Work):
+        self.work = work
+
+    def wait(self, *args) -> Any:
+        with clock.part("collectives"):
+            return self.work.wait(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.work, name)
+
+
+def count_collectives() -> None:
+    """From now on the clock counts torch's collectives, whoever calls them: this package, DeepSpeed, attention."""
+
+    def counted(function: Callable) -> Callable:
+        @wraps(function)
+        def run(*args, **keys):
+            with clock.part("collectives"):
+                out = function(*args, **keys)
+            return Work(out) if isinstance(out, dist.Work) else out
+
+        return run
+
+    for name in COLLECTIVES:
+        function = getattr(dist, name)
+        if function.__code__.co_filename != __file__:  # else done before
+            setattr(dist, name, counted(function))

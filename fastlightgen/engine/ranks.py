@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastlightgen.engine.clock import clock
+from fastlightgen.engine.clock import count_collectives
 from fastlightgen.models.sequence import SequenceGroup
 from fastlightgen.models.shares import divisors
 
@@ -41,6 +41,7 @@ def join(device: torch.device, timeout: float) -> None:
     """Enter the process group: NCCL between GPUs, gloo between CPUs; alone if nothing launched several processes."""
     if dist.is_initialized():
         return
+    count_collectives()
     limit = timedelta(seconds=timeout)
     # DeepSpeed supports torch versions in which the collectives' new names do not exist yet.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -86,8 +87,7 @@ def gathered(number: int) -> list[int]:
     if size() == 1:
         return [number]
     mine, out = torch.tensor([number]), torch.empty(size(), dtype=torch.int64)
-    with clock.part("collectives"):
-        dist.all_gather_into_tensor(out, mine)
+    dist.all_gather_into_tensor(out, mine)
     return out.tolist()
 
 
@@ -171,8 +171,7 @@ def summed(x: Tensor) -> Tensor:
     if size() == 1:
         return x
     total = x.detach().cpu()
-    with clock.part("collectives"):
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.to(x.device)
 
 
@@ -198,8 +197,7 @@ def mean(values: Sequence[float]) -> list[float]:
     if size() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
-    with clock.part("collectives"):
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return (total / size()).tolist()
 
 

@@ -67,7 +67,8 @@ def results(folder) -> dict:
     save_model(small_wan(), folder / "network")
     read = {f"read, {t}": {"stage": 0, "load": str(folder / "network"), "words": [f"dtype={t}"]} for t in DTYPES}
     read["drawn"] = {"stage": 0, "load": "tiny", "words": ["offload=all"]}
-    return on_ranks(2, CASES | saved | read, folder, 300)
+    late = {"late": {"stage": 2, "late": 0.3}}
+    return on_ranks(2, CASES | saved | read | late, folder, 300)
 
 
 def on_ranks(count: int, cases: dict, folder: Path, seconds: float) -> dict:
@@ -121,6 +122,11 @@ def test_the_gathers_do_not_depend_on_the_mask(results):
 def test_stage_1_gathers_each_block_once_per_sample(results):
     """4 samples (3 clips in batches of 2, 2 times) on 2 ranks: 2 walks, whatever the number of candidates."""
     assert results["stage 1"]["gathers"] == [[2] * BLOCKS]
+
+
+def test_the_clock_counts_the_wait_in_deepspeeds_gathers(results):
+    """Rank 1 is 0.3 s late with one block, so rank 0 waits in the gather of the next one."""
+    assert results["late"]["share_collectives"] * results["late"]["sec_per_step"] > 0.25
 
 
 @pytest.mark.parametrize("name", SAVED)

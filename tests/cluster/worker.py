@@ -5,6 +5,7 @@ python -m torch.distributed.run --nproc-per-node 2 worker.py CASES.json RESULTS.
 
 import json
 import sys
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from helpers import BLOCKS, KEPT, PRUNED, config, crop, small_hunyuan, small_wan
 
 from fastlightgen.data.source import ShapesSource
 from fastlightgen.engine import ranks, shards
+from fastlightgen.engine.clock import clock
 from fastlightgen.engine.local import LocalEngine
 from fastlightgen.models.lora import attach_lora
 from fastlightgen.models.weights import load_model
@@ -97,6 +99,8 @@ def run(case: dict) -> dict:
         return {"table": table.tolist(), "gathers": gathers(gathered, [model])}
     if "load" in case:
         return loaded(case)
+    if "late" in case:
+        return waited(case)
     stage = make(case["stage"], case.get("words", []), case.get("family", "wan"), case.get("size", 4))
     engine.prepare(stage)
     stage.begin()
@@ -122,6 +126,19 @@ def run(case: dict) -> dict:
     engine.finish()
     stage.save(folder / "continued", engine.save_model)
     return {"records": records, "again": again}
+
+
+def waited(case: dict) -> dict:
+    """The shares of rank 0's time while rank 1 is late with block 1: the next gather is DeepSpeed's."""
+    stage, engine = make(case["stage"], case.get("words", [])), make_engine(case)
+    engine.prepare(stage)
+    steps(stage, engine, 0, 1)
+    if ranks.rank():
+        stage.net.blocks[1].register_forward_hook(lambda *_: time.sleep(case["late"]))
+    clock.restart()
+    with clock.step():
+        steps(stage, engine, 1, 2)
+    return clock.read()
 
 
 def loaded(case: dict) -> dict:
