@@ -161,6 +161,7 @@ class Plan(Checked):
     accumulation: int = field(1, "micro-batches per optimizer step", lo=1)
     checkpointing: bool = field(True, "keep one hidden tensor per block, compute the rest again in the backward pass")
     keep_attention: int = field(0, "checkpointing: blocks that keep their self-attention outputs", lo=0)
+    previews: bool = field(True, "a pipeline's VAE shows clips during training (pipeline= and sample_every= of train)")
     ema: float = field(0.0, "stages 0 and 3: decay of the averaged weights; 0 keeps no average", lo=0, below=1)
     iters: int = field(0, "iterations; 0: the stage's default, in stage 1 what its clips and timesteps need", lo=0)
     efficiency: float = field(

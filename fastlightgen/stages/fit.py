@@ -8,6 +8,7 @@ import torch
 
 from fastlightgen.blocks import read_importance
 from fastlightgen.config import Plan
+from fastlightgen.data.pipeline import vae_folder
 from fastlightgen.data.source import Source
 from fastlightgen.engine import ranks
 from fastlightgen.engine.log import say
@@ -139,6 +140,7 @@ def plan_of(cfg, processes: int, here: int, gpu: str) -> Plan:
     if cfg.stage == "2" and cfg.estimator == "full":
         del own["p"]  # of the coin of estimator=sampled
     groups = max(1, processes // own.get("sequence_parallel", 1))
+    own["previews"] = cfg.data != "shapes" and bool(cfg.sample_every) and bool(vae_folder(cfg))
     own["gpus"], own["gpus_per_node"], own["gpu"] = processes, here, gpu
     if cfg.stage == "1":
         own["batch"] = min(cfg.batch, cfg.clips)

@@ -9,12 +9,15 @@ from fastlightgen.stages.cost import StepCost
 
 RESERVED = 1.5e9  # the CUDA context and the collectives' own buffers
 # On a CPU the program itself, as measured with torch, where something trains with its optimizers, and with DeepSpeed.
-PROGRAM = {("local", False): 0.26e9, ("local", True): 0.34e9, ("deepspeed", False): 0.36e9, ("deepspeed", True): 0.42e9}
+PROGRAM = {("local", False): 0.26e9, ("local", True): 0.34e9, ("deepspeed", False): 0.4e9, ("deepspeed", True): 0.45e9}
 BUCKET = 5e8  # DeepSpeed's default reduce_bucket_size, in numbers
 SUBGROUP = 1e9  # its default sub_group_size: ZeRO-3's optimizer takes so many numbers at a time
 REUSE = 1e9  # its default stage3_max_reuse_distance: what the backward pass needs again that soon stays gathered
 AHEAD = 5e7  # its default stage3_prefetch_bucket_size
 HOST_FACTOR = 1.5  # DeepSpeed's allowance for buffers in host memory
+# A pipeline's VAE that shows clips, in float32: its weights, and what decoding in tiles takes at its widest moment
+# beside the clip, as diffusers' classes allocate it.
+VAE = {"wan": (0.51e9, 1.27e9), "hunyuan": (0.99e9, 5.14e9)}
 
 
 def number(cfg) -> int:
@@ -51,17 +54,18 @@ def averaged(step: StepCost, cfg) -> float:
     return 4 * next(iter(step.trained.values())) / (1 if cfg.engine == "local" or cfg.zero == 0 else cfg.gpus)
 
 
-def gathered(step: StepCost, cfg) -> float:
-    """Under ZeRO-3 the weights that are whole at one time, and the gradient of one block."""
+def gathered(step: StepCost, cfg) -> tuple[float, float]:
+    """Under ZeRO-3 the weights that are whole at one time: of networks that train, with the gradient of one block, and
+    of frozen ones."""
     if cfg.engine == "local" or cfg.zero < 3 or cfg.gpus == 1:
-        return 0.0
+        return 0.0, 0.0
     net, block = step.net, max(b.params for b in step.net.blocks)
-    # Of each network this block and the next, or what is fetched ahead. One that trains also keeps, for as long as the
-    # others run, what its backward pass will need soon.
-    passing_through = net.outside_params + 2 * block
-    kept = sum(min(passing_through + REUSE / 2, count) for count in step.trained.values())
-    kept += sum(min(passing_through + AHEAD, count) for count in step.frozen.values())
-    return number(cfg) * (kept + (block if step.trained else 0))
+    # Of each network this block and the next. One that trains keeps, for as long as the others run, what its backward
+    # pass will need soon. Of a frozen one some is fetched ahead; it arrives in one buffer and is copied out of it.
+    two = net.outside_params + 2 * block
+    trained = sum(min(two + REUSE / 2, count) for count in step.trained.values())
+    frozen = sum(min(two + 2 * AHEAD, 2 * count) for count in step.frozen.values())
+    return number(cfg) * (trained + (block if step.trained else 0)), number(cfg) * frozen
 
 
 def passing(step: StepCost, cfg) -> tuple[float, float, float]:
@@ -82,13 +86,24 @@ def passing(step: StepCost, cfg) -> tuple[float, float, float]:
     return always, backward, update
 
 
+def previews(step: StepCost, cfg) -> tuple[float, float]:
+    """The VAE that shows clips during training, and what it needs while it does."""
+    if not cfg.previews or int(cfg.stage) == 1:
+        return 0.0, 0.0
+    weights, tile = VAE[step.net.family]
+    frames, height, width = step.net.latent
+    clip = 4 * 3 * (4 * frames - 3) * 64 * height * width
+    return weights, max(tile + 1.4 * clip, 4.7 * clip)  # the second: tiles of a large picture while they are joined
+
+
 def gpu_memory(step: StepCost, cfg) -> dict[str, float]:
     """Of one GPU. The last part, which is negative, makes the sum the peak: no moment holds all of the others."""
     deepspeed, acts = cfg.engine == "deepspeed", step.activations(number(cfg))
     kept, block, working, forks = (cfg.batch * part for part in (acts.kept, acts.block, acts.working, acts.forks))
     always, backward, update = passing(step, cfg)
-    whole = gathered(step, cfg)
-    parts = model_states(step, cfg) | {"averaged weights": averaged(step, cfg)}
+    whole, frozen = gathered(step, cfg)
+    vae, shown = previews(step, cfg)
+    parts = model_states(step, cfg) | {"averaged weights": averaged(step, cfg), "VAE": vae}
     reserved = PROGRAM[cfg.engine, bool(step.trained)] if on_cpu(cfg) else RESERVED
     steady = sum(parts.values()) + always + reserved
 
@@ -96,17 +111,19 @@ def gpu_memory(step: StepCost, cfg) -> dict[str, float]:
     paged = deepspeed and cfg.zero < 3 and on_cpu(cfg)  # and a CPU's buffers too: their pages come with the first write
     growing, at_once = (gradients + backward, 0.0) if paged else (gradients, backward)
     moments = (
-        kept + working + forks + whole,  # a forward pass, of this network or of one without gradient after it
+        kept + working + forks + whole + frozen,  # a forward pass, of this network or of one without gradient after it
         max(kept, growing) + block + whole + at_once,  # the backward pass, from one end to the other
         update + (0.0 if deepspeed else gradients),  # DeepSpeed's flat gradients take the place of the first
+        shown,
     )
     parts |= {
         "activations kept": kept,
         "one block, backward": block,
         "one block, no gradient": working,
         "fork states": forks,
-        "gathered blocks": whole,
+        "gathered blocks": whole + frozen,
         "optimizer step": update,
+        "clips on their way out": shown,
         "buffers": always + backward + reserved,
     }
     rest = steady - gradients + max(moments) - sum(parts.values())

@@ -43,7 +43,7 @@ def test_the_plan_of_a_stage_is_the_planners(stage, models, capsys):
     net = network(found, tuple(clip.x0.shape[2:]), clip.cond.text.shape[1], fused=False)
     same = {f.name for f in fields(cfg)} & {"alpha", "target", "steps", "count", "ema", "iters"}
     words = {"stage": str(stage), "engine": "local", "dtype": "float32"} | {key: getattr(cfg, key) for key in same}
-    plan = Plan(gpu="cpu", gpus=1, gpus_per_node=1, batch=4, checkpointing=False, **words)
+    plan = Plan(gpu="cpu", gpus=1, gpus_per_node=1, batch=4, checkpointing=False, previews=False, **words)
     b = budget(net, plan, drop)
     assert budget(net, fit.plan_of(cfg, 1, 1, "cpu"), drop) == b
     said = capsys.readouterr().out

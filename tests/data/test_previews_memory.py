@@ -1,0 +1,52 @@
+"""What the planner has for the VAE that shows clips, against what diffusers' own class allocates: no memory is used."""
+
+import weakref
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastlightgen.config import Plan, preset
+from fastlightgen.stages.budget import budget, load_network
+
+diffusers = pytest.importorskip("diffusers")
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made inside had at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
+                self.peak = max(self.peak, sum(self.sizes.values()))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "size"),
+    [
+        ("wan2.1-t2v-1.3b", "AutoencoderKLWan", "480x832x9"),
+        ("hunyuanvideo-t2v", "AutoencoderKLHunyuanVideo", "480x832x33"),
+    ],
+)
+def test_decoding_in_tiles(model, kind, size):
+    height, width, frames = map(int, size.split("x"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vae = getattr(diffusers, kind)().requires_grad_(False)
+        vae.enable_tiling()
+        with torch.no_grad(), Peak() as found:
+            vae.decode(torch.empty(1, 16, (frames + 3) // 4, height // 8, width // 8))
+    cfg = Plan(model=model, size=size)
+    gpu = budget(load_network(preset(model)["network"], size, 0), cfg).gpu
+    assert gpu["VAE"] == pytest.approx(4 * sum(p.numel() for p in vae.parameters()), rel=0.01)
+    assert gpu["clips on their way out"] == pytest.approx(found.peak, rel=0.1)
