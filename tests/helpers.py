@@ -36,10 +36,11 @@ def small_wan(blocks: int = BLOCKS, seed: int = 0) -> VideoDiT:
     return build(NETWORK | {"num_layers": blocks}, seed)
 
 
-def small_hunyuan(double: int = 2, single: int = 3, seed: int = 0) -> VideoDiT:
+def small_hunyuan(double: int = 2, single: int = 3, seed: int = 0, **changes) -> VideoDiT:
     """As tiny-hunyuan, smaller."""
     network = preset("tiny-hunyuan")["network"] | {"num_attention_heads": 2, "attention_head_dim": 8}
-    return build(network | {"rope_axes_dim": [4, 2, 2], "num_layers": double, "num_single_layers": single}, seed)
+    network |= {"rope_axes_dim": [4, 2, 2], "num_layers": double, "num_single_layers": single}
+    return build(network | changes, seed)
 
 
 def config(stage: int, *words: str):

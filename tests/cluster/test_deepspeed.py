@@ -28,6 +28,7 @@ CASES = {
     "stage 2, zero 3, checkpointing, average": {"stage": 2, "words": ["checkpointing=true", "target=ema", "alpha=0.7"]},
     "stage 2, zero 3, as printed": {"stage": 2, "words": ["target=self", "kappa_unpruned=0"]},
     "stage 2, zero 3, random masks": {"stage": 2, "words": ["drop=independent"]},
+    "stage 2, zero 3, token replace": {"stage": 2, "family": "hunyuan token replace"},
     "stage 3, zero 1": {"stage": 3, "zero": 1, "words": THREE},
     "stage 3, zero 2, offloaded": {"stage": 3, "zero": 2, "offload": "optimizer", "words": THREE},
     "stage 3, zero 3": {"stage": 3, "words": THREE},
@@ -37,6 +38,7 @@ SHARED = {  # both ranks work on every clip, each on half of its tokens
     "stage 0, zero 2": {"stage": 0, "zero": 2},
     "stage 1": {"stage": 1},
     "stage 2, zero 3, hunyuan, uneven": {"stage": 2, "family": "hunyuan", "size": 6},
+    "stage 2, zero 3, token replace": {"stage": 2, "family": "hunyuan token replace"},
     "stage 2, zero 3, accumulated, checkpointing": {"stage": 2, "micro_batch": 2, "words": ["checkpointing=true"]},
     "stage 2, zero 2": {"stage": 2, "zero": 2, "words": ["target=ema", "alpha=0.7"]},
     "stage 3, zero 2": {"stage": 3, "zero": 2, "words": THREE},
@@ -51,6 +53,7 @@ SAVED = {
     "stage 2, saved, zero 1": {"stage": 2, "zero": 1, "words": AVERAGED},
     "stage 2, saved, bfloat16": {"stage": 2, "zero": 2, "dtype": "bfloat16", "micro_batch": 1},
     "stage 3, saved, lora": {"stage": 3, "words": LORA},
+    "stage 3, saved, lora, shared tokens": {"stage": 3, "words": LORA, "sequence_parallel": 2},
     "stage 3, saved, bfloat16, offloaded": {"stage": 3, "dtype": "bfloat16", "offload": "optimizer", "words": THREE},
 }
 

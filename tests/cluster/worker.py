@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers import BLOCKS, KEPT, PRUNED, config, crop, small_hunyuan, small_wan
 
-from fastlightgen.data.source import ShapesSource
+from fastlightgen.data.source import Batch, ShapesSource
 from fastlightgen.engine import ranks, shards
 from fastlightgen.engine.clock import clock
 from fastlightgen.engine.local import LocalEngine
@@ -34,29 +35,42 @@ BATCH = 4
 CPU = torch.device("cpu")
 
 
-NETWORKS = {"wan": small_wan, "hunyuan": partial(small_hunyuan, 2, 2)}
+REPLACE = {"image_condition_type": "token_replace", "in_channels": 12}
+NETWORKS = {
+    "wan": small_wan,
+    "hunyuan": partial(small_hunyuan, 2, 2),
+    "hunyuan token replace": partial(small_hunyuan, 2, 2, **REPLACE),
+}
 
 
-def batches(step: int, size: int = 4):
-    return crop(ShapesSource(0).batch(step, BATCH, rows(BATCH)), size)
+def clips(batch: Batch, family: str, size: int) -> Batch:
+    """A corner of each; for token_replace with the first frame as the image."""
+    batch = crop(batch, size)
+    if "replace" not in family:
+        return batch
+    return Batch(batch.x0, *(replace(c, image=batch.x0[:, :, :1]) for c in (batch.cond, batch.null)))
+
+
+def batches(step: int, family: str = "wan", size: int = 4) -> Batch:
+    return clips(ShapesSource(0).batch(step, BATCH, rows(BATCH)), family, size)
 
 
 def make(number: int, words: list[str], family: str = "wan", size: int = 4):
     """A stage whose networks are a few thousand numbers."""
-    network, clips = NETWORKS[family], partial(batches, size=size)
+    network, made = NETWORKS[family], partial(batches, family=family, size=size)
     cfg = config(number, f"batch={BATCH}", "iters=100", "warmup=0", "lr=1e-3", *words)
     if number == 0:
-        return Teacher(cfg, network(), clips, {})
+        return Teacher(cfg, network(), made, {})
     if number == 2:
         net = network()
         net.checkpointing = cfg.checkpointing
-        return Prune(cfg, net, PRUNED, clips, lambda: crop(ShapesSource(0).held_out(0, 4), size), {})
+        return Prune(cfg, net, PRUNED, made, lambda: clips(ShapesSource(0).held_out(0, 4), family, size), {})
     teacher = network(seed=1).requires_grad_(False)
     student = network(seed=1).prune(KEPT)
     lora = cfg.fake_mode == "lora"
     fake = teacher if lora else network(seed=1).prune(KEPT)
     trained = attach_lora(teacher, cfg.lora_rank, generator(0, 7)) if lora else fake
-    return Distill(cfg, Networks(student, teacher, KEPT, fake, KEPT if lora else None, trained, lora, None), clips, {})
+    return Distill(cfg, Networks(student, teacher, KEPT, fake, KEPT if lora else None, trained, lora, None), made, {})
 
 
 def make_engine(case: dict):

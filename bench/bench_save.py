@@ -1,0 +1,110 @@
+"""What an asynchronous save costs the steps beside it: python bench/bench_save.py [cases=WORD] [rounds=8].
+
+Rounds of a few steps with a save after the first one alternate with rounds without; the stall is the difference of
+their times, in shares of one step. `copy` is the part of it in which the step's own thread copies tensors. The goal is
+5%. Writes bench/results/save-cpu.json and prints the table. On a quiet machine only: what saves wants a core.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from bench_plan import CPU, config_of
+
+from fastlightgen.config import load
+from fastlightgen.data.source import Batch
+from fastlightgen.engine.folder import commit
+from fastlightgen.engine.local import LocalEngine
+from fastlightgen.evaluate import write_json
+from fastlightgen.models.base import Cond
+from fastlightgen.models.weights import build, read_json
+from fastlightgen.rng import generator, rows
+from fastlightgen.stages.teacher import Teacher
+
+OUT = Path("bench/results/save-cpu.json")
+TEXT, STEPS = 32, 3  # tokens of a prompt; steps of a round
+CASES = {  # dim, feed-forward, blocks, latent
+    "6M, 64 tokens": (256, 1024, 6, (4, 8, 8), TEXT),
+    "6M, 512 tokens": (256, 1024, 6, (8, 16, 16), TEXT),
+    "6M, 2048 tokens": (256, 1024, 6, (8, 32, 32), TEXT),
+    "36M, 2048 tokens": (512, 2048, 8, (8, 32, 32), TEXT),
+}
+
+
+def teacher_of(shape: tuple) -> Teacher:
+    """Stage 0 with random weights and clips."""
+    cfg = load(["stage=0", "run=unused", "batch=1", "ema=0.99", "checkpointing=false"])
+
+    def batches(step: int) -> Batch:
+        gen, count = generator(0, step), len(rows(1))
+        x0, cond, null = (torch.randn(count, *n, generator=gen) for n in ((16, *shape[3]), (TEXT, 256), (TEXT, 256)))
+        return Batch(x0, Cond(cond), Cond(null))
+
+    return Teacher(cfg, build(config_of(shape), 0), batches, {})
+
+
+def measure(shape: tuple, rounds: int) -> dict:
+    stage, engine = teacher_of(shape), LocalEngine(CPU, "float32")
+    engine.prepare(stage)
+    times: dict[bool, list[float]] = {True: [], False: []}
+    copies, written = [], []
+
+    def step(number: int) -> None:
+        for update in stage.updates(number):
+            engine.apply(update, number)
+
+    with tempfile.TemporaryDirectory() as folder:
+        step(0)
+        for number in range(2 * rounds + 2):
+            saves, began = bool(number % 2), time.perf_counter()
+            step(1)
+            if saves:
+                start = time.perf_counter()
+                saving = engine.save(Path(folder), number, 1, 0)
+                copies.append(time.perf_counter() - start)
+            for _ in range(STEPS - 1):
+                step(1)
+            times[saves].append(time.perf_counter() - began)
+            if saves:
+                late = saving.thread.is_alive()
+                saving.wait()
+                written.append(not late)
+                size = sum(f.stat().st_size for f in Path(folder).rglob("*.safetensors"))
+    plain, saved = (statistics.median(times[k][1:]) for k in (False, True))  # the first of each only warms up
+    one = plain / STEPS
+    return {
+        "step_s": one,
+        "checkpoint_bytes": size,
+        "stall_s": saved - plain,
+        "copy_s": statistics.median(copies[1:]),
+        "stall_of_a_step": (saved - plain) / one,
+        "spread_of_plain_rounds": (max(times[False][1:]) - min(times[False][1:])) / one,
+        "whole_before_the_round_ended": all(written),
+    }
+
+
+def main() -> None:
+    given = dict(word.split("=", 1) for word in sys.argv[1:])
+    torch.set_flush_denormal(True)
+    found = read_json(OUT)["cases"] if OUT.is_file() else {}
+    for name, shape in CASES.items():
+        if all(word in name for word in given.get("cases", "").split("+")):
+            found[name] = measure(shape, int(given.get("rounds", 8)))
+            print(name, json.dumps({k: round(v, 4) for k, v in found[name].items()}), flush=True)
+    versions = {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}
+    write_json(OUT, {"measured with": versions | {"commit": commit()}, "cases": found})
+    print("| case | step s | checkpoint MB | stall s | of it the copy | stall of a step |\n|---|---|---|---|---|---|")
+    for name, r in found.items():
+        size = r["checkpoint_bytes"] / 1e6
+        print(
+            f"| {name} | {r['step_s']:.2f} | {size:.0f} | {r['stall_s']:.3f} | {r['copy_s']:.3f} "
+            f"| {r['stall_of_a_step']:.1%} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
