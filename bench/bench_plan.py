@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
+from fastlightgen.atomic import write_json
 from fastlightgen.config import load
 from fastlightgen.data.source import Batch
 from fastlightgen.engine import ranks
 from fastlightgen.engine.folder import commit
 from fastlightgen.engine.local import LocalEngine
-from fastlightgen.evaluate import write_json
 from fastlightgen.models.base import Cond
 from fastlightgen.models.cost import network
 from fastlightgen.models.lora import attach_lora

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from bench_plan import CPU, config_of
 
+from fastlightgen.atomic import write_json
 from fastlightgen.config import load
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.folder import commit
 from fastlightgen.engine.local import LocalEngine
-from fastlightgen.evaluate import write_json
 from fastlightgen.models.base import Cond
 from fastlightgen.models.weights import build, read_json
 from fastlightgen.rng import generator, rows

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
+from fastlightgen.atomic import write_json
 from fastlightgen.config import Evaluate
 from fastlightgen.engine import checkpoint
 from fastlightgen.engine.folder import commit
-from fastlightgen.evaluate import draw, evaluate, load_subject, write_json
+from fastlightgen.evaluate import draw, evaluate, load_subject
 from fastlightgen.metrics.score import score
 from fastlightgen.models.weights import read_json, read_tensors
 

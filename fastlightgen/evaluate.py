@@ -1,7 +1,5 @@
 """python -m fastlightgen.evaluate model=DIR out=FILE.json ...: scores, speed and size of a model on held-out clips."""
 
-import json
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastlightgen.atomic import write_json
 from fastlightgen.blocks import read_importance
 from fastlightgen.config import Evaluate, StageAll, for_evaluate, main
 from fastlightgen.data.codec import Codec, to_uint8
@@ -153,13 +152,6 @@ def write(folder: Path, record: dict, clips: Tensor) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"video": to_uint8(clips).permute(0, 1, 3, 4, 2).contiguous()}, folder / f"{record['name']}.safetensors")
     write_json(folder / f"{record['name']}.json", record)
-
-
-def write_json(path: Path, record: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1))
-    os.replace(temporary, path)
 
 
 def speed(cfg: Evaluate, teacher: Subject, student: Subject) -> dict:

@@ -5,6 +5,7 @@ import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from fastlightgen.atomic import write_json
 from fastlightgen.config import GPUS, Plan, main, preset, presets
 from fastlightgen.models.cost import Network
 from fastlightgen.stages.budget import GPU, Budget, budget, load_network
@@ -19,9 +20,7 @@ def plan(cfg: Plan) -> None:
     lines, record = table(cfg) if cfg.table else one(cfg)
     print("\n".join(lines))
     if cfg.out:
-        temporary = Path(cfg.out).with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-        temporary.rename(cfg.out)
+        write_json(Path(cfg.out), record)
 
 
 def config_of(model: str) -> dict:

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from fastlightgen.atomic import write_text
 from fastlightgen.config import UserError, main
 from fastlightgen.config.fields import show
 from fastlightgen.config.files import flatten, read_yaml
@@ -274,9 +275,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         data=data.replace("<", "\\u003c"),  # no string can close the script element
     )
     out = out or run / "report.html"
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(out)
+    write_text(out, page)
     return out
 
 

@@ -1,6 +1,5 @@
 """python -m fastlightgen.train stage=0|1|2|3|all run=DIR ...: train, or continue, one stage or all of them."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -159,6 +158,7 @@ def preview_of(cfg, source, device):
 
 def rank_blocks(cfg, source, device, folder, engine) -> None:
     """Stage I writes importance.json and its picture."""
+    from fastlightgen.atomic import write_json
     from fastlightgen.engine import ranks
     from fastlightgen.engine.hang import HangWatch
     from fastlightgen.engine.log import bar, say
@@ -179,9 +179,7 @@ def rank_blocks(cfg, source, device, folder, engine) -> None:
     if ranks.rank():
         return
     plot_importance(record, folder.path / "importance.png")
-    temporary = folder.path / "importance.tmp"
-    temporary.write_text(json.dumps(record, indent=1))
-    temporary.rename(folder.result)
+    write_json(folder.result, record)
     say(f"stage 1: keeps blocks {record['kept']}, drops {record['pruned']}: {folder.result}")
 
 

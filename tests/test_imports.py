@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastlightgen"
 LAYERS = [  # lowest first
-    {"config", "rng"},
+    {"atomic", "config", "rng"},
     {"ops", "flow", "guidance", "blocks"},
     {"models"},
     {"engine", "data", "metrics"},

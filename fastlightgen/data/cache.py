@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastlightgen.atomic import write_json
+
 FORMAT, READS = 2, (1, 2)  # format 1 has neither sizes nor checksums of clips
 FIELDS = ("latents", "text", "text_len", "image", "image_embeds", "pooled")
 META = "fastlightgen"  # one key of a shard's metadata: safetensors writes several in no fixed order
@@ -146,12 +148,6 @@ def crc32(clip: Mapping[str, Tensor]) -> int:
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     temporary = file.with_suffix(".tmp")
     save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
-    os.replace(temporary, file)
-
-
-def write_json(file: Path, content) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
     os.replace(temporary, file)
 
 

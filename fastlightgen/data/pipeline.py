@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from fastlightgen.atomic import write_json
 from fastlightgen.data.modelcard import model_card
 from fastlightgen.data.scheduler import CLASS, scheduler_config
 from fastlightgen.engine.log import bar
@@ -199,8 +200,3 @@ def bring(pipeline: Path, folder: Path, names: list[str], link: bool, progress: 
                 shutil.copytree(pipeline / name, folder / name, copy_function=copy)
     for file in pipeline.glob("LICENSE*"):
         shutil.copyfile(file, folder / file.name)
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")

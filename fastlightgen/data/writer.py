@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastlightgen.atomic import write_json
 from fastlightgen.config import diff
-from fastlightgen.data.cache import save_tensors, sha256, write_index, write_json, write_shard
+from fastlightgen.data.cache import save_tensors, sha256, write_index, write_shard
 from fastlightgen.data.lists import Row
 
 Clip = tuple[dict[str, Tensor], dict]  # the fields, and where they came from

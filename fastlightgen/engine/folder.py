@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import fastlightgen
+from fastlightgen.atomic import write_text
 from fastlightgen.config import diff
 from fastlightgen.engine import checkpoint, ranks
 
@@ -78,9 +79,7 @@ class StageFolder:
             "versions": {"fastlightgen": fastlightgen.__version__, "torch": str(torch.__version__)},
             "git_commit": commit(),
         }
-        temporary = self.run / "config.yaml.tmp"
-        temporary.write_text(yaml.safe_dump(record, sort_keys=False))
-        temporary.rename(self.run / "config.yaml")
+        write_text(self.run / "config.yaml", yaml.safe_dump(record, sort_keys=False))
 
 
 def read_run(run: Path) -> dict:

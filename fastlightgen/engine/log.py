@@ -1,13 +1,13 @@
 """Progress on screen, and the log of a run."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+from fastlightgen.atomic import write_text
 from fastlightgen.engine import ranks
 from fastlightgen.engine.writers import Writer
 
@@ -44,9 +44,7 @@ class Lines:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 break  # a line cut short by a crash is the last one
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        write_text(path, "".join(kept))
 
     def write(self, record: dict) -> None:
         with open(self.path, "a") as file:

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastlightgen.atomic import write_json
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NAMES = (WEIGHTS, "model.safetensors")  # the second: original HunyuanVideo files that were converted
 PICKLES = (".pt", ".pth", ".bin")
@@ -145,10 +147,6 @@ def replacing(folder: Path) -> Iterator[Path]:
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_tensors(folder: Path, sizes: Mapping[str, int], get: Callable[[str], Tensor], limit: int) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlightgen.atomic import write_json
 from fastlightgen.models.base import VideoDiT
-from fastlightgen.models.files import replacing, write_json, write_tensors
+from fastlightgen.models.files import replacing, write_tensors
 from fastlightgen.models.keys import Piece, Table, hunyuan_keys, inverse, wan_table
 
 SHARD_BYTES = 5 * 10**9

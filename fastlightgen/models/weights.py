@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+from fastlightgen.atomic import write_json
 from fastlightgen.config import preset, presets
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.files import (
@@ -25,7 +26,6 @@ from fastlightgen.models.files import (
     read_tensors,
     replacing,
     weight_files,
-    write_json,
     write_tensors,
 )
 from fastlightgen.models.keys import Source, Table, recognise, unused_keys
