@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastlightgen.engine import ranks
+from fastlightgen.engine.direct import save_file
 from fastlightgen.engine.hang import HERE
 
 Files = dict[str, dict[str, Tensor]]
@@ -26,8 +27,6 @@ T = TypeVar("T")
 BUSY, FAILED = 2, 4  # of a rank that writes; bits, so that a step's one collective carries another flag as well
 POLL = 0.05  # seconds between two looks at the other ranks' files
 PARTING = 5.0  # seconds without a byte of theirs after which a run that ends with an error leaves them
-MAX_PARTS = 1024  # Linux takes as many in one call
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 
 
 def steps(folder: Path) -> list[int]:
@@ -192,27 +191,6 @@ def write(temporary: Path, files: Files) -> None:
     for name in files:  # a name without .part says that the file is whole and on disk
         flush(temporary / f"{name}.part")
         os.replace(temporary / f"{name}.part", temporary / f"{name}.safetensors")
-
-
-def save_file(tensors: dict[str, Tensor], file: Path) -> None:
-    """safetensors' format, by plain writes: its own writer takes three times the CPU, which the steps would miss."""
-    header, offset = {}, 0
-    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())  # keeps every tensor aligned
-    for name in ordered:
-        v, begin = tensors[name], offset
-        offset += v.numel() * v.element_size()
-        header[name] = {"dtype": NAMES[v.dtype], "shape": list(v.shape), "data_offsets": [begin, offset]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    parts = [memoryview(len(text).to_bytes(8, "little") + text)]
-    parts += [memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()) for name in ordered]
-    with open(file, "wb", buffering=0) as f:
-        while parts:  # few long calls, in which the steps' thread never waits for this one's turn
-            count = os.writev(f.fileno(), parts[:MAX_PARTS])
-            while parts and count >= len(parts[0]):
-                count -= len(parts.pop(0))
-            if count:
-                parts[0] = parts[0][count:]
 
 
 def complete(folder: Path, temporary: Path, step: int, meta: dict) -> None:

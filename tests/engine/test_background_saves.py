@@ -1,5 +1,8 @@
 """Checkpoints are written while the steps go on, one at a time, with the numbers of their own step."""
 
+import errno
+import fcntl
+import os
 import threading
 
 import pytest
@@ -7,7 +10,7 @@ import torch
 from helpers import assert_same, result, run_train, write_inputs
 from safetensors.torch import load_file
 
-from fastlightgen.engine import checkpoint, ranks
+from fastlightgen.engine import checkpoint, direct, ranks
 from fastlightgen.stages.teacher import Teacher
 
 
@@ -89,7 +92,7 @@ def test_what_is_held_does_not_change():
     assert copy.is_contiguous() and torch.equal(copy, torch.tensor([[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]))
 
 
-@pytest.mark.parametrize("dtype", [*checkpoint.NAMES], ids=str)
+@pytest.mark.parametrize("dtype", [*direct.NAMES], ids=str)
 def test_files_are_what_safetensors_reads(tmp_path, dtype):
     tensors = {"a": torch.arange(-3, 4).to(dtype), "step": torch.tensor(2.0), "none": torch.zeros(0, 3, dtype=dtype)}
     tensors["b"] = torch.randn(2, 3, 5).to(dtype)
@@ -97,6 +100,46 @@ def test_files_are_what_safetensors_reads(tmp_path, dtype):
     assert_same(load_file(tmp_path / "x.safetensors"), tensors)
     checkpoint.save_file({}, tmp_path / "empty")
     assert load_file(tmp_path / "empty") == {}
+
+
+@pytest.mark.parametrize("refused", ["", "open", "write"])
+@pytest.mark.parametrize("size", [8192, 8191, 30000])
+def test_files_longer_than_what_is_written_at_a_time(tmp_path, monkeypatch, size, refused):
+    """Pieces of two blocks, of which the disk may take less than it was given; some file systems refuse direct I/O."""
+    monkeypatch.setattr(direct, "CHUNK", 2 * direct.BLOCK)
+    real, flags = {"open": os.open, "write": os.write}, []
+
+    def open_(file, how, *mode):
+        flags.append(bool(how & direct.DIRECT))
+        if refused == "open" and flags[-1]:
+            raise OSError(errno.EINVAL, "no direct I/O here")
+        return real["open"](file, how, *mode)
+
+    def write(handle, data):
+        now = bool(fcntl.fcntl(handle, fcntl.F_GETFL) & direct.DIRECT)
+        if refused == "write" and now:
+            raise OSError(errno.EINVAL, "no direct I/O now")
+        return real["write"](handle, data[: direct.BLOCK])
+
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "write", write)
+    tensors = {"a": torch.arange(size).to(torch.uint8).view(torch.bfloat16) if size % 2 == 0 else torch.arange(size)}
+    tensors["b"] = torch.tensor(3.0)
+    direct.save_file(tensors, tmp_path / "x.safetensors")
+    monkeypatch.undo()
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[k].view(torch.uint8), v.view(torch.uint8)) for k, v in tensors.items() if v.dim())
+    assert flags == ([True, False] if refused == "open" else [True])
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    def write(handle, data):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(OSError, match="no space left"):
+        direct.save_file({"a": torch.zeros(4)}, tmp_path / "x")
 
 
 @pytest.fixture

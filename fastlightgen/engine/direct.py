@@ -1,0 +1,73 @@
+"""Files of tensors in safetensors' format, written past the page cache, which takes much CPU time from the steps."""
+
+import errno
+import fcntl
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DIRECT, BLOCK = getattr(os, "O_DIRECT", 0), 4096  # past the page cache, and what memory and sizes are aligned to then
+CHUNK = 2**24  # bytes that are written at a time
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
+
+
+def save_file(tensors: dict[str, Tensor], file: Path) -> None:
+    header, offset = {}, 0
+    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())  # keeps every tensor aligned
+    for name in ordered:
+        v, begin = tensors[name], offset
+        offset += v.numel() * v.element_size()
+        header[name] = {"dtype": NAMES[v.dtype], "shape": list(v.shape), "data_offsets": [begin, offset]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    parts = [np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)]
+    parts += [tensors[name].reshape(-1).view(torch.uint8).numpy() for name in ordered]
+    pages, full = mmap.mmap(-1, CHUNK), 0
+    buffer = np.frombuffer(pages, np.uint8)
+    with direct(file) as handle:
+        for part in parts:
+            while len(part):
+                some, part = part[: CHUNK - full], part[CHUNK - full :]
+                np.copyto(buffer[full : full + len(some)], some)
+                full += len(some)
+                if full == CHUNK:
+                    write_all(handle, pages, CHUNK)
+                    full = 0
+        write_all(handle, pages, -(-full // BLOCK) * BLOCK)
+        os.ftruncate(handle, sum(map(len, parts)))
+
+
+@contextmanager
+def direct(file: Path) -> Iterator[int]:
+    """A new file, open for direct writes, where its file system has them."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        handle = os.open(file, flags | DIRECT, 0o666)
+    except OSError as err:
+        if err.errno != errno.EINVAL:
+            raise
+        handle = os.open(file, flags, 0o666)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def write_all(handle: int, pages: mmap.mmap, size: int) -> None:
+    done = 0
+    with memoryview(pages) as view:
+        while done < size:
+            try:
+                done += os.write(handle, view[done:size])
+            except OSError as err:
+                flags = fcntl.fcntl(handle, fcntl.F_GETFL)
+                if err.errno != errno.EINVAL or not flags & DIRECT:
+                    raise
+                fcntl.fcntl(handle, fcntl.F_SETFL, flags & ~DIRECT)  # allowed at opening, but not now
