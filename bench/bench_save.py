@@ -99,8 +99,8 @@ def main() -> None:
                 torch.set_num_threads(threads)
                 found[name] = measure(shape, int(given.get("rounds", 8)))
                 print(name, json.dumps({k: round(v, 4) for k, v in found[name].items()}), flush=True)
-    versions = {"torch": str(torch.__version__), "date": time.strftime("%Y-%m-%d")}
-    write_json(OUT, {"measured with": versions | {"commit": commit()}, "cases": found})
+                versions = {"torch": str(torch.__version__), "date": time.strftime("%Y-%m-%d")}
+                write_json(OUT, {"measured with": versions | {"commit": commit()}, "cases": found})
     print("| case | step s | checkpoint MB | stall s | of it the copy | stall of a step |\n|---|---|---|---|---|---|")
     for name, r in found.items():
         size = r["checkpoint_bytes"] / 1e6
