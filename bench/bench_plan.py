@@ -80,7 +80,9 @@ def cases() -> dict[str, dict]:
     add(0, "287M, 256 tokens")
     add(3, "287M, 256 tokens", 2, again=True)
     add(0, "499M, 256 tokens", again=True)
+    add(0, "499M, 256 tokens", 2, 2, again=True)
     add(1, "1.4B, 64 tokens")
+    add(1, "1.4B, 64 tokens", 2)
     return out
 
 

@@ -51,13 +51,18 @@ def keeper(cfg, device: torch.device) -> Callable[[nn.Module], Callable[[nn.Para
 
 def zero_config(cfg, net: nn.Module, device: torch.device) -> dict:
     """DeepSpeed's settings for one network: what is sharded, and where the shares wait."""
-    cuda, largest = device.type == "cuda", max(shape(p).numel() for p in net.parameters())
+    cuda, sizes = device.type == "cuda", [shape(p).numel() for p in net.parameters()]
+    blocks = [sum(shape(p).numel() for p in b.parameters()) for b in net.blocks]
     zero = {
         "stage": cfg.zero,
         "overlap_comm": cuda,
         # a small network is sharded too: its blocks' matrices are above the limit
-        "stage3_param_persistence_threshold": int(min(PERSISTENT, largest // 8)),
+        "stage3_param_persistence_threshold": int(min(PERSISTENT, max(sizes) // 8)),
+        # While a block runs, the next one is fetched: so much is asked for, and the parameter that exceeds it.
+        "stage3_prefetch_bucket_size": max(0, min(blocks) - max(sizes)),
     }
+    if not any(p.requires_grad for p in net.parameters()):  # then nothing is kept for a backward pass
+        zero["stage3_max_live_parameters"] = sum(sizes) - sum(blocks) + 2 * max(blocks)
     if cfg.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
     if cfg.offload == "all":

@@ -13,7 +13,6 @@ PROGRAM = {("local", False): 0.26e9, ("local", True): 0.41e9, ("deepspeed", Fals
 BUCKET = 5e8  # DeepSpeed's default reduce_bucket_size, in numbers
 SUBGROUP = 1e9  # its default sub_group_size: ZeRO-3's optimizer takes so many numbers at a time
 REUSE = 1e9  # its default stage3_max_reuse_distance: what the backward pass needs again that soon stays gathered
-AHEAD = 5e7  # its default stage3_prefetch_bucket_size
 HOST_FACTOR = 1.5  # DeepSpeed's allowance for buffers in host memory
 # A pipeline's VAE that shows clips, in float32: its weights, and what decoding in tiles takes at its widest moment
 # beside the clip, as diffusers' classes allocate it.
@@ -60,11 +59,11 @@ def gathered(step: StepCost, cfg) -> tuple[float, float]:
     if cfg.engine == "local" or cfg.zero < 3 or cfg.gpus == 1:
         return 0.0, 0.0
     net, block = step.net, max(b.params for b in step.net.blocks)
-    # Of each network this block and the next. One that trains keeps, for as long as the others run, what its backward
-    # pass will need soon. Of a frozen one some is fetched ahead; it arrives in one buffer and is copied out of it.
+    # Of each network this block and the next, which arrives in a buffer and is copied out of it. One that trains keeps,
+    # for as long as the others run, what its backward pass will need soon.
     two = net.outside_params + 2 * block
     trained = sum(min(two + REUSE / 2, count) for count in step.trained.values())
-    frozen = sum(min(two + 2 * AHEAD, 2 * count) for count in step.frozen.values())
+    frozen = sum(min(two, count) for count in step.frozen.values())
     return number(cfg) * (trained + (block if step.trained else 0)), number(cfg) * frozen
 
 
@@ -108,8 +107,10 @@ def gpu_memory(step: StepCost, cfg) -> dict[str, float]:
     steady = sum(parts.values()) + always + reserved
 
     gradients = 0.0 if deepspeed and cfg.zero == 3 else parts["gradients"]  # else made as activations are given back
-    paged = deepspeed and cfg.zero < 3 and on_cpu(cfg)  # and a CPU's buffers too: their pages come with the first write
-    growing, at_once = (gradients + backward, 0.0) if paged else (gradients, backward)
+    # And a CPU's buffers too: their pages come with the first write. Under ZeRO-3 a bucket that takes all gradients is
+    # scattered once they are all there.
+    one = max(step.trained.values(), default=0) <= BUCKET if cfg.zero == 3 else on_cpu(cfg)
+    growing, at_once = (gradients + backward, 0.0) if deepspeed and one else (gradients, backward)
     moments = (
         kept + working + forks + whole + frozen,  # a forward pass, of this network or of one without gradient after it
         max(kept, growing) + block + whole + at_once,  # the backward pass, from one end to the other
