@@ -15,40 +15,25 @@ import time
 from pathlib import Path
 
 import torch
-from bench_plan import CPU, config_of
+from bench_plan import CPU, stage_of
 
 from fastlightgen.atomic import write_json
 from fastlightgen.config import load
-from fastlightgen.data.source import Batch
 from fastlightgen.engine.folder import commit
 from fastlightgen.engine.local import LocalEngine
-from fastlightgen.models.base import Cond
-from fastlightgen.models.weights import build, read_json
-from fastlightgen.rng import generator, rows
-from fastlightgen.stages.teacher import Teacher
+from fastlightgen.models.weights import read_json
 
 OUT = Path("bench/results/save-cpu.json")
-TEXT, STEPS = 32, 3  # tokens of a prompt; steps of a round
-CASES = {  # dim, feed-forward, blocks, latent
-    "6M, 2048 tokens": (256, 1024, 6, (8, 32, 32), TEXT),
-    "36M, 2048 tokens": (512, 2048, 8, (8, 32, 32), TEXT),
+STEPS = 3  # of a round
+CASES = {  # dim, feed-forward, blocks, latent, text tokens
+    "6M, 2048 tokens": (256, 1024, 6, (8, 32, 32), 32),
+    "36M, 2048 tokens": (512, 2048, 8, (8, 32, 32), 32),
 }
 
 
-def teacher_of(shape: tuple) -> Teacher:
-    """Stage 0 with random weights and clips."""
-    cfg = load(["stage=0", "run=unused", "batch=1", "ema=0.99", "checkpointing=false"])
-
-    def batches(step: int) -> Batch:
-        gen, count = generator(0, step), len(rows(1))
-        x0, cond, null = (torch.randn(count, *n, generator=gen) for n in ((16, *shape[3]), (TEXT, 256), (TEXT, 256)))
-        return Batch(x0, Cond(cond), Cond(null))
-
-    return Teacher(cfg, build(config_of(shape), 0), batches, {})
-
-
 def measure(shape: tuple, rounds: int) -> dict:
-    stage, engine = teacher_of(shape), LocalEngine(CPU, "float32")
+    cfg = load(["stage=0", "run=unused", "batch=1", "ema=0.99", "checkpointing=false"])
+    stage, engine = stage_of(cfg, shape), LocalEngine(CPU, "float32")
     engine.prepare(stage)
     times: dict[bool, list[float]] = {True: [], False: []}
     copies, written = [], []

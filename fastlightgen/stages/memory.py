@@ -109,8 +109,8 @@ def gpu_memory(step: StepCost, cfg) -> dict[str, float]:
     gradients = 0.0 if deepspeed and cfg.zero == 3 else parts["gradients"]  # else made as activations are given back
     # And a CPU's buffers too: their pages come with the first write. Under ZeRO-3 a bucket that takes all gradients is
     # scattered once they are all there.
-    one = max(step.trained.values(), default=0) <= BUCKET if cfg.zero == 3 else on_cpu(cfg)
-    growing, at_once = (gradients + backward, 0.0) if deepspeed and one else (gradients, backward)
+    late = max(step.trained.values(), default=0) <= BUCKET if cfg.zero == 3 else on_cpu(cfg)
+    growing, at_once = (gradients + backward, 0.0) if deepspeed and late else (gradients, backward)
     moments = (
         kept + working + forks + whole + frozen,  # a forward pass, of this network or of one without gradient after it
         max(kept, growing) + block + whole + at_once,  # the backward pass, from one end to the other
