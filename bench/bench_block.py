@@ -18,10 +18,10 @@ from kernels import DEVICE, DTYPE, GPU, draw
 from torch import Tensor, nn
 
 from fastlightgen.models.base import Block, Cond, Job, Prompt, State, Tables
-from fastlightgen.models.hunyuan_blocks import DoubleBlock, HunyuanPrompt, SingleBlock
-from fastlightgen.models.hunyuan_layers import HunyuanConfig
-from fastlightgen.models.wan import WanBlock, WanPrompt, WanTables
-from fastlightgen.models.wan_layers import WanConfig, rope_axes
+from fastlightgen.models.hunyuan.blocks import DoubleBlock, HunyuanPrompt, SingleBlock
+from fastlightgen.models.hunyuan.layers import HunyuanConfig
+from fastlightgen.models.wan.layers import WanConfig, rope_axes
+from fastlightgen.models.wan.model import WanBlock, WanPrompt, WanTables
 from fastlightgen.ops import dispatch, rope_factors
 
 OURS = ["reference", "triton", "cuda"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastlightgen.config import preset
-from fastlightgen.models.weights import build, load_model, save_model
+from fastlightgen.models.folder.weights import build, load_model, save_model
 
 MODEL, BLOCKS = os.environ.get("FLG_LOAD_MODEL", "tiny"), int(os.environ.get("FLG_LOAD_BLOCKS", "12"))
 

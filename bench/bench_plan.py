@@ -21,18 +21,18 @@ import torch
 from fastlightgen.atomic import write_json
 from fastlightgen.config import load
 from fastlightgen.data.source import Batch
-from fastlightgen.engine import ranks
 from fastlightgen.engine.folder import commit
 from fastlightgen.engine.local import LocalEngine
 from fastlightgen.models.base import Cond
-from fastlightgen.models.cost import network
+from fastlightgen.models.families import network
+from fastlightgen.models.folder.weights import build, read_json
 from fastlightgen.models.lora import attach_lora
-from fastlightgen.models.weights import build, read_json
+from fastlightgen.parallel import ranks
+from fastlightgen.planner.budget import budget
+from fastlightgen.planner.fit import plan_of
+from fastlightgen.planner.step import dropped
 from fastlightgen.rng import generator, rows
-from fastlightgen.stages.budget import budget
-from fastlightgen.stages.cost import dropped
 from fastlightgen.stages.distill import Distill, Networks
-from fastlightgen.stages.fit import plan_of
 from fastlightgen.stages.prune import Prune
 from fastlightgen.stages.rank import score_sets
 from fastlightgen.stages.teacher import Teacher

@@ -21,7 +21,7 @@ from fastlightgen.atomic import write_json
 from fastlightgen.config import load
 from fastlightgen.engine.folder import commit
 from fastlightgen.engine.local import LocalEngine
-from fastlightgen.models.weights import read_json
+from fastlightgen.models.folder.weights import read_json
 
 OUT = Path("bench/results/save-cpu.json")
 STEPS = 3  # of a round

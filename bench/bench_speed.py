@@ -8,7 +8,7 @@ from timing import seconds
 
 from fastlightgen.flow import ladder
 from fastlightgen.models.sample import sample
-from fastlightgen.models.wan import WanConfig, WanModel
+from fastlightgen.models.wan.model import WanConfig, WanModel
 
 # Large enough that matrix products dominate: 10 blocks, so that 30% is a whole number of them.
 WIDE = WanConfig(

@@ -15,7 +15,7 @@ from timing import seconds
 
 from fastlightgen.data.source import Batch
 from fastlightgen.models.base import Job, Stream
-from fastlightgen.models.wan import WanConfig, WanModel
+from fastlightgen.models.wan.model import WanConfig, WanModel
 from fastlightgen.stages.distill import Distill, Networks
 from fastlightgen.stages.rank import score_sets
 

@@ -18,8 +18,8 @@ from fastlightgen.config import Evaluate
 from fastlightgen.engine import checkpoint
 from fastlightgen.engine.folder import commit
 from fastlightgen.evaluate import draw, evaluate, load_subject
-from fastlightgen.metrics.score import score
-from fastlightgen.models.weights import read_json, read_tensors
+from fastlightgen.models.folder.weights import read_json, read_tensors
+from fastlightgen.world.score import score
 
 # Longer than the preset, which has to fit `make demo` into minutes.
 SETTINGS = (

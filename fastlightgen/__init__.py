@@ -9,12 +9,14 @@ import importlib
 __version__ = "0.1.0"
 
 _WHERE = {
-    "load_model": "fastlightgen.models.weights",
-    "save_model": "fastlightgen.models.weights",
+    "load_model": "fastlightgen.models.folder.weights",
+    "save_model": "fastlightgen.models.folder.weights",
     "Stream": "fastlightgen.models.base",
     "Cond": "fastlightgen.models.base",
+    "sample": "fastlightgen.models.sample",
 }
-_MODULES = ("flow", "guidance", "ops", "blocks", "models", "stages", "engine", "data", "metrics", "config")
+_MODULES = ("flow", "guidance", "ops", "blocks", "parallel", "models", "data", "metrics", "world", "pipelines")
+_MODULES += ("engine", "planner", "stages", "methods", "config")
 __all__ = [*_WHERE, *_MODULES]
 
 
@@ -24,3 +26,7 @@ def __getattr__(name: str):
     if name in _MODULES:
         return importlib.import_module(f"fastlightgen.{name}")
     raise AttributeError(f"module 'fastlightgen' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

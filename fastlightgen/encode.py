@@ -22,9 +22,9 @@ Read = Callable[[Row], tuple[NDArray | None, str]]  # a row -> its frames, or No
 
 def encode(cfg: Encode) -> None:
     """Make this process's share of the cache, and the index once every share is there."""
-    from fastlightgen.data.encoders import kind_of
     from fastlightgen.data.writer import Writer, free_bytes
-    from fastlightgen.engine.log import say
+    from fastlightgen.parallel.log import say
+    from fastlightgen.pipelines.encoders import kind_of
 
     rank, ranks = place(cfg)
     _, kind = kind_of(cfg.pipeline)
@@ -71,8 +71,8 @@ def place(cfg: Encode) -> tuple[int, int]:
 def load_encoders(cfg: Encode, rank: int):
     import torch
 
-    from fastlightgen.data.encoders import Encoders
     from fastlightgen.engine.local import pick_device
+    from fastlightgen.pipelines.encoders import Encoders
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -84,7 +84,7 @@ def load_encoders(cfg: Encode, rank: int):
 
 def make_parts(cfg: Encode, writer, encoders, rows: Sequence[Row], numbers: Sequence[int], read: Read) -> None:
     """The parts that are not there yet: decoding runs ahead in other processes, encoding here."""
-    from fastlightgen.engine.log import bar
+    from fastlightgen.parallel.log import bar
 
     missing = []
     with bar(len(numbers), "checking finished parts", cfg.progress) as progress:

@@ -11,16 +11,18 @@ from torch import Tensor
 from fastlightgen.atomic import write_json
 from fastlightgen.blocks import read_importance
 from fastlightgen.config import Evaluate, StageAll, for_evaluate, main
-from fastlightgen.data.codec import Codec, to_uint8
-from fastlightgen.data.source import Batch, shapes_batch
-from fastlightgen.data.synthetic import Clips, Shapes
+from fastlightgen.data.frames import to_uint8
+from fastlightgen.data.source import Batch
 from fastlightgen.engine.local import pick_device
-from fastlightgen.engine.log import bar, say
-from fastlightgen.metrics.score import score
 from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.folder.weights import load_model, read_card, read_json, trained_folder
 from fastlightgen.models.sample import sample, sampling_plan
-from fastlightgen.models.weights import load_model, read_card, read_json, trained_folder
+from fastlightgen.parallel.log import bar, say
 from fastlightgen.rng import generator
+from fastlightgen.world.codec import Codec
+from fastlightgen.world.score import score
+from fastlightgen.world.shapes import Clips, Shapes
+from fastlightgen.world.source import shapes_batch
 
 
 @dataclass

@@ -9,10 +9,10 @@ def export(cfg) -> None:
     """Write the folder, compare it with the model, say what came out."""
     import torch
 
-    from fastlightgen.data.pipeline import check_out, parts_of, write_pipeline
-    from fastlightgen.data.stock import compare, need_diffusers
-    from fastlightgen.engine.log import say
-    from fastlightgen.models.weights import load_model, read_card, trained_folder
+    from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
+    from fastlightgen.parallel.log import say
+    from fastlightgen.pipelines.export import check_out, parts_of, write_pipeline
+    from fastlightgen.pipelines.stock import compare, need_diffusers
 
     need_diffusers()
     if cfg.threads:

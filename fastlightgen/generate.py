@@ -9,12 +9,13 @@ import torch
 
 from fastlightgen.config import Generate, main
 from fastlightgen.data.frames import check_suffix, write_clips
-from fastlightgen.data.pipeline import check_fits, is_pipeline
-from fastlightgen.data.worlds import BuiltIn, Pipeline
 from fastlightgen.engine.local import pick_device
-from fastlightgen.engine.log import bar, say
+from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
 from fastlightgen.models.sample import sample, sampling_plan
-from fastlightgen.models.weights import load_model, read_card, trained_folder
+from fastlightgen.parallel.log import bar, say
+from fastlightgen.pipelines.export import check_fits, is_pipeline
+from fastlightgen.pipelines.world import Pipeline
+from fastlightgen.world.builtin import BuiltIn
 
 
 def generate(cfg: Generate) -> None:

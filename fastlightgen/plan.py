@@ -8,8 +8,8 @@ from pathlib import Path
 from fastlightgen.atomic import write_json
 from fastlightgen.config import GPUS, Plan, main, preset, presets
 from fastlightgen.models.cost import Network
-from fastlightgen.stages.budget import GPU, Budget, budget, load_network
-from fastlightgen.stages.remedies import price, remedies, words
+from fastlightgen.planner.budget import GPU, Budget, budget, load_network
+from fastlightgen.planner.remedies import price, remedies, words
 
 STANDARD = {"wan": "480x832x81", "hunyuan": "720x1280x129"}  # the sizes of the table
 

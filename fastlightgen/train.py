@@ -12,9 +12,9 @@ OWN = ("run", "device", "threads", "progress")  # keys that may differ between t
 
 
 def train(cfg) -> None:
-    from fastlightgen.engine import ranks
-    from fastlightgen.engine.log import say
     from fastlightgen.ops import attention, describe
+    from fastlightgen.parallel import ranks
+    from fastlightgen.parallel.log import say
 
     set_up(cfg)
     try:
@@ -39,7 +39,7 @@ def train(cfg) -> None:
 
 def end(err: BaseException) -> None:
     """Raise what ended the run on one rank; the others leave without a word, or name the one that has gone."""
-    from fastlightgen.engine import ranks
+    from fastlightgen.parallel import ranks
 
     if ranks.size() == 1:
         raise err
@@ -59,9 +59,9 @@ def set_up(cfg) -> None:
     """Process-wide settings: threads, numbers too small for full speed on a CPU flushed to zero, the other ranks."""
     import torch
 
-    from fastlightgen.engine import ranks
     from fastlightgen.engine.local import pick_device
     from fastlightgen.engine.writers import check_installed
+    from fastlightgen.parallel import ranks
 
     check_installed(cfg)
     if cfg.threads:
@@ -86,14 +86,14 @@ def draws(seed: int) -> list[float]:
 
 def run_stage(cfg, later: Sequence = ()) -> None:
     """Run, continue, or find complete one stage of a run folder; Stage I also looks whether `later` ones will fit."""
-    from fastlightgen.data.source import open_source
     from fastlightgen.engine.hang import HangWatch
     from fastlightgen.engine.local import pick_device
-    from fastlightgen.engine.log import say
     from fastlightgen.engine.loop import train as train_loop
+    from fastlightgen.parallel.log import say
+    from fastlightgen.planner.fit import check_fit
     from fastlightgen.stages import build
     from fastlightgen.stages.check import check_teacher
-    from fastlightgen.stages.fit import check_fit
+    from fastlightgen.world.source import open_source
 
     number = int(cfg.stage)
     device, source = pick_device(cfg.device), open_source(cfg.data, cfg.seed)
@@ -138,10 +138,11 @@ def preview_of(cfg, source, device):
     """What turns held-out prompts into clips during training, or None."""
     import torch
 
-    from fastlightgen.data.pipeline import vae_folder
-    from fastlightgen.data.preview import Preview, turns
-    from fastlightgen.data.worlds import BuiltIn, Pipeline
-    from fastlightgen.engine.log import say
+    from fastlightgen.engine.preview import Preview, turns
+    from fastlightgen.parallel.log import say
+    from fastlightgen.pipelines.export import vae_folder
+    from fastlightgen.pipelines.world import Pipeline
+    from fastlightgen.world.builtin import BuiltIn
 
     if not cfg.sample_every:
         return None
@@ -159,10 +160,10 @@ def preview_of(cfg, source, device):
 def rank_blocks(cfg, source, device, folder, engine) -> None:
     """Stage I writes importance.json and its picture."""
     from fastlightgen.atomic import write_json
-    from fastlightgen.engine import ranks
     from fastlightgen.engine.hang import HangWatch
-    from fastlightgen.engine.log import bar, say
     from fastlightgen.metrics.importance import plot_importance
+    from fastlightgen.parallel import ranks
+    from fastlightgen.parallel.log import bar, say
     from fastlightgen.stages import build
     from fastlightgen.stages.check import check_teacher
     from fastlightgen.stages.rank import rank

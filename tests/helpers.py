@@ -12,11 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastlightgen.config import load, main, preset
-from fastlightgen.data.source import Batch, ShapesSource
+from fastlightgen.data.source import Batch
 from fastlightgen.engine.log import read_metrics
 from fastlightgen.models.base import VideoDiT
-from fastlightgen.models.weights import build, save_model
+from fastlightgen.models.folder.weights import build, save_model
 from fastlightgen.train import train
+from fastlightgen.world.source import ShapesSource
 
 BLOCKS, PRUNED = 4, [1, 2]
 KEPT = [i for i in range(BLOCKS) if i not in PRUNED]

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fastlightgen.flow import ladder
-from fastlightgen.models.weights import load_model, save_model
+from fastlightgen.models.folder.weights import load_model, save_model
 
 KEEP, STEPS, SHIFT = [0, 2, 3], 4, 5.0
 

@@ -1,4 +1,4 @@
-"""The layers: an import goes down or stays on its level, never up; and `import fastlightgen` stays light."""
+"""The order of the package: a unit imports only units that stand below it, and `import fastlightgen` stays light."""
 
 import ast
 import subprocess
@@ -9,71 +9,123 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastlightgen"
-LAYERS = [  # lowest first
-    {"atomic", "config", "rng"},
-    {"ops", "flow", "guidance", "blocks"},
-    {"models"},
-    {"engine", "data", "metrics"},
-    {"stages"},
-    {"train", "generate", "encode", "export", "evaluate", "report", "plan"},
+ORDER = [  # from the top down; no two units share a level
+    # commands: parse, build, call
+    "train",
+    "evaluate",
+    "report",
+    "generate",
+    "encode",
+    "export",
+    "plan",
+    # the method: losses and updates, given their models, engines and data
+    "methods",
+    "stages",
+    "planner",
+    # what runs it, and what it is run on
+    "engine",
+    "pipelines",
+    "world",
+    "metrics",
+    "data",
+    "models",
+    "parallel",
+    # pure functions
+    "ops",
+    "guidance",
+    "flow",
+    "blocks",
+    "config",
+    "rng",
+    "atomic",
 ]
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+RANK = {name: place for place, name in enumerate(ORDER)}
 CONCRETE = (
     "models.wan",
     "models.hunyuan",
     "engine.loop",
     "engine.local",
     "engine.deepspeed",
-    "data.synthetic",
+    "world",
     "data.cache",
 )
 HEAVY = ("deepspeed", "diffusers", "transformers", "triton", "av", "matplotlib")
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 
-def imported(source: str, module: str) -> set[str]:
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imported(source: str, module: str, is_package: bool = False) -> set[str]:
     """Dotted names of everything that `source`, the text of `module`, imports, at any depth of nesting."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            up = module.split(".")[: -node.level] if node.level else []
+            parts = module.split(".")
+            up = parts[: len(parts) - node.level + is_package] if node.level else []
             base = ".".join([*up, *([node.module] if node.module else [])])
             names |= {f"{base}.{alias.name}" for alias in node.names}
     return names
 
 
-def units(names: set[str]) -> set[str]:
-    """fastlightgen.<unit>... -> <unit>, for names that are layered modules."""
-    parts = [n.split(".") for n in names]
-    return {p[1] for p in parts if p[0] == "fastlightgen" and len(p) > 1 and p[1] in RANK}
+def imports_of(module: str) -> set[str]:
+    path = MODULES[module]
+    return imported(path.read_text(), module, path.name == "__init__.py")
 
 
-def of(path: Path) -> tuple[str, set[str]]:
-    relative = path.relative_to(ROOT).with_suffix("")
-    module = ".".join(relative.parts)  # an __init__ keeps its name, so that level 1 means its own package
-    return relative.parts[1], imported(path.read_text(), module)
+def unit_of(name: str) -> str | None:
+    parts = name.split(".")
+    return parts[1] if parts[0] == "fastlightgen" and len(parts) > 1 and parts[1] in RANK else None
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_never_go_up(path: Path):
-    unit, names = of(path)
-    assert unit in RANK, f"{path.relative_to(ROOT)}: {unit} has no layer; name it in LAYERS"
-    upward = {u for u in units(names) if RANK[u] > RANK[unit]}
-    assert not upward, f"{path.relative_to(ROOT)} imports {upward} from a higher layer"
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module: str):
+    unit = module.split(".")[1]
+    assert unit in RANK, f"{module}: {unit} has no place; name it in ORDER"
+    others = {unit_of(name) for name in imports_of(module)} - {None, unit}
+    upward = {other for other in others if RANK[other] < RANK[unit]}
+    assert not upward, f"{module} imports {upward}, which stand above {unit}"
+
+
+def test_no_module_imports_itself_through_others():
+    """Module by module, also within a unit."""
+
+    def home(name: str) -> str | None:  # "fastlightgen.a.b.thing" -> the module it stands in
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        return name or None
+
+    edges = {m: {home(n) for n in imports_of(m)} - {None, m} for m in MODULES}
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for other in edges[module]:
+                visit(other, [*path, module])
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, [])
 
 
 def test_config_imports_no_torch():
-    files = [p for p in FILES if of(p)[0] == "config"]
+    files = [m for m in MODULES if m.split(".")[1] == "config"]
     assert files
-    assert not {n for p in files for n in of(p)[1] if n.split(".")[0] == "torch"}
+    assert not {n for m in files for n in imports_of(m) if n.split(".")[0] == "torch"}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "stages"], ids=lambda p: p.name)
-def test_a_stage_is_given_its_model_engine_and_data(path: Path):
+@pytest.mark.parametrize("module", [m for m in MODULES if m.split(".")[1] in ("stages", "methods")])
+def test_a_stage_is_given_its_model_engine_and_data(module: str):
     """Shared types (Batch, Role, VideoDiT) may be named; the things themselves come through arguments."""
-    concrete = {n for n in of(path)[1] if n.startswith(tuple(f"fastlightgen.{c}" for c in CONCRETE))}
+    concrete = {n for n in imports_of(module) if n.startswith(tuple(f"fastlightgen.{c}" for c in CONCRETE))}
     assert not concrete
 
 
@@ -84,6 +136,7 @@ def test_the_rule_sees_nested_and_relative_imports():
         "fastlightgen.train",
         "fastlightgen.models.walk",
     }
+    assert imported("from . import walk", "fastlightgen.models", is_package=True) == {"fastlightgen.models.walk"}
 
 
 def test_import_is_light():

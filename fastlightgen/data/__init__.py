@@ -1,1 +1,1 @@
-"""Data: the built-in world, its exact codec and latent caches."""
+"""Data: latent caches, the batches drawn from them, lists of videos, frames as files."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 
 def write_clips(path: Path, frames: NDArray, fps: int) -> None:
@@ -90,3 +91,8 @@ def _av(path: Path):
 
 
 WRITERS = {".mp4": write_mp4, ".gif": write_gif, ".png": write_sheet}
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """Pixels in [0,1] -> uint8, clamped and rounded."""
+    return (video.clamp(0, 1) * 255).round().to(torch.uint8)

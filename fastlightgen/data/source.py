@@ -1,16 +1,13 @@
-"""Where batches come from: the built-in world or a folder of latent shards; both are functions of the step alone."""
+"""Where batches come from: what a source offers, and the clips of a latent cache, as a function of the step alone."""
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastlightgen.data import synthetic
 from fastlightgen.data.cache import Cache
-from fastlightgen.data.codec import Codec, condition
 from fastlightgen.models.base import Cond
 from fastlightgen.rng import generator
 
@@ -60,36 +57,6 @@ class Source(Protocol):
     def held_out(self, start: int, size: int) -> Batch: ...
 
     def largest(self) -> Batch: ...
-
-
-class ShapesSource:
-    """Clips of the built-in world, drawn as they are needed."""
-
-    name = "shapes"
-    description: dict = {}
-
-    def __init__(self, seed: int):
-        self.train, self.test = (synthetic.Shapes(seed=seed, split=s) for s in synthetic.SPLITS)
-
-    def batch(self, step: int, size: int, rows: range | None = None) -> Batch:
-        return shapes_batch(self.train.batch([step * size + row for row in rows or range(size)]))
-
-    def held_out(self, start: int, size: int) -> Batch:
-        return shapes_batch(self.test.batch(range(start, start + size)))
-
-    def largest(self) -> Batch:
-        return self.batch(0, 1)
-
-
-def shapes_batch(clips: synthetic.Clips) -> Batch:
-    """Rendered clips -> latents, captions and first frames as a network reads them."""
-    x0 = Codec().encode(clips.video)
-    image = condition(x0, clips.has_first)
-    text, length = synthetic.tokenise(clips.captions)
-    null, null_length = synthetic.tokenise([""])
-    prompt = Cond(text, length, image, pooled=synthetic.pool(text, length))
-    blank = null.expand_as(text), null_length.expand_as(length)
-    return Batch(x0, prompt, Cond(*blank, image, pooled=synthetic.pool(*blank)))
 
 
 class CacheSource:
@@ -142,12 +109,3 @@ class CacheSource:
         cond = Cond(**clips)
         null = replace(cond, **{k: v.to(clips[k]).expand_as(clips[k]) for k, v in self.cache.null.items()})
         return Batch(x0, cond, null)
-
-
-def open_source(data: str, seed: int) -> Source:
-    """`shapes`, or the folder of a latent cache."""
-    if data == "shapes":
-        return ShapesSource(seed)
-    if (Path(data) / "index.json").is_file():
-        return CacheSource(Cache(data), seed)
-    raise ValueError(f"data={data}: neither `shapes` nor a folder with a latent cache (no index.json in it)")

@@ -1,1 +1,1 @@
-"""Running a stage: the only training loop (loop), one-process engine (local), checkpoints, EMA, run folder and log."""
+"""Running a stage: the only training loop, its engines, checkpoints, run folder, log, clips on the way, alarms."""

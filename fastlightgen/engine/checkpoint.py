@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastlightgen.engine import ranks
 from fastlightgen.engine.direct import save_file
 from fastlightgen.engine.hang import HERE
+from fastlightgen.parallel import ranks
 
 Files = dict[str, dict[str, Tensor]]
 T = TypeVar("T")

@@ -11,14 +11,15 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from fastlightgen.engine import ranks, shards
-from fastlightgen.engine.clock import clock
+from fastlightgen.engine import shards
 from fastlightgen.engine.hang import HERE, keeps_of, note_walks
 from fastlightgen.engine.local import require_finite, schedule
-from fastlightgen.engine.log import say
 from fastlightgen.engine.roles import Role, Stage, Update, named
 from fastlightgen.engine.sharded_state import ShardedState
 from fastlightgen.models.base import Block, VideoDiT
+from fastlightgen.parallel import ranks
+from fastlightgen.parallel.clock import clock
+from fastlightgen.parallel.log import say
 from fastlightgen.rng import share
 
 BUCKET = 5e8  # DeepSpeed's default, in numbers

@@ -12,7 +12,8 @@ import yaml
 import fastlightgen
 from fastlightgen.atomic import write_text
 from fastlightgen.config import diff
-from fastlightgen.engine import checkpoint, ranks
+from fastlightgen.engine import checkpoint
+from fastlightgen.parallel import ranks
 
 
 class StageFolder:

@@ -17,8 +17,8 @@ from functools import partial
 import torch.distributed as dist
 from torch import Tensor
 
-from fastlightgen.engine import ranks
 from fastlightgen.models.base import VideoDiT
+from fastlightgen.parallel import ranks
 
 PART = 1 / 3  # of `timeout`, after which a collective gives up without knowing why
 BEATS, PAUSE = 8, 5.0  # how often a rank tells its place in that time, and at least once in so many seconds

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fastlightgen.engine import checkpoint
-from fastlightgen.engine.clock import clock
 from fastlightgen.engine.ema import Ema
-from fastlightgen.engine.ranks import accumulation
 from fastlightgen.engine.roles import Role, Stage, Update, named
 from fastlightgen.models.base import VideoDiT
-from fastlightgen.models.weights import save_model
+from fastlightgen.models.folder.weights import save_model
+from fastlightgen.parallel.clock import clock
+from fastlightgen.parallel.ranks import accumulation
 from fastlightgen.rng import share
 
 

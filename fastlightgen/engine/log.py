@@ -1,34 +1,11 @@
-"""Progress on screen, and the log of a run."""
+"""The log of a run on disk: JSON lines, and the writers beside them."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from fastlightgen.atomic import write_text
-from fastlightgen.engine import ranks
 from fastlightgen.engine.writers import Writer
-
-
-def bar(total: int, title: str, shown: bool, start: int = 0) -> tqdm:
-    """A progress bar with ETA; on a terminal it moves twice a second, in a log file four times a minute."""
-    every = 0.5 if sys.stderr.isatty() else 15.0
-    return tqdm(
-        total=total,
-        initial=start,
-        desc=title,
-        disable=not shown or ranks.rank() > 0,
-        mininterval=every,
-        dynamic_ncols=True,
-    )
-
-
-def say(text: str) -> None:
-    """A line for the user that leaves a progress bar whole; of several processes the first one speaks."""
-    if ranks.rank() == 0:
-        tqdm.write(text)
 
 
 class Lines:

@@ -7,14 +7,16 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
-from fastlightgen.engine import checkpoint, ranks
-from fastlightgen.engine.clock import clock
+from fastlightgen.engine import checkpoint
 from fastlightgen.engine.folder import StageFolder
 from fastlightgen.engine.hang import HERE
-from fastlightgen.engine.log import Metrics, bar, say
+from fastlightgen.engine.log import Metrics
 from fastlightgen.engine.roles import Stage, Update
 from fastlightgen.engine.watch import Watch
 from fastlightgen.engine.writers import open_writers
+from fastlightgen.parallel import ranks
+from fastlightgen.parallel.clock import clock
+from fastlightgen.parallel.log import bar, say
 
 REQUEUE = (signal.SIGTERM, signal.SIGUSR1)  # a scheduler's: end soon, to be started again
 

@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastlightgen.engine import checkpoint, ranks, shards
+from fastlightgen.engine import checkpoint, shards
 from fastlightgen.engine.ema import averaging_rate
 from fastlightgen.engine.hang import HERE
 from fastlightgen.engine.roles import Role
 from fastlightgen.models.base import VideoDiT
-from fastlightgen.models.weights import save_model
+from fastlightgen.models.folder.weights import save_model
+from fastlightgen.parallel import ranks
 
 
 class ShardedState:

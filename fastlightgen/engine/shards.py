@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fastlightgen.engine import ranks
 from fastlightgen.engine.checkpoint import held
+from fastlightgen.parallel import ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PERSISTENT = 1e5  # DeepSpeed's default: parameters up to this size are not worth sharding

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from fastlightgen.engine import checkpoint, ranks
+from fastlightgen.engine import checkpoint
 from fastlightgen.engine.folder import StageFolder
-from fastlightgen.engine.log import Lines, Metrics, read_metrics, say
+from fastlightgen.engine.log import Lines, Metrics, read_metrics
 from fastlightgen.engine.roles import Stage
 from fastlightgen.metrics import drift
+from fastlightgen.parallel import ranks
+from fastlightgen.parallel.log import say
 
 REMEDY = "give alarms=warn to go on (from there, if you delete the later ones), or start another run= with a lower lr"
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..data.codec import to_uint8
+from fastlightgen.data.frames import to_uint8
 
 _GREY = (0.299, 0.587, 0.114)
 

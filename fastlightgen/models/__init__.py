@@ -1,2 +1,1 @@
-"""Networks: the walk over blocks (base), Wan (wan), sampling (sample), LoRA (lora); weights on disk in weights, with
-files (mapping, writing), keys (tables between formats) and original (the original repositories' folders)."""
+"""Networks: the walk over blocks (base), one folder per family (families), sampling, LoRA, model folders (folder)."""

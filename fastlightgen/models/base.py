@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fastlightgen.blocks import check_keep
 from fastlightgen.models.recompute import recomputed
-from fastlightgen.models.sequence import SequenceGroup
 from fastlightgen.models.streams import Cond, Job, Made, Prompt, State, Stream, Tables, tensors_of, with_tensors
+from fastlightgen.parallel.sequence import SequenceGroup
 
 __all__ = ["Block", "Cond", "Job", "Prompt", "State", "Stream", "Tables", "VideoDiT", "gradient"]
 

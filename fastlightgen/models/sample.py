@@ -1,7 +1,7 @@
 """Sampling clips from a teacher or a student."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,24 @@ from fastlightgen import guidance as mix
 from fastlightgen.flow import ladder, rollout
 from fastlightgen.models.base import Cond, Stream, VideoDiT
 from fastlightgen.rng import generator, normal_like
+
+
+@dataclass
+class Wish:
+    """One clip to make: its conditions and the shape of its latents, batch first."""
+
+    shape: tuple[int, ...]
+    cond: Cond
+    null: Cond
+    hint: Tensor | None = None  # a thousandth of it stands in the first noise, as HunyuanVideo's image to video has it
+
+    def start(self, seed: int, device: torch.device) -> Tensor:
+        """What sampling starts from."""
+        noise = torch.randn(self.shape, generator=generator(seed)).to(device)
+        return noise if self.hint is None else 0.999 * noise + 0.001 * self.hint.to(device)
+
+    def to(self, device: torch.device) -> "Wish":
+        return replace(self, cond=self.cond.map(lambda x: x.to(device)), null=self.null.map(lambda x: x.to(device)))
 
 
 @torch.no_grad()

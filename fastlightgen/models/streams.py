@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastlightgen.models.sequence import Cut
 from fastlightgen.ops import Rope, add_residual, attend
+from fastlightgen.parallel.sequence import Cut
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,13 +10,13 @@ import torch
 from fastlightgen.blocks import read_importance
 from fastlightgen.config import Stage0, Stage1, Stage2, Stage3, numbers, preset, presets
 from fastlightgen.data.source import Batch, Source
-from fastlightgen.engine.clock import clock
 from fastlightgen.engine.folder import StageFolder, read_run
-from fastlightgen.engine.log import say
 from fastlightgen.engine.shards import keeper, shape
 from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.folder.weights import digest, load_model, read_card, trained_folder
 from fastlightgen.models.lora import attach_lora
-from fastlightgen.models.weights import digest, load_model, read_card, trained_folder
+from fastlightgen.parallel.clock import clock
+from fastlightgen.parallel.log import say
 from fastlightgen.rng import generator, rows
 from fastlightgen.stages.check import check_source, check_teacher
 from fastlightgen.stages.distill import Distill, Networks

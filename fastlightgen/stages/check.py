@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastlightgen import flow
 from fastlightgen.data.source import Source
-from fastlightgen.engine.log import say
 from fastlightgen.models.base import VideoDiT
+from fastlightgen.parallel.log import say
 from fastlightgen.rng import generator, normal_like
 
 TIMES, CLIPS = (0.1, 0.3, 0.5), 4

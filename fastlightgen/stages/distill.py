@@ -15,8 +15,8 @@ from fastlightgen import flow
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.roles import Role, Update
 from fastlightgen.models.base import Cond, Stream, VideoDiT
+from fastlightgen.models.folder.weights import save_model
 from fastlightgen.models.lora import lora_on
-from fastlightgen.models.weights import save_model
 from fastlightgen.ops import dmd_gradient
 from fastlightgen.rng import generator, normal_like, rand
 from fastlightgen.stages.teacher import flow_matching_loss

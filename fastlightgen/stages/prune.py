@@ -13,12 +13,12 @@ from torch import Tensor
 from fastlightgen import flow
 from fastlightgen.blocks import draw_keep
 from fastlightgen.data.source import Batch
-from fastlightgen.engine import ranks
 from fastlightgen.engine.ema import follow
 from fastlightgen.engine.roles import Role, Update
 from fastlightgen.models.base import Stream, VideoDiT
+from fastlightgen.models.folder.weights import save_model
 from fastlightgen.models.sample import preview_plan
-from fastlightgen.models.weights import save_model
+from fastlightgen.parallel import ranks
 from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages.rank import x0_error
 from fastlightgen.stages.teacher import noised

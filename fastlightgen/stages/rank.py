@@ -12,8 +12,8 @@ from torch import Tensor
 from fastlightgen import flow
 from fastlightgen.blocks import num_dropped
 from fastlightgen.data.source import Batch
-from fastlightgen.engine import ranks
 from fastlightgen.models.base import Cond, Stream, VideoDiT
+from fastlightgen.parallel import ranks
 from fastlightgen.rng import generator, normal_like
 
 Sample = tuple[Tensor, Tensor, Tensor, Cond]  # x_t, t, x0, cond

@@ -13,8 +13,8 @@ from fastlightgen import flow
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.roles import Role, Update
 from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.folder.weights import save_model
 from fastlightgen.models.sample import preview_plan
-from fastlightgen.models.weights import save_model
 from fastlightgen.rng import generator, normal_like, rand
 
 

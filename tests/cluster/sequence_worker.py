@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import NETWORK, counted
 
 from fastlightgen.config import preset
-from fastlightgen.engine import ranks
 from fastlightgen.models.base import Stream, VideoDiT
-from fastlightgen.models.weights import build
+from fastlightgen.models.folder.weights import build
+from fastlightgen.parallel import ranks
 
 HEADS = {"num_attention_heads": 4, "attention_head_dim": 8}
 WAN = NETWORK | HEADS | {"in_channels": 4, "out_channels": 4, "num_layers": 4}

@@ -11,7 +11,7 @@ from helpers import BLOCKS, PRUNED, small_wan
 from launch import WORKER, finish, launch
 from safetensors.torch import load_file
 
-from fastlightgen.models.weights import save_model
+from fastlightgen.models.folder.weights import save_model
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 

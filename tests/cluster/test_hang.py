@@ -7,16 +7,16 @@ import torch
 from helpers import BLOCKS, crop, small_wan, write_inputs
 from launch import finish, launch
 
-from fastlightgen.data.source import ShapesSource
 from fastlightgen.engine.hang import HERE, Here, Place, note_walks, verdict
 from fastlightgen.models.base import Stream
+from fastlightgen.world.source import ShapesSource
 
 # The train command, in which rank 1 stands still in step 3.
 CODE = """
 import os, time
 from fastlightgen.config import main
 from fastlightgen.engine import hang
-from fastlightgen.models.wan import WanModel
+from fastlightgen.models.wan.model import WanModel
 from fastlightgen.stages.prune import Prune
 from fastlightgen.train import train
 RANK = int(os.environ["RANK"])

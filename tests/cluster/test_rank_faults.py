@@ -12,9 +12,9 @@ from helpers import write_inputs
 from launch import finish, launch, ranks_of
 from safetensors.torch import load_file
 
-from fastlightgen.engine import ranks
 from fastlightgen.engine.checkpoint import steps
 from fastlightgen.engine.log import read_metrics
+from fastlightgen.parallel import ranks
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 

@@ -7,11 +7,11 @@ import sequence_worker
 from helpers import config, small_wan
 from launch import finish, launch
 
-from fastlightgen.engine import ranks
-from fastlightgen.models.cost import network
-from fastlightgen.models.sequence import SequenceGroup
-from fastlightgen.models.shares import Part
-from fastlightgen.models.walk_cost import Path, walk
+from fastlightgen.models.families import network
+from fastlightgen.parallel import ranks
+from fastlightgen.parallel.sequence import SequenceGroup
+from fastlightgen.parallel.shares import Part
+from fastlightgen.planner.walk import Path, walk
 
 
 @pytest.fixture(scope="module")

@@ -18,18 +18,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers import BLOCKS, KEPT, PRUNED, config, crop, small_hunyuan, small_wan
 
-from fastlightgen.data.source import Batch, ShapesSource
-from fastlightgen.engine import ranks, shards
-from fastlightgen.engine.clock import clock
+from fastlightgen.data.source import Batch
+from fastlightgen.engine import shards
 from fastlightgen.engine.local import LocalEngine
+from fastlightgen.models.folder.weights import load_model
 from fastlightgen.models.lora import attach_lora
-from fastlightgen.models.weights import load_model
+from fastlightgen.parallel import ranks
+from fastlightgen.parallel.clock import clock
 from fastlightgen.rng import generator, rows
 from fastlightgen.stages.build import load
 from fastlightgen.stages.distill import Distill, Networks
 from fastlightgen.stages.prune import Prune
 from fastlightgen.stages.rank import evaluation_set, score_sets
 from fastlightgen.stages.teacher import Teacher
+from fastlightgen.world.source import ShapesSource
 
 BATCH = 4
 CPU = torch.device("cpu")

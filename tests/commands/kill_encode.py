@@ -14,7 +14,7 @@ import torch
 
 from fastlightgen import encode as command
 from fastlightgen.config import load
-from fastlightgen.data.encoders import Encoders
+from fastlightgen.pipelines.encoders import Encoders
 
 replace = os.replace
 

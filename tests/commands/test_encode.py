@@ -17,10 +17,10 @@ from safetensors import safe_open
 from fastlightgen import encode as command
 from fastlightgen.config import load, main
 from fastlightgen.data.cache import Cache
-from fastlightgen.data.encoders import Encoders
 from fastlightgen.data.lists import read_list
-from fastlightgen.data.source import open_source
 from fastlightgen.data.video import read_clip, source_hash
+from fastlightgen.pipelines.encoders import Encoders
+from fastlightgen.world.source import open_source
 
 BUCKETS = [(32, 48), (48, 32)]
 SIZES = ["buckets=[32x48,48x32]", "frames=5", "fps=8", "dtype=float32", "save_dtype=float32"]

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from students import KEEP, SHIFT, STEPS, make_student, same_noise, stock
 
 from fastlightgen.config import main
-from fastlightgen.data.pipeline import block_map, call_of
 from fastlightgen.export import export
 from fastlightgen.flow import ladder
 from fastlightgen.models.base import Cond
+from fastlightgen.models.folder.weights import load_model, save_model
 from fastlightgen.models.sample import sample
-from fastlightgen.models.weights import load_model, save_model
+from fastlightgen.pipelines.export import block_map, call_of
 
 SIZE = {"height": 32, "width": 32, "num_frames": 9}
 LATENT = (1, 16, 3, 4, 4)
@@ -226,7 +226,7 @@ def test_refusals(made, pipeline, tmp_path, capsys):
 
 def test_a_wrong_export_is_not_left_behind(made, tmp_path, capsys, monkeypatch):
     """Weights that changed on their way to the disk are found, and nothing half-done stays."""
-    from fastlightgen.data import pipeline as module
+    from fastlightgen.pipelines import export as module
 
     source, model, _ = made("wan_t2v")
     honest = module.save_model

@@ -7,14 +7,14 @@ from helpers import KEPT, small_wan
 from PIL import Image
 
 from fastlightgen.config import main
-from fastlightgen.data.codec import Codec, condition
 from fastlightgen.data.frames import read_image
-from fastlightgen.data.synthetic import tokenise
-from fastlightgen.data.worlds import BuiltIn
 from fastlightgen.generate import generate
 from fastlightgen.models.base import Cond
-from fastlightgen.models.weights import save_model
+from fastlightgen.models.folder.weights import save_model
 from fastlightgen.rng import generator
+from fastlightgen.world.builtin import BuiltIn
+from fastlightgen.world.codec import Codec, condition
+from fastlightgen.world.shapes import tokenise
 
 PROMPT = "a red ball moves right fast then stops"
 FRAMES, SIZE = 8, 16

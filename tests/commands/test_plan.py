@@ -9,7 +9,7 @@ from fastlightgen.config import Plan, main, preset
 from fastlightgen.config.fields import default_of
 from fastlightgen.config.schema import DistillKeys, PruneKeys, RankKeys, TeacherKeys
 from fastlightgen.plan import one, plan
-from fastlightgen.stages.budget import ITERS, budget, load_network, paper_efficiency
+from fastlightgen.planner.budget import ITERS, budget, load_network, paper_efficiency
 
 PAPER = Plan(offload="optimizer")  # 16 H100, ZeRO-3, AdamW in host memory, batch 1: the other defaults
 P, STUDENT = 16_394_878_784, 16_394_878_784 - 12 * 403_838_464  # parameters of the teacher and of 28 of its 40 blocks

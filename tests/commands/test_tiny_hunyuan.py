@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from fastlightgen.config import main
 from fastlightgen.generate import generate
-from fastlightgen.models.weights import load_model
+from fastlightgen.models.folder.weights import load_model
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import fastlightgen
 from fastlightgen.data.cache import write_cache
-from fastlightgen.data.source import ShapesSource
 from fastlightgen.engine.log import read_metrics
-from fastlightgen.models.weights import load_model, save_model
+from fastlightgen.models.folder.weights import load_model, save_model
+from fastlightgen.world.source import ShapesSource
 
 
 def test_stage_3_needs_stage_2(tmp_path):
@@ -44,7 +44,7 @@ def test_a_stage_from_a_cache_is_a_stage_from_its_clips(tmp_path, monkeypatch):
     order = torch.randperm(11, generator=fastlightgen.data.source.generator(0, 0)).tolist()  # the twelfth is held out
 
     def same_order(self, step, size, rows=None):
-        from fastlightgen.data.source import shapes_batch
+        from fastlightgen.world.source import shapes_batch
 
         return shapes_batch(self.train.batch([order[p] for p in range(step * size, (step + 1) * size)]))
 

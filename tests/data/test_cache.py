@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastlightgen.data.cache import Cache, write_cache
-from fastlightgen.data.source import CacheSource, ShapesSource, open_source
+from fastlightgen.data.source import CacheSource
+from fastlightgen.world.source import ShapesSource, open_source
 
 SHARDS, PER_SHARD = 3, 5
 CLIPS = SHARDS * PER_SHARD

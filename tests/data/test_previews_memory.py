@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastlightgen.config import Plan, preset
-from fastlightgen.stages.budget import budget, load_network
+from fastlightgen.planner.budget import budget, load_network
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -10,7 +10,8 @@ import torch
 from helpers import assert_same, result, run_train, write_inputs
 from safetensors.torch import load_file
 
-from fastlightgen.engine import checkpoint, direct, ranks
+from fastlightgen.engine import checkpoint, direct
+from fastlightgen.parallel import ranks
 from fastlightgen.stages.teacher import Teacher
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from helpers import assert_same, result, run_train, write_inputs
 
-from fastlightgen.data.source import ShapesSource
-from fastlightgen.data.worlds import BuiltIn
+from fastlightgen.models.folder.weights import load_model
 from fastlightgen.models.sample import PREVIEW_STEPS, sample
-from fastlightgen.models.weights import load_model
 from fastlightgen.rng import generator
+from fastlightgen.world.builtin import BuiltIn
+from fastlightgen.world.source import ShapesSource
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_the_last_clips_are_the_models(inputs, tmp_path, monkeypatch):
     """Stage III at its end: the saved student on the first held-out prompts, each from noise of its own."""
     seen = {}
     monkeypatch.setattr(
-        "fastlightgen.data.preview.write_clips", lambda file, clips, fps: seen.update({file.name: (clips, fps)})
+        "fastlightgen.engine.preview.write_clips", lambda file, clips, fps: seen.update({file.name: (clips, fps)})
     )
     run_train("stage=3", f"run={tmp_path}", *inputs[3], "sample_every=100")
     folder = tmp_path / "stage3" / "model"
@@ -52,7 +52,7 @@ def test_the_last_clips_are_the_models(inputs, tmp_path, monkeypatch):
 
 def test_many_step_networks_are_shown_in_few_steps(inputs, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("fastlightgen.data.preview.sample", lambda **how: seen.append(how) or how["noise"])
+    monkeypatch.setattr("fastlightgen.engine.preview.sample", lambda **how: seen.append(how) or how["noise"])
     run_train("stage=2", f"run={tmp_path}", *inputs[2], "sample_every=100")
     assert len(seen) == 4 and len(seen[0]["times"]) == PREVIEW_STEPS
     assert seen[0]["keep"] == [0, 3] and seen[0]["guidance"] == 2.0 and seen[0]["times"][1] == pytest.approx(21 / 22)
@@ -66,7 +66,7 @@ class Still:
 
 
 def test_a_signal_is_heard_between_clips(tmp_path):
-    from fastlightgen.data.preview import Preview
+    from fastlightgen.engine.preview import Preview
 
     made, world = [], BuiltIn()
     world.frames = lambda x: made.append(x) or BuiltIn().frames(x)
@@ -85,7 +85,7 @@ def test_clips_that_a_signal_prevented_are_made_when_the_run_goes_on(inputs, tmp
     run_train("stage=3", f"run={tmp_path / 'whole'}", *words)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "fastlightgen.data.preview.sample", lambda **how: os.kill(os.getpid(), signal.SIGTERM) or how["noise"]
+            "fastlightgen.engine.preview.sample", lambda **how: os.kill(os.getpid(), signal.SIGTERM) or how["noise"]
         )
         with pytest.raises(SystemExit):
             run_train("stage=3", f"run={tmp_path / 'cut'}", *words)

@@ -12,9 +12,9 @@ import torch
 from helpers import assert_same, result, run_train, write_inputs
 
 import fastlightgen
-from fastlightgen.data.source import ShapesSource
 from fastlightgen.engine import checkpoint
-from fastlightgen.models import files as model_files
+from fastlightgen.models.folder import files as model_files
+from fastlightgen.world.source import ShapesSource
 
 RUNS = {
     "teacher with ema": (0, ["ema=0.9", "warmup=3"]),
@@ -176,7 +176,7 @@ def test_sigint_ends_the_step_saves_and_says_how_to_continue(inputs, finished, t
     command = [f"stage={stage}", f"run={tmp_path}", *inputs[stage], *words, "keep=1"]
     pause = f"""
 import pathlib, time
-from fastlightgen.data.source import ShapesSource
+from fastlightgen.world.source import ShapesSource
 real = ShapesSource.batch
 def batch(self, step, size, rows=None):
     if step == 4:

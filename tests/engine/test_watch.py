@@ -7,15 +7,15 @@ import pytest
 import torch
 from helpers import assert_same, result, run_train, write_inputs
 
-from fastlightgen.data.preview import Preview
-from fastlightgen.data.source import ShapesSource
-from fastlightgen.data.worlds import BuiltIn
 from fastlightgen.engine.checkpoint import steps
 from fastlightgen.engine.log import read_metrics
+from fastlightgen.engine.preview import Preview
 from fastlightgen.metrics import drift
+from fastlightgen.models.folder.weights import load_model, read_card, save_model, trained_folder
 from fastlightgen.models.sample import preview_plan
-from fastlightgen.models.weights import load_model, read_card, save_model, trained_folder
 from fastlightgen.stages.distill import Distill
+from fastlightgen.world.builtin import BuiltIn
+from fastlightgen.world.source import ShapesSource
 
 FROZEN = "motion collapse: motion of the clips"
 

@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 
-from fastlightgen.data.source import ShapesSource
-from fastlightgen.data.worlds import BuiltIn
 from fastlightgen.metrics.drift import LOOK, Limits, in_clips, in_contrast, in_loss, look, median_error
+from fastlightgen.world.builtin import BuiltIn
+from fastlightgen.world.source import ShapesSource
 
 LIMITS = Limits()
 

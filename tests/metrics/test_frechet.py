@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastlightgen.data.synthetic import Shapes
 from fastlightgen.metrics.frechet import features, frechet, gaussian_distance
+from fastlightgen.world.shapes import Shapes
 
 N = 512
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from folders import CONFIG
 
-from fastlightgen.models.weights import build, save_model
+from fastlightgen.models.folder.weights import build, save_model
 
 
 @pytest.fixture

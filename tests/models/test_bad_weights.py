@@ -8,8 +8,8 @@ import torch
 from folders import CONFIG, edit, same
 from safetensors.torch import load_file, save_file
 
-from fastlightgen.models import weights
-from fastlightgen.models.weights import WEIGHTS, build, load_model, save_model
+from fastlightgen.models.folder import weights
+from fastlightgen.models.folder.weights import WEIGHTS, build, load_model, save_model
 
 
 def pickled(folder: Path, name: str = "mp_rank_00_model_states.pt", wrap=lambda state: {"module": state}) -> Path:

@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from fastlightgen.config import preset
 from fastlightgen.models.base import Stream
-from fastlightgen.models.cost import latent_size, network
-from fastlightgen.models.walk_cost import Path, walk
-from fastlightgen.models.weights import build
-from fastlightgen.stages.cost import Pass, StepCost
+from fastlightgen.models.cost import latent_size
+from fastlightgen.models.families import network
+from fastlightgen.models.folder.weights import build
+from fastlightgen.planner.step import Pass, StepCost
+from fastlightgen.planner.walk import Path, walk
 
 WAN = {"patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4}
 WAN |= {"text_dim": 20, "freq_dim": 32, "ffn_dim": 160, "num_layers": 3, "cross_attn_norm": True}

@@ -11,9 +11,9 @@ from torch import Tensor
 from fastlightgen import flow
 from fastlightgen.config import preset
 from fastlightgen.models.base import Cond
-from fastlightgen.models.hunyuan import HunyuanModel
-from fastlightgen.models.hunyuan_layers import HunyuanConfig
-from fastlightgen.models.weights import build, load_model, save_model
+from fastlightgen.models.folder.weights import build, load_model, save_model
+from fastlightgen.models.hunyuan.layers import HunyuanConfig
+from fastlightgen.models.hunyuan.model import HunyuanModel
 
 BASE = {"_class_name": "HunyuanVideoTransformer3DModel", "num_attention_heads": 2, "attention_head_dim": 12}
 BASE |= {"rope_axes_dim": [4, 4, 4], "text_embed_dim": 20, "pooled_projection_dim": 10}

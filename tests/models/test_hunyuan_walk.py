@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastlightgen.models.base import Cond, Job, Stream
-from fastlightgen.models.hunyuan import HunyuanModel
-from fastlightgen.models.weights import build
+from fastlightgen.models.folder.weights import build
+from fastlightgen.models.hunyuan.model import HunyuanModel
 
 N = 5
 CONFIG = {"_class_name": "HunyuanVideoTransformer3DModel", "num_attention_heads": 2, "attention_head_dim": 8}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from fastlightgen.models.folder.weights import build
 from fastlightgen.models.lora import LoraLinear, attach_lora, lora_on
-from fastlightgen.models.weights import build
 
 CONFIG = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 20, "freq_dim": 32, "ffn_dim": 40}
 CONFIG |= {"num_layers": 3}

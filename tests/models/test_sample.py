@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fastlightgen.flow import ladder
+from fastlightgen.models.folder.weights import build
 from fastlightgen.models.sample import sample, sampling_plan
-from fastlightgen.models.wan import WanModel
-from fastlightgen.models.weights import build
+from fastlightgen.models.wan.model import WanModel
 from fastlightgen.rng import generator
 
 CONFIG = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 20, "freq_dim": 32, "ffn_dim": 40}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastlightgen.models.base import Cond, Job, Stream
-from fastlightgen.models.wan import WanModel
-from fastlightgen.models.weights import build
+from fastlightgen.models.folder.weights import build
+from fastlightgen.models.wan.model import WanModel
 
 N = 6
 CONFIG = {

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastlightgen.config import preset
 from fastlightgen.models.base import Cond
-from fastlightgen.models.wan import WanConfig, WanModel
-from fastlightgen.models.weights import build
+from fastlightgen.models.folder.weights import build
+from fastlightgen.models.wan.model import WanConfig, WanModel
 
 BASE = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 20, "freq_dim": 32, "ffn_dim": 40}
 BASE |= {"num_layers": 3}

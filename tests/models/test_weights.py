@@ -11,8 +11,8 @@ from folders import CONFIG, same
 from safetensors.torch import load_file
 
 import fastlightgen
-from fastlightgen.models import files, weights
-from fastlightgen.models.weights import WEIGHTS, build, load_model, read_card, save_model
+from fastlightgen.models.folder import files, weights
+from fastlightgen.models.folder.weights import WEIGHTS, build, load_model, read_card, save_model
 
 
 def test_round_trip_is_bit_equal(folder: Path):

@@ -5,11 +5,12 @@ import torch
 from helpers import config
 from torch import nn
 
-from fastlightgen.data.source import Batch, ShapesSource
+from fastlightgen.data.source import Batch
 from fastlightgen.models.base import Cond
-from fastlightgen.models.weights import load_model, trained_folder
+from fastlightgen.models.folder.weights import load_model, trained_folder
 from fastlightgen.stages import check
 from fastlightgen.stages.check import TIMES, check_teacher, filter_error, teacher_errors, x0_error
+from fastlightgen.world.source import ShapesSource
 
 
 class World:

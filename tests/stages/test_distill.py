@@ -8,8 +8,8 @@ from helpers import KEPT, batches, config, small_wan
 
 from fastlightgen import flow
 from fastlightgen.engine.local import LocalEngine
+from fastlightgen.models.folder.weights import save_model
 from fastlightgen.models.lora import LoraLinear
-from fastlightgen.models.weights import save_model
 from fastlightgen.ops import dmd_gradient
 from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages import distill

@@ -10,10 +10,10 @@ import torch
 from helpers import batches, config, counted_flops, run_train, small_hunyuan, small_wan
 from safetensors.torch import load_file
 
-from fastlightgen.data.source import ShapesSource
-from fastlightgen.models.weights import save_model
+from fastlightgen.models.folder.weights import save_model
 from fastlightgen.stages.build import build_ranking
 from fastlightgen.stages.rank import drop_until, evaluation_set, rank, score_sets
+from fastlightgen.world.source import ShapesSource
 
 CONTRACT = {
     "model", "units", "baseline_score", "ranking", "kept", "pruned", "pruning_ratio", "prefix", "search",

@@ -1,0 +1,1 @@
+"""Model folders on disk: weights, files, configurations, the original repositories' format."""

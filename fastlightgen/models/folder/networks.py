@@ -1,0 +1,51 @@
+"""Which network a preset, a config.json or a model folder means, without its weights."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from fastlightgen.config import find_preset_weights, preset, presets
+from fastlightgen.models.families import settings
+from fastlightgen.models.folder.files import read_json
+from fastlightgen.models.folder.original import BY_ORIGINAL, from_original
+
+
+def config_of(path_or_preset: str | Path) -> dict:
+    """The complete diffusers config of a preset or a model folder, without its weights."""
+    name = str(path_or_preset)
+    config = preset(name)["network"] if name in presets() else read_config(model_folder(path_or_preset))
+    cfg, network = settings(config)
+    return {"_class_name": network.config_class} | asdict(cfg)
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder with config.json and weights: `path`, or transformer/ in a pipeline folder."""
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "model_index.json").is_file():
+        if (folder / "transformer_2").is_dir():
+            raise ValueError(f"{folder}: has a transformer_2; give the folder of one of its two networks")
+        if (folder / "transformer" / "config.json").is_file():
+            return folder / "transformer"
+        raise ValueError(f"{folder}: a pipeline without transformer/config.json; give one with a video transformer")
+    raise ValueError(f"model={path}: neither a folder with config.json nor a preset ({', '.join(presets())})")
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder in diffusers' terms, whichever format it is in."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'}: holds {type(config).__name__}; wanted the keys of a network")
+    return from_original(config) if config.get("_class_name") in BY_ORIGINAL else config
+
+
+def trained_folder(path_or_preset: str) -> Path:
+    """The folder with trained weights that `model=` means: itself, or the weights shipped for a preset."""
+    if path_or_preset not in presets():
+        return Path(path_or_preset)
+    folder = find_preset_weights(path_or_preset)
+    if folder is None:
+        raise ValueError(
+            f"model={path_or_preset}: this preset has no weights here; give a model folder or train one with stage=0"
+        )
+    return folder

@@ -1,0 +1,227 @@
+"""Model folders and presets: diffusers' transformer format plus fastlightgen.json, or an original repository's format.
+
+A folder is read in two passes. The first reads every header and config.json and compares all keys and shapes with the
+network, built without memory. The second copies one tensor after the other from the mapped files, in the type and on
+the device wanted, so that beside the network there is never more than one tensor and the window of files it is in.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
+
+from fastlightgen.atomic import write_json
+from fastlightgen.config import preset, presets
+from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.families import build
+from fastlightgen.models.folder.files import (
+    WEIGHTS,
+    digest,
+    mapped,
+    read_headers,
+    read_json,
+    read_tensors,
+    replacing,
+    weight_files,
+    write_tensors,
+)
+from fastlightgen.models.folder.networks import config_of, model_folder, read_config, trained_folder
+from fastlightgen.models.folder.original import BY_ORIGINAL, SHARD_BYTES, key_table, save_original, to_original
+from fastlightgen.models.keys import Source, Table, recognise
+from fastlightgen.models.wan.keys import unused_keys
+
+__all__ = [
+    "WEIGHTS",
+    "build",
+    "config_of",
+    "digest",
+    "load_model",
+    "load_weights",
+    "model_folder",
+    "read_card",
+    "read_json",
+    "read_tensors",
+    "save_model",
+    "save_original",
+    "to_original",
+    "trained_folder",
+]
+
+Placed = Callable[[nn.Parameter], None]
+WINDOW = 2**28  # bytes copied from a mapped file before it is mapped anew, which gives its pages back
+
+
+def load_model(
+    path_or_preset: str | Path,
+    device=None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    allow_pt: bool = False,
+    placed: Callable[[VideoDiT], Placed] | None = None,
+) -> VideoDiT:
+    """A folder's network with its weights, or a preset's network with random weights drawn from `seed`.
+
+    The folder holds diffusers' transformer format, a pipeline with such a `transformer/`, or the original Wan2.1 or
+    HunyuanVideo format. All parameters are of type `dtype` (None: float32, whatever the files hold). `allow_pt` also
+    reads .pt, .pth and .bin files, as plain tensors. `placed(network)` is what takes each parameter as soon as it has
+    its values: a sharding engine then keeps its share of it, and no process ever holds a whole network.
+    """
+    if str(path_or_preset) in presets():
+        model = build(preset(str(path_or_preset))["network"], seed).to(device=device, dtype=dtype)
+        place = placed(model) if placed else None
+        for p in model.parameters() if place else ():
+            place(p)
+        return model
+    folder = model_folder(path_or_preset)
+    with torch.device("meta"), Undrawn():
+        model = build(read_config(folder))
+    load_weights(model, folder, device, dtype, allow_pt, placed(model) if placed else None)
+    return model
+
+
+class Undrawn(TorchFunctionMode):
+    """Starting values are neither drawn nor scaled: on the meta device both import sympy, 1.5 s for no numbers."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (Tensor.div, Tensor.__truediv__) and isinstance(args[1], int | float):
+            return args[0]
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
+
+
+def load_weights(
+    model: VideoDiT,
+    folder: Path,
+    device=None,
+    dtype: torch.dtype | None = None,
+    allow_pt: bool = False,
+    placed: Placed | None = None,
+) -> None:
+    """Give `model`, on the meta device or any other, the folder's weights: every key, every shape, nothing else."""
+    files = weight_files(folder, allow_pt)
+    headers = read_headers(files)
+    original = read_json(folder / "config.json").get("_class_name") in BY_ORIGINAL
+    state = model.state_dict()
+    table = key_table(model.config) if original else {key: Source(key) for key in state}
+    check_fit(folder, state, table, {key: header for key, (_, header) in headers.items()}, unused_keys(model.config))
+
+    takers: dict[str, list[str]] = {}  # stored key -> keys of the network that are filled from it
+    for key, source in table.items():
+        takers.setdefault(source.key, []).append(key)
+    with loading_bar(sum(v.numel() * v.element_size() for _, v in headers.values())) as progress:
+        for stored in windows(headers):
+            with mapped(headers[stored[0]][0]) as (_, get):
+                for name in stored:
+                    for key in takers.get(name, []):
+                        value = assign(model, key, copied(get(name), table[key], state[key], device or "cpu", dtype))
+                        if placed and isinstance(value, nn.Parameter):
+                            placed(value)
+                    progress.update(headers[name][1].numel() * headers[name][1].element_size())
+    rest = [name for name, v in [*model.named_parameters(), *model.named_buffers()] if v.is_meta]
+    assert not rest, f"left without memory: {rest[:3]}; buffers that are not in the state dict must be made on use"
+
+
+def loading_bar(total: int) -> tqdm:
+    """Progress in bytes, for loads of more than 5 seconds; in a log file four lines a minute."""
+    every = 0.5 if sys.stderr.isatty() else 15.0
+    return tqdm(desc="loading weights", total=total, unit="B", unit_scale=True, delay=5, mininterval=every)
+
+
+def check_fit(
+    folder: Path, state: Mapping[str, Tensor], table: Table, stored: Mapping[str, Tensor], unused: set
+) -> None:
+    """The stored keys and shapes are those of the network, or one line that names the first that are not."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for key, source in table.items():
+        shape = tuple(state[key].shape)
+        height = max([wanted.get(source.key, (0,))[0], *(stop for _, stop in source.rows)]) if source.rows else None
+        wanted[source.key] = shape if height is None else (height, *shape[1:])
+    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys() - unused)
+    shapes = [key for key in wanted if key in stored and tuple(stored[key].shape) != wanted[key]]
+    if not (missing or extra or shapes):
+        return
+    found, described = recognise(stored), recognise(wanted)
+    if found and found != described:
+        raise ValueError(
+            f"{folder}: holds the weights of {found}, config.json describes {described}; give a matching pair"
+        )
+    first = [f"missing {missing[:3]}"] * bool(missing) + [f"unexpected {extra[:3]}"] * bool(extra)
+    first += [f"{key} is {tuple(stored[key].shape)}, wanted {wanted[key]}" for key in shapes[:2]]
+    raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(first)}")
+
+
+def windows(headers: Mapping[str, tuple[Path, Tensor]]) -> list[list[str]]:
+    """The stored keys in file order, cut so that no part mixes files or exceeds WINDOW by more than its last tensor."""
+    out: list[list[str]] = []
+    last, size = None, 0
+    for key, (file, header) in headers.items():
+        if file != last or size >= WINDOW:
+            out.append([])
+            last, size = file, 0
+        out[-1].append(key)
+        size += header.numel() * header.element_size()
+    return out
+
+
+def copied(stored: Tensor, source: Source, like: Tensor, device, dtype: torch.dtype | None) -> Tensor:
+    """A tensor of the network in its own memory, from a mapped one."""
+    out = torch.empty(like.shape, dtype=dtype or like.dtype, device=device)
+    if not source.rows:
+        return out.copy_(stored)
+    offset = 0
+    for start, stop in source.rows:
+        out[offset : offset + stop - start].copy_(stored[start:stop])
+        offset += stop - start
+    return out
+
+
+def assign(model: nn.Module, key: str, value: Tensor) -> Tensor:
+    """Put a tensor in place of the parameter or buffer of that name."""
+    parent, _, name = key.rpartition(".")
+    module = model.get_submodule(parent)
+    old = getattr(module, name)
+    new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+    setattr(module, name, new)
+    return new
+
+
+def read_card(folder: str | Path) -> dict:
+    """fastlightgen.json of a model or pipeline folder; {} for a folder that another program wrote."""
+    places = [Path(folder) / "fastlightgen.json", Path(folder) / "transformer" / "fastlightgen.json"]
+    return next((read_json(path) for path in places if path.is_file()), {})
+
+
+def save_model(
+    model: VideoDiT,
+    dir: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    state: Mapping[str, Tensor] | None = None,
+    get: Callable[[str], Tensor] | None = None,
+    **card,
+) -> Path:
+    """Write a model folder whole or not at all; stock `from_pretrained` loads it. `card` adds to fastlightgen.json.
+
+    For a network whose weights are spread over processes `state` holds their shapes and `get` gathers one of them.
+    """
+    folder, state = Path(dir), model.state_dict() if state is None else state
+    get = get or (lambda key: state[key].detach().to("cpu", dtype).contiguous())
+    sizes = {key: v.numel() * (dtype or v.dtype).itemsize for key, v in state.items()}
+    defaults = {
+        "family": model.family,
+        "stage": None,
+        "num_blocks": model.num_blocks,
+        "kept_blocks": list(range(model.num_blocks)),
+        "ladder": None,
+        "shift": None,
+        "guidance": None,
+        "source": None,
+    }
+    with replacing(folder) as temporary:
+        write_tensors(temporary, sizes, get, max_shard_bytes)
+        write_json(temporary / "config.json", model.config)
+        write_json(temporary / "fastlightgen.json", defaults | card)
+    return folder

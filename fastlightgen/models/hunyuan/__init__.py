@@ -1,0 +1,1 @@
+"""HunyuanVideo: network, blocks, layers, key table, cost."""

@@ -1,0 +1,112 @@
+"""HunyuanVideo's two kinds of blocks: double (image and text tokens apart) and single (one sequence).
+
+Shapes: B batch, L image tokens, T text tokens, D hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlightgen.models.base import Block, Job, Prompt, State, Tables
+from fastlightgen.models.hunyuan.layers import EPS, Attention, HunyuanConfig, JointAttention, Modulation, joined
+from fastlightgen.models.layers import FeedForward, linear_onto
+from fastlightgen.ops import gate_residual_norm_modulate
+
+Modulations = list[tuple[Tensor, ...]]  # of each sequence of a state
+
+
+@dataclass(frozen=True, eq=False)
+class HunyuanPrompt(Prompt):
+    temb: Tensor  # SiLU of the embedding of time, pooled text and guidance [B, D]
+    first: Tensor | None  # the same at t = 0, for the given frame's tokens (token_replace)
+    mask: Tensor | None  # [B, 1, 1, L + T]: the tokens that may be read
+
+
+class HunyuanBlock(Block):
+    """One sequence per modulation: the given frame's tokens (token_replace), the image's, the text's."""
+
+    def run(self, job: Job, tables: Tables, read: dict[Prompt, Modulations], settle: bool = False) -> list[State]:
+        (prompt,) = job.prompts  # text enters at the start, so that every state has one
+        state = job.state
+        return [state_of(self.residual([state, *state.others], read[prompt], tables, prompt.mask, settle))]
+
+    def residual(
+        self, parts: list[State], mods: Modulations, tables: Tables, mask: Tensor | None, settle: bool
+    ) -> list[State]:
+        raise NotImplementedError
+
+
+def state_of(parts: list[State]) -> State:
+    """Sequences as one state."""
+    return parts[0]._replace(others=tuple(parts[1:]))
+
+
+def norms(parts: list[State], scales: list[Tensor], shifts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Per sequence x' = x + gate y and LayerNorm(x') (1 + scale) + shift."""
+    triples = zip(parts, scales, shifts, strict=True)
+    pairs = [gate_residual_norm_modulate(*s.parts(), scale, shift, EPS) for s, scale, shift in triples]
+    return [x for x, _ in pairs], [h for _, h in pairs]
+
+
+def cut(y: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Take `joined` apart again."""
+    return list(y.split([x.shape[1] for x in like], 1))
+
+
+class DoubleBlock(HunyuanBlock):
+    """Joint attention of image and text tokens, then a feed-forward for each."""
+
+    def __init__(self, cfg: HunyuanConfig):
+        super().__init__()
+        dim, inner = cfg.dim, int(cfg.dim * cfg.mlp_ratio)
+        self.norm1, self.norm1_context = Modulation(dim, 6), Modulation(dim, 6)
+        self.attn = JointAttention(cfg)
+        self.ff, self.ff_context = FeedForward(dim, inner, dim), FeedForward(dim, inner, dim)
+
+    def read(self, prompt: HunyuanPrompt) -> Modulations:
+        first = [] if prompt.first is None else [self.norm1(prompt.first)]
+        return [*first, self.norm1(prompt.temb), self.norm1_context(prompt.temb)]
+
+    def residual(
+        self, parts: list[State], mods: Modulations, tables: Tables, mask: Tensor | None, settle: bool
+    ) -> list[State]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = zip(*mods, strict=True)
+        x, h = norms(parts, scale1, shift1)
+        image, text = self.attn(joined(h[:-1]), h[-1], tables, mask)
+        x, h = norms(list(map(State, x, [*cut(image, x[:-1]), text], gate1)), scale2, shift2)
+        if settle and len(x) == 2:
+            text = State(self.ff_context.onto(x[1], gate2[1], h[1]))
+            return [State(self.ff.onto(x[0], gate2[0], h[0])), text]  # last, so that a checkpoint spares it
+        y = [*cut(self.ff(joined(h[:-1])), x[:-1]), self.ff_context(h[-1])]
+        return list(map(State, x, y, gate2))
+
+
+class SingleBlock(HunyuanBlock):
+    """Attention and feed-forward side by side, over image and text tokens in one sequence."""
+
+    def __init__(self, cfg: HunyuanConfig):
+        super().__init__()
+        dim, inner = cfg.dim, int(cfg.dim * cfg.mlp_ratio)
+        self.norm = Modulation(dim, 3)
+        self.attn = Attention(cfg)
+        self.proj_mlp, self.proj_out = nn.Linear(dim, inner), nn.Linear(dim + inner, dim)
+
+    def read(self, prompt: HunyuanPrompt) -> Modulations:
+        first = [] if prompt.first is None else [self.norm(prompt.first)]
+        return [*first, self.norm(prompt.temb)]
+
+    def residual(
+        self, parts: list[State], mods: Modulations, tables: Tables, mask: Tensor | None, settle: bool
+    ) -> list[State]:
+        if len(parts) > len(mods):  # the first single block that runs: from here on the text follows the image
+            *given, image, text = parts
+            parts = [*given, State(joined([image.settled().x, text.settled().x]))]
+        shift, scale, gate = zip(*mods, strict=True)
+        x, h = norms(parts, scale, shift)
+        h = joined(h)
+        y = torch.cat([self.attn(h, tables, mask), F.gelu(self.proj_mlp(h), approximate="tanh")], 2)
+        if settle and len(x) == 1:
+            return [State(linear_onto(self.proj_out, x[0], gate[0], y))]
+        return list(map(State, x, cut(self.proj_out(y), x), gate))

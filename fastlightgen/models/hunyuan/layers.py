@@ -1,0 +1,198 @@
+"""The parts of HunyuanVideo's transformer that the walk never sees: configuration, text refiner, embedders, attention.
+
+Module names follow diffusers' keys. Shapes: B batch, L image tokens, T text tokens, D hidden, h heads, d channels each.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlightgen.models.layers import Embedder, FeedForward, sinusoids
+from fastlightgen.models.streams import Tables
+from fastlightgen.ops import Rope, add_residual, attend, qk_norm_rope
+
+EPS = 1e-6  # of every norm
+TIME_CHANNELS = 256
+VARIANTS = (None, "latent_concat", "token_replace")
+
+
+@dataclass(frozen=True)
+class HunyuanConfig:
+    """The fields of diffusers' HunyuanVideoTransformer3DModel config.json."""
+
+    in_channels: int = 16
+    out_channels: int = 16
+    num_attention_heads: int = 24
+    attention_head_dim: int = 128
+    num_layers: int = 20
+    num_single_layers: int = 40
+    num_refiner_layers: int = 2
+    mlp_ratio: float = 4.0
+    patch_size: int = 2
+    patch_size_t: int = 1
+    qk_norm: str = "rms_norm"
+    guidance_embeds: bool = True
+    text_embed_dim: int = 4096
+    pooled_projection_dim: int = 768
+    rope_theta: float = 256.0
+    rope_axes_dim: tuple[int, int, int] = (16, 56, 56)
+    image_condition_type: str | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "rope_axes_dim", tuple(self.rope_axes_dim))
+        for name, wanted in (("patch_size_t", (1,)), ("qk_norm", ("rms_norm",)), ("image_condition_type", VARIANTS)):
+            if (got := getattr(self, name)) not in wanted:
+                options = ", ".join(repr(w) for w in wanted)
+                raise ValueError(f"Hunyuan config: {name} is {got!r}; supported: {options}")
+        axes = self.rope_axes_dim
+        if len(axes) != 3 or sum(axes) != self.attention_head_dim or any(n % 2 for n in axes):
+            raise ValueError(
+                f"Hunyuan config: rope_axes_dim is {list(axes)}; "
+                f"wanted three even numbers that sum to attention_head_dim, {self.attention_head_dim}"
+            )
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        return self.patch_size_t, self.patch_size, self.patch_size
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Sequences one after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+class Modulation(nn.Module):
+    """n vectors [B, D] from SiLU(time embedding): shifts, scales and gates."""
+
+    def __init__(self, dim: int, n: int):
+        super().__init__()
+        self.n, self.linear = n, nn.Linear(dim, n * dim)
+
+    def forward(self, temb: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(temb).chunk(self.n, 1)
+
+
+class Attention(nn.Module):
+    """Queries, keys and values with an RMS norm per head; in single blocks the output layer is the block's own."""
+
+    def __init__(self, cfg: HunyuanConfig, qk_norm: bool = True, out: bool = False):
+        super().__init__()
+        dim, self.heads = cfg.dim, cfg.num_attention_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        if qk_norm:
+            self.norm_q, self.norm_k = (nn.RMSNorm(cfg.attention_head_dim, eps=EPS) for _ in range(2))
+        if out:
+            self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L, h, d] each, without the norm."""
+        return tuple(self.split(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1))
+
+    def turned(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with q and k normed, and turned by their place as far as `rope` goes: text has none."""
+        q, k = qk_norm_rope(self.to_q(x), self.to_k(x), self.norm_q.weight, self.norm_k.weight, rope, EPS)
+        return self.split(q), self.split(k), self.split(self.to_v(x))
+
+    def forward(self, h: Tensor, tables: Tables, mask: Tensor | None) -> Tensor:
+        """Image and text tokens in one sequence."""
+        return tables.attend(*self.turned(h, tables.rope), mask)
+
+
+class JointAttention(Attention):
+    """Image and text tokens attend to each other, each with projections of its own."""
+
+    def __init__(self, cfg: HunyuanConfig):
+        super().__init__(cfg, out=True)
+        dim = cfg.dim
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_add_out = nn.Linear(dim, dim)
+        self.norm_added_q, self.norm_added_k = (nn.RMSNorm(cfg.attention_head_dim, eps=EPS) for _ in range(2))
+
+    def forward(self, image: Tensor, text: Tensor, tables: Tables, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v = self.turned(image, tables.rope)
+        tq, tk, tv = (self.split(layer(text)) for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
+        q, k = torch.cat([q, self.norm_added_q(tq)], 1), torch.cat([k, self.norm_added_k(tk)], 1)
+        y, n = tables.attend(q, k, torch.cat([v, tv], 1), mask), image.shape[1]
+        return self.to_out[0](y[:, :n]), self.to_add_out(y[:, n:])
+
+
+class TimeTextEmbedder(nn.Module):
+    """Time, a pooled text and, in networks distilled from guidance, its scale -> one embedding [B, D]."""
+
+    def __init__(self, dim: int, pooled: int, guidance: bool = False):
+        super().__init__()
+        self.timestep_embedder, self.text_embedder = Embedder(TIME_CHANNELS, dim), Embedder(pooled, dim)
+        if guidance:
+            self.guidance_embedder = Embedder(TIME_CHANNELS, dim)
+
+    def forward(self, t: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
+        time = embed(self.timestep_embedder, sinusoids(t, TIME_CHANNELS).to(pooled.dtype))
+        if guidance is not None:
+            time = time + embed(self.guidance_embedder, sinusoids(guidance, TIME_CHANNELS).to(pooled.dtype))
+        return time + embed(self.text_embedder, pooled)
+
+
+def embed(layers: Embedder, x: Tensor) -> Tensor:
+    return layers.linear_2(F.silu(layers.linear_1(x)))
+
+
+class SiluFeedForward(FeedForward):
+    """The refiner's: SiLU in the place of GELU, under the same keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](F.silu(self.net[0].proj(x)))
+
+
+class RefinerBlock(nn.Module):
+    def __init__(self, cfg: HunyuanConfig):
+        super().__init__()
+        dim = cfg.dim
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=EPS), nn.LayerNorm(dim, eps=EPS)
+        self.attn = Attention(cfg, qk_norm=False, out=True)
+        self.ff = SiluFeedForward(dim, 4 * dim, dim)  # 4 whatever mlp_ratio is, as in diffusers
+        self.norm_out = Modulation(dim, 2)
+
+    def forward(self, x: Tensor, temb: Tensor, mask: Tensor | None) -> Tensor:
+        gate1, gate2 = self.norm_out(temb)
+        x = add_residual(x, self.attn.to_out[0](attend(*self.attn.qkv(self.norm1(x)), mask)), gate1)
+        return add_residual(x, self.ff(self.norm2(x)), gate2)
+
+
+class Refiner(nn.Module):
+    """diffusers' `token_refiner`: only there for the key names."""
+
+    def __init__(self, cfg: HunyuanConfig):
+        super().__init__()
+        self.refiner_blocks = nn.ModuleList([RefinerBlock(cfg) for _ in range(cfg.num_refiner_layers)])
+
+
+class TextRefiner(nn.Module):
+    """The language model's tokens -> text tokens [B, T, D], by self-attention modulated by time and the mean token."""
+
+    def __init__(self, cfg: HunyuanConfig):
+        super().__init__()
+        self.time_text_embed = TimeTextEmbedder(cfg.dim, cfg.text_embed_dim)
+        self.proj_in = nn.Linear(cfg.text_embed_dim, cfg.dim)
+        self.token_refiner = Refiner(cfg)
+
+    def forward(self, text: Tensor, t: Tensor, valid: Tensor | None) -> Tensor:
+        """`valid` [B, T]: which tokens are text; what the others become is read by nobody."""
+        if valid is None:
+            mean, mask = text.mean(1), None
+        else:
+            weight = valid.to(torch.promote_types(text.dtype, torch.float32))[..., None]
+            mean, mask = ((text * weight).sum(1) / weight.sum(1)).to(text.dtype), valid[:, None, None]
+        temb = F.silu(self.time_text_embed(t, mean))
+        x = self.proj_in(text)
+        for block in self.token_refiner.refiner_blocks:
+            x = block(x, temb, mask)
+        return x

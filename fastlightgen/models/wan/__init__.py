@@ -1,0 +1,1 @@
+"""Wan: network, layers, key table, cost."""

@@ -1,0 +1,89 @@
+"""The parts of Wan2.1's transformer that the walk never sees: configuration, embedders, positions.
+
+Module names follow diffusers' keys. Shapes: B batch, L tokens, D hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlightgen.models.layers import Embedder, FeedForward, sinusoids
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """The fields of diffusers' WanTransformer3DModel config.json."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    qk_norm: str = "rms_norm_across_heads"
+    eps: float = 1e-6
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    rope_max_seq_len: int = 1024
+    pos_embed_seq_len: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        for name, got, wanted in (
+            ("patch_size", self.patch_size[0], 1),
+            ("qk_norm", self.qk_norm, "rms_norm_across_heads"),
+            ("pos_embed_seq_len", self.pos_embed_seq_len, None),
+        ):
+            if got != wanted:
+                raise ValueError(f"Wan config: {name} is {got!r}; only {wanted!r} is supported")
+        if self.added_kv_proj_dim != (None if self.image_dim is None else self.dim):
+            # The image embedder's output, `dim` wide, is what add_k_proj and add_v_proj read.
+            raise ValueError(
+                f"Wan config: added_kv_proj_dim is {self.added_kv_proj_dim}; it must be {self.dim} (heads x head_dim) "
+                f"with an image_dim and null without one (it is {self.image_dim})"
+            )
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+class ImageEmbedder(nn.Module):
+    def __init__(self, cfg: WanConfig):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(cfg.image_dim), nn.LayerNorm(cfg.dim)
+        self.ff = FeedForward(cfg.image_dim, cfg.image_dim, cfg.dim, approximate="none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.ff(self.norm1(x)))
+
+
+class ConditionEmbedder(nn.Module):
+    def __init__(self, cfg: WanConfig):
+        super().__init__()
+        self.freq_dim = cfg.freq_dim
+        self.time_embedder = Embedder(cfg.freq_dim, cfg.dim)
+        self.time_proj = nn.Linear(cfg.dim, 6 * cfg.dim)
+        self.text_embedder = Embedder(cfg.text_dim, cfg.dim)
+        if cfg.image_dim is not None:
+            self.image_embedder = ImageEmbedder(cfg)
+
+    def time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Sinusoids of 1000 t -> (temb [B, D], modulation [B, 6, D])."""
+        wave = sinusoids(t, self.freq_dim).to(self.time_proj.weight.dtype)
+        temb = self.time_embedder.linear_2(F.silu(self.time_embedder.linear_1(wave)))
+        return temb, self.time_proj(F.silu(temb)).unflatten(1, (6, -1))
+
+    def text(self, text: Tensor) -> Tensor:
+        return self.text_embedder.linear_2(F.gelu(self.text_embedder.linear_1(text), approximate="tanh"))
+
+
+def rope_axes(head_dim: int) -> tuple[int, int, int]:
+    """Wan's split of a head's channels over the frame, row and column axes."""
+    space = 2 * (head_dim // 6)
+    return head_dim - 2 * space, space, space

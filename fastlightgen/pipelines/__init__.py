@@ -1,0 +1,1 @@
+"""Pipeline folders of diffusers: encoders, sampling, export and the comparison with stock diffusers."""

@@ -1,0 +1,202 @@
+"""A diffusers pipeline folder: what it says about its parts, and a student put in the place of its network.
+
+An export holds transformer/ (the student), scheduler/ (its ladder), model_index.json, README.md, fastlightgen.json and
+the other parts as they were, copied or linked. It is written under a temporary name, compared, and then renamed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from fastlightgen.atomic import write_json
+from fastlightgen.models.folder.weights import read_json, save_model
+from fastlightgen.parallel.log import bar
+from fastlightgen.pipelines.lora_file import BlockMap, remap_lora
+from fastlightgen.pipelines.modelcard import model_card
+from fastlightgen.pipelines.scheduler import CLASS, scheduler_config
+
+INDEX, NETWORK = "model_index.json", "transformer"
+LISTS = {  # a network class's lists of blocks, and the key of config.json that counts each
+    "WanTransformer3DModel": {"blocks": "num_layers"},
+    "HunyuanVideoTransformer3DModel": {
+        "transformer_blocks": "num_layers",
+        "single_transformer_blocks": "num_single_layers",
+    },
+}
+INTERFACE = ("_class_name", "in_channels", "out_channels", "patch_size", "text_dim", "image_dim")
+INTERFACE += ("text_embed_dim", "pooled_projection_dim", "image_condition_type", "guidance_embeds")
+
+
+def is_pipeline(folder: str | Path) -> bool:
+    return (Path(folder) / INDEX).is_file()
+
+
+def vae_folder(cfg) -> str:
+    """The pipeline folder whose VAE shows the clips of a training run; empty if there is none."""
+    return cfg.pipeline or (cfg.model if is_pipeline(cfg.model) else "")
+
+
+def parts_of(pipeline: Path) -> dict[str, str]:
+    """Name -> class of the parts that a pipeline folder holds."""
+    if not is_pipeline(pipeline):
+        raise ValueError(f"pipeline={pipeline}: has no {INDEX}; give a folder that diffusers' save_pretrained wrote")
+    index = read_json(pipeline / INDEX)
+    parts = {
+        k: v[1] for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and len(v) == 2 and v[1]
+    }
+    for name in parts:
+        if Path(name).name != name or name in (".", ".."):
+            raise ValueError(f"{pipeline / INDEX}: names a part outside the folder, {name!r}; copy the folder again")
+        if name not in ("scheduler", NETWORK) and not (pipeline / name).is_dir():
+            raise ValueError(f"{pipeline}: {INDEX} names {name}, and there is no such folder; copy it again")
+    if NETWORK not in parts or "transformer_2" in parts:
+        raise ValueError(f"pipeline={pipeline}: wanted one network, `{NETWORK}`; this is {index.get('_class_name')}")
+    return parts
+
+
+def network_config(pipeline: Path) -> dict:
+    """transformer/config.json: the network that the pipeline was made for."""
+    return read_json(pipeline / NETWORK / "config.json")
+
+
+def check_fits(config: dict, pipeline: Path) -> None:
+    """The network takes and gives what the pipeline's other parts were made for."""
+    theirs = network_config(pipeline)
+    for key in INTERFACE:
+        ours, wanted = (json.loads(json.dumps(c.get(key))) for c in (config, theirs))
+        if ours != wanted and (key == "_class_name" or (key in config and key in theirs)):
+            raise ValueError(
+                f"pipeline={pipeline}: its network has {key} {wanted}, the model {ours}; "
+                "give the pipeline of the teacher that the model comes from"
+            )
+
+
+def block_counts(config: dict) -> dict[str, int]:
+    """How many blocks each list of a network has."""
+    return {name: config[key] for name, key in LISTS[config["_class_name"]].items()}
+
+
+def block_map(config: dict, kept: list[int] | None, teacher: dict) -> BlockMap:
+    """Per list of blocks {the teacher's index: the model's}; `kept` counts through all lists of the teacher."""
+    ours, theirs = block_counts(config), block_counts(teacher)
+    if kept is None or len(kept) == sum(theirs.values()):
+        kept = list(range(sum(theirs.values())))
+    out: BlockMap = {}
+    start = 0
+    for name, count in theirs.items():
+        old = [i - start for i in kept if start <= i < start + count]
+        out[name] = {i: new for new, i in enumerate(old)}
+        start += count
+    if {name: len(m) for name, m in out.items()} != ours or max(kept) >= start:
+        raise ValueError(
+            f"the model's blocks {ours} are not the blocks {kept} of the pipeline's network {theirs}; "
+            "give the pipeline of the teacher that the model was pruned from"
+        )
+    return out
+
+
+def call_of(card: dict, config: dict) -> dict:
+    """Arguments with which a stock pipeline samples the model: a student has guidance 1, no second prediction."""
+    steps = len(card["ladder"]) if card.get("ladder") else card.get("steps")
+    call = {"num_inference_steps": steps} if steps else {}
+    if config.get("guidance_embeds"):  # the network reads the scale, and there is no second prediction
+        guidance = {"guidance_scale": card.get("guidance"), "true_cfg_scale": 1.0}
+    else:
+        guidance = {"true_cfg_scale" if "guidance_embeds" in config else "guidance_scale": card.get("guidance")}
+    return call | {k: v for k, v in guidance.items() if v is not None}
+
+
+def write_pipeline(
+    model,
+    card: dict,
+    pipeline: Path,
+    out: Path,
+    verify: Callable[[Path], dict],
+    *,
+    dtype=None,
+    link: bool = False,
+    lora: Path | None = None,
+    original: bool = False,
+    progress: bool = True,
+) -> dict:
+    """Write the export, let `verify` compare it, put it in its place; what there is to tell about it."""
+    parts, config = parts_of(pipeline), model.config
+    check_fits(config, pipeline)
+    teacher = network_config(pipeline)
+    blocks = block_map(config, card.get("kept_blocks"), teacher)
+    student = card.get("ladder") is not None
+    names = [n for n in parts if n != NETWORK and not (student and n == "scheduler")]
+    check_room(model, pipeline, names if not link else [], out, dtype, original)
+
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    told: dict = {}
+    try:
+        bring(pipeline, temporary, names, link, progress)
+        card = card | {"block_map": blocks, "call": call_of(card, config)}
+        save_model(model, temporary / NETWORK, dtype, **card)
+        shutil.copy(temporary / NETWORK / "fastlightgen.json", temporary)
+        index = read_json(pipeline / INDEX)
+        if student:
+            shape = scheduler_config(model.family, card["ladder"], card["shift"], card.get("sampler", "stochastic"))
+            write_json(temporary / "scheduler" / "scheduler_config.json", shape)
+            index["scheduler"] = ["diffusers", CLASS]
+        write_json(temporary / INDEX, {k: v for k, v in index.items() if k != "_name_or_path"})
+        if lora is not None:
+            told["lora"] = remap_lora(
+                lora, temporary / "lora" / f"{lora.stem}.safetensors", blocks, block_counts(teacher)
+            )
+        if original:
+            from fastlightgen.models.folder.weights import save_original
+
+            save_original(model, temporary / "original")
+        text = model_card(out.name, index["_class_name"], card, blocks, block_counts(teacher), told.get("lora"), lora)
+        (temporary / "README.md").write_text(text)
+        told |= verify(temporary)
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return told
+
+
+def check_out(out: Path) -> None:
+    """An export never replaces anything."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"out={out}: exists and is not empty; delete it or give another folder")
+    if out.is_dir():
+        out.rmdir()
+
+
+def check_room(model, pipeline: Path, names: list[str], out: Path, dtype, original: bool) -> None:
+    """Refuse before writing what the disk cannot hold."""
+    size = dtype.itemsize if dtype else 4
+    need = sum(p.numel() for p in model.parameters()) * size * (1 + original)
+    need += sum(f.stat().st_size for n in names for f in (pipeline / n).rglob("*") if f.is_file())
+    where = next(p for p in out.absolute().parents if p.is_dir())
+    if need > (free := shutil.disk_usage(where).free):
+        raise ValueError(
+            f"out={out}: needs {need / 1e9:.1f} GB and {where} has {free / 1e9:.1f} GB free; make room, or link=true"
+        )
+
+
+def bring(pipeline: Path, folder: Path, names: list[str], link: bool, progress: bool) -> None:
+    """The parts that stay as they are, and the licence files."""
+    if link:
+        for name in names:
+            (folder / name).symlink_to((pipeline / name).resolve(), target_is_directory=True)
+    else:
+        total = sum(f.stat().st_size for n in names for f in (pipeline / n).rglob("*") if f.is_file())
+        with bar(total // 2**20, "copying parts (MiB)", progress) as shown:
+
+            def copy(source: str, target: str) -> None:
+                shutil.copyfile(source, target)  # follows the links of a download cache
+                shown.update(os.path.getsize(target) / 2**20)
+
+            for name in names:
+                shutil.copytree(pipeline / name, folder / name, copy_function=copy)
+    for file in pipeline.glob("LICENSE*"):
+        shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,97 @@
+"""The same network in stock diffusers: what an export is compared with before it counts as done."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastlightgen.models.base import Cond, VideoDiT
+from fastlightgen.pipelines.export import NETWORK, parts_of
+from fastlightgen.pipelines.scheduler import TOLERANCE
+
+LARGEST = 1e-5  # float32: two orders of summation
+SCALARS = ("timestep", "guidance")  # up to 6000: bfloat16 would round them, and their sinusoids with them
+# bfloat16 rounds every activation to 2^-9 relative; over the ~10 roundings of each of 60 blocks, which add up like a
+# random walk, that is sqrt(600) 2^-9 = 5% of the output. A misplaced block or a wrong scale changes it by about 100%.
+RELATIVE_BF16 = 0.05
+
+
+def need_diffusers():
+    """The package, or how to get it."""
+    try:
+        import diffusers
+        import transformers
+    except ImportError as err:
+        raise ValueError(f"{err.name} is not installed: pip install 'fastlightgen[video]'") from None
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    return diffusers
+
+
+def stock_inputs(model: VideoDiT, x_t: Tensor, t: Tensor, cond: Cond) -> dict:
+    """What diffusers' class of this network takes: its own scale of time and guidance, condition channels in place."""
+    kind = model.config.get("image_condition_type")
+    x = x_t
+    if kind == "token_replace":  # the picture is frame 0
+        x = torch.cat([cond.image[:, :, :1], x_t[:, :, 1:]], 2)
+    elif cond.image is not None:
+        x = torch.cat([x_t, cond.image], 1)
+    given = {"hidden_states": x, "timestep": t * 1000, "encoder_hidden_states": cond.text}
+    if model.family == "wan":
+        return given | {"encoder_hidden_states_image": cond.image_embeds}
+    tokens = torch.arange(cond.text.shape[1], device=cond.text.device)
+    length = torch.full((len(x),), len(tokens), device=x.device) if cond.text_len is None else cond.text_len
+    given["encoder_attention_mask"] = (tokens < length[:, None]).to(cond.text.dtype)
+    guidance = None if cond.guidance is None else cond.guidance * 1000
+    return given | {"pooled_projections": cond.pooled, "guidance": guidance}
+
+
+@torch.no_grad()
+def compare(model: VideoDiT, card: dict, folder: Path) -> dict:
+    """Load the export strictly with stock diffusers and compare network, scheduler and parts, or say what differs."""
+    diffusers = need_diffusers()
+    dtype = next(model.parameters()).dtype
+    x_t, t, cond, _ = model.eval().example_inputs(batch=1, seed=0)
+    inputs = stock_inputs(model, x_t, t, cond)
+    v = model(x_t, t, cond).float()
+    stock, found = getattr(diffusers, model.config_class).from_pretrained(
+        folder / NETWORK, torch_dtype=dtype, output_loading_info=True, local_files_only=True
+    )
+    if wrong := {k: list(v)[:3] for k, v in found.items() if v}:
+        raise ValueError(
+            f"{folder}: stock diffusers does not take the weights as they are: {wrong}; please report this"
+        )
+    for name, tensor in stock.state_dict().items():
+        if not torch.equal(tensor.to(dtype), model.get_parameter(name).detach().to(tensor.device)):
+            raise ValueError(f"{folder}: {name} is not what the model holds; the disk may be failing, export again")
+    inputs = {k: x.to(dtype) if isinstance(x, Tensor) and k not in SCALARS else x for k, x in inputs.items()}
+    v_stock = stock.eval()(**inputs, return_dict=False)[0].float()
+    if model.config.get("image_condition_type") == "token_replace":  # frame 0 is given: no prediction is used there
+        v, v_stock = v[:, :, 1:], v_stock[:, :, 1:]
+    worst = (v - v_stock).abs().max().item()
+    limit = LARGEST if dtype == torch.float32 else RELATIVE_BF16 * v.square().mean().sqrt().item()
+    measured = worst if dtype == torch.float32 else (v - v_stock).square().mean().sqrt().item()
+    if not measured <= limit:
+        raise ValueError(
+            f"{folder}: stock diffusers computes something else (difference {measured:.2g}, limit {limit:.2g}); "
+            "the export is not usable, please report this"
+        )
+    told = {"difference": worst}
+    # Tokenizers, processors and the scheduler load through the pipeline itself; the large encoders are as they were.
+    absent = {n: None for n, kind in parts_of(folder).items() if n == "vae" or "encoder" in n}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **absent, transformer=stock, local_files_only=True)
+    if card.get("ladder"):
+        told["sigmas"] = sigmas_of(pipe.scheduler, model.family, len(card["ladder"]))
+        told["ladder_error"] = max(abs(a - b) for a, b in zip(told["sigmas"], card["ladder"], strict=True))
+        if told["ladder_error"] > TOLERANCE:
+            raise ValueError(f"{folder}: the scheduler steps at {told['sigmas']}, the model at {card['ladder']}")
+    return told
+
+
+def sigmas_of(scheduler, family: str, steps: int) -> list[float]:
+    """The sampling times as this family's pipelines set them: Hunyuan's hand over 1 - i / N, Wan's only N."""
+    if family == "hunyuan":
+        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    else:
+        scheduler.set_timesteps(steps)
+    return scheduler.sigmas[:-1].tolist()

@@ -1,0 +1,43 @@
+"""The built-in world for sampling: conditions from words and pictures, frames from latents; uint8 [B, F, H, W, 3]."""
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastlightgen.data.frames import read_image, to_uint8
+from fastlightgen.models.base import Cond
+from fastlightgen.models.sample import Wish
+from fastlightgen.world.codec import Codec, condition
+from fastlightgen.world.shapes import Shapes, pool, tokenise
+
+
+class BuiltIn:
+    """Moving shapes: 16 pixels wide, so they are enlarged to be seen."""
+
+    fps, scale = 6, 16
+    defaults = {"steps": 50, "guidance": 3.0, "shift": 3.0}  # as the tiny presets have them
+
+    def __init__(self, size: str = ""):
+        if size:
+            raise ValueError(f"size={size}: clips of the built-in world have one size; leave size= out")
+        self.shapes = Shapes()
+
+    def wish(self, prompt: str, negative: str | None, image: str, count: int) -> Wish:
+        side = self.shapes.size
+        first = read_image(image, side, side) if image else torch.zeros(3, side, side)
+        # The codec works frame by frame, so the first frame can stand for all of them.
+        latents = Codec().encode(first.expand(count, self.shapes.frames, -1, -1, -1))
+        channels = condition(latents, torch.full((count,), bool(image)))
+        (text, length), (null, null_length) = tokenise([prompt]), tokenise([negative or ""])
+        cond, blank = (
+            Cond(words.expand(count, -1, -1), n.expand(count), channels, pooled=pool(words, n).expand(count, -1))
+            for words, n in ((text, length), (null, null_length))
+        )
+        return Wish(tuple(latents.shape), cond, blank)
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+    def frames(self, latents: Tensor) -> NDArray:
+        frames = to_uint8(Codec().decode(latents.float().cpu())).permute(0, 1, 3, 4, 2).numpy()
+        return frames.repeat(self.scale, 2).repeat(self.scale, 3)

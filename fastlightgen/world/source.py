@@ -1,0 +1,48 @@
+"""Batches of the built-in world, drawn as they are needed; and the source that `data=` names."""
+
+from pathlib import Path
+
+from fastlightgen.data.cache import Cache
+from fastlightgen.data.source import Batch, CacheSource, Source
+from fastlightgen.models.base import Cond
+from fastlightgen.world import shapes
+from fastlightgen.world.codec import Codec, condition
+
+
+class ShapesSource:
+    """Clips of the built-in world, drawn as they are needed."""
+
+    name = "shapes"
+    description: dict = {}
+
+    def __init__(self, seed: int):
+        self.train, self.test = (shapes.Shapes(seed=seed, split=s) for s in shapes.SPLITS)
+
+    def batch(self, step: int, size: int, rows: range | None = None) -> Batch:
+        return shapes_batch(self.train.batch([step * size + row for row in rows or range(size)]))
+
+    def held_out(self, start: int, size: int) -> Batch:
+        return shapes_batch(self.test.batch(range(start, start + size)))
+
+    def largest(self) -> Batch:
+        return self.batch(0, 1)
+
+
+def shapes_batch(clips: shapes.Clips) -> Batch:
+    """Rendered clips -> latents, captions and first frames as a network reads them."""
+    x0 = Codec().encode(clips.video)
+    image = condition(x0, clips.has_first)
+    text, length = shapes.tokenise(clips.captions)
+    null, null_length = shapes.tokenise([""])
+    prompt = Cond(text, length, image, pooled=shapes.pool(text, length))
+    blank = null.expand_as(text), null_length.expand_as(length)
+    return Batch(x0, prompt, Cond(*blank, image, pooled=shapes.pool(*blank)))
+
+
+def open_source(data: str, seed: int) -> Source:
+    """`shapes`, or the folder of a latent cache."""
+    if data == "shapes":
+        return ShapesSource(seed)
+    if (Path(data) / "index.json").is_file():
+        return CacheSource(Cache(data), seed)
+    raise ValueError(f"data={data}: neither `shapes` nor a folder with a latent cache (no index.json in it)")

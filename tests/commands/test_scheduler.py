@@ -1,0 +1,61 @@
+"""The exported scheduler settings, run by stock diffusers the way its pipelines do, against the student's ladder."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastlightgen.flow import ladder, rollout
+from fastlightgen.pipelines.scheduler import scheduler_config
+
+
+def stock(family: str, steps: int, shift: float, kind: str = "stochastic"):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config(family, ladder(steps, shift), shift, kind))
+    if family == "hunyuan":  # its pipelines choose the spacing, Wan's leave it to the scheduler
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
+    else:
+        scheduler.set_timesteps(steps)
+    return scheduler
+
+
+@pytest.mark.parametrize("family", ["wan", "hunyuan"])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 7.0, 17.0])
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_sigmas_are_the_ladder(family: str, shift: float, steps: int):
+    scheduler = stock(family, steps, shift)
+    wanted = [shift * u / (1 + (shift - 1) * u) for u in (1 - i / steps for i in range(steps))]
+    # The settings solve for the ladder exactly, so what is left is float32 rounding (2e-3 would be good enough).
+    assert np.abs(scheduler.sigmas.numpy() - [*wanted, 0]).max() < 2e-6
+    assert np.abs(scheduler.timesteps.numpy() / 1000 - wanted).max() < 2e-6
+
+
+def test_longest_ladder_and_beyond():
+    assert np.abs(stock("wan", 16, 1000.0).sigmas.numpy()[:-1] - ladder(16, 1000.0)).max() < 2e-5
+    with pytest.raises(ValueError, match="ladder of 17 steps; the stock scheduler follows at most 16"):
+        scheduler_config("wan", ladder(17, 5.0), 5.0, "ode")
+    with pytest.raises(ValueError, match=r"is not the one of 4 steps and shift 3; .* train the student on that"):
+        scheduler_config("wan", ladder(4, 5.0), 3.0, "ode")
+
+
+@pytest.mark.parametrize("kind", ["ode", "stochastic"])
+@pytest.mark.parametrize("family", ["wan", "hunyuan"])
+def test_steps_are_the_sampler(family: str, kind: str):
+    """From the same noise and the same fresh noise the scheduler's loop is our rollout."""
+    torch.manual_seed(0)
+    start, fresh = torch.randn(2, 4, 3, 6, 6), [torch.randn(2, 4, 3, 6, 6) for _ in range(4)]
+    times = ladder(4, 5.0)
+
+    def predict(x: torch.Tensor, t: float) -> torch.Tensor:
+        return torch.tanh(x) * (1 + t)
+
+    scheduler, x = stock(family, 4, 5.0, kind), start
+    draws = iter(fresh)
+    with pytest.MonkeyPatch.context() as patch:
+        module = "diffusers.schedulers.scheduling_flow_match_euler_discrete"
+        patch.setattr(f"{module}.randn_tensor", lambda *_, **__: next(draws))
+        for t in scheduler.timesteps:
+            x = scheduler.step(predict(x, float(t) / 1000), t, x, return_dict=False)[0]
+    wanted = rollout(predict, start, times, kind, lambda i: fresh[i])
+    # sigmas differ by float32 rounding (below 2e-6 above) and values are below 5
+    torch.testing.assert_close(x, wanted, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,162 @@
+"""Planned costs of the stages against torch's own counts: operations of their steps, states of the local engine."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import BLOCKS, KEPT, PRUNED, batches, config, counted, small_wan
+
+from fastlightgen.engine.local import LocalEngine
+from fastlightgen.models.families import network
+from fastlightgen.models.lora import attach_lora
+from fastlightgen.planner.memory import model_states
+from fastlightgen.planner.step import distill, prune, rank, teacher
+from fastlightgen.stages.distill import Distill, Networks
+from fastlightgen.stages.prune import Prune
+from fastlightgen.stages.rank import score_sets
+from fastlightgen.stages.teacher import Teacher
+
+
+def one_batch():
+    """step -> the same batch, made beforehand: drawing clips takes matrix products too."""
+    batch = batches(2)(0)
+    batch = replace(batch, null=replace(batch.null, image=batch.cond.image))  # one picture for all prompts of a clip
+    return lambda step: batch
+
+
+def step_of(stage):
+    """The network that a step's batches belong to."""
+    net = stage.nets.teacher if hasattr(stage, "nets") else stage.net
+    x0, cond = stage.batches(0).x0, stage.batches(0).cond
+    return network(net.config, tuple(x0.shape[2:]), cond.text.shape[1])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["alpha=1", "target=self"],
+        ["alpha=0.5", "target=self"],
+        ["alpha=1", "target=frozen", "kappa_unpruned=0"],
+        ["alpha=1", "target=frozen"],
+        ["alpha=0.5", "target=ema", "checkpointing=true", "keep_attention=2"],
+    ],
+    ids=" ".join,
+)
+def test_operations_and_evaluations_of_a_stage_2_step(words):
+    cfg, net = config(2, *words), small_wan()
+    stage = Prune(cfg, net, PRUNED, one_batch(), lambda: batches(2)(9), {})
+    net.checkpointing, net.keep_attention = cfg.checkpointing, cfg.keep_attention
+    planned = prune(step_of(stage), KEPT, cfg)
+    nets = [net, *stage.frozen]
+    for n in nets:
+        n.block_calls = n.grad_block_calls = 0
+    assert counted(lambda: stage.loss(0)[0].backward()) == 2 * planned.total("flops")
+    assert sum(n.block_calls for n in nets) == planned.total("calls")
+    assert sum(n.grad_block_calls for n in nets) == planned.total("grad_calls")
+
+
+def distillation(*words: str) -> Distill:
+    cfg = config(3, *words)
+    teacher, student, fake = small_wan().requires_grad_(False), small_wan().prune(KEPT), small_wan().prune(KEPT)
+    original = small_wan(seed=1).requires_grad_(False) if cfg.strong == "original" else None
+    fake_keep, trained = None, fake
+    if cfg.fake_mode == "lora":
+        fake, fake_keep = teacher, KEPT
+        trained = attach_lora(teacher, cfg.lora_rank, torch.Generator())
+    student.checkpointing = fake.checkpointing = cfg.checkpointing
+    nets = Networks(student, teacher, KEPT, fake, fake_keep, trained, cfg.fake_mode == "lora", original)
+    return Distill(cfg, nets, one_batch(), {})
+
+
+class Keys:
+    """A configuration of `train` with the names that the planner adds."""
+
+    def __init__(self, cfg, **more):
+        self.__dict__ = vars(cfg) | more
+
+
+@pytest.mark.parametrize("words", [["strong=stage2"], ["strong=original", "checkpointing=true"]], ids=" ".join)
+def test_operations_of_a_stage_3_iteration(words):
+    stage = distillation("steps=1", "count=generator", "ratio=2", *words)
+    planned = distill(step_of(stage), KEPT, Keys(stage.cfg, critics=2))
+
+    def student():
+        stage.student_loss(0)[0].backward()
+
+    student()  # fills the null prompt's keys and values, which a run computes once
+    ran = counted(student) + 2 * counted(lambda: stage.critic_loss(0)[0].backward())
+    assert ran == 2 * planned.total("flops")
+
+
+def test_operations_of_low_rank_critics():
+    stage = distillation("steps=1", "fake_mode=lora", "lora_rank=2")
+    planned = distill(step_of(stage), KEPT, Keys(stage.cfg, critics=1))
+    adapters = sum(p.numel() for p in stage.nets.fake_trained.parameters())
+    assert planned.trained["fake"] + planned.frozen["idle adapters"] == adapters
+    critic = next(p.cost for p in planned.passes if p.net == "fake" and p.cost.grad_calls)
+    student = next(p.cost for p in planned.passes if p.net == "student" and not p.cost.grad_calls)
+    ran = counted(lambda: stage.critic_loss(0)[0].backward())
+    # The plan gives the first block's input a gradient, which has none: in a network of two blocks 3 of its 14 products
+    # for that, so 3 of some 140 in all; and it spreads the adapters evenly over image and text tokens.
+    assert ran == pytest.approx(2 * (critic.flops + student.flops), rel=0.03)
+
+
+def test_a_rollout_exits_at_every_rung_alike():
+    stage = distillation("steps=2")
+    planned = distill(step_of(stage), KEPT, Keys(stage.cfg, critics=5, count="outer"))
+    seen = set()
+    for step in range(12):
+        stage.nets.student.block_calls = 0
+        stage.critic_loss(step)
+        seen.add(stage.nets.student.block_calls)
+    (rollout,) = [p for p in planned.passes if p.net == "student" and not p.cost.grad_calls]
+    assert seen == {2, 4}
+    assert rollout.times * rollout.cost.calls == 3 + 0.5 * 2 / 5  # each critic step 3, the student's share of 0.5 steps
+
+
+def test_operations_and_evaluations_of_the_sweep():
+    net, cfg = small_wan(), config(1, "batch=2")
+    x_t, t, cond, _ = net.example_inputs(2, size=(2, 4, 4))
+    planned = rank(network(net.config, (2, 4, 4), cond.text.shape[1]), cfg)
+    keeps = [[j for j in range(BLOCKS) if j != i] for i in range(BLOCKS)] + [None]
+    net.block_calls = 0
+    ran = counted(lambda: score_sets(net, [(x_t, t, x_t, cond)], keeps, "elbo", cfg.memory, lambda n: None))
+    assert ran == 2 * planned.total("flops")
+    assert net.block_calls == planned.total("calls") == BLOCKS * (BLOCKS + 1) // 2
+
+
+def state_bytes(stage, engine: LocalEngine) -> tuple[int, int, int]:
+    """Weights, the largest gradients, AdamW's two moments, in bytes."""
+    tensors = {id(p): p for role in stage.roles.values() for p in role.net.parameters()}
+    for net in (*stage.frozen, *vars(getattr(stage, "nets", stage)).values()):
+        if isinstance(net, torch.nn.Module):
+            tensors |= {id(p): p for p in net.parameters()}
+    gradients = 0
+    for update in stage.updates(0):
+        update.loss()[0].backward()
+        params = engine.optimizers[update.role].param_groups[0]["params"]
+        gradients = max(gradients, sum(p.grad.nbytes for p in tensors.values() if p.grad is not None))
+        engine.optimizers[update.role].step()
+        for p in params:
+            p.grad = None
+    states = [s for o in engine.optimizers.values() for s in o.state.values()]
+    moments = sum(s[k].nbytes for s in states for k in ("exp_avg", "exp_avg_sq"))
+    return sum(p.nbytes for p in tensors.values()), gradients, moments
+
+
+@pytest.mark.parametrize("case", ["teacher", "prune", "prune still", "distill", "distill lora"])
+def test_model_states_of_the_local_engine_to_the_byte(case):
+    if case == "teacher":
+        stage = Teacher(config(0), small_wan(), batches(2), {})
+        planned = teacher(step_of(stage), stage.cfg)
+    elif case.startswith("prune"):
+        cfg = config(2, *(["kappa_unpruned=0"] if case == "prune still" else []))
+        stage = Prune(cfg, small_wan(), PRUNED, one_batch(), lambda: batches(2)(9), {})
+        planned = prune(step_of(stage), KEPT, cfg)
+    else:
+        stage = distillation(*(["fake_mode=lora"] if case == "distill lora" else []))
+        planned = distill(step_of(stage), KEPT, Keys(stage.cfg, critics=5))
+    engine = LocalEngine(torch.device("cpu"), "float32")
+    engine.prepare(stage)
+    states = model_states(planned, Keys(stage.cfg, engine="local", dtype="float32"))
+    assert tuple(states.values()) == state_bytes(stage, engine)
