@@ -30,7 +30,7 @@ from fastlightgen.models.lora import attach_lora
 from fastlightgen.parallel import ranks
 from fastlightgen.planner.budget import budget
 from fastlightgen.planner.fit import plan_of
-from fastlightgen.planner.step import dropped
+from fastlightgen.planner.step import dropped, undropped
 from fastlightgen.rng import generator, rows
 from fastlightgen.stages.distill import Distill, Networks
 from fastlightgen.stages.prune import Prune
@@ -102,7 +102,7 @@ def config_of(net: tuple) -> dict:
 def stage_of(cfg, shape: tuple):
     """The stage with random weights and random clips; its networks as build.py makes them from folders."""
     config, (_, _, layers, latent, text) = config_of(shape), shape
-    drop = dropped(layers, 0.3, -1)
+    drop = dropped(layers, 0.3)
     keep = [i for i in range(layers) if i not in drop]
 
     def batches(step: int) -> Batch:
@@ -187,7 +187,7 @@ def planned(case: dict) -> dict:
     """The plan of a case: parts, peak."""
     _, _, layers, latent, text = case["net"]
     plan = plan_of(configuration(case), case["ranks"], case["ranks"], "cpu")
-    b = budget(network(config_of(case["net"]), latent, text, fused=False), plan, dropped(layers, 0.3, -1))
+    b = budget(network(config_of(case["net"]), latent, text, fused=False), plan, undropped(layers, 0.3))
     return {"parts": b.gpu, "peak": b.peak}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlightgen.atomic import write_json
 from fastlightgen.blocks import read_importance
-from fastlightgen.config import Evaluate, StageAll, for_evaluate, main
+from fastlightgen.config import Evaluate, Run, for_evaluate, for_stage, main, method_for
 from fastlightgen.data.frames import to_uint8
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.local import pick_device
@@ -177,7 +177,7 @@ def speed(cfg: Evaluate, teacher: Subject, student: Subject) -> dict:
     }
 
 
-def evaluate_run(cfg: StageAll) -> None:
+def evaluate_run(cfg: Run) -> None:
     """What ends stage=all: teacher, teacher in few steps, untrained pruned model, Stage II and student side by side."""
     run = Path(cfg.run)
     student_folder, stage2_folder = str(run / "stage3" / "model"), str(run / "stage2" / "model")
@@ -187,7 +187,8 @@ def evaluate_run(cfg: StageAll) -> None:
     n, kept = len(card["ladder"]), len(card["kept_blocks"])
     steps = "1 step" if n == 1 else f"{n} steps"
 
-    student = load_subject(base, student_folder, "student", f"Student, {steps}, {kept} blocks")
+    made_by = {n: method_for(for_stage(cfg, n)).title for n in (2, 3)}
+    student = load_subject(base, student_folder, "student", f"{made_by[3]}, {steps}, {kept} blocks")
     teacher = load_subject(base, cfg.model, "teacher", "Teacher")
     teacher.title = f"Teacher, {len(teacher.plan['times'])} steps, guidance {teacher.plan['guidance']:g}"
     guided = replace(few, guidance=-1.0, sampler="ode")
@@ -197,7 +198,7 @@ def evaluate_run(cfg: StageAll) -> None:
         shortened, name="pruned", title=f"Pruned to {kept} blocks, untrained, {steps}", keep=ranking["kept"]
     )
     stage2 = load_subject(
-        replace(few, path="pruned"), stage2_folder, "stage2-few", f"After Stage II, {steps}, {kept} blocks"
+        replace(few, path="pruned"), stage2_folder, "stage2-few", f"{made_by[2]}, {steps}, {kept} blocks"
     )
 
     write(run / "evaluate", *real_record(base))

@@ -2,11 +2,13 @@
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fastlightgen.atomic import write_json
-from fastlightgen.config import GPUS, Plan, main, preset, presets
+from fastlightgen.config import GPUS, Plan, another_stage, main, preset, presets
+from fastlightgen.config.plan import PLANNED
 from fastlightgen.models.cost import Network
 from fastlightgen.planner.budget import GPU, Budget, budget, load_network
 from fastlightgen.planner.remedies import price, remedies, words
@@ -39,7 +41,7 @@ def room_of(cfg: Plan) -> float:
     return GPU[cfg.gpu].memory if cfg.gpu in GPU else math.inf
 
 
-def one(cfg: Plan) -> tuple[list[str], dict]:
+def one(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
     """The plan of one run, as lines and as a record."""
     net = load_network(config_of(cfg.model), cfg.size, cfg.text_tokens, cfg.gpu in GPU)
     b, room = budget(net, cfg), room_of(cfg)
@@ -80,7 +82,7 @@ def title(net: Network, cfg: Plan) -> list[str]:
     sharding = "one process" if cfg.engine == "local" else f"ZeRO-{cfg.zero}, offload {cfg.offload}"
     if cfg.sequence_parallel > 1:
         sharding += f", sequence parallel {cfg.sequence_parallel}"
-    clips = cfg.gpus // cfg.sequence_parallel * cfg.batch * cfg.accumulation
+    clips = cfg.groups * cfg.micro * cfg.accumulation
     return [
         f"{cfg.model}, stage {cfg.stage}: {net.params:,} parameters, {len(net.blocks)} blocks, {cfg.size}",
         f"{cfg.gpus} x {cfg.gpu}, {cfg.gpus_per_node} per host, {sharding}, {clips} clips per iteration",
@@ -98,11 +100,11 @@ def formula(cfg: Plan, b: Budget) -> list[str]:
     ]
 
 
-def table(cfg: Plan) -> tuple[list[str], dict]:
+def table(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
     """For every preset and stage the planned peak, and per kind of GPU what makes it fit."""
     lines = [
-        f"planned, not measured: {cfg.gpus} GPUs, batch {cfg.batch}, {'' if cfg.checkpointing else 'no '}checkpointing;"
-        " per GPU the sum in GB, with the changes that make it fit",
+        f"planned, not measured: {cfg.gpus} GPUs, every stage with its own batch; per GPU the sum in GB, with the "
+        "changes that make it fit",
         f"{'model':<32}{'size':<15}{'stage':<7}" + "".join(f"{gpu:<30}" for gpu in GPUS).rstrip(),
     ]
     record: dict = {"rows": [], "measured": False}
@@ -110,15 +112,15 @@ def table(cfg: Plan) -> tuple[list[str], dict]:
         config = config_of(name)
         family = "hunyuan" if "Hunyuan" in config.get("_class_name", "") else "wan"
         net = load_network(config, STANDARD[family], cfg.text_tokens)
-        for stage in ("0", "1", "2", "3"):
-            cells = {gpu: cell(net, replace(cfg, model=name, stage=stage, gpu=gpu)) for gpu in GPUS}
+        for stage in PLANNED:
+            cells = {gpu: cell(net, another_stage(cfg, stage, model=name, gpu=gpu)) for gpu in GPUS}
             row = "".join(f"{cells[gpu]['text']:<30}" for gpu in GPUS)
             lines.append(f"{name:<32}{STANDARD[family]:<15}{stage:<7}{row}".rstrip())
             record["rows"].append({"model": name, "size": STANDARD[family], "stage": stage, "gpus": cells})
     return lines, record
 
 
-SHORT = {"sequence_parallel": "sp", "checkpointing": "ckpt", "fake_mode": "fake", "accumulation": "acc"}
+SHORT = {"sequence_parallel": "sp", "checkpointing": "ckpt", "fake_mode": "fake", "micro_batch": "micro"}
 
 
 def cell(net: Network, cfg: Plan) -> dict:

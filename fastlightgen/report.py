@@ -10,9 +10,10 @@ from pathlib import Path
 from string import Template
 
 from fastlightgen.atomic import write_text
-from fastlightgen.config import UserError, main
+from fastlightgen.config import UserError, declared, main
 from fastlightgen.config.fields import show
 from fastlightgen.config.files import flatten, read_yaml
+from fastlightgen.config.stages import DEFAULT, METHODS
 from fastlightgen.engine.log import read_metrics
 from fastlightgen.metrics.importance import is_log
 
@@ -213,6 +214,16 @@ def watched(found: dict) -> str:
     return out
 
 
+def followed(found: dict) -> str:
+    """Which method each stage followed, in the words of its declaration."""
+    out = ""
+    for stage in found["logs"]:
+        name = (found["config"].get(f"stage{stage}") or {}).get("method", DEFAULT)
+        if name in METHODS[str(stage)]:  # a run may follow a method that is not installed here
+            out += f'<p class="note">Stage {stage}: {escape(declared(str(stage), name).about)}</p>'
+    return out
+
+
 def sizes(found: dict) -> str:
     made = {n: e for n, e in found["evals"].items() if "sampler" in e}
     if not made:
@@ -251,7 +262,7 @@ def settings(config: dict) -> str:
 def write_report(run: Path, out: Path | None = None) -> Path:
     """RUN/report.html, or `out`: one file that loads nothing else."""
     found = read_run(run)
-    training = '<div id="curves"></div>' * bool(found["logs"]) + watched(found)
+    training = '<div id="curves"></div>' * bool(found["logs"]) + followed(found) + watched(found)
     if not {2, 3} <= found["logs"].keys():  # a teacher may come ready-made: no stage 0
         training += missing(run, "all")
     sections = {  # title: (HTML, the stage that makes its input)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from fastlightgen.config import StageAll, exit_code, for_stage, main
+from fastlightgen.config import Run, exit_code, for_stage, main
 
 OWN = ("run", "device", "threads", "progress")  # keys that may differ between the processes of a run
 
@@ -20,7 +20,7 @@ def train(cfg) -> None:
     try:
         say(describe())
         say(attention.describe())
-        if not isinstance(cfg, StageAll):
+        if cfg.stage != "all":
             run_stage(cfg)
             ranks.leave()
             return
@@ -84,20 +84,19 @@ def draws(seed: int) -> list[float]:
     return [x for purpose in range(8) for x in rand(2, generator(seed, purpose, 0)).tolist()]
 
 
-def run_stage(cfg, later: Sequence = ()) -> None:
+def run_stage(cfg: Run, later: Sequence[Run] = ()) -> None:
     """Run, continue, or find complete one stage of a run folder; Stage I also looks whether `later` ones will fit."""
+    from fastlightgen.config import method_for
     from fastlightgen.engine.hang import HangWatch
     from fastlightgen.engine.local import pick_device
-    from fastlightgen.engine.loop import train as train_loop
     from fastlightgen.parallel.log import say
     from fastlightgen.planner.fit import check_fit
-    from fastlightgen.stages import build
-    from fastlightgen.stages.check import check_teacher
+    from fastlightgen.stages.build import Builder
     from fastlightgen.world.source import open_source
 
-    number = int(cfg.stage)
+    number, method = int(cfg.stage), method_for(cfg)
     device, source = pick_device(cfg.device), open_source(cfg.data, cfg.seed)
-    folder = build.stage_folder(cfg, number)
+    folder = open_folder(cfg)
     try:
         if folder.complete:
             say(f"stage {number}: {folder.result} is there, nothing to do (overwrite=true starts anew)")
@@ -106,21 +105,37 @@ def run_stage(cfg, later: Sequence = ()) -> None:
         check_fit(cfg, source, device)
         for other in later:
             check_fit(other, source, device, cfg.ratio)
-        if number == 1:
-            rank_blocks(cfg, source, device, folder, engine)
-        else:
-            make = {0: build.build_teacher, 2: build.build_prune, 3: build.build_distill}[number]
-            stage = make(cfg, source, device)
-            look = None
-            if cfg.engine == "deepspeed" and number > 0:
-                teacher = stage.net if number == 2 else stage.nets.teacher
-                look = partial(check_teacher, cfg, teacher, source)
-            show = preview_of(cfg, source, device)
-            with HangWatch(cfg.timeout, number):
-                train_loop(stage, engine, folder, cfg, show, look)
-            say(f"stage {number}: {folder.result}")
+        made = method.build(cfg, Builder(cfg, source, device))
+        with HangWatch(cfg.timeout, number):
+            if number == 1:
+                rank_blocks(cfg, source, folder, engine, *made)
+            else:
+                train_stage(cfg, source, folder, engine, made)
     finally:
         folder.close()
+
+
+def open_folder(cfg: Run):
+    """The stage's folder, opened for exactly this configuration and these inputs of earlier stages."""
+    from fastlightgen.config import method_for, numbers
+    from fastlightgen.engine.folder import StageFolder
+
+    inputs = method_for(cfg).inputs(cfg)
+    decisive = [*numbers(cfg), *inputs]
+    return StageFolder(cfg.run, int(cfg.stage), asdict(cfg) | dict(inputs), decisive, cfg.overwrite)
+
+
+def train_stage(cfg: Run, source, folder, engine, stage) -> None:
+    """The training loop, with clips on the way; a sharding engine looks at the teacher once it has placed it."""
+    from fastlightgen.engine.loop import train as train_loop
+    from fastlightgen.parallel.log import say
+    from fastlightgen.stages.check import check_teacher
+
+    look = None
+    if cfg.engine == "deepspeed" and stage.teacher is not None:
+        look = partial(check_teacher, cfg, stage.teacher, source)
+    train_loop(stage, engine, folder, cfg, preview_of(cfg, source, engine.device), look)
+    say(f"stage {stage.number}: {folder.result}")
 
 
 def make_engine(cfg, device):
@@ -157,26 +172,23 @@ def preview_of(cfg, source, device):
     return Preview(source, world, cfg.seed, device, cfg.sequence_parallel)
 
 
-def rank_blocks(cfg, source, device, folder, engine) -> None:
+def rank_blocks(cfg: Run, source, folder, engine, model, costs: Sequence[float]) -> None:
     """Stage I writes importance.json and its picture."""
     from fastlightgen.atomic import write_json
-    from fastlightgen.engine.hang import HangWatch
     from fastlightgen.metrics.importance import plot_importance
     from fastlightgen.parallel import ranks
     from fastlightgen.parallel.log import bar, say
-    from fastlightgen.stages import build
+    from fastlightgen.stages.build import Builder
     from fastlightgen.stages.check import check_teacher
     from fastlightgen.stages.rank import rank
 
-    model, costs = build.build_ranking(cfg, source, device)
-    batches = build.batches_of(cfg, source, device)
-    with HangWatch(cfg.timeout, 1):
-        engine.place(model)
-        if cfg.engine == "deepspeed":
-            check_teacher(cfg, model, source)
-        record = {"model": cfg.model, "data_hash": source.name} | rank(
-            cfg, model, batches, costs, lambda total, title: bar(total, title, cfg.progress)
-        )
+    engine.place(model)
+    if cfg.engine == "deepspeed":
+        check_teacher(cfg, model, source)
+    batches = Builder(cfg, source, engine.device).batches
+    record = {"model": cfg.model, "data_hash": source.name} | rank(
+        cfg, model, batches, costs, lambda total, title: bar(total, title, cfg.progress)
+    )
     if ranks.rank():
         return
     plot_importance(record, folder.path / "importance.png")

@@ -1,36 +1,48 @@
-"""Configuration of every command: keys (schema), presets and YAML (files), command line (cli). Imports no torch."""
+"""Configuration of every command: keys (run, training, stages, plan, commands), presets and YAML (files), command line
+(cli). Imports no torch."""
 
 from fastlightgen.config.cli import exit_code, load, main
-from fastlightgen.config.commands import GPUS, Encode, Evaluate, Generate, Plan, Report, for_evaluate, parse_buckets
-from fastlightgen.config.fields import ConfigError, UserError
+from fastlightgen.config.commands import Encode, Evaluate, Generate, Report, for_evaluate, parse_buckets
+from fastlightgen.config.fields import Checked, ConfigError, UserError, field
 from fastlightgen.config.files import diff, find_preset_weights, fingerprint, numbers, preset, presets, to_yaml
-from fastlightgen.config.schema import Stage0, Stage1, Stage2, Stage3, StageAll, for_stage
+from fastlightgen.config.plan import GPUS, Plan, another_stage, plan_for, plan_root
+from fastlightgen.config.run import Run
+from fastlightgen.config.stages import declared, for_stage, method_for, register, root
+from fastlightgen.config.training import TIMES, BatchKeys, TrainingKeys
 
 __all__ = [
     "GPUS",
+    "TIMES",
+    "BatchKeys",
+    "Checked",
     "ConfigError",
     "Encode",
     "Evaluate",
     "Generate",
     "Plan",
     "Report",
-    "Stage0",
-    "Stage1",
-    "Stage2",
-    "Stage3",
-    "StageAll",
+    "Run",
+    "TrainingKeys",
     "UserError",
+    "another_stage",
+    "declared",
     "diff",
     "exit_code",
+    "field",
     "find_preset_weights",
     "fingerprint",
     "for_evaluate",
     "for_stage",
     "load",
     "main",
+    "method_for",
     "numbers",
     "parse_buckets",
+    "plan_for",
+    "plan_root",
     "preset",
     "presets",
+    "register",
+    "root",
     "to_yaml",
 ]

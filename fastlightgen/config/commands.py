@@ -1,7 +1,8 @@
-"""Every key of the commands beside `train`: name, type, default, range and meaning."""
+"""Every key of the commands beside `train` and `plan`: name, type, default, range and meaning."""
 # ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from fastlightgen.config.fields import REQUIRED, Checked, ConfigError, field
 from fastlightgen.config.run import (
@@ -16,7 +17,18 @@ from fastlightgen.config.run import (
     STEPS,
     THREADS,
 )
-from fastlightgen.config.schema import EvaluateKeys, StageAll
+
+
+@dataclass(kw_only=True)
+class EvaluateKeys(Checked):
+    """Keys of an evaluation, alone or at the end of stage=all."""
+
+    clips: int = field(512, "held-out clips", lo=1, numbers=False)
+    batch: int = field(64, "clips per network call", lo=1, numbers=False)
+    steps: int = field(0, STEPS, lo=0, numbers=False)
+    guidance: float = field(-1.0, GUIDANCE, numbers=False)
+    sampler: str = field("auto", SAMPLER, choices=SAMPLERS, numbers=False)
+    show: int = field(8, "clips kept for the report", lo=0, numbers=False)
 
 
 @dataclass(kw_only=True)
@@ -134,87 +146,16 @@ class Report(Checked):
     dry_run: bool = field(False, DRY_RUN)
 
 
-GPUS = ("h100-80gb", "h200", "a100-80gb", "4090")
-
-
-@dataclass(kw_only=True)
-class Plan(Checked):
-    """what a run needs in memory, operations, traffic and time, by arithmetic, before anything is started"""
-
-    model: str = field("wan2.1-i2v-14b", "a preset or a model folder")
-    stage: str = field("3", "which stage to plan", choices=("0", "1", "2", "3"))
-    size: str = field("480x832x81", "height x width x frames of the clips, in pixels (VAE: 4 x 8 x 8)")
-    text_tokens: int = field(0, "tokens of a prompt; 0: what the family is used with", lo=0)
-    gpu: str = field("h100-80gb", "kind of GPU; cpu: processes on a CPU in place of GPUs", choices=(*GPUS, "cpu"))
-    gpus: int = field(16, "GPUs in all", lo=1)
-    gpus_per_node: int = field(8, "GPUs in one host", lo=1)
-    engine: str = field(
-        "deepspeed",
-        "deepspeed: bfloat16 weights, float32 master weights; local: one process, float32 weights",
-        choices=("deepspeed", "local"),
-    )
-    dtype: str = field("bfloat16", "type the networks compute in", choices=("bfloat16", "float32"))
-    zero: int = field(3, "what DeepSpeed shards: 1 optimizer states, 2 and gradients, 3 and weights", lo=0, hi=3)
-    offload: str = field("none", "what waits in host memory", choices=("none", "optimizer", "all"))
-    sequence_parallel: int = field(1, "GPUs that share one clip's tokens; a divisor of the heads", lo=1)
-    batch: int = field(1, "clips per GPU (with sequence_parallel: per group) and micro-batch", lo=1)
-    accumulation: int = field(1, "micro-batches per optimizer step", lo=1)
-    checkpointing: bool = field(True, "keep one hidden tensor per block, compute the rest again in the backward pass")
-    keep_attention: int = field(0, "checkpointing: blocks that keep their self-attention outputs", lo=0)
-    previews: bool = field(True, "a pipeline's VAE shows clips during training (pipeline= and sample_every= of train)")
-    ema: float = field(0.0, "stages 0 and 3: decay of the averaged weights; 0 keeps no average", lo=0, below=1)
-    iters: int = field(0, "iterations; 0: the stage's default, in stage 1 what its clips and timesteps need", lo=0)
-    efficiency: float = field(
-        0.0, "share of the GPU's peak that the run reaches; 0: what the paper's figures imply", lo=0, hi=1
-    )
-    ratio: float = field(0.3, "share of the blocks that is dropped", above=0, below=1)
-    prefix: int = field(-1, "first dropped block (they are taken to be adjacent); -1: in the middle", lo=-1)
-    clips: int = field(64, "stage 1: clips of the evaluation set", lo=1)
-    timesteps: int = field(8, "stage 1: times per clip", lo=1)
-    memory: float = field(4.0, "stage 1: GiB for the hidden states of candidates that are walked together", above=0)
-    alpha: float = field(1.0, "stage 2: weight of distillation", lo=0, hi=1)
-    target: str = field("frozen", "stage 2: what both paths follow", choices=("frozen", "self", "ema"))
-    kappa_unpruned: float = field(1.0, "stage 2: weight of the unpruned path's distance to the target", lo=0)
-    estimator: str = field("full", "stage 2: both paths every step, or one by a coin", choices=("full", "sampled"))
-    p: float = field(0.5, "stage 2, estimator=sampled: probability of the pruned path", above=0, below=1)
-    steps: int = field(4, "stage 3: sampling steps of the student", lo=1, hi=8)
-    rollout: str = field("simulate", "stage 3: the generator's inputs", choices=("simulate", "data"))
-    critics: int = field(5, "stage 3: critic updates per generator update", lo=1)
-    count: str = field("outer", "stage 3: what iters counts", choices=("outer", "generator"))
-    fake_arch: str = field("pruned", "stage 3: blocks of the critic", choices=("pruned", "full"))
-    fake_mode: str = field("copy", "stage 3: the critic's weights", choices=("copy", "lora"))
-    lora_rank: int = field(16, "stage 3, fake_mode=lora: rank", lo=1)
-    strong: str = field("stage2", "stage 3: the strong teacher in Eq. 9", choices=("stage2", "original"))
-    table: bool = field(False, "instead: what fits on each kind of GPU, for every preset and stage")
-    out: str = field("", "JSON file to write as well; empty: none")
-    dry_run: bool = field(False, DRY_RUN)
-
-    def check(self) -> None:
-        if self.engine == "local" and self.gpus > 1:
-            raise ConfigError(f"gpus={self.gpus}: engine=local is one process; use gpus=1 or engine=deepspeed")
-        if self.engine == "deepspeed" and self.offload == "optimizer" and self.zero == 0:
-            raise ConfigError("offload=optimizer: needs sharded optimizer states; use zero=1 or more")
-        if self.engine == "deepspeed" and self.offload == "all" and self.zero < 3:
-            raise ConfigError(f"offload=all: weights can wait in host memory under zero=3 only, not zero={self.zero}")
-        if self.engine == "local" and self.offload != "none":
-            raise ConfigError(f"offload={self.offload}: engine=local keeps everything on its device; use offload=none")
-        if self.gpus % self.sequence_parallel:
-            raise ConfigError(
-                f"sequence_parallel={self.sequence_parallel}: gpus={self.gpus} is not a multiple of it; change one"
-            )
-
-
 COMMANDS = {
     "generate": Generate,
     "encode": Encode,
     "export": Export,
     "evaluate": Evaluate,
     "report": Report,
-    "plan": Plan,
 }
 
 
-def for_evaluate(cfg: StageAll, model: str, teacher: str, out: str) -> Evaluate:
+def for_evaluate(cfg: Any, model: str, teacher: str, out: str) -> Evaluate:
     """The evaluation that ends `stage=all`."""
     common = {key: getattr(cfg, key) for key in ("data", "seed", "device", "threads", "progress", "allow_pt")}
     return Evaluate(model=model, teacher=teacher, out=out, **common, **asdict(cfg.evaluate))

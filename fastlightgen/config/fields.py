@@ -46,6 +46,11 @@ def section(cls: type, help: str, *, numbers: bool = True) -> Any:
     return dataclasses.field(default_factory=cls, metadata={"help": help, "numbers": numbers})
 
 
+def with_default(f: dataclasses.Field, value: Any) -> Any:
+    """The same field with another default."""
+    return dataclasses.field(default=value, metadata=f.metadata)
+
+
 def default_of(f: dataclasses.Field) -> Any:
     return f.default if f.default_factory is NO_DEFAULT else f.default_factory()
 

@@ -1,11 +1,14 @@
 """What a stage hands to an engine: the networks it trains (roles) and the losses of a step (updates)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+from fastlightgen.config import TrainingKeys
+from fastlightgen.models.base import VideoDiT
 
 Loss = Callable[[], tuple[Tensor, dict[str, float]]]
 
@@ -16,7 +19,7 @@ class Role:
 
     net: nn.Module
     lr: float
-    betas: tuple[float, float]
+    betas: Sequence[float]
     weight_decay: float
     clip: float
     warmup: int = 0
@@ -25,6 +28,14 @@ class Role:
     ema_start: int = 0  # update at which averaging starts
     carried: nn.Module | None = None  # a network that moves without an optimizer; checkpoints hold it too
     host: nn.Module | None = None  # the frozen network that `net` is a part of (adapters)
+
+    @classmethod
+    def of(cls, net: nn.Module, cfg: TrainingKeys, lr: float | None = None, **more: Any) -> "Role":
+        """A role with the optimizer's settings of a configuration; `lr` where it is not the configuration's."""
+        cosine = cfg.lr_schedule == "cosine"
+        return cls(
+            net, cfg.lr if lr is None else lr, cfg.betas, cfg.weight_decay, cfg.clip, cfg.warmup, cosine, **more
+        )
 
 
 @dataclass
@@ -46,7 +57,8 @@ class Stage(Protocol):
     number: int
     iters: int
     roles: dict[str, Role]
-    frozen: list[nn.Module]  # networks that only predict
+    frozen: Sequence[VideoDiT]  # networks that only predict
+    teacher: VideoDiT | None  # the network whose knowledge of the data is checked before the first step
     loss_key: str  # the logged loss that tells of divergence when it grows
     drifts: bool  # may the clips leave the look of the data? Else the data themselves hold them there
 

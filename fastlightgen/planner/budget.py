@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastlightgen.config import preset
+from fastlightgen.config import Plan, plan_root, preset
 from fastlightgen.models.cost import Network, latent_size
 from fastlightgen.models.families import network
 from fastlightgen.parallel.shares import Part, divisors, token_shares
 from fastlightgen.planner.memory import gpu_memory, host_memory, host_peak, number
-from fastlightgen.planner.step import StepCost, dropped, step_cost
+from fastlightgen.planner.step import StepCost, planned_step, undropped
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,20 @@ GPU = {
     "a100-80gb": Gpu(80e9, 312e12, 19.5e12),
     "4090": Gpu(24e9, 165e12, 82.6e12),
 }
-ITERS = {0: 2000, 2: 4000, 3: 1000}  # the stages' defaults
 
-# App. A of the paper: 16 H100, batch 1 on each, ZeRO-3 with AdamW in host memory.
-PAPER = {"model": "wan2.1-i2v-14b", "size": (480, 832, 81), "gpus": 16, "gpu_days": {2: 64, 3: 16}}
+
+@dataclass(frozen=True)
+class Paper:
+    """App. A of the paper: 16 H100, batch 1 on each, ZeRO-3 with AdamW in host memory."""
+
+    model: str = "wan2.1-i2v-14b"
+    size: tuple[int, int, int] = (480, 832, 81)  # an assumption: the paper does not give its resolution
+    gpus: int = 16
+    stage2: tuple[int, int] = (64, 4000)  # GPU-days, iterations
+    stage3: tuple[int, int] = (16, 1000)
+
+
+PAPER = Paper()
 
 
 @dataclass(frozen=True)
@@ -70,71 +80,50 @@ def load_network(config: dict, size: str, text_tokens: int, fused: bool = True) 
     return network(config, latent_size(*map(int, numbers)), text_tokens, fused)
 
 
-def paper_efficiency(stage: int) -> float:
+def paper_efficiency(stage: str) -> float:
     """The share of an H100's peak at which this stage, as planned here, takes the paper's GPU-days.
 
-    64 days x 86400 s / 16 GPUs / 4000 iterations = 86.4 s per iteration, and 16 days / 16 / 1000 the same. The
-    paper does not give its resolution; 480 x 832, 81 frames is an assumption. Stages 0 and 1 take Stage II's share.
+    64 days x 86400 s / 16 GPUs / 4000 iterations = 86.4 s per iteration, and 16 days / 16 / 1000 the same. Stages 0 and
+    1 take Stage II's share. The paper is silent on the critic's settings, which are DMD2's, the defaults here.
     """
-    stage = 3 if stage == 3 else 2
-    net = network(preset(PAPER["model"])["network"], latent_size(*PAPER["size"]))
-    step = step_cost(stage, net, dropped(len(net.blocks), 0.3, -1), PaperKeys())
-    seconds = PAPER["gpu_days"][stage] * 86400 / PAPER["gpus"] / ITERS[stage]
+    days, iters = PAPER.stage3 if stage == "3" else PAPER.stage2
+    as_printed = plan_root("3")() if stage == "3" else plan_root("2")(target="self")  # Eq. 6
+    net = network(preset(PAPER.model)["network"], latent_size(*PAPER.size))
+    step = planned_step(net, as_printed, undropped(len(net.blocks), 0.3))
+    seconds = days * 86400 / PAPER.gpus / iters
     return step.total("flops") / seconds / GPU["h100-80gb"].bfloat16
 
 
-@dataclass(frozen=True)
-class PaperKeys:
-    """The paper's settings where they decide the cost; it is silent on the critic's, which are DMD2's."""
-
-    batch: int = 1
-    checkpointing: bool = True
-    keep_attention: int = 0
-    alpha: float = 1.0
-    target: str = "self"  # Eq. 6 as printed
-    kappa_unpruned: float = 0.0
-    estimator: str = "full"
-    steps: int = 4
-    rollout: str = "simulate"
-    critics: int = 5
-    count: str = "outer"
-    fake_arch: str = "pruned"
-    fake_mode: str = "copy"
-    strong: str = "stage2"
-
-
-def busiest(net: Network, cfg) -> float:
+def busiest(net: Network, plan: Plan) -> float:
     """The largest part of a clip's tokens on one GPU: rows or columns of patches, which need not come out even."""
-    if cfg.sequence_parallel == 1:
+    if plan.sequence_parallel == 1:
         return 1.0
     frames, height, width = net.latent
-    _, sizes = token_shares((frames, height // 2, width // 2), cfg.sequence_parallel)
+    _, sizes = token_shares((frames, height // 2, width // 2), plan.sequence_parallel)
     return max(sizes) / sum(sizes)
 
 
-def budget(net: Network, cfg, drop: Sequence[int] | None = None) -> Budget:
-    """The plan of one run; `cfg` holds the keys of the plan command. `drop`: the blocks, where they are known."""
-    stage = int(cfg.stage)
-    if net.heads % cfg.sequence_parallel:
+def budget(net: Network, plan: Plan, keep: Sequence[int] | None = None) -> Budget:
+    """The plan of one run; `keep`: the blocks of the pruned path, where they are known."""
+    if net.heads % plan.sequence_parallel:
         raise ValueError(
-            f"sequence_parallel={cfg.sequence_parallel}: does not divide the network's {net.heads} heads; "
+            f"sequence_parallel={plan.sequence_parallel}: does not divide the network's {net.heads} heads; "
             f"use one of {divisors(net.heads)}"
         )
-    drop = dropped(len(net.blocks), cfg.ratio, cfg.prefix) if drop is None else drop
-    step = step_cost(stage, net.divided(Part(busiest(net, cfg), cfg.sequence_parallel)), drop, cfg)
-    groups = cfg.gpus // cfg.sequence_parallel  # each works on clips of its own
-    samples = cfg.batch * cfg.accumulation
+    keep = keep or undropped(len(net.blocks), plan.dropped, plan.prefix)
+    step = planned_step(net.divided(Part(busiest(net, plan), plan.sequence_parallel)), plan, keep)
+    samples = step.clips * step.accumulation
     flops = step.total("flops") * samples
     efficiency = seconds = 0.0
-    if cfg.gpu in GPU:
-        efficiency = cfg.efficiency or paper_efficiency(stage)
-        seconds = flops / (efficiency * getattr(GPU[cfg.gpu], cfg.dtype))
-    iters = cfg.iters or ITERS.get(stage) or math.ceil(cfg.clips / (cfg.batch * groups)) * cfg.timesteps
-    gathers, wire, bus = traffic(step, cfg)
-    gpu = gpu_memory(step, cfg)
+    if plan.gpu in GPU:
+        efficiency = plan.efficiency or paper_efficiency(plan.stage)
+        seconds = flops / (efficiency * getattr(GPU[plan.gpu], plan.dtype))
+    iters = math.ceil(step.count / plan.groups) if step.count else int(vars(plan)["iters"])
+    gathers, wire, bus = traffic(step, plan)
+    gpu = gpu_memory(step, plan)
     return Budget(
         gpu=gpu,
-        host=host_memory(step, cfg, sum(gpu.values())),
+        host=host_memory(step, plan, sum(gpu.values())),
         flops=flops,
         recomputed=step.total("recompute") * samples,
         calls=step.total("calls"),
@@ -144,33 +133,33 @@ def budget(net: Network, cfg, drop: Sequence[int] | None = None) -> Budget:
         efficiency=efficiency,
         seconds=seconds,
         iters=iters,
-        gpu_days=seconds * iters * cfg.gpus / 86400,
+        gpu_days=seconds * iters * plan.gpus / 86400,
     )
 
 
-def traffic(step: StepCost, cfg) -> tuple[float, dict[str, float], float]:
+def traffic(step: StepCost, plan: Plan) -> tuple[float, dict[str, float], float]:
     """Block gathers, bytes received from other GPUs by kind, and bytes between GPU and host, in one iteration."""
-    size, gpus, sp = number(cfg), cfg.gpus, cfg.sequence_parallel
+    size, gpus, sp = number(plan), plan.gpus, plan.sequence_parallel
     others = (gpus - 1) / gpus
     reduced = size * others * sum(step.updates[role] * count for role, count in step.trained.items())
     wire: dict[str, float] = {}
     gathers = 0.0
-    if cfg.engine == "deepspeed" and gpus > 1:
-        if cfg.zero == 3:
-            gathers = cfg.accumulation * (step.total("gathers") + step.total("grad_gathers"))
+    if plan.engine == "deepspeed" and gpus > 1:
+        if plan.zero == 3:
+            gathers = step.accumulation * (step.total("gathers") + step.total("grad_gathers"))
             parameters = step.total("gathered") + step.total("grad_gathered")
-            wire["weights"] = cfg.accumulation * size * others * parameters
+            wire["weights"] = step.accumulation * size * others * parameters
         elif step.trained:
-            wire["weights"] = reduced  # once after the update; zero=0: the other half of an all-reduce
+            wire["weights"] = reduced  # once after the update
         if step.trained:
-            wire["gradients"] = reduced * (cfg.accumulation if cfg.zero >= 2 else 1)
+            wire["gradients"] = reduced * (step.accumulation if plan.zero >= 2 else 1)
     if sp > 1:  # q, k, v and the output of every attention change between shares of tokens and shares of heads
-        backward = 2 if cfg.checkpointing else 1
+        backward = 2 if step.recomputes else 1
         rounds = step.total("calls") + backward * step.total("grad_calls")
         changed = 4 * step.net.hidden - 3 * step.net.text_hidden  # of the text, which all have, only the output
-        wire["attention"] = cfg.batch * cfg.accumulation * size * rounds * changed * (sp - 1) / sp
+        wire["attention"] = step.clips * step.accumulation * size * rounds * changed * (sp - 1) / sp
     moved = sum(step.updates[role] * count for role, count in step.trained.items())
-    bus = 2 * size * moved / gpus if cfg.offload != "none" else 0.0  # gradients out, weights back
-    if cfg.offload == "all":
-        bus += cfg.accumulation * size * (step.total("gathered") + step.total("grad_gathered")) / gpus
+    bus = 2 * size * moved / gpus if plan.offload != "none" else 0.0  # gradients out, weights back
+    if plan.offload == "all":
+        bus += step.accumulation * size * (step.total("gathered") + step.total("grad_gathered")) / gpus
     return gathers, wire, bus

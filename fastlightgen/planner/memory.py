@@ -5,6 +5,7 @@ weight, 4 for the gradient, 12 for AdamW's float32 weight and moments; of what p
 code holds at one time. bench/bench_plan.py compares with the memory that real steps take on a CPU.
 """
 
+from fastlightgen.config import Plan
 from fastlightgen.planner.step import StepCost
 
 RESERVED = 1.5e9  # the CUDA context and the collectives' own buffers
@@ -19,44 +20,42 @@ HOST_FACTOR = 1.5  # DeepSpeed's allowance for buffers in host memory
 VAE = {"wan": (0.51e9, 1.27e9), "hunyuan": (0.99e9, 5.14e9)}
 
 
-def number(cfg) -> int:
+def number(plan: Plan) -> int:
     """Bytes of a number in the compute type."""
-    return 2 if cfg.dtype == "bfloat16" else 4
+    return 2 if plan.dtype == "bfloat16" else 4
 
 
-def on_cpu(cfg) -> bool:
-    return cfg.gpu == "cpu"
+def on_cpu(plan: Plan) -> bool:
+    return plan.gpu == "cpu"
 
 
-def model_states(step: StepCost, cfg) -> dict[str, float]:
+def model_states(step: StepCost, plan: Plan) -> dict[str, float]:
     """Weights, gradients and AdamW's states on one GPU, and float32 weights' copies in the compute type."""
     trained, frozen = sum(step.trained.values()), sum(step.frozen.values())
     largest = max(step.trained.values(), default=0)  # roles are updated one after the other
-    if cfg.engine == "local":  # autocast keeps what it has cast until the step ends
-        copies = 2 * largest if cfg.dtype == "bfloat16" else 0
+    if plan.engine == "local":  # autocast keeps what it has cast until the step ends
+        copies = 2 * largest if plan.dtype == "bfloat16" else 0
         return {"weights": 4 * (trained + frozen) + copies, "gradients": 4 * largest, "optimizer states": 8 * trained}
-    size = number(cfg)
-    weights = size * (trained + frozen) / (cfg.gpus if cfg.zero == 3 else 1)
+    size = number(plan)
+    weights = size * (trained + frozen) / (plan.gpus if plan.zero == 3 else 1)
     # zero=3 has room for all gradients all the time. Float32 gradients of bfloat16 ones are kept whole by zero=1.
-    kept = trained if cfg.zero == 3 else largest
-    gradients = 4 * kept / (cfg.gpus if cfg.zero >= (2 if size == 2 else 1) else 1)
-    states = 12 * trained / (cfg.gpus if cfg.zero >= 1 else 1)
-    if cfg.offload != "none":
-        gradients, states = (0.0 if cfg.zero >= 2 else size * kept), 0.0
-    return {"weights": 0.0 if cfg.offload == "all" else weights, "gradients": gradients, "optimizer states": states}
+    kept = trained if plan.zero == 3 else largest
+    gradients = 4 * kept / (plan.gpus if plan.zero >= 2 or size == 4 else 1)
+    states = 12 * trained / plan.gpus
+    if plan.offload != "none":
+        gradients, states = (0.0 if plan.zero >= 2 else size * kept), 0.0
+    return {"weights": 0.0 if plan.offload == "all" else weights, "gradients": gradients, "optimizer states": states}
 
 
-def averaged(step: StepCost, cfg) -> float:
-    """Float32 averages of what a stage trains under `ema`: of the teacher, or of the student."""
-    if int(cfg.stage) not in (0, 3) or not cfg.ema:
-        return 0.0
-    return 4 * next(iter(step.trained.values())) / (1 if cfg.engine == "local" or cfg.zero == 0 else cfg.gpus)
+def averaged(step: StepCost, plan: Plan) -> float:
+    """Bytes of the float32 averages of weights."""
+    return 4 * step.averaged / (1 if plan.engine == "local" else plan.gpus)
 
 
-def gathered(step: StepCost, cfg) -> tuple[float, float]:
+def gathered(step: StepCost, plan: Plan) -> tuple[float, float]:
     """Under ZeRO-3 the weights that are whole at one time: of networks that train, with the gradient of one block, and
     of frozen ones."""
-    if cfg.engine == "local" or cfg.zero < 3 or cfg.gpus == 1:
+    if plan.engine == "local" or plan.zero < 3 or plan.gpus == 1:
         return 0.0, 0.0
     net, block = step.net, max(b.params for b in step.net.blocks)
     # Of each network this block and the next, which arrives in a buffer and is copied out of it. One that trains keeps,
@@ -64,30 +63,30 @@ def gathered(step: StepCost, cfg) -> tuple[float, float]:
     two = net.outside_params + 2 * block
     trained = sum(min(two + REUSE / 2, count) for count in step.trained.values())
     frozen = sum(min(two, count) for count in step.frozen.values())
-    return number(cfg) * (trained + (block if step.trained else 0)), number(cfg) * frozen
+    return number(plan) * (trained + (block if step.trained else 0)), number(plan) * frozen
 
 
-def passing(step: StepCost, cfg) -> tuple[float, float, float]:
+def passing(step: StepCost, plan: Plan) -> tuple[float, float, float]:
     """DeepSpeed's buffers all the time, those of a backward pass, and the tensors of an optimizer step."""
-    largest, cpu = max(step.trained.values(), default=0), on_cpu(cfg)
-    if cfg.engine == "local":  # AdamW on a GPU takes the roots of all second moments at once
+    largest, cpu = max(step.trained.values(), default=0), on_cpu(plan)
+    if plan.engine == "local":  # AdamW on a GPU takes the roots of all second moments at once
         return 0.0, 0.0, 0.0 if cpu else 4.0 * largest
-    size = number(cfg)
+    size = number(plan)
     bucket = size * min(BUCKET, largest)
-    part = largest / (cfg.gpus if cfg.zero else 1)
-    if cfg.zero == 3:  # a bucket for every role; to be scattered it is copied in the order of the ranks
+    part = largest / plan.gpus
+    if plan.zero == 3:  # a bucket for every role; to be scattered it is copied in the order of the ranks
         always, backward = size * sum(min(BUCKET, count) for count in step.trained.values()), bucket
         part = min(part, SUBGROUP)
     else:  # a second one where communication overlaps; at the end the gradients are laid out flat
         always, backward = 0.0, bucket * (1 if cpu else 2) + size * part
     # Gradients laid out flat once more, and as many roots of second moments; on a CPU a tensor more.
-    update = 4 * part * (3 if cpu else 2) if cfg.offload == "none" else 0.0
+    update = 4 * part * (3 if cpu else 2) if plan.offload == "none" else 0.0
     return always, backward, update
 
 
-def previews(step: StepCost, cfg) -> tuple[float, float]:
+def previews(step: StepCost, plan: Plan) -> tuple[float, float]:
     """The VAE that shows clips during training, and what it needs while it does."""
-    if not cfg.previews or int(cfg.stage) == 1:
+    if not plan.previews or not step.trained:
         return 0.0, 0.0
     weights, tile = VAE[step.net.family]
     frames, height, width = step.net.latent
@@ -95,21 +94,21 @@ def previews(step: StepCost, cfg) -> tuple[float, float]:
     return weights, max(tile + 1.4 * clip, 4.7 * clip)  # the second: tiles of a large picture while they are joined
 
 
-def gpu_memory(step: StepCost, cfg) -> dict[str, float]:
+def gpu_memory(step: StepCost, plan: Plan) -> dict[str, float]:
     """Of one GPU. The last part, which is negative, makes the sum the peak: no moment holds all of the others."""
-    deepspeed, acts = cfg.engine == "deepspeed", step.activations(number(cfg))
-    kept, block, working, forks = (cfg.batch * part for part in (acts.kept, acts.block, acts.working, acts.forks))
-    always, backward, update = passing(step, cfg)
-    whole, frozen = gathered(step, cfg)
-    vae, shown = previews(step, cfg)
-    parts = model_states(step, cfg) | {"averaged weights": averaged(step, cfg), "VAE": vae}
-    reserved = PROGRAM[cfg.engine, bool(step.trained)] if on_cpu(cfg) else RESERVED
+    deepspeed, acts = plan.engine == "deepspeed", step.activations(number(plan))
+    kept, block, working, forks = (step.clips * part for part in (acts.kept, acts.block, acts.working, acts.forks))
+    always, backward, update = passing(step, plan)
+    whole, frozen = gathered(step, plan)
+    vae, shown = previews(step, plan)
+    parts = model_states(step, plan) | {"averaged weights": averaged(step, plan), "VAE": vae}
+    reserved = PROGRAM[plan.engine, bool(step.trained)] if on_cpu(plan) else RESERVED
     steady = sum(parts.values()) + always + reserved
 
-    gradients = 0.0 if deepspeed and cfg.zero == 3 else parts["gradients"]  # else made as activations are given back
+    gradients = 0.0 if deepspeed and plan.zero == 3 else parts["gradients"]  # else made as activations are given back
     # And a CPU's buffers too: their pages come with the first write. Under ZeRO-3 a bucket that takes all gradients is
     # scattered once they are all there.
-    late = max(step.trained.values(), default=0) <= BUCKET if cfg.zero == 3 else on_cpu(cfg)
+    late = max(step.trained.values(), default=0) <= BUCKET if plan.zero == 3 else on_cpu(plan)
     growing, at_once = (gradients + backward, 0.0) if deepspeed and late else (gradients, backward)
     moments = (
         kept + working + forks + whole + frozen,  # a forward pass, of this network or of one without gradient after it
@@ -131,32 +130,31 @@ def gpu_memory(step: StepCost, cfg) -> dict[str, float]:
     return {name: value for name, value in parts.items() if value} | {"not at one moment": rest}
 
 
-def loaded(step: StepCost, cfg) -> float:
+def loaded(step: StepCost, plan: Plan) -> float:
     """Bytes that one rank has in host memory while networks are read, besides its share of them.
 
-    Files are read one tensor at a time (a block bounds it). Only Stage 0 may draw random weights, a whole network.
+    Files are read one tensor at a time (a block bounds it). Random weights are drawn for the whole network.
     """
-    if cfg.engine == "local":
+    if plan.engine == "local":
         return 0.0
-    return number(cfg) * (step.net.params if int(cfg.stage) == 0 else max(b.params for b in step.net.blocks))
+    return number(plan) * (step.net.params if step.drawn else max(b.params for b in step.net.blocks))
 
 
-def host_memory(step: StepCost, cfg, peak: float) -> dict[str, float]:
+def host_memory(step: StepCost, plan: Plan, peak: float) -> dict[str, float]:
     """Of one host: what is read, what waits there (with DeepSpeed's allowance for buffers), a checkpoint's copy.
 
     `peak`: of a process, which on a CPU is in the host's memory too.
     """
-    trained, frozen, size = sum(step.trained.values()), sum(step.frozen.values()), number(cfg)
-    here = min(cfg.gpus, cfg.gpus_per_node)
-    share = here / cfg.gpus
-    parts = {"networks while they are read": here * loaded(step, cfg), "processes": here * peak * on_cpu(cfg)}
-    if cfg.offload == "all":
+    trained, frozen, size = sum(step.trained.values()), sum(step.frozen.values()), number(plan)
+    here = min(plan.gpus, plan.gpus_per_node)
+    share = here / plan.gpus
+    parts = {"networks while they are read": here * loaded(step, plan), "processes": here * peak * on_cpu(plan)}
+    if plan.offload == "all":
         parts["weights"] = HOST_FACTOR * size * (trained + frozen) * share
-    if cfg.offload != "none":
+    if plan.offload != "none":
         parts["gradients"] = HOST_FACTOR * 4 * trained * share
         parts["optimizer states"] = HOST_FACTOR * 12 * trained * share
-    average = 4 * next(iter(step.trained.values())) if averaged(step, cfg) else 0.0
-    parts["a checkpoint while it is written"] = (12 * trained + average) * share
+    parts["a checkpoint while it is written"] = (12 * trained + 4 * step.averaged) * share
     return {name: value for name, value in parts.items() if value}
 
 

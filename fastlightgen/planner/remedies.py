@@ -1,58 +1,63 @@
 """What makes a run that does not fit smaller, and what each change costs."""
 
-from collections.abc import Iterator, Sequence, Set
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import fields, replace
+from typing import Any
 
-from fastlightgen.config import Plan
+from fastlightgen.config import Plan, method_for
 from fastlightgen.models.cost import Network
 from fastlightgen.planner.budget import Budget, budget
 
-Change = tuple[dict, Budget]  # keys with their new values, and the plan with them
+Change = tuple[Mapping[str, Any], Budget]  # keys with their new values, and the plan with them
 
 
-def candidates(net: Network, cfg: Plan) -> Iterator[dict]:
+def candidates(net: Network, plan: Plan) -> Iterator[Mapping[str, Any]]:
     """Changes that save memory, those that cost least first."""
-    if cfg.engine == "deepspeed" and cfg.zero < 3:
+    keys, sharded = vars(plan), plan.engine == "deepspeed"
+    computes = {f.name for f in fields(plan) if f.metadata["numbers"]}  # keys that change what is computed
+    own = [s for s in method_for(plan).savings if any(keys[key] != value for key, value in s.items())]
+    if sharded and plan.zero < 3:
         yield {"zero": 3}
-    if cfg.keep_attention:
+    if keys.get("keep_attention"):
         yield {"keep_attention": 0}
-    if cfg.stage == "1" and cfg.memory > 0.25:
-        yield {"memory": 0.25}
-    if not cfg.checkpointing:
+    yield from (saving for saving in own if not saving.keys() & computes)
+    if not keys.get("checkpointing", True):
         yield {"checkpointing": True}
-    if cfg.batch > 1:
-        yield {"batch": 1, "accumulation": cfg.accumulation * cfg.batch}
-    if cfg.engine == "deepspeed":
-        if cfg.offload == "none":
-            yield {"offload": "optimizer", "zero": 3}
-        for n in (2, 4, 8):
-            if n > cfg.sequence_parallel and net.heads % n == 0 and cfg.gpus % n == 0:
-                yield {"sequence_parallel": n}
-    if cfg.stage == "3" and cfg.fake_mode == "copy":
-        yield {"fake_mode": "lora"}
-    if cfg.engine == "deepspeed" and cfg.offload != "all":
+    if plan.stage != "1" and plan.micro > 1:
+        yield {"micro_batch": 1}
+    if plan.stage == "1" and keys["batch"] > 1:
+        yield {"batch": 1}
+    if sharded and plan.offload == "none":
+        yield {"offload": "optimizer", "zero": 3}
+    for n in (2, 4, 8):
+        if sharded and n > plan.sequence_parallel and net.heads % n == 0 and plan.gpus % n == 0:
+            yield {"sequence_parallel": n}
+    yield from (saving for saving in own if saving.keys() & computes)
+    if sharded and plan.offload != "all":
         yield {"offload": "all", "zero": 3}
 
 
 def remedies(
-    net: Network, cfg: Plan, room: float, drop: Sequence[int] | None = None, keys: Set[str] | None = None
+    net: Network, plan: Plan, room: float, keep: Sequence[int] | None = None, keys: Set[str] | None = None
 ) -> Iterator[Change]:
-    """Each change on top of those before, until the peak is below `room`; those that save under 1% are passed over,
-    and those of other keys than `keys` where these are given."""
-    before = budget(net, cfg, drop)
-    for change in candidates(net, cfg):
+    """Each change on top of those before, until the peak is below `room`.
+
+    Changes that save under 1% are passed over, and those of other keys than `keys` where these are given.
+    """
+    before = budget(net, plan, keep)
+    for change in candidates(net, plan):
         if keys is not None and not keys >= change.keys():
             continue
         if before.peak < room:
             return
-        cfg = replace(cfg, **{k: v for k, v in change.items() if getattr(cfg, k) != v})
-        after = budget(net, cfg, drop)
+        plan = replace(plan, **{k: v for k, v in change.items() if getattr(plan, k) != v})
+        after = budget(net, plan, keep)
         if after.peak < 0.99 * before.peak:
             yield change, after
             before = after
 
 
-def words(change: dict) -> str:
+def words(change: Mapping[str, Any]) -> str:
     """A change as it is typed."""
     return " ".join(f"{k}={v}".lower() for k, v in change.items())
 

@@ -1,16 +1,61 @@
-"""What one iteration of each stage runs and holds: the walks of `teacher`, `rank`, `prune` and `distill`, as costs."""
+"""What one iteration of a stage runs and holds, from the walks that its method declares.
 
-from collections.abc import Sequence
+A method says which networks it holds (`Net`), which walks it takes of them (`Walk`) and how often; this file turns that
+into operations, gathers, evaluations and tensors kept. Nothing here knows a method.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from fastlightgen.blocks import num_dropped
+from fastlightgen.config import Plan, method_for
 from fastlightgen.models.cost import Network
 from fastlightgen.planner.walk import Path, WalkCost, walk
 
 
 @dataclass(frozen=True)
+class Net:
+    """A network that a stage holds, made from the network that it starts from."""
+
+    keep: Sequence[int] | None = None  # its blocks; None: all
+    updates: float = 0  # optimizer steps in an iteration; 0: it only predicts
+    still: Sequence[int] = ()  # blocks that do not train although the network does
+    adapters: int = 0  # rank of the low-rank adapters that train in the place of its weights
+    adapted: Sequence[int] | None = None  # blocks whose adapters ever run; None: all
+    averaged: bool = False  # its weights have a running average
+    drawn: bool = False  # it may start from random weights, which every process draws whole
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One walk: of which network, by which streams, and how often in an iteration, on the average."""
+
+    net: str
+    paths: Sequence[Path]
+    times: float = 1.0
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What a method declares of one iteration."""
+
+    nets: Mapping[str, Net]
+    walks: Sequence[Walk]
+    clips: int = 0  # clips in one walk of a stage that does not divide `batch` among the processes; 0: it does
+    count: int = 0  # iterations of a stage without `iters`: walks of all clips; 0: `iters`
+
+
+class Planned(Protocol):
+    """What the planner needs of a method."""
+
+    def walks(self, net: Network, keep: Sequence[int], cfg: Any) -> Iteration:
+        """The walks of one iteration; `keep`: the blocks of the pruned path."""
+
+
+@dataclass(frozen=True)
 class Pass:
-    """One walk: of which network, and how often in an iteration, on the average."""
+    """A declared walk with its cost."""
 
     net: str
     cost: WalkCost
@@ -21,15 +66,25 @@ class Pass:
 class StepCost:
     """An iteration: its walks, the networks that it holds, and the optimizer steps that it takes."""
 
-    net: Network  # the largest network: what one of its blocks needs bounds all of them
+    net: Network  # the network that the stage starts from: what one of its blocks needs bounds all of them
     passes: list[Pass] = field(default_factory=list)
     trained: dict[str, int] = field(default_factory=dict)  # parameters by role
     frozen: dict[str, int] = field(default_factory=dict)
     updates: dict[str, float] = field(default_factory=dict)  # optimizer steps in an iteration
+    averaged: int = 0  # parameters with a running average
+    drawn: bool = False  # may start from random weights
+    clips: int = 1  # in one pass of a process (or group of processes)
+    accumulation: int = 1  # passes in one optimizer step
+    count: int = 0  # iterations of all processes together, of a stage without `iters`
 
     def total(self, key: str) -> float:
         """Sum over an iteration of one number of its walks."""
         return sum(p.times * getattr(p.cost, key) for p in self.passes)
+
+    @property
+    def recomputes(self) -> bool:
+        """Does a backward pass compute blocks again?"""
+        return any(p.cost.boundaries for p in self.passes)
 
     def activations(self, size: int) -> "Activations":
         """The largest of its walks, in bytes per sample; `size`: bytes of a number in the compute type."""
@@ -61,7 +116,7 @@ class Activations:
     working: float
 
 
-def dropped(blocks: int, ratio: float, prefix: int) -> list[int]:
+def dropped(blocks: int, ratio: float, prefix: int = -1) -> list[int]:
     """The blocks that `ratio` drops: a band from `prefix` on (-1: in the middle, where the paper's Fig. 4 has it)."""
     count = num_dropped(blocks, ratio)
     start = (blocks - count) // 2 if prefix < 0 else prefix
@@ -73,90 +128,45 @@ def dropped(blocks: int, ratio: float, prefix: int) -> list[int]:
     return list(range(start, start + count))
 
 
-def step_cost(stage: int, net: Network, drop: Sequence[int], cfg) -> StepCost:
-    """The iteration of a stage; `cfg` holds the stage's own keys and the critic's as `critics`."""
-    keep = [i for i in range(len(net.blocks)) if i not in drop]
-    if stage == 0:
-        return teacher(net, cfg)
-    if stage == 1:
-        return rank(net, cfg)
-    return prune(net, keep, cfg) if stage == 2 else distill(net, keep, cfg)
+def undropped(blocks: int, ratio: float, prefix: int = -1) -> list[int]:
+    """The blocks that are left."""
+    drop = dropped(blocks, ratio, prefix)
+    return [i for i in range(blocks) if i not in drop]
 
 
-def teacher(net: Network, cfg) -> StepCost:
-    step = StepCost(net, trained={"teacher": net.params}, updates={"teacher": 1})
-    step.passes = [Pass("teacher", grad_walk(net, [Path(grad=True)], cfg))]
+def planned_step(net: Network, plan: Plan, keep: Sequence[int]) -> StepCost:
+    """The iteration of a stage on a machine, with its share of the clips."""
+    declared: Iteration = method_for(plan).walks(net, keep, plan)
+    step = step_cost(net, declared, plan)
+    step.clips = declared.clips or plan.micro
+    step.accumulation = 1 if declared.clips else plan.accumulation
+    step.count = declared.count
     return step
 
 
-def grad_walk(net: Network, paths: list[Path], cfg, rank: int = 0) -> WalkCost:
-    return walk(net, paths, cfg.checkpointing, cfg.keep_attention, rank)
-
-
-def rank(net: Network, cfg) -> StepCost:
-    """One batch of clips at one time: every block skipped alone and none skipped, in groups of `memory` GiB."""
-    n = len(net.blocks)
-    size = 4 if cfg.engine == "local" or cfg.dtype == "float32" else 2  # of a weight
-    group = max(1, int(cfg.memory * 2**30 / (2 * cfg.batch * net.hidden * size)))
-    paths = [Path(keep=[j for j in range(n) if j != i]) for i in range(n)] + [Path()]
-    step = StepCost(net, frozen={"model": net.params})
-    step.passes = [Pass("model", walk(net, paths[i : i + group])) for i in range(0, n + 1, group)]
-    return step
-
-
-def prune(net: Network, keep: list[int], cfg) -> StepCost:
-    """Stage II: the pruned and the unpruned path in one walk, and a fixed target unless it is the unpruned path."""
-    own = cfg.target == "self"
-    kappa = 0.0 if own else cfg.kappa_unpruned
-    grad_u = kappa * cfg.alpha > 0 or cfg.alpha < 1
-    still = cfg.alpha == 1 and kappa == 0  # then the dropped blocks do not train
-    trained = net.prune(keep).params if still else net.params
-    step = StepCost(net, trained={"student": trained}, updates={"student": 0})
-    step.frozen = {"dropped blocks": net.params - trained} if still else {}
-    coins = [(True, 1.0)] if cfg.estimator == "full" else [(True, cfg.p), (False, 1 - cfg.p)]
-    for skip, share in coins:
-        trains_u = grad_u and (cfg.estimator == "full" or not skip)
-        if not skip and not grad_u:
+def step_cost(net: Network, declared: Iteration, cfg: Any) -> StepCost:
+    """What a declared iteration costs per clip; `cfg` holds the keys of the stage."""
+    step = StepCost(net)
+    for name, held in declared.nets.items():
+        whole = net if held.keep is None else net.prune(held.keep)
+        if not held.updates:
+            step.frozen[name] = whole.params
             continue
-        paths = [Path(keep=keep, grad=True)] * skip + [Path(grad=trains_u)] * (trains_u or own)
-        step.passes.append(Pass("student", grad_walk(net, paths, cfg), share))
-        step.updates["student"] += share
-        if not own:
-            step.passes.append(Pass("target", walk(net, [Path()]), share))
-    if not own:
-        step.frozen["target"] = net.params
-    return step
-
-
-def distill(net: Network, keep: list[int], cfg) -> StepCost:
-    """Stage III: rollouts with early exit, the student under the well-guided teacher (Eq. 9), the critic."""
-    student = net.prune(keep)
-    fake_keep = keep if cfg.fake_arch == "pruned" else None
-    lora = cfg.fake_mode == "lora"
-    fake, fake_keep = (net, fake_keep) if lora or fake_keep is None else (student, None)
-    generators, critics = (1 / cfg.critics, 1) if cfg.count == "outer" else (1, cfg.critics)
-    early = (cfg.steps - 1) / 2 if cfg.rollout == "simulate" else 0  # steps before the exit, on the average
-
-    step = StepCost(net, updates={"student": generators, "fake": critics})
-    step.trained = {"student": student.params, "fake": fake.params}
-    step.frozen = {"teacher": net.params} | ({"original": net.params} if cfg.strong == "original" else {})
-    if lora:  # every block has adapters; those of blocks that the critic skips never train
-        step.trained["fake"] = net.prune(fake_keep or range(len(net.blocks))).adapters(cfg.lora_rank)
-        step.frozen["idle adapters"] = net.adapters(cfg.lora_rank) - step.trained["fake"]
-
-    free = walk(student, [Path()])
-    weak, strong = [Path(keep=keep), Path(1, keep, kept_text=True)], Path()
-    real = [*weak, strong] if cfg.strong == "stage2" else weak
-    adapters = cfg.lora_rank if lora else 0
-    fake_free = walk(fake, [Path(keep=fake_keep)], rank=adapters)
-    fake_grad = grad_walk(fake, [Path(keep=fake_keep, grad=True)], cfg, adapters)
-    step.passes = [
-        Pass("student", free, generators * early + critics * (early + 1)),
-        Pass("student", grad_walk(student, [Path(grad=True)], cfg), generators),
-        Pass("fake", fake_free, generators),
-        Pass("teacher", walk(net, real), generators),
-        Pass("fake", fake_grad, critics),
-    ]
-    if cfg.strong == "original":
-        step.passes.append(Pass("original", walk(net, [strong]), generators))
+        step.updates[name] = held.updates
+        step.drawn |= held.drawn
+        if held.adapters:  # every block has them; those of blocks that never run do not train
+            train = net.prune(range(len(net.blocks)) if held.adapted is None else held.adapted).adapters(held.adapters)
+            step.frozen["idle adapters"] = net.adapters(held.adapters) - train
+        else:
+            train = whole.params - sum(net.blocks[i].params for i in held.still)
+            step.frozen |= {"dropped blocks": whole.params - train} if held.still else {}
+        step.trained[name] = train
+        step.averaged += train if held.averaged else 0
+    for declared_walk in declared.walks:
+        held = declared.nets[declared_walk.net]
+        whole = net if held.keep is None else net.prune(held.keep)
+        keys = vars(cfg) if any(path.grad for path in declared_walk.paths) else {}
+        again, outputs = keys.get("checkpointing", False), keys.get("keep_attention", 0)
+        cost = walk(whole, declared_walk.paths, again, outputs, held.adapters)
+        step.passes.append(Pass(declared_walk.net, cost, declared_walk.times))
     return step

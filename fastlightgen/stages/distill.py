@@ -2,40 +2,97 @@
 
 Shapes: x0, x_hat, x_t, v [B, C, F, H, W]; t, beta [B].
 """
+# ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from dataclasses import field as plain_field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastlightgen import flow
+from fastlightgen.config import Run, TrainingKeys, field, numbers, root
 from fastlightgen.data.source import Batch
+from fastlightgen.engine.folder import read_run
 from fastlightgen.engine.roles import Role, Update
 from fastlightgen.models.base import Cond, Stream, VideoDiT
-from fastlightgen.models.folder.weights import save_model
-from fastlightgen.models.lora import lora_on
+from fastlightgen.models.cost import Network
+from fastlightgen.models.folder.networks import config_of, depth, trained_folder
+from fastlightgen.models.folder.weights import read_card, save_model
+from fastlightgen.models.lora import attach_lora, lora_on
 from fastlightgen.ops import dmd_gradient
-from fastlightgen.rng import generator, normal_like, rand
+from fastlightgen.planner.step import Iteration, Net, Walk
+from fastlightgen.planner.walk import Path as Route
+from fastlightgen.rng import generator, normal_like
+from fastlightgen.stages.build import Builder
+from fastlightgen.stages.matching import dmd_loss, score_times, simulate, uniform
+from fastlightgen.stages.method import Guess, Method, Subject
 from fastlightgen.stages.teacher import flow_matching_loss
 
-STUDENT, FAKE = 5, 6  # the purposes of a step's random draws
+STUDENT, FAKE, ADAPTERS = 5, 6, 7  # the purposes of this stage's random draws
 
 
-def dmd_loss(x_hat: Tensor, gradient: Tensor) -> Tensor:
-    """A loss whose gradient in x_hat is `gradient` / numel (Eq. 8, descended)."""
-    return 0.5 * (x_hat - (x_hat - gradient).detach()).square().mean()
+@dataclass(kw_only=True)
+class DistillKeys(TrainingKeys):
+    """Keys of Stage III."""
+
+    lr: float = field(5e-7, "learning rate of the generator", lo=0)
+    lr_fake: float = field(5e-7, "learning rate of the fake score network (critic)", lo=0)
+    betas: list[float] = field([0.0, 0.999], "AdamW's two decay rates", lo=0, below=1)
+    clip: float = field(10.0, "largest gradient norm", above=0)
+    warmup: int = field(0, "steps over which the learning rates rise from 0", lo=0)
+    beta1: float = field(3.5, "Eq. 9: weight of the prompt, v_pc - v_pn; the centre of its interval")
+    beta2: float = field(0.25, "Eq. 9: weight of the strong teacher, v_uc - v_pc; the centre of its interval")
+    a1: float = field(1.0, "beta1 is drawn from [beta1 - a1, beta1 + b1]", lo=0)
+    b1: float = field(1.0, "see a1", lo=0)
+    a2: float = field(0.1, "beta2 is drawn from [beta2 - a2, beta2 + b2]", lo=0)
+    b2: float = field(0.1, "see a2", lo=0)
+    steps: int = field(4, "sampling steps of the student", lo=1, hi=8)
+    rollout: str = field(
+        "simulate",
+        "the generator's inputs; simulate: its own steps from noise; data: noised clips",
+        choices=("simulate", "data"),
+    )
+    ratio: int = field(5, "critic updates per generator update", lo=1)
+    count: str = field(
+        "outer", "what iters counts; outer: critic updates; generator: its updates", choices=("outer", "generator")
+    )
+    t_clamp: list[float] = field([0.02, 0.98], "range of the score's time after the shift", lo=0, hi=1)
+    fake_arch: str = field("pruned", "blocks of the critic", choices=("pruned", "full"))
+    fake_mode: str = field("copy", "copy: own weights; lora: low-rank change of Stage II's", choices=("copy", "lora"))
+    lora_rank: int = field(16, "fake_mode=lora: rank", lo=1)
+    strong: str = field(
+        "stage2", "the strong teacher in Eq. 9; original: before Stage II", choices=("stage2", "original")
+    )
+    sampler: str = field("stochastic", "how the student goes from step to step", choices=("stochastic", "ode"))
+    ema: float = field(0.0, "decay of the generator's averaged weights; 0 keeps no average", lo=0, below=1)
+    ema_start: int = field(0, "generator updates before averaging starts", lo=0)
+    normaliser: str = field(
+        "dmd", "dmd: divide the gradient by mean |x0 - x0_real|; none: do not", choices=("dmd", "none")
+    )
+    score_shift: float = field(0.0, "time shift of the score's time; 0: same as shift", lo=0)
+    stage2_model: str = field("", "model folder that Stage II left; empty: RUN/stage2/model")
+
+    def check(self) -> None:
+        super().check()
+        self.check_ordered("t_clamp")
+
+    @property
+    def updates(self) -> tuple[float, float]:
+        """Generator and critic updates in one iteration.
+
+        `outer` (DMD2): the critic at every iteration, the generator at every ratio-th; `generator`: the generator at
+        every iteration, followed by ratio critic updates.
+        """
+        return (1 / self.ratio, 1) if self.count == "outer" else (1, self.ratio)
 
 
-def uniform(size: int, low: float, high: float, gen: torch.Generator) -> Tensor:
-    return low + (high - low) * rand(size, gen)
-
-
-def score_times(size: int, shift: float, clamp: Sequence[float], gen: torch.Generator) -> Tensor:
-    """t ~ U(0, 1), shifted, clamped: where the two scores are compared."""
-    return flow.draw_times(size, shift, "uniform", gen).clamp(*clamp)
+class Config(DistillKeys, Run):
+    """A configuration of this stage: its own keys and those of every stage."""
 
 
 @dataclass
@@ -50,7 +107,7 @@ class Networks:
     fake_trained: nn.Module  # what the critic's optimizer holds
     lora: bool
     original: VideoDiT | None  # the strong teacher where it is not the Stage II network
-    null_kept: dict = field(default_factory=dict)  # the frozen teacher's keys and values of the null prompt
+    null_kept: dict = plain_field(default_factory=dict)  # the frozen teacher's keys and values of the null prompt
 
     def fake(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         with lora_on(self.fake_net) if self.lora else nullcontext():
@@ -70,13 +127,13 @@ class Distill:
     number = 3
     loss_key, drifts = "fake_loss", True
 
-    def __init__(self, cfg, nets: Networks, batches: Callable[[int], Batch], card: dict):
+    def __init__(self, cfg: Config, nets: Networks, batches: Callable[[int], Batch], card: dict[str, Any]):
         self.cfg, self.nets, self.batches, self.card, self.iters = cfg, nets, batches, card, cfg.iters
+        self.teacher = nets.teacher
         self.times = flow.ladder(cfg.steps, cfg.shift)
-        common = (cfg.betas, cfg.weight_decay, cfg.clip, cfg.warmup, cfg.lr_schedule == "cosine")
         self.roles = {
-            "student": Role(nets.student, cfg.lr, *common, ema=cfg.ema, ema_start=cfg.ema_start),
-            "fake": Role(nets.fake_trained, cfg.lr_fake, *common, host=nets.teacher if nets.lora else None),
+            "student": Role.of(nets.student, cfg, ema=cfg.ema, ema_start=cfg.ema_start),
+            "fake": Role.of(nets.fake_trained, cfg, cfg.lr_fake, host=nets.teacher if nets.lora else None),
         }
         self.frozen = [net for net in ((None if nets.lora else nets.teacher), nets.original) if net is not None]
 
@@ -84,8 +141,7 @@ class Distill:
         """Nothing to look at beyond the loop's own checks."""
 
     def updates(self, step: int) -> list[Update]:
-        """`outer` (DMD2): the critic at every step, the student at every ratio-th; `generator`: the student at every
-        step, followed by ratio critic updates."""
+        """The student, where it is its turn, then the critic; see `DistillKeys.updates`."""
         ratio = self.cfg.ratio
         critics = 1 if self.cfg.count == "outer" else ratio
         updates = [Update("fake", lambda c=c: self.critic_loss(step * critics + c)) for c in range(critics)]
@@ -93,35 +149,21 @@ class Distill:
             updates.insert(0, Update("student", lambda: self.student_loss(step)))
         return updates
 
-    def rollout(self, batch: Batch, gen: torch.Generator) -> tuple[Tensor, int]:
-        """Backward simulation with early exit: from noise down to a random rung, or from noised data at that rung.
-
-        Returns the clips and the rung, counted from 0."""
-        exit_rung = int(torch.randint(len(self.times), (), generator=gen))  # one for the batch, alike on every rank
-        noise = normal_like(batch.x0, gen)
-        if self.cfg.rollout == "data":
-            times = self.times[exit_rung : exit_rung + 1]
-            x = flow.add_noise(batch.x0, noise, times[0])
-        else:
-            times, x = self.times[: exit_rung + 1], noise
-        x_hat = flow.rollout(
-            lambda x, t: self.nets.student(x, t, batch.cond), x, times, self.cfg.sampler, lambda _: normal_like(x, gen)
-        )
-        return x_hat, exit_rung
+    def simulate(self, batch: Batch, gen: torch.Generator) -> tuple[Tensor, int]:
+        return simulate(self.nets.student, batch, self.times, self.cfg.rollout, self.cfg.sampler, gen)
 
     def student_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Eq. 8: no gradient flows through x_t into the two scores."""
+        """Eq. 8 and 9: no gradient flows through x_t into the two scores."""
         cfg, batch = self.cfg, self.batches(step)
-        gen, size = generator(cfg.seed, STUDENT, step), len(batch.x0)
-        x_hat, rung = self.rollout(batch, gen)
+        gen = generator(cfg.seed, STUDENT, step)
+        x_hat, rung = self.simulate(batch, gen)
         with torch.no_grad():
             x0 = x_hat.detach()
-            t = score_times(size, cfg.score_shift or cfg.shift, cfg.t_clamp, gen).to(x0.device)
-            x_t = flow.add_noise(x0, normal_like(x0, gen), t)
-            beta1 = uniform(size, cfg.beta1 - cfg.a1, cfg.beta1 + cfg.b1, gen).to(x0.device)
-            beta2 = uniform(size, cfg.beta2 - cfg.a2, cfg.beta2 + cfg.b2, gen).to(x0.device)
+            t, x_t = self.renoised(x0, gen)
+            beta1, beta2 = self.betas(x0, gen)
             v_fake = self.nets.fake(x_t, t, batch.cond)
             v_pc, v_pn, v_uc = self.nets.real(x_t, t, batch)
+            # Eq. 9 mixes v_pc, v_pn and v_uc into v_real; Eq. 8 is the difference of the two scores, as x0 estimates.
             gradient, normaliser = dmd_gradient(x0, x_t, t, v_fake, v_pc, v_pn, v_uc, beta1, beta2)
             if cfg.normaliser == "none":
                 gradient = gradient * flow.per_sample(normaliser, gradient)
@@ -133,12 +175,25 @@ class Distill:
             "contrast_data": batch.x0.flatten(1).std(1).mean().item(),
         }
 
+    def renoised(self, x0: Tensor, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(t, x_t): the student's clips at the time where the two scores are compared."""
+        cfg = self.cfg
+        t = score_times(len(x0), cfg.score_shift or cfg.shift, cfg.t_clamp, gen).to(x0.device)
+        return t, flow.add_noise(x0, normal_like(x0, gen), t)
+
+    def betas(self, x0: Tensor, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Eq. 9: beta1 ~ U[beta1 - a1, beta1 + b1], beta2 ~ U[beta2 - a2, beta2 + b2], one of each per clip."""
+        cfg, size = self.cfg, len(x0)
+        beta1 = uniform(size, cfg.beta1 - cfg.a1, cfg.beta1 + cfg.b1, gen).to(x0.device)
+        beta2 = uniform(size, cfg.beta2 - cfg.a2, cfg.beta2 + cfg.b2, gen).to(x0.device)
+        return beta1, beta2
+
     def critic_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Flow matching of the fake network on the student's own clips, without guidance."""
         cfg, batch = self.cfg, self.batches(step)
         gen = generator(cfg.seed, FAKE, step)
         with torch.no_grad():
-            x_hat, _ = self.rollout(batch, gen)
+            x_hat, _ = self.simulate(batch, gen)
         t = score_times(len(x_hat), cfg.score_shift or cfg.shift, cfg.t_clamp, gen).to(x_hat.device)
         noise = normal_like(x_hat, gen)
         return flow_matching_loss(self.nets.fake(flow.add_noise(x_hat, noise, t), t, batch.cond), x_hat, noise), {}
@@ -146,10 +201,103 @@ class Distill:
     def check(self, step: int) -> None:
         """Nothing to stop for beyond the loop's own checks."""
 
-    def sampler(self) -> dict:
+    def sampler(self) -> dict[str, Any]:
         return {"model": self.nets.student, "times": self.times, "guidance": 1.0, "kind": self.cfg.sampler}
 
-    def save(self, folder: Path, write: Callable = save_model) -> None:
+    def save(self, folder: Path, write: Callable[..., Any] = save_model) -> None:
         cfg = self.cfg
         card = {"stage": 3, "ladder": self.times, "shift": cfg.shift, "guidance": 1.0, "sampler": cfg.sampler}
         write(self.nets.student, folder, **self.card | card)
+
+
+def stage2_folder(cfg: Config) -> Path:
+    folder = Path(cfg.stage2_model or Path(cfg.run) / "stage2" / "model")
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder}: there is no Stage II model; run stage=2 with the same run= first, or give stage2_model="
+        )
+    return folder
+
+
+def build(cfg: Config, with_: Builder) -> Distill:
+    """Teacher, student and critic from Stage II's folder, and the original teacher where it is asked for."""
+    folder = stage2_folder(cfg)
+    card = read_card(folder)
+    keep: Sequence[int] | None = card.get("pruned_path")
+    if keep is None:
+        raise ValueError(f"{folder}/fastlightgen.json: names no pruned_path; wanted a model that stage=2 made")
+    teacher = with_.load(folder).requires_grad_(False)
+    with_.check_data(teacher, card)
+    student = with_.copy(teacher, folder).requires_grad_(True).prune(keep)
+    original = None
+    if cfg.strong == "original":
+        original = with_.load(trained_folder(cfg.model)).requires_grad_(False)
+    fake_keep = keep if cfg.fake_arch == "pruned" else None
+    fake, trained = teacher, None
+    if cfg.fake_mode == "lora":  # literally shared weights: the adapters count for the fake's predictions only
+        trained = attach_lora(teacher, cfg.lora_rank, generator(cfg.seed, ADAPTERS))
+    else:
+        fake = with_.copy(teacher, folder).requires_grad_(True)
+        fake, fake_keep = (fake.prune(keep), None) if fake_keep is not None else (fake, None)
+    with_.checkpoint(cfg, student, fake)
+    nets = Networks(student, teacher, list(keep), fake, fake_keep, trained or fake, trained is not None, original)
+    return Distill(cfg, nets, with_.batches, with_.card(source=card.get("source"), kept_blocks=list(keep)))
+
+
+def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
+    """Rollouts with early exit, the student under the well-guided teacher (Eq. 9), the critic."""
+    generators, critics = cfg.updates
+    lora, fake_keep = cfg.fake_mode == "lora", keep if cfg.fake_arch == "pruned" else None
+    nets = {
+        "student": Net(keep, updates=generators, averaged=cfg.ema > 0),
+        "fake": Net(fake_keep, updates=critics),
+        "teacher": Net(),
+    }
+    fake_path = None  # a pruned critic has no other blocks
+    if lora:  # adapters in the teacher: the blocks that the critic skips are there
+        nets["fake"] = Net(updates=critics, adapters=cfg.lora_rank, adapted=fake_keep)
+        fake_path = fake_keep
+    weak, strong = [Route(keep=keep), Route(1, keep, kept_text=True)], Route()
+    early = (cfg.steps - 1) / 2 if cfg.rollout == "simulate" else 0  # steps before the exit, on the average
+    walked = [
+        Walk("student", [Route()], generators * early + critics * (early + 1)),
+        Walk("student", [Route(grad=True)], generators),
+        Walk("fake", [Route(keep=fake_path)], generators),
+        Walk("teacher", [*weak, strong] if cfg.strong == "stage2" else weak, generators),
+        Walk("fake", [Route(keep=fake_path, grad=True)], critics),
+    ]
+    if cfg.strong == "original":
+        nets["original"] = Net()
+        walked.append(Walk("original", [strong], generators))
+    return Iteration(nets, walked)
+
+
+def subject(cfg: Config, guess: Guess | None = None) -> Subject:
+    if guess and not cfg.stage2_model:
+        config = config_of(trained_folder(cfg.model))
+        return config, guess(depth(config))
+    folder = stage2_folder(cfg)
+    config, keep = config_of(folder), read_card(folder).get("pruned_path")
+    return config, list(range(depth(config))) if keep is None else keep
+
+
+def inputs(cfg: Config) -> dict[str, Any]:
+    if cfg.stage2_model:
+        return {}
+    made = read_run(Path(cfg.run)).get("stage2") or {}
+    keys = numbers(root("2", {"2": made.get("method", "fastlightgen")})(run=cfg.run))
+    return {"stage2_made_with": {k: made[k] for k in [*keys, "ranking_used"] if k in made}}
+
+
+METHOD = Method(
+    stage="3",
+    name="fastlightgen",
+    title="Student",
+    about="distribution matching under the well-guided teacher (Eq. 8 and 9)",
+    keys=DistillKeys,
+    build=build,
+    walks=walks,
+    subject=subject,
+    inputs=inputs,
+    savings=({"fake_mode": "lora"},),
+)

@@ -1,134 +1,211 @@
-"""Stage II: one set of weights that works with all blocks (v_u) and without the pruned ones (v_p).
+"""Stage II: one set of weights that works with all blocks (v_u) and without the pruned ones (v_p), Eq. 5 to 7.
 
 Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B].
 """
+# ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlightgen import flow
-from fastlightgen.blocks import draw_keep
+from fastlightgen.blocks import draw_keep, read_importance
+from fastlightgen.config import TIMES, ConfigError, Run, TrainingKeys, field
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.ema import follow
+from fastlightgen.engine.guard import held_out_mean
 from fastlightgen.engine.roles import Role, Update
-from fastlightgen.models.base import Stream, VideoDiT
-from fastlightgen.models.folder.weights import save_model
+from fastlightgen.models.base import Cond, Stream, VideoDiT
+from fastlightgen.models.cost import Network
+from fastlightgen.models.folder.networks import config_of, depth, trained_folder
+from fastlightgen.models.folder.weights import digest, read_card, save_model
 from fastlightgen.models.sample import preview_plan
 from fastlightgen.parallel import ranks
+from fastlightgen.planner.step import Iteration, Net, Walk
+from fastlightgen.planner.walk import Path as Route
 from fastlightgen.rng import generator, normal_like
+from fastlightgen.stages.build import Builder
+from fastlightgen.stages.method import Guess, Method, Subject
 from fastlightgen.stages.rank import x0_error
 from fastlightgen.stages.teacher import noised
 
-
-def pruned_terms(v_p: Tensor, v_target: Tensor, v_star: Tensor, alpha: float) -> Tensor:
-    """Eq. 7, the pruned path: alpha |v_p - SG(target)|^2 (Eq. 6) + (1 - alpha) |v_p - v*|^2 (Eq. 5)."""
-    return alpha * mse(v_p, v_target.detach()) + (1 - alpha) * mse(v_p, v_star)
+DRAWS, COIN, GUARD = 2, 3, 4  # the purposes of this stage's random draws
 
 
-def unpruned_terms(v_u: Tensor, v_target: Tensor, v_star: Tensor, alpha: float, kappa: float) -> Tensor:
-    """The part that trains the full path: (1 - alpha) |v_u - v*|^2 (Eq. 5) + alpha kappa |v_u - SG(target)|^2.
+@dataclass(kw_only=True)
+class PruneKeys(TrainingKeys):
+    """Keys of Stage II."""
 
-    The kappa term is not in the paper. Eq. 6 alone pulls the pruned path to a target that shares its weights, which
-    runs away at alpha = 1; with a fixed target it damages the full path, which is Stage III's strong teacher.
+    iters: int = field(4000, "optimizer steps", lo=1)
+    lr: float = field(1e-5, "learning rate", lo=0)
+    alpha: float = field(1.0, "weight of distillation; 1 - alpha weighs the data (Eq. 7)", lo=0, hi=1)
+    drop: str = field(
+        "joint", "joint: one coin for all pruned blocks; independent: one each", choices=("joint", "independent")
+    )
+    p: float = field(0.5, "probability that a coin drops its blocks", lo=0, hi=1)
+    full_drop_prob: float = field(0.5, "drop=independent: share of steps that drop every pruned block", lo=0, hi=1)
+    estimator: str = field(
+        "full", "full: both paths every step; sampled: one path, by the coin", choices=("full", "sampled")
+    )
+    target: str = field(
+        "frozen",
+        "what both paths follow; frozen: the teacher; self: the unpruned path (Eq. 6 as printed); ema: its average",
+        choices=("frozen", "self", "ema"),
+    )
+    target_decay: float = field(0.999, "target=ema: decay of the average", lo=0, below=1)
+    kappa_unpruned: float = field(1.0, "weight of the unpruned path's distance to the target", lo=0)
+    text_dropout: float = field(0.1, "probability of the empty prompt, which Eq. 9 needs", lo=0, hi=1)
+    guard: float = field(
+        1.5, "stop when the unpruned path's held-out error exceeds this multiple of its start", above=1, numbers=False
+    )
+    guard_every: int = field(50, "steps between two looks at the held-out error", lo=1, numbers=False)
+    time: str = field("uniform", "how t is drawn before the shift", choices=TIMES)
+    importance: str = field("", "Stage I's ranking; empty: RUN/stage1/importance.json")
+    teacher: str = field("", "model folder of the teacher; empty: model")
+
+    def check(self) -> None:
+        super().check()
+        if self.estimator == "sampled" and self.drop == "independent":
+            raise ConfigError(
+                "estimator=sampled: the coin belongs to drop=joint; with drop=independent use estimator=full"
+            )
+        if self.estimator == "sampled" and not 0 < self.p < 1:
+            raise ConfigError(f"p={self.p}: estimator=sampled divides by p and 1 - p; wanted > 0 and < 1")
+
+    @property
+    def kappa(self) -> float:
+        """The unpruned path cannot follow itself."""
+        return 0.0 if self.target == "self" else self.kappa_unpruned
+
+    @property
+    def trains_unpruned(self) -> bool:
+        """Does any term of Eq. 7 train the unpruned path?"""
+        return self.alpha * self.kappa > 0 or self.alpha < 1
+
+
+class Config(PruneKeys, Run):
+    """A configuration of this stage: its own keys and those of every stage."""
+
+
+def eq7(
+    v_p: Tensor | None,
+    v_u: Tensor | None,
+    v_target: Tensor,
+    v_star: Tensor,
+    alpha: float,
+    kappa: float = 0.0,
+    w_p: float = 1.0,
+    w_u: float = 1.0,
+) -> Tensor:
+    """Eq. 7, the sum of Eq. 5 and Eq. 6; |.|^2 is the mean over elements, v* = noise - x0 (the sign of Eq. 4).
+
+    Eq. 5: (1 - alpha) |v_p - v*|^2 + (1 - alpha) |v_u - v*|^2
+    Eq. 6: alpha |v_p - SG(v_target)|^2, where the paper's target is v_u itself
+
+    The kappa term, alpha kappa |v_u - SG(v_target)|^2, is not in the paper. Eq. 6 alone pulls the pruned path to a
+    target that shares its weights, which runs away at alpha = 1; with a fixed target it damages the unpruned path,
+    which is Stage III's strong teacher. w_p and w_u weigh the paths where a coin picks one of them; a path that is not
+    taken is None.
     """
-    return alpha * kappa * mse(v_u, v_target.detach()) + (1 - alpha) * mse(v_u, v_star)
+    training = w_p * ((1 - alpha) * distance(v_p, v_star)) + w_u * ((1 - alpha) * distance(v_u, v_star))
+    distill = w_p * (alpha * distance(v_p, v_target.detach()))
+    anchor = w_u * (alpha * kappa * distance(v_u, v_target.detach()))
+    return distill + training + anchor
 
 
-def mse(a: Tensor, b: Tensor) -> Tensor:
-    wide = torch.promote_types(a.dtype, torch.float32)  # a bfloat16 network's outputs are compared in float32
-    return (a.to(wide) - b.to(wide)).square().mean()
+def distance(v: Tensor | None, other: Tensor) -> Tensor:
+    """The mean over elements of |v - other|^2, in float32 at least; 0 for a path that is not taken."""
+    if v is None:
+        return other.new_zeros(())
+    wide = torch.promote_types(v.dtype, torch.float32)
+    return (v.to(wide) - other.to(wide)).square().mean()
 
 
 class Prune:
+    """Stage II for the loop: the student, its frozen or averaged target, and a guard."""
+
     number = 2
     loss_key, drifts = "loss", False
 
     def __init__(
         self,
-        cfg,
+        cfg: Config,
         net: VideoDiT,
         pruned: Sequence[int],
         batches: Callable[[int], Batch],
         held_out: Callable[[], Batch],
-        card: dict,
+        card: dict[str, Any],
         target: VideoDiT | None = None,
     ):
-        self.cfg, self.net, self.batches, self.held_out, self.card, self.iters = (
-            cfg,
-            net,
-            batches,
-            held_out,
-            card,
-            cfg.iters,
-        )
+        self.cfg, self.iters, self.card = cfg, cfg.iters, card
+        self.batches, self.held_out = batches, held_out
+        self.net = self.teacher = net  # before its first step it is the teacher
         self.pruned = list(pruned)
         self.keep = [i for i in range(net.num_blocks) if i not in self.pruned]
         # The fixed target: a copy of the teacher that never moves, or that follows as an average.
         self.target = (target or copy.deepcopy(net)).requires_grad_(False) if cfg.target != "self" else None
         self.frozen = [] if self.target is None else [self.target]
-        self.kappa = 0.0 if cfg.target == "self" else cfg.kappa_unpruned
-        self.grad_u = self.kappa * cfg.alpha > 0 or cfg.alpha < 1  # does any term train the full path?
-        if cfg.drop == "joint" and cfg.alpha == 1 and self.kappa == 0:
-            # These blocks then get no gradient; a sharded optimizer would still decay their weights.
+        if still(cfg):  # these blocks get no gradient; a sharded optimizer would still decay their weights
             for i in self.pruned:
                 net.blocks[i].requires_grad_(False)
-        carried = self.target if cfg.target == "ema" else None
-        optimizer = (cfg.lr, cfg.betas, cfg.weight_decay, cfg.clip, cfg.warmup, cfg.lr_schedule == "cosine")
-        self.roles = {"student": Role(net, *optimizer, carried=carried)}
+        self.roles = {"student": Role.of(net, cfg, carried=self.target if cfg.target == "ema" else None)}
         self.start_error = 0.0
 
     def begin(self) -> None:
         self.start_error = self.error()
 
     def updates(self, step: int) -> list[Update]:
-        # alpha = 1 with a self target: Eq. 6 is zero on the full path, so a coin that picks it leaves nothing to do.
-        idle = not self.grad_u and not self.skips(step)
-        return [] if idle else [Update("student", lambda: self.loss(step))]
+        # With alpha = 1 and target=self no term trains the unpruned path: a coin that picks it leaves nothing to do.
+        takes_p, takes_u, _ = self.paths(step)
+        return [Update("student", lambda: self.loss(step))] if takes_p or takes_u else []
 
-    def skips(self, step: int) -> bool:
-        """Does this step train the pruned path? Always, or by a coin that falls alike on every rank."""
-        coin = torch.rand((), generator=generator(self.cfg.seed, 3, step)).item()
-        return self.cfg.estimator == "full" or coin < self.cfg.p
+    def paths(self, step: int) -> tuple[float, float, list[int]]:
+        """The weights of the pruned and the unpruned path in this step, and the blocks of the pruned path.
+
+        `full` takes both paths; `sampled` takes one by a coin, over its probability. The draws are a function of (seed,
+        step), alike on every rank.
+        """
+        cfg, keep = self.cfg, self.keep
+        gen = generator(cfg.seed, COIN, step)
+        if cfg.drop == "independent":
+            keep = draw_keep(self.pruned, self.net.num_blocks, cfg.p, cfg.full_drop_prob, gen)
+        w_p, w_u = 1.0, 1.0
+        if cfg.estimator == "sampled":
+            heads = torch.rand((), generator=gen).item() < cfg.p
+            w_p, w_u = (1 / cfg.p, 0.0) if heads else (0.0, 1 / (1 - cfg.p))
+        return w_p, w_u * cfg.trains_unpruned, keep
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Eq. 7, with both paths (`full`) or with the one that a coin picks (`sampled`), from one walk."""
+        """Eq. 7, from one walk: both paths share everything before the first skipped block."""
         cfg, batch = self.cfg, self.batches(step)
-        x_t, t, noise, cond = noised(batch, cfg, cfg.seed, 2, step)
-        v_star = flow.velocity(batch.x0, noise)
-        keep = self.keep
-        if cfg.drop == "independent":
-            gen = generator(cfg.seed, 3, step)
-            keep = draw_keep(self.pruned, self.net.num_blocks, cfg.p, cfg.full_drop_prob, gen)
+        x_t, t, noise, cond = noised(batch, cfg, cfg.seed, DRAWS, step)
+        w_p, w_u, keep = self.paths(step)
 
-        # One walk: both paths share everything before the first skipped block.
-        skip = self.skips(step)
-        trains_u = self.grad_u and (cfg.estimator == "full" or not skip)
-        needs_u = trains_u or self.target is None
-        streams = [Stream(cond, keep, grad=True)] * skip + [Stream(cond, None, grad=trains_u)] * needs_u
+        takes_u = w_u > 0 or self.target is None  # with target=self it is predicted even where it does not train
+        streams = [Stream(cond, keep, grad=True)] * (w_p > 0) + [Stream(cond, grad=w_u > 0)] * takes_u
         out = self.net.walk(x_t, t, streams)
-        v_u = out[-1] if needs_u else None
-        with torch.no_grad():
-            v_target = v_u if self.target is None else self.target(x_t, t, cond)
+        v_p, v_u = out[0] if w_p else None, out[-1] if takes_u else None
+        v_target = v_u if self.target is None else self.predict(self.target, x_t, t, cond)
+        assert v_target is not None
+        v_u = v_u if w_u else None
 
-        record: dict[str, float] = {}
-        loss = torch.zeros((), device=x_t.device)
-        if skip:
-            weight = 1.0 if cfg.estimator == "full" else 1 / cfg.p
-            loss = loss + weight * pruned_terms(out[0], v_target, v_star, cfg.alpha)
-            record["distill_pruned"] = mse(out[0].detach(), v_target).item()
-        if trains_u:
-            weight = 1.0 if cfg.estimator == "full" else 1 / (1 - cfg.p)
-            loss = loss + weight * unpruned_terms(v_u, v_target, v_star, cfg.alpha, self.kappa)
-            record["distill_unpruned"] = mse(v_u.detach(), v_target).item()
-        return loss, record
+        loss = eq7(v_p, v_u, v_target, flow.velocity(batch.x0, noise), cfg.alpha, cfg.kappa, w_p, w_u)
+        taken = {"distill_pruned": v_p, "distill_unpruned": v_u}
+        return loss, {name: distance(v.detach(), v_target).item() for name, v in taken.items() if v is not None}
+
+    @staticmethod
+    @torch.no_grad()
+    def predict(net: VideoDiT, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return net(x_t, t, cond)
 
     @torch.no_grad()
     def check(self, step: int) -> None:
-        """Move the averaged target, and stop a run whose full path has left its teacher (the self target can)."""
+        """Move the averaged target; stop a run whose unpruned path has left its teacher (target=self can)."""
         cfg = self.cfg
         if cfg.target == "ema":
             follow(self.target, self.net, 1 - cfg.target_decay)
@@ -138,30 +215,87 @@ class Prune:
                 f"start (guard={cfg.guard}); the run has diverged: use target=frozen, a lower lr, or alpha below 1"
             )
 
-    @torch.no_grad()
     def error(self, keep: Sequence[int] | None = None) -> float:
-        """Stage I's measure (Eq. 4) on held-out clips, as many at a time as in training; the ranks share the clips."""
-        net, batch = self.net, self.held_out()
-        count = len(batch.x0)
-        times = flow.shift_time(torch.linspace(0.02, 0.98, count), self.cfg.shift)
-        noise = normal_like(batch.x0, generator(self.cfg.seed, 4))
-        table = torch.zeros(count)
-        turns = ranks.turns(count, self.cfg.sequence_parallel)
-        size = self.cfg.micro_batch or max(1, self.cfg.batch // ranks.shares(self.cfg.sequence_parallel)[1])
-        for start in range(0, len(turns), size):
-            now = turns[start : start + size]
-            some = torch.tensor([index for index, _ in now])
-            x0, t, drawn = (x[some.to(x.device)].to(net.device) for x in (batch.x0, times, noise))
-            x_t = flow.add_noise(x0, drawn, t)
-            cond = batch.cond.map(lambda x, some=some: x[some.to(x.device)].to(net.device))
-            errors = x0_error(net(x_t, t, cond, keep), x_t, t, x0)
-            for (index, reports), error in zip(now, errors.tolist(), strict=True):
-                if reports:
-                    table[index] = error
-        return ranks.summed(table).mean().item()
+        """Stage I's measure (Eq. 4) on held-out clips, as many at a time as in training."""
+        cfg, batch = self.cfg, self.held_out()
+        times = flow.shift_time(torch.linspace(0.02, 0.98, len(batch.x0)), cfg.shift)
+        noise = normal_like(batch.x0, generator(cfg.seed, GUARD))
 
-    def sampler(self) -> dict:
+        def eq4(x0: Tensor, t: Tensor, drawn: Tensor, cond: Cond) -> Tensor:
+            x_t = flow.add_noise(x0, drawn, t)
+            return x0_error(self.net(x_t, t, cond, keep), x_t, t, x0)
+
+        at_once = cfg.micro_batch or max(1, cfg.batch // ranks.shares(cfg.sequence_parallel)[1])
+        return held_out_mean(eq4, (batch.x0, times, noise), batch.cond, self.net.device, at_once, cfg.sequence_parallel)
+
+    def sampler(self) -> dict[str, Any]:
         return {"model": self.net, "keep": self.keep} | preview_plan(self.card, self.cfg.shift, self.net.released)
 
-    def save(self, folder: Path, write: Callable = save_model) -> None:
+    def save(self, folder: Path, write: Callable[..., Any] = save_model) -> None:
         write(self.net, folder, **self.card | {"stage": 2, "pruned_path": self.keep, "shift": self.cfg.shift})
+
+
+def still(cfg: PruneKeys) -> bool:
+    """Do the pruned blocks stay as they are? With drop=joint and no term on the unpruned path nothing trains them."""
+    return cfg.drop == "joint" and not cfg.trains_unpruned
+
+
+def ranking_of(cfg: Config) -> Path:
+    return Path(cfg.importance or Path(cfg.run) / "stage1" / "importance.json")
+
+
+def build(cfg: Config, with_: Builder) -> Prune:
+    """The teacher's weights, which train; the blocks that Stage I chose; a copy as the target."""
+    folder = trained_folder(cfg.teacher or cfg.model)
+    net = with_.load(folder)
+    ranking = read_importance(ranking_of(cfg), net.num_blocks)
+    theirs = read_card(folder)
+    card = with_.card(source=str(folder), steps=theirs.get("steps"), guidance=theirs.get("guidance"))
+    with_.check_data(net, theirs)
+    with_.checkpoint(cfg, net)
+    target = with_.copy(net, folder) if cfg.target != "self" else None
+    return Prune(cfg, net, ranking["pruned"], with_.batches, with_.held_out, card, target)
+
+
+def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
+    """The two paths in one walk, and the target's prediction unless it is the unpruned path's."""
+    blocks = range(len(net.blocks))
+    keep = list(blocks) if cfg.drop == "independent" else keep  # coins for each block may keep all of them
+    held = [i for i in blocks if i not in keep] if still(cfg) else []
+    coins = [(1.0, True, True)] if cfg.estimator == "full" else [(cfg.p, True, False), (1 - cfg.p, False, True)]
+    walked, updates = [], 0.0
+    for share, takes_p, takes_u in coins:
+        trains_u = takes_u and cfg.trains_unpruned
+        if not (takes_p or trains_u):
+            continue
+        updates += share
+        unpruned = [Route(grad=trains_u)] * (trains_u or cfg.target == "self")
+        walked.append(Walk("student", [Route(keep=keep, grad=True)] * takes_p + unpruned, share))
+        walked += [Walk("target", [Route()], share)] * (cfg.target != "self")
+    nets = {"student": Net(updates=updates, still=held)} | ({"target": Net()} if cfg.target != "self" else {})
+    return Iteration(nets, walked)
+
+
+def subject(cfg: Config, guess: Guess | None = None) -> Subject:
+    config = config_of(trained_folder(cfg.teacher or cfg.model))
+    if guess and not cfg.importance:
+        return config, guess(depth(config))
+    return config, read_importance(ranking_of(cfg), depth(config))["kept"]
+
+
+def inputs(cfg: Config) -> dict[str, Any]:
+    ranking = ranking_of(cfg)
+    return {"ranking_used": digest(ranking) if ranking.is_file() else None}
+
+
+METHOD = Method(
+    stage="2",
+    name="fastlightgen",
+    title="After Stage II",
+    about="both paths follow the teacher (Eq. 5 to 7)",
+    keys=PruneKeys,
+    build=build,
+    walks=walks,
+    subject=subject,
+    inputs=inputs,
+)

@@ -1,22 +1,78 @@
-"""Stage I: rank the blocks by the x0 error that skipping each one causes (Tweedie, Eq. 3 and 4).
+"""Stage I: rank the blocks by the x0 error that skipping each one causes (Tweedie, Eq. 2 to 4).
+
+Stage I takes no optimizer step: it is one sweep over a fixed set of clips and times. So it does not run in the training
+loop, which exists to accumulate, clip, step and save; it shares the engine's placing of the network and the ranks.
 
 Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B]; errors [clips x timesteps].
 """
+# ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, combinations, product
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fastlightgen import flow
-from fastlightgen.blocks import num_dropped
+from fastlightgen.config import BatchKeys, Run, field
 from fastlightgen.data.source import Batch
+from fastlightgen.engine.shards import shape
 from fastlightgen.models.base import Cond, Stream, VideoDiT
+from fastlightgen.models.cost import Network
+from fastlightgen.models.folder.networks import config_of, trained_folder
+from fastlightgen.models.folder.weights import read_card
 from fastlightgen.parallel import ranks
+from fastlightgen.planner.step import Iteration, Net, Walk
+from fastlightgen.planner.walk import Path as Route
 from fastlightgen.rng import generator, normal_like
+from fastlightgen.stages.build import Builder
+from fastlightgen.stages.method import Guess, Method, Subject
+from fastlightgen.stages.search import SEARCHES, counts_of, lists_of, without
 
+DRAWS = 1  # the purpose of this stage's random draws
 Sample = tuple[Tensor, Tensor, Tensor, Cond]  # x_t, t, x0, cond
+Bar = Callable[[int, str], AbstractContextManager[tqdm]]  # (total, title) -> a progress bar
+
+
+@dataclass(kw_only=True)
+class RankKeys(BatchKeys):
+    """Keys of Stage I."""
+
+    batch: int = field(16, "clips per network call", lo=1)
+    ratio: float = field(0.3, "share of the network to drop", above=0, below=1)
+    ratio_unit: str = field("blocks", "what `ratio` counts", choices=("blocks", "params", "flops"))
+    units: str = field(
+        "all",
+        "which blocks may be dropped, of how many `ratio` counts; all; HunyuanVideo also: double, single, "
+        "per_list (the ratio of each list)",
+        choices=("all", "double", "single", "per_list"),
+    )
+    search: str = field(
+        "single_skip",
+        "single_skip: each block alone; iterative: least harmful first, then again; exhaustive: all subsets (tests)",
+        choices=("single_skip", "iterative", "exhaustive"),
+    )
+    score: str = field("elbo", "elbo: error against the data; output_mse: change of v", choices=("elbo", "output_mse"))
+    clips: int = field(64, "clips of the evaluation set", lo=1)
+    timesteps: int = field(8, "stratified times per clip", lo=1)
+    t_range: list[float] = field([0.02, 0.98], "range of the times before the shift", lo=0, hi=1)
+    protect_first: int = field(0, "blocks at the start that are never dropped", lo=0)
+    protect_last: int = field(0, "blocks at the end that are never dropped", lo=0)
+    memory: float = field(
+        4.0, "GiB for the hidden states of candidates that are walked together", above=0, numbers=False
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.check_ordered("t_range")
+
+
+class Config(RankKeys, Run):
+    """A configuration of this stage: its own keys and those of every stage."""
 
 
 def x0_error(v: Tensor, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
@@ -25,11 +81,11 @@ def x0_error(v: Tensor, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
 
 
 def output_mse(v: Tensor, v_full: Tensor) -> Tensor:
-    """Eq. 3 per sample: mean over elements of |y_skip - y|^2."""
+    """Eq. 3 per sample: mean over elements of |y_pruned - y_original|^2 (y: the output of Eq. 2)."""
     return (v.float() - v_full.float()).square().flatten(1).mean(1)
 
 
-def evaluation_set(cfg, batches: Callable[[int], Batch]) -> Iterator[Sample]:
+def evaluation_set(cfg: Config, batches: Callable[[int], Batch]) -> Iterator[Sample]:
     """`clips` clips at `timesteps` stratified times each; the same x0, noise and t for every candidate."""
     low, high = cfg.t_range
     for start in range(0, cfg.clips, cfg.batch):
@@ -37,7 +93,7 @@ def evaluation_set(cfg, batches: Callable[[int], Batch]) -> Iterator[Sample]:
         size = min(cfg.batch, cfg.clips - start)
         x0, cond = batch.x0[:size], batch.cond.map(lambda v, n=size: v[:n])
         for k in range(cfg.timesteps):
-            gen = generator(cfg.seed, 1, start, k)
+            gen = generator(cfg.seed, DRAWS, start, k)
             u = (k + torch.rand(size, generator=gen)) / cfg.timesteps  # stratum k of U(0, 1)
             t = flow.shift_time(low + (high - low) * u, cfg.shift).to(x0.device)
             yield flow.add_noise(x0, normal_like(x0, gen), t), t, x0, cond
@@ -73,28 +129,8 @@ def score_sets(
     return ranks.summed(table)
 
 
-def drop_until(cost: Sequence[float], order: Sequence[int], ratio: float, total: float) -> int:
-    """How many blocks of `order` (least important first) to drop: their share of `total` comes closest to ratio."""
-    dropped, best, count = 0.0, float("inf"), 1
-    for n, block in enumerate(order[:-1], 1):
-        dropped += cost[block]
-        if abs(dropped / total - ratio) < best:
-            best, count = abs(dropped / total - ratio), n
-    return count
-
-
-def lists_of(units: list[dict], choice: str) -> list[list[int]]:
-    """The block lists that `ratio` counts: all blocks, those of one kind, or each kind for itself."""
-    kinds = list(dict.fromkeys(u["kind"] for u in units))
-    if choice == "all":
-        return [[u["index"] for u in units]]
-    if len(kinds) < 2:
-        raise ValueError(f"units={choice}: this model has one list of blocks ({units[0]['name']}, ...); use units=all")
-    return [[u["index"] for u in units if u["kind"] == k] for k in kinds if choice in (k, "per_list")]
-
-
-def rank(cfg, model: VideoDiT, batches: Callable[[int], Batch], costs: list[float], bar) -> dict:
-    """importance.json: scores, the set that is kept, and what was measured on. `bar(total)` makes a progress bar."""
+def rank(cfg: Config, model: VideoDiT, batches: Callable[[int], Batch], costs: Sequence[float], bar: Bar) -> dict:
+    """importance.json: scores, the set that is kept, and what was measured on."""
     n, units = model.num_blocks, model.units()
     lists = lists_of(units, cfg.units)
     free = [[i for i in blocks if cfg.protect_first <= i < n - cfg.protect_last] for blocks in lists]
@@ -106,53 +142,26 @@ def rank(cfg, model: VideoDiT, batches: Callable[[int], Batch], costs: list[floa
             )
     samples = list(evaluation_set(cfg, batches))
 
-    def without(*blocks: int) -> list[int]:
-        return [i for i in range(n) if i not in blocks]
-
-    def scores(keeps: list, title: str) -> Tensor:
+    def scores(keeps: Sequence[Sequence[int] | None], title: str) -> Tensor:
         with bar(sum(len(s[1]) for s in samples), title) as progress:
             return score_sets(model, samples, keeps, cfg.score, cfg.memory, progress.update)
 
     # Single skips: the paper's ranking, and the start of the other searches.
-    table = scores([without(i) for i in range(n)] + [None], "stage 1: skip each block")
+    table = scores([without(n, i) for i in range(n)] + [None], "stage 1: skip each block")
     single, base = table[:-1], table[-1]
-    mean = single.mean(1)
-
-    def least_first(blocks) -> list[int]:
-        return sorted(blocks, key=lambda i: mean[i].item())
-
-    counts = []
-    for left, blocks in zip(free, lists, strict=True):
-        if cfg.ratio_unit == "blocks":
-            counts.append(min(num_dropped(len(blocks), cfg.ratio), len(left) - 1))
-        else:
-            counts.append(drop_until(costs, least_first(left), cfg.ratio, sum(costs[i] for i in blocks)))
-
-    if cfg.search == "single_skip":
-        pruned = least_first([i for left, count in zip(free, counts) for i in least_first(left)[:count]])
-    elif cfg.search == "iterative":  # drop the least harmful, score again with it gone
-        pruned: list[int] = []
-        for number in range(sum(counts)):
-            open_ = [left for left, count in zip(free, counts) if sum(i in left for i in pruned) < count]
-            left = [i for some in open_ for i in some if i not in pruned]
-            errors = scores([without(*pruned, i) for i in left], f"stage 1: drop {number + 1} of {sum(counts)}").mean(1)
-            pruned.append(left[int(errors.argmin())])
-    else:  # exhaustive: every set of that size
-        choices = (combinations(left, count) for left, count in zip(free, counts))
-        sets = [sum(parts, ()) for parts in product(*choices)]
-        groups = [[without(*s) for s in sets[i : i + 16]] for i in range(0, len(sets), 16)]
-        errors = torch.cat([scores(g, f"stage 1: sets {16 * i} of {len(sets)}").mean(1) for i, g in enumerate(groups)])
-        pruned = least_first(sets[int(errors.argmin())])
-    kept = without(*pruned)
-    by_score = sorted(kept, key=lambda i: -mean[i].item())
-    together = scores([kept], "stage 1: all of them dropped")[0]
+    mean = single.mean(1).tolist()
+    counts = counts_of(cfg, free, lists, costs, mean)
+    pruned = SEARCHES[cfg.search](n, free, counts, mean, scores)
+    keep = without(n, *pruned)
+    together = scores([keep], "stage 1: all of them dropped")[0]
     return {
         "units": [u | {"score": single[i].mean().item(), "stderr": stderr(single[i])} for i, u in enumerate(units)],
         "baseline_score": base.mean().item(),
         "baseline_stderr": stderr(base),
         "pruned_score": together.mean().item(),
-        "ranking": by_score + pruned[::-1],  # most important first; the first to be dropped stands last
-        "kept": kept,
+        # most important first; the first to be dropped stands last
+        "ranking": sorted(keep, key=lambda i: -mean[i]) + pruned[::-1],
+        "kept": keep,
         "pruned": sorted(pruned),
         "pruning_ratio": len(pruned) / n,
         "prefix": min(pruned),
@@ -165,3 +174,44 @@ def rank(cfg, model: VideoDiT, batches: Callable[[int], Batch], costs: list[floa
 
 def stderr(x: Tensor) -> float:
     return (x.std() / x.numel() ** 0.5).item() if x.numel() > 1 else 0.0
+
+
+def build(cfg: Config, with_: Builder) -> tuple[VideoDiT, list[float]]:
+    """The model, and what dropping each of its blocks saves in the unit of `ratio`."""
+    folder = trained_folder(cfg.model)
+    model = with_.load(folder).requires_grad_(False)
+    with_.check_data(model, read_card(folder))
+    costs = [1.0] * model.num_blocks
+    if cfg.ratio_unit == "params":
+        costs = [float(sum(shape(p).numel() for p in b.parameters())) for b in model.blocks]
+    elif cfg.ratio_unit == "flops":
+        batch = with_.source.batch(0, 1)
+        costs = [float(f) for f in model.block_flops(batch.x0, batch.cond)]
+    return model, costs
+
+
+def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
+    """One batch of clips at one time: every block skipped alone and none skipped, in groups of `memory` GiB."""
+    n, clips = len(net.blocks), min(cfg.batch, cfg.clips)
+    size = 4 if cfg.engine == "local" or cfg.dtype == "float32" else 2  # bytes of a weight
+    group = max(1, int(cfg.memory * 2**30 / (2 * clips * net.hidden * size)))
+    routes = [Route(keep=without(n, i)) for i in range(n)] + [Route()]
+    sweep = [Walk("model", routes[i : i + group]) for i in range(0, n + 1, group)]
+    return Iteration({"model": Net()}, sweep, clips=clips, count=math.ceil(cfg.clips / clips) * cfg.timesteps)
+
+
+def subject(cfg: Config, guess: Guess | None = None) -> Subject:
+    return config_of(trained_folder(cfg.model)), ()
+
+
+METHOD = Method(
+    stage="1",
+    name="fastlightgen",
+    title="Ranking",
+    about="the x0 error that each block's absence causes",
+    keys=RankKeys,
+    build=build,
+    walks=walks,
+    subject=subject,
+    savings=({"memory": 0.25},),
+)

@@ -26,7 +26,7 @@ from fastlightgen.models.lora import attach_lora
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.clock import clock
 from fastlightgen.rng import generator, rows
-from fastlightgen.stages.build import load
+from fastlightgen.stages.build import Builder
 from fastlightgen.stages.distill import Distill, Networks
 from fastlightgen.stages.prune import Prune
 from fastlightgen.stages.rank import evaluation_set, score_sets
@@ -161,7 +161,8 @@ def loaded(case: dict) -> dict:
     """What this rank keeps of a network that it reads under zero=3, and whether the ranks have all of it together."""
     words = ["engine=deepspeed", "zero=3", *case["words"]]
     cfg = config(case["stage"], *words)
-    net, whole = load(cfg, case["load"], CPU), load_model(case["load"], dtype=getattr(torch, cfg.dtype))
+    net = Builder(cfg, ShapesSource(0), CPU).load(case["load"])
+    whole = load_model(case["load"], dtype=getattr(torch, cfg.dtype))
     same = []
     for p, q in zip(net.parameters(), whole.parameters(), strict=True):
         kept = p.untyped_storage().nbytes()

@@ -9,7 +9,7 @@ from fastlightgen import config
 from fastlightgen.config import ConfigError, load
 from fastlightgen.config.commands import COMMANDS
 from fastlightgen.config.files import config_root
-from fastlightgen.config.schema import STAGES
+from fastlightgen.config.stages import STAGES
 
 S0, S1, S2, S3, ALL = (f"stage={n} run=r".split() for n in (0, 1, 2, 3, "all"))
 EVALUATE = ["model=tiny", "out=e.json"]
@@ -18,10 +18,10 @@ EVALUATE = ["model=tiny", "out=e.json"]
 def test_precedence(tmp_path):
     """Defaults < configs/stageN.yaml < the preset's section < config=FILE < the command line."""
     preset = config.preset("tiny")["stage2"]
-    assert (preset["iters"], preset["shift"]) != (config.Stage2.iters, config.Stage2.shift)
+    assert (preset["iters"], preset["shift"]) != (config.root("2").iters, config.root("2").shift)
     cfg = load(S2)
     assert {k: getattr(cfg, k) for k in preset} == preset
-    assert cfg.guard_every == config.Stage2.guard_every  # in no file
+    assert cfg.guard_every == config.root("2").guard_every  # in no file
     file = tmp_path / "c.yaml"
     file.write_text("iters: 77\nshift: 2\n")
     cfg = load([*S2, f"config={file}", "shift=9"])
@@ -41,10 +41,10 @@ def test_stage_layer_lies_between_defaults_and_preset(tmp_path, monkeypatch):
     (tmp_path / "stage0.yaml").write_text("lr: 5\nclip: 6\n")
     (tmp_path / "model" / "small.yaml").write_text("network: {}\nstage0: {lr: 7}\n")
     monkeypatch.setattr("fastlightgen.config.files.config_root", lambda: tmp_path)
-    monkeypatch.setattr("fastlightgen.config.cli.config_root", lambda: tmp_path)
+    monkeypatch.setattr("fastlightgen.config.layers.config_root", lambda: tmp_path)
     monkeypatch.setattr("fastlightgen.config.cli.check_place", lambda *_: None)
     cfg = load([*S0, "model=small"])
-    assert (cfg.lr, cfg.clip, cfg.weight_decay) == (7.0, 6.0, config.Stage0.weight_decay)
+    assert (cfg.lr, cfg.clip, cfg.weight_decay) == (7.0, 6.0, config.root("0").weight_decay)
     (tmp_path / "stage0.yaml").write_text("lrr: 5\n")
     with pytest.raises(ConfigError, match=r"did you mean lr\? \(in configs/stage0.yaml\)"):
         load(S0)
@@ -53,7 +53,7 @@ def test_stage_layer_lies_between_defaults_and_preset(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["0", "1", "2", "3"])
 def test_stage_files_agree_with_the_defaults(name):
     """configs/stageN.yaml is the paper's recipe for the reader; the dataclass is the one source."""
-    cls, recipe = STAGES[name], yaml.safe_load((config_root() / f"stage{name}.yaml").read_text())
+    cls, recipe = config.root(name), yaml.safe_load((config_root() / f"stage{name}.yaml").read_text())
     assert {key: getattr(cls, key) for key in recipe} == recipe
 
 
@@ -105,7 +105,7 @@ def test_help_lists_every_key(words, capsys):
     shown = {title.split("=")[1].split()[0]: lines for title, lines in keys.items()}
     assert set(shown) == ({"0", "1", "2", "3", "all"} if words == ["--help"] else {"all"} if "-h" in words else {"3"})
     for stage, lines in shown.items():
-        for f in dataclasses.fields(STAGES[stage]):
+        for f in dataclasses.fields(config.root(stage)):
             if dataclasses.is_dataclass(f.type):
                 inner = [f"{f.name}.{g.name}" for g in dataclasses.fields(f.type)]
                 assert words == ["--help"] and f.name != "evaluate" or set(inner) <= set(lines)
@@ -188,8 +188,8 @@ def test_diff():
 
 
 def test_a_configuration_made_in_python_is_checked_too():
-    assert config.Stage3(run="r").beta1 == 3.5
+    assert config.root("3")(run="r").beta1 == 3.5
     with pytest.raises(ConfigError, match="steps=0: wanted >= 1 and <= 8"):
-        config.Stage3(run="r", steps=0)
+        config.root("3")(run="r", steps=0)
     with pytest.raises(ConfigError, match="t_clamp"):
-        config.Stage3(run="r", t_clamp=[0.9, 0.1])
+        config.root("3")(run="r", t_clamp=[0.9, 0.1])

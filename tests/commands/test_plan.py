@@ -5,13 +5,18 @@ from dataclasses import fields, replace
 
 import pytest
 
-from fastlightgen.config import Plan, main, preset
+from fastlightgen.config import Plan, load, main, plan_root, preset, root
 from fastlightgen.config.fields import default_of
-from fastlightgen.config.schema import DistillKeys, PruneKeys, RankKeys, TeacherKeys
 from fastlightgen.plan import one, plan
-from fastlightgen.planner.budget import ITERS, budget, load_network, paper_efficiency
+from fastlightgen.planner.budget import PAPER as PRINTED
+from fastlightgen.planner.budget import budget, load_network, paper_efficiency
 
-PAPER = Plan(offload="optimizer")  # 16 H100, ZeRO-3, AdamW in host memory, batch 1: the other defaults
+
+def make(stage: str = "3", **keys) -> Plan:
+    return plan_root(stage)(**keys)
+
+
+PAPER = make(offload="optimizer")  # 16 H100, ZeRO-3, AdamW in host memory, batch 1: the other defaults
 P, STUDENT = 16_394_878_784, 16_394_878_784 - 12 * 403_838_464  # parameters of the teacher and of 28 of its 40 blocks
 
 
@@ -28,7 +33,7 @@ def test_the_papers_gpu_days():
     assert 64 * 86400 / 16 / 4000 == 16 * 86400 / 16 / 1000 == pytest.approx(86.4)
     shares = {}
     for stage, days in (("2", 64), ("3", 16)):
-        cfg = replace(PAPER, stage=stage, target="self")
+        cfg = make("2", offload="optimizer", target="self") if stage == "2" else PAPER
         b = planned(cfg)
         assert (b.seconds, b.gpu_days) == (pytest.approx(86.4), pytest.approx(days))
         shares[stage] = b.efficiency
@@ -41,7 +46,7 @@ def test_the_papers_gpu_days():
 
 def test_a_given_efficiency_divides_the_time():
     slow, fast = planned(PAPER), planned(replace(PAPER, efficiency=0.4))
-    assert fast.seconds == pytest.approx(slow.seconds * paper_efficiency(3) / 0.4)
+    assert fast.seconds == pytest.approx(slow.seconds * paper_efficiency("3") / 0.4)
     assert fast.flops == slow.flops
 
 
@@ -57,7 +62,6 @@ def test_zero_as_deepspeed_documents_it():
     trained, everything = 2 * STUDENT, 2 * STUDENT + P
     states = ("weights", "gradients", "optimizer states")
     expected = {
-        ("none", 0): (2 * everything, 4 * STUDENT, 12 * trained),
         ("none", 1): (2 * everything, 4 * STUDENT, 12 * trained / 16),
         ("none", 2): (2 * everything, 4 * STUDENT / 16, 12 * trained / 16),
         ("none", 3): (2 * everything / 16, 4 * trained / 16, 12 * trained / 16),
@@ -65,7 +69,7 @@ def test_zero_as_deepspeed_documents_it():
         ("all", 3): (0, 0, 0),
     }
     for (offload, zero), wanted in expected.items():
-        b = planned(Plan(offload=offload, zero=zero))
+        b = planned(make(offload=offload, zero=zero))
         assert [b.gpu.get(part, 0) for part in states] == [pytest.approx(v) for v in wanted]
         host = {"none": 0, "optimizer": 16 * trained, "all": 16 * trained + 2 * everything}[offload]
         assert sum(b.host.get(part, 0) for part in states) == pytest.approx(1.5 * host / 2)
@@ -74,19 +78,19 @@ def test_zero_as_deepspeed_documents_it():
 def test_host_memory_of_what_is_read_and_written():
     """Each of a host's 8 ranks reads one tensor at a time, at most a block; random weights of Stage 0 are drawn whole.
     A checkpoint is 12 bytes per trained parameter over all hosts."""
-    b = planned(Plan())
+    b = planned(make())
     assert b.host["networks while they are read"] == 8 * 2 * 403_838_464
     assert b.host["a checkpoint while it is written"] == b.host_peak == 12 * 2 * STUDENT / 2
-    drawn = planned(Plan(stage="0"))
+    drawn = planned(make("0"))
     assert drawn.host["networks while they are read"] == drawn.host_peak == 8 * 2 * P
-    alone = planned(Plan(engine="local", gpus=1, gpu="cpu", dtype="float32", stage="0", model="wan2.1-t2v-1.3b"))
+    alone = planned(make("0", engine="local", gpus=1, gpu="cpu", dtype="float32", model="wan2.1-t2v-1.3b"))
     assert alone.host["processes"] == alone.peak and alone.host_peak == alone.peak + 12 * 1_418_996_800
     assert alone.seconds == 0  # nothing is known of a CPU's speed
 
 
 def test_no_moment_holds_all_parts():
     """Without recomputation activations are given back while gradients are made: the larger of them counts."""
-    cfg = Plan(stage="0", engine="local", gpus=1, dtype="float32", model="wan2.1-t2v-1.3b", previews=False)
+    cfg = make("0", engine="local", gpus=1, dtype="float32", model="wan2.1-t2v-1.3b", previews=False)
     b = planned(replace(cfg, checkpointing=False))
     steady = b.gpu["weights"] + b.gpu["optimizer states"] + b.gpu["buffers"]
     assert b.gpu["activations kept"] > 2 * b.gpu["gradients"]
@@ -98,19 +102,19 @@ def test_no_moment_holds_all_parts():
 
 def test_traffic_by_hand():
     """Stage 2 with its literal target: 40 gathers forward, 28 backward; bfloat16; 15 of 16 shares come from others."""
-    cfg = Plan(stage="2", target="self")
+    cfg = make("2", target="self")
     b, block, outside = planned(cfg), 403_838_464, 241_340_224
     assert b.gathers == 68
     assert b.wire["weights"] == pytest.approx(2 * 15 / 16 * (68 * block + 2 * outside))
     assert b.wire["gradients"] == pytest.approx(2 * 15 / 16 * STUDENT)
-    twice = planned(replace(cfg, accumulation=2))
+    twice = planned(replace(cfg, batch=32, micro_batch=1))  # two passes of one clip on each of 16 GPUs
     assert twice.wire["weights"] == 2 * b.wire["weights"] and twice.flops == 2 * b.flops
     assert planned(replace(cfg, gpus=1)).wire == {} and planned(replace(cfg, zero=1)).gathers == 0
 
 
 def test_shared_tokens_by_hand():
     """Of 8 GPUs the one with the most has 4 of 30 rows of patches, and all of the text."""
-    cfg, share = Plan(stage="2", target="self"), 4 / 30
+    cfg, share = make("2", target="self"), 4 / 30
     whole, b = planned(cfg), planned(replace(cfg, sequence_parallel=8))
     # Four tensors change their split around each attention: 54 forward, 28 again, 28 backward; 7 of 8 shares travel.
     hidden = 2 * 32760 * 5120 * share
@@ -134,17 +138,20 @@ def test_the_parts_of_the_activations():
     assert kept.gpu["activations kept"] - base.gpu["activations kept"] == pytest.approx(outputs)
     assert kept.flops < base.flops < planned(replace(PAPER, strong="original")).flops
     assert planned(replace(PAPER, checkpointing=False)).gpu["activations kept"] > 10 * base.gpu["activations kept"]
-    assert planned(replace(PAPER, batch=2)).gpu["activations kept"] == 2 * base.gpu["activations kept"]
+    assert planned(replace(PAPER, batch=32)).gpu["activations kept"] == 2 * base.gpu["activations kept"]
 
 
-def test_the_defaults_are_those_of_the_stages():
-    stages = {f.name: default_of(f) for keys in (RankKeys, PruneKeys, DistillKeys) for f in fields(keys)}
-    stages["critics"] = stages.pop("ratio")
-    assert stages["critics"] == Plan().critics and Plan().ratio == RankKeys().ratio
-    same = ("clips", "timesteps", "memory", "alpha", "target", "kappa_unpruned", "estimator", "p", "steps", "rollout")
-    for name in (*same, "count", "fake_arch", "fake_mode", "lora_rank", "strong"):
-        assert getattr(Plan(), name) == stages[name], name
-    assert {0: TeacherKeys().iters, 2: PruneKeys().iters, 3: DistillKeys().iters} == ITERS
+def test_a_plan_has_the_keys_and_the_defaults_of_its_stage():
+    """A plan is a stage's configuration on a machine: nothing is written twice, so nothing can differ."""
+    differs = {"run", "model", "engine", "dtype", "checkpointing"}
+    for stage in "0123":
+        own, planned_ = ({f.name: default_of(f) for f in fields(cls)} for cls in (root(stage), plan_root(stage)))
+        assert own.keys() <= planned_.keys()
+        assert {k for k in own if own[k] != planned_[k]} == differs & own.keys()
+    words = ["stage=3", "ratio=2", "beta1=1", "fake_mode=lora", "gpus=8", "sequence_parallel=2"]
+    cfg = load(words, "plan")
+    assert (cfg.ratio, cfg.beta1, cfg.fake_mode, cfg.groups, cfg.micro) == (2, 1.0, "lora", 4, 1)
+    assert (PRINTED.stage2[1], PRINTED.stage3[1]) == (root("2").iters, root("3").iters)
 
 
 def test_what_is_printed_adds_up_and_is_not_called_measured(capsys, tmp_path):
@@ -162,11 +169,11 @@ def test_what_is_printed_adds_up_and_is_not_called_measured(capsys, tmp_path):
 
 def test_changes_when_it_does_not_fit():
     """In order of cost, each on top of those before, until it fits; every line is a plan that can be asked for."""
-    cfg = Plan(stage="3", gpu="a100-80gb", zero=1, gpus=8, batch=2, checkpointing=False)
+    cfg = make("3", gpu="a100-80gb", zero=1, gpus=8, batch=16, checkpointing=False)
     lines, record = one(cfg)
     changes = record["changes"]
     assert any("DOES NOT FIT" in line for line in lines)
-    assert [c["change"].split("=")[0] for c in changes][:3] == ["zero", "checkpointing", "batch"]
+    assert [c["change"].split("=")[0] for c in changes][:3] == ["zero", "checkpointing", "micro_batch"]
     peaks = [record["plan"]["peak"], *(c["peak"] for c in changes)]
     assert peaks == sorted(peaks, reverse=True) and peaks[-1] < 80e9 < peaks[-2]
     for change in changes:
@@ -177,7 +184,7 @@ def test_changes_when_it_does_not_fit():
 
 
 def test_a_run_that_cannot_fit_says_so():
-    lines, record = one(Plan(gpu="4090", gpus=1, gpus_per_node=1, size="720x1280x81"))
+    lines, record = one(make(gpu="4090", gpus=1, gpus_per_node=1, size="720x1280x81"))
     assert lines[-1] == "  still more than 24 GB: more GPUs, a larger GPU, or a smaller size"
     assert record["plan"]["fits"] is False
 
@@ -189,15 +196,15 @@ def test_the_table_agrees_with_single_plans(capsys, tmp_path):
     assert not any(r["model"].startswith("tiny") for r in rows)
     row = next(r for r in rows if (r["model"], r["stage"]) == ("wan2.1-i2v-14b", "3"))
     assert row["gpus"]["h200"]["fits"] and row["gpus"]["h200"]["changes"] == {}
-    assert row["gpus"]["h200"]["peak"] == planned(Plan()).peak
+    assert row["gpus"]["h200"]["peak"] == planned(make()).peak
     assert len(capsys.readouterr().out.splitlines()) == len(rows) + 2
 
 
 def test_a_model_folder_is_planned_from_its_config(tmp_path):
     config = preset("wan2.1-t2v-1.3b")["network"]
     (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "WanTransformer3DModel"}))
-    _, record = one(Plan(model=str(tmp_path), stage="0", gpus=1, gpus_per_node=1))
-    _, same = one(Plan(model="wan2.1-t2v-1.3b", stage="0", gpus=1, gpus_per_node=1))
+    _, record = one(make("0", model=str(tmp_path), gpus=1, gpus_per_node=1))
+    _, same = one(make("0", model="wan2.1-t2v-1.3b", gpus=1, gpus_per_node=1))
     assert record["plan"] == same["plan"]
 
 
@@ -210,10 +217,12 @@ def test_a_model_folder_is_planned_from_its_config(tmp_path):
         (["sequence_parallel=3"], "sequence_parallel=3: gpus=16 is not a multiple of it"),
         (["prefix=30"], "prefix=30: 12 blocks are dropped from there, but the network has 40; wanted at most 28"),
         (["offload=all", "zero=2"], "offload=all: weights can wait in host memory under zero=3 only, not zero=2"),
-        (["offload=optimizer", "zero=0"], "offload=optimizer: needs sharded optimizer states"),
+        (["zero=0"], "zero=0: wanted >= 1 and <= 3"),
+        (["critics=5"], "critics=5: unknown key"),
+        (["stage=2", "ratio=3"], "ratio=3: ratio is a key of stage=1, stage=3, not of stage=2"),
         (["engine=local"], "gpus=16: engine=local is one process; use gpus=1"),
         (["gpu=v100"], "gpu=v100: wanted one of h100-80gb, h200, a100-80gb, 4090"),
-        (["lr=1"], "lr=1: unknown key"),
+        (["lrx=1"], "lrx=1: unknown key"),
         (["table=true", "out=/nonexistent/x.json"], "out=/nonexistent/x.json: there is no folder /nonexistent"),
     ],
 )

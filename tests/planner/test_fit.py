@@ -1,18 +1,20 @@
 """What train says of its plan, and which runs it refuses: the same count as the plan command's."""
 
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import KEPT, PRUNED, config, small_wan, write_ranking
+from helpers import KEPT, config, small_wan, write_ranking
 
-from fastlightgen.config import Plan, load, main
+from fastlightgen.config import load, main, method_for, plan_for
 from fastlightgen.models.families import network
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.planner import fit
 from fastlightgen.planner.budget import budget
+from fastlightgen.planner.step import undropped
 from fastlightgen.train import train
 from fastlightgen.world.source import ShapesSource
 
@@ -36,16 +38,14 @@ def configured(stage: int, models: Path, *words: str):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_plan_of_a_stage_is_the_planners(stage, models, capsys):
     cfg = configured(stage, models, "batch=4")
-    found, drop = fit.subject(cfg)
-    assert found == {**small_wan().config, "patch_size": (1, 2, 2)} and drop == (PRUNED if stage > 1 else [])
+    found, keep = method_for(cfg).subject(cfg, None)
+    assert found == {**small_wan().config, "patch_size": (1, 2, 2)} and keep == (KEPT if stage > 1 else ())
     fit.check_fit(cfg, SOURCE, CPU)
     clip = SOURCE.largest()
     net = network(found, tuple(clip.x0.shape[2:]), clip.cond.text.shape[1], fused=False)
-    same = {f.name for f in fields(cfg)} & {"alpha", "target", "steps", "count", "ema", "iters"}
-    words = {"stage": str(stage), "engine": "local", "dtype": "float32"} | {key: getattr(cfg, key) for key in same}
-    plan = Plan(gpu="cpu", gpus=1, gpus_per_node=1, batch=4, checkpointing=False, previews=False, **words)
-    b = budget(net, plan, drop)
-    assert budget(net, fit.plan_of(cfg, 1, 1, "cpu"), drop) == b
+    plan = plan_for(cfg, gpu="cpu", gpus=1, gpus_per_node=1, previews=False)
+    b = budget(net, plan, keep)
+    assert budget(net, fit.plan_of(cfg, 1, 1, "cpu"), keep) == b
     said = capsys.readouterr().out
     assert said.startswith(f"stage {stage}, planned: {b.peak / 1e9:.1f} GB per process (") and said.count("\n") == 1
 
@@ -53,9 +53,9 @@ def test_the_plan_of_a_stage_is_the_planners(stage, models, capsys):
 def test_a_batch_is_divided_as_the_engine_divides_it():
     cfg = config(3, "engine=deepspeed", "zero=2", "batch=32", "micro_batch=2", "ratio=3")
     plan = fit.plan_of(cfg, 8, 4, "h100-80gb")
-    assert (plan.gpus, plan.gpus_per_node, plan.batch, plan.accumulation) == (8, 4, 2, 2)
-    assert (plan.critics, plan.zero, plan.ratio) == (3, 2, Plan().ratio)
-    assert fit.plan_of(config(2, "engine=deepspeed", "batch=32", "p=1"), 8, 8, "cpu").batch == 4
+    assert (plan.gpus, plan.gpus_per_node, plan.micro, plan.accumulation) == (8, 4, 2, 2)
+    assert (plan.ratio, plan.zero, plan.dropped) == (3, 2, 0.3)
+    assert fit.plan_of(config(2, "engine=deepspeed", "batch=32", "p=1"), 8, 8, "cpu").micro == 4
 
 
 def test_a_stage_that_does_not_fit(models, monkeypatch, capsys):
@@ -107,7 +107,8 @@ def test_a_stage_is_planned_ahead_as_in_its_turn(stage, models, capsys):
     now, ahead = (line.split(":") for line in capsys.readouterr().out.splitlines())
     assert now[1].split(" of ")[0] == ahead[1].split(" of ")[0]  # what is free moves
     assert ahead[0] == f"stage {stage}, planned ahead, with blocks yet to be chosen"
-    assert fit.foreseen(cfg, 0.5) == fit.subject(cfg)
+    config, keep = method_for(cfg).subject(replace(cfg, run=f"{models}/new"), partial(undropped, ratio=0.5))
+    assert (config, keep) == method_for(cfg).subject(cfg, None)
 
 
 def test_stage_3_is_refused_before_stage_1_runs(models, monkeypatch, capsys):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from helpers import BLOCKS, KEPT, PRUNED, batches, config, counted, small_wan
 
+from fastlightgen.config import method_for, plan_for
 from fastlightgen.engine.local import LocalEngine
 from fastlightgen.models.families import network
 from fastlightgen.models.lora import attach_lora
 from fastlightgen.planner.memory import model_states
-from fastlightgen.planner.step import distill, prune, rank, teacher
+from fastlightgen.planner.step import StepCost, step_cost
 from fastlightgen.stages.distill import Distill, Networks
 from fastlightgen.stages.prune import Prune
 from fastlightgen.stages.rank import score_sets
@@ -24,11 +25,12 @@ def one_batch():
     return lambda step: batch
 
 
-def step_of(stage):
-    """The network that a step's batches belong to."""
+def planned_for(stage) -> StepCost:
+    """What the stage's method declares, for the network and the batches of this stage."""
     net = stage.nets.teacher if hasattr(stage, "nets") else stage.net
     x0, cond = stage.batches(0).x0, stage.batches(0).cond
-    return network(net.config, tuple(x0.shape[2:]), cond.text.shape[1])
+    cost = network(net.config, tuple(x0.shape[2:]), cond.text.shape[1])
+    return step_cost(cost, method_for(stage.cfg).walks(cost, KEPT, stage.cfg), stage.cfg)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,7 @@ def test_operations_and_evaluations_of_a_stage_2_step(words):
     cfg, net = config(2, *words), small_wan()
     stage = Prune(cfg, net, PRUNED, one_batch(), lambda: batches(2)(9), {})
     net.checkpointing, net.keep_attention = cfg.checkpointing, cfg.keep_attention
-    planned = prune(step_of(stage), KEPT, cfg)
+    planned = planned_for(stage)
     nets = [net, *stage.frozen]
     for n in nets:
         n.block_calls = n.grad_block_calls = 0
@@ -68,29 +70,27 @@ def distillation(*words: str) -> Distill:
     return Distill(cfg, nets, one_batch(), {})
 
 
-class Keys:
-    """A configuration of `train` with the names that the planner adds."""
-
-    def __init__(self, cfg, **more):
-        self.__dict__ = vars(cfg) | more
-
-
 @pytest.mark.parametrize("words", [["strong=stage2"], ["strong=original", "checkpointing=true"]], ids=" ".join)
 def test_operations_of_a_stage_3_iteration(words):
     stage = distillation("steps=1", "count=generator", "ratio=2", *words)
-    planned = distill(step_of(stage), KEPT, Keys(stage.cfg, critics=2))
+    planned = planned_for(stage)
 
     def student():
         stage.student_loss(0)[0].backward()
 
     student()  # fills the null prompt's keys and values, which a run computes once
+    nets = [n for n in (stage.nets.student, stage.nets.teacher, stage.nets.fake_net, stage.nets.original) if n]
+    for n in nets:
+        n.block_calls = n.grad_block_calls = 0
     ran = counted(student) + 2 * counted(lambda: stage.critic_loss(0)[0].backward())
     assert ran == 2 * planned.total("flops")
+    assert sum(n.block_calls for n in nets) == planned.total("calls")
+    assert sum(n.grad_block_calls for n in nets) == planned.total("grad_calls")
 
 
 def test_operations_of_low_rank_critics():
     stage = distillation("steps=1", "fake_mode=lora", "lora_rank=2")
-    planned = distill(step_of(stage), KEPT, Keys(stage.cfg, critics=1))
+    planned = planned_for(stage)
     adapters = sum(p.numel() for p in stage.nets.fake_trained.parameters())
     assert planned.trained["fake"] + planned.frozen["idle adapters"] == adapters
     critic = next(p.cost for p in planned.passes if p.net == "fake" and p.cost.grad_calls)
@@ -103,7 +103,7 @@ def test_operations_of_low_rank_critics():
 
 def test_a_rollout_exits_at_every_rung_alike():
     stage = distillation("steps=2")
-    planned = distill(step_of(stage), KEPT, Keys(stage.cfg, critics=5, count="outer"))
+    planned = planned_for(stage)
     seen = set()
     for step in range(12):
         stage.nets.student.block_calls = 0
@@ -117,7 +117,8 @@ def test_a_rollout_exits_at_every_rung_alike():
 def test_operations_and_evaluations_of_the_sweep():
     net, cfg = small_wan(), config(1, "batch=2")
     x_t, t, cond, _ = net.example_inputs(2, size=(2, 4, 4))
-    planned = rank(network(net.config, (2, 4, 4), cond.text.shape[1]), cfg)
+    cost = network(net.config, (2, 4, 4), cond.text.shape[1])
+    planned = step_cost(cost, method_for(cfg).walks(cost, KEPT, cfg), cfg)
     keeps = [[j for j in range(BLOCKS) if j != i] for i in range(BLOCKS)] + [None]
     net.block_calls = 0
     ran = counted(lambda: score_sets(net, [(x_t, t, x_t, cond)], keeps, "elbo", cfg.memory, lambda n: None))
@@ -148,15 +149,15 @@ def state_bytes(stage, engine: LocalEngine) -> tuple[int, int, int]:
 def test_model_states_of_the_local_engine_to_the_byte(case):
     if case == "teacher":
         stage = Teacher(config(0), small_wan(), batches(2), {})
-        planned = teacher(step_of(stage), stage.cfg)
+        planned = planned_for(stage)
     elif case.startswith("prune"):
         cfg = config(2, *(["kappa_unpruned=0"] if case == "prune still" else []))
         stage = Prune(cfg, small_wan(), PRUNED, one_batch(), lambda: batches(2)(9), {})
-        planned = prune(step_of(stage), KEPT, cfg)
+        planned = planned_for(stage)
     else:
         stage = distillation(*(["fake_mode=lora"] if case == "distill lora" else []))
-        planned = distill(step_of(stage), KEPT, Keys(stage.cfg, critics=5))
+        planned = planned_for(stage)
     engine = LocalEngine(torch.device("cpu"), "float32")
     engine.prepare(stage)
-    states = model_states(planned, Keys(stage.cfg, engine="local", dtype="float32"))
+    states = model_states(planned, plan_for(stage.cfg, gpus=1))
     assert tuple(states.values()) == state_bytes(stage, engine)

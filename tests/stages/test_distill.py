@@ -13,7 +13,7 @@ from fastlightgen.models.lora import LoraLinear
 from fastlightgen.ops import dmd_gradient
 from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages import distill
-from fastlightgen.stages.build import build_distill
+from fastlightgen.stages.build import Builder
 from fastlightgen.stages.distill import dmd_loss
 
 DOUBLE = batches(2, torch.float64)
@@ -35,9 +35,14 @@ def folders(tmp_path_factory):
     return [f"stage2_model={root / 'stage2'}", f"model={root / 'teacher'}"]
 
 
+def built(cfg):
+    """The stage as the train command makes it."""
+    return distill.build(cfg, Builder(cfg, DoubleSource(), CPU))
+
+
 def make(folders, *words: str, moved: float = 0.05):
     """A stage in float64 whose student and fake have already left the Stage II network."""
-    stage = build_distill(config(3, *folders, "lora_rank=3", *words), DoubleSource(), CPU)
+    stage = built(config(3, *folders, "lora_rank=3", *words))
     nets, gen = stage.nets, torch.Generator().manual_seed(1)
     for net in filter(None, (nets.student, nets.teacher, nets.fake_net, nets.original)):
         net.double()
@@ -236,7 +241,7 @@ def test_exit_rung_depends_on_seed_and_step_alone(folders, monkeypatch):
         monkeypatch.setattr(distill.flow, "rollout", lambda predict, x, t, *a: seen.append(t) or x)
         batch = batches(stage.cfg.batch)(0)
         for step in range(steps):
-            stage.rollout(batch, generator(stage.cfg.seed, 5, step))
+            stage.simulate(batch, generator(stage.cfg.seed, 5, step))
         monkeypatch.undo()
         return seen
 
@@ -276,6 +281,6 @@ def test_betas_and_times_stay_inside_their_ranges_per_sample(folders, monkeypatc
 
 def test_build_says_what_is_missing(folders, tmp_path):
     with pytest.raises(ValueError, match="there is no Stage II model; run stage=2"):
-        build_distill(config(3, folders[1], f"run={tmp_path}"), DoubleSource(), CPU)
+        built(config(3, folders[1], f"run={tmp_path}"))
     with pytest.raises(ValueError, match="names no pruned_path; wanted a model that stage=2 made"):
-        build_distill(config(3, folders[1], folders[1].replace("model=", "stage2_model=")), DoubleSource(), CPU)
+        built(config(3, folders[1], folders[1].replace("model=", "stage2_model=")))

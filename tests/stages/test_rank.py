@@ -11,8 +11,10 @@ from helpers import batches, config, counted_flops, run_train, small_hunyuan, sm
 from safetensors.torch import load_file
 
 from fastlightgen.models.folder.weights import save_model
-from fastlightgen.stages.build import build_ranking
-from fastlightgen.stages.rank import drop_until, evaluation_set, rank, score_sets
+from fastlightgen.stages import rank as stage1
+from fastlightgen.stages.build import Builder
+from fastlightgen.stages.rank import evaluation_set, rank, score_sets
+from fastlightgen.stages.search import drop_until
 from fastlightgen.world.source import ShapesSource
 
 CONTRACT = {
@@ -35,6 +37,11 @@ class Bar:
 
     def update(self, n: int) -> None:
         self.done += n
+
+
+def built(cfg):
+    """The model and the costs of its blocks, as the train command makes them."""
+    return stage1.build(cfg, Builder(cfg, ShapesSource(0), torch.device("cpu")))
 
 
 def words(**keys) -> list[str]:
@@ -165,7 +172,7 @@ def test_the_ratio_may_count_blocks_parameters_or_flops(tmp_path):
     flops = counted_flops(small_wan(), clip.x0, torch.tensor([0.5]), clip.cond)
     for unit, wanted in (("params", per_block), ("flops", flops), ("blocks", [1.0] * 4)):
         words_ = f"model={folder}", f"ratio_unit={unit}"
-        model, costs = build_ranking(config(1, *words_), ShapesSource(0), torch.device("cpu"))
+        model, costs = built(config(1, *words_))
         assert costs == wanted and model.units()[2] == {"name": "blocks.2", "kind": "block", "index": 2}
     record = run(config(1, *words(ratio=0.25, ratio_unit="params")), small_wan(), costs=[1.0, 1.0, 1.0, 97.0])
     by_score = sorted(range(4), key=lambda i: record["units"][i]["score"])
@@ -230,7 +237,7 @@ def test_a_ratio_of_parameters_of_unlike_blocks(tmp_path):
         sizes |= {kind: sizes[kind] + v.numel()} if kind else {}
     words_ = words(clips=1, timesteps=1, ratio=0.5, ratio_unit="params", units="double")
     cfg = config(1, f"model={folder}", *words_)
-    model, costs = build_ranking(cfg, ShapesSource(0), torch.device("cpu"))
+    model, costs = built(cfg)
     assert costs == [sizes["double"] / 2] * 2 + [sizes["single"] / 4] * 4 and costs[0] > 2 * costs[2]
     assert len(run(cfg, model, costs)["pruned"]) == 1  # half of the double blocks, not of the network
 

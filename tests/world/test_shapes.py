@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastlightgen.data.frames import to_uint8
 from fastlightgen.world import codec
 from fastlightgen.world import shapes as synthetic
 from fastlightgen.world.shapes import Shapes, coverage, tokenise
@@ -165,4 +166,4 @@ def test_condition_channels():
 
 
 def test_to_uint8():
-    assert codec.to_uint8(torch.tensor([-0.5, 0.0, 0.5, 1.0, 7.0])).tolist() == [0, 0, 128, 255, 255]
+    assert to_uint8(torch.tensor([-0.5, 0.0, 0.5, 1.0, 7.0])).tolist() == [0, 0, 128, 255, 255]

@@ -49,3 +49,8 @@ def trained_folder(path_or_preset: str) -> Path:
             f"model={path_or_preset}: this preset has no weights here; give a model folder or train one with stage=0"
         )
     return folder
+
+
+def depth(config: dict) -> int:
+    """How many blocks the network of a config.json has."""
+    return config["num_layers"] + config.get("num_single_layers", 0)

@@ -1,0 +1,115 @@
+"""One configuration out of several layers: every key of a root class, and a layer's values put in, each checked."""
+
+import dataclasses
+import difflib
+import re
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fastlightgen.config.fields import REQUIRED, ConfigError, check_value, default_of, show
+from fastlightgen.config.files import config_root, flatten, preset, presets, read_yaml
+from fastlightgen.config.stages import DEFAULT, METHODS, STAGES, keys_of, root
+
+TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", list[float]: "[number,number]"}
+
+
+def sections(cls: type) -> dict[str, str]:
+    """The stages whose keys a root class has, with the prefix of these keys; empty for commands without a stage."""
+    stage = default_of(leaves(cls)["stage"]) if "stage" in leaves(cls) else ""
+    return {n: f"stage{n}." for n in ("1", "2", "3")} if stage == "all" else {stage: ""} if stage else {}
+
+
+def shipped_layers(cls: type, model: Any) -> list[tuple[str, dict[str, Any]]]:
+    """(file, settings) that come with the package for the stages of a root class.
+
+    A stage's and a preset's file hold the settings of the default method; another one takes those that it knows, and
+    has a file of its own.
+    """
+    known, out = leaves(cls), []
+    model = default_of(known["model"]) if model is None and "model" in known else str(model)
+    network = preset(model) if model in presets() else {}
+    for stage, prefix in sections(cls).items():
+        method = default_of(known[f"{prefix}method"]) if f"{prefix}method" in known else DEFAULT
+        own, file = f"configs/method/{method}.yaml", config_root() / "method" / f"{method}.yaml"
+        layers = {
+            f"configs/stage{stage}.yaml": read_yaml(config_root() / f"stage{stage}.yaml"),
+            own: read_yaml(file) if file.is_file() else {},
+            f"configs/model/{model}.yaml": network.get(f"stage{stage}", {}),
+        }
+        for where, values in layers.items():
+            settings = flatten(values, prefix)
+            if method != DEFAULT and where != own:
+                settings = {key: value for key, value in settings.items() if key in known}
+            out.append((where, settings))
+    return out
+
+
+def leaves(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every key of a root class, those of its sections with a dot."""
+    out = {}
+    for f in dataclasses.fields(cls):
+        nested = dataclasses.is_dataclass(f.type)
+        out |= leaves(f.type, f"{prefix}{f.name}.") if nested else {f"{prefix}{f.name}": f}
+    return out
+
+
+def assign(node: DictConfig, cls: type, values: dict[str, Any], where: str) -> None:
+    """Put one layer's values into the configuration, each checked by itself."""
+    known = leaves(cls)
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(unknown_key(key, value, cls) + where)
+        f = known[key]
+        wanted = ConfigError(f"{key}={show(value)}: wanted {TYPES[f.type]}, for example {key}={example(f)}{where}")
+        try:
+            OmegaConf.update(node, key, literal(value, f.type))
+            check_value(f, plain(OmegaConf.select(node, key, throw_on_missing=True)), key)
+        except ConfigError as err:
+            raise ConfigError(f"{err}{where}") from None
+        except (OmegaConfBaseException, yaml.YAMLError, TypeError, OverflowError):
+            raise wanted from None
+
+
+def literal(value: Any, kind: type) -> Any:
+    """A value as OmegaConf has to see it, so that text stays what it is: no ${...} lookup, no "yes" for true."""
+    if isinstance(value, str) and kind == list[float]:
+        value = yaml.safe_load(value)
+    if kind is bool and str(value).lower() not in ("true", "false"):
+        raise TypeError
+    if isinstance(value, str):
+        value = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
+    return value
+
+
+def plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def example(f: dataclasses.Field) -> str:
+    default = default_of(f)
+    return show(default) if default not in (REQUIRED, "") else "NAME"
+
+
+def unknown_key(key: str, value: Any, cls: type) -> str:
+    """Why a key cannot be used here, and which key was probably meant."""
+    known, shown = leaves(cls), f"{key}={show(value)}"
+    inside = [name for name in known if name.startswith(f"{key}.")]
+    if inside:
+        return f"{shown}: {key} is a section; give {inside[0]}=... or another of its keys"
+    parts = [name for name in known if name.endswith(f".{key}")]
+    if parts:
+        return f"{shown}: set it for one part of stage=all: {', '.join(f'{name}=...' for name in parts)}"
+    here = sections(cls)
+    stage = default_of(known["stage"]) if here else ""
+    for own in here:  # another method of the same stage
+        methods = [f"method={name}" for name in METHODS[own] if key in leaves(keys_of(own, name))]
+        if methods:
+            return f"{shown}: {key} is a key of {', '.join(methods)}, not of method={default_of(known['method'])}"
+    others = [f"stage={name}" for name in STAGES if key in leaves(root(name))] if here else []
+    if others:
+        return f"{shown}: {key} is a key of {', '.join(others)}, not of stage={stage}"
+    near = difflib.get_close_matches(key.lower(), known, n=1)
+    return f"{shown}: unknown key; " + (f"did you mean {near[0]}?" if near else "--help lists the keys")

@@ -1,0 +1,106 @@
+"""The keys of `plan`: a stage's configuration and the machine that it is planned for.
+
+The defaults are the stage's, but for those that a real model on a cluster needs.
+"""
+# ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
+
+import dataclasses
+from dataclasses import dataclass, fields, make_dataclass
+from functools import cache
+from typing import Any
+
+from fastlightgen.config.fields import Checked, ConfigError, field, with_default
+from fastlightgen.config.run import Run
+from fastlightgen.config.stages import DEFAULT, STAGES, keys_of
+
+GPUS = ("h100-80gb", "h200", "a100-80gb", "4090")
+PLANNED = tuple(stage for stage in STAGES if stage != "all")
+DEFAULTS = {  # in place of those of train
+    "run": "",
+    "model": "wan2.1-i2v-14b",
+    "engine": "deepspeed",
+    "dtype": "bfloat16",
+    "checkpointing": True,
+}
+
+
+@dataclass(kw_only=True)
+class Machine(Checked):
+    """Keys of the machine, and of what an earlier stage decides."""
+
+    gpu: str = field("h100-80gb", "kind of GPU; cpu: processes on a CPU in place of GPUs", choices=(*GPUS, "cpu"))
+    gpus: int = field(16, "GPUs in all", lo=1)
+    gpus_per_node: int = field(8, "GPUs in one host", lo=1)
+    efficiency: float = field(
+        0.0, "share of the GPU's peak that the run reaches; 0: what the paper's figures imply", lo=0, hi=1
+    )
+    size: str = field("480x832x81", "height x width x frames of the clips, in pixels")
+    text_tokens: int = field(0, "tokens of a prompt; 0: what the family is used with", lo=0)
+    previews: bool = field(True, "a pipeline's VAE shows clips during training (pipeline= and sample_every= of train)")
+    dropped: float = field(0.3, "share of the blocks that Stage I drops", above=0, below=1)
+    prefix: int = field(-1, "first dropped block (they are taken to be adjacent); -1: in the middle", lo=-1)
+    table: bool = field(False, "instead: what fits on each kind of GPU, for every preset and stage")
+    out: str = field("", "JSON file to write as well; empty: none")
+
+
+@dataclass(kw_only=True)
+class Plan(Machine, Run):
+    """what a run needs in memory, operations, traffic and time, by arithmetic, before anything is started"""
+
+    def check(self) -> None:
+        super().check()
+        if self.engine == "local" and self.gpus > 1:
+            raise ConfigError(f"gpus={self.gpus}: engine=local is one process; use gpus=1 or engine=deepspeed")
+        if self.gpus % self.sequence_parallel:
+            raise ConfigError(
+                f"sequence_parallel={self.sequence_parallel}: gpus={self.gpus} is not a multiple of it; change one"
+            )
+
+    @property
+    def groups(self) -> int:
+        """Groups of GPUs that work on clips of their own."""
+        return self.gpus // self.sequence_parallel
+
+    @property
+    def micro(self) -> int:
+        """Clips in one pass of a group: as the engine divides `batch`, at least one."""
+        return self.micro_batch or max(1, self.clips_per_step // self.groups)
+
+    @property
+    def accumulation(self) -> int:
+        """Passes in one optimizer step."""
+        return max(1, self.clips_per_step // (self.micro * self.groups))
+
+    @property
+    def clips_per_step(self) -> int:
+        """The stage's `batch`; every stage has that key."""
+        return int(vars(self)["batch"])
+
+
+def plan_root(stage: str = "3", method: str = DEFAULT) -> type[Plan]:
+    """The class whose fields are the keys of `plan stage=STAGE method=METHOD`."""
+    return _plan_root(stage, keys_of(stage, method))
+
+
+@cache
+def _plan_root(stage: str, keys: type[Checked]) -> type[Plan]:
+    known: dict[str, dataclasses.Field[Any]] = {f.name: f for f in (*fields(Plan), *fields(keys))}
+    own: list[Any] = [("stage", str, field(stage, "which stage to plan", choices=PLANNED))]
+    own += [(n, known[n].type, with_default(known[n], value)) for n, value in DEFAULTS.items() if n in known]
+    about = {"__doc__": Plan.__doc__}
+    return make_dataclass("Plan", own, bases=(keys, Plan), kw_only=True, namespace=about)
+
+
+def plan_for(cfg: Any, **machine: Any) -> Plan:
+    """A stage's configuration on a machine."""
+    names = {f.name for f in fields(cfg)} - machine.keys()
+    cls = plan_root(cfg.stage, vars(cfg).get("method", DEFAULT))
+    return cls(**{name: getattr(cfg, name) for name in names}, **machine)
+
+
+def another_stage(cfg: Plan, stage: str, **changes: Any) -> Plan:
+    """The plan of another stage, with its own defaults, on the same machine and with the same checkpointing."""
+    cls = plan_root(stage)
+    same = {f.name for f in fields(Plan)} - {"stage"} | {"checkpointing", "keep_attention"}
+    common = {name: value for name, value in vars(cfg).items() if name in same & {f.name for f in fields(cls)}}
+    return cls(**common | changes)

@@ -1,0 +1,112 @@
+"""The stages of `train` and their methods: where each is declared, and the keys that a configuration then has.
+
+A method is one module with a record METHOD: its name, one line about it, the dataclass of its keys, how it is built and
+which walks it takes. This file knows the modules by name only. They load torch, so each is imported when it is asked
+for; `register` adds a method from outside.
+"""
+# ruff: noqa: RUF009  `field` and `section` are dataclasses.field with checks: lists come from a default_factory
+
+import importlib
+from dataclasses import asdict, fields, make_dataclass
+from functools import cache
+from typing import Any, Protocol
+
+from fastlightgen.config.commands import EvaluateKeys
+from fastlightgen.config.fields import Checked, ConfigError, field, section
+from fastlightgen.config.run import Run
+
+STAGES = {
+    "0": "train a teacher by flow matching",
+    "1": "rank the blocks and choose those to drop",
+    "2": "train the network to work with and without the chosen blocks",
+    "3": "distil the pruned network to a few sampling steps",
+    "all": "stages 1, 2 and 3, then the evaluation and the report",
+}
+CHOOSES = ("2", "3")  # stages with a key `method`
+DEFAULT = "fastlightgen"
+METHOD_HELP = "which method the stage follows; --help lists them"
+
+
+class Declared(Protocol):
+    """What this file reads of a method's record."""
+
+    @property
+    def stage(self) -> str: ...  # "0" to "3"
+
+    @property
+    def name(self) -> str: ...  # method=NAME
+
+    @property
+    def about(self) -> str: ...  # one line for --help
+
+    @property
+    def keys(self) -> type[Checked]: ...
+
+
+METHODS: dict[str, dict[str, str | Declared]] = {  # stage -> name -> the module that declares it, or its record
+    "0": {DEFAULT: "fastlightgen.stages.teacher"},
+    "1": {DEFAULT: "fastlightgen.stages.rank"},
+    "2": {DEFAULT: "fastlightgen.stages.prune"},
+    "3": {DEFAULT: "fastlightgen.stages.distill"},
+}
+
+
+def register(method: Declared) -> None:
+    """Add a method to its stage."""
+    METHODS[method.stage][method.name] = method
+
+
+def declared(stage: str, name: str = DEFAULT) -> Any:
+    """The record of one method."""
+    known = METHODS[stage]
+    if name not in known:
+        raise ConfigError(f"method={name}: stage={stage} has no such method; wanted one of {', '.join(known)}")
+    entry = known[name]
+    return importlib.import_module(entry).METHOD if isinstance(entry, str) else entry
+
+
+def keys_of(stage: str, name: str = DEFAULT) -> type[Checked]:
+    """The keys of a stage under one method, with `method` itself where there is a choice."""
+    keys = declared(stage, name).keys
+    return with_method(keys, name, tuple(METHODS[stage])) if stage in CHOOSES else keys
+
+
+@cache  # one class for equal arguments: configurations compare equal only within a class
+def with_method(keys: type[Checked], name: str, names: tuple[str, ...]) -> type[Checked]:
+    chosen = ("method", str, field(name, METHOD_HELP, choices=names))
+    return make_dataclass(keys.__name__, [chosen], bases=(keys,), kw_only=True)
+
+
+def root(stage: str, methods: dict[str, str] | None = None) -> type:
+    """The class whose fields are the keys of `train stage=...`; `methods`: stage -> name, where not the default."""
+    chosen = methods or {}
+    parts = ("1", "2", "3") if stage == "all" else (stage,)
+    return _root(stage, tuple(keys_of(part, chosen.get(part, DEFAULT)) for part in parts))
+
+
+@cache
+def _root(stage: str, keys: tuple[type[Checked], ...]) -> type:
+    own: list[Any] = [("stage", str, field(stage, "which stage to run", choices=(stage,)))]
+    about = {"__doc__": STAGES[stage]}
+    if stage != "all":
+        return make_dataclass(f"Stage{stage}", own, bases=(*keys, Run), kw_only=True, namespace=about)
+    own += [(f"stage{n}", k, section(k, f"keys of stage {n}")) for n, k in enumerate(keys, 1)]
+    own += [("evaluate", EvaluateKeys, section(EvaluateKeys, "keys of the evaluation", numbers=False))]
+    return make_dataclass("StageAll", own, bases=(Run,), kw_only=True, namespace=about)
+
+
+def for_stage(cfg: Any, stage: int) -> Any:
+    """The configuration of one stage of `stage=all`."""
+    part = getattr(cfg, f"stage{stage}")
+    common = {f.name: getattr(cfg, f.name) for f in fields(Run) if f.name != "stage"}
+    return root(str(stage), {str(stage): method_of(part)})(**common, **asdict(part))
+
+
+def method_of(cfg: Any) -> str:
+    """The name of the method that a stage's configuration, or its section of stage=all, follows."""
+    return cfg.method if any(f.name == "method" for f in fields(cfg)) else DEFAULT
+
+
+def method_for(cfg: Any) -> Any:
+    """The record of the method that a stage's configuration follows."""
+    return declared(cfg.stage, method_of(cfg))

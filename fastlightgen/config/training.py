@@ -1,0 +1,38 @@
+"""Keys that several stages and methods share; a method's own keys stand in its own file."""
+# ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
+
+from dataclasses import dataclass
+
+from fastlightgen.config.fields import Checked, field
+
+TIMES = ("uniform", "logit_normal")
+SCHEDULE = "after the warm-up: hold the learning rate, or let it fall to 0"
+
+
+@dataclass(kw_only=True)
+class BatchKeys(Checked):
+    """Keys of every stage that draws clips."""
+
+    batch: int = field(1, "clips per step", lo=1)
+    shift: float = field(5.0, "time shift s: t -> s t / (1 + (s - 1) t)", above=0)
+
+
+@dataclass(kw_only=True)
+class TrainingKeys(BatchKeys):
+    """Keys of every stage that trains; the optimizer is AdamW."""
+
+    iters: int = field(1000, "iterations", lo=1)
+    lr: float = field(1e-3, "learning rate", lo=0)
+    betas: list[float] = field([0.9, 0.999], "AdamW's two decay rates", lo=0, below=1)
+    weight_decay: float = field(0.01, "AdamW's weight decay", lo=0)
+    clip: float = field(1.0, "largest gradient norm", above=0)
+    warmup: int = field(100, "steps over which the learning rate rises from 0", lo=0)
+    lr_schedule: str = field("constant", SCHEDULE, choices=("constant", "cosine"))
+    checkpointing: bool = field(False, "keep one hidden tensor per block, compute the rest again in the backward pass")
+    keep_attention: int = field(
+        0, "checkpointing: blocks that keep their self-attention outputs, one hidden tensor each", lo=0
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.check_ordered("betas")

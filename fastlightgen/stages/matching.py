@@ -1,0 +1,45 @@
+"""What methods of distribution matching share: backward simulation, the times of the scores, the loss of a gradient.
+
+Shapes: x0, x_hat, x_t, v [B, C, F, H, W]; t [B].
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlightgen import flow
+from fastlightgen.data.source import Batch
+from fastlightgen.models.base import VideoDiT
+from fastlightgen.rng import normal_like, rand
+
+
+def dmd_loss(x_hat: Tensor, gradient: Tensor) -> Tensor:
+    """Eq. 8, descended: a loss whose gradient in x_hat is `gradient` / numel, so that x_hat moves by its negative."""
+    return 0.5 * (x_hat - (x_hat - gradient).detach()).square().mean()
+
+
+def uniform(size: int, low: float, high: float, gen: torch.Generator) -> Tensor:
+    return low + (high - low) * rand(size, gen)
+
+
+def score_times(size: int, shift: float, clamp: Sequence[float], gen: torch.Generator) -> Tensor:
+    """t ~ U(0, 1), shifted, clamped: where the two scores are compared."""
+    return flow.draw_times(size, shift, "uniform", gen).clamp(*clamp)
+
+
+def simulate(
+    student: VideoDiT, batch: Batch, times: Sequence[float], start: str, sampler: str, gen: torch.Generator
+) -> tuple[Tensor, int]:
+    """Backward simulation with early exit: the student's clips at a random rung of the ladder `times`.
+
+    start=simulate walks from noise down to that rung by the student's own steps; start=data takes noised clips of the
+    data there. Returns the clips and the rung, counted from 0; only the last step carries gradient.
+    """
+    exit_rung = int(torch.randint(len(times), (), generator=gen))  # one for the batch, alike on every rank
+    noise = normal_like(batch.x0, gen)
+    walked, x = list(times[: exit_rung + 1]), noise
+    if start == "data":
+        walked, x = walked[-1:], flow.add_noise(batch.x0, noise, times[exit_rung])
+    x_hat = flow.rollout(lambda x, t: student(x, t, batch.cond), x, walked, sampler, lambda _: normal_like(x, gen))
+    return x_hat, exit_rung

@@ -1,0 +1,95 @@
+"""Which set of blocks to drop: the searches for M of Eq. 3, given the error of block sets.
+
+n: blocks of the network; `free`: per list of blocks, those that may be dropped; `counts`: how many of each list are;
+`mean`: the error of each single skip. Every search returns the dropped blocks, the least harmful one first.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations, product
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastlightgen.blocks import num_dropped
+
+Lists = Sequence[Sequence[int]]  # per list of blocks, their indices
+Scores = Callable[[Sequence[Sequence[int] | None], str], Tensor]  # (block sets, title) -> errors [sets, samples]
+
+
+class Ratio(Protocol):
+    """How much is dropped."""
+
+    @property
+    def ratio(self) -> float: ...
+
+    @property
+    def ratio_unit(self) -> str: ...
+
+
+def without(n: int, *blocks: int) -> list[int]:
+    """The blocks of a network of n that run when some are skipped."""
+    return [i for i in range(n) if i not in blocks]
+
+
+def drop_until(cost: Sequence[float], order: Sequence[int], ratio: float, total: float) -> int:
+    """How many blocks of `order` (least important first) to drop: their share of `total` comes closest to ratio."""
+    dropped, best, count = 0.0, float("inf"), 1
+    for n, block in enumerate(order[:-1], 1):
+        dropped += cost[block]
+        if abs(dropped / total - ratio) < best:
+            best, count = abs(dropped / total - ratio), n
+    return count
+
+
+def lists_of(units: list[dict], choice: str) -> list[list[int]]:
+    """The block lists that `ratio` counts: all blocks, those of one kind, or each kind for itself."""
+    kinds = list(dict.fromkeys(u["kind"] for u in units))
+    if choice == "all":
+        return [[u["index"] for u in units]]
+    if len(kinds) < 2:
+        raise ValueError(f"units={choice}: this model has one list of blocks ({units[0]['name']}, ...); use units=all")
+    return [[u["index"] for u in units if u["kind"] == k] for k in kinds if choice in (k, "per_list")]
+
+
+def counts_of(cfg: Ratio, free: Lists, lists: Lists, costs: Sequence[float], mean: Sequence[float]) -> list[int]:
+    """How many blocks of each list are dropped."""
+    if cfg.ratio_unit == "blocks":
+        return [
+            min(num_dropped(len(blocks), cfg.ratio), len(left) - 1) for left, blocks in zip(free, lists, strict=True)
+        ]
+    return [
+        drop_until(costs, sorted(left, key=mean.__getitem__), cfg.ratio, sum(costs[i] for i in blocks))
+        for left, blocks in zip(free, lists, strict=True)
+    ]
+
+
+def single_skip(n: int, free: Lists, counts: Sequence[int], mean: Sequence[float], scores: Scores) -> list[int]:
+    """The paper's: those whose own skip does least harm."""
+    chosen = [sorted(left, key=mean.__getitem__)[:count] for left, count in zip(free, counts, strict=True)]
+    return sorted((i for blocks in chosen for i in blocks), key=mean.__getitem__)
+
+
+def iterative(n: int, free: Lists, counts: Sequence[int], mean: Sequence[float], scores: Scores) -> list[int]:
+    """Drop the least harmful block, score the others again without it, and so on."""
+    pruned: list[int] = []
+    for number in range(sum(counts)):
+        unfilled = [left for left, count in zip(free, counts, strict=True) if sum(i in left for i in pruned) < count]
+        left = [i for blocks in unfilled for i in blocks if i not in pruned]
+        title = f"stage 1: drop {number + 1} of {sum(counts)}"
+        errors = scores([without(n, *pruned, i) for i in left], title).mean(1)
+        pruned.append(left[int(errors.argmin())])
+    return pruned
+
+
+def exhaustive(n: int, free: Lists, counts: Sequence[int], mean: Sequence[float], scores: Scores) -> list[int]:
+    """The best of all sets of that size, as Eq. 3 asks for."""
+    choices = (combinations(left, count) for left, count in zip(free, counts, strict=True))
+    sets = [sum(parts, ()) for parts in product(*choices)]
+    groups = [[without(n, *s) for s in sets[i : i + 16]] for i in range(0, len(sets), 16)]
+    titles = [f"stage 1: sets {16 * i} of {len(sets)}" for i in range(len(groups))]
+    errors = torch.cat([scores(group, title).mean(1) for group, title in zip(groups, titles, strict=True)])
+    return sorted(sets[int(errors.argmin())], key=mean.__getitem__)
+
+
+SEARCHES = {"single_skip": single_skip, "iterative": iterative, "exhaustive": exhaustive}
