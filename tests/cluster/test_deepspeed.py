@@ -11,7 +11,10 @@ from helpers import BLOCKS, PRUNED, small_wan
 from launch import WORKER, finish, launch
 from safetensors.torch import load_file
 
+from fastlightgen.config import method_for
+from fastlightgen.models.families import network
 from fastlightgen.models.folder.weights import save_model
+from fastlightgen.planner.step import step_cost
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
@@ -33,6 +36,7 @@ CASES = {
     "stage 3, zero 2, offloaded": {"stage": 3, "zero": 2, "offload": "optimizer", "words": THREE},
     "stage 3, zero 3": {"stage": 3, "words": THREE},
     "stage 3, zero 3, lora": {"stage": 3, "words": [*THREE, "fake_mode=lora", "lora_rank=2", "ema=0.9"]},
+    "stage 3, zero 3, one rung": {"stage": 3, "words": ["steps=1", "count=generator", "ratio=2"]},
 }
 SHARED = {  # both ranks work on every clip, each on half of its tokens
     "stage 0, zero 2": {"stage": 0, "zero": 2},
@@ -120,6 +124,24 @@ def test_the_gathers_do_not_depend_on_the_mask(results):
     """The full path runs every block, so the forward order is constant, and here the backward order too."""
     student, target = results["stage 2, zero 3, random masks"]["gathers"]
     assert student == [2 * 4] * BLOCKS and target == [4] * BLOCKS
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stage 2, zero 3",
+        "stage 2, zero 3, as printed",
+        "stage 2, zero 3, checkpointing, average",
+        "stage 3, zero 3, one rung",
+    ],
+)
+def test_the_planner_counts_the_gathers_of_real_steps(results, name):
+    """From the walks that the method declares: 4 iterations, forward and backward, over all blocks and networks."""
+    cfg = worker.configured(CASES[name])
+    cost = network(small_wan().config, (2, 4, 4), 16)
+    step = step_cost(cost, method_for(cfg).walks(cost, KEPT, cfg), cfg)
+    counted = sum(sum(row) for row in results[name]["gathers"])
+    assert counted == 4 * (step.total("gathers") + step.total("grad_gathers"))
 
 
 def test_stage_1_gathers_each_block_once_per_sample(results):

@@ -57,10 +57,15 @@ def batches(step: int, family: str = "wan", size: int = 4) -> Batch:
     return clips(ShapesSource(0).batch(step, BATCH, rows(BATCH)), family, size)
 
 
+def configured(case: dict):
+    """The configuration of a case."""
+    return config(case["stage"], f"batch={BATCH}", "iters=100", "warmup=0", "lr=1e-3", *case.get("words", []))
+
+
 def make(number: int, words: list[str], family: str = "wan", size: int = 4):
     """A stage whose networks are a few thousand numbers."""
     network, made = NETWORKS[family], partial(batches, family=family, size=size)
-    cfg = config(number, f"batch={BATCH}", "iters=100", "warmup=0", "lr=1e-3", *words)
+    cfg = configured({"stage": number, "words": words})
     if number == 0:
         return Teacher(cfg, network(), made, {})
     if number == 2:
