@@ -5,7 +5,7 @@ Shapes: x0, x_hat, x_t, v [B, C, F, H, W]; t, beta [B].
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from fastlightgen.engine.roles import Role, Update
 from fastlightgen.models.base import Cond, Stream, VideoDiT
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.models.lora import lora_on
+from fastlightgen.models.streams import TextKeys
 from fastlightgen.ops import dmd_gradient
 from fastlightgen.rng import generator, normal_like, rand
 from fastlightgen.stages.teacher import flow_matching_loss
@@ -50,7 +51,7 @@ class Networks:
     fake_trained: nn.Module  # what the critic's optimizer holds
     lora: bool
     original: VideoDiT | None  # the strong teacher where it is not the Stage II network
-    null_kept: dict = field(default_factory=dict)  # the frozen teacher's keys and values of the null prompt
+    null_keys: TextKeys = field(default_factory=dict)  # the frozen teacher's keys and values of the null prompt
 
     def fake(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         with lora_on(self.fake_net) if self.lora else nullcontext():
@@ -59,8 +60,7 @@ class Networks:
     @torch.no_grad()
     def real(self, x_t: Tensor, t: Tensor, batch: Batch) -> list[Tensor]:
         """v_p(c), v_p(null), v_u(c): one walk of the Stage II weights."""
-        null = replace(batch.null, kept=self.null_kept)
-        streams = [Stream(batch.cond, self.keep), Stream(null, self.keep)]
+        streams = [Stream(batch.cond, self.keep), Stream(batch.null, self.keep, text_keys=self.null_keys)]
         if self.original is None:
             return self.teacher.walk(x_t, t, [*streams, Stream(batch.cond)])
         return [*self.teacher.walk(x_t, t, streams), self.original(x_t, t, batch.cond)]
