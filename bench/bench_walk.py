@@ -90,9 +90,9 @@ def bench_stage2_step(benchmark, world, alpha):
 @pytest.mark.benchmark(group="walk")
 def bench_teacher(benchmark, world):
     """v_p(c), v_p(null), v_u(c): the prefix of v_p(c) and v_u(c), and the first block's self-attention of all three."""
-    w, kept = world, {}
+    w, keys = world, {}
     null = replace(w.null, text=w.null.text[:1].expand_as(w.null.text))
-    streams = [Stream(w.cond, KEEP), Stream(replace(null, kept=kept), KEEP), Stream(w.cond)]
+    streams = [Stream(w.cond, KEEP), Stream(null, KEEP, text_keys=keys), Stream(w.cond)]
     with torch.no_grad():
         compare(
             benchmark,

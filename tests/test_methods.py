@@ -23,7 +23,7 @@ from fastlightgen.models.folder.weights import load_model, read_card, save_model
 from fastlightgen.plan import plan
 from fastlightgen.planner.budget import budget
 from fastlightgen.planner.step import Iteration, Net, Walk
-from fastlightgen.planner.walk import Path as Route
+from fastlightgen.planner.walk import Route
 from fastlightgen.report import write_report
 from fastlightgen.rng import generator, normal_like, rand
 from fastlightgen.stages.build import Builder

@@ -66,6 +66,7 @@ class DeepSpeedEngine(ShardedState):
         self.dtype = getattr(torch, cfg.dtype)
         self.zero3 = cfg.zero == 3
         self.placed: list[nn.Module] = []
+        self.sharding: list[nn.Module] = []  # DeepSpeed's engines of frozen networks, which unhook them when collected
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it reports every setting, on every rank
         logging.getLogger("deepspeed").setLevel(logging.ERROR)
         # Between CPU ranks it would compile shared-memory collectives at the first start; gloo's are enough there.
@@ -107,7 +108,8 @@ class DeepSpeedEngine(ShardedState):
         HERE.at(f"placing {name}")
         net.to(dtype=self.dtype)
         if self.zero3:
-            net.sharded = self.deepspeed.initialize(model=self._leaves(net), config=self._config(1.0, 1, net))[0]
+            config = self._config(1.0, 1, net)
+            self.sharding.append(self.deepspeed.initialize(model=self._leaves(net), config=config)[0])
         else:
             net.to(self.device)
         self._watch(net, name)

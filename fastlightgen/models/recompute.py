@@ -1,13 +1,17 @@
 """Activation checkpointing: keep a block's input, compute the rest again in the backward pass."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-# What every kernel of FLG_ATTENTION is to torch's dispatcher, but `math`, which is many operations and keeps nothing.
-# FlashAttention-3 and -4 take the place of torch's own under its name.
+T = TypeVar("T")
+
+# The names that FLG_ATTENTION's kernels have in torch's dispatcher. `math` is missing: it is many operations, and none
+# of them is attention. FlashAttention-3 and -4 run under the name of torch's own flash attention.
 _ATTENTION = [
     getattr(torch.ops.aten, name).default
     for name in (
@@ -19,10 +23,10 @@ _ATTENTION = [
 ]
 
 
-def _save_self_attention(_ctx, op, *args, **_kwargs) -> CheckpointPolicy:
-    """Attention is quadratic in the tokens: keep its output (a hidden tensor) and compute the rest again."""
-    keep = op in _ATTENTION and args[0].shape[-2] == args[1].shape[-2]
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+def _save_self_attention(_ctx: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    """Keep the output of self-attention, which is one hidden tensor and costs most to recompute; recompute the rest."""
+    is_self_attention = op in _ATTENTION and args[0].shape[-2] == args[1].shape[-2]
+    return CheckpointPolicy.MUST_SAVE if is_self_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Switched:
@@ -32,8 +36,8 @@ class Switched:
 
 
 @contextmanager
-def as_it_was(switches: list[tuple[Switched, bool]], inner) -> Iterator[None]:
-    """The backward pass comes when adapters that took part may be off again."""
+def as_it_was(switches: list[tuple[Switched, bool]], inner: AbstractContextManager) -> Iterator[None]:
+    """Adapters as they were in the forward pass: by the time of the backward pass they may be switched differently."""
     now = [module.on for module, _ in switches]
     for module, on in switches:
         module.on = on
@@ -45,15 +49,18 @@ def as_it_was(switches: list[tuple[Switched, bool]], inner) -> Iterator[None]:
             module.on = on
 
 
-def recomputed(run, recompute: str, *args):
-    """run(*args) of a block under activation checkpointing; "attention" keeps the self-attention outputs."""
-    switches = [(m, m.on) for m in run.__self__.modules() if isinstance(m, Switched)]
+def recomputed(block: nn.Module, run: Callable[..., T], recompute: str, *args: object) -> T:
+    """run(*args), a method of `block`, under activation checkpointing.
 
-    def contexts():
-        keeps = recompute == "attention"
-        first, again = (
-            create_selective_checkpoint_contexts(_save_self_attention) if keeps else (nullcontext(), nullcontext())
-        )
+    `recompute`: "all" keeps the arguments alone, "attention" the self-attention outputs as well.
+    """
+    switches: list[tuple[Switched, bool]] = [(m, m.on) for m in block.modules() if isinstance(m, Switched)]
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        first: AbstractContextManager = nullcontext()
+        again: AbstractContextManager = nullcontext()
+        if recompute == "attention":
+            first, again = create_selective_checkpoint_contexts(_save_self_attention)
         return first, as_it_was(switches, again)
 
     return checkpoint(run, *args, use_reentrant=False, context_fn=contexts)

@@ -1,6 +1,6 @@
 """Sampling clips from a teacher or a student."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,10 +19,10 @@ class Wish:
     shape: tuple[int, ...]
     cond: Cond
     null: Cond
-    hint: Tensor | None = None  # a thousandth of it stands in the first noise, as HunyuanVideo's image to video has it
+    hint: Tensor | None = None  # HunyuanVideo's image to video mixes a thousandth of this latent into the first noise
 
     def start(self, seed: int, device: torch.device) -> Tensor:
-        """What sampling starts from."""
+        """The first noise."""
         noise = torch.randn(self.shape, generator=generator(seed)).to(device)
         return noise if self.hint is None else 0.999 * noise + 0.001 * self.hint.to(device)
 
@@ -40,13 +40,12 @@ def sample(
     guidance: float,
     kind: str,
     seed: int = 0,
-    keep=None,
+    keep: Sequence[int] | None = None,
     tick: Callable[[], object] = bool,
 ) -> Tensor:
-    """x0 latents [B, C, F, H, W] from noise down `times`; guidance 1 needs one prediction per step, others two.
+    """x0 latents [B, C, F, H, W], sampled from noise down the ladder `times`. `tick` is called before every step.
 
-    A network that was distilled from guidance reads its scale, and then one prediction is enough as well. `tick` is
-    called before every step.
+    Guidance 1 takes one prediction per step, other scales take two. A network that reads the guidance scale takes one.
     """
     single = guidance == 1.0 or model.embeds_guidance
     if model.embeds_guidance:
@@ -56,6 +55,7 @@ def sample(
         tick()
         if single:
             return model(x, t, cond, keep)
+        assert null is not None, "guidance needs the null prompt"
         v_c, v_n = model.walk(x, t, [Stream(cond, keep), Stream(null, keep)])
         return mix.cfg(v_c, v_n, guidance)
 
@@ -69,12 +69,12 @@ PREVIEW_STEPS = 8
 
 
 def preview_plan(card: dict, shift: float, released: dict) -> dict:
-    """How a many-step network is shown while it trains: in few steps, rough but quick."""
+    """Arguments of `sample` for previews of a many-step network while it trains: few steps, rough but quick."""
     return sampling_plan(card | {"shift": shift}, PREVIEW_STEPS, -1.0, "ode", released)
 
 
 def sampling_plan(card: dict, steps: int, guidance: float, kind: str, released: dict) -> dict:
-    """Fill in what the user left open (0, negative, "auto") from the model folder's card: arguments of `sample`.
+    """Arguments of `sample`. The card of the model folder replaces what the user left open (0, negative, "auto").
 
     `released`: the settings of the family's released weights, for folders without fastlightgen.json.
     """

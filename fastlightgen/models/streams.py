@@ -1,17 +1,19 @@
-"""What travels through a walk: conditions, streams, hidden states; and how an engine finds the tensors in it.
+"""What travels through a walk: conditions, streams, prompts, tables, hidden states.
 
 Shapes: hidden states x, y [B, L, D].
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlightgen.ops import Rope, add_residual, attend
 from fastlightgen.parallel.sequence import Cut
+
+TextKeys = dict[nn.Module, tuple[Tensor, Tensor]]  # of each block: keys and values of one text, [1, T, heads, head_dim]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,128 +26,87 @@ class Cond:
     image_embeds: Tensor | None = None
     pooled: Tensor | None = None
     guidance: Tensor | None = None
-    kept: dict | None = None  # an empty dict, for one text under frozen weights: Wan keeps its keys and values here
 
-    def map(self, fn) -> "Cond":
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Cond":
         """Apply fn to every tensor."""
         return replace(self, **{k: fn(v) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """One prediction of a walk. `keep`: indices of the blocks that run (None: all of them)."""
+    """One prediction of a walk.
+
+    `text_keys` is for a text that never changes under frozen weights (the null prompt of a frozen teacher). Give every
+    walk the same dict, empty at first: Wan fills it in the first walk, and computes these keys and values only once.
+    """
 
     cond: Cond
-    keep: Sequence[int] | None = None
+    keep: Sequence[int] | None = None  # indices of the blocks that run; None: all of them
     grad: bool = False
+    text_keys: TextKeys | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What a walk reads of one condition; a family adds its own."""
+    """A condition as the blocks read it; a family adds its own fields."""
 
     cond: Cond
     text: Tensor  # [B, T, D]
+    text_keys: TextKeys | None = field(default=None, kw_only=True)  # those of the streams
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """What all blocks and streams of a walk share; a family adds its own."""
+    """What all blocks and streams of a walk share; a family adds its own fields."""
 
     rope: Rope  # cosine and sine per frame, row and column (`rope_factors`)
     grid: tuple[int, int, int]  # patches along (F, H, W)
-    cut: Cut | None = field(default=None, kw_only=True)  # where ranks share the tokens: rope and grid are of this part
+    cut: Cut | None = field(default=None, kw_only=True)  # if ranks share the tokens: what rope and grid describe
 
     def part(self, cut: Cut) -> "Tables":
-        """Those of this rank's part of the latent."""
+        """The tables of this rank's part of the latent."""
         rope = Rope(cut.along(table, 0) if axis == cut.axis else table for axis, table in enumerate(self.rope))
-        return replace(self, rope=rope, grid=tuple(map(len, rope)), cut=cut)
+        frames, rows, columns = map(len, rope)
+        return replace(self, rope=rope, grid=(frames, rows, columns), cut=cut)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attention among all tokens of the latent, wherever they are."""
+        """Attention among all tokens of the latent, also those of other ranks."""
         return attend(q, k, v, mask) if self.cut is None else self.cut.attend(q, k, v, mask)
 
     @property
     def tokens(self) -> int:
-        """The image tokens that attention sees."""
+        """Number of image tokens that attention sees."""
         return math.prod(self.grid) if self.cut is None else sum(self.cut.tokens)
 
 
 class State(NamedTuple):
-    """Hidden states [B, L, D] as a block leaves them: x + gate y, with the sum left to whatever runs next.
+    """Hidden states [B, L, D] as a block leaves them: x + gate y. The next block takes the sum, together with its norm.
 
-    Tokens with a modulation of their own (Hunyuan's text) are a sequence of their own, which travels in `others`.
+    Tokens that have their own modulation (HunyuanVideo's text) are a sequence of their own, and travel in `others`.
     """
 
     x: Tensor
     y: Tensor | None = None
     gate: Tensor | None = None
-    others: tuple = ()
+    others: tuple["State", ...] = ()
 
     def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self.x, self.y, self.gate
 
     def settled(self) -> "State":
-        """The same with the sum taken, once for both sides of a fork."""
+        """The same hidden states with the sum taken."""
         x = self.x if self.y is None else add_residual(self.x, self.y, self.gate)
         return State(x, others=tuple(s.settled() for s in self.others))
 
     def detach(self) -> "State":
-        parts = (None if v is None else v.detach() for v in self.parts())
-        return State(*parts, tuple(s.detach() for s in self.others))
+        y, gate = (None if v is None else v.detach() for v in (self.y, self.gate))
+        return State(self.x.detach(), y, gate, tuple(s.detach() for s in self.others))
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One group of streams in one block: a state, and the prompts it goes on with (several only until text enters)."""
+    """One group of streams in one block: their state, and the prompts that they read there."""
 
     state: State
-    prompts: list[Prompt]
-    grads: list[bool]
-
-
-@dataclass(eq=False)
-class Made:
-    """Where a block leaves its states, when its call returns their tensors alone."""
-
-    states: Any = None
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """The distinct tensors in nested lists, tuples and dataclasses; a Cond is the caller's and stays as it is."""
-    out: dict[int, Tensor] = {}
-    collect(value, out)
-    return list(out.values())
-
-
-def collect(value: Any, out: dict[int, Tensor]) -> None:
-    # No inner function: one that calls itself is a reference cycle, which would hold tensors until Python looks for it.
-    if isinstance(value, Tensor):
-        out[id(value)] = value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            collect(item, out)
-    elif is_dataclass(value) and not isinstance(value, Cond):
-        for f in fields(value):
-            collect(getattr(value, f.name), out)
-
-
-def with_tensors(value: Any, tensors: Sequence[Tensor]) -> Any:
-    """`value` with the tensors that `tensors_of` found replaced, in order; what was shared stays shared."""
-    old = tensors_of(value)
-    if all(a is b for a, b in zip(old, tensors, strict=True)):
-        return value
-    return rebuilt(value, {id(a): b for a, b in zip(old, tensors, strict=True)})
-
-
-def rebuilt(value: Any, done: dict[int, Any]) -> Any:
-    if id(value) not in done:
-        if isinstance(value, State):
-            done[id(value)] = State(*(rebuilt(v, done) for v in value))
-        elif isinstance(value, list | tuple):
-            done[id(value)] = type(value)(rebuilt(v, done) for v in value)
-        elif is_dataclass(value) and not isinstance(value, Cond):
-            done[id(value)] = replace(value, **{f.name: rebuilt(getattr(value, f.name), done) for f in fields(value)})
-        else:
-            return value
-    return done[id(value)]
+    prompts: list[Prompt]  # several only until the text enters
+    grads: list[bool]  # of each prompt: does a stream that reads it carry gradient?

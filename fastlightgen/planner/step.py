@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from fastlightgen.blocks import num_dropped
 from fastlightgen.config import Plan, method_for
 from fastlightgen.models.cost import Network
-from fastlightgen.planner.walk import Path, WalkCost, walk
+from fastlightgen.planner.walk import Route, WalkCost, walk
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Walk:
     """One walk: of which network, by which streams, and how often in an iteration, on the average."""
 
     net: str
-    paths: Sequence[Path]
+    paths: Sequence[Route]
     times: float = 1.0
 
 

@@ -1,13 +1,16 @@
-"""What one walk of a network costs: the grouping of `VideoDiT.walk`, with arithmetic in the place of tensors."""
+"""The cost of one walk of a network: the operations, gathers and kept tensors of its schedule, summed up."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
+from fastlightgen.blocks import check_keep
 from fastlightgen.models.cost import Network, Saved, Work
+from fastlightgen.models.schedule import Group, read_once, schedule
 
 
 @dataclass(frozen=True)
-class Path:
+class Route:
     """One stream of a walk: which prompt it reads, which blocks it runs, whether it carries gradient."""
 
     prompt: int = 0
@@ -47,87 +50,87 @@ class WalkCost:
 
 
 def walk(
-    net: Network, paths: Sequence[Path], checkpointing: bool = False, keep_attention: int = 0, rank: int = 0
+    net: Network, paths: Sequence[Route], checkpointing: bool = False, keep_attention: int = 0, rank: int = 0
 ) -> WalkCost:
     """The cost of `net.walk` for these streams; `keep_attention` as in VideoDiT.
 
     With a rank the weights are frozen and low-rank adapters train: the blocks' layers then take the adapters' products
-    as well, make no gradient of their own weights, and what comes before the blocks has no backward pass.
+    as well, make no gradient of their own weights, and the layers before the blocks have no backward pass.
     """
-    cost, states = WalkCost(), set()
-    grads = [p.grad for p in paths]
-    prompts = [p.prompt for p in paths]
-    keeps = [set(range(len(net.blocks)) if p.keep is None else p.keep) for p in paths]
+    cost = WalkCost()
 
-    def split(members: Sequence[int], keys: Sequence) -> list[list[int]]:
-        return [[i for i in members if keys[i] == key] for key in dict.fromkeys(keys[i] for i in members)]
-
-    def grad(members: Sequence[int]) -> bool:
-        return any(grads[i] for i in members)
-
-    def outside(work: Work, members: Sequence[int], after: bool = False) -> None:
+    def outside(work: Work, grad: bool, after: bool = False) -> None:
+        """Add layers before or after the blocks."""
         cost.forward += work.forward
-        if grad(members):
+        if grad:
             cost.backward += work.backward if not rank else work.linear * after
 
-    def inside(work: Work, members: Sequence[int], reads_grad: bool = True) -> float:
+    def inside(work: Work, grad: bool, reads_grad: bool = True) -> float:
+        """Add layers of a block; returns the operations of their forward pass."""
         extra = work.linear * rank * net.blocks[0].widths / net.blocks[0].weights
         cost.forward += work.forward + extra
-        if grad(members) and not rank:
+        if grad and not rank:
             cost.backward += work.backward
-        elif grad(members):
+        elif grad:
             cost.backward += work.linear * reads_grad + 2.5 * work.attention + 2 * extra
         return work.forward + extra
 
-    everyone = range(len(paths))
-    outside(net.tables, everyone)
-    if grad(everyone):
-        cost.keep(net.saved)
-    for members in split(everyone, prompts):
-        outside(net.text, members)
-    starts = [everyone] if net.merges else split(everyone, prompts)
-    groups = [(list(members), object()) for members in starts]  # with a mark for the state that they share
-    for members, _ in groups:
-        outside(net.embed, members)
+    prompts = [p.prompt for p in paths]
+    kept_text = {p.prompt: p.kept_text for p in paths}
+    keeps = [check_keep(p.keep, len(net.blocks)) for p in paths]
+    starts = [0 if net.merges else prompt for prompt in prompts]
+    plan = schedule(keeps, prompts, starts, [p.grad for p in paths], len(net.blocks))
 
-    for index, block in enumerate(net.blocks):
-        running = [([i for i in g if index in keeps[i]], state) for g, state in groups]
-        waiting = [([i for i in g if index not in keeps[i]], state) for g, state in groups]
-        running, waiting = ([(g, s) for g, s in side if g] for side in (running, waiting))
-        if not running:
-            continue
-        present = [i for g, _ in running for i in g]
+    # Embed.
+    outside(net.tables, plan.everyone.grad)
+    if plan.everyone.grad:
+        cost.keep(net.saved)
+    for group in plan.prompts:
+        outside(net.text, group.grad)
+    for group in plan.starts:
+        outside(net.embed, group.grad)
+
+    # Blocks. Each hidden state has a number; the two sides of a fork share one.
+    numbers = count()
+    states: dict[Group, int] = {group: next(numbers) for group in plan.starts}
+    boundaries: set[int] = set()
+    for step in plan.steps:
+        for fork in step.forks:
+            states[fork.inside] = states[fork.outside] = states.pop(fork.group)
+        block, in_backward = net.blocks[step.block], any(run.group.grad for run in step.runs)
         cost.gathers += 1
         cost.gathered += block.params
-        cost.grad_gathers += grad(present)
-        cost.grad_gathered += block.params * grad(present)
-        for members in split(present, prompts):
-            if not all(paths[i].kept_text for i in members):
-                inside(block.prompt, members, reads_grad=False)
-            if grad(members):
+        cost.grad_gathers += in_backward
+        cost.grad_gathered += block.params * in_backward
+        parts = [part for run in step.runs for part in run.parts]
+        for prompt, grad in read_once([(prompts[part.members[0]], part.grad) for part in parts]).items():
+            if not kept_text[prompt]:
+                inside(block.prompt, grad, reads_grad=False)
+            if grad:
                 cost.keep(block.prompt_saved)
-        for members, state in running:
-            parts = split(members, prompts)
-            again = inside(block.shared, members) + sum([inside(block.private, part) for part in parts])
-            cost.calls += len(parts)
-            cost.grad_calls += sum(map(grad, parts))
-            if grad(members) and checkpointing:
-                cost.recompute += again - block.self_attention * (index < keep_attention)
-                if index < keep_attention:
+        cost.calls += len(parts)
+        cost.grad_calls += sum(part.grad for part in parts)
+        for run in step.runs:
+            again = inside(block.shared, run.group.grad) + sum([inside(block.private, p.grad) for p in run.parts])
+            start = states.pop(run.group)
+            if run.group.grad and checkpointing:
+                cost.recompute += again - block.self_attention * (step.block < keep_attention)
+                if step.block < keep_attention:
                     cost.keep(block.attention_out)
-                states.add(state)
-            elif grad(members):
+                boundaries.add(start)
+            elif run.group.grad:
                 cost.keep(block.saved)
-            waiting = waiting + [(part, object()) for part in parts]
-        groups = waiting
-        cost.forks = max(cost.forks, sum(not grad(g) for g, _ in groups))
-    for members, _ in groups:
-        for part in split(members, prompts):
-            outside(net.unembed, part, after=True)
-            if grad(part):
-                cost.keep(net.last)
-    cost.boundaries = len(states)
-    cost.narrow += len(states) * net.hidden
+            states.update({part: next(numbers) for part in run.parts})
+        cost.forks = max(cost.forks, sum(not group.grad for group in states))
+
+    # Unembed.
+    for part in [part for end in plan.ends for part in end.parts]:
+        outside(net.unembed, part.grad, after=True)
+        if part.grad:
+            cost.keep(net.last)
+
+    cost.boundaries = len(boundaries)
+    cost.narrow += len(boundaries) * net.hidden
     cost.gathered += net.outside_params * bool(cost.gathers)
     cost.grad_gathered += net.outside_params * bool(cost.grad_gathers)
     return cost

@@ -6,7 +6,7 @@ Shapes: x0, x_hat, x_t, v [B, C, F, H, W]; t, beta [B].
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from dataclasses import field as plain_field
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from fastlightgen.models.cost import Network
 from fastlightgen.models.folder.networks import config_of, depth, trained_folder
 from fastlightgen.models.folder.weights import read_card, save_model
 from fastlightgen.models.lora import attach_lora, lora_on
+from fastlightgen.models.streams import TextKeys
 from fastlightgen.ops import dmd_gradient
 from fastlightgen.planner.step import Iteration, Net, Walk
-from fastlightgen.planner.walk import Path as Route
+from fastlightgen.planner.walk import Route
 from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.matching import dmd_loss, score_times, simulate, uniform
@@ -107,7 +108,7 @@ class Networks:
     fake_trained: nn.Module  # what the critic's optimizer holds
     lora: bool
     original: VideoDiT | None  # the strong teacher where it is not the Stage II network
-    null_kept: dict = plain_field(default_factory=dict)  # the frozen teacher's keys and values of the null prompt
+    null_keys: TextKeys = plain_field(default_factory=dict)  # the frozen teacher's keys and values of the null prompt
 
     def fake(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         with lora_on(self.fake_net) if self.lora else nullcontext():
@@ -116,8 +117,7 @@ class Networks:
     @torch.no_grad()
     def real(self, x_t: Tensor, t: Tensor, batch: Batch) -> list[Tensor]:
         """v_p(c), v_p(null), v_u(c): one walk of the Stage II weights."""
-        null = replace(batch.null, kept=self.null_kept)
-        streams = [Stream(batch.cond, self.keep), Stream(null, self.keep)]
+        streams = [Stream(batch.cond, self.keep), Stream(batch.null, self.keep, text_keys=self.null_keys)]
         if self.original is None:
             return self.teacher.walk(x_t, t, [*streams, Stream(batch.cond)])
         return [*self.teacher.walk(x_t, t, streams), self.original(x_t, t, batch.cond)]

@@ -27,7 +27,7 @@ from fastlightgen.models.folder.weights import digest, read_card, save_model
 from fastlightgen.models.sample import preview_plan
 from fastlightgen.parallel import ranks
 from fastlightgen.planner.step import Iteration, Net, Walk
-from fastlightgen.planner.walk import Path as Route
+from fastlightgen.planner.walk import Route
 from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.method import Guess, Method, Subject

@@ -27,7 +27,7 @@ from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import read_card
 from fastlightgen.parallel import ranks
 from fastlightgen.planner.step import Iteration, Net, Walk
-from fastlightgen.planner.walk import Path as Route
+from fastlightgen.planner.walk import Route
 from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.method import Guess, Method, Subject

@@ -23,7 +23,7 @@ from fastlightgen.models.folder.networks import config_of
 from fastlightgen.models.folder.weights import read_card, save_model
 from fastlightgen.models.sample import preview_plan
 from fastlightgen.planner.step import Iteration, Net, Walk
-from fastlightgen.planner.walk import Path as Route
+from fastlightgen.planner.walk import Route
 from fastlightgen.rng import generator, normal_like, rand
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.method import Guess, Method, Subject

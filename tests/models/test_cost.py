@@ -16,7 +16,7 @@ from fastlightgen.models.cost import latent_size
 from fastlightgen.models.families import network
 from fastlightgen.models.folder.weights import build
 from fastlightgen.planner.step import Pass, StepCost
-from fastlightgen.planner.walk import Path, walk
+from fastlightgen.planner.walk import Route, walk
 
 WAN = {"patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4}
 WAN |= {"text_dim": 20, "freq_dim": 32, "ffn_dim": 160, "num_layers": 3, "cross_attn_norm": True}
@@ -91,7 +91,7 @@ def test_operations_of_a_wan_forward_and_backward(config, checkpointing, kept):
     model = build(config, seed=0)
     model.checkpointing, model.keep_attention = checkpointing, kept
     x_t, t, cond, _ = model.example_inputs(2, size=(3, 4, 6))
-    cost = walk(network(config, (3, 4, 6), cond.text.shape[1]), [Path(grad=True)], checkpointing, kept)
+    cost = walk(network(config, (3, 4, 6), cond.text.shape[1]), [Route(grad=True)], checkpointing, kept)
     with torch.no_grad():
         assert counted(lambda: model(x_t, t, cond)) == 2 * cost.forward
     # Nothing is approximate: products are the same whatever computes them.
@@ -110,7 +110,7 @@ def test_operations_of_a_hunyuan_forward_and_backward(changes):
     def run():
         return model(x, torch.ones(1), text, torch.ones(1, 7), torch.randn(1, 10), guidance).sample
 
-    cost = walk(network(config, (3, 4, 6), 7), [Path(grad=True)])
+    cost = walk(network(config, (3, 4, 6), 7), [Route(grad=True)])
     slack = 0 if config["image_condition_type"] != "token_replace" else 0.01  # it embeds the pooled text twice
     with torch.no_grad():
         assert counted(run) == pytest.approx(cost.forward, rel=slack)
@@ -122,11 +122,11 @@ def test_the_counts_derived_by_hand():
     """40 blocks, 12 dropped, the first of them 14: what sharing a prefix and one call for all streams come to."""
     net = network(preset("wan2.1-i2v-14b")["network"], latent_size(480, 832, 81))
     keep = [i for i in range(40) if not 14 <= i < 26]
-    dual = walk(net, [Path(keep=keep, grad=True), Path()], checkpointing=True)
+    dual = walk(net, [Route(keep=keep, grad=True), Route()], checkpointing=True)
     assert (dual.calls, dual.gathers, dual.grad_calls, dual.grad_gathers) == (54, 40, 28, 28)
-    real = walk(net, [Path(keep=keep), Path(1, keep, kept_text=True), Path()])
+    real = walk(net, [Route(keep=keep), Route(1, keep, kept_text=True), Route()])
     assert (real.calls, real.gathers) == (82, 40)
-    every = walk(net, [Path(keep=[j for j in range(40) if j != i]) for i in range(40)] + [Path()])
+    every = walk(net, [Route(keep=[j for j in range(40) if j != i]) for i in range(40)] + [Route()])
     assert (every.calls, every.gathers) == (820, 40)
 
 
@@ -183,7 +183,7 @@ def case(config: dict, layers: int, dtype, fused: bool, checkpointing: bool, kep
     net = network(config, size, cond.text.shape[1], fused)
     return (
         lambda: model.walk(x_t, t, [Stream(cond, grad=True)])[0],
-        walk(net, [Path(grad=True)], checkpointing, kept),
+        walk(net, [Route(grad=True)], checkpointing, kept),
         net,
     )
 

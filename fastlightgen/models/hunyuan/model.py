@@ -67,10 +67,10 @@ class HunyuanModel(VideoDiT):
         return [{"name": f"{kind}.{i}", "kind": kind, "index": index} for index, (kind, i) in enumerate(names)]
 
     def prune(self, keep: Sequence[int]) -> "HunyuanModel":
-        kept, doubles = check_keep(keep, self.num_blocks), len(self.transformer_blocks)
+        keep, doubles = sorted(check_keep(keep, self.num_blocks)), len(self.transformer_blocks)
         both = self.transformer_blocks, self.single_transformer_blocks
         self.transformer_blocks, self.single_transformer_blocks = (
-            nn.ModuleList([block for i, block in enumerate(blocks, start) if i in kept])
+            nn.ModuleList([block for i, block in enumerate(blocks, start) if i in keep])
             for start, blocks in zip((0, doubles), both, strict=True)
         )
         return self

@@ -75,17 +75,18 @@ class WanBlock(Block):
 
     def read(self, prompt: WanPrompt) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the text and of the image tokens."""
-        text = self.attn2.keys(prompt.text) if prompt.cond.kept is None else self.kept_keys(prompt)
-        return [text] if prompt.image is None else [text, self.attn2.image_keys(prompt.image)]
+        keys = self.attn2.keys(prompt.text) if prompt.text_keys is None else self.constant_keys(prompt)
+        return [keys] if prompt.image is None else [keys, self.attn2.image_keys(prompt.image)]
 
-    def kept_keys(self, prompt: WanPrompt) -> tuple[Tensor, Tensor]:
-        """Those of one constant text under frozen weights: computed for one row, and once for a whole run."""
-        kept = prompt.cond.kept
-        if self not in kept:
+    def constant_keys(self, prompt: WanPrompt) -> tuple[Tensor, Tensor]:
+        """Keys and values of one text for all clips, which never changes: computed from one row, and once per run."""
+        text, text_keys = prompt.text, prompt.text_keys
+        assert text_keys is not None
+        if self not in text_keys:
             with torch.no_grad():
-                kept[self] = self.attn2.keys(prompt.text[:1])
-        k, v = kept[self]
-        return k.expand(len(prompt.text), -1, -1, -1), v.expand(len(prompt.text), -1, -1, -1)
+                text_keys[self] = self.attn2.keys(text[:1])
+        k, v = text_keys[self]
+        return k.expand(len(text), -1, -1, -1), v.expand(len(text), -1, -1, -1)
 
     def run(self, job: Job, tables: WanTables, keys: dict[WanPrompt, Any], settle: bool = False) -> list[State]:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + tables.mod).unbind(1)
