@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("cuda", "triton", "reference")  # in the order in which `auto` prefers them
-INTERFACE = 2  # of bindings/module.cpp
+INTERFACE = 3  # of bindings/module.cpp
 LIB = torch.library.Library("fastlightgen", "DEF")  # every operator is torch.ops.fastlightgen.<name>
 
 
