@@ -31,7 +31,7 @@ def forward(
 ) -> None:  # fmt: skip
     """x_out = x + gate y (with y), h = LayerNorm(x_out) (offset + scale) + shift; `groups` is M."""
     device, stream = dispatch.queue(x)
-    error = dispatch.extension().gate_residual_norm_modulate(
+    error = dispatch.compiled().gate_residual_norm_modulate(
         *map(_pointer, (x_out, h, x, y, gate, scale, shift)), *_sizes(x, groups),
         *map(_stride, (gate, scale, shift)), offset, eps, DTYPES[x.dtype], device, stream,
     )  # fmt: skip
@@ -45,12 +45,12 @@ def backward(
     """Writes dx (and dy with a gate); returns the table gradients [M, 2 or 3, D]: dscale, dshift, dgate."""
     device, stream = dispatch.queue(x_out)
     size, dim = _sizes(x_out, groups), x_out.shape[-1]
-    runs = dispatch.extension().gate_residual_norm_modulate_runs(*size, DTYPES[x_out.dtype], device)
+    runs = dispatch.compiled().gate_residual_norm_modulate_runs(*size, DTYPES[x_out.dtype], device)
     dispatch.check("gate_residual_norm_modulate", max(-runs, 0), x_out)
     kinds = 2 if gate is None else 3
     sums = torch.empty(groups, kinds, dim, dtype=torch.float32, device=x_out.device)
     partial = sums if runs == groups else torch.empty(runs, kinds, dim, dtype=torch.float32, device=x_out.device)
-    error = dispatch.extension().gate_residual_norm_modulate_backward(
+    error = dispatch.compiled().gate_residual_norm_modulate_backward(
         *map(_pointer, (dx, dy, sums, partial, dh, dx_out, x_out, y, gate, scale)), *size,
         *map(_stride, (gate, scale)), offset, eps, DTYPES[x_out.dtype], device, stream,
     )  # fmt: skip

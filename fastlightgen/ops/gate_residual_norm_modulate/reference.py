@@ -36,7 +36,7 @@ def gate_residual_norm_modulate(
     """
     if y is not None:
         x = add_residual(x, y, gate)
-    if scale is None:
+    if scale is None or shift is None:
         return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     scale, shift = (m[:, None] if m.dim() == 2 else m for m in (scale, shift))
     return x, norm_modulate(x, scale, shift, eps)
@@ -49,9 +49,9 @@ def on_tables(
     groups = next((t.shape[0] for t in (gate, scale, shift) if t is not None), 1)
     x, y = (v.reshape(groups, -1, v.shape[-1]) for v in (x, y))
     x = add_residual(x, y, gate)
-    if affine or scale is None:
-        one = [None if t is None else t[0].to(x.dtype) for t in (scale, shift)]
-        return x, F.layer_norm(x, x.shape[-1:], *one, eps)
+    if affine or scale is None or shift is None:
+        weight, bias = (None if t is None else t[0].to(x.dtype) for t in (scale, shift))
+        return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return x, norm_modulate(x, scale[:, None], shift[:, None], eps)
 
 
@@ -70,6 +70,7 @@ def gradient(
         dx = dx + dx_out.reshape(shape)
     dy = dgate = None
     if gate is not None:
+        assert y is not None, "y and its gate come together"
         dy = (dx * gate[:, None]).to(x_out.dtype).view_as(x_out)
         dgate = (dx * y.reshape(shape)).sum(1)
     return dx.to(x_out.dtype).view_as(x_out), dy, dscale.sum(1), dshift.sum(1), dgate
