@@ -20,50 +20,9 @@ static int backward(Ptr dx, Ptr dy, Ptr sums, Ptr partial, Ptr dh, Ptr dx_out, P
   return flg_gate_residual_norm_modulate_backward(&params, stream);
 }
 
-// With two successors.
-static int fork_forward(Ptr x_out, Ptr h, Ptr h2, Ptr x, Ptr y, Ptr gate, Ptr scale, Ptr shift, Ptr scale2, Ptr shift2,
-                        int64_t rows, int64_t dim, int64_t rows_per_mod, int64_t gate_stride, int64_t scale_stride,
-                        int64_t shift_stride, int64_t scale2_stride, int64_t shift2_stride, float eps, int dtype,
-                        int device, Ptr stream) {
-  const flg_gate_residual_norm_modulate_params params{x_out,
-                                                      h,
-                                                      x,
-                                                      y,
-                                                      gate,
-                                                      scale,
-                                                      shift,
-                                                      rows,
-                                                      dim,
-                                                      rows_per_mod,
-                                                      gate_stride,
-                                                      scale_stride,
-                                                      shift_stride,
-                                                      1.f,
-                                                      eps,
-                                                      dtype,
-                                                      device,
-                                                      h2,
-                                                      scale2,
-                                                      shift2,
-                                                      scale2_stride,
-                                                      shift2_stride};
-  return flg_gate_residual_norm_modulate(&params, stream);
-}
-
-static int fork_backward(Ptr dx, Ptr dy, Ptr sums, Ptr partial, Ptr dh, Ptr dh2, Ptr dx_out, Ptr x_out, Ptr y, Ptr gate,
-                         Ptr scale, Ptr scale2, int64_t rows, int64_t dim, int64_t rows_per_mod, int64_t gate_stride,
-                         int64_t scale_stride, int64_t scale2_stride, float eps, int dtype, int device, Ptr stream) {
-  const flg_gate_residual_norm_modulate_backward_params params{
-      dx,  dy,           sums,        partial,      dh,  dx_out, x_out, y,      gate, scale,  rows,
-      dim, rows_per_mod, gate_stride, scale_stride, 1.f, eps,    dtype, device, dh2,  scale2, scale2_stride};
-  return flg_gate_residual_norm_modulate_backward(&params, stream);
-}
-
 void bind_gate_residual_norm_modulate(py::module_& m) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.def("gate_residual_norm_modulate", &forward, no_gil);
   m.def("gate_residual_norm_modulate_backward", &backward, no_gil);
-  m.def("gate_residual_norm_modulate_fork", &fork_forward, no_gil);
-  m.def("gate_residual_norm_modulate_fork_backward", &fork_backward, no_gil);
   m.def("gate_residual_norm_modulate_runs", &flg_gate_residual_norm_modulate_runs, no_gil);
 }

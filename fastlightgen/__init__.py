@@ -15,8 +15,10 @@ _WHERE = {
     "Cond": "fastlightgen.models.base",
     "sample": "fastlightgen.models.sample",
 }
-_MODULES = ("flow", "guidance", "ops", "blocks", "parallel", "models", "data", "metrics", "world", "pipelines")
-_MODULES += ("engine", "planner", "stages", "methods", "config")
+_MODULES = (
+    *("flow", "guidance", "ops", "blocks", "parallel", "models", "data", "metrics", "world", "pipelines"),
+    *("engine", "planner", "stages", "methods", "config"),
+)
 __all__ = [*_WHERE, *_MODULES]
 
 

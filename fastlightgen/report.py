@@ -8,13 +8,13 @@ import shlex
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from fastlightgen.atomic import write_text
 from fastlightgen.config import UserError, declared, main
 from fastlightgen.config.fields import show
 from fastlightgen.config.files import flatten, read_yaml
 from fastlightgen.config.stages import DEFAULT, METHODS
-from fastlightgen.engine.log import read_metrics
 from fastlightgen.metrics.importance import is_log
 
 ORDER = ("real", "teacher", "teacher-few", "pruned", "stage2-few", "student")  # of the columns; others follow by name
@@ -36,12 +36,19 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def read(path: Path) -> dict | list:
-    """A JSON or JSON lines file; empty where there is none."""
+def read(path: Path) -> dict:
+    """A JSON file; empty where there is none."""
+    return parsed(path, path.read_text()) if path.is_file() else {}
+
+
+def read_lines(path: Path) -> list[dict]:
+    """A JSON lines file; empty where there is none."""
+    return [parsed(path, line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def parsed(path: Path, text: str) -> Any:
     try:
-        if path.suffix == ".jsonl":
-            return read_metrics(path)
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return json.loads(text)
     except json.JSONDecodeError as err:
         raise UserError(f"{path}: is not valid JSON ({err}); delete it and make it again") from None
 
@@ -51,12 +58,12 @@ def read_run(run: Path) -> dict:
     folder = run / "evaluate"
     names = sorted(p.stem for p in folder.glob("*.json") if p.stem != "speed")
     names = [n for n in ORDER if n in names] + [n for n in names if n not in ORDER]
-    logs = {n: read(run / f"stage{n}" / "metrics.jsonl") for n in (0, 2, 3)}
-    found = {
+    logs = {n: read_lines(run / f"stage{n}" / "metrics.jsonl") for n in (0, 2, 3)}
+    found: dict[str, dict] = {
         "config": read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {},
         "importance": read(run / "stage1" / "importance.json"),
         "logs": {n: lines for n, lines in logs.items() if lines},
-        "alarms": {n: lines for n in (0, 2, 3) if (lines := read(run / f"stage{n}" / "alarms.jsonl"))},
+        "alarms": {n: lines for n in (0, 2, 3) if (lines := read_lines(run / f"stage{n}" / "alarms.jsonl"))},
         "evals": {n: read(folder / f"{n}.json") for n in names},
         "speed": read(folder / "speed.json"),
     }
@@ -129,7 +136,8 @@ def clips(run: Path, evals: dict) -> str:
         return ""
     heads = "".join(f'<div class="{"student" * (n == "student")}">{escape(e["title"])}</div>' for n, e in evals.items())
     rows = []
-    for k, clip in enumerate(max((e["shown"] for e in evals.values()), key=len)):
+    longest: list[dict] = max((e["shown"] for e in evals.values()), key=len)
+    for k, clip in enumerate(longest):
         given = ' <span class="tag">first frame given</span>' if clip["has_first"] else ""
         has = [k < len(e["shown"]) for e in evals.values()]
         cells = "".join(f'<canvas data-s="{s}" data-k="{k}"></canvas>' if h else "<i></i>" for s, h in enumerate(has))
@@ -248,7 +256,8 @@ def sizes(found: dict) -> str:
 
 def settings(config: dict) -> str:
     """Every key of every stage, collapsed; versions and commit."""
-    parts, plain = [], {}
+    parts: list[str] = []
+    plain: dict[str, object] = {}
     for name, value in config.items():
         if isinstance(value, dict) and name != "versions":
             rows = [[escape(k), f"<code>{escape(show(v))}</code>"] for k, v in flatten(value).items()]
@@ -265,7 +274,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     training = '<div id="curves"></div>' * bool(found["logs"]) + followed(found) + watched(found)
     if not {2, 3} <= found["logs"].keys():  # a teacher may come ready-made: no stage 0
         training += missing(run, "all")
-    sections = {  # title: (HTML, the stage that makes its input)
+    sections: dict[str, tuple[str, int | str]] = {  # title: (HTML, the stage that makes its input)
         "Clips": (clips(run, found["evals"]), "all"),
         "Scores": (found["evals"] and scores(found["evals"]), "all"),
         "Block importance": (found["importance"] and importance(found["importance"]), 1),

@@ -36,7 +36,7 @@ def write_cache(
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for number, shard in enumerate(shards):
-        about = [{}] * len(shard["latents"])
+        about: list[dict] = [{}] * len(shard["latents"])
         entries.append(write_shard(folder / f"shard-{number:05d}.safetensors", shard, about, description))
     save_tensors(folder / "null.safetensors", null)
     write_index(folder, entries, description)
@@ -141,7 +141,7 @@ def crc32(clip: Mapping[str, Tensor]) -> int:
     """One checksum over the bytes of a clip's fields, in the order of their names."""
     value = 0
     for key in sorted(clip):
-        value = zlib.crc32(clip[key].contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(clip[key].contiguous().reshape(-1).view(torch.uint8).numpy().data, value)
     return value
 
 

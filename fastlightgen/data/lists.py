@@ -7,6 +7,7 @@ import csv
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".gif")
@@ -97,11 +98,12 @@ def json_records(path: Path) -> list[dict]:
 def list_row(record: dict, base: Path, min_dover: float) -> Row:
     """One record of a list, checked; what is wrong with it becomes its `problem`."""
     name, caption = str(record["file"] or "").strip(), str(record["caption"] or "").strip()
-    row, file = {"name": name, "file": base / name, "caption": caption}, base / name
+    file = base / name
+    row = partial(Row, name, file, caption)
     if not name:
-        return Row(**row, problem="no file is named")
+        return row(problem="no file is named")
     if not caption:
-        return Row(**row, problem="no caption")
+        return row(problem="no caption")
     numbers = {}
     for key in ("start", "end", "dover"):
         value = record.get(key)
@@ -110,9 +112,9 @@ def list_row(record: dict, base: Path, min_dover: float) -> Row:
         try:
             numbers[key] = float(value)
         except (TypeError, ValueError):
-            return Row(**row, problem=f"{key}={value!r} is not a number")
+            return row(problem=f"{key}={value!r} is not a number")
         if not math.isfinite(numbers[key]):
-            return Row(**row, problem=f"{key}={value!r} is not a finite number")
+            return row(problem=f"{key}={value!r} is not a finite number")
     start, end = numbers.get("start", 0.0), numbers.get("end")
     problem = ""
     if start < 0 or (end is not None and end <= start):
@@ -121,4 +123,4 @@ def list_row(record: dict, base: Path, min_dover: float) -> Row:
         problem = f"dover={numbers['dover']:g} is below min_dover={min_dover:g}"
     elif not (file.is_file() or (file.is_dir() and pictures(file))):
         problem = "not found" if not file.exists() else "a folder without pictures"
-    return Row(**row, start=start, end=end, problem=problem)
+    return row(start=start, end=end, problem=problem)

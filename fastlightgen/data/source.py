@@ -1,6 +1,7 @@
 """Where batches come from: what a source offers, and the clips of a latent cache, as a function of the step alone."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -34,11 +35,12 @@ class Batch:
         """The condition with the null prompt where `dropped` [B] is true (trains the null prediction of Eq. 9)."""
         dropped = dropped.to(self.x0.device)
 
-        def choose(key: str) -> Tensor | None:
-            null, cond = getattr(self.null, key), getattr(self.cond, key)
+        def choose(cond: Tensor, null: Tensor) -> Tensor:
             return cond if cond is null else torch.where(dropped.view(-1, *[1] * (cond.dim() - 1)), null, cond)
 
-        return replace(self.cond, **{key: choose(key) for key in ("text", "text_len", "pooled")})
+        pairs = (self.cond.text_len, self.null.text_len), (self.cond.pooled, self.null.pooled)
+        length, pooled = (c if c is None or n is None else choose(c, n) for c, n in pairs)
+        return replace(self.cond, text=choose(self.cond.text, self.null.text), text_len=length, pooled=pooled)
 
 
 class Source(Protocol):
@@ -106,6 +108,16 @@ class CacheSource:
     def _read(self, indices: list[int]) -> Batch:
         clips = {k: v.float() if v.is_floating_point() else v for k, v in self.cache.read(indices).items()}
         x0 = clips.pop("latents")
-        cond = Cond(**clips)
-        null = replace(cond, **{k: v.to(clips[k]).expand_as(clips[k]) for k, v in self.cache.null.items()})
-        return Batch(x0, cond, null)
+        null = {k: v.to(clips[k]).expand_as(clips[k]) for k, v in self.cache.null.items()}
+        return Batch(x0, condition(clips), condition(clips | null))
+
+
+def condition(clips: Mapping[str, Tensor]) -> Cond:
+    """The condition among the fields of a cache."""
+    return Cond(
+        text=clips["text"],
+        text_len=clips.get("text_len"),
+        image=clips.get("image"),
+        image_embeds=clips.get("image_embeds"),
+        pooled=clips.get("pooled"),
+    )

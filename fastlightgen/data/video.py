@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastlightgen.data.lists import Row, pictures
+
+if TYPE_CHECKING:  # av is imported where a video is read
+    from av import VideoFrame
 
 ROUNDING = 2e-3  # seconds: containers round time stamps, Matroska to whole milliseconds
 Size = tuple[int, int]  # height, width
@@ -78,15 +82,19 @@ def decode(file: Path, start: float, seek: bool = True) -> Iterator[Shown]:
             stream.thread_type = "AUTO"
             aspect = float(stream.sample_aspect_ratio or 1)
             usual = 1 / float(stream.average_rate or 25)  # how long a picture is shown where nothing says it
-            origin = (stream.start_time or 0) * stream.time_base
+            tick = stream.time_base  # seconds of a unit of its time stamps
+            if tick is None:
+                raise Unusable("has no time base")
+            origin = (stream.start_time or 0) * tick
             seek = seek and start > 1
             if seek:  # to the key picture before it
-                container.seek(int(start / stream.time_base) + (stream.start_time or 0), stream=stream)
-            last, now = None, 0.0
+                container.seek(int(start / tick) + (stream.start_time or 0), stream=stream)
+            last: tuple[float, VideoFrame] | None = None  # when the picture before this one begins, and that picture
+            now, duration = 0.0, usual
             for frame in container.decode(stream):
                 if frame.is_corrupt:
                     raise Unusable(f"damaged at {frame.time or 0:.2f} s")
-                if frame.pts is None:
+                if frame.pts is None or frame.time_base is None:
                     raise Unusable("has pictures without time stamps")
                 now = float(frame.pts * frame.time_base - origin)
                 if seek and last is None and now > start:
@@ -94,8 +102,8 @@ def decode(file: Path, start: float, seek: bool = True) -> Iterator[Shown]:
                 if last and now > start:
                     yield Shown(last[0], now, *picture_of(last[1], aspect))
                 last = now, frame
+                duration = float(frame.duration * frame.time_base) if frame.duration else usual
             if last:
-                duration = float(last[1].duration * last[1].time_base) if last[1].duration else usual
                 yield Shown(last[0], last[0] + duration, *picture_of(last[1], aspect))
     except (av.FFmpegError, OSError) as err:
         raise Unusable(f"cannot be decoded ({getattr(err, 'strerror', None) or err})") from None
@@ -103,13 +111,13 @@ def decode(file: Path, start: float, seek: bool = True) -> Iterator[Shown]:
         yield from decode(file, start, seek=False)
 
 
-def picture_of(frame, aspect: float) -> tuple[Callable[[], NDArray], float]:
-    """How to read a decoded picture, and its pixels' aspect; telephones store a turn beside the picture."""
+def picture_of(frame: "VideoFrame", aspect: float) -> tuple[Callable[[], NDArray], float]:
+    """How to read a decoded picture, and its pixels' aspect; phones store rotation as metadata."""
     quarters = round(frame.rotation / 90)  # counter-clockwise
     return partial(upright, frame, quarters), 1 / aspect if quarters % 2 else aspect
 
 
-def upright(frame, quarters: int) -> NDArray:
+def upright(frame: "VideoFrame", quarters: int) -> NDArray:
     return np.rot90(frame.to_ndarray(format="rgb24"), quarters)
 
 

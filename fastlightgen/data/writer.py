@@ -97,8 +97,8 @@ class Writer:
     def finish(self) -> dict | None:
         """Counts of clips and skipped rows once every part is there, whoever made them; None before."""
         with locked(self.folder / ".lock", wait=True):
-            records = [self._record(number) for number in range(len(self.parts))]
-            if None in records or not (self.folder / "null.safetensors").is_file():
+            records = [r for number in range(len(self.parts)) if (r := self._record(number)) is not None]
+            if len(records) < len(self.parts) or not (self.folder / "null.safetensors").is_file():
                 return None
             shards = [s for r in records for s in r["shards"]]
             skipped = [s for r in records for s in r["skipped"]]

@@ -21,8 +21,10 @@ def plot_importance(record: dict, path: Path) -> None:
     for key, label, colour, hatch in (("kept", "kept", "#2f6fed", ""), ("pruned", "dropped", "#e8833a", "///")):
         units = [u for u in record["units"] if u["index"] in record[key]]
         index, heights = [u["index"] for u in units], [u["score"] - base for u in units]
-        style = dict(color=colour, edgecolor="white", hatch=hatch, capsize=4, ecolor="0.35", width=0.72)
-        ax.bar(index, heights, bottom=base, yerr=[u["stderr"] for u in units], label=f"{label} ({len(units)})", **style)
+        ax.bar(
+            index, heights, bottom=base, yerr=[u["stderr"] for u in units], label=f"{label} ({len(units)})",
+            color=colour, edgecolor="white", hatch=hatch, capsize=4, ecolor="0.35", width=0.72,
+        )  # fmt: skip
     ax.axhline(base, color="0.2", linestyle="--", linewidth=1.2, label="all blocks")
     kinds = [u["kind"] for u in record["units"]]
     if len(names := list(dict.fromkeys(kinds))) > 1:  # HunyuanVideo: double blocks, then single blocks

@@ -4,7 +4,6 @@ from fastlightgen.ops.attention import attend
 from fastlightgen.ops.dispatch import describe
 from fastlightgen.ops.dmd_gradient import dmd_gradient
 from fastlightgen.ops.gate_residual_norm_modulate import add_residual, gate_residual_norm_modulate
-from fastlightgen.ops.gate_residual_norm_modulate.fork import gate_residual_norm_modulate_fork
 from fastlightgen.ops.linear_gate_residual import linear_gate_residual
 from fastlightgen.ops.linear_gelu_tanh import linear_gelu_tanh
 from fastlightgen.ops.norm_modulate import norm_modulate
@@ -17,7 +16,6 @@ __all__ = [
     "describe",
     "dmd_gradient",
     "gate_residual_norm_modulate",
-    "gate_residual_norm_modulate_fork",
     "linear_gate_residual",
     "linear_gelu_tanh",
     "norm_modulate",

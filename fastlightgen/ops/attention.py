@@ -73,7 +73,7 @@ def choice() -> tuple[str | None, bool, str]:
             return None, False, "no CUDA device is visible"
         if torch.cuda.get_device_capability()[0] != 9:
             return None, False, "the GPU is no Hopper"
-        lost = {}
+        lost: dict[str, str] = {}
         for name in ("flash3", "cudnn"):
             if not (reason := _why_not(name)):
                 return name, False, _listed(lost) or "it is installed"
@@ -93,7 +93,8 @@ def _listed(lost: dict[str, str]) -> str:
 def describe() -> str:
     """One line for the start of a command, e.g. `attention: cudnn (flash3: flash_attn_interface is not installed)`."""
     name, _, why = choice()
-    masked = ", calls with a mask: cudnn" if KERNELS.get(name) == FLASH and torch.cuda.is_available() else ""
+    flash = name is not None and KERNELS[name] == FLASH and torch.cuda.is_available()
+    masked = ", calls with a mask: cudnn" if flash else ""
     return f"attention: {name or 'as torch chooses'} ({why}){masked}"
 
 

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("cuda", "triton", "reference")  # in the order in which `auto` prefers them
-INTERFACE = 2  # of bindings/module.cpp
+INTERFACE = 3  # of bindings/module.cpp
 LIB = torch.library.Library("fastlightgen", "DEF")  # every operator is torch.ops.fastlightgen.<name>
 
 
@@ -28,6 +28,13 @@ def extension() -> ModuleType | None:
     except (ImportError, AttributeError) as error:
         warnings.warn(f"fastlightgen._C is not used: {error}; `pip install -e .` builds it anew", stacklevel=2)
         return None
+    return module
+
+
+def compiled() -> ModuleType:
+    """The compiled module of a process whose backend is `cuda`: there it exists."""
+    module = extension()
+    assert module is not None, "the backend cuda was chosen without fastlightgen._C"
     return module
 
 
@@ -70,7 +77,7 @@ def _why_not(backend: str) -> str:
     if not there:
         return f"not built ({detail}); `FLG_BUILD_CUDA=1 pip install -e .` shows why"
     major, minor = torch.cuda.get_device_capability()
-    archs = [arch.rstrip("af") for arch in extension().archs().split(";")]
+    archs = [arch.rstrip("af") for arch in compiled().archs().split(";")]
     if f"{major}{minor}" not in archs:
         return f"built for sm_{'/'.join(archs)}, not sm_{major}{minor}; rebuild with FLG_CUDA_ARCHS={major}{minor}"
     return ""
@@ -91,6 +98,7 @@ def register(
     op = getattr(torch.ops.fastlightgen, name).default
     if gradient is None:
         return lambda *args: compute(*args) if unobserved(args) else op(*args)
+    assert setup is not None, f"{name}: an operator with a gradient says what it saves"
     recorded = _recorded(name, op, compute, setup, gradient)
 
     def eager(*args):
@@ -129,7 +137,8 @@ def _recorded(name: str, op: Callable, compute: Callable, setup: Callable, gradi
 
     backward = torch.autograd.function.once_differentiable(gradient)  # no second derivative, and it says so
     parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), parts).apply
+    function: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), parts)
+    return function.apply
 
 
 @lru_cache
@@ -146,7 +155,7 @@ def queue(x: torch.Tensor) -> tuple[int, int]:
 def check(op: str, error: int, x: torch.Tensor) -> None:
     """Raises on a cudaError that a launcher returned."""
     if error:
-        words = extension().error_string(error)
+        words = compiled().error_string(error)
         got = f"{tuple(x.shape)} {x.dtype}"
         raise RuntimeError(f"{op}: cudaError {error}, {words}, for {got}; set FLG_OPS=reference to go on without it")
 

@@ -4,6 +4,8 @@ A table is [M, D]: row r of an operand with R rows reads the table's row r // (R
 """
 
 import math
+from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -35,11 +37,15 @@ def rows(mod: Tensor, x: Tensor) -> tuple[Tensor, int]:
     """A modulation of x's rank as a table [M, D] of float32 or better, and the rows of x that share a row of it."""
     lead = list(x.shape[:-1])
     full = max([0, *(i + 1 for i, n in enumerate(lead) if mod.shape[i] == n != 1)])  # axes that have their own rows
-    table = mod[(..., *[0] * (len(lead) - full), slice(None))].expand(*lead[:full], -1).reshape(-1, x.shape[-1])
+    table = mod.flatten(full).expand(*lead[:full], -1).reshape(-1, x.shape[-1])
     return table.to(torch.float64 if x.dtype == torch.float64 else torch.float32), math.prod(lead[full:])
 
 
-def tables(op: str, x: Tensor, **mods: Tensor | None) -> list[Tensor | None]:
+@overload
+def tables(op: str, x: Tensor, **mods: Tensor) -> Sequence[Tensor]: ...
+@overload
+def tables(op: str, x: Tensor, **mods: Tensor | None) -> Sequence[Tensor | None]: ...
+def tables(op: str, x: Tensor, **mods: Tensor | None) -> Sequence[Tensor | None]:
     """One table per modulation, all with as many rows; differentiable, so an operator's backward only sees tables."""
     plain = (x.shape[0], x.shape[-1])
     if x.dim() > 2 and all(m is None or m.shape == plain for m in mods.values()):  # the networks' own: one row a sample
@@ -55,6 +61,10 @@ def kernel_takes(x: Tensor) -> bool:
     return x.dtype in DTYPES and x.shape[-1] % 8 == 0 and x.shape[-1] <= WIDEST and 0 < x.numel() < 2**31 * x.shape[-1]
 
 
+@overload
+def dense(x: Tensor) -> Tensor: ...
+@overload
+def dense(x: None) -> None: ...
 def dense(x: Tensor | None) -> Tensor | None:
     """Contiguous and on a 16-byte boundary: the kernels read 16 bytes at a time."""
     if x is None:
@@ -63,6 +73,10 @@ def dense(x: Tensor | None) -> Tensor | None:
     return x.clone() if x.data_ptr() % 16 else x
 
 
+@overload
+def dense_rows(table: Tensor) -> Tensor: ...
+@overload
+def dense_rows(table: None) -> None: ...
 def dense_rows(table: Tensor | None) -> Tensor | None:
     """A float32 table whose rows are dense and on 16-byte boundaries; the rows may lie apart."""
     if table is None or (table.dtype == torch.float32 and table.is_contiguous() and not table.data_ptr() % 16):

@@ -35,7 +35,8 @@ class Clock:
 
     def restart(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys((REST, *PARTS), 0.0)
-        self.steps, self.open, self.since = 0, [], 0.0
+        self.open: list[str] = []  # the parts under way, the innermost last
+        self.steps, self.since = 0, 0.0
 
     @contextmanager
     def step(self) -> Iterator[None]:

@@ -124,6 +124,7 @@ def to_first(clip: Tensor | None) -> Tensor | None:
     if owner == 0 or rank() not in (0, owner):
         return clip if rank() == 0 else None
     if rank() == owner:
+        assert clip is not None
         dist.send(torch.tensor(clip.shape), 0)
         dist.send(clip, 0)
         return None

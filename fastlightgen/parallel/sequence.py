@@ -14,10 +14,11 @@ Shapes: B batch, n image tokens of this rank, L of all ranks, T text tokens, D h
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlightgen.ops import attend
 from fastlightgen.parallel.shares import divisors, token_shares
@@ -38,6 +39,13 @@ class Exchange(torch.autograd.Function):
         return Exchange.apply(grad, *ctx.way_back), None, None, None
 
 
+class Network(Protocol):
+    """A network whose walk a group can share; its `cfg` has num_attention_heads."""
+
+    cfg: Any
+    sequence: "SequenceGroup | None"
+
+
 @dataclass(frozen=True)
 class SequenceGroup:
     """The ranks that share the tokens of one clip."""
@@ -46,7 +54,7 @@ class SequenceGroup:
     rank: int  # in the group
     size: int
 
-    def share(self, net: nn.Module) -> None:
+    def share(self, net: Network) -> None:
         """From now on the group's ranks call this network together, each with its part of the tokens."""
         if net.cfg.num_attention_heads % self.size:
             raise ValueError(
@@ -100,7 +108,8 @@ class Cut:
         x = self._exchange(out, [n] * size, self.tokens)
         if text:
             x = torch.cat([x, torch.stack([x[rank, n:] for x in parts], 1)])
-        y = attend(*(x.transpose(0, 1) for x in x.unbind(1)), mask).transpose(0, 1)  # [L + T, B, D/s]
+        q, k, v = (part.transpose(0, 1) for part in x.unbind(1))
+        y = attend(q, k, v, mask).transpose(0, 1)  # [L + T, B, D/s]
 
         # Back: to each rank its tokens and the text, from each rank its heads.
         if text:

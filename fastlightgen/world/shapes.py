@@ -171,14 +171,9 @@ class Shapes:
         """The clips with these indices."""
         u = uniforms(self.seed, self.split, indices, _SLOTS)
         truth = self._truth(u)
-        t, companion = truth, truth["companion_colour"]
-        captions = [
-            caption(
-                *(int(t[k][i]) for k in ("main_colour", "main_kind", "direction", "speed", "change")),
-                None if companion[i] < 0 else (int(companion[i]), int(t["companion_kind"][i])),
-            )
-            for i in range(len(u))
-        ]
+        said = (truth[k].tolist() for k in ("main_colour", "main_kind", "direction", "speed", "change"))
+        others = zip(truth["companion_colour"].tolist(), truth["companion_kind"].tolist())
+        captions = [caption(c, k, d, s, then, None if o[0] < 0 else o) for c, k, d, s, then, o in zip(*said, others)]
         video = torch.from_numpy(self._render(u, truth).astype(np.float32)).permute(0, 1, 4, 2, 3).contiguous()
         return Clips(video, captions, torch.from_numpy(u[:, 0] < self.first_frame_prob), truth)
 

@@ -11,7 +11,7 @@ from fastlightgen.models.families import network
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.sequence import SequenceGroup
 from fastlightgen.parallel.shares import Part
-from fastlightgen.planner.walk import Path, walk
+from fastlightgen.planner.walk import Route, walk
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_operations_are_those_that_the_planner_counts(results):
         _, _, cond, _ = model.example_inputs(1, 0, (2, 12, 10))
         text = cond.text.shape[1] if "wan" in name else int(cond.text_len)
         net = network(model.config, (2, 12, 10), text)
-        planned = [walk(net.divided(Part(n / sum(own), 4)), [Path(grad=True)]).flops for n in own]
+        planned = [walk(net.divided(Part(n / sum(own), 4)), [Route(grad=True)]).flops for n in own]
         assert found == pytest.approx(planned, rel=0 if "wan" in name else 0.01), name
 
 

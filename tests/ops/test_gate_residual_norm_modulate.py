@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlightgen.ops import dispatch, gate_residual_norm_modulate, gate_residual_norm_modulate_fork, norm_modulate
+from fastlightgen.ops import dispatch, gate_residual_norm_modulate, norm_modulate
 
 EPS = 1e-6
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTHS = [8, 1000, 1536, 3072, 4096, 5120]  # odd ones with idle lanes; Wan 1.3B, HunyuanVideo, Wan 14B
-VARIANTS = ["plain", "gated", "ungated", "affine", "affine ungated", "frames", "fork"]
+VARIANTS = ["plain", "gated", "ungated", "affine", "affine ungated", "frames"]
 
 
-def formula(x, y=None, gate=None, scale=None, shift=None, weight=None, bias=None, scale2=None, shift2=None):
+def formula(x, y=None, gate=None, scale=None, shift=None, weight=None, bias=None):
     """Written out with torch's operations, in whatever dtype they come."""
     to = x.dtype
 
@@ -28,16 +28,11 @@ def formula(x, y=None, gate=None, scale=None, shift=None, weight=None, bias=None
         x = x + (y if gate is None else rows(gate) * y)
     if scale is None:
         return x, F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
-    n = F.layer_norm(x, x.shape[-1:], None, None, EPS)
-    h = n * (1 + rows(scale)) + rows(shift)
-    if scale2 is not None:
-        return x, h, n * (1 + rows(scale2)) + rows(shift2)
+    h = F.layer_norm(x, x.shape[-1:], None, None, EPS) * (1 + rows(scale)) + rows(shift)
     return h if y is None else (x, h)
 
 
-def op(x, y=None, gate=None, scale=None, shift=None, weight=None, bias=None, scale2=None, shift2=None):
-    if scale2 is not None:
-        return gate_residual_norm_modulate_fork(x, y, gate, scale, shift, scale2, shift2, EPS)
+def op(x, y=None, gate=None, scale=None, shift=None, weight=None, bias=None):
     if y is None:
         return norm_modulate(x, scale, shift, EPS)
     return gate_residual_norm_modulate(x, y, gate, scale, shift, EPS, weight, bias)
@@ -53,15 +48,12 @@ def case(variant: str, shape: tuple[int, int, int], dtype: torch.dtype, device: 
     found = {"x": (draw(*shape) + 5).to(dtype)}  # a mean that a one-pass variance would lose digits to
     if variant != "plain":
         found["y"] = draw(*shape).to(dtype)
-    if variant in ("gated", "affine", "frames", "fork"):
+    if variant in ("gated", "affine", "frames"):
         found["gate"] = draw(batch, dim)
     if variant.startswith("affine"):
         return found | {"weight": draw(dim).to(dtype), "bias": draw(dim).to(dtype)}
     rows = shape[:2] if variant == "frames" else shape[:1]  # its own modulation for every frame; the gate per sample
-    found |= {"scale": draw(*rows, dim), "shift": draw(*rows, dim)}
-    if variant == "fork":  # two successors; one's modulation in the other form that is allowed
-        found |= {"scale2": draw(batch, 1, dim), "shift2": draw(batch, 1, dim)}
-    return found
+    return found | {"scale": draw(*rows, dim), "shift": draw(*rows, dim)}
 
 
 def agrees(variant: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu") -> None:
@@ -87,26 +79,23 @@ def test_cuda_sources(simt, variant: str, dim: int, dtype: torch.dtype):
 def test_cuda_sources_at_real_widths(simt, dim: int, dtype: torch.dtype):
     agrees("gated", (2, 9, dim), dtype)
     agrees("plain", (1, 5, dim), dtype)
-    agrees("fork", (2, 5, dim), dtype)
 
 
 def test_no_barrier_is_missing(simt):
     """Threads and blocks that run in the opposite order give the same bits: nobody reads what is not yet written."""
-    for variant in ("gated", "fork"):
-        inputs = case(variant, (3, 13, 1536), torch.bfloat16)
-        want = rule.results(op, inputs)
-        shim.backwards(True)
-        try:
-            assert rule.same(rule.results(op, inputs), want)
-        finally:
-            shim.backwards(False)
+    inputs = case("gated", (3, 13, 1536), torch.bfloat16)
+    want = rule.results(op, inputs)
+    shim.backwards(True)
+    try:
+        assert rule.same(rule.results(op, inputs), want)
+    finally:
+        shim.backwards(False)
 
 
 def test_a_run_never_crosses_a_modulation_row(simt):
     """Row counts from one per group to more than the blocks at hand: each row reads its own table row."""
     for batch, rows in ((1, 1), (1, 40), (37, 1), (5, 7)):
         agrees("gated", (batch, rows, 64), torch.float32)
-        agrees("fork", (batch, rows, 64), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -118,21 +107,10 @@ def test_reference_on_tables(monkeypatch, variant: str, dtype: torch.dtype):
 
 
 def test_eager_equals_the_registered_operator(monkeypatch):
-    both = [case(variant, (2, 7, 48), torch.bfloat16) for variant in ("gated", "fork")]
-    wants = [op(**inputs) for inputs in both]
+    inputs = case("gated", (2, 7, 48), torch.bfloat16)
+    want = op(**inputs)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    for inputs, want in zip(both, wants):
-        assert all(torch.equal(a, b) for a, b in zip(op(**inputs), want, strict=True))
-
-
-def test_a_fork_is_its_two_successors(simt):
-    """x' and h are what one successor alone gets, bit for bit, and h2 is the norm of that x'."""
-    inputs = case("fork", (2, 7, 1536), torch.bfloat16)
-    x, h, h2 = op(**inputs)
-    mods = {name: inputs.pop(name) for name in ("scale2", "shift2")}
-    want_x, want_h = op(**inputs)
-    assert torch.equal(x, want_x) and torch.equal(h, want_h)
-    assert torch.equal(h2, norm_modulate(x, mods["scale2"], mods["shift2"], EPS))
+    assert all(torch.equal(a, b) for a, b in zip(op(**inputs), want, strict=True))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -155,10 +133,6 @@ def test_bad_input_is_named():
         gate_residual_norm_modulate(x, x[:, :2], mod, mod, mod)
     with pytest.raises(ValueError, match=r"gate got \(3, 8\), wanted \[B, D\]"):
         gate_residual_norm_modulate(x, x, torch.randn(3, 8), mod, mod)
-    with pytest.raises(ValueError, match=r"fork: y got \(2, 2, 8\) torch.float32, wanted x's \(2, 3, 8\)"):
-        gate_residual_norm_modulate_fork(x, x[:, :2], mod, mod, mod, mod, mod)
-    with pytest.raises(ValueError, match=r"fork: scale2 got \(3, 8\), wanted \[B, D\]"):
-        gate_residual_norm_modulate_fork(x, x, mod, mod, mod, torch.randn(3, 8), mod)
     with pytest.raises(ValueError, match="scale and shift come together"):
         gate_residual_norm_modulate(x, x, mod, mod)
 
@@ -170,9 +144,9 @@ def test_launch_error_is_words(simt):
 
 
 def gpu_cases() -> list[tuple]:
-    """Triton compiles two kernels for each case: of it only three variants in bfloat16 at the real widths."""
+    """Triton compiles two kernels for each case: of it only two variants in bfloat16 at the real widths."""
     every = itertools.product(["cuda", "triton"], WIDTHS, VARIANTS, DTYPES)
-    some = [(variant, torch.bfloat16) for variant in ("plain", "gated", "fork")]
+    some = [(variant, torch.bfloat16) for variant in ("plain", "gated")]
     return [c for c in every if c[0] == "cuda" or c[1] <= 1000 or c[2:] in some]
 
 

@@ -29,8 +29,6 @@ CASES = {
     "norm_modulate": (X, SCALE, SHIFT, 1e-6),
     "gate_residual_norm_modulate": (X, Y, GATE, SCALE, SHIFT, False, 1e-6),
     "gate_residual_norm_modulate_backward": (*(t.detach() for t in (DH, X, X, Y, GATE, SCALE)), False, 1e-6),
-    "gate_residual_norm_modulate_fork": (X, Y, GATE, SCALE, SHIFT, leaf(2, 8), leaf(2, 8), 1e-6),
-    "gate_residual_norm_modulate_fork_backward": (*(t.detach() for t in (DH, Y, X, X, Y, GATE, SCALE, SHIFT)), 1e-6),
     "qk_norm_rope": (Q, K, WEIGHT, WEIGHT.detach().clone().requires_grad_(), *ROPE, 1e-6),
     "qk_norm_rope_backward": (*(t.detach() for t in (Q, K, Q, K, WEIGHT, WEIGHT)), *ROPE, 1e-6),
     "dmd_gradient": (G(V), G(V), ONE, G(V), G(V), G(V), G(V), ONE, ONE),

@@ -39,8 +39,7 @@ bool backwards = false;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
 #endif
-std::vector<uint4> shared_memory;  // the extern part: exactly as much as was asked for, so that sanitizers see its end
-std::vector<Fiber*> team;          // the block that runs, thread 0 first
+std::vector<Fiber*> team;  // the block that runs, thread 0 first
 
 void to_scheduler(bool last) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -112,7 +111,6 @@ bool run_block() {
 
 }  // namespace
 
-void* extern_shared() { return shared_memory.data(); }
 void sync_block() { pause(kBlock); }
 void sync_grid() { pause(kGrid); }
 
@@ -125,10 +123,9 @@ float shuffle_xor(unsigned mask, float v, int lane_mask) {
   return team[threadIdx.x ^ static_cast<unsigned>(lane_mask)]->lane[turn];
 }
 
-int run(dim3 grid, dim3 threads, size_t shared, bool cooperative, const std::function<void()>& kernel) {
+int run(dim3 grid, dim3 threads, bool cooperative, const std::function<void()>& kernel) {
   const size_t size = threads.x, blocks = static_cast<size_t>(grid.x) * grid.y, together = cooperative ? blocks : 1;
   if (size % 32 || threads.y != 1 || threads.z != 1 || grid.z != 1) return cudaErrorInvalidValue;
-  shared_memory = std::vector<uint4>(shared / sizeof(uint4));
   while (pool.size() < size * together) pool.emplace_back(new Fiber);
   body = &kernel;
   gridDim = grid;

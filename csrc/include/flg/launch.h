@@ -33,31 +33,19 @@ int with_type(int dtype, F f) {
 }
 
 // Written as a function call, so that a host compiler reads it too. A cooperative launch puts all blocks on the GPU at
-// once, which a grid-wide barrier needs. `shared`: its bytes of extern shared memory.
+// once, which a grid-wide barrier needs.
 template <typename... P, typename... A>
-cudaError_t launch_with(size_t shared, void (*kernel)(P...), dim3 grid, int threads, void* stream, bool cooperative,
-                        A... args) {
+cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, void* stream, bool cooperative, A... args) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = cooperative ? 1 : 0;
-  if (shared > 48 << 10) {  // more than every GPU has; what this one has not is an error
-    const cudaError_t err =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (err != cudaSuccess) return err;
-  }
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
-}
-
-template <typename... P, typename... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, void* stream, bool cooperative, A... args) {
-  return launch_with(0, kernel, grid, threads, stream, cooperative, args...);
 }
 
 }  // namespace flg

@@ -3,11 +3,6 @@
 
 #include <cuda_runtime.h>
 
-// Shared memory whose size the launch gives. A host compiler brings its own way.
-#ifndef FLG_EXTERN_SHARED
-#define FLG_EXTERN_SHARED(T, name) extern __shared__ T name[]
-#endif
-
 namespace flg {
 
 __device__ __forceinline__ float warp_sum(float v) {

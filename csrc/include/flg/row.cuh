@@ -21,10 +21,8 @@ struct Row {
   Packed<T> part[kVecs];
   __device__ __forceinline__ void load(const void* base, int64_t row, const Columns<W>& col) {
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) load(base, row, col, i);
-  }
-  __device__ __forceinline__ void load(const void* base, int64_t row, const Columns<W>& col, int i) {
-    part[i] = load_once(static_cast<const T*>(base) + row * col.dim + col.at(i), col.there(i));
+    for (int i = 0; i < kVecs; ++i)
+      part[i] = load_once(static_cast<const T*>(base) + row * col.dim + col.at(i), col.there(i));
   }
 };
 

@@ -16,11 +16,8 @@ constexpr int64_t kForwardRuns = 4;
 
 template <typename T, typename W>
 cudaError_t forward(W, const Forward& p, int64_t sms, void* stream) {
-  const Runs runs =
-      split_rows(p.rows, p.rows_per_mod, sms * (p.h2 ? kForkBlocks<T, W> : kForwardBlocks<T, W>)*kForwardRuns);
-  const auto kernel = p.h2  ? forward_kernel<T, W, true, true>
-                      : p.y ? forward_kernel<T, W, true, false>
-                            : forward_kernel<T, W, false, false>;
+  const Runs runs = split_rows(p.rows, p.rows_per_mod, sms * kForwardBlocks<T, W> * kForwardRuns);
+  const auto kernel = p.y ? forward_kernel<T, W, true> : forward_kernel<T, W, false>;
   return launch(kernel, dim3(static_cast<unsigned>(runs.count)), W::kThreads, stream, false, p, runs);
 }
 
@@ -33,12 +30,10 @@ template <typename T, typename W>
 cudaError_t backward(W, const Backward& p, int64_t sms, void* stream) {
   const Runs runs = backward_runs<T, W>(p.rows, p.rows_per_mod, sms);
   const int64_t blocks = std::min(runs.count, sms * kBackwardBlocks<T, W>);
-  const int64_t width = (p.dh2 ? 5 : p.gate ? 3 : 2) * p.dim;
-  const auto kernel = p.dh2    ? backward_kernel<T, W, true, true>
-                      : p.gate ? backward_kernel<T, W, true, false>
-                               : backward_kernel<T, W, false, false>;
+  const int64_t width = (p.gate ? 3 : 2) * p.dim;
+  const auto kernel = p.gate ? backward_kernel<T, W, true> : backward_kernel<T, W, false>;
   const dim3 grid(static_cast<unsigned>(blocks));
-  const cudaError_t err = launch_with(p.dh2 ? kForkBytes<W> : 0, kernel, grid, W::kThreads, stream, false, p, runs);
+  const cudaError_t err = launch(kernel, grid, W::kThreads, stream, false, p, runs);
   if (err != cudaSuccess || p.partial == p.sums) return err;
   return column_sums(p.sums, p.partial, p.rows / p.rows_per_mod, runs.per_mod, width, stream);
 }
@@ -58,9 +53,7 @@ extern "C" int flg_gate_residual_norm_modulate(const flg_gate_residual_norm_modu
   FLG_REQUIRE(flg::shapes(p.rows, p.dim, p.rows_per_mod));
   FLG_REQUIRE(flg::aligned(p.x_out) && flg::aligned(p.h) && flg::aligned(p.x) && flg::aligned(p.y));
   FLG_REQUIRE(flg::table(p.gate, p.gate_stride) && flg::table(p.scale, p.scale_stride));
-  FLG_REQUIRE(flg::table(p.shift, p.shift_stride) && flg::table(p.scale2, p.scale2_stride));
-  FLG_REQUIRE(flg::table(p.shift2, p.shift2_stride) && flg::aligned(p.h2));
-  FLG_REQUIRE(!p.h2 || (p.y && p.gate && p.scale && p.shift && p.scale2 && p.shift2));
+  FLG_REQUIRE(flg::table(p.shift, p.shift_stride));
   if (p.rows == 0) return 0;
   const flg::DeviceGuard guard(p.device);
   FLG_TRY(guard.status);
@@ -95,8 +88,6 @@ extern "C" int flg_gate_residual_norm_modulate_backward(const flg_gate_residual_
   FLG_REQUIRE(flg::aligned(p.x_out) && flg::aligned(p.y) && flg::aligned(p.sums) && flg::aligned(p.partial));
   FLG_REQUIRE(flg::table(p.gate, p.gate_stride) && flg::table(p.scale, p.scale_stride));
   FLG_REQUIRE((p.gate == nullptr) == (p.y == nullptr));
-  FLG_REQUIRE(flg::aligned(p.dh2) && flg::table(p.scale2, p.scale2_stride));
-  FLG_REQUIRE(!p.dh2 || (p.gate && p.scale && p.scale2));
   if (p.rows == 0) return 0;
   const flg::DeviceGuard guard(p.device);
   FLG_TRY(guard.status);

@@ -1,6 +1,5 @@
 /* x' = x + gate y; h = LayerNorm(x') (offset + scale) + shift. Without y it is the norm of x alone: norm_modulate.
-   offset 1: modulation; offset 0: an affine norm. With h2 the residual has two successors, and h2 = LayerNorm(x')
-   (offset + scale2) + shift2 is the other one's. Plain C: this is all that the bindings see. */
+   offset 1: modulation; offset 0: an affine norm. Plain C: the bindings see this file and no CUDA header. */
 #pragma once
 
 #include <stdint.h>
@@ -29,15 +28,10 @@ typedef struct {
   float eps;
   int dtype; /* of x, y, x_out and h: flg_dtype */
   int device;
-  void* h2; /* null: one successor; with it, y and all tables are there */
-  const float* scale2;
-  const float* shift2;
-  int64_t scale2_stride;
-  int64_t shift2_stride;
 } flg_gate_residual_norm_modulate_params;
 
 /* The gradients. With a gate: dx, dy and sums of dscale, dshift, dgate (kinds = 3). Without: dx (also y's gradient) and
-   sums of dscale, dshift (kinds = 2). With dh2 (and a gate): dscale, dshift, dscale2, dshift2, dgate (kinds = 5). */
+   sums of dscale, dshift (kinds = 2). */
 typedef struct {
   void* dx;
   void* dy;       /* with a gate */
@@ -58,9 +52,6 @@ typedef struct {
   float eps;
   int dtype;
   int device;
-  const void* dh2; /* gradient of h2, or null: one successor */
-  const float* scale2;
-  int64_t scale2_stride;
 } flg_gate_residual_norm_modulate_backward_params;
 
 /* Enqueue on `stream` (a cudaStream_t); return a cudaError, 0 when all is well. */

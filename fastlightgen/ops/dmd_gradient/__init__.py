@@ -65,7 +65,7 @@ def _compute(
     takes = same and kind in (kind_v, torch.float32) and kind in DTYPES and kind_v in DTYPES
     takes = takes and x0.numel() > 0 and x0.numel() % (8 * samples) == 0
     if backend == "reference" or not takes:
-        grad, normaliser = reference.dmd_gradient(x0, x_t, t, *v, beta1, beta2)
+        grad, normaliser = reference.dmd_gradient(x0, x_t, t, v[0], v[1], v[2], v[3], beta1, beta2)
         return grad.contiguous(), normaliser
     grad = torch.empty_like(x0, memory_format=torch.contiguous_format)
     normaliser = t.new_empty(samples)

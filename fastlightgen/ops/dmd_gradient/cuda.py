@@ -8,7 +8,7 @@ from fastlightgen.ops.tables import DTYPES
 
 def forward(grad: Tensor, normaliser: Tensor, x: list[Tensor], v: list[Tensor], scalars: list[Tensor]) -> None:
     """x: x0, x_t; v: fake, weak_cond, weak_null, strong_cond, dense [B, ...]; scalars: t, beta1, beta2 float32 [B]."""
-    samples, extension = grad.shape[0], dispatch.extension()
+    samples, extension = grad.shape[0], dispatch.compiled()
     device, stream = dispatch.queue(grad)
     partial = normaliser.new_empty((samples, extension.dmd_gradient_blocks))
     error = extension.dmd_gradient(

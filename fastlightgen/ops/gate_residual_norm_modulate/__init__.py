@@ -37,8 +37,9 @@ def gate_residual_norm_modulate(
     if (scale is None) != (shift is None) or (scale is not None and weight is not None):
         raise ValueError(f"{_NAME}: scale and shift come together and without weight and bias; pass one of the pairs")
     if y is None:
-        affine = scale is None
-        return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps) if affine else norm_modulate(x, scale, shift, eps)
+        if scale is None or shift is None:
+            return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return x, norm_modulate(x, scale, shift, eps)
     if x.is_cpu and not torch.compiler.is_compiling() and dispatch.backend_for("cpu") == "reference":
         mods = (("gate", gate), ("scale", scale), ("shift", shift))
         gate, scale, shift = (None if mod is None else align(_NAME, name, mod, x) for name, mod in mods)
@@ -68,7 +69,7 @@ def _forward(
         return x_out.reshape(x.shape).contiguous(), h.reshape(x.shape).contiguous()
     x, y = dense(x), dense(y)
     x_out, h = torch.empty_like(x), torch.empty_like(x)
-    mods = map(dense_rows, (gate, scale, shift))
+    mods = (dense_rows(table) for table in (gate, scale, shift))
     kernels = dispatch.kernels(_NAME, backend)
     kernels.forward(x_out, h, x, y, *mods, _groups(gate, scale), 0.0 if affine else 1.0, eps)
     return x_out, h
@@ -80,30 +81,40 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dy, dscale, dshift, dgate; without a gate dy (it is dx) and dgate are empty. Tables as in the forward."""
     if not x_out.numel():
-        return tuple(t.zero_() for t in _fake_backward(dh, dx_out, x_out, y, gate, scale, affine, eps))
+        empty = _fake_backward(dh, dx_out, x_out, y, gate, scale, affine, eps)
+        for t in empty:
+            t.zero_()
+        return empty
     backend = dispatch.backend_for(x_out.device.type)
     none = x_out.new_empty(0)
     if backend == "reference" or not kernel_takes(x_out):
         flat = x_out.reshape(-1, x_out.shape[-1])
-        dh, dx_out, y = (None if t is None else t.reshape(flat.shape) for t in (dh, dx_out, y))
-        dx, dy, *mods = reference.gradient(dh, dx_out, flat, y, gate, scale, affine, eps)
-        dx, dy = (none if t is None else t.reshape(x_out.shape).contiguous() for t in (dx, dy))
-        return dx, dy, *(none.to(mods[0].dtype) if t is None else t.contiguous() for t in mods)
-    x_out, dh, dx_out, y = (dense(t) for t in (x_out, dh, dx_out, y))
+        dx_out, y = (None if t is None else t.reshape(flat.shape) for t in (dx_out, y))
+        grads = reference.gradient(dh.reshape(flat.shape), dx_out, flat, y, gate, scale, affine, eps)
+        dx, dscale, dshift = grads[0].reshape(x_out.shape), grads[2], grads[3]
+        dy, dgate = none if grads[1] is None else grads[1].reshape(x_out.shape), grads[4]
+        dgate = dscale.new_empty(0) if dgate is None else dgate
+        return dx.contiguous(), dy.contiguous(), dscale.contiguous(), dshift.contiguous(), dgate.contiguous()
+    x_out, dh, dx_out, y = dense(x_out), dense(dh), dense(dx_out), dense(y)
     gate, scale = dense_rows(gate), dense_rows(scale)
-    dx, dy = torch.empty_like(x_out), None if gate is None else torch.empty_like(x_out)
+    dx, dy = torch.empty_like(x_out), none if gate is None else torch.empty_like(x_out)
     kernels = dispatch.kernels(_NAME, backend)
     mods = (gate, scale, _groups(gate, scale), 0.0 if affine else 1.0, eps)
-    sums = kernels.backward(dx, dy, dh, dx_out, x_out, y, *mods)
-    dscale, dshift, *dgate = (s.contiguous() for s in sums.unbind(1))
-    return dx, none if dy is None else dy, dscale, dshift, *(dgate or [none.float()])
+    sums = kernels.backward(dx, None if gate is None else dy, dh, dx_out, x_out, y, *mods)
+    tables = [s.contiguous() for s in sums.unbind(1)]  # dscale, dshift and with a gate dgate
+    return dx, dy, tables[0], tables[1], none.float() if gate is None else tables[2]
 
 
-def _fake(x, y, gate, scale, shift, affine, eps):
+def _fake(
+    x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, affine: bool, eps: float
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _fake_backward(dh, dx_out, x_out, y, gate, scale, affine, eps):
+def _fake_backward(
+    dh: Tensor, dx_out: Tensor | None, x_out: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None,
+    affine: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = torch.float64 if x_out.dtype == torch.float64 else torch.float32
     table = x_out.new_empty((_groups(gate, scale), x_out.shape[-1]), dtype=wide)
     none = gate is None

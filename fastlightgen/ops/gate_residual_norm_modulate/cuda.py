@@ -31,7 +31,7 @@ def forward(
 ) -> None:  # fmt: skip
     """x_out = x + gate y (with y), h = LayerNorm(x_out) (offset + scale) + shift; `groups` is M."""
     device, stream = dispatch.queue(x)
-    error = dispatch.extension().gate_residual_norm_modulate(
+    error = dispatch.compiled().gate_residual_norm_modulate(
         *map(_pointer, (x_out, h, x, y, gate, scale, shift)), *_sizes(x, groups),
         *map(_stride, (gate, scale, shift)), offset, eps, DTYPES[x.dtype], device, stream,
     )  # fmt: skip
@@ -45,47 +45,14 @@ def backward(
     """Writes dx (and dy with a gate); returns the table gradients [M, 2 or 3, D]: dscale, dshift, dgate."""
     device, stream = dispatch.queue(x_out)
     size, dim = _sizes(x_out, groups), x_out.shape[-1]
-    runs = dispatch.extension().gate_residual_norm_modulate_runs(*size, DTYPES[x_out.dtype], device)
+    runs = dispatch.compiled().gate_residual_norm_modulate_runs(*size, DTYPES[x_out.dtype], device)
     dispatch.check("gate_residual_norm_modulate", max(-runs, 0), x_out)
     kinds = 2 if gate is None else 3
     sums = torch.empty(groups, kinds, dim, dtype=torch.float32, device=x_out.device)
     partial = sums if runs == groups else torch.empty(runs, kinds, dim, dtype=torch.float32, device=x_out.device)
-    error = dispatch.extension().gate_residual_norm_modulate_backward(
+    error = dispatch.compiled().gate_residual_norm_modulate_backward(
         *map(_pointer, (dx, dy, sums, partial, dh, dx_out, x_out, y, gate, scale)), *size,
         *map(_stride, (gate, scale)), offset, eps, DTYPES[x_out.dtype], device, stream,
     )  # fmt: skip
     dispatch.check("gate_residual_norm_modulate backward", error, x_out)
-    return sums
-
-
-def fork(
-    x_out: Tensor, h: Tensor, h2: Tensor, x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor,
-    scale2: Tensor, shift2: Tensor, eps: float,
-) -> None:  # fmt: skip
-    """x_out = x + gate y, h and h2 = LayerNorm(x_out) (1 + scale) + shift with the one's tables and the other's."""
-    device, stream = dispatch.queue(x)
-    mods = (gate, scale, shift, scale2, shift2)
-    error = dispatch.extension().gate_residual_norm_modulate_fork(
-        *map(_pointer, (x_out, h, h2, x, y, *mods)), *_sizes(x, len(gate)),
-        *map(_stride, mods), eps, DTYPES[x.dtype], device, stream,
-    )  # fmt: skip
-    dispatch.check("gate_residual_norm_modulate_fork", error, x)
-
-
-def fork_backward(
-    dx: Tensor, dy: Tensor, dh: Tensor, dh2: Tensor, dx_out: Tensor | None, x_out: Tensor, y: Tensor, gate: Tensor,
-    scale: Tensor, scale2: Tensor, eps: float,
-) -> Tensor:  # fmt: skip
-    """Writes dx and dy; returns the table gradients [M, 5, D]: dscale, dshift, dscale2, dshift2, dgate."""
-    device, stream = dispatch.queue(x_out)
-    groups, dim, size = len(gate), x_out.shape[-1], _sizes(x_out, len(gate))
-    runs = dispatch.extension().gate_residual_norm_modulate_runs(*size, DTYPES[x_out.dtype], device)
-    dispatch.check("gate_residual_norm_modulate_fork", max(-runs, 0), x_out)
-    sums = torch.empty(groups, 5, dim, dtype=torch.float32, device=x_out.device)
-    partial = sums if runs == groups else torch.empty(runs, 5, dim, dtype=torch.float32, device=x_out.device)
-    error = dispatch.extension().gate_residual_norm_modulate_fork_backward(
-        *map(_pointer, (dx, dy, sums, partial, dh, dh2, dx_out, x_out, y, gate, scale, scale2)), *size,
-        *map(_stride, (gate, scale, scale2)), eps, DTYPES[x_out.dtype], device, stream,
-    )  # fmt: skip
-    dispatch.check("gate_residual_norm_modulate_fork backward", error, x_out)
     return sums

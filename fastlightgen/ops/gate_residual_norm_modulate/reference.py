@@ -36,7 +36,7 @@ def gate_residual_norm_modulate(
     """
     if y is not None:
         x = add_residual(x, y, gate)
-    if scale is None:
+    if scale is None or shift is None:
         return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     scale, shift = (m[:, None] if m.dim() == 2 else m for m in (scale, shift))
     return x, norm_modulate(x, scale, shift, eps)
@@ -49,9 +49,9 @@ def on_tables(
     groups = next((t.shape[0] for t in (gate, scale, shift) if t is not None), 1)
     x, y = (v.reshape(groups, -1, v.shape[-1]) for v in (x, y))
     x = add_residual(x, y, gate)
-    if affine or scale is None:
-        one = [None if t is None else t[0].to(x.dtype) for t in (scale, shift)]
-        return x, F.layer_norm(x, x.shape[-1:], *one, eps)
+    if affine or scale is None or shift is None:
+        weight, bias = (None if t is None else t[0].to(x.dtype) for t in (scale, shift))
+        return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return x, norm_modulate(x, scale[:, None], shift[:, None], eps)
 
 
@@ -70,25 +70,7 @@ def gradient(
         dx = dx + dx_out.reshape(shape)
     dy = dgate = None
     if gate is not None:
+        assert y is not None, "y and its gate come together"
         dy = (dx * gate[:, None]).to(x_out.dtype).view_as(x_out)
         dgate = (dx * y.reshape(shape)).sum(1)
     return dx.to(x_out.dtype).view_as(x_out), dy, dscale.sum(1), dshift.sum(1), dgate
-
-
-def gate_residual_norm_modulate_fork(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, scale2: Tensor, shift2: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x', h, h2): x' = x + gate y, h = LayerNorm(x') (1 + scale) + shift, and h2 the same with scale2 and shift2."""
-    x, h = gate_residual_norm_modulate(x, y, gate, scale, shift, eps)
-    return x, h, gate_residual_norm_modulate(x, None, None, scale2, shift2, eps)[1]
-
-
-def fork_gradient(
-    dh: Tensor, dh2: Tensor, dx_out: Tensor | None, x_out: Tensor, y: Tensor, gate: Tensor, scale: Tensor,
-    scale2: Tensor, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dy, dscale, dshift, dscale2, dshift2, dgate: what comes back through h2 joins the gradient of x'."""
-    wide = x_out.to(torch.promote_types(x_out.dtype, torch.float32))
-    dx_out, _, dscale2, dshift2, _ = gradient(dh2, dx_out, wide, None, None, scale2, False, eps)
-    dx, dy, dscale, dshift, dgate = gradient(dh, dx_out, wide, y, gate, scale, False, eps)
-    return dx.to(x_out.dtype), dy.to(x_out.dtype), dscale, dshift, dscale2, dshift2, dgate

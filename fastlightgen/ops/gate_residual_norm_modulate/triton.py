@@ -19,10 +19,9 @@ def _table(table, mod, stride, col, mask, there: tl.constexpr, absent: tl.conste
 
 @triton.jit
 def _forward(
-    x_out, h, h2, x, y, gate, scale, shift, scale2, shift2, rows_per_mod, gate_stride, scale_stride, shift_stride,
-    scale2_stride, shift2_stride, offset, eps,
+    x_out, h, x, y, gate, scale, shift, rows_per_mod, gate_stride, scale_stride, shift_stride, offset, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, Y: tl.constexpr, GATE: tl.constexpr, SCALE: tl.constexpr,
-    SHIFT: tl.constexpr, FORK: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     mod = row // rows_per_mod
@@ -41,17 +40,13 @@ def _forward(
     gain = offset + _table(scale, mod, scale_stride, col, mask, SCALE, 0.0)
     out = centred * rstd * gain + _table(shift, mod, shift_stride, col, mask, SHIFT, 0.0)
     tl.store(h + at, out.to(h.dtype.element_ty), mask=mask)
-    if FORK:
-        gain2 = offset + tl.load(scale2 + mod * scale2_stride + col, mask=mask, other=0.0)
-        out2 = centred * rstd * gain2 + tl.load(shift2 + mod * shift2_stride + col, mask=mask, other=0.0)
-        tl.store(h2 + at, out2.to(h2.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _backward(
-    dx, dy, partial, dh, dh2, dx_out, x_out, y, gate, scale, scale2, rows_per_mod, per_mod, gate_stride, scale_stride,
-    scale2_stride, offset, eps, LENGTH: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr,
-    DX_OUT: tl.constexpr, SCALE: tl.constexpr, FORK: tl.constexpr,
+    dx, dy, partial, dh, dx_out, x_out, y, gate, scale, rows_per_mod, per_mod, gate_stride, scale_stride, offset, eps,
+    LENGTH: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, DX_OUT: tl.constexpr,
+    SCALE: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0).to(tl.int64)
     mod = run // per_mod
@@ -62,10 +57,6 @@ def _backward(
     dscale = tl.zeros([BLOCK], tl.float32)
     dshift = tl.zeros([BLOCK], tl.float32)
     dgate = tl.zeros([BLOCK], tl.float32)
-    if FORK:
-        gain2 = offset + tl.load(scale2 + mod * scale2_stride + col, mask=in_row, other=0.0)
-        dscale2 = tl.zeros([BLOCK], tl.float32)
-        dshift2 = tl.zeros([BLOCK], tl.float32)
     for i in range(LENGTH):  # rows past the modulation row's last are masked, and add zeros to the sums
         at = (first + i) * D + col
         mask = in_row & (first + i < (mod + 1) * rows_per_mod)
@@ -77,11 +68,6 @@ def _backward(
         g = tl.where(in_row, d * gain, 0.0)
         dscale += d * n
         dshift += d
-        if FORK:
-            d2 = tl.load(dh2 + at, mask=mask, other=0.0).to(tl.float32)
-            g += tl.where(in_row, d2 * gain2, 0.0)
-            dscale2 += d2 * n
-            dshift2 += d2
         out = rstd * (g - tl.sum(g, 0) / D - n * (tl.sum(g * n, 0) / D))
         if DX_OUT:
             out += tl.load(dx_out + at, mask=mask, other=0.0).to(tl.float32)
@@ -93,11 +79,8 @@ def _backward(
     to = partial + run * KINDS * D + col
     tl.store(to, dscale, mask=in_row)
     tl.store(to + D, dshift, mask=in_row)
-    if FORK:
-        tl.store(to + 2 * D, dscale2, mask=in_row)
-        tl.store(to + 3 * D, dshift2, mask=in_row)
     if KINDS > 2:
-        tl.store(to + (KINDS - 1) * D, dgate, mask=in_row)
+        tl.store(to + 2 * D, dgate, mask=in_row)
 
 
 def _stride(t: Tensor | None) -> int:
@@ -107,52 +90,34 @@ def _stride(t: Tensor | None) -> int:
 def forward(
     x_out: Tensor | None, h: Tensor, x: Tensor, y: Tensor | None,
     gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, groups: int, offset: float, eps: float,
-    h2: Tensor | None = None, scale2: Tensor | None = None, shift2: Tensor | None = None,
 ) -> None:  # fmt: skip
     """x_out = x + gate y (with y), h = LayerNorm(x_out) (offset + scale) + shift; `groups` is M."""
     dim = x.shape[-1]
     rows = x.numel() // dim
     block = triton.next_power_of_2(dim)
     there = {"Y": y is not None, "GATE": gate is not None, "SCALE": scale is not None, "SHIFT": shift is not None}
-    strides = map(_stride, (gate, scale, shift, scale2, shift2))
+    strides = map(_stride, (gate, scale, shift))
     with on_device(x):
         _forward[(rows,)](
-            x_out, h, h2, x, y, gate, scale, shift, scale2, shift2, rows // groups, *strides, offset, eps,
-            D=dim, BLOCK=block, FORK=h2 is not None, **there, num_warps=warps(block),
+            x_out, h, x, y, gate, scale, shift, rows // groups, *strides, offset, eps,
+            D=dim, BLOCK=block, **there, num_warps=warps(block),
         )  # fmt: skip
-
-
-def fork(
-    x_out: Tensor, h: Tensor, h2: Tensor, x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor,
-    scale2: Tensor, shift2: Tensor, eps: float,
-) -> None:  # fmt: skip
-    """The same with two successors."""
-    forward(x_out, h, x, y, gate, scale, shift, len(gate), 1.0, eps, h2, scale2, shift2)
 
 
 def backward(
     dx: Tensor, dy: Tensor | None, dh: Tensor, dx_out: Tensor | None, x_out: Tensor, y: Tensor | None,
     gate: Tensor | None, scale: Tensor | None, groups: int, offset: float, eps: float,
-    dh2: Tensor | None = None, scale2: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Writes dx (and dy with a gate); returns the table gradients [M, 2, 3 or 5, D]: dscale, dshift, those of a fork's
-    second successor, dgate."""
+    """Writes dx (and dy with a gate); returns the table gradients [M, 2 or 3, D]: dscale, dshift, dgate."""
     dim = x_out.shape[-1]
     rows = x_out.numel() // dim
-    block, kinds = triton.next_power_of_2(dim), 5 if dh2 is not None else 2 if gate is None else 3
+    block, kinds = triton.next_power_of_2(dim), 2 if gate is None else 3
     per_mod, length = split(rows // groups, groups, x_out)
     partial = torch.empty(groups * per_mod, kinds, dim, dtype=torch.float32, device=x_out.device)
     with on_device(x_out):
         _backward[(groups * per_mod,)](
-            dx, dy, partial, dh, dh2, dx_out, x_out, y, gate, scale, scale2, rows // groups, per_mod,
-            *map(_stride, (gate, scale, scale2)), offset, eps, LENGTH=length, D=dim, BLOCK=block, KINDS=kinds,
-            DX_OUT=dx_out is not None, SCALE=scale is not None, FORK=dh2 is not None, num_warps=warps(block),
+            dx, dy, partial, dh, dx_out, x_out, y, gate, scale, rows // groups, per_mod,
+            *map(_stride, (gate, scale)), offset, eps, LENGTH=length, D=dim, BLOCK=block, KINDS=kinds,
+            DX_OUT=dx_out is not None, SCALE=scale is not None, num_warps=warps(block),
         )  # fmt: skip
     return partial.view(groups, per_mod, kinds, dim).sum(1)  # torch adds in a fixed order
-
-
-def fork_backward(
-    dx: Tensor, dy: Tensor, dh: Tensor, dh2: Tensor, dx_out: Tensor | None, x_out: Tensor, y: Tensor, gate: Tensor,
-    scale: Tensor, scale2: Tensor, eps: float,
-) -> Tensor:  # fmt: skip
-    return backward(dx, dy, dh, dx_out, x_out, y, gate, scale, len(gate), 1.0, eps, dh2, scale2)

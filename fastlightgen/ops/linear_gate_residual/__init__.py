@@ -30,8 +30,8 @@ def linear_gate_residual(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bia
         return reference.linear_gate_residual(c, align(_NAME, "gate", gate, c), x, weight, bias)
     (gate,) = tables(_NAME, c, gate=gate)
     operands = c, gate, x, weight, bias
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    out = _Saved.apply(*operands) if wanted else _empty(c)
+    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    out = _Saved.apply(*operands) if tracked else _empty(c)
     _product(out.detach(), *operands)
     return out
 
@@ -41,11 +41,11 @@ def _empty(c: Tensor) -> Tensor:
 
 
 def _product(out: Tensor, c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    c, gate, x, weight, bias = (dense(t) for t in (c, gate, x, weight, bias))
+    c, gate, x, weight, bias = dense(c), dense(gate), dense(x), dense(weight), dense(bias)
     rows, inner = x.numel() // x.shape[-1], x.shape[-1]
     pointers = (0 if t is None else t.data_ptr() for t in (out, c, x, weight, bias, gate))
     sizes = rows, len(weight), inner, rows // len(gate)
-    dispatch.check(_NAME, dispatch.extension().linear_gate_residual(*pointers, *sizes, *dispatch.queue(x)), x)
+    dispatch.check(_NAME, dispatch.compiled().linear_gate_residual(*pointers, *sizes, *dispatch.queue(x)), x)
 
 
 def _forward(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,7 +76,9 @@ def _autograd(ctx, dout: Tensor) -> tuple:
     gate, x, weight, bias = ctx.saved_tensors
     _, for_gate, for_x, for_weight, _ = ctx.needs_input_grad
     groups = len(gate)
-    dx, dgate, dweight, dbias = [], [], 0, 0
+    dx: list[Tensor] = []  # per group of rows
+    dgate: list[Tensor] = []
+    dweight = dbias = gate.new_zeros(())
     for d, rows, one in zip(*(t.reshape(groups, -1, t.shape[-1]) for t in (dout, x)), gate):
         total = d.sum(0, dtype=gate.dtype)
         dbias = dbias + one * total
@@ -86,10 +88,13 @@ def _autograd(ctx, dout: Tensor) -> tuple:
             product = d.mT @ rows
             dgate.append((product * weight).sum(1, dtype=gate.dtype) + (0 if bias is None else bias * total))
             dweight = dweight + one[:, None] * product
-    dx = (dx[0] if groups == 1 else torch.cat(dx)).view(x.shape) if for_x else None
-    dgate = torch.stack(dgate) if for_gate else None
-    dweight = dweight.to(weight.dtype) if for_weight else None
-    return dout, dgate, dx, dweight, None if bias is None else dbias.to(bias.dtype)
+    return (
+        dout,
+        torch.stack(dgate) if for_gate else None,
+        (dx[0] if groups == 1 else torch.cat(dx)).view(x.shape) if for_x else None,
+        dweight.to(weight.dtype) if for_weight else None,
+        None if bias is None else dbias.to(bias.dtype),
+    )
 
 
 class _Saved(torch.autograd.Function):

@@ -33,7 +33,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tupl
     z = torch.empty_like(out) if keep else out.new_empty(0)
     rows, inner = x.numel() // x.shape[-1], x.shape[-1]
     pointers = (0 if t is None or not t.numel() else t.data_ptr() for t in (out, z, x, weight, bias))
-    error = dispatch.extension().linear_gelu_tanh(*pointers, rows, len(weight), inner, *dispatch.queue(x))
+    error = dispatch.compiled().linear_gelu_tanh(*pointers, rows, len(weight), inner, *dispatch.queue(x))
     dispatch.check(_NAME, error, x)
     return out, z
 

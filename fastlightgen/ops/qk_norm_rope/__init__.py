@@ -1,5 +1,7 @@
 """RMS norm of q and k and their three-axis rotary embedding: Wan norms whole rows, HunyuanVideo each head."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope)
         raise ValueError(f"{_NAME}: weights got {got}, wanted ({q.shape[-1]},) or ({head_dim},) twice; reshape them")
 
 
-def _kernels(q: Tensor, weight: Tensor, rope: list[Tensor]):
+def _kernels(q: Tensor, weight: Tensor, rope: list[Tensor]) -> ModuleType | None:
     """The module of the backend that computes this, None for the reference."""
     head_dim = 2 * (rope[0].shape[1] + rope[1].shape[1] + rope[2].shape[1])
     backend, lanes = dispatch.backend_for(q.device.type), head_dim // 8
@@ -63,11 +65,12 @@ def _forward(
     rope = [frames, rows, cols]
     kernels = _kernels(q, q_weight, rope)
     if kernels is None:
-        return tuple(t.contiguous() for t in reference.qk_norm_rope(q, k, q_weight, k_weight, rope, eps))
+        q, k = reference.qk_norm_rope(q, k, q_weight, k_weight, rope, eps)
+        return q.contiguous(), k.contiguous()
     x = [dense(q), dense(k)]
     out = [torch.empty_like(x[0]), torch.empty_like(x[1])]
     kernels.forward(out, x, _prepared([q_weight, k_weight]), _prepared(rope), eps)
-    return tuple(out)
+    return out[0], out[1]
 
 
 def _backward(
@@ -85,7 +88,7 @@ def _backward(
     dx = [torch.empty_like(x[0]), torch.empty_like(x[1])]
     sums = kernels.backward(dx, dout, x, _prepared([q_weight, k_weight]), _prepared(rope), eps)
     dw = sums.view(2, -1, q_weight.numel()).sum(1).to(q_weight.dtype)  # over the heads, where they share a weight
-    return *dx, dw[0].clone(), dw[1].clone()
+    return dx[0], dx[1], dw[0].clone(), dw[1].clone()
 
 
 def _fake(q, k, q_weight, k_weight, frames, rows, cols, eps):

@@ -14,7 +14,8 @@ def _shape(x: Tensor, weight: Tensor, rope: list[Tensor], eps: float) -> tuple:
     sizes, pairs = [], []
     for table in rope:
         size, n, _ = table.shape
-        sizes.append(size), pairs.append(n)
+        sizes.append(size)
+        pairs.append(n)
     axes = [frames.data_ptr(), rows.data_ptr(), cols.data_ptr()], sizes, pairs
     per_head = weight.shape[0] != dim
     return *axes, batch * tokens, tokens, dim, 2 * sum(pairs), per_head, eps, DTYPES[x.dtype], *dispatch.queue(x)
@@ -28,7 +29,7 @@ def _pointers(tensors: list[Tensor]) -> list[int]:
 def forward(out: list[Tensor], x: list[Tensor], weight: list[Tensor], rope: list[Tensor], eps: float) -> None:
     """out, x [B, L, D] dense; weight float32 [D] or [head_dim]; rope: three float32 tables [size, pairs, 2]."""
     shape = _shape(x[0], weight[0], rope, eps)
-    error = dispatch.extension().qk_norm_rope(*map(_pointers, (out, x, weight)), *shape)
+    error = dispatch.compiled().qk_norm_rope(*map(_pointers, (out, x, weight)), *shape)
     dispatch.check("qk_norm_rope", error, x[0])
 
 
@@ -38,10 +39,10 @@ def backward(
     """Writes dx; returns the weights' gradients [2, D] per column (for a weight per head: to be summed over heads)."""
     shape = _shape(x[0], weight[0], rope, eps)
     batch, tokens, dim = x[0].shape
-    runs = dispatch.extension().qk_norm_rope_runs(batch * tokens, dim, DTYPES[x[0].dtype], shape[-2])
+    runs = dispatch.compiled().qk_norm_rope_runs(batch * tokens, dim, DTYPES[x[0].dtype], shape[-2])
     dispatch.check("qk_norm_rope", max(-runs, 0), x[0])
     sums, partial = (torch.empty(2, *n, dim, dtype=torch.float32, device=x[0].device) for n in ((), (runs,)))
-    error = dispatch.extension().qk_norm_rope_backward(
+    error = dispatch.compiled().qk_norm_rope_backward(
         _pointers(dx), sums.data_ptr(), partial.data_ptr(), *map(_pointers, (dout, x, weight)), *shape
     )
     dispatch.check("qk_norm_rope backward", error, x[0])

@@ -1,5 +1,6 @@
 """The specification of qk_norm_rope. Shapes: B batch, L tokens, D = heads x head_dim."""
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -29,7 +30,7 @@ def rope_factors(
     return Rope(tables)
 
 
-def per_token(rope: Rope, wide: torch.dtype) -> Tensor:
+def per_token(rope: Sequence[Tensor], wide: torch.dtype) -> Tensor:
     """The complex rotations [F H W, 1, head_dim / 2] of all grid tokens, frame slowest."""
     grid = [len(table) for table in rope]
     parts = []
@@ -54,7 +55,7 @@ def norm_rope(x: Tensor, weight: Tensor, turn: Tensor, eps: float) -> Tensor:
 
 
 def qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Sequence[Tensor], eps: float
 ) -> tuple[Tensor, Tensor]:
     """Both, float32 inside (float64 stays float64) and one cast out."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32

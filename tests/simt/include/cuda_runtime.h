@@ -13,7 +13,6 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static  // blocks run one at a time, and keep nothing in it across a grid-wide barrier
-#define FLG_EXTERN_SHARED(T, name) T* name = static_cast<T*>(simt::extern_shared())  // csrc/include/flg/reduce.cuh
 #ifndef __host__
 #define __host__
 #define __device__
@@ -41,8 +40,7 @@ namespace simt {
 void sync_block();
 void sync_grid();
 float shuffle_xor(unsigned mask, float v, int lane_mask);
-void* extern_shared();
-int run(dim3 grid, dim3 block, size_t shared, bool cooperative, const std::function<void()>& kernel);
+int run(dim3 grid, dim3 block, bool cooperative, const std::function<void()>& kernel);
 
 // A vector access has to be aligned on a GPU; on this CPU it would pass unseen.
 template <typename T>
@@ -82,7 +80,6 @@ struct cudaLaunchAttribute {
 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes;
   cudaStream_t stream;
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
@@ -98,11 +95,6 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = 2;
   return cudaSuccess;
 }
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-template <typename K>
-cudaError_t cudaFuncSetAttribute(K, cudaFuncAttribute, int bytes) {
-  return bytes <= 227 << 10 ? cudaSuccess : cudaErrorInvalidValue;  // an H100's
-}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the SIMT shim"; }
 template <typename K>
@@ -114,7 +106,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, K, int, s
 template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... args) {
   const std::tuple<P...> copies(args...);
-  const int err = simt::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, config->numAttrs > 0,
-                            [&] { std::apply(kernel, copies); });
+  const int err =
+      simt::run(config->gridDim, config->blockDim, config->numAttrs > 0, [&] { std::apply(kernel, copies); });
   return static_cast<cudaError_t>(err);
 }
