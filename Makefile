@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CXX_FILES := $(wildcard bindings/* csrc/*.cu csrc/include/flg/* csrc/gemm/* csrc/ops/*/* tests/simt/*.cpp tests/simt/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format bench clean
+.PHONY: help install demo test test-all coverage lint format bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,19 +32,27 @@ test: $(STAMP) ## the tests, without the slow ones (under 10 minutes on two core
 test-all: $(STAMP) ## every test
 	$(PY) -m pytest tests -q -m 'slow or not slow' --timeout=3600
 
-lint: $(STAMP) ## ruff, clang-format and the import layers
+# With Python 3.12 and later the interpreter's own monitoring counts lines. PYTEST_ADDOPTS keeps the flags of `test`.
+coverage: $(STAMP) ## the tests as in `test`; prints the share of lines that they run, and fails below 90 %
+	COVERAGE_CORE=$$($(PY) -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
+	PYTEST_ADDOPTS="--cov --cov-report= --cov-fail-under=90" $(MAKE) test
+
+lint: $(STAMP) ## ruff, mypy, clang-format and the import layers
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 	$(PY) -m pytest tests/test_imports.py -q
 
 format: $(STAMP) ## what ruff and clang-format can repair by themselves
 	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 bench: $(STAMP) ## the kernel benches (a small shape where there is no GPU)
 	$(PY) -m pytest bench --benchmark-only -q
 
 clean: ## build outputs and caches; runs/ and .venv stay
-	rm -rf build dist *.egg-info fastlightgen/_C*.so fastlightgen/_build.json .pytest_cache .ruff_cache .benchmarks
+	rm -rf build dist *.egg-info fastlightgen/_C*.so fastlightgen/_build.json .pytest_cache .ruff_cache .mypy_cache .benchmarks
 	rm -f $(STAMP)
 	find fastlightgen tests bench -name __pycache__ -type d -exec rm -rf {} +

@@ -104,7 +104,7 @@ setup(
     packages=[*find_namespace_packages(include=["fastlightgen*"], exclude=["*__pycache__*"]), "fastlightgen.configs"],
     package_dir={"fastlightgen.configs": "configs"},  # the folder stands at the top; the package brings it along
     package_data={
-        "fastlightgen": ["report_template.html"],
+        "fastlightgen": ["report_template.html", "py.typed"],
         "fastlightgen.configs": ["**/*.yaml", "**/*.json", "**/*.safetensors", "cluster/*"],
     },
 )

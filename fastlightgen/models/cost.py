@@ -53,12 +53,12 @@ class Block:
     params: int
     weights: int  # entries of its matrices
     widths: int  # inputs + outputs of its linear layers: a low-rank adapter of rank r has r times as many parameters
-    shared: Work  # what streams that differ only in their prompts share as long as no text has entered
+    shared: Work  # up to where the text enters: once for a group of streams, whatever their prompts
     private: Work  # the rest of the block, once per prompt
-    prompt: Work  # what it makes of a prompt before it sees the hidden states; not computed again by checkpointing
-    self_attention: float  # operations that keeping the attention output saves a recomputation
-    attention_out: Saved  # what that keeps
-    saved: Saved  # kept by the block where nothing is computed again
+    prompt: Work  # reading a prompt, once per prompt; checkpointing does not compute it again
+    self_attention: float  # operations that are not computed again if the attention output is kept
+    attention_out: Saved  # kept in addition in that case
+    saved: Saved  # kept by the block without checkpointing
     prompt_saved: Saved  # kept per prompt, with and without checkpointing
     working: float  # elements alive at its widest moment without a graph, states at its ends included
     gradients: float  # elements of gradients on their way at the widest moment of its backward pass
@@ -78,11 +78,11 @@ class Network:
     hidden: int  # elements of a hidden state, [tokens, D]
     heads: int
     saved: Saved  # kept for a backward pass outside the blocks: input, positions, prompt, prediction
-    last: Saved  # the last norm's share, given back before the backward pass comes to the blocks
+    last: Saved  # kept for the last norm; freed before the backward pass reaches the blocks
     merges: bool  # do predictions with different prompts start from one hidden state?
     latent: tuple[int, int, int]
     text_hidden: int = 0  # elements of a hidden state that are the text's
-    source: tuple = ()  # the function that made it and its arguments but the last, `part`
+    source: tuple = ()  # the function that made this network, and its arguments without the last one, `part`
 
     def divided(self, part: Part) -> "Network":
         make, *given = self.source

@@ -21,21 +21,21 @@ class Route:
 
 @dataclass
 class WalkCost:
-    """Per sample: operations; evaluations; gathers, one for a block's weights; parameters gathered; tensors kept."""
+    """Costs per sample. Operations are floating-point operations, sizes are numbers of elements."""
 
     forward: float = 0
     backward: float = 0
     recompute: float = 0
     calls: int = 0  # block evaluations
     grad_calls: int = 0
-    gathers: int = 0  # blocks visited: a sharded engine gathers each of them once
-    grad_gathers: int = 0  # gathered again for the backward pass, which also scatters their gradients
-    gathered: int = 0  # parameters, with those outside the blocks
-    grad_gathered: int = 0
-    boundaries: int = 0  # hidden states that the backward pass starts a block from
-    narrow: float = 0  # elements kept for the backward pass in the compute type, and in float32
-    wide: float = 0
-    forks: int = 0  # most groups of streams without gradient that are held at the same time
+    gathers: int = 0  # blocks visited: a sharded engine gathers the weights of each of them once
+    grad_gathers: int = 0  # blocks gathered again for the backward pass, which also scatters their gradients
+    gathered: int = 0  # parameters gathered for the forward pass, with those outside the blocks
+    grad_gathered: int = 0  # parameters gathered for the backward pass
+    boundaries: int = 0  # hidden states that checkpointing keeps: the backward pass recomputes a block from each
+    narrow: float = 0  # elements kept for the backward pass in the compute type
+    wide: float = 0  # elements kept for the backward pass in float32
+    forks: int = 0  # largest number of groups without gradient that are held at the same time
 
     @property
     def flops(self) -> float:
@@ -54,8 +54,8 @@ def walk(
 ) -> WalkCost:
     """The cost of `net.walk` for these streams; `keep_attention` as in VideoDiT.
 
-    With a rank the weights are frozen and low-rank adapters train: the blocks' layers then take the adapters' products
-    as well, make no gradient of their own weights, and the layers before the blocks have no backward pass.
+    With a `rank` the weights are frozen and low-rank adapters of that rank train. The blocks then also compute the
+    adapters' products, no gradients of their own weights, and the layers before the blocks have no backward pass.
     """
     cost = WalkCost()
 
