@@ -125,7 +125,8 @@ SHORT = {"sequence_parallel": "sp", "checkpointing": "ckpt", "fake_mode": "fake"
 
 def cell(net: Network, cfg: Plan) -> dict:
     """What one kind of GPU needs for one stage."""
-    peak, changes, room = budget(net, cfg).peak, {}, room_of(cfg)
+    peak, room = budget(net, cfg).peak, room_of(cfg)
+    changes: dict[str, str] = {}
     for change, after in remedies(net, cfg, room):
         changes |= {k: str(v).lower() for k, v in change.items()}
         peak = after.peak

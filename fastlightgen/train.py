@@ -5,16 +5,44 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from fastlightgen.config import Run, exit_code, for_stage, main
+import torch
+
+from fastlightgen.atomic import write_json
+from fastlightgen.config import StageConfig, exit_code, for_stage, main, method_for, numbers
+from fastlightgen.data.source import Source
+from fastlightgen.engine.folder import StageFolder
+from fastlightgen.engine.hang import HangWatch
+from fastlightgen.engine.local import LocalEngine, pick_device
+from fastlightgen.engine.loop import Engine
+from fastlightgen.engine.loop import train as train_loop
+from fastlightgen.engine.preview import Preview, World, turns
+from fastlightgen.engine.roles import Stage
+from fastlightgen.engine.writers import check_installed
+from fastlightgen.evaluate import evaluate_run
+from fastlightgen.metrics.importance import plot_importance
+from fastlightgen.models.base import VideoDiT
+from fastlightgen.ops import attention, describe
+from fastlightgen.parallel import ranks
+from fastlightgen.parallel.log import bar, say
+from fastlightgen.pipelines.export import vae_folder
+from fastlightgen.pipelines.world import Pipeline
+from fastlightgen.planner.fit import check_fit
+from fastlightgen.report import write_report
+from fastlightgen.rng import generator, rand
+from fastlightgen.stages.build import Builder
+from fastlightgen.stages.check import check_teacher
+from fastlightgen.stages.rank import Config as RankConfig
+from fastlightgen.stages.rank import rank
+from fastlightgen.world.builtin import BuiltIn
+from fastlightgen.world.source import open_source
 
 OWN = ("run", "device", "threads", "progress")  # keys that may differ between the processes of a run
 
 
-def train(cfg) -> None:
-    from fastlightgen.ops import attention, describe
-    from fastlightgen.parallel import ranks
-    from fastlightgen.parallel.log import say
+def train(cfg: Any) -> None:
+    """Run the stages that the configuration names."""
 
     set_up(cfg)
     try:
@@ -25,11 +53,9 @@ def train(cfg) -> None:
             ranks.leave()
             return
         for number in (1, 2, 3):
-            run_stage(for_stage(cfg, number), [for_stage(cfg, later) for later in (2, 3) if number == 1])
+            later = [for_stage(cfg, n) for n in (2, 3) if number == 1]
+            run_stage(for_stage(cfg, number), later, cfg.stage1.ratio)
         if ranks.rank() == 0:
-            from fastlightgen.evaluate import evaluate_run
-            from fastlightgen.report import write_report
-
             evaluate_run(cfg)
             say(f"report: {write_report(Path(cfg.run))}")
         ranks.leave()
@@ -39,8 +65,6 @@ def train(cfg) -> None:
 
 def end(err: BaseException) -> None:
     """Raise what ended the run on one rank; the others leave without a word, or name the one that has gone."""
-    from fastlightgen.parallel import ranks
-
     if ranks.size() == 1:
         raise err
     if isinstance(err, RuntimeError) and not ranks.lost_partner(err):
@@ -55,14 +79,8 @@ def end(err: BaseException) -> None:
     sys.exit(exit_code(err))
 
 
-def set_up(cfg) -> None:
+def set_up(cfg: StageConfig) -> None:
     """Process-wide settings: threads, numbers too small for full speed on a CPU flushed to zero, the other ranks."""
-    import torch
-
-    from fastlightgen.engine.local import pick_device
-    from fastlightgen.engine.writers import check_installed
-    from fastlightgen.parallel import ranks
-
     check_installed(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -79,21 +97,14 @@ def set_up(cfg) -> None:
 
 def draws(seed: int) -> list[float]:
     """What masks, exits and betas are made of; ranks that disagree would wait for each other for ever."""
-    from fastlightgen.rng import generator, rand
-
     return [x for purpose in range(8) for x in rand(2, generator(seed, purpose, 0)).tolist()]
 
 
-def run_stage(cfg: Run, later: Sequence[Run] = ()) -> None:
-    """Run, continue, or find complete one stage of a run folder; Stage I also looks whether `later` ones will fit."""
-    from fastlightgen.config import method_for
-    from fastlightgen.engine.hang import HangWatch
-    from fastlightgen.engine.local import pick_device
-    from fastlightgen.parallel.log import say
-    from fastlightgen.planner.fit import check_fit
-    from fastlightgen.stages.build import Builder
-    from fastlightgen.world.source import open_source
+def run_stage(cfg: StageConfig, later: Sequence[StageConfig] = (), ratio: float | None = None) -> None:
+    """Run, continue, or find complete one stage of a run folder.
 
+    `later`: stages whose fit is checked as well, taking it that Stage I drops `ratio` of the blocks.
+    """
     number, method = int(cfg.stage), method_for(cfg)
     device, source = pick_device(cfg.device), open_source(cfg.data, cfg.seed)
     folder = open_folder(cfg)
@@ -104,7 +115,7 @@ def run_stage(cfg: Run, later: Sequence[Run] = ()) -> None:
         engine = make_engine(cfg, device)
         check_fit(cfg, source, device)
         for other in later:
-            check_fit(other, source, device, cfg.ratio)
+            check_fit(other, source, device, ratio)
         made = method.build(cfg, Builder(cfg, source, device))
         with HangWatch(cfg.timeout, number):
             if number == 1:
@@ -115,22 +126,15 @@ def run_stage(cfg: Run, later: Sequence[Run] = ()) -> None:
         folder.close()
 
 
-def open_folder(cfg: Run):
+def open_folder(cfg: StageConfig) -> StageFolder:
     """The stage's folder, opened for exactly this configuration and these inputs of earlier stages."""
-    from fastlightgen.config import method_for, numbers
-    from fastlightgen.engine.folder import StageFolder
-
     inputs = method_for(cfg).inputs(cfg)
     decisive = [*numbers(cfg), *inputs]
     return StageFolder(cfg.run, int(cfg.stage), asdict(cfg) | dict(inputs), decisive, cfg.overwrite)
 
 
-def train_stage(cfg: Run, source, folder, engine, stage) -> None:
+def train_stage(cfg: StageConfig, source: Source, folder: StageFolder, engine: Engine, stage: Stage) -> None:
     """The training loop, with clips on the way; a sharding engine looks at the teacher once it has placed it."""
-    from fastlightgen.engine.loop import train as train_loop
-    from fastlightgen.parallel.log import say
-    from fastlightgen.stages.check import check_teacher
-
     look = None
     if cfg.engine == "deepspeed" and stage.teacher is not None:
         look = partial(check_teacher, cfg, stage.teacher, source)
@@ -138,10 +142,8 @@ def train_stage(cfg: Run, source, folder, engine, stage) -> None:
     say(f"stage {stage.number}: {folder.result}")
 
 
-def make_engine(cfg, device):
+def make_engine(cfg: StageConfig, device: torch.device) -> Engine:
     """The engine that the configuration names."""
-    from fastlightgen.engine.local import LocalEngine
-
     if cfg.engine == "local":
         return LocalEngine(device, cfg.dtype, cfg.batch, cfg.micro_batch if int(cfg.stage) != 1 else 0)
     from fastlightgen.engine.deepspeed import DeepSpeedEngine
@@ -149,19 +151,12 @@ def make_engine(cfg, device):
     return DeepSpeedEngine(device, cfg)
 
 
-def preview_of(cfg, source, device):
+def preview_of(cfg: StageConfig, source: Source, device: torch.device) -> Preview | None:
     """What turns held-out prompts into clips during training, or None."""
-    import torch
-
-    from fastlightgen.engine.preview import Preview, turns
-    from fastlightgen.parallel.log import say
-    from fastlightgen.pipelines.export import vae_folder
-    from fastlightgen.pipelines.world import Pipeline
-    from fastlightgen.world.builtin import BuiltIn
-
     if not cfg.sample_every:
         return None
-    world, shows = None, any(reports for _, reports in turns(cfg.sequence_parallel))
+    world: World | None = None
+    shows = any(reports for _, reports in turns(cfg.sequence_parallel))
     if source.name == "shapes":
         world = BuiltIn()
     elif not (folder := vae_folder(cfg)):
@@ -172,16 +167,10 @@ def preview_of(cfg, source, device):
     return Preview(source, world, cfg.seed, device, cfg.sequence_parallel)
 
 
-def rank_blocks(cfg: Run, source, folder, engine, model, costs: Sequence[float]) -> None:
+def rank_blocks(
+    cfg: RankConfig, source: Source, folder: StageFolder, engine: Engine, model: VideoDiT, costs: Sequence[float]
+) -> None:
     """Stage I writes importance.json and its picture."""
-    from fastlightgen.atomic import write_json
-    from fastlightgen.metrics.importance import plot_importance
-    from fastlightgen.parallel import ranks
-    from fastlightgen.parallel.log import bar, say
-    from fastlightgen.stages.build import Builder
-    from fastlightgen.stages.check import check_teacher
-    from fastlightgen.stages.rank import rank
-
     engine.place(model)
     if cfg.engine == "deepspeed":
         check_teacher(cfg, model, source)

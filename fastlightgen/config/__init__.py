@@ -7,7 +7,7 @@ from fastlightgen.config.fields import Checked, ConfigError, UserError, field
 from fastlightgen.config.files import diff, find_preset_weights, fingerprint, numbers, preset, presets, to_yaml
 from fastlightgen.config.plan import GPUS, Plan, another_stage, plan_for, plan_root
 from fastlightgen.config.run import Run
-from fastlightgen.config.stages import declared, for_stage, method_for, register, root
+from fastlightgen.config.stages import StageConfig, declared, for_stage, method_for, register, root
 from fastlightgen.config.training import TIMES, BatchKeys, TrainingKeys
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Plan",
     "Report",
     "Run",
+    "StageConfig",
     "TrainingKeys",
     "UserError",
     "another_stage",

@@ -34,7 +34,7 @@ def field(
     numbers: bool = True,  # False: changing it does not change what a run computes, see `fingerprint`
 ) -> Any:
     """A dataclass field that documents and checks itself. A range holds for every number of a list."""
-    meta = {"help": help, "choices": choices, "numbers": numbers}
+    meta: dict[str, Any] = {"help": help, "choices": choices, "numbers": numbers}
     meta["range"] = {"lo": lo, "hi": hi, "above": above, "below": below}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
@@ -49,6 +49,11 @@ def section(cls: type, help: str, *, numbers: bool = True) -> Any:
 def with_default(f: dataclasses.Field, value: Any) -> Any:
     """The same field with another default."""
     return dataclasses.field(default=value, metadata=f.metadata)
+
+
+def type_of(f: dataclasses.Field[Any]) -> Any:
+    """The type of a field's values: a class, or list[float]."""
+    return f.type
 
 
 def default_of(f: dataclasses.Field) -> Any:

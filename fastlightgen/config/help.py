@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from omegaconf import OmegaConf
 
 from fastlightgen.config.commands import COMMANDS
-from fastlightgen.config.fields import default_of, limits, show
+from fastlightgen.config.fields import default_of, limits, show, type_of
 from fastlightgen.config.layers import TYPES, assign, leaves, plain, shipped_layers
 from fastlightgen.config.plan import Machine, Plan, plan_root
 from fastlightgen.config.run import Run
@@ -66,5 +66,5 @@ def describe(cls: type, model: str | None) -> list[str]:
         default = "required" if value is None else show(value) or '""'
         named = f.metadata["choices"] and all(c in meaning for c in f.metadata["choices"])
         meaning += f" ({limits(f)})" if limits(f) and not named else ""
-        lines.append(f"  {key:<22} {TYPES[f.type]:<16} {default:<12} {meaning}")
+        lines.append(f"  {key:<22} {TYPES[type_of(f)]:<16} {default:<12} {meaning}")
     return lines

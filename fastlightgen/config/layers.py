@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fastlightgen.config.fields import REQUIRED, ConfigError, check_value, default_of, show
+from fastlightgen.config.fields import REQUIRED, ConfigError, check_value, default_of, show, type_of
 from fastlightgen.config.files import config_root, flatten, preset, presets, read_yaml
 from fastlightgen.config.stages import DEFAULT, METHODS, STAGES, keys_of, root
 
@@ -49,10 +49,10 @@ def shipped_layers(cls: type, model: Any) -> list[tuple[str, dict[str, Any]]]:
 
 def leaves(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:
     """Every key of a root class, those of its sections with a dot."""
-    out = {}
+    out: dict[str, dataclasses.Field[Any]] = {}
     for f in dataclasses.fields(cls):
         nested = dataclasses.is_dataclass(f.type)
-        out |= leaves(f.type, f"{prefix}{f.name}.") if nested else {f"{prefix}{f.name}": f}
+        out |= leaves(type_of(f), f"{prefix}{f.name}.") if nested else {f"{prefix}{f.name}": f}
     return out
 
 
@@ -63,9 +63,9 @@ def assign(node: DictConfig, cls: type, values: dict[str, Any], where: str) -> N
         if key not in known:
             raise ConfigError(unknown_key(key, value, cls) + where)
         f = known[key]
-        wanted = ConfigError(f"{key}={show(value)}: wanted {TYPES[f.type]}, for example {key}={example(f)}{where}")
+        wanted = ConfigError(f"{key}={show(value)}: wanted {TYPES[type_of(f)]}, for example {key}={example(f)}{where}")
         try:
-            OmegaConf.update(node, key, literal(value, f.type))
+            OmegaConf.update(node, key, literal(value, type_of(f)))
             check_value(f, plain(OmegaConf.select(node, key, throw_on_missing=True)), key)
         except ConfigError as err:
             raise ConfigError(f"{err}{where}") from None

@@ -83,7 +83,7 @@ def plan_root(stage: str = "3", method: str = DEFAULT) -> type[Plan]:
 
 
 @cache
-def _plan_root(stage: str, keys: type[Checked]) -> type[Plan]:
+def _plan_root(stage: str, keys: type[Any]) -> type[Plan]:
     known: dict[str, dataclasses.Field[Any]] = {f.name: f for f in (*fields(Plan), *fields(keys))}
     own: list[Any] = [("stage", str, field(stage, "which stage to plan", choices=PLANNED))]
     own += [(n, known[n].type, with_default(known[n], value)) for n, value in DEFAULTS.items() if n in known]

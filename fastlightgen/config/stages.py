@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from fastlightgen.config.commands import EvaluateKeys
 from fastlightgen.config.fields import Checked, ConfigError, field, section
 from fastlightgen.config.run import Run
+from fastlightgen.config.training import BatchKeys
 
 STAGES = {
     "0": "train a teacher by flow matching",
@@ -93,6 +94,10 @@ def _root(stage: str, keys: tuple[type[Checked], ...]) -> type:
     own += [(f"stage{n}", k, section(k, f"keys of stage {n}")) for n, k in enumerate(keys, 1)]
     own += [("evaluate", EvaluateKeys, section(EvaluateKeys, "keys of the evaluation", numbers=False))]
     return make_dataclass("StageAll", own, bases=(Run,), kw_only=True, namespace=about)
+
+
+class StageConfig(BatchKeys, Run):
+    """What is known of any stage's configuration; for annotations."""
 
 
 def for_stage(cfg: Any, stage: int) -> Any:

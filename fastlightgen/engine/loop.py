@@ -7,6 +7,8 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from fastlightgen.engine import checkpoint
 from fastlightgen.engine.folder import StageFolder
 from fastlightgen.engine.hang import HERE
@@ -14,6 +16,7 @@ from fastlightgen.engine.log import Metrics
 from fastlightgen.engine.roles import Stage, Update
 from fastlightgen.engine.watch import Watch
 from fastlightgen.engine.writers import open_writers
+from fastlightgen.models.base import VideoDiT
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.clock import clock
 from fastlightgen.parallel.log import bar, say
@@ -32,7 +35,13 @@ class Stopped(KeyboardInterrupt):
 class Engine(Protocol):
     """What runs the updates of a stage: one process (local) or many (deepspeed)."""
 
-    def prepare(self, stage: Stage) -> None: ...
+    device: torch.device
+
+    def place(self, net: VideoDiT) -> None:
+        """Put a network that only predicts where the engine wants it."""
+
+    def prepare(self, stage: Stage) -> None:
+        """Place the networks of a stage and make their optimizers."""
 
     def estimate(self) -> str: ...
 

@@ -33,9 +33,7 @@ class Role:
     def of(cls, net: nn.Module, cfg: TrainingKeys, lr: float | None = None, **more: Any) -> "Role":
         """A role with the optimizer's settings of a configuration; `lr` where it is not the configuration's."""
         cosine = cfg.lr_schedule == "cosine"
-        return cls(
-            net, cfg.lr if lr is None else lr, cfg.betas, cfg.weight_decay, cfg.clip, cfg.warmup, cosine, **more
-        )
+        return cls(net, cfg.lr if lr is None else lr, cfg.betas, cfg.weight_decay, cfg.clip, cfg.warmup, cosine, **more)
 
 
 @dataclass

@@ -6,6 +6,7 @@ Nothing here is measured on a cluster.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastlightgen.config import Plan, plan_root, preset
 from fastlightgen.models.cost import Network, latent_size
@@ -87,7 +88,8 @@ def paper_efficiency(stage: str) -> float:
     1 take Stage II's share. The paper is silent on the critic's settings, which are DMD2's, the defaults here.
     """
     days, iters = PAPER.stage3 if stage == "3" else PAPER.stage2
-    as_printed = plan_root("3")() if stage == "3" else plan_root("2")(target="self")  # Eq. 6
+    eq6: dict[str, Any] = {"target": "self"}  # as printed
+    as_printed = plan_root("3")() if stage == "3" else plan_root("2")(**eq6)
     net = network(preset(PAPER.model)["network"], latent_size(*PAPER.size))
     step = planned_step(net, as_printed, undropped(len(net.blocks), 0.3))
     seconds = days * 86400 / PAPER.gpus / iters

@@ -44,7 +44,8 @@ def check_fit(cfg: Run, source: Source, device: torch.device, ratio: float | Non
     if ranks.anyone(bool(missing)):  # all ranks leave together: what follows are collectives
         say(f"fit: not looked at: {missing or 'another rank cannot read its inputs'}")
         return
-    net = network(config, tuple(clip.x0.shape[2:]), clip.cond.text.shape[1], fused=device.type == "cuda")
+    frames, height, width = clip.x0.shape[2:]
+    net = network(config, (frames, height, width), clip.cond.text.shape[1], fused=device.type == "cuda")
     plan = plan_of(cfg, ranks.size(), local_ranks(), kind or "h100-80gb")
     b = budget(net, plan, keep)
     room, host = (min(ranks.gathered(have)) for have in (gpu_free(device), host_free()))

@@ -2,10 +2,11 @@
 
 import copy
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from fastlightgen.config import StageConfig, TrainingKeys
 from fastlightgen.data.source import Batch, Source
 from fastlightgen.engine.shards import keeper
 from fastlightgen.models.base import VideoDiT
@@ -18,54 +19,10 @@ from fastlightgen.stages.check import check_source, check_teacher
 HELD_OUT = 32  # clips that a guard looks at
 
 
-class Keys(Protocol):
-    """The keys of a configuration that building reads."""
-
-    @property
-    def data(self) -> str: ...
-
-    @property
-    def data_check(self) -> str: ...
-
-    @property
-    def engine(self) -> str: ...
-
-    @property
-    def zero(self) -> int: ...
-
-    @property
-    def offload(self) -> str: ...
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def batch(self) -> int: ...
-
-    @property
-    def allow_pt(self) -> bool: ...
-
-    @property
-    def sequence_parallel(self) -> int: ...
-
-
-class Checkpointed(Protocol):
-    """The keys of activation checkpointing."""
-
-    @property
-    def checkpointing(self) -> bool: ...
-
-    @property
-    def keep_attention(self) -> int: ...
-
-
 class Builder:
     """Gives a method its networks and batches."""
 
-    def __init__(self, cfg: Keys, source: Source, device: torch.device):
+    def __init__(self, cfg: StageConfig, source: Source, device: torch.device):
         self.cfg, self.source, self.device = cfg, source, device
 
     def load(self, model: str | Path) -> VideoDiT:
@@ -102,7 +59,7 @@ class Builder:
         if self.cfg.engine == "local":  # a sharding engine places the networks first
             check_teacher(self.cfg, net, self.source)
 
-    def checkpoint(self, keys: Checkpointed, *nets: VideoDiT) -> None:
+    def checkpoint(self, keys: TrainingKeys, *nets: VideoDiT) -> None:
         """Switch activation checkpointing on for the networks that train; print what a block boundary costs."""
         if not keys.checkpointing:
             return

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from dataclasses import field as plain_field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,9 @@ class Networks:
 
     student: VideoDiT  # G, pruned
     teacher: VideoDiT  # the Stage II network, frozen: weak with `keep`, strong with all blocks
-    keep: list[int]
+    keep: Sequence[int]
     fake_net: VideoDiT
-    fake_keep: list[int] | None
+    fake_keep: Sequence[int] | None
     fake_trained: nn.Module  # what the critic's optimizer holds
     lora: bool
     original: VideoDiT | None  # the strong teacher where it is not the Stage II network
@@ -144,9 +145,9 @@ class Distill:
         """The student, where it is its turn, then the critic; see `DistillKeys.updates`."""
         ratio = self.cfg.ratio
         critics = 1 if self.cfg.count == "outer" else ratio
-        updates = [Update("fake", lambda c=c: self.critic_loss(step * critics + c)) for c in range(critics)]
+        updates = [Update("fake", partial(self.critic_loss, step * critics + c)) for c in range(critics)]
         if self.cfg.count == "generator" or step % ratio == 0:
-            updates.insert(0, Update("student", lambda: self.student_loss(step)))
+            updates.insert(0, Update("student", partial(self.student_loss, step)))
         return updates
 
     def simulate(self, batch: Batch, gen: torch.Generator) -> tuple[Tensor, int]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastlightgen.config import Checked
-from fastlightgen.engine.roles import Stage
 from fastlightgen.models.cost import Network
 from fastlightgen.planner.step import Iteration
 from fastlightgen.stages.build import Builder
@@ -28,7 +27,7 @@ class Method:
     title: str  # of the model that it makes, in tables and reports
     about: str  # one line for --help
     keys: type[Checked]  # its keys, a dataclass of fields
-    build: Callable[[Any, Builder], Stage]  # from a configuration to a stage for the loop
+    build: Callable[[Any, Builder], Any]  # from a configuration to a stage for the loop; Stage I: to a model and costs
     walks: Callable[[Network, Sequence[int], Any], Iteration]  # what the planner counts
     subject: Callable[[Any, Guess | None], Subject]  # the network it starts from
     inputs: Callable[[Any], Mapping[str, Any]] = nothing  # what of earlier stages decides the result

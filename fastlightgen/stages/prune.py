@@ -208,6 +208,7 @@ class Prune:
         """Move the averaged target; stop a run whose unpruned path has left its teacher (target=self can)."""
         cfg = self.cfg
         if cfg.target == "ema":
+            assert self.target is not None
             follow(self.target, self.net, 1 - cfg.target_decay)
         if step % cfg.guard_every == 0 and not (error := self.error()) <= cfg.guard * self.start_error:
             raise ValueError(

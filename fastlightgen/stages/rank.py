@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ def evaluation_set(cfg: Config, batches: Callable[[int], Batch]) -> Iterator[Sam
     for start in range(0, cfg.clips, cfg.batch):
         batch = batches(start // cfg.batch)
         size = min(cfg.batch, cfg.clips - start)
-        x0, cond = batch.x0[:size], batch.cond.map(lambda v, n=size: v[:n])
+        x0, cond = batch.x0[:size], batch.cond.map(itemgetter(slice(size)))
         for k in range(cfg.timesteps):
             gen = generator(cfg.seed, DRAWS, start, k)
             u = (k + torch.rand(size, generator=gen)) / cfg.timesteps  # stratum k of U(0, 1)
@@ -101,7 +102,12 @@ def evaluation_set(cfg: Config, batches: Callable[[int], Batch]) -> Iterator[Sam
 
 @torch.no_grad()
 def score_sets(
-    model: VideoDiT, samples: Sequence[Sample], keeps: list, kind: str, memory: float, tick: Callable[[int], None]
+    model: VideoDiT,
+    samples: Sequence[Sample],
+    keeps: Sequence[Sequence[int] | None],
+    kind: str,
+    memory: float,
+    tick: Callable[[int], object],
 ) -> Tensor:
     """The error of every candidate block set, [candidates, samples], from lock-step walks that share prefixes.
 
