@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastlightgen.data.cache import Cache
 from fastlightgen.models.base import Cond
+from fastlightgen.models.families import cond_of
 from fastlightgen.rng import generator
 
 
@@ -32,13 +33,12 @@ class Batch:
 
     def drop_text(self, dropped: Tensor) -> Cond:
         """The condition with the null prompt where `dropped` [B] is true (trains the null prediction of Eq. 9)."""
-        dropped = dropped.to(self.x0.device)
-
-        def choose(key: str) -> Tensor | None:
-            null, cond = getattr(self.null, key), getattr(self.cond, key)
-            return cond if cond is null else torch.where(dropped.view(-1, *[1] * (cond.dim() - 1)), null, cond)
-
-        return replace(self.cond, **{key: choose(key) for key in ("text", "text_len", "pooled")})
+        dropped, null = dropped.to(self.x0.device), vars(self.null)
+        changed = {}  # the fields that the prompt decides; the others are the same tensors in `cond` and `null`
+        for key, cond in vars(self.cond).items():
+            if isinstance(cond, Tensor) and cond is not null[key]:
+                changed[key] = torch.where(dropped.view(-1, *[1] * (cond.dim() - 1)), null[key], cond)
+        return replace(self.cond, **changed)
 
 
 class Source(Protocol):
@@ -67,7 +67,7 @@ class CacheSource:
 
     def __init__(self, cache: Cache, seed: int):
         self.cache, self.seed, self.name, self.description = cache, seed, cache.digest, cache.description
-        self.groups = cache.groups()
+        self.groups, self.cond = cache.groups(), cond_of(cache.description)
         clips = self.groups[0] if self.groups else []
         cut = len(clips) - max(1, len(clips) // 10)
         if cut < 1:
@@ -106,6 +106,6 @@ class CacheSource:
     def _read(self, indices: list[int]) -> Batch:
         clips = {k: v.float() if v.is_floating_point() else v for k, v in self.cache.read(indices).items()}
         x0 = clips.pop("latents")
-        cond = Cond(**clips)
+        cond = self.cond(**clips)
         null = replace(cond, **{k: v.to(clips[k]).expand_as(clips[k]) for k, v in self.cache.null.items()})
         return Batch(x0, cond, null)

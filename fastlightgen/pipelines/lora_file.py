@@ -1,26 +1,40 @@
 """LoRA files trained on the unpruned teacher, renumbered for a student.
 
-Names begin `transformer.blocks.3.` (diffusers, PEFT), `diffusion_model.blocks.3.` (original), `lora_unet_blocks_3_`
-(musubi), or for HunyuanVideo with (single_)transformer_blocks, double_blocks and single_blocks.
+Names begin `transformer.blocks.3.` (diffusers, PEFT), `diffusion_model.blocks.3.` (original) or `lora_unet_blocks_3_`
+(musubi), with the family's own names, diffusers' or the original's, in the place of `blocks`.
 """
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fastlightgen.models.families import FAMILIES
+
 BlockMap = dict[str, dict[int, int]]  # list of blocks in diffusers' class -> {the teacher's index: the student's}
 
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration in a LoRA file
-ORIGINAL = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
-NAME = re.compile(
-    r"(?P<head>(?:base_model\.model\.|transformer\.|diffusion_model\.|lora_unet_)*)"
-    r"(?P<list>single_transformer_blocks|transformer_blocks|double_blocks|single_blocks|blocks)"
-    r"(?P<joint>[._])(?P<index>\d+)(?=[._])"
-)
+
+
+def list_names() -> dict[str, str]:
+    """Every name that a list of blocks has in LoRA files, and diffusers' name for it."""
+    names = {name: name for family in FAMILIES.values() for name in family.lists}
+    for family in FAMILIES.values():
+        names |= family.original.lists if family.original else {}
+    return names
+
+
+def name_pattern(lists: Iterable[str]) -> re.Pattern:
+    """Of the name of a tensor or module inside a block."""
+    return re.compile(
+        r"(?P<head>(?:base_model\.model\.|transformer\.|diffusion_model\.|lora_unet_)*)"
+        rf"(?P<list>{'|'.join(map(re.escape, lists))})"
+        r"(?P<joint>[._])(?P<index>\d+)(?=[._])"
+    )
 
 
 @dataclass
@@ -32,11 +46,15 @@ class Renumber:
     kept: set[str] = field(default_factory=set)
     dropped: set[str] = field(default_factory=set)
 
+    def __post_init__(self):
+        self.names = list_names()
+        self.pattern = name_pattern(self.names)
+
     def __call__(self, name: str) -> str | None:
-        found = NAME.match(name)
+        found = self.pattern.match(name)
         if not found:
             return name
-        where, index = ORIGINAL.get(found["list"], found["list"]), int(found["index"])
+        where, index = self.names[found["list"]], int(found["index"])
         if where not in self.blocks or index >= self.teacher[where]:
             known = ", ".join(f"{n} {k}" for k, n in self.teacher.items())
             raise ValueError(f"{name}: no such block in the teacher ({known}); give a LoRA that was trained on it")

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from fastlightgen.models.family import Family
+
 CARD = """---
 library_name: diffusers
 pipeline_tag: {task}
@@ -38,6 +40,7 @@ export_to_video(frames, "clip.mp4", fps={fps})
 
 def model_card(
     name: str,
+    family: Family,
     pipeline: str,
     card: dict,
     blocks: dict[str, dict[int, int]],
@@ -46,7 +49,8 @@ def model_card(
     lora_file: Path | None,
 ) -> str:
     """The text; `lora`: how many blocks the renumbered LoRA still changes and how many it lost."""
-    pictured, hunyuan = "ImageToVideo" in pipeline, pipeline.startswith("Hunyuan")
+    # Classes that the family does not list are named as diffusers names such pipelines.
+    pictured = family.pipelines.get(pipeline, "ImageToVideo" in pipeline)
     call = ['prompt="..."', *["image=image"] * pictured, *(f"{k}={v}" for k, v in card["call"].items())]
     if lora is not None:
         load = f'`pipe.load_lora_weights("{name}/lora", weight_name="{lora_file.stem}.safetensors")`'
@@ -67,8 +71,8 @@ def model_card(
         name=name,
         summary=summary(card, teacher, blocks),
         call=", ".join(call),
-        fps=24 if hunyuan else 16,
-        calling=calling(card, hunyuan),
+        fps=f"{family.clips.fps:g}",
+        calling=calling(card, family),
         facts="\n".join(f"| {k} | {v} |" for k, v in facts.items() if v not in (None, "")),
     )
 
@@ -85,14 +89,13 @@ def summary(card: dict, teacher: dict[str, int], blocks: dict[str, dict[int, int
     )
 
 
-def calling(card: dict, hunyuan: bool) -> str:
+def calling(card: dict, family: Family) -> str:
     if not card.get("ladder"):
         return "The scheduler is the one of the pipeline this was exported with."
-    off = "true_cfg_scale=1.0" if hunyuan else "guidance_scale=1.0"
     text = (
-        f"Classifier-free guidance is distilled into the weights: always call it with `{off}`, which also halves the "
-        f"work. The scheduler's settings belong to {len(card['ladder'])} steps; with another number the sampling times "
-        "are not those it was trained on."
+        f"Classifier-free guidance is distilled into the weights: always call it with `{family.cfg_argument}=1.0`, "
+        f"which also halves the work. The scheduler's settings belong to {len(card['ladder'])} steps; with another "
+        "number the sampling times are not those it was trained on."
     )
     if card.get("sampler", "stochastic") == "stochastic":
         text += (

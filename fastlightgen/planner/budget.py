@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastlightgen.config import preset
-from fastlightgen.models.cost import Network, latent_size
-from fastlightgen.models.families import network
+from fastlightgen.models.cost import Network
+from fastlightgen.models.families import FAMILIES, family_of, network
 from fastlightgen.parallel.shares import Part, divisors, token_shares
 from fastlightgen.planner.memory import gpu_memory, host_memory, host_peak, number
 from fastlightgen.planner.step import StepCost, dropped, step_cost
@@ -33,7 +33,7 @@ GPU = {
 ITERS = {0: 2000, 2: 4000, 3: 1000}  # the stages' defaults
 
 # App. A of the paper: 16 H100, batch 1 on each, ZeRO-3 with AdamW in host memory.
-PAPER = {"model": "wan2.1-i2v-14b", "size": (480, 832, 81), "gpus": 16, "gpu_days": {2: 64, 3: 16}}
+PAPER = {"model": "wan2.1-i2v-14b", "size": "480x832x81", "gpus": 16, "gpu_days": {2: 64, 3: 16}}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def load_network(config: dict, size: str, text_tokens: int, fused: bool = True) 
     numbers = size.lower().split("x")
     if len(numbers) != 3 or not all(n.isdecimal() for n in numbers):
         raise ValueError(f"size={size}: wanted HEIGHTxWIDTHxFRAMES in pixels, for example size=480x832x81")
-    return network(config, latent_size(*map(int, numbers)), text_tokens, fused)
+    latent = family_of(config).geometry.latent_size(*map(int, numbers))
+    return network(config, latent, text_tokens, fused)
 
 
 def paper_efficiency(stage: int) -> float:
@@ -77,7 +78,7 @@ def paper_efficiency(stage: int) -> float:
     paper does not give its resolution; 480 x 832, 81 frames is an assumption. Stages 0 and 1 take Stage II's share.
     """
     stage = 3 if stage == 3 else 2
-    net = network(preset(PAPER["model"])["network"], latent_size(*PAPER["size"]))
+    net = load_network(preset(PAPER["model"])["network"], PAPER["size"], 0)
     step = step_cost(stage, net, dropped(len(net.blocks), 0.3, -1), PaperKeys())
     seconds = PAPER["gpu_days"][stage] * 86400 / PAPER["gpus"] / ITERS[stage]
     return step.total("flops") / seconds / GPU["h100-80gb"].bfloat16
@@ -107,8 +108,7 @@ def busiest(net: Network, cfg) -> float:
     """The largest part of a clip's tokens on one GPU: rows or columns of patches, which need not come out even."""
     if cfg.sequence_parallel == 1:
         return 1.0
-    frames, height, width = net.latent
-    _, sizes = token_shares((frames, height // 2, width // 2), cfg.sequence_parallel)
+    _, sizes = token_shares(FAMILIES[net.family].geometry.grid(net.latent), cfg.sequence_parallel)
     return max(sizes) / sum(sizes)
 
 

@@ -10,7 +10,7 @@ from fastlightgen.blocks import read_importance
 from fastlightgen.config import Plan
 from fastlightgen.data.source import Source
 from fastlightgen.models.cost import Network
-from fastlightgen.models.families import network
+from fastlightgen.models.families import block_counts, network
 from fastlightgen.models.folder.weights import config_of, read_card, trained_folder
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
@@ -130,7 +130,7 @@ def foreseen(cfg, ratio: float) -> tuple[dict, list[int]]:
 
 
 def depth(config: dict) -> int:
-    return config["num_layers"] + config.get("num_single_layers", 0)
+    return sum(block_counts(config).values())
 
 
 def plan_of(cfg, processes: int, here: int, gpu: str) -> Plan:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fastlightgen.atomic import write_json
 from fastlightgen.config import preset, presets
 from fastlightgen.models.base import VideoDiT
-from fastlightgen.models.families import build
+from fastlightgen.models.families import build, family_of, family_of_original, recognise
 from fastlightgen.models.folder.files import (
     WEIGHTS,
     digest,
@@ -30,9 +30,8 @@ from fastlightgen.models.folder.files import (
     write_tensors,
 )
 from fastlightgen.models.folder.networks import config_of, model_folder, read_config, trained_folder
-from fastlightgen.models.folder.original import BY_ORIGINAL, SHARD_BYTES, key_table, save_original, to_original
-from fastlightgen.models.keys import Source, Table, recognise
-from fastlightgen.models.wan.keys import unused_keys
+from fastlightgen.models.folder.original import SHARD_BYTES, key_table, save_original, to_original
+from fastlightgen.models.keys import Source, Table
 
 __all__ = [
     "WEIGHTS",
@@ -103,10 +102,11 @@ def load_weights(
     """Give `model`, on the meta device or any other, the folder's weights: every key, every shape, nothing else."""
     files = weight_files(folder, allow_pt)
     headers = read_headers(files)
-    original = read_json(folder / "config.json").get("_class_name") in BY_ORIGINAL
+    original = family_of_original(read_json(folder / "config.json"))
     state = model.state_dict()
     table = key_table(model.config) if original else {key: Source(key) for key in state}
-    check_fit(folder, state, table, {key: header for key, (_, header) in headers.items()}, unused_keys(model.config))
+    unused = family_of(model.config).unused(model.config)
+    check_fit(folder, state, table, {key: header for key, (_, header) in headers.items()}, unused)
 
     takers: dict[str, list[str]] = {}  # stored key -> keys of the network that are filled from it
     for key, source in table.items():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlightgen.models.config import NetworkConfig
 from fastlightgen.models.layers import Embedder, FeedForward, sinusoids
 from fastlightgen.models.streams import Tables
 from fastlightgen.ops import Rope, add_residual, attend, qk_norm_rope
@@ -19,7 +20,7 @@ VARIANTS = (None, "latent_concat", "token_replace")
 
 
 @dataclass(frozen=True)
-class HunyuanConfig:
+class HunyuanConfig(NetworkConfig):
     """The fields of diffusers' HunyuanVideoTransformer3DModel config.json."""
 
     in_channels: int = 16
@@ -56,6 +57,22 @@ class HunyuanConfig:
     @property
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def text_width(self) -> int:
+        return self.text_embed_dim
+
+    @property
+    def released(self) -> dict[str, float]:
+        return {"steps": 50, "guidance": 6.0 if self.guidance_embeds else 1.0, "shift": 7.0}
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return self.guidance_embeds
+
+    @property
+    def given_frames(self) -> int:
+        return int(self.image_condition_type == "token_replace")
 
     @property
     def patch(self) -> tuple[int, int, int]:

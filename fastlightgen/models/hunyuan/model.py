@@ -77,22 +77,12 @@ class HunyuanModel(VideoDiT):
 
     @property
     def config(self) -> dict:
-        """config.json of the weights as they are now, pruned or not."""
         layers = {"num_layers": len(self.transformer_blocks), "num_single_layers": len(self.single_transformer_blocks)}
         return {"_class_name": self.config_class} | asdict(replace(self.cfg, **layers))
 
     @property
     def dtype(self) -> torch.dtype:
         return self.proj_out.weight.dtype
-
-    @property
-    def embeds_guidance(self) -> bool:
-        return self.cfg.guidance_embeds
-
-    @property
-    def released(self) -> dict:
-        """Sampling settings of the released weights."""
-        return {"steps": 50, "guidance": 6.0 if self.embeds_guidance else 1.0, "shift": 7.0}
 
     @property
     def replaces_first(self) -> bool:
@@ -201,7 +191,6 @@ class HunyuanModel(VideoDiT):
             raise ValueError("Hunyuan: guidance is given, but this network has no guidance embedding; leave it out")
 
     def example_inputs(self, batch: int = 1, seed: int = 0, size: tuple[int, int, int] | None = None):
-        """(x_t, t, cond, null): random, of the right shapes; `size` is the latent (F, H, W)."""
         cfg, g = self.cfg, torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastlightgen.models.base import Block, Cond, Job, Prompt, State, Tables, VideoDiT, gradient
 from fastlightgen.models.layers import FeedForward
-from fastlightgen.models.wan.layers import ConditionEmbedder, WanConfig, rope_axes
+from fastlightgen.models.wan.layers import TEXT_TOKENS, ConditionEmbedder, WanConfig, rope_axes
 from fastlightgen.ops import add_residual, attend, gate_residual_norm_modulate, qk_norm_rope, rope_factors
 
 
@@ -114,8 +114,6 @@ class WanModel(VideoDiT):
 
     family = "wan"
     config_class = "WanTransformer3DModel"
-    released = {"steps": 50, "guidance": 5.0, "shift": 5.0}  # sampling settings of the released weights
-    text_tokens = 512  # what an image-to-video network of this family was built for
 
     def __init__(self, cfg: WanConfig):
         super().__init__()
@@ -128,7 +126,6 @@ class WanModel(VideoDiT):
 
     @property
     def config(self) -> dict:
-        """config.json of the weights as they are now, pruned or not."""
         return {"_class_name": self.config_class} | asdict(replace(self.cfg, num_layers=self.num_blocks))
 
     @property
@@ -199,19 +196,18 @@ class WanModel(VideoDiT):
             raise ValueError(f"Wan: image is {got}, the latent {wanted}; only the channels (axis 1) may differ")
         if (cond.image_embeds is None) != (cfg.image_dim is None):
             raise ValueError(f"Wan: image_embeds must be given exactly when image_dim is set (it is {cfg.image_dim})")
-        if cfg.added_kv_proj_dim is not None and cond.text.shape[1] != self.text_tokens:
+        if cfg.added_kv_proj_dim is not None and cond.text.shape[1] != TEXT_TOKENS:
             # diffusers finds the image tokens by subtracting 512 and silently misreads any other length.
-            raise ValueError(f"Wan I2V: {cond.text.shape[1]} text tokens; pad the text embedding to {self.text_tokens}")
+            raise ValueError(f"Wan I2V: {cond.text.shape[1]} text tokens; pad the text embedding to {TEXT_TOKENS}")
 
     def example_inputs(self, batch: int = 1, seed: int = 0, size: tuple[int, int, int] | None = None):
-        """(x_t, t, cond, null): random, of the right shapes; `size` is the latent (F, H, W)."""
         cfg, g = self.cfg, torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(batch, *shape, generator=g).to(self.device)
 
         f, h, w = size or (3, 8, 8)
-        tokens = self.text_tokens if cfg.added_kv_proj_dim is not None else 16
+        tokens = TEXT_TOKENS if cfg.added_kv_proj_dim is not None else 16
         extra = cfg.in_channels - cfg.out_channels
         shared = {
             "image": draw(extra, f, h, w) if extra else None,
