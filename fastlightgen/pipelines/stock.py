@@ -30,6 +30,10 @@ def need_diffusers():
     return diffusers
 
 
+def is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 @torch.no_grad()
 def compare(model: VideoDiT, card: dict, folder: Path) -> dict:
     """Load the export strictly with stock diffusers and compare network, scheduler and parts, or say what differs."""
@@ -48,7 +52,7 @@ def compare(model: VideoDiT, card: dict, folder: Path) -> dict:
     for name, tensor in stock.state_dict().items():
         if not torch.equal(tensor.to(dtype), model.get_parameter(name).detach().to(tensor.device)):
             raise ValueError(f"{folder}: {name} is not what the model holds; the disk may be failing, export again")
-    inputs = {k: x.to(dtype) if isinstance(x, Tensor) and k not in SCALARS else x for k, x in inputs.items()}
+    inputs = {k: x.to(dtype) if k not in SCALARS and is_float(x) else x for k, x in inputs.items()}
     v_stock = stock.eval()(**inputs, return_dict=False)[0].float()
     given = model.cfg.given_frames  # no prediction is used there
     v, v_stock = v[:, :, given:], v_stock[:, :, given:]
