@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +34,9 @@ class Batch:
     def drop_text(self, dropped: Tensor) -> Cond:
         """The condition with the null prompt where `dropped` [B] is true (trains the null prediction of Eq. 9)."""
         dropped, null = dropped.to(self.x0.device), vars(self.null)
-        changed = {}  # the fields that the prompt decides; the others are the same tensors in `cond` and `null`
+        changed: dict[
+            str, Any
+        ] = {}  # the fields that the prompt decides; the others are the same tensors in `cond` and `null`
         for key, cond in vars(self.cond).items():
             if isinstance(cond, Tensor) and cond is not null[key]:
                 changed[key] = torch.where(dropped.view(-1, *[1] * (cond.dim() - 1)), null[key], cond)
@@ -104,8 +106,10 @@ class CacheSource:
         return torch.randperm(len(self.groups[number]), generator=generator(self.seed, *keys)).tolist()
 
     def _read(self, indices: list[int]) -> Batch:
-        clips = {k: v.float() if v.is_floating_point() else v for k, v in self.cache.read(indices).items()}
+        clips: dict[str, Any] = {
+            k: v.float() if v.is_floating_point() else v for k, v in self.cache.read(indices).items()
+        }
         x0 = clips.pop("latents")
         cond = self.cond(**clips)
-        null = replace(cond, **{k: v.to(clips[k]).expand_as(clips[k]) for k, v in self.cache.null.items()})
-        return Batch(x0, cond, null)
+        null = {k: v.to(clips[k]).expand_as(clips[k]) for k, v in self.cache.null.items()}
+        return Batch(x0, cond, self.cond(**clips | null))

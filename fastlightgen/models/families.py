@@ -56,7 +56,7 @@ def cond_of(description: Mapping) -> type[Cond]:
 
 def cond_fields(description: Mapping) -> list[str]:
     """The fields of the conditions that such a cache may hold."""
-    return [f.name for f in fields(cond_of(description)) if f.name not in ("guidance", "kept")]
+    return [f.name for f in fields(cond_of(description)) if f.name != "guidance"]  # which a sampler adds
 
 
 def recognise(keys: Iterable[str]) -> str:

@@ -49,7 +49,7 @@ class Encoders:
             raise ValueError(f"pipeline={folder}: has no transformer/config.json; copy the folder again")
         self.cfg = self.family.settings(self.network)
         self.pipe = load_pipeline(self.folder, self.name, self.family, self.device, dtype, without)
-        self.how = self.family.encoding(self.folder, self.pipe, self.cfg, self.from_image, self.device)
+        self.encoding = self.family.encoding(self.folder, self.pipe, self.cfg, self.from_image, self.device)
         self.vae, self.tiling = self.pipe.vae, tiling
         if tiling:
             self.vae.enable_tiling()
@@ -61,7 +61,7 @@ class Encoders:
         out = {"latents": self.latents(video), **self.text(caption, frames[0])}
         if self.from_image:
             out |= self.image(frames[0], len(frames))
-        self.how.put_given(out)
+        self.encoding.put_given(out)
         if bad := [key for key, value in out.items() if not torch.isfinite(value).all()]:
             raise ValueError(f"{self.folder}: {bad[0]} came out not finite; use dtype=float32, or check the weights")
         return {key: value.cpu() for key, value in out.items()}
@@ -70,21 +70,21 @@ class Encoders:
     def latents(self, video: Tensor) -> Tensor:
         """Normalised latents [C, f, h, w] of a video [3, F, H, W] in [-1, 1]."""
         z = self.vae.encode(video[None].to(self.vae.dtype)).latent_dist.mode()[0].float()
-        shift, scale = self.how.normalisation()
+        shift, scale = self.encoding.normalisation()
         return (z - shift.to(z)) * scale.to(z)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """The video [3, F, H, W] in [-1, 1] of normalised latents [C, f, h, w]."""
-        shift, scale = self.how.normalisation()
+        shift, scale = self.encoding.normalisation()
         z = latents.to(self.device, torch.float32)
         z = z / scale.to(z) + shift.to(z)
-        return self.how.shown(self.vae.decode(z[None].to(self.vae.dtype), return_dict=False)[0][0])
+        return self.encoding.shown(self.vae.decode(z[None].to(self.vae.dtype), return_dict=False)[0][0])
 
     @torch.no_grad()
     def text(self, prompt: str, first: NDArray | None = None) -> dict[str, Tensor]:
         """text [T, D] with zeros beyond text_len, and the family's other fields that come from a prompt."""
-        return self.how.text(prompt, first)
+        return self.encoding.text(prompt, first)
 
     def null(self, prompt: str, size: tuple[int, int]) -> dict[str, Tensor]:
         """The text fields of the null prediction; a text encoder that sees the first frame is shown a black one."""
@@ -94,23 +94,23 @@ class Encoders:
     @torch.no_grad()
     def image(self, first: NDArray, frames: int) -> dict[str, Tensor]:
         """The fields that come from the first frame, uint8 [H, W, 3]: the condition channels `image` [K, f, h, w]."""
-        return self.how.image(first, frames)
+        return self.encoding.image(first, frames)
 
     def numbers(self, area: int, frames: int) -> tuple[int, int]:
         """How many numbers a clip of `area` pixels has: in latents, condition and image tokens; in its text."""
         geometry = self.family.geometry
         frame = area // geometry.pixel_stride**2
-        clip = self.network["in_channels"] * geometry.latent_frames(frames) * frame + self.how.extra_numbers(frame)
-        return clip, self.how.text_tokens * self.cfg.text_width
+        clip = self.network["in_channels"] * geometry.latent_frames(frames) * frame + self.encoding.extra_numbers(frame)
+        return clip, self.encoding.text_tokens * self.cfg.text_width
 
     def description(self) -> dict:
         """What a cache made with these encoders says about itself."""
-        shift, scale = (x.flatten().tolist() for x in self.how.normalisation())
+        shift, scale = (x.flatten().tolist() for x in self.encoding.normalisation())
         text = [p for p in ("text_encoder", "text_encoder_2") if (self.folder / p).is_dir()]
         return {
             "family": self.family.name,
             "pipeline": self.name,
-            "image_condition": self.how.condition,
+            "image_condition": self.encoding.condition,
             "in_channels": self.network["in_channels"],
             "text_dim": self.cfg.text_width,
             "vae": component_id(self.folder / "vae"),
@@ -118,7 +118,7 @@ class Encoders:
             "scale": scale,
             "text_encoder": [component_id(self.folder / part) for part in text],
             "image_encoder": component_id(self.folder / "image_encoder"),
-            "text_tokens": self.how.text_tokens,
+            "text_tokens": self.encoding.text_tokens,
             "tiling": self.tiling,
         }
 

@@ -10,9 +10,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from fastlightgen.atomic import write_json
+from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import block_counts, family_of
-from fastlightgen.models.folder.weights import read_json, save_model
+from fastlightgen.models.folder.original import format_of
+from fastlightgen.models.folder.weights import read_json, save_model, save_original
 from fastlightgen.parallel.log import bar
 from fastlightgen.pipelines.lora_file import BlockMap, remap_lora
 from fastlightgen.pipelines.modelcard import model_card
@@ -97,22 +101,26 @@ def call_of(card: dict, config: dict) -> dict:
 
 
 def write_pipeline(
-    model,
+    model: VideoDiT,
     card: dict,
     pipeline: Path,
     out: Path,
     verify: Callable[[Path], dict],
     *,
-    dtype=None,
+    dtype: torch.dtype | None = None,
     link: bool = False,
     lora: Path | None = None,
     original: bool = False,
     progress: bool = True,
 ) -> dict:
-    """Write the export, let `verify` compare it, put it in its place; what there is to tell about it."""
+    """Write the export, let `verify` compare it, put it in its place. Returns what `verify` measured, and `lora`:
+    how many blocks the renumbered LoRA still changes and how many it lost."""
     parts, config, family = parts_of(pipeline), model.config, family_of(model.config)
     check_fits(config, pipeline)
+    if original:
+        format_of(config)  # a family without one stops here, before anything is written
     teacher = network_config(pipeline)
+    counts = block_counts(teacher)
     blocks = block_map(config, card.get("kept_blocks"), teacher)
     student = card.get("ladder") is not None
     names = [n for n in parts if n != NETWORK and not (student and n == "scheduler")]
@@ -134,15 +142,12 @@ def write_pipeline(
             index["scheduler"] = ["diffusers", CLASS]
         write_json(temporary / INDEX, {k: v for k, v in index.items() if k != "_name_or_path"})
         if lora is not None:
-            told["lora"] = remap_lora(
-                lora, temporary / "lora" / f"{lora.stem}.safetensors", blocks, block_counts(teacher)
-            )
+            file = temporary / "lora" / f"{lora.stem}.safetensors"
+            told["lora"] = remap_lora(lora, file, blocks, counts)
         if original:
-            from fastlightgen.models.folder.weights import save_original
-
             save_original(model, temporary / "original")
-        pipeline_class, counts = index["_class_name"], block_counts(teacher)
-        text = model_card(out.name, family, pipeline_class, card, blocks, counts, told.get("lora"), lora)
+        changed = None if lora is None else (f"{lora.stem}.safetensors", *told["lora"])
+        text = model_card(out.name, family, index["_class_name"], card, blocks, counts, changed)
         (temporary / "README.md").write_text(text)
         told |= verify(temporary)
         temporary.rename(out)
@@ -160,7 +165,9 @@ def check_out(out: Path) -> None:
         out.rmdir()
 
 
-def check_room(model, pipeline: Path, names: list[str], out: Path, dtype, original: bool) -> None:
+def check_room(
+    model: VideoDiT, pipeline: Path, names: list[str], out: Path, dtype: torch.dtype | None, original: bool
+) -> None:
     """Refuse before writing what the disk cannot hold."""
     size = dtype.itemsize if dtype else 4
     need = sum(p.numel() for p in model.parameters()) * size * (1 + original)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -46,7 +47,7 @@ class Renumber:
     kept: set[str] = field(default_factory=set)
     dropped: set[str] = field(default_factory=set)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.names = list_names()
         self.pattern = name_pattern(self.names)
 
@@ -86,13 +87,17 @@ def remap_lora(file: Path, out: Path, blocks: BlockMap, teacher: dict[str, int])
     return len(renumber.kept), len(renumber.dropped)
 
 
-def remap_settings(value, renumber: Renumber):
+def remap_settings(value: Any, renumber: Renumber) -> Any:
     """PEFT's configuration with the module names in it (rank_pattern, alpha_pattern, target_modules) renumbered."""
+
+    def module(name: str) -> str | None:
+        new = renumber(f"{name}.")
+        return None if new is None else new[:-1]
+
     if isinstance(value, dict):
         if any(k.endswith("layers_to_transform") and v is not None for k, v in value.items()):
             raise ValueError("layers_to_transform cannot be renumbered; save the LoRA without its metadata")
-        items = {renumber(f"{k}.")[:-1]: v for k, v in value.items() if renumber(f"{k}.") is not None}
-        return {k: remap_settings(v, renumber) for k, v in items.items()}
+        return {new: remap_settings(v, renumber) for k, v in value.items() if (new := module(k)) is not None}
     if isinstance(value, list):
-        return [remap_settings(v, renumber) for v in value if not isinstance(v, str) or renumber(f"{v}.") is not None]
-    return renumber(f"{value}.")[:-1] if isinstance(value, str) else value
+        return [remap_settings(v, renumber) for v in value if not isinstance(v, str) or module(v) is not None]
+    return module(value) if isinstance(value, str) else value

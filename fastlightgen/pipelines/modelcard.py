@@ -1,7 +1,5 @@
 """README.md of an export: how to load and call the student, and where it comes from."""
 
-from pathlib import Path
-
 from fastlightgen.models.family import Family
 
 CARD = """---
@@ -45,16 +43,12 @@ def model_card(
     card: dict,
     blocks: dict[str, dict[int, int]],
     teacher: dict[str, int],
-    lora: tuple[int, int] | None,
-    lora_file: Path | None,
+    lora: tuple[str, int, int] | None,
 ) -> str:
-    """The text; `lora`: how many blocks the renumbered LoRA still changes and how many it lost."""
+    """The text; `lora`: file name of the renumbered LoRA, how many blocks it still changes, how many it lost."""
     # Classes that the family does not list are named as diffusers names such pipelines.
     pictured = family.pipelines.get(pipeline, "ImageToVideo" in pipeline)
     call = ['prompt="..."', *["image=image"] * pictured, *(f"{k}={v}" for k, v in card["call"].items())]
-    if lora is not None:
-        load = f'`pipe.load_lora_weights("{name}/lora", weight_name="{lora_file.stem}.safetensors")`'
-        lora_row = f"{lora[0]} of its blocks are left, {lora[1]} went with the dropped ones; {load}"
     facts = {
         "network": ", ".join(f"{len(blocks[k])} of {n} `{k}`" for k, n in teacher.items()),
         "dropped": "; ".join(f"`{k}` {dropped(blocks[k], n)}" for k, n in teacher.items() if len(blocks[k]) < n),
@@ -63,7 +57,7 @@ def model_card(
         "sampler": card.get("sampler") if card.get("ladder") else None,
         "trained from": card.get("source"),
         "stage": card.get("stage"),
-        "LoRA": lora_row if lora is not None else None,
+        "LoRA": lora_row(name, *lora) if lora is not None else None,
     }
     facts |= {f"score: {k}": v for k, v in (card.get("scores") or {}).items()}
     return CARD.format(
@@ -75,6 +69,11 @@ def model_card(
         calling=calling(card, family),
         facts="\n".join(f"| {k} | {v} |" for k, v in facts.items() if v not in (None, "")),
     )
+
+
+def lora_row(name: str, file: str, kept: int, lost: int) -> str:
+    load = f'`pipe.load_lora_weights("{name}/lora", weight_name="{file}")`'
+    return f"{kept} of its blocks are left, {lost} went with the dropped ones; {load}"
 
 
 def summary(card: dict, teacher: dict[str, int], blocks: dict[str, dict[int, int]]) -> str:

@@ -18,7 +18,7 @@ ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder")
 
 
 class Pipeline:
-    """The VAE and the encoders of a pipeline folder; without its network."""
+    """The VAE and the encoders of a pipeline folder, without its network."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, size: str = "", decode_only=False):
         _, family = family_of_folder(folder)
@@ -34,9 +34,10 @@ class Pipeline:
             wanted = "needs a picture: give image=FILE" if needed else "takes no picture: leave image= out"
             raise ValueError(f"image={image}: this pipeline {wanted}")
         (height, width, frames), first = self.size, None
+        shared: dict[str, Tensor] = {}
         if image:
             first = (read_image(image, height, width) * 255).round().byte().permute(1, 2, 0).numpy()
-        shared = self.encoders.image(first, frames) if image else {}
+            shared = self.encoders.image(first, frames)
         text = self.encoders.text(prompt, first)
         if negative is not None and negative not in self.nulls:
             self.nulls[negative] = self.encoders.null(negative, (height, width))
@@ -46,7 +47,7 @@ class Pipeline:
         cond, blank = self.family.cond(**fields), self.family.cond(**fields | blanks)
         geometry = self.family.geometry
         shape = (count, geometry.channels, *geometry.latent(height, width, frames))
-        return Wish(shape, cond, blank, self.encoders.how.hint(cond))
+        return Wish(shape, cond, blank, self.encoders.encoding.hint(cond))
 
     def release(self) -> None:
         """Let the text and image encoders go; the VAE stays."""

@@ -40,6 +40,7 @@ class HunyuanModel(VideoDiT):
 
     family = "hunyuan"
     config_class = "HunyuanVideoTransformer3DModel"
+    cfg: HunyuanConfig
 
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()

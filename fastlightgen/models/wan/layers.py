@@ -67,6 +67,7 @@ class WanConfig(NetworkConfig):
 class ImageEmbedder(nn.Module):
     def __init__(self, cfg: WanConfig):
         super().__init__()
+        assert cfg.image_dim is not None
         self.norm1, self.norm2 = nn.LayerNorm(cfg.image_dim), nn.LayerNorm(cfg.dim)
         self.ff = FeedForward(cfg.image_dim, cfg.image_dim, cfg.dim, approximate="none")
 

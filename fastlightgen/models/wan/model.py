@@ -114,6 +114,7 @@ class WanModel(VideoDiT):
 
     family = "wan"
     config_class = "WanTransformer3DModel"
+    cfg: WanConfig
 
     def __init__(self, cfg: WanConfig):
         super().__init__()
