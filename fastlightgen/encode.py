@@ -56,7 +56,7 @@ def encode(cfg: Encode) -> None:
         if not writer.complete:
             if not (out / "null.safetensors").is_file():
                 null = encoders.null(cfg.null_prompt, buckets[0])
-                writer.write_null(stored(null, cfg.save_dtype, family.text_fields))
+                writer.write_null(stored(null, cfg.save_dtype, family.cond.text_fields))
             read = partial(read_row, fps=fps, frames=frames, buckets=buckets)
             make_parts(cfg, writer, encoders, rows, range(rank, len(writer.parts), ranks), read)
         counts = writer.finish()
@@ -125,7 +125,7 @@ def make_parts(cfg: Encode, writer, encoders, rows: Sequence[Row], numbers: Sequ
                     skipped.append({"row": i, "file": rows[i].name, "reason": told})
                 else:
                     fields = encoders.clip(frames, rows[i].caption)
-                    fields = stored(fields, cfg.save_dtype, encoders.family.text_fields)
+                    fields = stored(fields, cfg.save_dtype, encoders.family.cond.text_fields)
                     made.append((fields, about(rows[i], told, frames)))
                 progress.update()
             writer.write_part(number, made, skipped)

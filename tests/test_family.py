@@ -73,6 +73,7 @@ class RibbonConfig(NetworkConfig):
 
 @dataclass(frozen=True, eq=False)
 class RibbonCond(Cond):
+    text_fields = (*Cond.text_fields, "mood")
     mood: Tensor | None = None  # [B, S]
 
 
@@ -255,7 +256,6 @@ RIBBON = Family(
     cost=ribbon_cost,
     text_tokens=TEXT_TOKENS,
     cond=RibbonCond,
-    text_fields=("text", "text_len", "mood"),
     signs={"mood_in.": "diffusers", "ribbon.mood_in.": "original"},
     original=Format(
         network="RibbonNet",
@@ -439,7 +439,7 @@ def test_a_dropped_prompt_takes_its_mood_along(folder: Path):
     batch = open_source(f"{folder}/cache", 0).batch(0, 2)
     assert type(batch.cond) is type(batch.null) is RibbonCond
     mixed = batch.drop_text(torch.tensor([True, False]))
-    for key in RIBBON.text_fields:
+    for key in ("text", "text_len", "mood"):
         value, null, own = (vars(c)[key] for c in (mixed, batch.null, batch.cond))
         assert torch.equal(value[0], null[0]) and torch.equal(value[1], own[1]) and not torch.equal(null, own)
     assert mixed.image is batch.cond.image is batch.null.image

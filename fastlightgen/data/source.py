@@ -33,13 +33,11 @@ class Batch:
 
     def drop_text(self, dropped: Tensor) -> Cond:
         """The condition with the null prompt where `dropped` [B] is true (trains the null prediction of Eq. 9)."""
-        dropped, null = dropped.to(self.x0.device), vars(self.null)
-        changed: dict[
-            str, Any
-        ] = {}  # the fields that the prompt decides; the others are the same tensors in `cond` and `null`
-        for key, cond in vars(self.cond).items():
-            if isinstance(cond, Tensor) and cond is not null[key]:
-                changed[key] = torch.where(dropped.view(-1, *[1] * (cond.dim() - 1)), null[key], cond)
+        dropped, changed = dropped.to(self.x0.device), {}
+        for key in self.cond.text_fields:
+            cond, null = vars(self.cond)[key], vars(self.null)[key]
+            if cond is not None:
+                changed[key] = torch.where(dropped.view(-1, *[1] * (cond.dim() - 1)), null, cond)
         return replace(self.cond, **changed)
 
 

@@ -49,7 +49,6 @@ class Family:
     cost: Cost
     text_tokens: int  # of a prompt, where the planner is not given a number
     cond: type[Cond] = Cond
-    text_fields: tuple[str, ...] = ("text", "text_len")  # fields of `cond` that come from the prompt
 
     # Its weights on disk.
     signs: Mapping[str, str]  # prefix of a key that only this family's weights have -> the format they are in
@@ -87,6 +86,6 @@ def check_config(config: Mapping, kind: type[NetworkConfig]) -> None:
             raise ValueError(
                 f"config.json: {key}={value!r} is not a key of this network; remove it if the weights do without it"
             )
-        least = 0 if key.endswith("_layers") else 1  # a student may have lost all its single blocks
+        least = 0 if key.endswith("_layers") else 1  # a student may have lost all blocks of a list
         if type(defaults.get(key)) is int and not (type(value) is int and value >= least):
             raise ValueError(f"config.json: {key} is {value!r}; wanted a whole number from {least} up")

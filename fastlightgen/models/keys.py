@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 WEIGHT_BIAS = ("weight", "bias")
 
 
@@ -27,6 +29,10 @@ class Piece:
     start: int = 0
     stop: int | None = None
     offset: int = 0
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These rows of the tensor `key`."""
+        return tensor if self.stop is None else tensor[self.offset : self.offset + self.stop - self.start]
 
 
 Table = dict[str, Source]

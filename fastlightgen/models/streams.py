@@ -6,7 +6,7 @@ Shapes: hidden states x, y [B, L, D].
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -16,7 +16,12 @@ from fastlightgen.parallel.sequence import Cut
 
 @dataclass(frozen=True, eq=False)
 class Cond:
-    """What a prediction is conditioned on, as batched tensors. `image` holds the condition channels."""
+    """What a prediction is conditioned on, as batched tensors. `image` holds the condition channels.
+
+    A family that needs more makes a subclass with further fields.
+    """
+
+    text_fields: ClassVar[tuple[str, ...]] = ("text", "text_len", "pooled")  # they come from the prompt
 
     text: Tensor
     text_len: Tensor | None = None

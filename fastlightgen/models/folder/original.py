@@ -64,9 +64,8 @@ def to_original(model: VideoDiT) -> dict[str, Tensor]:
 
 def assembled(state: Mapping[str, Tensor], pieces: list[Piece]) -> Tensor:
     """One original tensor from the tensors that it is made of."""
-    if pieces[0].stop is None:
-        return state[pieces[0].key]
-    return torch.cat([state[p.key][p.offset : p.offset + p.stop - p.start] for p in pieces])
+    rows = [piece.of(state[piece.key]) for piece in pieces]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def save_original(model: VideoDiT, dir: Path, dtype: torch.dtype | None = None) -> Path:

@@ -64,16 +64,17 @@ def load_model(
 ) -> VideoDiT:
     """A folder's network with its weights, or a preset's network with random weights drawn from `seed`.
 
-    The folder holds diffusers' transformer format, a pipeline with such a `transformer/`, or the original Wan2.1 or
-    HunyuanVideo format. All parameters are of type `dtype` (None: float32, whatever the files hold). `allow_pt` also
-    reads .pt, .pth and .bin files, as plain tensors. `placed(network)` is what takes each parameter as soon as it has
-    its values: a sharding engine then keeps its share of it, and no process ever holds a whole network.
+    The folder holds diffusers' transformer format, a pipeline with such a `transformer/`, or the format of the
+    family's original repository. All parameters are of type `dtype` (None: float32, whatever the files hold).
+    `allow_pt` also reads .pt, .pth and .bin files, as plain tensors. `placed(network)` returns a callback that takes
+    each parameter as it loads: a sharding engine keeps its share, and no process ever holds a complete network.
     """
     if str(path_or_preset) in presets():
         model = build(preset(str(path_or_preset))["network"], seed).to(device=device, dtype=dtype)
-        place = placed(model) if placed else None
-        for p in model.parameters() if place else ():
-            place(p)
+        if placed:
+            place = placed(model)
+            for p in model.parameters():
+                place(p)
         return model
     folder = model_folder(path_or_preset)
     with torch.device("meta"), Undrawn():

@@ -40,7 +40,6 @@ HUNYUAN = Family(
     lists={"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"},
     cost=hunyuan,
     text_tokens=TEXT_TOKENS,
-    text_fields=("text", "text_len", "pooled"),
     signs={"context_embedder.token_refiner.": "diffusers", "txt_in.individual_token_refiner.": "original"},
     original=ORIGINAL,
     geometry=GEOMETRY,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlightgen.models.config import NetworkConfig
-from fastlightgen.models.layers import Embedder, FeedForward, sinusoids
+from fastlightgen.models.layers import Embedder, FeedForward, Gelu, sinusoids
 from fastlightgen.models.streams import Tables
 from fastlightgen.ops import Rope, add_residual, attend, qk_norm_rope
 
@@ -109,7 +109,7 @@ class Attention(nn.Module):
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, L, h, d] each, without the norm."""
-        return tuple(self.split(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))
+        return self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x))
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1))
@@ -119,8 +119,11 @@ class Attention(nn.Module):
         q, k = qk_norm_rope(self.to_q(x), self.to_k(x), self.norm_q.weight, self.norm_k.weight, rope, EPS)
         return self.split(q), self.split(k), self.split(self.to_v(x))
 
+
+class SingleAttention(Attention):
+    """Image and text tokens in one sequence."""
+
     def forward(self, h: Tensor, tables: Tables, mask: Tensor | None) -> Tensor:
-        """Image and text tokens in one sequence."""
         return tables.attend(*self.turned(h, tables.rope), mask)
 
 
@@ -166,7 +169,9 @@ class SiluFeedForward(FeedForward):
     """The refiner's: SiLU in the place of GELU, under the same keys."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.silu(self.net[0].proj(x)))
+        first = self.net[0]
+        assert isinstance(first, Gelu)
+        return self.net[2](F.silu(first.proj(x)))
 
 
 class RefinerBlock(nn.Module):

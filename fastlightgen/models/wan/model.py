@@ -148,7 +148,8 @@ class WanModel(VideoDiT):
 
     def tables(self, x_t: Tensor, t: Tensor) -> WanTables:
         temb, mod = self.condition_embedder.time(t)
-        grid = tuple(n // p for n, p in zip(x_t.shape[2:], self.cfg.patch_size, strict=True))
+        frames, rows, columns = (n // p for n, p in zip(x_t.shape[2:], self.cfg.patch_size, strict=True))
+        grid = frames, rows, columns
         wide = torch.promote_types(self.dtype, torch.float32)
         rope = rope_factors(grid, rope_axes(self.cfg.attention_head_dim), device=x_t.device, dtype=wide)
         return WanTables(rope, grid, temb, mod)
@@ -168,7 +169,8 @@ class WanModel(VideoDiT):
         x = x_t if image is None else torch.cat([x_t, image.to(x_t.dtype)], 1)
         return State(self.patch_embedding(x.to(self.dtype)).flatten(2).transpose(1, 2))
 
-    def unembed(self, state: State, prompt: Prompt, tables: WanTables) -> Tensor:
+    def unembed(self, state: State, prompt: Prompt, tables: Tables) -> Tensor:
+        assert isinstance(tables, WanTables)
         shift, scale = (self.scale_shift_table + tables.temb[:, None]).unbind(1)
         _, h = gate_residual_norm_modulate(*state.parts(), scale, shift, self.cfg.eps)
         (f, h_p, w_p), (_, ph, pw) = tables.grid, self.cfg.patch_size
@@ -193,8 +195,8 @@ class WanModel(VideoDiT):
             if got is not None and got.shape[0] not in (1, x_t.shape[0]):
                 raise ValueError(f"Wan: {name} has batch {got.shape[0]}, the latent {x_t.shape[0]}; make them equal")
         if cond.image is not None and cond.image[:, 0].shape != x_t[:, 0].shape:
-            got, wanted = tuple(cond.image.shape), tuple(x_t.shape)
-            raise ValueError(f"Wan: image is {got}, the latent {wanted}; only the channels (axis 1) may differ")
+            shape, wanted = tuple(cond.image.shape), tuple(x_t.shape)
+            raise ValueError(f"Wan: image is {shape}, the latent {wanted}; only the channels (axis 1) may differ")
         if (cond.image_embeds is None) != (cfg.image_dim is None):
             raise ValueError(f"Wan: image_embeds must be given exactly when image_dim is set (it is {cfg.image_dim})")
         if cfg.added_kv_proj_dim is not None and cond.text.shape[1] != TEXT_TOKENS:
