@@ -6,16 +6,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 
 from numpy.typing import NDArray
 
-from fastlightgen.config import Encode, main, parse_buckets
+from fastlightgen.config import ConfigError, Encode, main, parse_buckets
 from fastlightgen.data.lists import Row, read_list
 from fastlightgen.data.video import Unusable, read_clip, source_hash
+
+if TYPE_CHECKING:  # importing it takes a second, which --help need not wait for
+    from fastlightgen.models.family import Clips, Family
 
 Read = Callable[[Row], tuple[NDArray | None, str]]  # a row -> its frames, or None, and its source's hash or the reason
 
@@ -24,13 +29,13 @@ def encode(cfg: Encode) -> None:
     """Make this process's share of the cache, and the index once every share is there."""
     from fastlightgen.data.writer import Writer, free_bytes
     from fastlightgen.parallel.log import say
-    from fastlightgen.pipelines.encoders import kind_of
+    from fastlightgen.pipelines.encoders import family_of_folder
 
     rank, ranks = place(cfg)
-    _, kind = kind_of(cfg.pipeline)
+    _, family = family_of_folder(cfg.pipeline)
+    clips = sized(cfg, family)
     rows = read_list(cfg.videos, cfg.min_dover)
-    fps, frames = cfg.fps or kind.fps, cfg.frames or kind.frames
-    buckets = parse_buckets(cfg.buckets) or list(kind.buckets)
+    fps, frames, buckets = clips.fps, clips.frames, clips.buckets
     encoders = load_encoders(cfg, rank)
     made_with = {"fps": fps, "frames": frames, "null_prompt": cfg.null_prompt, "latents": "mode"}
     types = {"dtype": cfg.dtype, "save_dtype": cfg.save_dtype}
@@ -50,7 +55,8 @@ def encode(cfg: Encode) -> None:
     with writer.opened():
         if not writer.complete:
             if not (out / "null.safetensors").is_file():
-                writer.write_null(stored(encoders.null(cfg.null_prompt, buckets[0]), cfg.save_dtype))
+                null = encoders.null(cfg.null_prompt, buckets[0])
+                writer.write_null(stored(null, cfg.save_dtype, family.cond.text_fields))
             read = partial(read_row, fps=fps, frames=frames, buckets=buckets)
             make_parts(cfg, writer, encoders, rows, range(rank, len(writer.parts), ranks), read)
         counts = writer.finish()
@@ -59,6 +65,22 @@ def encode(cfg: Encode) -> None:
     else:
         skipped = f", {counts['skipped']} skipped: {out / 'skipped.json'}" if counts["skipped"] else ""
         say(f"{out}: {counts['clips']} clips{skipped}")
+
+
+def sized(cfg: Encode, family: "Family") -> "Clips":
+    """The clips to make: the family's own, with the keys that were given in the place of its numbers."""
+    geometry, own = family.geometry, family.clips
+    if cfg.frames and not geometry.takes_frames(cfg.frames):
+        raise ConfigError(
+            f"frames={cfg.frames}: wanted {geometry.frame_stride} k + 1, for example {geometry.below(cfg.frames)}"
+        )
+    buckets = tuple(parse_buckets(cfg.buckets)) or own.buckets
+    if not all(geometry.takes(height, width) for height, width in buckets):
+        example = ",".join(f"{height}x{width}" for height, width in own.buckets)
+        raise ConfigError(
+            f"buckets={cfg.buckets}: wanted HEIGHTxWIDTH, multiples of {geometry.step}, for example [{example}]"
+        )
+    return replace(own, fps=cfg.fps or own.fps, frames=cfg.frames or own.frames, buckets=buckets)
 
 
 def place(cfg: Encode) -> tuple[int, int]:
@@ -102,7 +124,8 @@ def make_parts(cfg: Encode, writer, encoders, rows: Sequence[Row], numbers: Sequ
                 if frames is None:
                     skipped.append({"row": i, "file": rows[i].name, "reason": told})
                 else:
-                    fields = stored(encoders.clip(frames, rows[i].caption), cfg.save_dtype)
+                    fields = encoders.clip(frames, rows[i].caption)
+                    fields = stored(fields, cfg.save_dtype, encoders.family.cond.text_fields)
                     made.append((fields, about(rows[i], told, frames)))
                 progress.update()
             writer.write_part(number, made, skipped)
@@ -161,12 +184,12 @@ def follow_parent() -> None:
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def stored(fields: dict, save_dtype: str) -> dict:
+def stored(fields: dict, save_dtype: str, text_fields: Sequence[str]) -> dict:
     """Latents and images in the type they are saved in; texts stay as they were computed, their range is wider."""
     import torch
 
     kind = getattr(torch, save_dtype)
-    out = {k: v.to(kind) if k in ("latents", "image", "image_embeds") else v for k, v in fields.items()}
+    out = {k: v if k in text_fields or not v.is_floating_point() else v.to(kind) for k, v in fields.items()}
     if bad := [k for k, v in out.items() if not torch.isfinite(v).all()]:
         raise ValueError(f"save_dtype={save_dtype}: {bad[0]} has numbers too large for it; use save_dtype=bfloat16")
     return out

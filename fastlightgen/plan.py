@@ -10,10 +10,9 @@ from fastlightgen.atomic import write_json
 from fastlightgen.config import GPUS, Plan, another_stage, main, preset, presets
 from fastlightgen.config.plan import PLANNED
 from fastlightgen.models.cost import Network
+from fastlightgen.models.families import family_of
 from fastlightgen.planner.budget import GPU, Budget, budget, load_network
 from fastlightgen.planner.remedies import price, remedies, words
-
-STANDARD = {"wan": "480x832x81", "hunyuan": "720x1280x129"}  # the sizes of the table
 
 
 def plan(cfg: Plan) -> None:
@@ -110,13 +109,13 @@ def table(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
     record: dict = {"rows": [], "measured": False}
     for name in (name for name in presets() if not name.startswith("tiny")):
         config = config_of(name)
-        family = "hunyuan" if "Hunyuan" in config.get("_class_name", "") else "wan"
-        net = load_network(config, STANDARD[family], cfg.text_tokens)
+        size = family_of(config).clips.size
+        net = load_network(config, size, cfg.text_tokens)
         for stage in PLANNED:
             cells = {gpu: cell(net, another_stage(cfg, stage, model=name, gpu=gpu)) for gpu in GPUS}
             row = "".join(f"{cells[gpu]['text']:<30}" for gpu in GPUS)
-            lines.append(f"{name:<32}{STANDARD[family]:<15}{stage:<7}{row}".rstrip())
-            record["rows"].append({"model": name, "size": STANDARD[family], "stage": stage, "gpus": cells})
+            lines.append(f"{name:<32}{size:<15}{stage:<7}{row}".rstrip())
+            record["rows"].append({"model": name, "size": size, "stage": stage, "gpus": cells})
     return lines, record
 
 

@@ -89,7 +89,7 @@ class Export(Checked):
     dtype: str = field("bfloat16", "type of the written network", choices=("bfloat16", "float32"))
     link: bool = field(False, "link the parts that stay as they are instead of copying them")
     lora: str = field("", "LoRA file trained on the teacher, to renumber for the model; empty: none")
-    original: bool = field(False, "also write the network in the original Wan format")
+    original: bool = field(False, "also write the network in the format of the family's original repository")
     threads: int = field(0, THREADS, lo=0)
     progress: bool = field(True, "show a progress bar")
     dry_run: bool = field(False, DRY_RUN)
@@ -103,7 +103,7 @@ class Encode(Checked):
     pipeline: str = field(REQUIRED, "folder of a diffusers pipeline, whose VAE, text and image encoders are used")
     out: str = field(REQUIRED, "folder of the cache; an interrupted one is continued")
     buckets: str = field("", "sizes that clips are cropped to, as [480x832,832x480]; empty: the pipeline's own")
-    frames: int = field(0, "frames per clip, 4 k + 1; 0: the pipeline's own, 81 for Wan, 129 for HunyuanVideo", lo=0)
+    frames: int = field(0, "frames per clip, for Wan and HunyuanVideo 4 k + 1; 0: the pipeline's own, 81 or 129", lo=0)
     fps: float = field(0.0, "frames per second; 0: the pipeline's own, 16 for Wan, 24 for HunyuanVideo", lo=0)
     min_dover: float = field(80.0, "lists with a column dover: skip the clips whose score is below this")
     null_prompt: str = field("", "prompt of the null prediction, which guidance needs")
@@ -120,8 +120,6 @@ class Encode(Checked):
     dry_run: bool = field(False, DRY_RUN)
 
     def check(self) -> None:
-        if self.frames and self.frames % 4 != 1:
-            raise ConfigError(f"frames={self.frames}: wanted 4 k + 1, for example {self.frames // 4 * 4 + 1}")
         if self.ranks and self.rank >= self.ranks:
             raise ConfigError(f"rank={self.rank}: with ranks={self.ranks} the ranks are 0 to {self.ranks - 1}")
         if (self.rank >= 0) != (self.ranks > 0):
@@ -132,8 +130,8 @@ class Encode(Checked):
 def parse_buckets(text: str) -> list[tuple[int, int]]:
     """ "[480x832,832x480]" as [(480, 832), (832, 480)], heights first."""
     sizes = [part.strip().split("x") for part in text.strip("[] ").split(",") if part.strip()]
-    if not all(len(size) == 2 and all(n.isdecimal() and int(n) and int(n) % 16 == 0 for n in size) for size in sizes):
-        raise ConfigError(f"buckets={text}: wanted HEIGHTxWIDTH, multiples of 16, for example [480x832,832x480]")
+    if not all(len(size) == 2 and all(n.isdecimal() and int(n) for n in size) for size in sizes):
+        raise ConfigError(f"buckets={text}: wanted HEIGHTxWIDTH, for example [480x832,832x480]")
     return [(int(height), int(width)) for height, width in sizes]
 
 

@@ -2,8 +2,8 @@
 
 A cache folder holds index.json {format, description, shards: [{file, clips, size, sha256}]}, null.safetensors and the
 shards. A shard holds clips of one size, one stacked tensor per field: `latents` [n, C, F, H, W] (already normalised)
-and fields of Cond; its metadata repeats the description and has for every clip where it came from and a checksum.
-A text may be stored shorter than description.text_tokens: reading fills it up with zeros.
+and fields of the family's Cond; its metadata repeats the description and has for every clip where it came from and a
+checksum. A text may be stored shorter than description.text_tokens: reading fills it up with zeros.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastlightgen.atomic import write_json
+from fastlightgen.models.families import cond_fields
 
 FORMAT, READS = 2, (1, 2)  # format 1 has neither sizes nor checksums of clips
-FIELDS = ("latents", "text", "text_len", "image", "image_embeds", "pooled")
 META = "fastlightgen"  # one key of a shard's metadata: safetensors writes several in no fixed order
 
 
@@ -98,10 +98,11 @@ class Cache:
     def read(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The fields of some clips of one size, stacked; only their rows are read from disk."""
         clips = [self._fill(self._read(i)) for i in indices]
-        strangers = sorted({key for clip in clips for key in clip} - set(FIELDS))
+        known = ["latents", *cond_fields(self.description)]
+        strangers = {key for clip in clips for key in clip} - set(known)
         if strangers or any("latents" not in clip or clip.keys() != clips[0].keys() for clip in clips):
             got = sorted({key for clip in clips for key in clip})
-            raise ValueError(f"{self.folder}: fields {got}; wanted latents and fields among {', '.join(FIELDS)}")
+            raise ValueError(f"{self.folder}: fields {got}; wanted latents and fields among {', '.join(known)}")
         return {key: torch.stack([clip[key] for clip in clips]) for key in clips[0]}
 
     def sample(self, index: int) -> dict:

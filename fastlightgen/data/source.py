@@ -1,15 +1,15 @@
 """Where batches come from: what a source offers, and the clips of a latent cache, as a function of the step alone."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastlightgen.data.cache import Cache
 from fastlightgen.models.base import Cond
+from fastlightgen.models.families import cond_of
 from fastlightgen.rng import generator
 
 
@@ -33,14 +33,12 @@ class Batch:
 
     def drop_text(self, dropped: Tensor) -> Cond:
         """The condition with the null prompt where `dropped` [B] is true (trains the null prediction of Eq. 9)."""
-        dropped = dropped.to(self.x0.device)
-
-        def choose(cond: Tensor, null: Tensor) -> Tensor:
-            return cond if cond is null else torch.where(dropped.view(-1, *[1] * (cond.dim() - 1)), null, cond)
-
-        pairs = (self.cond.text_len, self.null.text_len), (self.cond.pooled, self.null.pooled)
-        length, pooled = (c if c is None or n is None else choose(c, n) for c, n in pairs)
-        return replace(self.cond, text=choose(self.cond.text, self.null.text), text_len=length, pooled=pooled)
+        dropped, changed = dropped.to(self.x0.device), {}
+        for key in self.cond.text_fields:
+            cond, null = vars(self.cond)[key], vars(self.null)[key]
+            if cond is not None:
+                changed[key] = torch.where(dropped.view(-1, *[1] * (cond.dim() - 1)), null, cond)
+        return replace(self.cond, **changed)
 
 
 class Source(Protocol):
@@ -69,7 +67,7 @@ class CacheSource:
 
     def __init__(self, cache: Cache, seed: int):
         self.cache, self.seed, self.name, self.description = cache, seed, cache.digest, cache.description
-        self.groups = cache.groups()
+        self.groups, self.cond = cache.groups(), cond_of(cache.description)
         clips = self.groups[0] if self.groups else []
         cut = len(clips) - max(1, len(clips) // 10)
         if cut < 1:
@@ -106,18 +104,10 @@ class CacheSource:
         return torch.randperm(len(self.groups[number]), generator=generator(self.seed, *keys)).tolist()
 
     def _read(self, indices: list[int]) -> Batch:
-        clips = {k: v.float() if v.is_floating_point() else v for k, v in self.cache.read(indices).items()}
+        clips: dict[str, Any] = {
+            k: v.float() if v.is_floating_point() else v for k, v in self.cache.read(indices).items()
+        }
         x0 = clips.pop("latents")
+        cond = self.cond(**clips)
         null = {k: v.to(clips[k]).expand_as(clips[k]) for k, v in self.cache.null.items()}
-        return Batch(x0, condition(clips), condition(clips | null))
-
-
-def condition(clips: Mapping[str, Tensor]) -> Cond:
-    """The condition among the fields of a cache."""
-    return Cond(
-        text=clips["text"],
-        text_len=clips.get("text_len"),
-        image=clips.get("image"),
-        image_embeds=clips.get("image_embeds"),
-        pooled=clips.get("pooled"),
-    )
+        return Batch(x0, cond, self.cond(**clips | null))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlightgen.blocks import check_keep
+from fastlightgen.models.config import NetworkConfig
 from fastlightgen.models.plumbing import FlatModule, flat_call
 from fastlightgen.models.recompute import recomputed
 from fastlightgen.models.schedule import Fork, Group, Step, read_once, schedule
@@ -68,18 +69,34 @@ class Block(FlatModule):
 class VideoDiT(nn.Module):
     """A video diffusion transformer whose blocks can be skipped, walked by several streams at once, or pruned."""
 
+    family: str  # name of its record in families.py
+    config_class: str  # its class in diffusers
+    cfg: NetworkConfig
     blocks: nn.ModuleList
     block_calls: int = 0  # block evaluations since the counter was last set to 0
     grad_block_calls: int = 0  # the block evaluations among them that carried gradient
     checkpointing: bool = False  # keep one hidden tensor per block and compute the block again in the backward pass
     keep_attention: int = 0  # with checkpointing: this many blocks, from the first, keep their self-attention outputs
     sequence: SequenceGroup | None = None  # the ranks that share a clip's tokens, and call this network together
-    released: dict  # steps, guidance and shift that the family's released weights are sampled with
-    embeds_guidance: bool = False  # if True, it reads Cond.guidance, and one prediction is a guided one
 
     @property
     def num_blocks(self) -> int:
         return len(self.blocks)
+
+    @property
+    def config(self) -> dict:
+        """config.json of the weights as they are now, pruned or not."""
+        raise NotImplementedError
+
+    @property
+    def released(self) -> dict[str, float]:
+        """`steps`, `guidance` and `shift` that the family's released weights are sampled with."""
+        return self.cfg.released
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Does it read Cond.guidance, so that one prediction is a guided one?"""
+        return self.cfg.embeds_guidance
 
     @property
     def device(self) -> torch.device:
@@ -201,6 +218,12 @@ class VideoDiT(nn.Module):
         raise NotImplementedError
 
     def check(self, x_t: Tensor, conds: list[Cond]) -> None:
+        raise NotImplementedError
+
+    def example_inputs(
+        self, batch: int = 1, seed: int = 0, size: tuple[int, int, int] | None = None
+    ) -> tuple[Tensor, Tensor, Cond, Cond]:
+        """(x_t, t, cond, null): random, of the right shapes; `size` is the latent (F, H, W)."""
         raise NotImplementedError
 
     def prune(self, keep: Sequence[int]) -> "VideoDiT":

@@ -100,16 +100,6 @@ class Network:
         return rank * sum(b.widths for b in self.blocks)
 
 
-def latent_size(height: int, width: int, frames: int) -> tuple[int, int, int]:
-    """(F, H, W) of the latent of a clip: both families' VAEs compress 4 x 8 x 8 and keep the first frame."""
-    for name, got, step in (("height", height, 16), ("width", width, 16)):
-        if got < step or got % step:
-            raise ValueError(f"size: {name} is {got}; wanted a multiple of {step} (VAE 8, patch 2), for example 480")
-    if frames < 1 or frames % 4 != 1:
-        raise ValueError(f"size: {frames} frames; wanted 4 n + 1, for example {max(1, frames // 4 * 4 + 1)}")
-    return (frames - 1) // 4 + 1, height // 8, width // 8
-
-
 def attention(queries: int, keys: int, dim: int) -> int:
     return 4 * queries * keys * dim
 

@@ -1,75 +1,105 @@
-"""The model families: which network and which cost a diffusers config.json describes."""
+"""The registry of model families, and which of them a diffusers config.json or pipeline class means."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 
 import torch
 
-from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.base import Cond, VideoDiT
 from fastlightgen.models.cost import Network
-from fastlightgen.models.folder.original import BY_ORIGINAL
-from fastlightgen.models.hunyuan.cost import hunyuan
-from fastlightgen.models.hunyuan.model import HunyuanConfig, HunyuanModel
-from fastlightgen.models.wan.cost import wan
-from fastlightgen.models.wan.model import WanConfig, WanModel
+from fastlightgen.models.family import Family
+from fastlightgen.models.hunyuan.family import HUNYUAN
+from fastlightgen.models.wan.family import WAN
 from fastlightgen.parallel.shares import WHOLE, Part
 
-NETWORKS = {  # _class_name of config.json
-    WanModel.config_class: (WanConfig, WanModel),
-    HunyuanModel.config_class: (HunyuanConfig, HunyuanModel),
-}
+FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, HUNYUAN)}
+DEFAULT = WAN.config_class  # of a config.json without _class_name
+# Prefixes of keys that no video transformer has, and the network that has them.
+OTHERS = {"down_blocks.": "a UNet", "decoder.": "a VAE", "encoder.": "an encoder"}
+
+
+def register(family: Family) -> None:
+    """Make one more family known everywhere."""
+    for other in FAMILIES.values():
+        shared = other.pipelines.keys() & family.pipelines.keys()
+        assert other.name != family.name and other.config_class != family.config_class and not shared, family.name
+    FAMILIES[family.name] = family
+
+
+def family_of(config: Mapping) -> Family:
+    """The family of the network that a diffusers config.json describes."""
+    name = config.get("_class_name", DEFAULT)
+    for family in FAMILIES.values():
+        if family.config_class == name:
+            return family
+    known = [f.config_class for f in FAMILIES.values()]
+    known += [f.original.network for f in FAMILIES.values() if f.original]
+    raise ValueError(f"config.json: _class_name is {name!r}; supported: {', '.join(known)}")
+
+
+def family_of_original(config: Mapping) -> Family | None:
+    """The family of the network that an original repository's config.json describes; None if it is none of those."""
+    formats = {f.original.network: f for f in FAMILIES.values() if f.original}
+    return formats.get(config.get("_class_name", ""))
+
+
+def family_of_pipeline(name: str) -> Family | None:
+    """The family of a pipeline class of diffusers."""
+    return next((family for family in FAMILIES.values() if name in family.pipelines), None)
+
+
+def cond_of(description: Mapping) -> type[Cond]:
+    """The class of the conditions in a cache that describes itself so."""
+    name = description.get("family")
+    return FAMILIES[name].cond if name in FAMILIES else Cond  # a stage refuses the cache of an unknown family itself
+
+
+def cond_fields(description: Mapping) -> list[str]:
+    """The fields of the conditions that such a cache may hold."""
+    return [f.name for f in fields(cond_of(description)) if f.name != "guidance"]  # which a sampler adds
+
+
+def recognise(keys: Iterable[str]) -> str:
+    """The network that has such keys, in words; "" if it is unknown."""
+    signs = {sign: f"{f.title} ({form} format)" for f in FAMILIES.values() for sign, form in f.signs.items()} | OTHERS
+    known = list(keys)
+    return next((name for sign, name in signs.items() if any(key.startswith(sign) for key in known)), "")
 
 
 def build(config: Mapping, seed: int | None = None) -> VideoDiT:
     """A network from a diffusers config; random weights are drawn from `seed`."""
-    cfg, network = settings(config)
+    family = family_of(config)
+    cfg = family.settings(config)
     if seed is None:
-        return network(cfg)
+        return family.network(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return network(cfg)
+        return family.network(cfg)
 
 
-def settings(config: Mapping) -> tuple[WanConfig | HunyuanConfig, type[VideoDiT]]:
-    """A diffusers config, with defaults for what it leaves out, and the class that takes it."""
-    name = config.get("_class_name", WanModel.config_class)
-    if name not in NETWORKS:
-        raise ValueError(f"config.json: _class_name is {name!r}; supported: {', '.join([*NETWORKS, *BY_ORIGINAL])}")
-    kind, network = NETWORKS[name]
-    check_config(config, kind)
-    return kind(**{f.name: config[f.name] for f in fields(kind) if f.name in config}), network
+def block_counts(config: Mapping) -> dict[str, int]:
+    """How many blocks each list of a network has."""
+    return {name: config[key] for name, key in family_of(config).lists.items()}
 
 
-def check_config(config: Mapping, kind: type) -> None:
-    """No key that the network does not know (diffusers' own notes start with _), and whole numbers where sizes are."""
-    defaults = {f.name: f.default for f in fields(kind)}
-    for key, value in config.items():
-        if key not in defaults and not key.startswith("_") and value is not None:
-            raise ValueError(
-                f"config.json: {key}={value!r} is not a key of this network; remove it if the weights do without it"
-            )
-        least = 0 if key.endswith("_layers") else 1  # a student may have lost all its single blocks
-        if type(defaults.get(key)) is int and not (type(value) is int and value >= least):
-            raise ValueError(f"config.json: {key} is {value!r}; wanted a whole number from {least} up")
-
-
-COSTS = {WanModel.config_class: (wan, 512), HunyuanModel.config_class: (hunyuan, 256)}
+def depth(config: Mapping) -> int:
+    """How many blocks a network has."""
+    return sum(block_counts(config).values())
 
 
 def network(
     config: Mapping, latent: tuple[int, int, int], text_tokens: int = 0, fused: bool = True, part: Part = WHOLE
 ) -> Network:
-    """The cost of the network that a diffusers config.json describes; text_tokens 0: what its family is used with.
+    """The cost of the network that a diffusers config.json describes; text_tokens 0: the family's usual number.
 
     `fused`: with the kernels of a GPU, which keep their inputs; the CPU's reference operators are torch's own, which
     keep what lies between them too, much of it in float32.
     """
-    name = config.get("_class_name", "WanTransformer3DModel")
-    if name not in COSTS:
-        raise ValueError(f"config.json: _class_name is {name!r}; wanted one of {', '.join(COSTS)}")
-    make, tokens = COSTS[name]
-    source = (make, config, latent, text_tokens or tokens, fused)
+    family = family_of(config)
+    source = (family.cost, config, latent, text_tokens or family.text_tokens, fused)
     try:
-        return replace(make(*source[1:], part), source=source)
+        return replace(family.cost(*source[1:], part), source=source)
     except KeyError as err:
-        raise ValueError(f"config.json: {err.args[0]} is missing; wanted a {name} configuration of diffusers") from None
+        raise ValueError(
+            f"config.json: {err.args[0]} is missing; wanted a {family.config_class} configuration of diffusers"
+        ) from None

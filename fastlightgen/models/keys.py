@@ -1,12 +1,14 @@
 """Key tables: where each tensor of diffusers' format stands in the original repositories' checkpoints, and back.
 
-One entry per tensor of the exact configuration, no substring replaces. Wan only renames. HunyuanVideo's original fuses
-q, k, v (and the MLP of a single block) into one tensor, and its final modulation has shift before scale: such entries
-name rows of the original.
+One entry per tensor of the exact configuration, no substring replaces. Where the original keeps several tensors of
+diffusers as one, an entry names rows of it. `Format` adds how the two configurations correspond.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 WEIGHT_BIAS = ("weight", "bias")
 
@@ -28,24 +30,33 @@ class Piece:
     stop: int | None = None
     offset: int = 0
 
+    def of(self, tensor: Tensor) -> Tensor:
+        """These rows of the tensor `key`."""
+        return tensor if self.stop is None else tensor[self.offset : self.offset + self.stop - self.start]
+
 
 Table = dict[str, Source]
 
-# How the weights of each kind are told from the others, for the error about a folder that mixes two.
-SIGNS = {
-    "condition_embedder.time_proj.": "Wan (diffusers format)",
-    "time_projection.1.": "Wan (original format)",
-    "context_embedder.token_refiner.": "HunyuanVideo (diffusers format)",
-    "txt_in.individual_token_refiner.": "HunyuanVideo (original format)",
-    "down_blocks.": "a UNet",
-    "decoder.": "a VAE",
-    "encoder.": "an encoder",
-}
+
+def nothing(config: Mapping) -> dict[str, Any]:
+    """No further keys."""
+    return {}
 
 
-def recognise(keys) -> str:
-    """What network has such keys, in words; "" if it is none that is known."""
-    return next((name for sign, name in SIGNS.items() if any(key.startswith(sign) for key in keys)), "")
+@dataclass(frozen=True)
+class Format:
+    """An original repository's network class beside diffusers' class for the same network."""
+
+    network: str  # `_class_name` of its config.json
+    keys: Callable[[Mapping], Table]  # diffusers configuration -> key table
+    lists: dict[str, str]  # its lists of blocks, as LoRA files name them, and diffusers' names for them
+    same: dict[str, str]  # original field -> diffusers field with the same values
+    width: str  # original field for heads x head_dim
+    heads: str
+    defaults: dict[str, Any]  # what the original class takes where config.json says nothing
+    fixed: dict[str, Any]  # original fields that are supported with this value only
+    read: Callable[[Mapping], dict[str, Any]] = nothing  # original values -> further fields of diffusers
+    write: Callable[[Mapping], dict[str, Any]] = nothing  # diffusers configuration -> further original fields
 
 
 def named(modules: Mapping[str, str], ours: str = "", theirs: str = "", leaves=WEIGHT_BIAS) -> dict[str, str]:
@@ -55,7 +66,8 @@ def named(modules: Mapping[str, str], ours: str = "", theirs: str = "", leaves=W
 
 def fused(ours: list[str], theirs: str, heights: list[int]) -> Table:
     """Entries of linear layers that the original keeps as one, with `heights` outputs each."""
-    out, start = {}, 0
+    out: Table = {}
+    start = 0
     for module, height in zip(ours, heights, strict=True):
         for leaf in WEIGHT_BIAS:
             out[f"{module}.{leaf}"] = Source(f"{theirs}.{leaf}", ((start, start + height),))

@@ -6,7 +6,7 @@ Shapes: hidden states x, y [B, L, D].
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,7 +18,12 @@ TextKeys = dict[nn.Module, tuple[Tensor, Tensor]]  # of each block: keys and val
 
 @dataclass(frozen=True, eq=False)
 class Cond:
-    """What a prediction is conditioned on, as batched tensors. `image` holds the condition channels."""
+    """What a prediction is conditioned on, as batched tensors. `image` holds the condition channels.
+
+    A family that needs more makes a subclass with further fields.
+    """
+
+    text_fields: ClassVar[tuple[str, ...]] = ("text", "text_len", "pooled")  # they come from the prompt
 
     text: Tensor
     text_len: Tensor | None = None

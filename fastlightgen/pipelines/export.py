@@ -10,23 +10,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from fastlightgen.atomic import write_json
-from fastlightgen.models.folder.weights import read_json, save_model
+from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.families import block_counts, family_of
+from fastlightgen.models.folder.original import format_of
+from fastlightgen.models.folder.weights import read_json, save_model, save_original
 from fastlightgen.parallel.log import bar
 from fastlightgen.pipelines.lora_file import BlockMap, remap_lora
 from fastlightgen.pipelines.modelcard import model_card
 from fastlightgen.pipelines.scheduler import CLASS, scheduler_config
 
 INDEX, NETWORK = "model_index.json", "transformer"
-LISTS = {  # a network class's lists of blocks, and the key of config.json that counts each
-    "WanTransformer3DModel": {"blocks": "num_layers"},
-    "HunyuanVideoTransformer3DModel": {
-        "transformer_blocks": "num_layers",
-        "single_transformer_blocks": "num_single_layers",
-    },
-}
-INTERFACE = ("_class_name", "in_channels", "out_channels", "patch_size", "text_dim", "image_dim")
-INTERFACE += ("text_embed_dim", "pooled_projection_dim", "image_condition_type", "guidance_embeds")
 
 
 def is_pipeline(folder: str | Path) -> bool:
@@ -64,18 +60,13 @@ def network_config(pipeline: Path) -> dict:
 def check_fits(config: dict, pipeline: Path) -> None:
     """The network takes and gives what the pipeline's other parts were made for."""
     theirs = network_config(pipeline)
-    for key in INTERFACE:
+    for key in ("_class_name", *family_of(config).interface):
         ours, wanted = (json.loads(json.dumps(c.get(key))) for c in (config, theirs))
         if ours != wanted and (key == "_class_name" or (key in config and key in theirs)):
             raise ValueError(
                 f"pipeline={pipeline}: its network has {key} {wanted}, the model {ours}; "
                 "give the pipeline of the teacher that the model comes from"
             )
-
-
-def block_counts(config: dict) -> dict[str, int]:
-    """How many blocks each list of a network has."""
-    return {name: config[key] for name, key in LISTS[config["_class_name"]].items()}
 
 
 def block_map(config: dict, kept: list[int] | None, teacher: dict) -> BlockMap:
@@ -101,30 +92,35 @@ def call_of(card: dict, config: dict) -> dict:
     """Arguments with which a stock pipeline samples the model: a student has guidance 1, no second prediction."""
     steps = len(card["ladder"]) if card.get("ladder") else card.get("steps")
     call = {"num_inference_steps": steps} if steps else {}
-    if config.get("guidance_embeds"):  # the network reads the scale, and there is no second prediction
-        guidance = {"guidance_scale": card.get("guidance"), "true_cfg_scale": 1.0}
+    family = family_of(config)
+    if family.settings(config).embeds_guidance:  # the network reads the scale, and there is no second prediction
+        guidance = {"guidance_scale": card.get("guidance"), family.cfg_argument: 1.0}
     else:
-        guidance = {"true_cfg_scale" if "guidance_embeds" in config else "guidance_scale": card.get("guidance")}
+        guidance = {family.cfg_argument: card.get("guidance")}
     return call | {k: v for k, v in guidance.items() if v is not None}
 
 
 def write_pipeline(
-    model,
+    model: VideoDiT,
     card: dict,
     pipeline: Path,
     out: Path,
     verify: Callable[[Path], dict],
     *,
-    dtype=None,
+    dtype: torch.dtype | None = None,
     link: bool = False,
     lora: Path | None = None,
     original: bool = False,
     progress: bool = True,
 ) -> dict:
-    """Write the export, let `verify` compare it, put it in its place; what there is to tell about it."""
-    parts, config = parts_of(pipeline), model.config
+    """Write the export, let `verify` compare it, put it in its place. Returns what `verify` measured, and `lora`:
+    how many blocks the renumbered LoRA still changes and how many it lost."""
+    parts, config, family = parts_of(pipeline), model.config, family_of(model.config)
     check_fits(config, pipeline)
+    if original:
+        format_of(config)  # a family without one stops here, before anything is written
     teacher = network_config(pipeline)
+    counts = block_counts(teacher)
     blocks = block_map(config, card.get("kept_blocks"), teacher)
     student = card.get("ladder") is not None
     names = [n for n in parts if n != NETWORK and not (student and n == "scheduler")]
@@ -141,19 +137,17 @@ def write_pipeline(
         shutil.copy(temporary / NETWORK / "fastlightgen.json", temporary)
         index = read_json(pipeline / INDEX)
         if student:
-            shape = scheduler_config(model.family, card["ladder"], card["shift"], card.get("sampler", "stochastic"))
+            shape = scheduler_config(family, card["ladder"], card["shift"], card.get("sampler", "stochastic"))
             write_json(temporary / "scheduler" / "scheduler_config.json", shape)
             index["scheduler"] = ["diffusers", CLASS]
         write_json(temporary / INDEX, {k: v for k, v in index.items() if k != "_name_or_path"})
         if lora is not None:
-            told["lora"] = remap_lora(
-                lora, temporary / "lora" / f"{lora.stem}.safetensors", blocks, block_counts(teacher)
-            )
+            file = temporary / "lora" / f"{lora.stem}.safetensors"
+            told["lora"] = remap_lora(lora, file, blocks, counts)
         if original:
-            from fastlightgen.models.folder.weights import save_original
-
             save_original(model, temporary / "original")
-        text = model_card(out.name, index["_class_name"], card, blocks, block_counts(teacher), told.get("lora"), lora)
+        changed = None if lora is None else (f"{lora.stem}.safetensors", *told["lora"])
+        text = model_card(out.name, family, index["_class_name"], card, blocks, counts, changed)
         (temporary / "README.md").write_text(text)
         told |= verify(temporary)
         temporary.rename(out)
@@ -171,7 +165,9 @@ def check_out(out: Path) -> None:
         out.rmdir()
 
 
-def check_room(model, pipeline: Path, names: list[str], out: Path, dtype, original: bool) -> None:
+def check_room(
+    model: VideoDiT, pipeline: Path, names: list[str], out: Path, dtype: torch.dtype | None, original: bool
+) -> None:
     """Refuse before writing what the disk cannot hold."""
     size = dtype.itemsize if dtype else 4
     need = sum(p.numel() for p in model.parameters()) * size * (1 + original)

@@ -1,26 +1,41 @@
 """LoRA files trained on the unpruned teacher, renumbered for a student.
 
-Names begin `transformer.blocks.3.` (diffusers, PEFT), `diffusion_model.blocks.3.` (original), `lora_unet_blocks_3_`
-(musubi), or for HunyuanVideo with (single_)transformer_blocks, double_blocks and single_blocks.
+Names begin `transformer.blocks.3.` (diffusers, PEFT), `diffusion_model.blocks.3.` (original) or `lora_unet_blocks_3_`
+(musubi), with the family's own names, diffusers' or the original's, in the place of `blocks`.
 """
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fastlightgen.models.families import FAMILIES
+
 BlockMap = dict[str, dict[int, int]]  # list of blocks in diffusers' class -> {the teacher's index: the student's}
 
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration in a LoRA file
-ORIGINAL = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
-NAME = re.compile(
-    r"(?P<head>(?:base_model\.model\.|transformer\.|diffusion_model\.|lora_unet_)*)"
-    r"(?P<list>single_transformer_blocks|transformer_blocks|double_blocks|single_blocks|blocks)"
-    r"(?P<joint>[._])(?P<index>\d+)(?=[._])"
-)
+
+
+def list_names() -> dict[str, str]:
+    """Every name that a list of blocks has in LoRA files, and diffusers' name for it."""
+    names = {name: name for family in FAMILIES.values() for name in family.lists}
+    for family in FAMILIES.values():
+        names |= family.original.lists if family.original else {}
+    return names
+
+
+def name_pattern(lists: Iterable[str]) -> re.Pattern:
+    """Of the name of a tensor or module inside a block."""
+    return re.compile(
+        r"(?P<head>(?:base_model\.model\.|transformer\.|diffusion_model\.|lora_unet_)*)"
+        rf"(?P<list>{'|'.join(map(re.escape, lists))})"
+        r"(?P<joint>[._])(?P<index>\d+)(?=[._])"
+    )
 
 
 @dataclass
@@ -32,11 +47,15 @@ class Renumber:
     kept: set[str] = field(default_factory=set)
     dropped: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self.names = list_names()
+        self.pattern = name_pattern(self.names)
+
     def __call__(self, name: str) -> str | None:
-        found = NAME.match(name)
+        found = self.pattern.match(name)
         if not found:
             return name
-        where, index = ORIGINAL.get(found["list"], found["list"]), int(found["index"])
+        where, index = self.names[found["list"]], int(found["index"])
         if where not in self.blocks or index >= self.teacher[where]:
             known = ", ".join(f"{n} {k}" for k, n in self.teacher.items())
             raise ValueError(f"{name}: no such block in the teacher ({known}); give a LoRA that was trained on it")
@@ -68,13 +87,17 @@ def remap_lora(file: Path, out: Path, blocks: BlockMap, teacher: dict[str, int])
     return len(renumber.kept), len(renumber.dropped)
 
 
-def remap_settings(value, renumber: Renumber):
+def remap_settings(value: Any, renumber: Renumber) -> Any:
     """PEFT's configuration with the module names in it (rank_pattern, alpha_pattern, target_modules) renumbered."""
+
+    def module(name: str) -> str | None:
+        new = renumber(f"{name}.")
+        return None if new is None else new[:-1]
+
     if isinstance(value, dict):
         if any(k.endswith("layers_to_transform") and v is not None for k, v in value.items()):
             raise ValueError("layers_to_transform cannot be renumbered; save the LoRA without its metadata")
-        items = {renumber(f"{k}.")[:-1]: v for k, v in value.items() if renumber(f"{k}.") is not None}
-        return {k: remap_settings(v, renumber) for k, v in items.items()}
+        return {new: remap_settings(v, renumber) for k, v in value.items() if (new := module(k)) is not None}
     if isinstance(value, list):
-        return [remap_settings(v, renumber) for v in value if not isinstance(v, str) or renumber(f"{v}.") is not None]
-    return renumber(f"{value}.")[:-1] if isinstance(value, str) else value
+        return [remap_settings(v, renumber) for v in value if not isinstance(v, str) or module(v) is not None]
+    return module(value) if isinstance(value, str) else value

@@ -1,6 +1,6 @@
 """README.md of an export: how to load and call the student, and where it comes from."""
 
-from pathlib import Path
+from fastlightgen.models.family import Family
 
 CARD = """---
 library_name: diffusers
@@ -38,19 +38,17 @@ export_to_video(frames, "clip.mp4", fps={fps})
 
 def model_card(
     name: str,
+    family: Family,
     pipeline: str,
     card: dict,
     blocks: dict[str, dict[int, int]],
     teacher: dict[str, int],
-    lora: tuple[int, int] | None,
-    lora_file: Path | None,
+    lora: tuple[str, int, int] | None,
 ) -> str:
-    """The text; `lora`: how many blocks the renumbered LoRA still changes and how many it lost."""
-    pictured, hunyuan = "ImageToVideo" in pipeline, pipeline.startswith("Hunyuan")
+    """The text; `lora`: file name of the renumbered LoRA, how many blocks it still changes, how many it lost."""
+    # Classes that the family does not list are named as diffusers names such pipelines.
+    pictured = family.pipelines.get(pipeline, "ImageToVideo" in pipeline)
     call = ['prompt="..."', *["image=image"] * pictured, *(f"{k}={v}" for k, v in card["call"].items())]
-    if lora is not None:
-        load = f'`pipe.load_lora_weights("{name}/lora", weight_name="{lora_file.stem}.safetensors")`'
-        lora_row = f"{lora[0]} of its blocks are left, {lora[1]} went with the dropped ones; {load}"
     facts = {
         "network": ", ".join(f"{len(blocks[k])} of {n} `{k}`" for k, n in teacher.items()),
         "dropped": "; ".join(f"`{k}` {dropped(blocks[k], n)}" for k, n in teacher.items() if len(blocks[k]) < n),
@@ -59,7 +57,7 @@ def model_card(
         "sampler": card.get("sampler") if card.get("ladder") else None,
         "trained from": card.get("source"),
         "stage": card.get("stage"),
-        "LoRA": lora_row if lora is not None else None,
+        "LoRA": lora_row(name, *lora) if lora is not None else None,
     }
     facts |= {f"score: {k}": v for k, v in (card.get("scores") or {}).items()}
     return CARD.format(
@@ -67,10 +65,15 @@ def model_card(
         name=name,
         summary=summary(card, teacher, blocks),
         call=", ".join(call),
-        fps=24 if hunyuan else 16,
-        calling=calling(card, hunyuan),
+        fps=f"{family.clips.fps:g}",
+        calling=calling(card, family),
         facts="\n".join(f"| {k} | {v} |" for k, v in facts.items() if v not in (None, "")),
     )
+
+
+def lora_row(name: str, file: str, kept: int, lost: int) -> str:
+    load = f'`pipe.load_lora_weights("{name}/lora", weight_name="{file}")`'
+    return f"{kept} of its blocks are left, {lost} went with the dropped ones; {load}"
 
 
 def summary(card: dict, teacher: dict[str, int], blocks: dict[str, dict[int, int]]) -> str:
@@ -85,14 +88,13 @@ def summary(card: dict, teacher: dict[str, int], blocks: dict[str, dict[int, int
     )
 
 
-def calling(card: dict, hunyuan: bool) -> str:
+def calling(card: dict, family: Family) -> str:
     if not card.get("ladder"):
         return "The scheduler is the one of the pipeline this was exported with."
-    off = "true_cfg_scale=1.0" if hunyuan else "guidance_scale=1.0"
     text = (
-        f"Classifier-free guidance is distilled into the weights: always call it with `{off}`, which also halves the "
-        f"work. The scheduler's settings belong to {len(card['ladder'])} steps; with another number the sampling times "
-        "are not those it was trained on."
+        f"Classifier-free guidance is distilled into the weights: always call it with `{family.cfg_argument}=1.0`, "
+        f"which also halves the work. The scheduler's settings belong to {len(card['ladder'])} steps; with another "
+        "number the sampling times are not those it was trained on."
     )
     if card.get("sampler", "stochastic") == "stochastic":
         text += (

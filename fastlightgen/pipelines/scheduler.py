@@ -6,13 +6,14 @@ A ladder is sigma_i = s u / (1 + (s - 1) u) with u = 1 - i / N (fastlightgen.flo
 import math
 
 from fastlightgen.flow import ladder
+from fastlightgen.models.family import Family
 
 CLASS = "FlowMatchEulerDiscreteScheduler"
 LONGEST = 16  # steps for which stretched_shift has a solution whatever the shift
 TOLERANCE = 2e-3  # of an exported scheduler's sigmas against the ladder
 
 
-def scheduler_config(family: str, times: list[float], shift: float, kind: str) -> dict:
+def scheduler_config(family: Family, times: list[float], shift: float, kind: str) -> dict:
     """scheduler_config.json for a student: its ladder when called with len(times) steps, re-noising or Euler."""
     steps = len(times)
     if max(abs(a - b) for a, b in zip(times, ladder(steps, shift), strict=True)) > TOLERANCE:
@@ -21,7 +22,7 @@ def scheduler_config(family: str, times: list[float], shift: float, kind: str) -
             "knows no other, so train the student on that"
         )
     config = {"_class_name": CLASS, "num_train_timesteps": 1000, "stochastic_sampling": kind == "stochastic"}
-    if family == "hunyuan" or steps == 1:  # Hunyuan's pipelines hand over 1 - i/N themselves; one step is always 1
+    if family.sets_sigmas or steps == 1:  # the scheduler shifts what it is handed; one step is always 1
         return config | {"shift": shift}
     if steps > LONGEST:
         raise ValueError(f"fastlightgen.json: ladder of {steps} steps; the stock scheduler follows at most {LONGEST}")

@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastlightgen.models.base import Cond, VideoDiT
+from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.families import family_of
+from fastlightgen.models.family import Family
 from fastlightgen.pipelines.export import NETWORK, parts_of
 from fastlightgen.pipelines.scheduler import TOLERANCE
 
@@ -28,31 +30,17 @@ def need_diffusers():
     return diffusers
 
 
-def stock_inputs(model: VideoDiT, x_t: Tensor, t: Tensor, cond: Cond) -> dict:
-    """What diffusers' class of this network takes: its own scale of time and guidance, condition channels in place."""
-    kind = model.config.get("image_condition_type")
-    x = x_t
-    if kind == "token_replace":  # the picture is frame 0
-        x = torch.cat([cond.image[:, :, :1], x_t[:, :, 1:]], 2)
-    elif cond.image is not None:
-        x = torch.cat([x_t, cond.image], 1)
-    given = {"hidden_states": x, "timestep": t * 1000, "encoder_hidden_states": cond.text}
-    if model.family == "wan":
-        return given | {"encoder_hidden_states_image": cond.image_embeds}
-    tokens = torch.arange(cond.text.shape[1], device=cond.text.device)
-    length = torch.full((len(x),), len(tokens), device=x.device) if cond.text_len is None else cond.text_len
-    given["encoder_attention_mask"] = (tokens < length[:, None]).to(cond.text.dtype)
-    guidance = None if cond.guidance is None else cond.guidance * 1000
-    return given | {"pooled_projections": cond.pooled, "guidance": guidance}
+def is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @torch.no_grad()
 def compare(model: VideoDiT, card: dict, folder: Path) -> dict:
     """Load the export strictly with stock diffusers and compare network, scheduler and parts, or say what differs."""
     diffusers = need_diffusers()
-    dtype = next(model.parameters()).dtype
+    family, dtype = family_of(model.config), next(model.parameters()).dtype
     x_t, t, cond, _ = model.eval().example_inputs(batch=1, seed=0)
-    inputs = stock_inputs(model, x_t, t, cond)
+    inputs = family.stock_inputs(model.cfg, x_t, t, cond)
     v = model(x_t, t, cond).float()
     stock, found = getattr(diffusers, model.config_class).from_pretrained(
         folder / NETWORK, torch_dtype=dtype, output_loading_info=True, local_files_only=True
@@ -64,10 +52,10 @@ def compare(model: VideoDiT, card: dict, folder: Path) -> dict:
     for name, tensor in stock.state_dict().items():
         if not torch.equal(tensor.to(dtype), model.get_parameter(name).detach().to(tensor.device)):
             raise ValueError(f"{folder}: {name} is not what the model holds; the disk may be failing, export again")
-    inputs = {k: x.to(dtype) if isinstance(x, Tensor) and k not in SCALARS else x for k, x in inputs.items()}
+    inputs = {k: x.to(dtype) if k not in SCALARS and is_float(x) else x for k, x in inputs.items()}
     v_stock = stock.eval()(**inputs, return_dict=False)[0].float()
-    if model.config.get("image_condition_type") == "token_replace":  # frame 0 is given: no prediction is used there
-        v, v_stock = v[:, :, 1:], v_stock[:, :, 1:]
+    given = model.cfg.given_frames  # no prediction is used there
+    v, v_stock = v[:, :, given:], v_stock[:, :, given:]
     worst = (v - v_stock).abs().max().item()
     limit = LARGEST if dtype == torch.float32 else RELATIVE_BF16 * v.square().mean().sqrt().item()
     measured = worst if dtype == torch.float32 else (v - v_stock).square().mean().sqrt().item()
@@ -81,16 +69,16 @@ def compare(model: VideoDiT, card: dict, folder: Path) -> dict:
     absent = {n: None for n, kind in parts_of(folder).items() if n == "vae" or "encoder" in n}
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **absent, transformer=stock, local_files_only=True)
     if card.get("ladder"):
-        told["sigmas"] = sigmas_of(pipe.scheduler, model.family, len(card["ladder"]))
+        told["sigmas"] = sigmas_of(pipe.scheduler, family, len(card["ladder"]))
         told["ladder_error"] = max(abs(a - b) for a, b in zip(told["sigmas"], card["ladder"], strict=True))
         if told["ladder_error"] > TOLERANCE:
             raise ValueError(f"{folder}: the scheduler steps at {told['sigmas']}, the model at {card['ladder']}")
     return told
 
 
-def sigmas_of(scheduler, family: str, steps: int) -> list[float]:
-    """The sampling times as this family's pipelines set them: Hunyuan's hand over 1 - i / N, Wan's only N."""
-    if family == "hunyuan":
+def sigmas_of(scheduler, family: Family, steps: int) -> list[float]:
+    """The sampling times as this family's pipelines set them."""
+    if family.sets_sigmas:
         scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
     else:
         scheduler.set_timesteps(steps)

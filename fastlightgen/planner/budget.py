@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastlightgen.config import Plan, plan_root, preset
-from fastlightgen.models.cost import Network, latent_size
-from fastlightgen.models.families import network
+from fastlightgen.models.cost import Network
+from fastlightgen.models.families import FAMILIES, family_of, network
 from fastlightgen.parallel.shares import Part, divisors, token_shares
 from fastlightgen.planner.memory import gpu_memory, host_memory, host_peak, number
 from fastlightgen.planner.step import StepCost, planned_step, undropped
@@ -38,7 +38,7 @@ class Paper:
     """App. A of the paper: 16 H100, batch 1 on each, ZeRO-3 with AdamW in host memory."""
 
     model: str = "wan2.1-i2v-14b"
-    size: tuple[int, int, int] = (480, 832, 81)  # an assumption: the paper does not give its resolution
+    size: str = "480x832x81"  # an assumption: the paper does not give its resolution
     gpus: int = 16
     stage2: tuple[int, int] = (64, 4000)  # GPU-days, iterations
     stage3: tuple[int, int] = (16, 1000)
@@ -78,7 +78,8 @@ def load_network(config: dict, size: str, text_tokens: int, fused: bool = True) 
     numbers = size.lower().split("x")
     if len(numbers) != 3 or not all(n.isdecimal() for n in numbers):
         raise ValueError(f"size={size}: wanted HEIGHTxWIDTHxFRAMES in pixels, for example size=480x832x81")
-    return network(config, latent_size(*map(int, numbers)), text_tokens, fused)
+    latent = family_of(config).geometry.latent_size(*map(int, numbers))
+    return network(config, latent, text_tokens, fused)
 
 
 def paper_efficiency(stage: str) -> float:
@@ -90,7 +91,7 @@ def paper_efficiency(stage: str) -> float:
     days, iters = PAPER.stage3 if stage == "3" else PAPER.stage2
     eq6: dict[str, Any] = {"target": "self"}  # as printed
     as_printed = plan_root("3")() if stage == "3" else plan_root("2")(**eq6)
-    net = network(preset(PAPER.model)["network"], latent_size(*PAPER.size))
+    net = load_network(preset(PAPER.model)["network"], PAPER.size, 0)
     step = planned_step(net, as_printed, undropped(len(net.blocks), 0.3))
     seconds = days * 86400 / PAPER.gpus / iters
     return step.total("flops") / seconds / GPU["h100-80gb"].bfloat16
@@ -100,8 +101,7 @@ def busiest(net: Network, plan: Plan) -> float:
     """The largest part of a clip's tokens on one GPU: rows or columns of patches, which need not come out even."""
     if plan.sequence_parallel == 1:
         return 1.0
-    frames, height, width = net.latent
-    _, sizes = token_shares((frames, height // 2, width // 2), plan.sequence_parallel)
+    _, sizes = token_shares(FAMILIES[net.family].geometry.grid(net.latent), plan.sequence_parallel)
     return max(sizes) / sum(sizes)
 
 

@@ -6,6 +6,7 @@ code holds at one time. bench/bench_plan.py compares with the memory that real s
 """
 
 from fastlightgen.config import Plan
+from fastlightgen.models.families import FAMILIES
 from fastlightgen.planner.step import StepCost
 
 RESERVED = 1.5e9  # the CUDA context and the collectives' own buffers
@@ -15,9 +16,6 @@ BUCKET = 5e8  # DeepSpeed's default reduce_bucket_size, in numbers
 SUBGROUP = 1e9  # its default sub_group_size: ZeRO-3's optimizer takes so many numbers at a time
 REUSE = 1e9  # its default stage3_max_reuse_distance: what the backward pass needs again that soon stays gathered
 HOST_FACTOR = 1.5  # DeepSpeed's allowance for buffers in host memory
-# A pipeline's VAE that shows clips, in float32: its weights, and what decoding in tiles takes at its widest moment
-# beside the clip, as diffusers' classes allocate it.
-VAE = {"wan": (0.51e9, 1.27e9), "hunyuan": (0.99e9, 5.14e9)}
 
 
 def number(plan: Plan) -> int:
@@ -88,9 +86,10 @@ def previews(step: StepCost, plan: Plan) -> tuple[float, float]:
     """The VAE that shows clips during training, and what it needs while it does."""
     if not plan.previews or not step.trained:
         return 0.0, 0.0
-    weights, tile = VAE[step.net.family]
+    family = FAMILIES[step.net.family]
+    geometry, (weights, tile) = family.geometry, family.vae_memory
     frames, height, width = step.net.latent
-    clip = 4 * 3 * (4 * frames - 3) * 64 * height * width
+    clip = 4 * 3 * geometry.frames(frames) * geometry.pixel_stride**2 * height * width  # float32, 3 colours
     return weights, max(tile + 1.4 * clip, 4.7 * clip)  # the second: tiles of a large picture while they are joined
 
 

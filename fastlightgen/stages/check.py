@@ -23,11 +23,10 @@ SUSPECT = 0.5
 def check_source(source: Source, model: VideoDiT, card: dict, data: str) -> None:
     """Refuse a cache of another family, of other sizes, or of another VAE than the network's card names."""
     made, config = source.description, model.config
-    text = config.get("text_dim", config.get("text_embed_dim"))
     pairs = [
         ("family", made.get("family"), model.family),
         ("in_channels (latents and condition)", made.get("in_channels"), config["in_channels"]),
-        ("text_dim", made.get("text_dim"), text),
+        ("text_dim", made.get("text_dim"), model.cfg.text_width),
         ("vae", made.get("vae"), card.get("vae")),
     ]
     for name, got, wanted in pairs:

@@ -22,7 +22,8 @@ from fastlightgen.engine.guard import held_out_mean
 from fastlightgen.engine.roles import Role, Update
 from fastlightgen.models.base import Cond, Stream, VideoDiT
 from fastlightgen.models.cost import Network
-from fastlightgen.models.folder.networks import config_of, depth, trained_folder
+from fastlightgen.models.families import depth
+from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import digest, read_card, save_model
 from fastlightgen.models.sample import preview_plan
 from fastlightgen.parallel import ranks

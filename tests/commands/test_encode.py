@@ -237,8 +237,6 @@ def test_workers_make_the_same_cache(run, whole, tmp_path):
 @pytest.mark.parametrize(
     "word, said",
     [
-        ("frames=6", "frames=6: wanted 4 k + 1, for example 5"),
-        ("buckets=[30x48]", "buckets=[30x48]: wanted HEIGHTxWIDTH, multiples of 16"),
         ("buckets=big", "buckets=big: wanted HEIGHTxWIDTH"),
         ("rank=1", "rank=1, ranks=0: give both, or neither"),
         ("dtype=float16", "dtype=float16: wanted one of bfloat16, float32"),
@@ -252,10 +250,24 @@ def test_bad_keys(word, said):
         load(["videos=v", "pipeline=p", "out=o", "rank=2", "ranks=2"], "encode")
 
 
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("frames=6", "frames=6: wanted 4 k + 1, for example 5"),
+        ("buckets=[30x48]", "buckets=[30x48]: wanted HEIGHTxWIDTH, multiples of 16, for example [480x832,832x480]"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_pipeline(run, tmp_path, capsys, word, said):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "out", word)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_numbers_too_large_for_their_type_stop():
     with pytest.raises(ValueError, match="save_dtype=float16: latents has numbers too large for it"):
-        command.stored({"latents": torch.tensor([1e6])}, "float16")
-    kept = command.stored({"latents": torch.tensor([0.1]), "text": torch.tensor([0.1])}, "bfloat16")
+        command.stored({"latents": torch.tensor([1e6])}, "float16", ("text",))
+    kept = command.stored({"latents": torch.tensor([0.1]), "text": torch.tensor([0.1])}, "bfloat16", ("text",))
     assert kept["latents"].dtype == torch.bfloat16 and kept["text"].dtype == torch.float32
 
 

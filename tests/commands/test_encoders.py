@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastlightgen.pipelines.encoders import Encoders, component_id, kind_of
+from fastlightgen.pipelines.encoders import Encoders, component_id, family_of_folder
 
 KINDS = ("wan_t2v", "wan_i2v", "hunyuan_t2v", "hunyuan_i2v", "hunyuan_i2v_token")
 PROMPT = "a red ball moves right &amp; then turns back"
@@ -143,7 +143,7 @@ def test_other_folders_are_refused(tmp_path, index, said):
     if index:
         (tmp_path / "model_index.json").write_text(index)
     with pytest.raises(ValueError, match=said):
-        kind_of(tmp_path)
+        family_of_folder(tmp_path)
 
 
 def test_an_incomplete_pipeline_is_named_in_one_line(tmp_path, pipeline):

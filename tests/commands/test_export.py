@@ -284,8 +284,8 @@ def test_block_map_of_two_lists():
     [
         ({}, 1.0, {"guidance_scale": 1.0}),
         ({}, None, {}),
-        ({"guidance_embeds": False}, 1.0, {"true_cfg_scale": 1.0}),
-        ({"guidance_embeds": True}, 6.0, {"guidance_scale": 6.0, "true_cfg_scale": 1.0}),
+        (HUNYUAN | {"guidance_embeds": False}, 1.0, {"true_cfg_scale": 1.0}),
+        (HUNYUAN | {"guidance_embeds": True}, 6.0, {"guidance_scale": 6.0, "true_cfg_scale": 1.0}),
     ],
 )
 def test_how_to_call_it(config, guidance, call):

@@ -5,13 +5,16 @@ import pytest
 import torch
 
 from fastlightgen.flow import ladder, rollout
+from fastlightgen.models.families import FAMILIES
 from fastlightgen.pipelines.scheduler import scheduler_config
 
 
 def stock(family: str, steps: int, shift: float, kind: str = "stochastic"):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config(family, ladder(steps, shift), shift, kind))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        scheduler_config(FAMILIES[family], ladder(steps, shift), shift, kind)
+    )
     if family == "hunyuan":  # its pipelines choose the spacing, Wan's leave it to the scheduler
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
     else:
@@ -33,9 +36,9 @@ def test_sigmas_are_the_ladder(family: str, shift: float, steps: int):
 def test_longest_ladder_and_beyond():
     assert np.abs(stock("wan", 16, 1000.0).sigmas.numpy()[:-1] - ladder(16, 1000.0)).max() < 2e-5
     with pytest.raises(ValueError, match="ladder of 17 steps; the stock scheduler follows at most 16"):
-        scheduler_config("wan", ladder(17, 5.0), 5.0, "ode")
+        scheduler_config(FAMILIES["wan"], ladder(17, 5.0), 5.0, "ode")
     with pytest.raises(ValueError, match=r"is not the one of 4 steps and shift 3; .* train the student on that"):
-        scheduler_config("wan", ladder(4, 5.0), 3.0, "ode")
+        scheduler_config(FAMILIES["wan"], ladder(4, 5.0), 3.0, "ode")
 
 
 @pytest.mark.parametrize("kind", ["ode", "stochastic"])

@@ -12,8 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastlightgen.config import preset
 from fastlightgen.models.base import Stream
-from fastlightgen.models.cost import latent_size
-from fastlightgen.models.families import network
+from fastlightgen.models.families import FAMILIES, family_of, network
 from fastlightgen.models.folder.weights import build
 from fastlightgen.planner.step import Pass, StepCost
 from fastlightgen.planner.walk import Route, walk
@@ -120,7 +119,7 @@ def test_operations_of_a_hunyuan_forward_and_backward(changes):
 
 def test_the_counts_derived_by_hand():
     """40 blocks, 12 dropped, the first of them 14: what sharing a prefix and one call for all streams come to."""
-    net = network(preset("wan2.1-i2v-14b")["network"], latent_size(480, 832, 81))
+    net = network(preset("wan2.1-i2v-14b")["network"], FAMILIES["wan"].geometry.latent_size(480, 832, 81))
     keep = [i for i in range(40) if not 14 <= i < 26]
     dual = walk(net, [Route(keep=keep, grad=True), Route()], checkpointing=True)
     assert (dual.calls, dual.gathers, dual.grad_calls, dual.grad_gathers) == (54, 40, 28, 28)
@@ -144,7 +143,7 @@ def test_the_counts_derived_by_hand():
 def test_operations_of_a_block_of_the_large_networks(config, size, text, teraflops):
     """24 L D^2 + 4 L^2 D and the like, worked out by hand."""
     config = config if isinstance(config, dict) else preset(config)["network"]
-    net = network(config, latent_size(*size), text)
+    net = network(config, family_of(config).geometry.latent_size(*size), text)
     for block in (net.blocks[0], net.blocks[-1]):
         total = (block.shared + block.private + block.prompt).forward
         assert total / 1e12 == pytest.approx(teraflops, rel=1e-3)
@@ -245,11 +244,11 @@ def test_a_walk_leaves_nothing_to_the_garbage_collector():
 )
 def test_sizes_that_cannot_be(size, message):
     with pytest.raises(ValueError, match=message):
-        latent_size(*size)
+        FAMILIES["wan"].geometry.latent_size(*size)
 
 
 def test_configurations_that_cannot_be_planned():
     with pytest.raises(ValueError, match="config.json: ffn_dim is missing; wanted a WanTransformer3DModel"):
         network({k: v for k, v in WAN.items() if k != "ffn_dim"}, (3, 4, 4))
-    with pytest.raises(ValueError, match="_class_name is 'Flux'; wanted one of WanTransformer3DModel"):
+    with pytest.raises(ValueError, match="_class_name is 'Flux'; supported: WanTransformer3DModel, Hunyuan"):
         network({"_class_name": "Flux"}, (3, 4, 4))

@@ -11,11 +11,12 @@ from fastlightgen.config import preset
 from fastlightgen.models.base import Cond
 from fastlightgen.models.folder import weights
 from fastlightgen.models.folder.files import WEIGHTS
-from fastlightgen.models.folder.original import IMAGE_DIM, from_original, original_config, save_original, to_original
+from fastlightgen.models.folder.original import from_original, original_config, save_original, to_original
 from fastlightgen.models.folder.weights import build, load_model, load_weights, save_model
 from fastlightgen.models.hunyuan.keys import hunyuan_keys
 from fastlightgen.models.keys import inverse
 from fastlightgen.models.wan.keys import wan_keys
+from fastlightgen.models.wan.original import IMAGE_DIM
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # Outputs are about 2 large, so 1e-5 is 40 float32 roundings. The original computes the time sinusoid in float64,

@@ -6,7 +6,7 @@ import torch
 from fastlightgen.flow import ladder
 from fastlightgen.models.folder.weights import build
 from fastlightgen.models.sample import sample, sampling_plan
-from fastlightgen.models.wan.model import WanModel
+from fastlightgen.models.wan.layers import WanConfig
 from fastlightgen.rng import generator
 
 CONFIG = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 20, "freq_dim": 32, "ffn_dim": 40}
@@ -65,4 +65,4 @@ TEACHER = {"ladder": None, "shift": 3.0, "guidance": 2.0, "steps": 28}
     ],
 )
 def test_plan(card: dict, asked: tuple, times: list[float], guidance: float, kind: str):
-    assert sampling_plan(card, *asked, WanModel.released) == {"times": times, "guidance": guidance, "kind": kind}
+    assert sampling_plan(card, *asked, WanConfig().released) == {"times": times, "guidance": guidance, "kind": kind}

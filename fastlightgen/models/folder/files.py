@@ -110,7 +110,7 @@ def unpickled(file: Path) -> dict[str, Tensor]:
 
 def read_tensors(files: list[Path]) -> dict[str, Tensor]:
     """All tensors of some files, with one-line errors for absent and damaged ones."""
-    out = {}
+    out: dict[str, Tensor] = {}
     for file in files:
         with mapped(file) as (keys, get):
             out |= {key: get(key) for key in keys}
@@ -152,14 +152,16 @@ def replacing(folder: Path) -> Iterator[Path]:
 def write_tensors(folder: Path, sizes: Mapping[str, int], get: Callable[[str], Tensor], limit: int) -> None:
     """Write get(key) for every key of `sizes` (bytes), as diffusers does: shards of at most `limit` bytes, one in
     memory at a time, and an index where there are several."""
-    shards, room = [], 0
+    shards: list[list[str]] = []
+    room = 0
     for key, size in sizes.items():
         if not shards or size > room:
             shards.append([])
             room = limit
         shards[-1].append(key)
         room -= size
-    stem, names = Path(WEIGHTS).stem, {}
+    stem = Path(WEIGHTS).stem
+    names: dict[str, str] = {}
     for number, keys in enumerate(shards, 1):
         name = WEIGHTS if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         save_file({key: get(key) for key in keys}, folder / name, metadata={"format": "pt"})

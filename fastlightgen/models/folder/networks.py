@@ -4,17 +4,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fastlightgen.config import find_preset_weights, preset, presets
-from fastlightgen.models.families import settings
+from fastlightgen.models.families import family_of, family_of_original
 from fastlightgen.models.folder.files import read_json
-from fastlightgen.models.folder.original import BY_ORIGINAL, from_original
+from fastlightgen.models.folder.original import from_original
 
 
 def config_of(path_or_preset: str | Path) -> dict:
     """The complete diffusers config of a preset or a model folder, without its weights."""
     name = str(path_or_preset)
     config = preset(name)["network"] if name in presets() else read_config(model_folder(path_or_preset))
-    cfg, network = settings(config)
-    return {"_class_name": network.config_class} | asdict(cfg)
+    family = family_of(config)
+    return {"_class_name": family.config_class} | asdict(family.settings(config))
 
 
 def model_folder(path: str | Path) -> Path:
@@ -36,7 +36,7 @@ def read_config(folder: Path) -> dict:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.json'}: holds {type(config).__name__}; wanted the keys of a network")
-    return from_original(config) if config.get("_class_name") in BY_ORIGINAL else config
+    return from_original(config) if family_of_original(config) else config
 
 
 def trained_folder(path_or_preset: str) -> Path:
@@ -49,8 +49,3 @@ def trained_folder(path_or_preset: str) -> Path:
             f"model={path_or_preset}: this preset has no weights here; give a model folder or train one with stage=0"
         )
     return folder
-
-
-def depth(config: dict) -> int:
-    """How many blocks the network of a config.json has."""
-    return config["num_layers"] + config.get("num_single_layers", 0)

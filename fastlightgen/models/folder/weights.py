@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fastlightgen.atomic import write_json
 from fastlightgen.config import preset, presets
 from fastlightgen.models.base import VideoDiT
-from fastlightgen.models.families import build
+from fastlightgen.models.families import build, family_of, family_of_original, recognise
 from fastlightgen.models.folder.files import (
     WEIGHTS,
     digest,
@@ -30,9 +30,8 @@ from fastlightgen.models.folder.files import (
     write_tensors,
 )
 from fastlightgen.models.folder.networks import config_of, model_folder, read_config, trained_folder
-from fastlightgen.models.folder.original import BY_ORIGINAL, SHARD_BYTES, key_table, save_original, to_original
-from fastlightgen.models.keys import Source, Table, recognise
-from fastlightgen.models.wan.keys import unused_keys
+from fastlightgen.models.folder.original import SHARD_BYTES, key_table, save_original, to_original
+from fastlightgen.models.keys import Source, Table
 
 __all__ = [
     "WEIGHTS",
@@ -65,16 +64,17 @@ def load_model(
 ) -> VideoDiT:
     """A folder's network with its weights, or a preset's network with random weights drawn from `seed`.
 
-    The folder holds diffusers' transformer format, a pipeline with such a `transformer/`, or the original Wan2.1 or
-    HunyuanVideo format. All parameters are of type `dtype` (None: float32, whatever the files hold). `allow_pt` also
-    reads .pt, .pth and .bin files, as plain tensors. `placed(network)` is what takes each parameter as soon as it has
-    its values: a sharding engine then keeps its share of it, and no process ever holds a whole network.
+    The folder holds diffusers' transformer format, a pipeline with such a `transformer/`, or the format of the
+    family's original repository. All parameters are of type `dtype` (None: float32, whatever the files hold).
+    `allow_pt` also reads .pt, .pth and .bin files, as plain tensors. `placed(network)` returns a callback that takes
+    each parameter as it loads: a sharding engine keeps its share, and no process ever holds a complete network.
     """
     if str(path_or_preset) in presets():
         model = build(preset(str(path_or_preset))["network"], seed).to(device=device, dtype=dtype)
-        place = placed(model) if placed else None
-        for p in model.parameters() if place else ():
-            place(p)
+        if placed:
+            place = placed(model)
+            for p in model.parameters():
+                place(p)
         return model
     folder = model_folder(path_or_preset)
     with torch.device("meta"), Undrawn():
@@ -103,10 +103,11 @@ def load_weights(
     """Give `model`, on the meta device or any other, the folder's weights: every key, every shape, nothing else."""
     files = weight_files(folder, allow_pt)
     headers = read_headers(files)
-    original = read_json(folder / "config.json").get("_class_name") in BY_ORIGINAL
+    original = family_of_original(read_json(folder / "config.json"))
     state = model.state_dict()
     table = key_table(model.config) if original else {key: Source(key) for key in state}
-    check_fit(folder, state, table, {key: header for key, (_, header) in headers.items()}, unused_keys(model.config))
+    unused = family_of(model.config).unused(model.config)
+    check_fit(folder, state, table, {key: header for key, (_, header) in headers.items()}, unused)
 
     takers: dict[str, list[str]] = {}  # stored key -> keys of the network that are filled from it
     for key, source in table.items():

@@ -1,1 +1,1 @@
-"""HunyuanVideo: network, blocks, layers, key table, cost."""
+"""HunyuanVideo: network, blocks, keys, cost, encoders; `family.py` is the record that describes them."""

@@ -3,6 +3,7 @@
 Shapes: B batch, L image tokens, T text tokens, D hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlightgen.models.base import Block, Job, Prompt, State, Tables
-from fastlightgen.models.hunyuan.layers import EPS, Attention, HunyuanConfig, JointAttention, Modulation, joined
+from fastlightgen.models.hunyuan.layers import EPS, HunyuanConfig, JointAttention, Modulation, SingleAttention, joined
 from fastlightgen.models.layers import FeedForward, linear_onto
 from fastlightgen.ops import gate_residual_norm_modulate
 
@@ -29,6 +30,7 @@ class HunyuanBlock(Block):
 
     def run(self, job: Job, tables: Tables, read: dict[Prompt, Modulations], settle: bool = False) -> list[State]:
         (prompt,) = job.prompts  # text enters at the start, so that every state has one
+        assert isinstance(prompt, HunyuanPrompt)
         state = job.state
         return [state_of(self.residual([state, *state.others], read[prompt], tables, prompt.mask, settle))]
 
@@ -43,7 +45,7 @@ def state_of(parts: list[State]) -> State:
     return parts[0]._replace(others=tuple(parts[1:]))
 
 
-def norms(parts: list[State], scales: list[Tensor], shifts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def norms(parts: list[State], scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Per sequence x' = x + gate y and LayerNorm(x') (1 + scale) + shift."""
     triples = zip(parts, scales, shifts, strict=True)
     pairs = [gate_residual_norm_modulate(*s.parts(), scale, shift, EPS) for s, scale, shift in triples]
@@ -65,7 +67,8 @@ class DoubleBlock(HunyuanBlock):
         self.attn = JointAttention(cfg)
         self.ff, self.ff_context = FeedForward(dim, inner, dim), FeedForward(dim, inner, dim)
 
-    def read(self, prompt: HunyuanPrompt) -> Modulations:
+    def read(self, prompt: Prompt) -> Modulations:
+        assert isinstance(prompt, HunyuanPrompt)
         first = [] if prompt.first is None else [self.norm1(prompt.first)]
         return [*first, self.norm1(prompt.temb), self.norm1_context(prompt.temb)]
 
@@ -90,10 +93,11 @@ class SingleBlock(HunyuanBlock):
         super().__init__()
         dim, inner = cfg.dim, int(cfg.dim * cfg.mlp_ratio)
         self.norm = Modulation(dim, 3)
-        self.attn = Attention(cfg)
+        self.attn = SingleAttention(cfg)
         self.proj_mlp, self.proj_out = nn.Linear(dim, inner), nn.Linear(dim + inner, dim)
 
-    def read(self, prompt: HunyuanPrompt) -> Modulations:
+    def read(self, prompt: Prompt) -> Modulations:
+        assert isinstance(prompt, HunyuanPrompt)
         first = [] if prompt.first is None else [self.norm(prompt.first)]
         return [*first, self.norm(prompt.temb)]
 
@@ -105,8 +109,8 @@ class SingleBlock(HunyuanBlock):
             parts = [*given, State(joined([image.settled().x, text.settled().x]))]
         shift, scale, gate = zip(*mods, strict=True)
         x, h = norms(parts, scale, shift)
-        h = joined(h)
-        y = torch.cat([self.attn(h, tables, mask), F.gelu(self.proj_mlp(h), approximate="tanh")], 2)
+        tokens = joined(h)
+        y = torch.cat([self.attn(tokens, tables, mask), F.gelu(self.proj_mlp(tokens), approximate="tanh")], 2)
         if settle and len(x) == 1:
             return [State(linear_onto(self.proj_out, x[0], gate[0], y))]
         return list(map(State, x, cut(self.proj_out(y), x), gate))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlightgen.models.layers import Embedder, FeedForward, sinusoids
+from fastlightgen.models.config import NetworkConfig
+from fastlightgen.models.layers import Embedder, FeedForward, Gelu, sinusoids
 from fastlightgen.models.streams import Tables
 from fastlightgen.ops import Rope, add_residual, attend, qk_norm_rope
 
@@ -19,7 +20,7 @@ VARIANTS = (None, "latent_concat", "token_replace")
 
 
 @dataclass(frozen=True)
-class HunyuanConfig:
+class HunyuanConfig(NetworkConfig):
     """The fields of diffusers' HunyuanVideoTransformer3DModel config.json."""
 
     in_channels: int = 16
@@ -58,6 +59,22 @@ class HunyuanConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def text_width(self) -> int:
+        return self.text_embed_dim
+
+    @property
+    def released(self) -> dict[str, float]:
+        return {"steps": 50, "guidance": 6.0 if self.guidance_embeds else 1.0, "shift": 7.0}
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return self.guidance_embeds
+
+    @property
+    def given_frames(self) -> int:
+        return int(self.image_condition_type == "token_replace")
+
+    @property
     def patch(self) -> tuple[int, int, int]:
         return self.patch_size_t, self.patch_size, self.patch_size
 
@@ -92,7 +109,7 @@ class Attention(nn.Module):
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, L, h, d] each, without the norm."""
-        return tuple(self.split(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))
+        return self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x))
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1))
@@ -102,8 +119,11 @@ class Attention(nn.Module):
         q, k = qk_norm_rope(self.to_q(x), self.to_k(x), self.norm_q.weight, self.norm_k.weight, rope, EPS)
         return self.split(q), self.split(k), self.split(self.to_v(x))
 
+
+class SingleAttention(Attention):
+    """Image and text tokens in one sequence."""
+
     def forward(self, h: Tensor, tables: Tables, mask: Tensor | None) -> Tensor:
-        """Image and text tokens in one sequence."""
         return tables.attend(*self.turned(h, tables.rope), mask)
 
 
@@ -149,7 +169,9 @@ class SiluFeedForward(FeedForward):
     """The refiner's: SiLU in the place of GELU, under the same keys."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.silu(self.net[0].proj(x)))
+        first = self.net[0]
+        assert isinstance(first, Gelu)
+        return self.net[2](F.silu(first.proj(x)))
 
 
 class RefinerBlock(nn.Module):

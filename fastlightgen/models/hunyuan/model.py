@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlightgen.blocks import check_keep
-from fastlightgen.models.base import Cond, State, Tables, VideoDiT
+from fastlightgen.models.base import Cond, Prompt, State, Tables, VideoDiT
 from fastlightgen.models.hunyuan.blocks import DoubleBlock, HunyuanPrompt, SingleBlock, state_of
 from fastlightgen.models.hunyuan.layers import (
     EPS,
@@ -32,7 +32,9 @@ class HunyuanTables(Tables):
     t: Tensor
 
     def part(self, cut: Cut) -> "HunyuanTables":
-        return replace(super().part(cut), x_t=cut.part(self.x_t))
+        part = super().part(cut)
+        assert isinstance(part, HunyuanTables)
+        return replace(part, x_t=cut.part(self.x_t))
 
 
 class HunyuanModel(VideoDiT):
@@ -40,6 +42,7 @@ class HunyuanModel(VideoDiT):
 
     family = "hunyuan"
     config_class = "HunyuanVideoTransformer3DModel"
+    cfg: HunyuanConfig
 
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
@@ -77,29 +80,21 @@ class HunyuanModel(VideoDiT):
 
     @property
     def config(self) -> dict:
-        """config.json of the weights as they are now, pruned or not."""
-        layers = {"num_layers": len(self.transformer_blocks), "num_single_layers": len(self.single_transformer_blocks)}
-        return {"_class_name": self.config_class} | asdict(replace(self.cfg, **layers))
+        doubles, singles = len(self.transformer_blocks), len(self.single_transformer_blocks)
+        cfg = replace(self.cfg, num_layers=doubles, num_single_layers=singles)
+        return {"_class_name": self.config_class} | asdict(cfg)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.proj_out.weight.dtype
 
     @property
-    def embeds_guidance(self) -> bool:
-        return self.cfg.guidance_embeds
-
-    @property
-    def released(self) -> dict:
-        """Sampling settings of the released weights."""
-        return {"steps": 50, "guidance": 6.0 if self.embeds_guidance else 1.0, "shift": 7.0}
-
-    @property
     def replaces_first(self) -> bool:
         return self.cfg.image_condition_type == "token_replace"
 
     def grid(self, x_t: Tensor) -> tuple[int, int, int]:
-        return tuple(n // p for n, p in zip(x_t.shape[2:], self.cfg.patch, strict=True))
+        frames, rows, columns = (n // p for n, p in zip(x_t.shape[2:], self.cfg.patch, strict=True))
+        return frames, rows, columns
 
     def hidden_bytes(self, x_t: Tensor) -> int:
         """Of the image tokens; the text's are few beside them."""
@@ -119,7 +114,8 @@ class HunyuanModel(VideoDiT):
         rope = rope_factors(grid, self.cfg.rope_axes_dim, self.cfg.rope_theta, x_t.device, wide)
         return HunyuanTables(rope, grid, x_t, t)
 
-    def prompt(self, cond: Cond, tables: HunyuanTables) -> HunyuanPrompt:
+    def prompt(self, cond: Cond, tables: Tables) -> HunyuanPrompt:
+        assert isinstance(tables, HunyuanTables) and cond.pooled is not None
         t, size = tables.t, len(tables.t)
         text = cond.text.to(self.dtype).expand(size, -1, -1)
         valid = mask = None
@@ -142,7 +138,7 @@ class HunyuanModel(VideoDiT):
         first = F.silu(self.time_text_embed(0 * t, pooled)) if self.replaces_first else None
         return HunyuanPrompt(cond, self.context_embedder(text, t, valid), temb, first, mask)
 
-    def embed(self, x_t: Tensor, prompt: HunyuanPrompt) -> State:
+    def embed(self, x_t: Tensor, prompt: Prompt) -> State:
         image = prompt.cond.image
         if image is not None:
             image = image.to(x_t.dtype)
@@ -153,7 +149,8 @@ class HunyuanModel(VideoDiT):
         parts = [State(frames.flatten(2).transpose(1, 2)) for frames in x.split(sizes, 2)]
         return state_of([*parts, State(prompt.text)])
 
-    def unembed(self, state: State, prompt: HunyuanPrompt, tables: HunyuanTables) -> Tensor:
+    def unembed(self, state: State, prompt: Prompt, tables: Tables) -> Tensor:
+        assert isinstance(prompt, HunyuanPrompt) and isinstance(tables, HunyuanTables)
         (f, h, w), p, state = tables.grid, self.cfg.patch_size, state.settled()
         x = joined([state.x, *(s.x for s in state.others)])[:, : f * h * w]
         scale, shift = self.norm_out(prompt.temb)
@@ -163,8 +160,9 @@ class HunyuanModel(VideoDiT):
             return v
         # Frame 0 is the image. With v = (x_t - image) / t there, x0 is the image, a loss against noise - x0 is zero
         # and without gradient, and every sampler ends in the image; what the network says of that frame is not used.
-        x_t, t = tables.x_t[:, :, :1], tables.t.view(-1, 1, 1, 1, 1)
-        given = (x_t - prompt.cond.image[:, :, :1].to(x_t.dtype)) / t.to(x_t.dtype)
+        x_t, t, image = tables.x_t[:, :, :1], tables.t.view(-1, 1, 1, 1, 1), prompt.cond.image
+        assert image is not None
+        given = (x_t - image[:, :, :1].to(x_t.dtype)) / t.to(x_t.dtype)
         return torch.cat([given, v[:, :, 1:]], 2)
 
     def check(self, x_t: Tensor, conds: list[Cond]) -> None:
@@ -181,11 +179,13 @@ class HunyuanModel(VideoDiT):
             raise ValueError(f"Hunyuan: latent size {tuple(x_t.shape[2:])} is not a multiple of the patch {cfg.patch}")
         if self.replaces_first:
             if image is None or image[:, :, :1].shape != x_t[:, :, :1].shape:
-                got = None if image is None else tuple(image.shape)
-                raise ValueError(f"Hunyuan: image is {got}; token_replace wants {tuple(x_t[:, :, :1].shape)}, frame 0")
+                shape = None if image is None else tuple(image.shape)
+                raise ValueError(
+                    f"Hunyuan: image is {shape}; token_replace wants {tuple(x_t[:, :, :1].shape)}, frame 0"
+                )
         elif image is not None and image[:, 0].shape != x_t[:, 0].shape:
-            got, wanted = tuple(image.shape), tuple(x_t.shape)
-            raise ValueError(f"Hunyuan: image is {got}, the latent {wanted}; only the channels (axis 1) may differ")
+            shape, wanted = tuple(image.shape), tuple(x_t.shape)
+            raise ValueError(f"Hunyuan: image is {shape}, the latent {wanted}; only the channels (axis 1) may differ")
         for name, got, width in (
             ("text", cond.text, cfg.text_embed_dim),
             ("pooled", cond.pooled, cfg.pooled_projection_dim),
@@ -201,7 +201,6 @@ class HunyuanModel(VideoDiT):
             raise ValueError("Hunyuan: guidance is given, but this network has no guidance embedding; leave it out")
 
     def example_inputs(self, batch: int = 1, seed: int = 0, size: tuple[int, int, int] | None = None):
-        """(x_t, t, cond, null): random, of the right shapes; `size` is the latent (F, H, W)."""
         cfg, g = self.cfg, torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:

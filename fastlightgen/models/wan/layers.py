@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlightgen.models.config import NetworkConfig
 from fastlightgen.models.layers import Embedder, FeedForward, sinusoids
+
+TEXT_TOKENS = 512  # the released networks' texts are filled up to so many
 
 
 @dataclass(frozen=True)
-class WanConfig:
+class WanConfig(NetworkConfig):
     """The fields of diffusers' WanTransformer3DModel config.json."""
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -52,10 +55,19 @@ class WanConfig:
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def text_width(self) -> int:
+        return self.text_dim
+
+    @property
+    def released(self) -> dict[str, float]:
+        return {"steps": 50, "guidance": 5.0, "shift": 5.0}
+
 
 class ImageEmbedder(nn.Module):
     def __init__(self, cfg: WanConfig):
         super().__init__()
+        assert cfg.image_dim is not None
         self.norm1, self.norm2 = nn.LayerNorm(cfg.image_dim), nn.LayerNorm(cfg.dim)
         self.ff = FeedForward(cfg.image_dim, cfg.image_dim, cfg.dim, approximate="none")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastlightgen.models.base import Block, Cond, Job, Prompt, State, Tables, VideoDiT, gradient
 from fastlightgen.models.layers import FeedForward
-from fastlightgen.models.wan.layers import ConditionEmbedder, WanConfig, rope_axes
+from fastlightgen.models.wan.layers import TEXT_TOKENS, ConditionEmbedder, WanConfig, rope_axes
 from fastlightgen.ops import add_residual, attend, gate_residual_norm_modulate, qk_norm_rope, rope_factors
 
 
@@ -115,8 +115,7 @@ class WanModel(VideoDiT):
 
     family = "wan"
     config_class = "WanTransformer3DModel"
-    released = {"steps": 50, "guidance": 5.0, "shift": 5.0}  # sampling settings of the released weights
-    text_tokens = 512  # what an image-to-video network of this family was built for
+    cfg: WanConfig
 
     def __init__(self, cfg: WanConfig):
         super().__init__()
@@ -129,7 +128,6 @@ class WanModel(VideoDiT):
 
     @property
     def config(self) -> dict:
-        """config.json of the weights as they are now, pruned or not."""
         return {"_class_name": self.config_class} | asdict(replace(self.cfg, num_layers=self.num_blocks))
 
     @property
@@ -151,7 +149,8 @@ class WanModel(VideoDiT):
 
     def tables(self, x_t: Tensor, t: Tensor) -> WanTables:
         temb, mod = self.condition_embedder.time(t)
-        grid = tuple(n // p for n, p in zip(x_t.shape[2:], self.cfg.patch_size, strict=True))
+        frames, rows, columns = (n // p for n, p in zip(x_t.shape[2:], self.cfg.patch_size, strict=True))
+        grid = frames, rows, columns
         wide = torch.promote_types(self.dtype, torch.float32)
         rope = rope_factors(grid, rope_axes(self.cfg.attention_head_dim), device=x_t.device, dtype=wide)
         return WanTables(rope, grid, temb, mod)
@@ -171,7 +170,8 @@ class WanModel(VideoDiT):
         x = x_t if image is None else torch.cat([x_t, image.to(x_t.dtype)], 1)
         return State(self.patch_embedding(x.to(self.dtype)).flatten(2).transpose(1, 2))
 
-    def unembed(self, state: State, prompt: Prompt, tables: WanTables) -> Tensor:
+    def unembed(self, state: State, prompt: Prompt, tables: Tables) -> Tensor:
+        assert isinstance(tables, WanTables)
         shift, scale = (self.scale_shift_table + tables.temb[:, None]).unbind(1)
         _, h = gate_residual_norm_modulate(*state.parts(), scale, shift, self.cfg.eps)
         (f, h_p, w_p), (_, ph, pw) = tables.grid, self.cfg.patch_size
@@ -196,23 +196,22 @@ class WanModel(VideoDiT):
             if got is not None and got.shape[0] not in (1, x_t.shape[0]):
                 raise ValueError(f"Wan: {name} has batch {got.shape[0]}, the latent {x_t.shape[0]}; make them equal")
         if cond.image is not None and cond.image[:, 0].shape != x_t[:, 0].shape:
-            got, wanted = tuple(cond.image.shape), tuple(x_t.shape)
-            raise ValueError(f"Wan: image is {got}, the latent {wanted}; only the channels (axis 1) may differ")
+            shape, wanted = tuple(cond.image.shape), tuple(x_t.shape)
+            raise ValueError(f"Wan: image is {shape}, the latent {wanted}; only the channels (axis 1) may differ")
         if (cond.image_embeds is None) != (cfg.image_dim is None):
             raise ValueError(f"Wan: image_embeds must be given exactly when image_dim is set (it is {cfg.image_dim})")
-        if cfg.added_kv_proj_dim is not None and cond.text.shape[1] != self.text_tokens:
+        if cfg.added_kv_proj_dim is not None and cond.text.shape[1] != TEXT_TOKENS:
             # diffusers finds the image tokens by subtracting 512 and silently misreads any other length.
-            raise ValueError(f"Wan I2V: {cond.text.shape[1]} text tokens; pad the text embedding to {self.text_tokens}")
+            raise ValueError(f"Wan I2V: {cond.text.shape[1]} text tokens; pad the text embedding to {TEXT_TOKENS}")
 
     def example_inputs(self, batch: int = 1, seed: int = 0, size: tuple[int, int, int] | None = None):
-        """(x_t, t, cond, null): random, of the right shapes; `size` is the latent (F, H, W)."""
         cfg, g = self.cfg, torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(batch, *shape, generator=g).to(self.device)
 
         f, h, w = size or (3, 8, 8)
-        tokens = self.text_tokens if cfg.added_kv_proj_dim is not None else 16
+        tokens = TEXT_TOKENS if cfg.added_kv_proj_dim is not None else 16
         extra = cfg.in_channels - cfg.out_channels
         shared = {
             "image": draw(extra, f, h, w) if extra else None,

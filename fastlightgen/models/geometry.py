@@ -1,0 +1,61 @@
+"""From pixels to latents to tokens. F, H, W: latent frames, rows and columns."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The strides of a family's VAE and the patch of its network.
+
+    The first frame of a clip has a latent frame of its own; every `frame_stride` frames after it share one.
+    """
+
+    channels: int  # of a latent
+    frame_stride: int  # frames per latent frame
+    pixel_stride: int  # pixels per latent row and column
+    patch: int  # latent rows and columns per token
+
+    @property
+    def step(self) -> int:
+        """Height and width of a clip in pixels are multiples of this."""
+        return self.pixel_stride * self.patch
+
+    def takes(self, height: int, width: int) -> bool:
+        return height >= self.step and width >= self.step and not height % self.step and not width % self.step
+
+    def takes_frames(self, frames: int) -> bool:
+        return frames >= 1 and frames % self.frame_stride == 1 % self.frame_stride
+
+    def below(self, frames: int) -> int:
+        """A number of frames that fits, near `frames`: an example for error messages."""
+        return max(1, frames // self.frame_stride * self.frame_stride + 1)
+
+    def latent_frames(self, frames: int) -> int:
+        return (frames - 1) // self.frame_stride + 1
+
+    def frames(self, latent_frames: int) -> int:
+        """Frames that the VAE decodes from so many latent frames."""
+        return (latent_frames - 1) * self.frame_stride + 1
+
+    def latent(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
+        """(F, H, W) of a clip whose size fits."""
+        return self.latent_frames(frames), height // self.pixel_stride, width // self.pixel_stride
+
+    def latent_size(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
+        """(F, H, W) of a clip; an error names a size that does not fit."""
+        for name, got in (("height", height), ("width", width)):
+            if got < self.step or got % self.step:
+                raise ValueError(
+                    f"size: {name} is {got}; wanted a multiple of {self.step} "
+                    f"(VAE {self.pixel_stride}, patch {self.patch}), for example {max(1, 480 // self.step) * self.step}"
+                )
+        if not self.takes_frames(frames):
+            raise ValueError(
+                f"size: {frames} frames; wanted {self.frame_stride} n + 1, for example {self.below(frames)}"
+            )
+        return self.latent(height, width, frames)
+
+    def grid(self, latent: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Tokens along frames, rows and columns of a latent."""
+        frames, height, width = latent
+        return frames, height // self.patch, width // self.patch

@@ -1,0 +1,96 @@
+"""HunyuanVideo's pipelines: Llama and CLIP text (Llava, which sees the first frame too), latents scaled by one number.
+
+The first frame is given as condition channels (latent_concat) or takes the place of latent frame 0 (token_replace).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastlightgen.models.encoding import Encoding, picture, pixels, wide
+from fastlightgen.models.geometry import Geometry
+from fastlightgen.models.hunyuan.layers import HunyuanConfig
+from fastlightgen.models.streams import Cond
+
+GEOMETRY = Geometry(channels=16, frame_stride=4, pixel_stride=8, patch=2)
+TEXT_TOKENS = 256
+IMAGE_TOKENS = 576  # of Llava's picture, which stand before the text
+INTERLEAVE = {"latent_concat": 2, "token_replace": 4}  # every how many-th image token the pipeline keeps
+
+
+class HunyuanEncoding(Encoding):
+    geometry, text_tokens = GEOMETRY, TEXT_TOKENS
+    cfg: HunyuanConfig
+
+    def __init__(self, folder: Path, pipe: Any, cfg: HunyuanConfig, from_image: bool, device: torch.device):
+        super().__init__(folder, pipe, cfg, from_image, device)
+        self.kind = cfg.image_condition_type
+        if self.kind:  # the pipeline cuts 4 tokens of its template out
+            self.text_tokens += len(range(0, IMAGE_TOKENS, INTERLEAVE[self.kind])) - 4
+
+    @property
+    def condition(self) -> str | None:
+        return self.kind or super().condition
+
+    def normalisation(self) -> tuple[Tensor, Tensor]:
+        return wide([0.0]), wide([self.pipe.vae.config.scaling_factor])
+
+    def text(self, prompt: str, first: NDArray | None) -> dict[str, Tensor]:
+        """Also `pooled`; for image to video the text encoder sees the first frame."""
+        seen = {}
+        if self.kind:
+            assert first is not None, "image to video needs the first frame"
+            seen = {"image": picture(first), "image_embed_interleave": INTERLEAVE[self.kind]}
+        text, pooled, mask = self.pipe.encode_prompt(prompt=prompt, device=self.device, **seen)
+        length = mask[0].sum().long()
+        if not mask[0, :length].all() or length > self.text_tokens:
+            raise ValueError(f"{self.folder}/tokenizer: does not pad at the end; set its padding_side to right")
+        # The pipeline crops a token more or less than its constants say where the prompt is empty or very long.
+        text = F.pad(text[0, :length], (0, 0, 0, self.text_tokens - int(length)))
+        return {"text": text, "text_len": length, "pooled": pooled[0]}
+
+    def image(self, first: NDArray, frames: int) -> dict[str, Tensor]:
+        """`image`: one latent frame (token_replace), or latents that are zero after it and a mask [C + 1, f, h, w]."""
+        still = pixels(first[None])[:, 0][None].to(self.device, self.pipe.vae.dtype)  # [1, 3, H, W]
+        (height, width), channels = first.shape[:2], self.geometry.channels
+        latents = self.pipe.prepare_latents(
+            still,
+            1,
+            channels,
+            height=height,
+            width=width,
+            num_frames=frames,
+            dtype=torch.float32,
+            device=self.device,
+            latents=torch.zeros(1, channels, *self.geometry.latent(height, width, frames)),
+            image_condition_type=self.kind,
+        )[1]
+        if self.kind == "token_replace":
+            return {"image": latents[0]}
+        latents[:, :, 1:] = 0
+        mask = torch.zeros_like(latents[:, :1])
+        mask[:, :, 0] = 1
+        return {"image": torch.cat([latents, mask], 1)[0]}
+
+    def put_given(self, clip: dict[str, Tensor]) -> None:
+        """The network holds frame 0 at the latent of the picture alone, not at that of the clip's first frame."""
+        if self.kind == "token_replace":
+            clip["latents"][:, :1] = clip["image"]
+
+    def shown(self, video: Tensor) -> Tensor:
+        """The pipeline cuts off the frames of latent frame 0 where the picture is given in channels."""
+        return video[:, self.geometry.frame_stride :] if self.kind == "latent_concat" else video
+
+    def hint(self, cond: Cond) -> Tensor | None:
+        if not self.kind:
+            return None
+        assert cond.image is not None, "image to video has a condition"
+        return cond.image[:, : self.geometry.channels, :1]
+
+    def extra_numbers(self, frame: int) -> int:
+        """The given latent frame, which is not among the network's input channels."""
+        return self.geometry.channels * frame if self.kind == "token_replace" else 0

@@ -1,0 +1,36 @@
+"""The original HunyuanVideo repository's format of this network: its config.json and its checkpoint's keys."""
+
+from fastlightgen.models.hunyuan.keys import hunyuan_keys
+from fastlightgen.models.keys import Format
+
+ORIGINAL = Format(
+    network="HYVideoDiffusionTransformer",
+    keys=hunyuan_keys,
+    lists={"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"},
+    same={
+        "in_channels": "in_channels",
+        "out_channels": "out_channels",
+        "heads_num": "num_attention_heads",
+        "mlp_width_ratio": "mlp_ratio",
+        "mm_double_blocks_depth": "num_layers",
+        "mm_single_blocks_depth": "num_single_layers",
+        "rope_dim_list": "rope_axes_dim",
+        "rope_theta": "rope_theta",
+        "guidance_embed": "guidance_embeds",
+        "text_states_dim": "text_embed_dim",
+        "text_states_dim_2": "pooled_projection_dim",
+        "i2v_condition_type": "image_condition_type",
+    },
+    width="hidden_size",
+    heads="heads_num",
+    defaults={"hidden_size": 3072, "heads_num": 24},  # the others are those of diffusers' class
+    fixed={
+        "patch_size": [1, 2, 2],
+        "qk_norm": True,
+        "qk_norm_type": "rms",
+        "qkv_bias": True,
+        "mlp_act_type": "gelu_tanh",
+        "text_projection": "single_refiner",
+        "use_attention_mask": True,
+    },
+)

@@ -1,0 +1,52 @@
+"""Wan2.1's pipelines: UMT5 text, CLIP image tokens and condition channels, latents normalised per channel."""
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastlightgen.models.encoding import Encoding, picture, pixels, wide
+from fastlightgen.models.geometry import Geometry
+from fastlightgen.models.wan.layers import TEXT_TOKENS
+
+GEOMETRY = Geometry(channels=16, frame_stride=4, pixel_stride=8, patch=2)
+
+
+class WanEncoding(Encoding):
+    geometry, text_tokens = GEOMETRY, TEXT_TOKENS
+
+    def normalisation(self) -> tuple[Tensor, Tensor]:
+        cfg = self.pipe.vae.config
+        return wide(cfg.latents_mean), 1.0 / wide(cfg.latents_std)
+
+    def text(self, prompt: str, first: NDArray | None) -> dict[str, Tensor]:
+        text = self.pipe.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens, device=self.device
+        )[0][0]
+        return {"text": text, "text_len": text.any(-1).sum()}  # the pipeline writes zeros after the last token
+
+    def image(self, first: NDArray, frames: int) -> dict[str, Tensor]:
+        """Condition channels `image` [K, f, h, w]: the latents of the frame and a mask; and CLIP's image_embeds."""
+        still = pixels(first[None])[:, 0][None].to(self.device, self.pipe.vae.dtype)  # [1, 3, H, W]
+        (height, width), channels = first.shape[:2], self.geometry.channels
+        condition = self.pipe.prepare_latents(
+            still,
+            1,
+            channels,
+            height=height,
+            width=width,
+            num_frames=frames,
+            dtype=torch.float32,
+            device=self.device,
+            latents=torch.zeros(1, channels, *self.geometry.latent(height, width, frames)),
+        )[1]
+        out = {"image": condition[0]}
+        if self.pipe.image_encoder is not None:
+            out["image_embeds"] = self.pipe.encode_image(picture(first), self.device)[0]
+        return out
+
+    def extra_numbers(self, frame: int) -> int:
+        """CLIP's image tokens, the class token among them."""
+        if not self.from_image or self.pipe.image_encoder is None:
+            return 0
+        vit = self.pipe.image_encoder.config
+        return ((vit.image_size // vit.patch_size) ** 2 + 1) * vit.hidden_size

@@ -1,0 +1,49 @@
+"""Wan2.1: everything that the rest of the program asks about this family."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlightgen.models.base import Cond
+from fastlightgen.models.family import Clips, Family
+from fastlightgen.models.wan.cost import wan
+from fastlightgen.models.wan.encoders import GEOMETRY, WanEncoding
+from fastlightgen.models.wan.keys import unused_keys
+from fastlightgen.models.wan.layers import TEXT_TOKENS, WanConfig
+from fastlightgen.models.wan.model import WanModel
+from fastlightgen.models.wan.original import ORIGINAL
+
+
+def stock_inputs(cfg: WanConfig, x_t: Tensor, t: Tensor, cond: Cond) -> dict[str, Any]:
+    """Arguments of diffusers' WanTransformer3DModel, which takes 1000 t and the condition channels in place."""
+    return {
+        "hidden_states": x_t if cond.image is None else torch.cat([x_t, cond.image], 1),
+        "timestep": t * 1000,
+        "encoder_hidden_states": cond.text,
+        "encoder_hidden_states_image": cond.image_embeds,
+    }
+
+
+WAN = Family(
+    name="wan",
+    title="Wan",
+    config=WanConfig,
+    network=WanModel,
+    lists={"blocks": "num_layers"},
+    cost=wan,
+    text_tokens=TEXT_TOKENS,
+    signs={"condition_embedder.time_proj.": "diffusers", "time_projection.1.": "original"},
+    original=ORIGINAL,
+    unused=unused_keys,
+    geometry=GEOMETRY,
+    clips=Clips(fps=16, frames=81, buckets=((480, 832), (832, 480))),
+    pipelines={"WanPipeline": False, "WanImageToVideoPipeline": True},
+    encoding=WanEncoding,
+    packages={"ftfy": "Wan's pipelines clean prompts with ftfy"},
+    interface=("in_channels", "out_channels", "patch_size", "text_dim", "image_dim"),
+    stock_inputs=stock_inputs,
+    sets_sigmas=False,
+    cfg_argument="guidance_scale",
+    vae_memory=(0.51e9, 1.27e9),
+)
