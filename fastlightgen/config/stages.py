@@ -79,7 +79,7 @@ def with_method(keys: type[Checked], name: str, names: tuple[str, ...]) -> type[
 
 
 def root(stage: str, methods: dict[str, str] | None = None) -> type:
-    """The class whose fields are the keys of `train stage=STAGE`; `methods`: stage -> name, for other than the default."""
+    """The class whose fields are the keys of `train stage=STAGE`; `methods`: stage -> name, if not the default."""
     chosen = methods or {}
     parts = ("1", "2", "3") if stage == "all" else (stage,)
     return _root(stage, tuple(keys_of(part, chosen.get(part, DEFAULT)) for part in parts))

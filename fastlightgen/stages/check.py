@@ -16,8 +16,8 @@ from fastlightgen.parallel.log import say
 from fastlightgen.rng import generator, normal_like
 
 TIMES, CLIPS = (0.1, 0.3, 0.5), 4
-# A teacher whose error exceeds this share of a plain filter's does not know the clips. The shipped teacher is at 0.06 on
-# its own clips; it is at 1.6 to 2.5 with another VAE's latents (channels in another order, a mean that is off by one
+# A teacher whose error exceeds this share of a plain filter's does not know the clips. The shipped teacher is at 0.06
+# on its own clips; it is at 1.6 to 2.5 with another VAE's latents (channels in another order, a mean that is off by one
 # standard deviation, a scale that is off by a factor of three).
 SUSPECT = 0.5
 
