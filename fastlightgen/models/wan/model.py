@@ -170,8 +170,7 @@ class WanModel(VideoDiT):
         x = x_t if image is None else torch.cat([x_t, image.to(x_t.dtype)], 1)
         return State(self.patch_embedding(x.to(self.dtype)).flatten(2).transpose(1, 2))
 
-    def unembed(self, state: State, prompt: Prompt, tables: Tables) -> Tensor:
-        assert isinstance(tables, WanTables)
+    def unembed(self, state: State, prompt: Prompt, tables: WanTables) -> Tensor:
         shift, scale = (self.scale_shift_table + tables.temb[:, None]).unbind(1)
         _, h = gate_residual_norm_modulate(*state.parts(), scale, shift, self.cfg.eps)
         (f, h_p, w_p), (_, ph, pw) = tables.grid, self.cfg.patch_size
