@@ -144,6 +144,10 @@ class Background:
     def state(self) -> int:
         return self.saving.state() if self.saving else 0
 
+    def started(self) -> list[int]:
+        """The step of the checkpoint under way, if there is one."""
+        return [self.saving.step] if self.saving else []
+
     def hear(self, states: Sequence[int]) -> None:
         """Once a step, with the states of all ranks."""
         if self.saving and self.saving.whole(states):
