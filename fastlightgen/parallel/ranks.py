@@ -107,15 +107,20 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def from_first(value: Any) -> Any:
-    """Rank 0's value (text, numbers, lists of them) on every rank."""
+def from_rank(owner: int, value: Any) -> Any:
+    """One rank's value (text, numbers, lists of them) on every rank; all of them call this."""
     if size() == 1:
         return value
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    length = gathered(len(data))[0]
-    out = data if rank() == 0 else torch.empty(length, dtype=torch.uint8)
-    dist.broadcast(out, 0)
+    length = gathered(len(data))[owner]
+    out = data if rank() == owner else torch.empty(length, dtype=torch.uint8)
+    dist.broadcast(out, owner)
     return json.loads(bytes(out.tolist()))
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    return from_rank(0, value)
 
 
 def to_first(clip: Tensor | None) -> Tensor | None:

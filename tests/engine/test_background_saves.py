@@ -147,7 +147,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
 def two_ranks(monkeypatch):
     """This process is rank 0 of two; the other is played by the test."""
     monkeypatch.setattr(ranks, "size", lambda: 2)
-    monkeypatch.setattr(ranks, "anyone", lambda flag: flag)
+    monkeypatch.setattr(ranks, "from_rank", lambda owner, value: value if owner == 0 else ["the disk is full", False])
 
 
 def saved(rank: int) -> dict:
@@ -169,7 +169,7 @@ def test_rank_0_names_it_once_all_have_written(tmp_path, two_ranks):
 def test_a_rank_that_cannot_write_stops_all(tmp_path, two_ranks):
     saving = checkpoint.save(tmp_path, 4, saved(0), {}, keep=1)
     with pytest.raises(
-        ValueError, match="step-000004: the checkpoint could not be saved .on another rank.; there is none"
+        ValueError, match="step-000004: the checkpoint could not be saved .the disk is full.; there is none"
     ):
         saving.whole([checkpoint.BUSY, checkpoint.FAILED])
     assert list(tmp_path.iterdir()) == [] and not saving.thread.is_alive()
