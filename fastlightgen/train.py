@@ -1,58 +1,65 @@
 """python -m fastlightgen.train stage=0|1|2|3|all run=DIR ...: train, or continue, one stage or all of them."""
 
-import sys
+import os
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
-from fastlightgen.config import StageAll, exit_code, for_stage, main
+from fastlightgen.config import StageAll, exit_code, for_stage, main, report
 
 OWN = ("run", "device", "threads", "progress")  # keys that may differ between the processes of a run
 
 
 def train(cfg) -> None:
+    """Run the command. If this process is one of several ranks, it ends here and does not return."""
+    from fastlightgen.parallel import ranks
+
+    try:
+        set_up(cfg)
+        run(cfg)
+    except (Exception, KeyboardInterrupt) as err:
+        if ranks.size() == 1:
+            raise
+        end(err)
+    ranks.leave()
+
+
+def run(cfg) -> None:
+    """One stage, or all of them with the evaluation and the report."""
     from fastlightgen.ops import attention, describe
     from fastlightgen.parallel import ranks
     from fastlightgen.parallel.log import say
 
-    set_up(cfg)
-    try:
-        say(describe())
-        say(attention.describe())
-        if not isinstance(cfg, StageAll):
-            run_stage(cfg)
-            ranks.leave()
-            return
-        for number in (1, 2, 3):
-            run_stage(for_stage(cfg, number), [for_stage(cfg, later) for later in (2, 3) if number == 1])
-        if ranks.rank() == 0:
-            from fastlightgen.evaluate import evaluate_run
-            from fastlightgen.report import write_report
+    say(describe())
+    say(attention.describe())
+    if not isinstance(cfg, StageAll):
+        run_stage(cfg)
+        return
+    for number in (1, 2, 3):
+        run_stage(for_stage(cfg, number), [for_stage(cfg, later) for later in (2, 3) if number == 1])
+    if ranks.rank() == 0:
+        from fastlightgen.evaluate import evaluate_run
+        from fastlightgen.report import write_report
 
-            evaluate_run(cfg)
-            say(f"report: {write_report(Path(cfg.run))}")
-        ranks.leave()
-    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as err:
-        end(err)
+        evaluate_run(cfg)
+        say(f"report: {write_report(Path(cfg.run))}")
 
 
-def end(err: BaseException) -> None:
-    """Raise what ended the run on one rank; the others leave without a word, or name the one that has gone."""
+def end(err: BaseException) -> NoReturn:
+    """End this rank, one of several, with an error: one rank reports it, or names the rank that has gone."""
     from fastlightgen.parallel import ranks
 
-    if ranks.size() == 1:
-        raise err
-    if isinstance(err, RuntimeError) and not ranks.lost_partner(err):
-        raise err
-    if isinstance(err, RuntimeError):
-        missing = ranks.gone()
-        if not missing:
-            raise err
+    if isinstance(err, RuntimeError) and ranks.lost_partner(err) and (missing := ranks.gone()):
         err = ValueError(f"rank {', '.join(map(str, missing))} of {ranks.size()} has gone; {ranks.GO_ON}")
+    if not isinstance(err, ValueError | OSError | KeyboardInterrupt) or os.environ.get("FLG_DEBUG") == "1":
+        traceback.print_exception(err)
+        ranks.end_process(1)
     if ranks.speaks_first():
-        raise type(err)(f"rank {ranks.rank()}: {err}") if ranks.rank() and isinstance(err, ValueError) else err
-    sys.exit(exit_code(err))
+        report(type(err)(f"rank {ranks.rank()}: {err}") if ranks.rank() and isinstance(err, ValueError) else err)
+    ranks.end_process(exit_code(err))
 
 
 def set_up(cfg) -> None:

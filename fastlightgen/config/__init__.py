@@ -1,6 +1,6 @@
 """Configuration of every command: keys (schema), presets and YAML (files), command line (cli). Imports no torch."""
 
-from fastlightgen.config.cli import exit_code, load, main
+from fastlightgen.config.cli import exit_code, load, main, report
 from fastlightgen.config.commands import GPUS, Encode, Evaluate, Generate, Plan, Report, for_evaluate, parse_buckets
 from fastlightgen.config.fields import ConfigError, UserError
 from fastlightgen.config.files import diff, find_preset_weights, fingerprint, numbers, preset, presets, to_yaml
@@ -32,5 +32,6 @@ __all__ = [
     "parse_buckets",
     "preset",
     "presets",
+    "report",
     "to_yaml",
 ]

@@ -5,6 +5,7 @@ python -m torch.distributed.run --nproc-per-node 2 worker.py CASES.json RESULTS.
 
 import json
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -145,12 +146,28 @@ def run(case: dict) -> dict:
 
 
 def waited(case: dict) -> dict:
-    """The shares of rank 0's time while rank 1 is late with block 1: the next gather is DeepSpeed's."""
+    """The shares of rank 0's time while rank 1 is late with block 1: the next gather is DeepSpeed's.
+
+    Rank 1 sleeps once rank 0 has begun to wait, so that rank 0 waits for as long however busy the machine is.
+    """
+    store = torch.distributed.distributed_c10d._get_default_store()
+
+    def tell_when_waiting() -> None:
+        while "collectives" not in clock.open:
+            time.sleep(0.001)
+        store.set("waiting", "1")
+
+    def late(*_) -> None:
+        store.get("waiting")  # blocks until the key is there
+        time.sleep(case["late"])
+
+    def early(*_) -> None:
+        threading.Thread(target=tell_when_waiting).start()
+
     stage, engine = make(case["stage"], case.get("words", [])), make_engine(case)
     engine.prepare(stage)
     steps(stage, engine, 0, 1)
-    if ranks.rank():
-        stage.net.blocks[1].register_forward_hook(lambda *_: time.sleep(case["late"]))
+    stage.net.blocks[1].register_forward_hook(late if ranks.rank() else early)
     clock.restart()
     with clock.step():
         steps(stage, engine, 1, 2)

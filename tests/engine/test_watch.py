@@ -129,7 +129,7 @@ def slow_disk(monkeypatch):
     def set_up(first: int) -> None:
         def slow(temporary: Path, files: checkpoint.Files) -> None:
             if int(temporary.stem[-6:]) >= first:
-                assert shown.wait(250)
+                assert shown.wait(600)
             write(temporary, files)
 
         monkeypatch.setattr(checkpoint, "write", slow)
