@@ -113,12 +113,13 @@ def leave() -> None:
 def end_process(code: int) -> NoReturn:
     """End this rank now, with its exit code. Every rank of several ends here, or in HangWatch.
 
-    The interpreter must not end it. gloo's threads own tensors that Python has let go of, and take the interpreter's
-    lock when they release them, which may be some time after the collective has returned if the machine is busy.
-    Threads that wait for that lock while the interpreter shuts down are unwound, and the unwinding stops in a C++
-    destructor: "terminate called without an active exception", SIGABRT. destroy_process_group does not help, because
-    it leaves the threads of a group that is still referred to: by `sequence_group`, by DeepSpeed. And waiting for these
-    threads would wait for a partner that has died.
+    The interpreter's own shutdown can abort. A thread of gloo drops a collective's tensors after it has told the
+    training thread that the collective is complete, on a busy machine much later, and takes the interpreter's lock for
+    that (AsyncWork's destructor, decref_pyobject). If the shutdown begins while it waits for the lock, Python unwinds
+    the thread, and C++ does not let an unwinding through a destructor: "terminate called without an active exception",
+    exit code -6. destroy_process_group ends only the threads of groups that nothing refers to any more, but
+    `sequence_group` and DeepSpeed refer to theirs for ever. Joining the threads is no remedy: a thread whose partner
+    has died waits for it until `timeout`.
     """
     try:
         atexit._run_exitfuncs()  # as the interpreter would: writers, the coverage of tests
