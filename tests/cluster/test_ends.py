@@ -17,7 +17,8 @@ atexit.register(print, "exit handlers have run")
 def run(cfg):
     group = ranks.sequence_group(2, 60.0)
 {work}
-train.run = run
+train.run, gone = run, ranks.gone
+ranks.gone = lambda: gone(1.0)  # seconds; the rank that has not come by then has ended before
 main(train.train, "train", ["stage=2", "engine=deepspeed", "run=r"])
 """
 ENDS = {  # name -> (code, the ranks' exit codes, lines of errors)
@@ -31,9 +32,12 @@ ENDS = {  # name -> (code, the ranks' exit codes, lines of errors)
         ["error: rank 1 of 2 has gone; run the same command"],
     ),
 }
+SELDOM = ("an interruption", "a mistake in the program")  # as the other errors, but for a line
 
 
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SELDOM else []) for name in ENDS]
+)
 def test_no_rank_leaves_its_end_to_the_interpreter(tmp_path, monkeypatch, name):
     work, code, errors = ENDS[name]
     (tmp_path / "train.py").write_text(CODE.format(work=work))

@@ -90,7 +90,7 @@ def make_engine(case: dict):
             return config
 
     keys = {"batch": BATCH, "micro_batch": 0, "zero": 3, "offload": "none", "dtype": "float32"}
-    keys |= {"sequence_parallel": 1, "timeout": 120}
+    keys |= {"sequence_parallel": 1, "timeout": 900}
     return Engine(CPU, SimpleNamespace(**{k: case.get(k, v) for k, v in keys.items()}))
 
 
@@ -224,7 +224,7 @@ def gathers(counter: Counter, nets: list) -> list[list[int]]:
 
 def main(cases: Path, results: Path) -> None:
     torch.set_num_threads(1)
-    ranks.join(CPU, 120)
+    ranks.join(CPU, 900)
     done = {name: run(case) for name, case in json.loads(cases.read_text()).items()}
     if ranks.rank() == 0:
         results.write_text(json.dumps(done))
