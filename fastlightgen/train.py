@@ -1,16 +1,17 @@
 """python -m fastlightgen.train stage=0|1|2|3|all run=DIR ...: train, or continue, one stage or all of them."""
 
-import sys
+import os
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from fastlightgen.atomic import write_json
-from fastlightgen.config import StageConfig, exit_code, for_stage, main, method_for, numbers
+from fastlightgen.config import StageConfig, exit_code, for_stage, main, method_for, numbers, report
 from fastlightgen.data.source import Source
 from fastlightgen.engine.folder import StageFolder
 from fastlightgen.engine.hang import HangWatch
@@ -42,41 +43,42 @@ OWN = ("run", "device", "threads", "progress")  # keys that may differ between t
 
 
 def train(cfg: Any) -> None:
-    """Run the stages that the configuration names."""
-
-    set_up(cfg)
+    """Run the command. If this process is one of several ranks, it ends here and does not return."""
     try:
-        say(describe())
-        say(attention.describe())
-        if cfg.stage != "all":
-            run_stage(cfg)
-            ranks.leave()
-            return
-        for number in (1, 2, 3):
-            later = [for_stage(cfg, n) for n in (2, 3) if number == 1]
-            run_stage(for_stage(cfg, number), later, cfg.stage1.ratio)
-        if ranks.rank() == 0:
-            evaluate_run(cfg)
-            say(f"report: {write_report(Path(cfg.run))}")
-        ranks.leave()
-    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as err:
+        set_up(cfg)
+        run(cfg)
+    except (Exception, KeyboardInterrupt) as err:
+        if ranks.size() == 1:
+            raise
         end(err)
+    ranks.leave()
 
 
-def end(err: BaseException) -> None:
-    """Raise what ended the run on one rank; the others leave without a word, or name the one that has gone."""
-    if ranks.size() == 1:
-        raise err
-    if isinstance(err, RuntimeError) and not ranks.lost_partner(err):
-        raise err
-    if isinstance(err, RuntimeError):
-        missing = ranks.gone()
-        if not missing:
-            raise err
+def run(cfg: Any) -> None:
+    """One stage, or all of them with the evaluation and the report."""
+    say(describe())
+    say(attention.describe())
+    if cfg.stage != "all":
+        run_stage(cfg)
+        return
+    for number in (1, 2, 3):
+        later = [for_stage(cfg, n) for n in (2, 3) if number == 1]
+        run_stage(for_stage(cfg, number), later, cfg.stage1.ratio)
+    if ranks.rank() == 0:
+        evaluate_run(cfg)
+        say(f"report: {write_report(Path(cfg.run))}")
+
+
+def end(err: BaseException) -> NoReturn:
+    """End this rank, one of several, with an error: one rank reports it, or names the rank that has gone."""
+    if isinstance(err, RuntimeError) and ranks.lost_partner(err) and (missing := ranks.gone()):
         err = ValueError(f"rank {', '.join(map(str, missing))} of {ranks.size()} has gone; {ranks.GO_ON}")
+    if not isinstance(err, ValueError | OSError | KeyboardInterrupt) or os.environ.get("FLG_DEBUG") == "1":
+        traceback.print_exception(err)
+        ranks.end_process(1)
     if ranks.speaks_first():
-        raise type(err)(f"rank {ranks.rank()}: {err}") if ranks.rank() and isinstance(err, ValueError) else err
-    sys.exit(exit_code(err))
+        report(type(err)(f"rank {ranks.rank()}: {err}") if ranks.rank() and isinstance(err, ValueError) else err)
+    ranks.end_process(exit_code(err))
 
 
 def set_up(cfg: StageConfig) -> None:

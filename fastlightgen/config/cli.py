@@ -121,11 +121,18 @@ def main(fn: Callable[[Any], None], command: str = "train", argv: Sequence[str] 
     except (ValueError, OSError) as err:  # ValueError is for users, `assert` for programmers
         if os.environ.get("FLG_DEBUG") == "1":
             raise
-        print(f"error: {' '.join(str(err).split())}", file=sys.stderr)
-        sys.exit(exit_code(err))
+        sys.exit(report(err))
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
-        sys.exit(exit_code(stop))
+        sys.exit(report(stop))
+
+
+def report(err: BaseException) -> int:
+    """Print one line about an error that a user can mend, or about an interruption; returns the exit code."""
+    if isinstance(err, KeyboardInterrupt):
+        print(str(err) or "interrupted", file=sys.stderr)
+    else:
+        print(f"error: {' '.join(str(err).split())}", file=sys.stderr)
+    return exit_code(err)
 
 
 def exit_code(err: BaseException) -> int:
