@@ -33,7 +33,6 @@ from fastlightgen.planner.fit import check_fit
 from fastlightgen.report import write_report
 from fastlightgen.rng import generator, rand
 from fastlightgen.stages.build import Builder
-from fastlightgen.stages.check import check_teacher
 from fastlightgen.stages.rank import Config as RankConfig
 from fastlightgen.stages.rank import rank
 from fastlightgen.world.builtin import BuiltIn
@@ -102,7 +101,7 @@ def draws(seed: int) -> list[float]:
     return [x for purpose in range(8) for x in rand(2, generator(seed, purpose, 0)).tolist()]
 
 
-def run_stage(cfg: StageConfig, later: Sequence[StageConfig] = (), ratio: float | None = None) -> None:
+def run_stage(cfg: Any, later: Sequence[StageConfig] = (), ratio: float | None = None) -> None:
     """Run, continue, or find complete one stage of a run folder.
 
     `later`: stages whose fit is checked as well, taking it that Stage I drops `ratio` of the blocks.
@@ -118,12 +117,13 @@ def run_stage(cfg: StageConfig, later: Sequence[StageConfig] = (), ratio: float 
         check_fit(cfg, source, device)
         for other in later:
             check_fit(other, source, device, ratio)
-        made = method.build(cfg, Builder(cfg, source, device))
+        builder = Builder(cfg, source, device)
+        made = method.build(cfg, builder)
         with HangWatch(cfg.timeout, number):
             if number == 1:
-                rank_blocks(cfg, source, folder, engine, *made)
+                rank_blocks(cfg, builder, folder, engine, *made)
             else:
-                train_stage(cfg, source, folder, engine, made)
+                train_stage(cfg, builder, folder, engine, made)
     finally:
         folder.close()
 
@@ -135,12 +135,12 @@ def open_folder(cfg: StageConfig) -> StageFolder:
     return StageFolder(cfg.run, int(cfg.stage), asdict(cfg) | dict(inputs), decisive, cfg.overwrite)
 
 
-def train_stage(cfg: StageConfig, source: Source, folder: StageFolder, engine: Engine, stage: Stage) -> None:
+def train_stage(cfg: StageConfig, with_: Builder, folder: StageFolder, engine: Engine, stage: Stage) -> None:
     """The training loop, with clips on the way; a sharding engine looks at the teacher once it has placed it."""
     look = None
     if cfg.engine == "deepspeed" and stage.teacher is not None:
-        look = partial(check_teacher, cfg, stage.teacher, source)
-    train_loop(stage, engine, folder, cfg, preview_of(cfg, source, engine.device), look)
+        look = partial(with_.check_teacher, stage.teacher)
+    train_loop(stage, engine, folder, cfg, preview_of(cfg, with_.source, engine.device), look)
     say(f"stage {stage.number}: {folder.result}")
 
 
@@ -170,13 +170,18 @@ def preview_of(cfg: StageConfig, source: Source, device: torch.device) -> Previe
 
 
 def rank_blocks(
-    cfg: RankConfig, source: Source, folder: StageFolder, engine: Engine, model: VideoDiT, costs: Sequence[float]
+    cfg: RankConfig,
+    with_: Builder,
+    folder: StageFolder,
+    engine: Engine,
+    model: VideoDiT,
+    costs: Sequence[float],
 ) -> None:
     """Stage I writes importance.json and its picture."""
     engine.place(model)
     if cfg.engine == "deepspeed":
-        check_teacher(cfg, model, source)
-    batches = Builder(cfg, source, engine.device).batches
+        with_.check_teacher(model)
+    source, batches = with_.source, with_.batches
     record = {"model": cfg.model, "data_hash": source.name} | rank(
         cfg, model, batches, costs, lambda total, title: bar(total, title, cfg.progress)
     )

@@ -79,7 +79,8 @@ class Plan(Machine, Run):
 
 def plan_root(stage: str = "3", method: str = DEFAULT) -> type[Plan]:
     """The class whose fields are the keys of `plan stage=STAGE method=METHOD`."""
-    return _plan_root(stage, keys_of(stage, method))
+    keys: Any = keys_of(stage, method)
+    return _plan_root(stage, keys)
 
 
 @cache

@@ -55,8 +55,9 @@ class HunyuanModel(VideoDiT):
         self.norm_out = Modulation(cfg.dim, 2)
         self.proj_out = nn.Linear(cfg.dim, cfg.out_channels * math.prod(cfg.patch))
 
+    # A view of the two lists, which `prune` replaces; nothing assigns to it.
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> nn.ModuleList:  # type: ignore[override]
         """One ranked list: the double blocks, then the single ones."""
         return nn.ModuleList([*self.transformer_blocks, *self.single_transformer_blocks])
 
