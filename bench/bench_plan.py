@@ -32,7 +32,8 @@ from fastlightgen.planner.budget import budget
 from fastlightgen.planner.fit import plan_of
 from fastlightgen.planner.step import dropped, undropped
 from fastlightgen.rng import generator, rows
-from fastlightgen.stages.distill import Distill, Networks
+from fastlightgen.stages.distill import Distill
+from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.prune import Prune
 from fastlightgen.stages.rank import score_sets
 from fastlightgen.stages.teacher import Teacher

@@ -16,7 +16,8 @@ from timing import seconds
 from fastlightgen.data.source import Batch
 from fastlightgen.models.base import Job, Stream
 from fastlightgen.models.wan.model import WanConfig, WanModel
-from fastlightgen.stages.distill import Distill, Networks
+from fastlightgen.stages.distill import Distill
+from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.rank import score_sets
 
 N = int(os.environ.get("FLG_BENCH_BLOCKS", 12))

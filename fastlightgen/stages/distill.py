@@ -5,28 +5,24 @@ Shapes: x0, x_hat, x_t, v [B, C, F, H, W]; t, beta [B].
 # ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from dataclasses import field as plain_field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlightgen import flow
 from fastlightgen.config import Run, TrainingKeys, field, numbers, root
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.folder import read_run
 from fastlightgen.engine.roles import Role, Update
-from fastlightgen.models.base import Cond, Stream, VideoDiT
 from fastlightgen.models.cost import Network
 from fastlightgen.models.families import depth
 from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import read_card, save_model
-from fastlightgen.models.lora import attach_lora, lora_on
-from fastlightgen.models.streams import TextKeys
+from fastlightgen.models.lora import attach_lora
 from fastlightgen.ops import dmd_gradient
 from fastlightgen.planner.step import Iteration, Net, Walk
 from fastlightgen.planner.walk import Route
@@ -34,6 +30,7 @@ from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.matching import dmd_loss, score_times, simulate, uniform
 from fastlightgen.stages.method import Guess, Method, Subject
+from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.teacher import flow_matching_loss
 
 STUDENT, FAKE, ADAPTERS = 5, 6, 7  # the purposes of this stage's random draws
@@ -96,33 +93,6 @@ class DistillKeys(TrainingKeys):
 
 class Config(DistillKeys, Run):
     """A configuration of this stage: its own keys and those of every stage."""
-
-
-@dataclass
-class Networks:
-    """The four predictions of Stage III. `fake_net` may be `teacher` itself with LoRA adapters switched on."""
-
-    student: VideoDiT  # G, pruned
-    teacher: VideoDiT  # the Stage II network, frozen: weak with `keep`, strong with all blocks
-    keep: Sequence[int]
-    fake_net: VideoDiT
-    fake_keep: Sequence[int] | None
-    fake_trained: nn.Module  # what the critic's optimizer holds
-    lora: bool
-    original: VideoDiT | None  # the strong teacher where it is not the Stage II network
-    null_keys: TextKeys = plain_field(default_factory=dict)  # the frozen teacher's keys and values of the null prompt
-
-    def fake(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        with lora_on(self.fake_net) if self.lora else nullcontext():
-            return self.fake_net(x_t, t, cond, self.fake_keep)
-
-    @torch.no_grad()
-    def real(self, x_t: Tensor, t: Tensor, batch: Batch) -> list[Tensor]:
-        """v_p(c), v_p(null), v_u(c): one walk of the Stage II weights."""
-        streams = [Stream(batch.cond, self.keep), Stream(batch.null, self.keep, text_keys=self.null_keys)]
-        if self.original is None:
-            return self.teacher.walk(x_t, t, [*streams, Stream(batch.cond)])
-        return [*self.teacher.walk(x_t, t, streams), self.original(x_t, t, batch.cond)]
 
 
 class Distill:

@@ -7,6 +7,7 @@ Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B].
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fastlightgen.data.source import Batch
 from fastlightgen.engine.ema import follow
 from fastlightgen.engine.guard import held_out_mean
 from fastlightgen.engine.roles import Role, Update
-from fastlightgen.models.base import Cond, Stream, VideoDiT
+from fastlightgen.models.base import Stream, VideoDiT
 from fastlightgen.models.cost import Network
 from fastlightgen.models.families import depth
 from fastlightgen.models.folder.networks import config_of, trained_folder
@@ -32,7 +33,7 @@ from fastlightgen.planner.walk import Route
 from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.method import Guess, Method, Subject
-from fastlightgen.stages.rank import x0_error
+from fastlightgen.stages.rank import denoising_error
 from fastlightgen.stages.teacher import noised
 
 DRAWS, COIN, GUARD = 2, 3, 4  # the purposes of this stage's random draws
@@ -193,17 +194,13 @@ class Prune:
         if w_u or self.target is None:  # target=self needs the unpruned prediction even in steps that do not train it
             streams["unpruned"] = Stream(cond, grad=w_u > 0)
         v = dict(zip(streams, self.net.walk(x_t, t, list(streams.values())), strict=True))
-        v_target = v["unpruned"] if self.target is None else self.predict(self.target, x_t, t, cond)
+        with torch.no_grad():
+            v_target = v["unpruned"] if self.target is None else self.target(x_t, t, cond)
         v_p, v_u = v.get("pruned"), v["unpruned"] if w_u else None
 
         loss = eq7(v_p, v_u, v_target, flow.velocity(batch.x0, noise), cfg.alpha, cfg.kappa, w_p, w_u)
         taken = {"distill_pruned": v_p, "distill_unpruned": v_u}
         return loss, {name: distance(v.detach(), v_target).item() for name, v in taken.items() if v is not None}
-
-    @staticmethod
-    @torch.no_grad()
-    def predict(net: VideoDiT, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return net(x_t, t, cond)
 
     @torch.no_grad()
     def check(self, step: int) -> None:
@@ -223,13 +220,10 @@ class Prune:
         cfg, batch = self.cfg, self.held_out()
         times = flow.shift_time(torch.linspace(0.02, 0.98, len(batch.x0)), cfg.shift)
         noise = normal_like(batch.x0, generator(cfg.seed, GUARD))
-
-        def eq4(x0: Tensor, t: Tensor, drawn: Tensor, cond: Cond) -> Tensor:
-            x_t = flow.add_noise(x0, drawn, t)
-            return x0_error(self.net(x_t, t, cond, keep), x_t, t, x0)
-
+        measure = partial(denoising_error, self.net, keep)
         at_once = cfg.micro_batch or max(1, cfg.batch // ranks.shares(cfg.sequence_parallel)[1])
-        return held_out_mean(eq4, (batch.x0, times, noise), batch.cond, self.net.device, at_once, cfg.sequence_parallel)
+        clips = batch.x0, times, noise
+        return held_out_mean(measure, clips, batch.cond, self.net.device, at_once, cfg.sequence_parallel)
 
     def sampler(self) -> dict[str, Any]:
         return {"model": self.net, "keep": self.keep} | preview_plan(self.card, self.cfg.shift, self.net.released)

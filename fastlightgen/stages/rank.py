@@ -81,6 +81,14 @@ def x0_error(v: Tensor, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
     return (flow.x0_from_velocity(x_t.float(), v.float(), t) - x0.float()).square().flatten(1).mean(1)
 
 
+def denoising_error(
+    net: VideoDiT, keep: Sequence[int] | None, x0: Tensor, t: Tensor, noise: Tensor, cond: Cond
+) -> Tensor:
+    """Eq. 4 per sample, of a network that runs the blocks `keep`."""
+    x_t = flow.add_noise(x0, noise, t)
+    return x0_error(net(x_t, t, cond, keep), x_t, t, x0)
+
+
 def output_mse(v: Tensor, v_full: Tensor) -> Tensor:
     """Eq. 3 per sample: mean over elements of |y_pruned - y_original|^2 (y: the output of Eq. 2)."""
     return (v.float() - v_full.float()).square().flatten(1).mean(1)

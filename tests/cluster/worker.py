@@ -28,7 +28,8 @@ from fastlightgen.parallel import ranks
 from fastlightgen.parallel.clock import clock
 from fastlightgen.rng import generator, rows
 from fastlightgen.stages.build import Builder
-from fastlightgen.stages.distill import Distill, Networks
+from fastlightgen.stages.distill import Distill
+from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.prune import Prune
 from fastlightgen.stages.rank import evaluation_set, score_sets
 from fastlightgen.stages.teacher import Teacher

@@ -12,7 +12,8 @@ from fastlightgen.models.families import network
 from fastlightgen.models.lora import attach_lora
 from fastlightgen.planner.memory import model_states
 from fastlightgen.planner.step import StepCost, step_cost
-from fastlightgen.stages.distill import Distill, Networks
+from fastlightgen.stages.distill import Distill
+from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.prune import Prune
 from fastlightgen.stages.rank import score_sets
 from fastlightgen.stages.teacher import Teacher
