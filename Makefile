@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
 STAMP := $(VENV)/.installed
 CXX_FILES := $(wildcard bindings/* csrc/*.cu csrc/include/flg/* csrc/gemm/* csrc/ops/*/* tests/simt/*.cpp tests/simt/*/*.h)
+# Tests of one file run in one worker, because they share what the file's fixtures have made.
+TWO := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all coverage lint format bench clean
@@ -26,11 +28,11 @@ $(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
 demo: $(STAMP) ## all three stages on the built-in world with the tiny model, into runs/demo
 	$(PY) -m fastlightgen.train stage=all model=tiny data=shapes run=runs/demo
 
-test: $(STAMP) ## the tests, without the slow ones (under 10 minutes on two cores)
-	$(PY) -m pytest tests -q
+test: $(STAMP) ## the tests, without the slow ones, on two cores (under 8 minutes)
+	$(PY) -m pytest tests -q $(TWO)
 
 test-all: $(STAMP) ## every test
-	$(PY) -m pytest tests -q -m 'slow or not slow' --timeout=3600
+	$(PY) -m pytest tests -q $(TWO) -m 'slow or not slow' --timeout=3600
 
 # With Python 3.12 and later the interpreter's own monitoring counts lines. PYTEST_ADDOPTS keeps the flags of `test`.
 coverage: $(STAMP) ## the tests as in `test`; prints the share of lines that they run, and fails below 90 %

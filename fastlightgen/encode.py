@@ -181,7 +181,9 @@ def ahead(rows: Sequence[Row], workers: int, read: Read) -> Iterator[tuple[NDArr
 def follow_parent() -> None:
     """In a worker: Ctrl-C is the parent's to handle, and nobody outlives a parent that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    parent = parent_process()
+    assert parent is not None
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def stored(fields: dict, save_dtype: str, text_fields: Sequence[str]) -> dict:

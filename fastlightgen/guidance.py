@@ -8,7 +8,7 @@ from torch import Tensor
 from fastlightgen.flow import per_sample
 
 
-def cfg(v_cond: Tensor, v_null: Tensor, scale: Tensor | float) -> Tensor:
+def guided(v_cond: Tensor, v_null: Tensor, scale: Tensor | float) -> Tensor:
     """Classifier-free guidance; scale 1 is the conditional prediction."""
     return v_null + per_sample(scale, v_cond) * (v_cond - v_null)
 

@@ -1,16 +1,17 @@
 """python -m fastlightgen.train stage=0|1|2|3|all run=DIR ...: train, or continue, one stage or all of them."""
 
-import sys
+import os
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from fastlightgen.atomic import write_json
-from fastlightgen.config import StageConfig, exit_code, for_stage, main, method_for, numbers
+from fastlightgen.config import StageConfig, exit_code, for_stage, main, method_for, numbers, report
 from fastlightgen.data.source import Source
 from fastlightgen.engine.folder import StageFolder
 from fastlightgen.engine.hang import HangWatch
@@ -32,7 +33,6 @@ from fastlightgen.planner.fit import check_fit
 from fastlightgen.report import write_report
 from fastlightgen.rng import generator, rand
 from fastlightgen.stages.build import Builder
-from fastlightgen.stages.check import check_teacher
 from fastlightgen.stages.rank import Config as RankConfig
 from fastlightgen.stages.rank import rank
 from fastlightgen.world.builtin import BuiltIn
@@ -42,41 +42,42 @@ OWN = ("run", "device", "threads", "progress")  # keys that may differ between t
 
 
 def train(cfg: Any) -> None:
-    """Run the stages that the configuration names."""
-
-    set_up(cfg)
+    """Run the command. If this process is one of several ranks, it ends here and does not return."""
     try:
-        say(describe())
-        say(attention.describe())
-        if cfg.stage != "all":
-            run_stage(cfg)
-            ranks.leave()
-            return
-        for number in (1, 2, 3):
-            later = [for_stage(cfg, n) for n in (2, 3) if number == 1]
-            run_stage(for_stage(cfg, number), later, cfg.stage1.ratio)
-        if ranks.rank() == 0:
-            evaluate_run(cfg)
-            say(f"report: {write_report(Path(cfg.run))}")
-        ranks.leave()
-    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as err:
+        set_up(cfg)
+        run(cfg)
+    except (Exception, KeyboardInterrupt) as err:
+        if ranks.size() == 1:
+            raise
         end(err)
+    ranks.leave()
 
 
-def end(err: BaseException) -> None:
-    """Raise what ended the run on one rank; the others leave without a word, or name the one that has gone."""
-    if ranks.size() == 1:
-        raise err
-    if isinstance(err, RuntimeError) and not ranks.lost_partner(err):
-        raise err
-    if isinstance(err, RuntimeError):
-        missing = ranks.gone()
-        if not missing:
-            raise err
+def run(cfg: Any) -> None:
+    """One stage, or all of them with the evaluation and the report."""
+    say(describe())
+    say(attention.describe())
+    if cfg.stage != "all":
+        run_stage(cfg)
+        return
+    for number in (1, 2, 3):
+        later = [for_stage(cfg, n) for n in (2, 3) if number == 1]
+        run_stage(for_stage(cfg, number), later, cfg.stage1.ratio)
+    if ranks.rank() == 0:
+        evaluate_run(cfg)
+        say(f"report: {write_report(Path(cfg.run))}")
+
+
+def end(err: BaseException) -> NoReturn:
+    """End this rank, one of several, with an error: one rank reports it, or names the rank that has gone."""
+    if isinstance(err, RuntimeError) and ranks.lost_partner(err) and (missing := ranks.gone()):
         err = ValueError(f"rank {', '.join(map(str, missing))} of {ranks.size()} has gone; {ranks.GO_ON}")
+    if not isinstance(err, ValueError | OSError | KeyboardInterrupt) or os.environ.get("FLG_DEBUG") == "1":
+        traceback.print_exception(err)
+        ranks.end_process(1)
     if ranks.speaks_first():
-        raise type(err)(f"rank {ranks.rank()}: {err}") if ranks.rank() and isinstance(err, ValueError) else err
-    sys.exit(exit_code(err))
+        report(type(err)(f"rank {ranks.rank()}: {err}") if ranks.rank() and isinstance(err, ValueError) else err)
+    ranks.end_process(exit_code(err))
 
 
 def set_up(cfg: StageConfig) -> None:
@@ -100,7 +101,7 @@ def draws(seed: int) -> list[float]:
     return [x for purpose in range(8) for x in rand(2, generator(seed, purpose, 0)).tolist()]
 
 
-def run_stage(cfg: StageConfig, later: Sequence[StageConfig] = (), ratio: float | None = None) -> None:
+def run_stage(cfg: Any, later: Sequence[StageConfig] = (), ratio: float | None = None) -> None:
     """Run, continue, or find complete one stage of a run folder.
 
     `later`: stages whose fit is checked as well, taking it that Stage I drops `ratio` of the blocks.
@@ -116,12 +117,13 @@ def run_stage(cfg: StageConfig, later: Sequence[StageConfig] = (), ratio: float 
         check_fit(cfg, source, device)
         for other in later:
             check_fit(other, source, device, ratio)
-        made = method.build(cfg, Builder(cfg, source, device))
+        builder = Builder(cfg, source, device)
+        made = method.build(cfg, builder)
         with HangWatch(cfg.timeout, number):
             if number == 1:
-                rank_blocks(cfg, source, folder, engine, *made)
+                rank_blocks(cfg, builder, folder, engine, *made)
             else:
-                train_stage(cfg, source, folder, engine, made)
+                train_stage(cfg, builder, folder, engine, made)
     finally:
         folder.close()
 
@@ -133,12 +135,12 @@ def open_folder(cfg: StageConfig) -> StageFolder:
     return StageFolder(cfg.run, int(cfg.stage), asdict(cfg) | dict(inputs), decisive, cfg.overwrite)
 
 
-def train_stage(cfg: StageConfig, source: Source, folder: StageFolder, engine: Engine, stage: Stage) -> None:
+def train_stage(cfg: StageConfig, with_: Builder, folder: StageFolder, engine: Engine, stage: Stage) -> None:
     """The training loop, with clips on the way; a sharding engine looks at the teacher once it has placed it."""
     look = None
     if cfg.engine == "deepspeed" and stage.teacher is not None:
-        look = partial(check_teacher, cfg, stage.teacher, source)
-    train_loop(stage, engine, folder, cfg, preview_of(cfg, source, engine.device), look)
+        look = partial(with_.check_teacher, stage.teacher)
+    train_loop(stage, engine, folder, cfg, preview_of(cfg, with_.source, engine.device), look)
     say(f"stage {stage.number}: {folder.result}")
 
 
@@ -168,13 +170,18 @@ def preview_of(cfg: StageConfig, source: Source, device: torch.device) -> Previe
 
 
 def rank_blocks(
-    cfg: RankConfig, source: Source, folder: StageFolder, engine: Engine, model: VideoDiT, costs: Sequence[float]
+    cfg: RankConfig,
+    with_: Builder,
+    folder: StageFolder,
+    engine: Engine,
+    model: VideoDiT,
+    costs: Sequence[float],
 ) -> None:
     """Stage I writes importance.json and its picture."""
     engine.place(model)
     if cfg.engine == "deepspeed":
-        check_teacher(cfg, model, source)
-    batches = Builder(cfg, source, engine.device).batches
+        with_.check_teacher(model)
+    source, batches = with_.source, with_.batches
     record = {"model": cfg.model, "data_hash": source.name} | rank(
         cfg, model, batches, costs, lambda total, title: bar(total, title, cfg.progress)
     )

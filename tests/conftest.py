@@ -1,27 +1,44 @@
-"""Tests run offline and on few threads, so that they time alike on a laptop and on a shared machine."""
+"""Tests run offline, and pytest-xdist's workers share the cores, so that they time alike on all machines."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pipelines
 import pytest
 import torch
+from locks import alone
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+THREADS = max(1, min(2, (os.cpu_count() or 1) // WORKERS))
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of the processes that tests start
+torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def process_settings() -> Iterator[None]:
+    """Commands change settings of the process; every test begins with the same ones, whatever ran before it."""
+    torch.set_num_threads(THREADS)
+    torch.set_flush_denormal(False)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory) -> Callable[[str], Path]:
     """`pipeline("wan_t2v")` is the folder of a very small diffusers pipeline; do not write into it."""
-    root, built = tmp_path_factory.mktemp("pipelines"), {}
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if WORKERS > 1 else base) / "pipelines"  # workers have a folder each below the run's own
+    root.mkdir(exist_ok=True)
 
     def folder(kind: str) -> Path:
-        if kind not in built:
-            built[kind] = pipelines.KINDS[kind](root / kind)
-        return built[kind]
+        with alone(root / f"{kind}.lock"):
+            if not (root / kind).exists():
+                pipelines.KINDS[kind](root / f"{kind}.part").rename(root / kind)
+        return root / kind
 
     return folder

@@ -1,7 +1,7 @@
 """Configuration of every command: keys (run, training, stages, plan, commands), presets and YAML (files), command line
 (cli). Imports no torch."""
 
-from fastlightgen.config.cli import exit_code, load, main
+from fastlightgen.config.cli import exit_code, load, main, report
 from fastlightgen.config.commands import Encode, Evaluate, Generate, Report, for_evaluate, parse_buckets
 from fastlightgen.config.fields import Checked, ConfigError, UserError, field
 from fastlightgen.config.files import diff, find_preset_weights, fingerprint, numbers, preset, presets, to_yaml
@@ -44,6 +44,7 @@ __all__ = [
     "preset",
     "presets",
     "register",
+    "report",
     "root",
     "to_yaml",
 ]

@@ -1,4 +1,4 @@
-"""From the words of a command line to a checked configuration; and how a command starts and fails.
+"""From a command line to a checked configuration; how a command starts, and how it reports an error.
 
 Later layers win: dataclass defaults, configs/stageN.yaml, configs/method/NAME.yaml, the model preset's section,
 config=FILE, the command line.
@@ -26,7 +26,7 @@ MODELS = ("model", "teacher", "init", "stage2_model")  # keys that name a model:
 
 
 def load(argv: Sequence[str], command: str = "train") -> Any:
-    """The configuration that `key=value` words describe; ConfigError, in one line, if they do not."""
+    """The configuration that `key=value` words describe; a word that is wrong raises a ConfigError of one line."""
     if {"-h", "--help"} & set(argv):
         print(help_text(command, argv))
         raise SystemExit(0)
@@ -84,7 +84,7 @@ def pick_root(command: str, given: dict[str, Any]) -> type:
 
 
 def build(node: DictConfig, cls: type) -> Any:
-    """The dataclass itself, once nothing is missing; building it runs the checks across keys."""
+    """The dataclass, after a check that no required key is missing; making it runs the checks across keys."""
     for key in OmegaConf.missing_keys(node):
         raise ConfigError(f"{key} is required ({leaves(cls)[key].metadata['help']}): give {key}=...")
     for f in dataclasses.fields(cls):
@@ -97,7 +97,7 @@ def build(node: DictConfig, cls: type) -> Any:
 
 
 def check_place(key: str, value: str, kind: str) -> None:
-    """`value` names a preset or an existing folder."""
+    """Refuse a value that names neither a preset nor a folder."""
     if value in presets(kind) or os.path.isdir(value):
         return
     near = difflib.get_close_matches(value, presets(kind), n=1)
@@ -106,12 +106,12 @@ def check_place(key: str, value: str, kind: str) -> None:
 
 
 def main(fn: Callable[[Any], None], command: str = "train", argv: Sequence[str] | None = None) -> None:
-    """Run a command. What a user can mend is one line and exit code 2; FLG_DEBUG=1 shows where it came from."""
+    """Run a command. A mistake of the user becomes one line and exit code 2; FLG_DEBUG=1 shows the traceback."""
     try:
         try:
             cfg = load(sys.argv[1:] if argv is None else argv, command)
         except ValueError:
-            if os.environ.get("RANK", "0") != "0":  # of several processes with one mistake the first one tells it
+            if os.environ.get("RANK", "0") != "0":  # all processes have the same mistake: rank 0 reports it
                 sys.exit(2)
             raise
         if cfg.dry_run:
@@ -121,15 +121,22 @@ def main(fn: Callable[[Any], None], command: str = "train", argv: Sequence[str] 
     except (ValueError, OSError) as err:  # ValueError is for users, `assert` for programmers
         if os.environ.get("FLG_DEBUG") == "1":
             raise
-        print(f"error: {' '.join(str(err).split())}", file=sys.stderr)
-        sys.exit(exit_code(err))
+        sys.exit(report(err))
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
-        sys.exit(exit_code(stop))
+        sys.exit(report(stop))
+
+
+def report(err: BaseException) -> int:
+    """Print one line about an error that a user can mend, or about an interruption; returns the exit code."""
+    if isinstance(err, KeyboardInterrupt):
+        print(str(err) or "interrupted", file=sys.stderr)
+    else:
+        print(f"error: {' '.join(str(err).split())}", file=sys.stderr)
+    return exit_code(err)
 
 
 def exit_code(err: BaseException) -> int:
-    """2: something to mend; 75: stopped by a scheduler; 130: by Ctrl-C."""
+    """2: a mistake of the user; 75: stopped by a scheduler; 130: stopped by Ctrl-C."""
     if not isinstance(err, KeyboardInterrupt):
         return 2
     return REQUEUE if getattr(err, "requeue", False) else 130

@@ -12,7 +12,7 @@ REQUIRED = MISSING  # the default of a key that the user must give
 
 
 class UserError(ValueError):
-    """A mistake of the user, told in one line: the command prints it without a traceback and exits with code 2."""
+    """A mistake of the user: the command prints it as one line without a traceback and exits with code 2."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
@@ -61,7 +61,7 @@ def default_of(f: dataclasses.Field) -> Any:
 
 
 def limits(f: dataclasses.Field) -> str:
-    """What a value may be, in words: "one of a, b" or ">= 0 and < 1" or ""."""
+    """The allowed values of a field in words: "one of a, b" or ">= 0 and < 1" or ""."""
     if f.metadata["choices"]:
         return f"one of {', '.join(f.metadata['choices'])}"
     signs = {"lo": ">=", "above": ">", "hi": "<=", "below": "<"}
@@ -70,7 +70,7 @@ def limits(f: dataclasses.Field) -> str:
 
 
 def check_value(f: dataclasses.Field, value: Any, key: str) -> None:
-    """The rules that concern one value: choices, range, two numbers in a pair."""
+    """Check one value: choices, range, two numbers in a pair."""
     shown = show(value)
     if value == "" and default_of(f) != "":
         raise ConfigError(f"{key}= is empty; {f.metadata['help']}: give {key}=...")
@@ -90,7 +90,7 @@ def check_value(f: dataclasses.Field, value: Any, key: str) -> None:
 
 
 def show(value: Any) -> str:
-    """A value as it is typed on the command line."""
+    """A value as a user types it."""
     if isinstance(value, list):
         return f"[{','.join(show(v) for v in value)}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -98,7 +98,7 @@ def show(value: Any) -> str:
 
 @dataclass(kw_only=True)
 class Checked:
-    """Checks itself however it is made: from a command line, a file or Python."""
+    """A dataclass that checks its values whenever it is made: from a command line, a file or Python."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -108,7 +108,7 @@ class Checked:
         self.check()
 
     def check(self) -> None:
-        """The rules that concern several keys at once."""
+        """Check rules between several keys."""
 
     def check_ordered(self, *keys: str) -> None:
         for key in keys:

@@ -1,4 +1,4 @@
-"""Configuration on disk: the presets that ship with the package, YAML in and out, and what makes two runs the same."""
+"""Configuration on disk: the presets of the package, reading and writing YAML, and the comparison of two runs."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from fastlightgen.config.fields import ConfigError, show
 
 
 def config_root() -> Path:
-    """configs/: inside the package when it was installed, beside it in a checkout."""
+    """The folder configs/: inside an installed package, beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
@@ -25,7 +25,7 @@ def presets(kind: str = "model") -> list[str]:
 
 
 def preset(name: str, kind: str = "model") -> dict[str, Any]:
-    """A preset's file. Models: network, inference and the stages' settings; data: what describes the clips."""
+    """The content of a preset; of a model: network, inference, settings per stage; of data: what the clips are."""
     if name not in presets(kind):
         raise ConfigError(f"{kind}={name}: no such preset; there are {', '.join(presets(kind))}")
     return read_yaml(config_root() / kind / f"{name}.yaml")
@@ -38,7 +38,7 @@ def find_preset_weights(name: str) -> Path | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as everywhere, but a repeated key is an error instead of the last one winning."""
+    """Standard YAML, but a repeated key is an error; elsewhere the last one wins silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         key, times = max(Counter(str(k.value) for k, _ in node.value).items(), key=lambda c: c[1], default=("", 0))
@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists on one line, as they are typed on the command line."""
+    """Writes a list on one line, as a user types it."""
 
 
 _Dumper.add_representer(list, lambda d, v: d.represent_sequence("tag:yaml.org,2002:seq", v, flow_style=True))
@@ -72,7 +72,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def to_yaml(cfg: Any) -> str:
-    """The resolved configuration as a file for `config=`; dry_run is left out, so that it can be run as it is."""
+    """The resolved configuration as YAML for `config=`; without dry_run, so that the file starts a run."""
     values = dataclasses.asdict(cfg)
     del values["dry_run"]
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)

@@ -1,4 +1,4 @@
-"""What --help prints: every key with its type, default and meaning."""
+"""The text of --help: every key with its type, default and meaning."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from fastlightgen.config.stages import CHOOSES, DEFAULT, METHODS, STAGES, declar
 
 
 def help_text(command: str, argv: Sequence[str]) -> str:
-    """Every key of a command; with stage=N only those of that stage, with method=NAME those of that method."""
+    """The help of a command; stage=N limits it to a stage, method=NAME chooses the method whose keys are listed."""
     given = dict(word.split("=", 1) for word in argv if "=" in word)
     usage = f"usage: python -m fastlightgen.{command} {'stage=STAGE ' if command == 'train' else ''}key=value ..."
     head = [usage, "", "Also config=FILE.yaml: keys from a file; the command line wins."]
@@ -56,7 +56,7 @@ def plan_keys(stage: str, method: str, model: str | None) -> list[str]:
 
 
 def describe(cls: type, model: str | None) -> list[str]:
-    """One line per key; the defaults are those that hold before config=FILE and the command line."""
+    """One line per key, with the default that holds before config=FILE and the command line."""
     node = OmegaConf.structured(cls)
     for where, values in shipped_layers(cls, model) if cls is not Run else ():
         assign(node, cls, values, f" (in {where})")

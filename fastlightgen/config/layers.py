@@ -1,4 +1,4 @@
-"""One configuration out of several layers: every key of a root class, and a layer's values put in, each checked."""
+"""Layers of a configuration: the keys of a root class, and the values of one layer after the other, each checked."""
 
 import dataclasses
 import difflib
@@ -17,7 +17,7 @@ TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text
 
 
 def sections(cls: type) -> dict[str, str]:
-    """The stages whose keys a root class has, with the prefix of these keys; empty for commands without a stage."""
+    """Stage -> prefix of its keys in a root class; empty for commands without a stage."""
     stage = default_of(leaves(cls)["stage"]) if "stage" in leaves(cls) else ""
     return {n: f"stage{n}." for n in ("1", "2", "3")} if stage == "all" else {stage: ""} if stage else {}
 
@@ -48,7 +48,7 @@ def shipped_layers(cls: type, model: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def leaves(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """Every key of a root class, those of its sections with a dot."""
+    """Key -> field of a root class; the keys of a section have its name and a dot in front."""
     out: dict[str, dataclasses.Field[Any]] = {}
     for f in dataclasses.fields(cls):
         nested = dataclasses.is_dataclass(f.type)
@@ -74,7 +74,7 @@ def assign(node: DictConfig, cls: type, values: dict[str, Any], where: str) -> N
 
 
 def literal(value: Any, kind: type) -> Any:
-    """A value as OmegaConf has to see it, so that text stays what it is: no ${...} lookup, no "yes" for true."""
+    """A value in the form in which OmegaConf leaves it alone: no lookup of ${...}, no "yes" for true."""
     if isinstance(value, str) and kind == list[float]:
         value = yaml.safe_load(value)
     if kind is bool and str(value).lower() not in ("true", "false"):
@@ -94,7 +94,7 @@ def example(f: dataclasses.Field) -> str:
 
 
 def unknown_key(key: str, value: Any, cls: type) -> str:
-    """Why a key cannot be used here, and which key was probably meant."""
+    """The error for an unknown key: where the key would be valid, or which key the user probably meant."""
     known, shown = leaves(cls), f"{key}={show(value)}"
     inside = [name for name in known if name.startswith(f"{key}.")]
     if inside:

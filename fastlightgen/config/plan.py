@@ -26,7 +26,7 @@ DEFAULTS = {  # in place of those of train
 
 @dataclass(kw_only=True)
 class Machine(Checked):
-    """Keys of the machine, and of what an earlier stage decides."""
+    """Keys of the machine, and guesses at the result of Stage I."""
 
     gpu: str = field("h100-80gb", "kind of GPU; cpu: processes on a CPU in place of GPUs", choices=(*GPUS, "cpu"))
     gpus: int = field(16, "GPUs in all", lo=1)
@@ -58,12 +58,12 @@ class Plan(Machine, Run):
 
     @property
     def groups(self) -> int:
-        """Groups of GPUs that work on clips of their own."""
+        """The number of groups of GPUs; each group works on its own clips."""
         return self.gpus // self.sequence_parallel
 
     @property
     def micro(self) -> int:
-        """Clips in one pass of a group: as the engine divides `batch`, at least one."""
+        """Clips in one pass of a group, as the engine divides `batch`; at least one."""
         return self.micro_batch or max(1, self.clips_per_step // self.groups)
 
     @property
@@ -79,7 +79,8 @@ class Plan(Machine, Run):
 
 def plan_root(stage: str = "3", method: str = DEFAULT) -> type[Plan]:
     """The class whose fields are the keys of `plan stage=STAGE method=METHOD`."""
-    return _plan_root(stage, keys_of(stage, method))
+    keys: Any = keys_of(stage, method)
+    return _plan_root(stage, keys)
 
 
 @cache
@@ -92,7 +93,7 @@ def _plan_root(stage: str, keys: type[Any]) -> type[Plan]:
 
 
 def plan_for(cfg: Any, **machine: Any) -> Plan:
-    """A stage's configuration on a machine."""
+    """The plan of a stage's configuration on a machine; `machine` holds the keys of Machine."""
     names = {f.name for f in fields(cfg)} - machine.keys()
     cls = plan_root(cfg.stage, vars(cfg).get("method", DEFAULT))
     return cls(**{name: getattr(cfg, name) for name in names}, **machine)

@@ -1,4 +1,4 @@
-"""The keys that every training stage has, and words that several commands' keys share."""
+"""The keys that every training stage has, and help texts that several commands share."""
 # ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
 
 from dataclasses import dataclass, fields
@@ -15,7 +15,7 @@ STEPS = "network evaluations per clip; 0: the model's own (a student's ladder, t
 GUIDANCE = "classifier-free guidance; 1 turns it off, a negative number takes the model's own"
 SAMPLER = "ode: Euler; stochastic: predict x0, noise again; auto: stochastic for students, ode for teachers"
 
-# Keys that mean nothing to engine=local, and what to say to those who give them.
+# Keys that mean nothing to engine=local, and the error for a user who gives them.
 ONE_PROCESS = {
     "zero": "is one process and shards nothing; leave it out or use engine=deepspeed",
     "offload": "keeps everything on its device; use offload=none",

@@ -1,4 +1,4 @@
-"""The stages of `train` and their methods: where each is declared, and the keys that a configuration then has.
+"""The stages of `train` and their methods: which module declares each, and which keys a configuration has.
 
 A method is one module with a record METHOD: its name, one line about it, the dataclass of its keys, how it is built and
 which walks it takes. This file knows the modules by name only. They load torch, so each is imported when it is asked
@@ -29,7 +29,7 @@ METHOD_HELP = "which method the stage follows; --help lists them"
 
 
 class Declared(Protocol):
-    """What this file reads of a method's record."""
+    """The part of a method's record that this file reads."""
 
     @property
     def stage(self) -> str: ...  # "0" to "3"
@@ -67,7 +67,7 @@ def declared(stage: str, name: str = DEFAULT) -> Any:
 
 
 def keys_of(stage: str, name: str = DEFAULT) -> type[Checked]:
-    """The keys of a stage under one method, with `method` itself where there is a choice."""
+    """The keys of a stage that follows this method; stages with a choice also have the key `method`."""
     keys = declared(stage, name).keys
     return with_method(keys, name, tuple(METHODS[stage])) if stage in CHOOSES else keys
 
@@ -79,7 +79,7 @@ def with_method(keys: type[Checked], name: str, names: tuple[str, ...]) -> type[
 
 
 def root(stage: str, methods: dict[str, str] | None = None) -> type:
-    """The class whose fields are the keys of `train stage=...`; `methods`: stage -> name, where not the default."""
+    """The class whose fields are the keys of `train stage=STAGE`; `methods`: stage -> name, if not the default."""
     chosen = methods or {}
     parts = ("1", "2", "3") if stage == "all" else (stage,)
     return _root(stage, tuple(keys_of(part, chosen.get(part, DEFAULT)) for part in parts))
@@ -97,7 +97,7 @@ def _root(stage: str, keys: tuple[type[Checked], ...]) -> type:
 
 
 class StageConfig(BatchKeys, Run):
-    """What is known of any stage's configuration; for annotations."""
+    """The keys that every stage has; for type annotations."""
 
 
 def for_stage(cfg: Any, stage: int) -> Any:

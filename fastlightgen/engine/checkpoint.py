@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 BUSY, FAILED = 2, 4  # of a rank that writes; bits, so that a step's one collective carries another flag as well
 POLL = 0.05  # seconds between two looks at the other ranks' files
-PARTING = 5.0  # seconds without a byte of theirs after which a run that ends with an error leaves them
+PARTING = 20.0  # seconds without a byte of theirs after which a run that ends with an error takes them for dead
 
 
 def steps(folder: Path) -> list[int]:
@@ -56,21 +56,22 @@ def save(folder: Path, step: int, files: Files, meta: dict, keep: int, every: in
     """
     temporary = folder / f".step-{step:06d}.tmp"
     names = [*files] if ranks.size() == 1 else [rank_file(r) for r in range(ranks.size())]
-    error: OSError | None = None
+    error = ""
     if ranks.rank() == 0:
         try:
             start(folder, temporary)
         except OSError as err:
-            error = err
-    if ranks.anyone(error is not None):
+            error = str(err)
+    if error := ranks.from_first(error):
         raise not_saved(folder, step, error)
 
-    def work(stopped: threading.Event) -> None:
+    def work(saving: Saving) -> None:
         write(temporary, files)
+        saving.wrote.set()
         if ranks.rank():
             return
         while not all((temporary / f"{name}.safetensors").exists() for name in names):
-            if stopped.wait(POLL):
+            if saving.stopped.wait(POLL):
                 return
         complete(folder, temporary, step, meta | {"step": step, "files": sorted(names)})
         thin(folder, keep, every, good)
@@ -81,15 +82,16 @@ def save(folder: Path, step: int, files: Files, meta: dict, keep: int, every: in
 class Saving:
     """A checkpoint on its way to disk, by a thread that does no collectives; every rank has one at the same time."""
 
-    def __init__(self, folder: Path, step: int, temporary: Path, work: Callable[[threading.Event], None]):
+    def __init__(self, folder: Path, step: int, temporary: Path, work: "Callable[[Saving], None]"):
         self.folder, self.step, self.temporary = folder, step, temporary
         self.error: BaseException | None = None
+        self.wrote = threading.Event()  # this rank's own files are on disk
         self.stopped = threading.Event()  # nobody waits for other ranks' files any more
 
         def run() -> None:
             try:
-                work(self.stopped)
-            except BaseException as err:  # told by the training thread
+                work(self)
+            except BaseException as err:  # the training thread raises it
                 self.error = err
 
         self.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
@@ -105,13 +107,17 @@ class Saving:
             return not any(s & BUSY for s in states)
         self.stopped.set()
         self.thread.join()
-        if self.error is None:
-            time.sleep(PARTING / 2)  # the rank that knows why tells
-        if not isinstance(self.error, OSError | None) or path(self.folder, self.step).exists():
-            raise self.error or OSError(f"{path(self.folder, self.step)}: rank 0 could not remove older checkpoints")
+        failed = next(r for r, state in enumerate(states) if state & FAILED)
+        complete = path(self.folder, self.step).exists()
+        why, complete = ranks.from_rank(failed, [str(self.error), complete])
+        if self.error and not isinstance(self.error, OSError):
+            raise self.error
+        if complete:
+            here = path(self.folder, self.step)
+            raise OSError(f"{here}: is complete, but an older checkpoint could not be removed: {why}")
         if ranks.rank() == 0:
             shutil.rmtree(self.temporary, ignore_errors=True)
-        raise not_saved(self.folder, self.step, self.error)
+        raise not_saved(self.folder, self.step, why)
 
     def wait(self) -> None:
         """Until it is complete; on all ranks."""
@@ -120,13 +126,20 @@ class Saving:
             self.thread.join(POLL)
 
     def leave(self) -> None:
-        """The run ends with an error: complete it, for as long as this rank or another one still writes."""
+        """The run ends with an error, and collectives may fail: complete it as far as this rank can.
+
+        This rank's own files are waited for without a limit. Rank 0 then waits for those of the other ranks for as
+        long as they grow, because a rank may have died.
+        """
+        while self.thread.is_alive() and not self.wrote.wait(POLL):
+            pass
         size, since = -1, time.monotonic()
-        while self.thread.is_alive() and (ranks.size() == 1 or time.monotonic() - since < PARTING):
+        while self.thread.is_alive() and time.monotonic() - since < PARTING:
             self.thread.join(POLL)
             if (now := written(self.temporary)) != size:
                 size, since = now, time.monotonic()
         self.stopped.set()
+        self.thread.join()
 
 
 class Background:
@@ -144,6 +157,10 @@ class Background:
     def state(self) -> int:
         return self.saving.state() if self.saving else 0
 
+    def started(self) -> list[int]:
+        """The step of the checkpoint under way, if there is one."""
+        return [self.saving.step] if self.saving else []
+
     def hear(self, states: Sequence[int]) -> None:
         """Once a step, with the states of all ranks."""
         if self.saving and self.saving.whole(states):
@@ -155,11 +172,11 @@ class Background:
             self.saving = None
 
 
-def not_saved(folder: Path, step: int, error: BaseException | None) -> ValueError:
+def not_saved(folder: Path, step: int, error: object) -> ValueError:
     last = steps(folder)
     state = f"the last one is {path(folder, last[-1])}" if last else "there is none yet"
     return ValueError(
-        f"{path(folder, step)}: the checkpoint could not be saved ({error or 'on another rank'}); {state}; "
+        f"{path(folder, step)}: the checkpoint could not be saved ({error}); {state}; "
         "make room and run the same command to continue"
     )
 

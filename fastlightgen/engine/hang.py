@@ -22,6 +22,7 @@ from fastlightgen.parallel import ranks
 
 PART = 1 / 3  # of `timeout`, after which a collective gives up without knowing why
 BEATS, PAUSE = 8, 5.0  # how often a rank tells its place in that time, and at least once in so many seconds
+SILENCE = 24  # half pauses without a word after which a rank's process counts as stopped
 
 
 @dataclass
@@ -165,13 +166,15 @@ class HangWatch:
     def _end(self, store) -> None:
         """The first rank that is sure tells; the others wait until it has."""
         before = self._places(store)
-        for _ in range(4):
+        for _ in range(SILENCE):
             time.sleep(self.pause / 2)
             self._beat(store)  # or another rank would take this one for a stopped process
+            if all(new[0] != old[0] for new, old in zip(self._places(store), before, strict=True)):
+                break
         if not self._late(2 * self.pause):  # it was slow, and goes on
             return
         if store.add("flg/hang", 1) > 1:
-            store.wait(["flg/hang/told"], timedelta(seconds=10))
+            store.wait(["flg/hang/told"], timedelta(seconds=60))
             os._exit(2)
         after = self._places(store)
         places = [

@@ -36,7 +36,8 @@ class Metrics:
         self.writers = writers
 
     def write(self, record: dict, file: str = "metrics") -> None:
-        for writer in (self.files[file], *self.writers):
+        self.files[file].write(record)
+        for writer in self.writers:
             writer.write(record)
 
     def close(self) -> None:

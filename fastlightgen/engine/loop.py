@@ -103,13 +103,14 @@ def train(
         say(f"stage {stage.number}: continues at step {start} of {stage.iters}")
 
     metrics = Metrics(folder.path, start, open_writers(cfg, folder.path, start)) if ranks.rank() == 0 else None
-    watch = Watch(stage, folder, cfg.alarms, metrics, start)
+    saves = checkpoint.Background()
+    watch = Watch(stage, folder, cfg.alarms, metrics, start, saves)
     clock.restart()
     title = f"stage {stage.number}"
     with (
         closing(metrics) if metrics else nullcontext(),
         interruptible() as signals,
-        checkpoint.Background() as saves,
+        saves,
         bar(stage.iters, title, cfg.progress, start) as progress,
     ):
 

@@ -20,8 +20,17 @@ class Watch:
     What it knows comes from the log's files, so that a run which is continued knows the same.
     """
 
-    def __init__(self, stage: Stage, folder: StageFolder, mode: str, metrics: Metrics | None, start: int):
+    def __init__(
+        self,
+        stage: Stage,
+        folder: StageFolder,
+        mode: str,
+        metrics: Metrics | None,
+        start: int,
+        saves: checkpoint.Background,
+    ):
         self.stage, self.mode, self.metrics, self.limits = stage, mode, metrics, drift.Limits()
+        self.saves = saves
         self.checkpoints, self.lines, alarms = folder.checkpoints, [], []
         self.kept: int | None = None  # the checkpoint before the first alarm; 0: there is none
         self.fine = 0  # the last step whose clips were as usual
@@ -75,7 +84,13 @@ class Watch:
         return [f for f in found if f]
 
     def _newest(self, last: int) -> int:
-        return max((s for s in checkpoint.steps(self.checkpoints) if s <= last), default=0)
+        """The newest checkpoint up to step `last`; 0: none. One that is still being written counts.
+
+        An older one must not be named in its place: the save under way may be about to remove it (`keep`). If that
+        save fails, its error ends the run.
+        """
+        started = [*checkpoint.steps(self.checkpoints), *self.saves.started()]
+        return max((s for s in started if s <= last), default=0)
 
     def _tell(self, step: int, found: list[drift.Finding], good: int) -> None:
         if found and self.kept is None:
@@ -90,6 +105,7 @@ class Watch:
         """End the run on all ranks, with what rank 0 found: step, alarms, the checkpoint before."""
         if self.mode != "stop" or not (alarm := ranks.from_first(alarm)):
             return
+        self.saves.wait()  # the checkpoint that the error names is complete when the run ends
         step, told, kept = alarm[0]
         before = f"the last checkpoint before it is {checkpoint.path(self.checkpoints, kept)}" if kept else ""
         raise ValueError(f"alarms=stop: step {step}: {told}; {before or 'there is no checkpoint before it'}; {REMEDY}")

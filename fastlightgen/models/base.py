@@ -13,7 +13,7 @@ states), `blocks` and `unembed`. Shapes: x_t, v [B, C, F, H, W] latents; t [B] i
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from fastlightgen.models.config import NetworkConfig
 from fastlightgen.models.plumbing import FlatModule, flat_call
 from fastlightgen.models.recompute import recomputed
 from fastlightgen.models.schedule import Fork, Group, Step, read_once, schedule
-from fastlightgen.models.streams import Cond, Job, Prompt, State, Stream, Tables
+from fastlightgen.models.streams import AnyPrompt, AnyTables, Cond, Job, Prompt, State, Stream, Tables
 from fastlightgen.parallel.sequence import SequenceGroup
 
 __all__ = ["Block", "Cond", "Job", "Prompt", "State", "Stream", "Tables", "VideoDiT", "gradient"]
@@ -34,10 +34,10 @@ def gradient(on: bool) -> AbstractContextManager:
     return nullcontext() if on else torch.no_grad()
 
 
-class Block(FlatModule):
+class Block(FlatModule[AnyPrompt, AnyTables]):
     """The unit that can be skipped: one residual step of the hidden states, for all streams in one module call."""
 
-    def run_jobs(self, jobs: list[Job], tables: Tables, recompute: str | None) -> list[list[State]]:
+    def run_jobs(self, jobs: list[Job[AnyPrompt]], tables: AnyTables, recompute: str | None) -> list[list[State]]:
         """Per job one state for each of its prompts. `recompute`: see `recomputed`; None keeps all activations."""
         parts = [part for job in jobs for part in zip(job.prompts, job.grads, strict=True)]
         read = {}
@@ -53,20 +53,22 @@ class Block(FlatModule):
                     out.append(self.run(job, tables, read))
         return out
 
-    def run_settled(self, job: Job, tables: Tables, read: dict[Prompt, Any]) -> list[State]:
+    def run_settled(self, job: Job[AnyPrompt], tables: AnyTables, read: dict[AnyPrompt, Any]) -> list[State]:
         """`run` with the sums taken, so that a checkpoint keeps one hidden tensor and not two."""
         return [state.settled() for state in self.run(job, tables, read, settle=True)]
 
-    def read(self, prompt: Prompt) -> Any:
+    def read(self, prompt: AnyPrompt) -> Any:
         """The part of the block that depends on the prompt alone, such as keys and values of the text."""
         raise NotImplementedError
 
-    def run(self, job: Job, tables: Tables, read: dict[Prompt, Any], settle: bool = False) -> list[State]:
+    def run(
+        self, job: Job[AnyPrompt], tables: AnyTables, read: dict[AnyPrompt, Any], settle: bool = False
+    ) -> list[State]:
         """One state per prompt. With `settle`, the last matrix product may take the sum instead of leaving it open."""
         raise NotImplementedError
 
 
-class VideoDiT(nn.Module):
+class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
     """A video diffusion transformer whose blocks can be skipped, walked by several streams at once, or pruned."""
 
     family: str  # name of its record in families.py
@@ -127,7 +129,7 @@ class VideoDiT(nn.Module):
         if self.sequence is not None:
             cut = self.sequence.cut(tables.grid)
             x_t, tables = cut.part(x_t), tables.part(cut)
-        prompts: dict[int, Prompt] = {}  # of each stream
+        prompts: dict[int, AnyPrompt] = {}  # of each stream
         for group in plan.prompts:
             with gradient(group.grad):
                 prompt = self._prompt([streams[i] for i in group.members], tables)
@@ -154,7 +156,7 @@ class VideoDiT(nn.Module):
                 out |= {i: v if streams[i].grad else v.detach() for i in part.members}
         return [out[i] for i in range(len(streams))]
 
-    def _prompt(self, streams: list[Stream], tables: Tables) -> Prompt:
+    def _prompt(self, streams: list[Stream], tables: AnyTables) -> AnyPrompt:
         """The prompt of streams with one condition."""
         cond, text_keys = streams[0].cond, streams[0].text_keys
         assert all(s.text_keys is text_keys for s in streams), "streams with one condition share its text_keys"
@@ -172,7 +174,7 @@ class VideoDiT(nn.Module):
             states[side] = state if side.grad else state.detach()
 
     def _run(
-        self, block: nn.Module, step: Step, states: dict[Group, State], prompts: dict[int, Prompt], tables: Tables
+        self, block: nn.Module, step: Step, states: dict[Group, State], prompts: dict[int, AnyPrompt], tables: AnyTables
     ) -> None:
         """One module call for all groups that run the block, so that a sharded engine gathers its weights once."""
         jobs = [
@@ -205,16 +207,16 @@ class VideoDiT(nn.Module):
         """Floating-point operations of each block in one prediction; a multiply and an add count as 2."""
         raise NotImplementedError
 
-    def tables(self, x_t: Tensor, t: Tensor) -> Tables:
+    def tables(self, x_t: Tensor, t: Tensor) -> AnyTables:
         raise NotImplementedError
 
-    def prompt(self, cond: Cond, tables: Tables) -> Prompt:
+    def prompt(self, cond: Cond, tables: AnyTables) -> AnyPrompt:
         raise NotImplementedError
 
-    def embed(self, x_t: Tensor, prompt: Prompt) -> State:
+    def embed(self, x_t: Tensor, prompt: AnyPrompt) -> State:
         raise NotImplementedError
 
-    def unembed(self, state: State, prompt: Prompt, tables: Tables) -> Tensor:
+    def unembed(self, state: State, prompt: AnyPrompt, tables: AnyTables) -> Tensor:
         raise NotImplementedError
 
     def check(self, x_t: Tensor, conds: list[Cond]) -> None:

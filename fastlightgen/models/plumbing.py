@@ -6,11 +6,11 @@ and puts its own tensors in their place to learn when the block's backward pass 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from fastlightgen.models.streams import Cond, Job, State, Tables
+from fastlightgen.models.streams import AnyPrompt, AnyTables, Cond, Job, State, Tables
 
 T = TypeVar("T")
 
@@ -22,13 +22,13 @@ class Results:
     states: list[list[State]]
 
 
-class FlatModule(nn.Module):
+class FlatModule(nn.Module, Generic[AnyPrompt, AnyTables]):
     """A module that `flat_call` can call; called without `results`, it returns its states as they are."""
 
     def forward(
         self,
-        jobs: list[Job],
-        tables: Tables,
+        jobs: list[Job[AnyPrompt]],
+        tables: AnyTables,
         recompute: str | None = None,
         results: Results | None = None,
         *tensors: Tensor,
@@ -41,7 +41,7 @@ class FlatModule(nn.Module):
         results.states = states
         return tuple(tensors_of(states))
 
-    def run_jobs(self, jobs: list[Job], tables: Tables, recompute: str | None) -> list[list[State]]:
+    def run_jobs(self, jobs: list[Job[AnyPrompt]], tables: AnyTables, recompute: str | None) -> list[list[State]]:
         raise NotImplementedError
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastlightgen import guidance as mix
 from fastlightgen.flow import ladder, rollout
+from fastlightgen.guidance import guided
 from fastlightgen.models.base import Cond, Stream, VideoDiT
 from fastlightgen.rng import generator, normal_like
 
@@ -57,7 +57,7 @@ def sample(
             return model(x, t, cond, keep)
         assert null is not None, "guidance needs the null prompt"
         v_c, v_n = model.walk(x, t, [Stream(cond, keep), Stream(null, keep)])
-        return mix.cfg(v_c, v_n, guidance)
+        return guided(v_c, v_n, guidance)
 
     def renoise(i: int) -> Tensor:
         return normal_like(noise, generator(seed, i))

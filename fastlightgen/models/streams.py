@@ -6,7 +6,7 @@ Shapes: hidden states x, y [B, L, D].
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -14,6 +14,11 @@ from fastlightgen.ops import Rope, add_residual, attend
 from fastlightgen.parallel.sequence import Cut
 
 TextKeys = dict[nn.Module, tuple[Tensor, Tensor]]  # of each block: keys and values of one text, [1, T, heads, head_dim]
+
+# A family's own subclasses.
+AnyCond = TypeVar("AnyCond", bound="Cond")
+AnyPrompt = TypeVar("AnyPrompt", bound="Prompt")
+AnyTables = TypeVar("AnyTables", bound="Tables")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +37,7 @@ class Cond:
     pooled: Tensor | None = None
     guidance: Tensor | None = None
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "Cond":
+    def map(self: AnyCond, fn: Callable[[Tensor], Tensor]) -> AnyCond:
         """Apply fn to every tensor."""
         return replace(self, **{k: fn(v) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
@@ -68,7 +73,7 @@ class Tables:
     grid: tuple[int, int, int]  # patches along (F, H, W)
     cut: Cut | None = field(default=None, kw_only=True)  # if ranks share the tokens: what rope and grid describe
 
-    def part(self, cut: Cut) -> "Tables":
+    def part(self: AnyTables, cut: Cut) -> AnyTables:
         """The tables of this rank's part of the latent."""
         rope = Rope(cut.along(table, 0) if axis == cut.axis else table for axis, table in enumerate(self.rope))
         frames, rows, columns = map(len, rope)
@@ -109,9 +114,9 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class Job(Generic[AnyPrompt]):
     """One group of streams in one block: their state, and the prompts that they read there."""
 
     state: State
-    prompts: list[Prompt]  # several only until the text enters
+    prompts: list[AnyPrompt]  # several only until the text enters
     grads: list[bool]  # of each prompt: does a stream that reads it carry gradient?

@@ -1,16 +1,18 @@
 """The processes of a run: who this one is, what all of them must agree on, and how a batch is divided among them."""
 
+import atexit
 import hashlib
 import json
 import os
 import re
+import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -101,21 +103,46 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """Out of the process group, together: what an exit tears down by itself may abort with gloo's threads alive."""
+    """End this rank, once all of them have come here; a process that is alone goes on."""
     if size() > 1:
         barrier()
         dist.destroy_process_group()
+        end_process(0)
 
 
-def from_first(value: Any) -> Any:
-    """Rank 0's value (text, numbers, lists of them) on every rank."""
+def end_process(code: int) -> NoReturn:
+    """End this rank now, with its exit code. Every rank of several ends here, or in HangWatch.
+
+    The interpreter's own shutdown can abort. A thread of gloo drops a collective's tensors after it has told the
+    training thread that the collective is complete, on a busy machine much later, and takes the interpreter's lock for
+    that (AsyncWork's destructor, decref_pyobject). If the shutdown begins while it waits for the lock, Python unwinds
+    the thread, and C++ does not let an unwinding through a destructor: "terminate called without an active exception",
+    exit code -6. destroy_process_group ends only the threads of groups that nothing refers to any more, but
+    `sequence_group` and DeepSpeed refer to theirs for ever. Joining the threads is no remedy: a thread whose partner
+    has died waits for it until `timeout`.
+    """
+    try:
+        atexit._run_exitfuncs()  # as the interpreter would: writers, the coverage of tests
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def from_rank(owner: int, value: Any) -> Any:
+    """One rank's value (text, numbers, lists of them) on every rank; all of them call this."""
     if size() == 1:
         return value
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    length = gathered(len(data))[0]
-    out = data if rank() == 0 else torch.empty(length, dtype=torch.uint8)
-    dist.broadcast(out, 0)
+    length = gathered(len(data))[owner]
+    out = data if rank() == owner else torch.empty(length, dtype=torch.uint8)
+    dist.broadcast(out, owner)
     return json.loads(bytes(out.tolist()))
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    return from_rank(0, value)
 
 
 def to_first(clip: Tensor | None) -> Tensor | None:
@@ -177,20 +204,34 @@ def summed(x: Tensor) -> Tensor:
 
 
 def speaks_first(wait: float = 1.0) -> bool:
-    """Of ranks that stop, one tells why: rank 0 if it is among them."""
+    """Elect one of the ranks that stop to report the error: the first that asks.
+
+    Ranks other than 0 ask `wait` seconds later, so that rank 0 is elected if it stops at the same time.
+    """
     if size() == 1:
         return True
     if rank():
         time.sleep(wait)
-    return dist.distributed_c10d._get_default_store().add("flg/stopped", 1) == 1
+    try:
+        return dist.distributed_c10d._get_default_store().add("flg/stopped", 1) == 1
+    except dist.DistError:  # the store has gone with the process that held it
+        return True
 
 
-def gone(wait: float = 3.0) -> list[int]:
-    """The ranks that do not report within `wait` seconds; called by those whose collective has failed."""
+def gone(limit: float = 15.0) -> list[int]:
+    """The ranks that do not come here within `limit` seconds; called by those whose collective has failed.
+
+    A rank that lives comes as soon as its own collective fails, so that nobody waits where all ranks live.
+    """
     store = dist.distributed_c10d._get_default_store()
-    store.set(f"flg/here/{rank()}", "1")
-    time.sleep(wait)
-    return [r for r in range(size()) if not store.check([f"flg/here/{r}"])]
+    until, missing = time.monotonic() + limit, list(range(size()))
+    try:
+        store.set(f"flg/here/{rank()}", "1")
+        while (missing := [r for r in missing if not store.check([f"flg/here/{r}"])]) and time.monotonic() < until:
+            time.sleep(0.1)
+    except dist.DistError:  # the store has gone with the process that held it
+        return []
+    return missing
 
 
 def mean(values: Sequence[float]) -> list[float]:

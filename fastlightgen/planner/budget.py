@@ -1,6 +1,6 @@
-"""From the cost of an iteration to the memory, traffic and time of a run on given machines. Arithmetic only.
+"""Memory, traffic and time of a run on given machines, from the cost of one iteration.
 
-Nothing here is measured on a cluster.
+This is arithmetic: nothing here was measured on a cluster.
 """
 
 import math
@@ -49,17 +49,17 @@ PAPER = Paper()
 
 @dataclass(frozen=True)
 class Budget:
-    """Per GPU unless the name says otherwise. Bytes, operations, seconds."""
+    """A plan in bytes, operations and seconds; each number is for one GPU unless its comment says otherwise."""
 
     gpu: dict[str, float]  # bytes by part
     host: dict[str, float]  # bytes in one host's memory by part
     flops: float  # per iteration
-    recomputed: float  # those of them that a backward pass computes again
-    calls: float  # block evaluations in one sample's iteration
-    gathers: float
+    recomputed: float  # the part of `flops` that a backward pass computes a second time
+    calls: float  # block evaluations per clip and iteration
+    gathers: float  # of one block's weights, per iteration
     wire: dict[str, float]  # bytes received from other GPUs per iteration, by kind
     bus: float  # bytes between GPU and host memory per iteration
-    efficiency: float  # 0 where nothing is known of it: on a CPU
+    efficiency: float  # share of the GPU's peak; 0 on a CPU, where it is unknown
     seconds: float  # per iteration
     iters: int
     gpu_days: float
@@ -83,7 +83,7 @@ def load_network(config: dict, size: str, text_tokens: int, fused: bool = True) 
 
 
 def paper_efficiency(stage: str) -> float:
-    """The share of an H100's peak at which this stage, as planned here, takes the paper's GPU-days.
+    """The share of an H100's peak speed at which the planned operations of a stage take the GPU-days of the paper.
 
     64 days x 86400 s / 16 GPUs / 4000 iterations = 86.4 s per iteration, and 16 days / 16 / 1000 the same. Stages 0 and
     1 take Stage II's share. The paper is silent on the critic's settings, which are DMD2's, the defaults here.
@@ -98,7 +98,7 @@ def paper_efficiency(stage: str) -> float:
 
 
 def busiest(net: Network, plan: Plan) -> float:
-    """The largest part of a clip's tokens on one GPU: rows or columns of patches, which need not come out even."""
+    """The largest share of a clip's tokens on one GPU; rows or columns of patches may not divide evenly."""
     if plan.sequence_parallel == 1:
         return 1.0
     _, sizes = token_shares(FAMILIES[net.family].geometry.grid(net.latent), plan.sequence_parallel)
@@ -106,7 +106,7 @@ def busiest(net: Network, plan: Plan) -> float:
 
 
 def budget(net: Network, plan: Plan, keep: Sequence[int] | None = None) -> Budget:
-    """The plan of one run; `keep`: the blocks of the pruned path, where they are known."""
+    """The plan of one run. `keep`: the blocks of the pruned path; None: the middle ones are taken to be dropped."""
     if net.heads % plan.sequence_parallel:
         raise ValueError(
             f"sequence_parallel={plan.sequence_parallel}: does not divide the network's {net.heads} heads; "

@@ -1,4 +1,4 @@
-"""Before a stage is built: what it will need by the planner's arithmetic, and whether this machine has it."""
+"""The planner's check before a stage is built: does this machine have the memory that the stage will need?"""
 
 import socket
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def check_fit(cfg: Run, source: Source, device: torch.device, ratio: float | Non
 
 
 def told(b: Budget, plan: Plan, room: int, host: int) -> str:
-    """The peak by its largest parts, and what there is."""
+    """The planned peak with its largest parts, and the memory that is free."""
     parts = sorted(b.gpu.items(), key=lambda part: -part[1])[:3]
     named = ", ".join(f"{name} {size(value)}" for name, value in parts)
     if plan.gpu == "cpu":
@@ -72,12 +72,12 @@ def told(b: Budget, plan: Plan, room: int, host: int) -> str:
 
 
 def size(value: float) -> str:
-    """In GB."""
+    """Bytes as text in GB."""
     return "?" if value >= UNKNOWN else f"{value / 1e9:.1f}" if value >= 5e7 else f"{value / 1e9:.3f}"
 
 
 def misfit(cfg: Run, net: Network, plan: Plan, keep: Sequence[int], b: Budget, room: int, host: int) -> str:
-    """One line on what does not fit and what would; empty if all does."""
+    """One line that names the memory that is too small and a change that helps; "" if everything fits."""
     on_gpu = plan.gpu != "cpu"
     if on_gpu and b.peak >= room:
         start = f"fit: the plan is {size(b.peak)} GB per GPU, {size(room)} GB are free"
@@ -95,7 +95,7 @@ ANYWAY = "or start it anyway with fit=warn"
 
 
 def smaller(cfg: Run, net: Network, plan: Plan, keep: Sequence[int], room: float) -> str:
-    """The changes in the keys of training, cheapest first, and what they come to."""
+    """The changes of training keys that make the plan fit, cheapest first, and the peak with them."""
     keys = {f.name for f in fields(cfg)}
     change: dict[str, Any] = {}
     peak = 0.0
@@ -109,20 +109,20 @@ def smaller(cfg: Run, net: Network, plan: Plan, keep: Sequence[int], room: float
 
 
 def plan_of(cfg: Run, processes: int, here: int, gpu: str) -> Plan:
-    """A stage's configuration on so many processes, `here` of them on this host."""
+    """A stage's configuration on `processes` processes, `here` of them on this host."""
     previews = cfg.data != "shapes" and bool(cfg.sample_every) and bool(vae_folder(cfg))
     return plan_for(cfg, gpus=processes, gpus_per_node=here, gpu=gpu, previews=previews)
 
 
 def local_ranks() -> int:
-    """Processes of this run on this host; counted, because Slurm's ranks have no LOCAL_WORLD_SIZE."""
+    """The number of this run's processes on this host. They are counted, because Slurm sets no LOCAL_WORLD_SIZE."""
     boot = BOOT.read_text() if BOOT.is_file() else ""  # hosts of one image may all have one name
     hosts = ranks.gathered(ranks.digest((socket.gethostname(), boot)))
     return hosts.count(hosts[ranks.rank()])
 
 
 def kind_of(device: torch.device) -> str | None:
-    """The planner's name of a device, None for a GPU that it does not know."""
+    """The planner's name for a device; None for a GPU that the planner does not know."""
     if device.type != "cuda":
         return "cpu"
     name = torch.cuda.get_device_name(device)
@@ -130,12 +130,12 @@ def kind_of(device: torch.device) -> str | None:
 
 
 def gpu_free(device: torch.device) -> int:
-    """Bytes that are free on a GPU."""
+    """Free bytes on a GPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else UNKNOWN
 
 
 def host_free() -> int:
-    """Bytes that are free in this host, or in the share of it that a container or a scheduler's job may use."""
+    """Free bytes of host memory, at most what the container or the scheduler's job allows."""
     if not MEMINFO.is_file():
         return UNKNOWN
     line = next(line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
@@ -143,7 +143,7 @@ def host_free() -> int:
 
 
 def group_memory() -> int:
-    """What the control groups of this process leave it: their limit less what cannot be given back (version 2)."""
+    """Bytes left under the memory limits of this process's control groups (version 2), without reclaimable pages."""
     own = next((line[3:] for line in SELF.read_text().splitlines() if line.startswith("0::")), "/")
     left, folder = UNKNOWN, CGROUP / own.lstrip("/")
     for group in (folder, *folder.parents):

@@ -1,8 +1,9 @@
-"""What a step holds in a GPU's memory (or in that of a process on a CPU) and in a host's, part by part.
+"""The memory of one step, part by part: of a GPU (or of a process on a CPU), and of a host.
 
-ZeRO as DeepSpeed documents it (estimate_zero3_model_states_mem_needs): per trained parameter 2 bytes for the bfloat16
-weight, 4 for the gradient, 12 for AdamW's float32 weight and moments; of what passes through its buffers, what its
-code holds at one time. bench/bench_plan.py compares with the memory that real steps take on a CPU.
+Weights and optimizer states follow DeepSpeed's own formula (estimate_zero3_model_states_mem_needs): each trained
+parameter takes 2 bytes for the bfloat16 weight, 4 for the gradient, 12 for AdamW's float32 weight and two moments. The
+sizes of DeepSpeed's buffers were read from its code. bench/bench_plan.py compares the sums with the peak memory of real
+steps on a CPU.
 """
 
 from fastlightgen.config import Plan
@@ -10,11 +11,12 @@ from fastlightgen.models.families import FAMILIES
 from fastlightgen.planner.step import StepCost
 
 RESERVED = 1.5e9  # the CUDA context and the collectives' own buffers
-# On a CPU the program itself: torch, where something trains its optimizers and what they import (Triton), DeepSpeed.
+# Bytes of the program itself on a CPU, by engine and by whether anything trains: torch, DeepSpeed, the optimizers and
+# their imports (Triton).
 PROGRAM = {("local", False): 0.26e9, ("local", True): 0.41e9, ("deepspeed", False): 0.43e9, ("deepspeed", True): 0.49e9}
 BUCKET = 5e8  # DeepSpeed's default reduce_bucket_size, in numbers
-SUBGROUP = 1e9  # its default sub_group_size: ZeRO-3's optimizer takes so many numbers at a time
-REUSE = 1e9  # its default stage3_max_reuse_distance: what the backward pass needs again that soon stays gathered
+SUBGROUP = 1e9  # its default sub_group_size: ZeRO-3's optimizer updates this many numbers at a time
+REUSE = 1e9  # its default stage3_max_reuse_distance: weights that are needed again within so many numbers stay gathered
 HOST_FACTOR = 1.5  # DeepSpeed's allowance for buffers in host memory
 
 
@@ -24,19 +26,21 @@ def number(plan: Plan) -> int:
 
 
 def on_cpu(plan: Plan) -> bool:
+    """Does the plan count processes on a CPU in place of GPUs?"""
     return plan.gpu == "cpu"
 
 
 def model_states(step: StepCost, plan: Plan) -> dict[str, float]:
-    """Weights, gradients and AdamW's states on one GPU, and float32 weights' copies in the compute type."""
+    """Bytes on one GPU for weights (with autocast's copies), gradients and AdamW's states."""
     trained, frozen = sum(step.trained.values()), sum(step.frozen.values())
     largest = max(step.trained.values(), default=0)  # roles are updated one after the other
-    if plan.engine == "local":  # autocast keeps what it has cast until the step ends
+    if plan.engine == "local":  # autocast keeps its bfloat16 copies until the step ends
         copies = 2 * largest if plan.dtype == "bfloat16" else 0
         return {"weights": 4 * (trained + frozen) + copies, "gradients": 4 * largest, "optimizer states": 8 * trained}
     size = number(plan)
     weights = size * (trained + frozen) / (plan.gpus if plan.zero == 3 else 1)
-    # zero=3 has room for all gradients all the time. Float32 gradients of bfloat16 ones are kept whole by zero=1.
+    # zero=3 reserves room for all gradients for the whole run. zero=1 keeps an unsharded float32 copy of bfloat16
+    # gradients.
     kept = trained if plan.zero == 3 else largest
     gradients = 4 * kept / (plan.gpus if plan.zero >= 2 or size == 4 else 1)
     states = 12 * trained / plan.gpus
@@ -51,13 +55,12 @@ def averaged(step: StepCost, plan: Plan) -> float:
 
 
 def gathered(step: StepCost, plan: Plan) -> tuple[float, float]:
-    """Under ZeRO-3 the weights that are whole at one time: of networks that train, with the gradient of one block, and
-    of frozen ones."""
+    """Bytes that ZeRO-3 holds gathered: (of networks that train, with one block's gradient; of frozen networks)."""
     if plan.engine == "local" or plan.zero < 3 or plan.gpus == 1:
         return 0.0, 0.0
     net, block = step.net, max(b.params for b in step.net.blocks)
-    # Of each network this block and the next, which arrives in a buffer and is copied out of it. One that trains keeps,
-    # for as long as the others run, what its backward pass will need soon.
+    # Each network has the current block and the next one, which arrives in a buffer and is copied out of it. A network
+    # that trains also keeps the weights that its backward pass will need soon, while the other networks run.
     two = net.outside_params + 2 * block
     trained = sum(min(two + REUSE / 2, count) for count in step.trained.values())
     frozen = sum(min(two, count) for count in step.frozen.values())
@@ -65,36 +68,36 @@ def gathered(step: StepCost, plan: Plan) -> tuple[float, float]:
 
 
 def passing(step: StepCost, plan: Plan) -> tuple[float, float, float]:
-    """DeepSpeed's buffers all the time, those of a backward pass, and the tensors of an optimizer step."""
+    """Bytes of DeepSpeed's buffers: (all the time, in a backward pass, in an optimizer step)."""
     largest, cpu = max(step.trained.values(), default=0), on_cpu(plan)
     if plan.engine == "local":  # AdamW on a GPU takes the roots of all second moments at once
         return 0.0, 0.0, 0.0 if cpu else 4.0 * largest
     size = number(plan)
     bucket = size * min(BUCKET, largest)
     part = largest / plan.gpus
-    if plan.zero == 3:  # a bucket for every role; to be scattered it is copied in the order of the ranks
+    if plan.zero == 3:  # one bucket per role; scattering copies a bucket into the order of the ranks
         always, backward = size * sum(min(BUCKET, count) for count in step.trained.values()), bucket
         part = min(part, SUBGROUP)
-    else:  # a second one where communication overlaps; at the end the gradients are laid out flat
+    else:  # a second bucket where communication overlaps; at the end the gradients are copied into one flat tensor
         always, backward = 0.0, bucket * (1 if cpu else 2) + size * part
-    # Gradients laid out flat once more, and as many roots of second moments; on a CPU a tensor more.
+    # One more flat copy of the gradients, and the square roots of the second moments; a CPU needs a third tensor.
     update = 4 * part * (3 if cpu else 2) if plan.offload == "none" else 0.0
     return always, backward, update
 
 
 def previews(step: StepCost, plan: Plan) -> tuple[float, float]:
-    """The VAE that shows clips during training, and what it needs while it does."""
+    """Bytes of the VAE that shows clips during training: (its weights, decoding one clip)."""
     if not plan.previews or not step.trained:
         return 0.0, 0.0
     family = FAMILIES[step.net.family]
     geometry, (weights, tile) = family.geometry, family.vae_memory
     frames, height, width = step.net.latent
     clip = 4 * 3 * geometry.frames(frames) * geometry.pixel_stride**2 * height * width  # float32, 3 colours
-    return weights, max(tile + 1.4 * clip, 4.7 * clip)  # the second: tiles of a large picture while they are joined
+    return weights, max(tile + 1.4 * clip, 4.7 * clip)  # the second: the tiles of a large picture while they are joined
 
 
 def gpu_memory(step: StepCost, plan: Plan) -> dict[str, float]:
-    """Of one GPU. The last part, which is negative, makes the sum the peak: no moment holds all of the others."""
+    """GPU memory by part; a final negative entry removes parts that never coexist, so that the sum is the peak."""
     deepspeed, acts = plan.engine == "deepspeed", step.activations(number(plan))
     kept, block, working, forks = (step.clips * part for part in (acts.kept, acts.block, acts.working, acts.forks))
     always, backward, update = passing(step, plan)
@@ -104,15 +107,16 @@ def gpu_memory(step: StepCost, plan: Plan) -> dict[str, float]:
     reserved = PROGRAM[plan.engine, bool(step.trained)] if on_cpu(plan) else RESERVED
     steady = sum(parts.values()) + always + reserved
 
-    gradients = 0.0 if deepspeed and plan.zero == 3 else parts["gradients"]  # else made as activations are given back
-    # And a CPU's buffers too: their pages come with the first write. Under ZeRO-3 a bucket that takes all gradients is
-    # scattered once they are all there.
+    # Under ZeRO-3 all gradients are there from the start. Otherwise they grow while the activations are freed.
+    gradients = 0.0 if deepspeed and plan.zero == 3 else parts["gradients"]
+    # A CPU's buffers grow in the same way, because their pages come with the first write. Under ZeRO-3 a bucket that
+    # holds all gradients is scattered at the end of the backward pass, when the activations are gone.
     late = max(step.trained.values(), default=0) <= BUCKET if plan.zero == 3 else on_cpu(plan)
     growing, at_once = (gradients + backward, 0.0) if deepspeed and late else (gradients, backward)
     moments = (
-        kept + working + forks + whole + frozen,  # a forward pass, of this network or of one without gradient after it
-        max(kept, growing) + block + whole + at_once,  # the backward pass, from one end to the other
-        update + (0.0 if deepspeed else gradients),  # DeepSpeed's flat gradients take the place of the first
+        kept + working + forks + whole + frozen,  # a forward pass, or a walk without gradient after it
+        max(kept, growing) + block + whole + at_once,  # the backward pass, from its start to its end
+        update + (0.0 if deepspeed else gradients),  # DeepSpeed's flat gradients replace the others
         shown,
     )
     parts |= {
@@ -130,9 +134,9 @@ def gpu_memory(step: StepCost, plan: Plan) -> dict[str, float]:
 
 
 def loaded(step: StepCost, plan: Plan) -> float:
-    """Bytes that one rank has in host memory while networks are read, besides its share of them.
+    """Bytes of host memory that one rank needs to read a network, besides its own share of the weights.
 
-    Files are read one tensor at a time (a block bounds it). Random weights are drawn for the whole network.
+    Files are read one tensor at a time; the largest block bounds its size. Random weights are drawn for all blocks.
     """
     if plan.engine == "local":
         return 0.0
@@ -140,9 +144,9 @@ def loaded(step: StepCost, plan: Plan) -> float:
 
 
 def host_memory(step: StepCost, plan: Plan, peak: float) -> dict[str, float]:
-    """Of one host: what is read, what waits there (with DeepSpeed's allowance for buffers), a checkpoint's copy.
+    """Bytes of one host's memory by part; offloaded parts include DeepSpeed's allowance for buffers.
 
-    `peak`: of a process, which on a CPU is in the host's memory too.
+    `peak`: peak memory of one process. On a CPU it is host memory.
     """
     trained, frozen, size = sum(step.trained.values()), sum(step.frozen.values()), number(plan)
     here = min(plan.gpus, plan.gpus_per_node)
@@ -158,7 +162,7 @@ def host_memory(step: StepCost, plan: Plan, peak: float) -> dict[str, float]:
 
 
 def host_peak(parts: dict[str, float]) -> float:
-    """The networks have been sharded before a checkpoint is written, and on a CPU before the first step."""
+    """The peak of these parts: reading ends before the first step, so it never coincides with a checkpoint."""
     rest = sum(parts.values()) - (read := parts.get("networks while they are read", 0.0))
     if "processes" in parts:
         return max(read, rest)

@@ -1,4 +1,4 @@
-"""What makes a run that does not fit smaller, and what each change costs."""
+"""Changes that make a run fit into memory, and the price of each."""
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import fields, replace
@@ -12,7 +12,7 @@ Change = tuple[Mapping[str, Any], Budget]  # keys with their new values, and the
 
 
 def candidates(net: Network, plan: Plan) -> Iterator[Mapping[str, Any]]:
-    """Changes that save memory, those that cost least first."""
+    """Changes that save memory, the cheapest first."""
     keys, sharded = vars(plan), plan.engine == "deepspeed"
     computes = {f.name for f in fields(plan) if f.metadata["numbers"]}  # keys that change what is computed
     own = [s for s in method_for(plan).savings if any(keys[key] != value for key, value in s.items())]
@@ -58,7 +58,7 @@ def remedies(
 
 
 def words(change: Mapping[str, Any]) -> str:
-    """A change as it is typed."""
+    """A change as a user types it."""
     return " ".join(f"{k}={v}".lower() for k, v in change.items())
 
 

@@ -1,7 +1,7 @@
-"""What one iteration of a stage runs and holds, from the walks that its method declares.
+"""The cost of one iteration of a stage, from the walks that its method declares.
 
-A method says which networks it holds (`Net`), which walks it takes of them (`Walk`) and how often; this file turns that
-into operations, gathers, evaluations and tensors kept. Nothing here knows a method.
+A method declares the networks that it holds (`Net`) and the walks that it takes of them, with their frequency (`Walk`).
+This file turns the declaration into operations, gathers, block evaluations and kept tensors. It knows no method.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,16 +38,16 @@ class Walk:
 
 @dataclass(frozen=True)
 class Iteration:
-    """What a method declares of one iteration."""
+    """One iteration, as a method declares it."""
 
     nets: Mapping[str, Net]
     walks: Sequence[Walk]
-    clips: int = 0  # clips in one walk of a stage that does not divide `batch` among the processes; 0: it does
-    count: int = 0  # iterations of a stage without `iters`: walks of all clips; 0: `iters`
+    clips: int = 0  # clips in one walk, if the stage does not divide `batch` among the processes; 0: it does
+    count: int = 0  # iterations of all processes together, if the stage has no key `iters`; 0: it has
 
 
 class Planned(Protocol):
-    """What the planner needs of a method."""
+    """The part of a method that the planner calls."""
 
     def walks(self, net: Network, keep: Sequence[int], cfg: Any) -> Iteration:
         """The walks of one iteration; `keep`: the blocks of the pruned path."""
@@ -66,7 +66,7 @@ class Pass:
 class StepCost:
     """An iteration: its walks, the networks that it holds, and the optimizer steps that it takes."""
 
-    net: Network  # the network that the stage starts from: what one of its blocks needs bounds all of them
+    net: Network  # the network that the stage starts from; its largest block bounds those of the others
     passes: list[Pass] = field(default_factory=list)
     trained: dict[str, int] = field(default_factory=dict)  # parameters by role
     frozen: dict[str, int] = field(default_factory=dict)
@@ -75,10 +75,10 @@ class StepCost:
     drawn: bool = False  # may start from random weights
     clips: int = 1  # in one pass of a process (or group of processes)
     accumulation: int = 1  # passes in one optimizer step
-    count: int = 0  # iterations of all processes together, of a stage without `iters`
+    count: int = 0  # see Iteration.count
 
     def total(self, key: str) -> float:
-        """Sum over an iteration of one number of its walks."""
+        """The sum of one number (a field of WalkCost) over the walks of an iteration."""
         return sum(p.times * getattr(p.cost, key) for p in self.passes)
 
     @property
@@ -87,7 +87,7 @@ class StepCost:
         return any(p.cost.boundaries for p in self.passes)
 
     def activations(self, size: int) -> "Activations":
-        """The largest of its walks, in bytes per sample; `size`: bytes of a number in the compute type."""
+        """Bytes per clip of the largest walks; `size`: bytes of a number in the compute type."""
         grad = [p.cost for p in self.passes if p.cost.grad_calls]
         kept = max((cost.kept_bytes(size) for cost in grad), default=0.0)
         again = max(b.saved.bytes(size) for b in self.net.blocks) - self.net.last.bytes(size)
@@ -99,21 +99,21 @@ class StepCost:
         return Activations(kept, block, states, self.without_gradient(size) if len(grad) < len(self.passes) else 0.0)
 
     def without_gradient(self, size: int) -> float:
-        """Bytes alive at the widest moment of a walk of one stream without gradient."""
+        """Bytes per clip at the widest moment of a walk without gradient."""
         return max(b.working + b.prompt_saved.narrow for b in self.net.blocks) * size
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes per sample: kept for a backward pass, one block in that pass, states of forks, one block without gradient.
+    """Bytes per clip. Backward passes follow each other, so only the largest counts.
 
-    Backward passes follow each other, so the largest counts. A walk without gradient may run while tensors are kept.
+    A walk without gradient may run while another walk's tensors are kept.
     """
 
-    kept: float
-    block: float
-    forks: float
-    working: float
+    kept: float  # for a backward pass
+    block: float  # one block during the backward pass
+    forks: float  # hidden states of both sides of forks
+    working: float  # one block without gradient
 
 
 def dropped(blocks: int, ratio: float, prefix: int = -1) -> list[int]:
@@ -129,13 +129,13 @@ def dropped(blocks: int, ratio: float, prefix: int = -1) -> list[int]:
 
 
 def undropped(blocks: int, ratio: float, prefix: int = -1) -> list[int]:
-    """The blocks that are left."""
+    """The blocks that `dropped` leaves."""
     drop = dropped(blocks, ratio, prefix)
     return [i for i in range(blocks) if i not in drop]
 
 
 def planned_step(net: Network, plan: Plan, keep: Sequence[int]) -> StepCost:
-    """The iteration of a stage on a machine, with its share of the clips."""
+    """The cost of a planned stage's iteration, with the clips of one process or group."""
     declared: Iteration = method_for(plan).walks(net, keep, plan)
     step = step_cost(net, declared, plan)
     step.clips = declared.clips or plan.micro
@@ -145,7 +145,7 @@ def planned_step(net: Network, plan: Plan, keep: Sequence[int]) -> StepCost:
 
 
 def step_cost(net: Network, declared: Iteration, cfg: Any) -> StepCost:
-    """What a declared iteration costs per clip; `cfg` holds the keys of the stage."""
+    """The cost per clip of a declared iteration; `cfg` holds the keys of the stage."""
     step = StepCost(net)
     for name, held in declared.nets.items():
         whole = net if held.keep is None else net.prune(held.keep)

@@ -50,11 +50,11 @@ class WalkCost:
 
 
 def walk(
-    net: Network, paths: Sequence[Route], checkpointing: bool = False, keep_attention: int = 0, rank: int = 0
+    net: Network, paths: Sequence[Route], checkpointing: bool = False, keep_attention: int = 0, adapters: int = 0
 ) -> WalkCost:
     """The cost of `net.walk` for these streams; `keep_attention` as in VideoDiT.
 
-    With a `rank` the weights are frozen and low-rank adapters of that rank train. The blocks then also compute the
+    With `adapters` the weights are frozen and low-rank adapters of that rank train. The blocks also compute the
     adapters' products, no gradients of their own weights, and the layers before the blocks have no backward pass.
     """
     cost = WalkCost()
@@ -63,13 +63,13 @@ def walk(
         """Add layers before or after the blocks."""
         cost.forward += work.forward
         if grad:
-            cost.backward += work.backward if not rank else work.linear * after
+            cost.backward += work.backward if not adapters else work.linear * after
 
     def inside(work: Work, grad: bool, reads_grad: bool = True) -> float:
         """Add layers of a block; returns the operations of their forward pass."""
-        extra = work.linear * rank * net.blocks[0].widths / net.blocks[0].weights
+        extra = work.linear * adapters * net.blocks[0].widths / net.blocks[0].weights
         cost.forward += work.forward + extra
-        if grad and not rank:
+        if grad and not adapters:
             cost.backward += work.backward
         elif grad:
             cost.backward += work.linear * reads_grad + 2.5 * work.attention + 2 * extra

@@ -57,7 +57,11 @@ class Builder:
         """Refuse a cache that was not made for this network; look whether the teacher knows its clips."""
         self.check_source(net, card)
         if self.cfg.engine == "local":  # a sharding engine places the networks first
-            check_teacher(self.cfg, net, self.source)
+            self.check_teacher(net)
+
+    def check_teacher(self, net: VideoDiT) -> None:
+        """Warn of, or refuse, a cache whose clips the teacher cannot reproduce."""
+        check_teacher(self.cfg, net, self.source)
 
     def checkpoint(self, keys: TrainingKeys, *nets: VideoDiT) -> None:
         """Switch activation checkpointing on for the networks that train; print what a block boundary costs."""

@@ -1,4 +1,4 @@
-"""Before a stage starts: was the cache made for this network, and does the teacher know such data at all?
+"""Two checks before a stage starts: the cache was made for this network, and the teacher knows such clips.
 
 Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B].
 """
@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from fastlightgen import flow
+from fastlightgen.config import StageConfig
 from fastlightgen.data.source import Source
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.parallel.log import say
 from fastlightgen.rng import generator, normal_like
 
 TIMES, CLIPS = (0.1, 0.3, 0.5), 4
-# of the filter's error. The shipped teacher is at 0.06 on its own clips, and at 1.6 to 2.5 if the latents' channels are
-# in another order, their mean is off by one standard deviation or their scale by three, as with another VAE.
+# A teacher whose error exceeds this share of a plain filter's does not know the clips. The shipped teacher is at 0.06
+# on its own clips; it is at 1.6 to 2.5 with another VAE's latents (channels in another order, a mean that is off by one
+# standard deviation, a scale that is off by a factor of three).
 SUSPECT = 0.5
 
 
@@ -37,20 +39,23 @@ def check_source(source: Source, model: VideoDiT, card: dict, data: str) -> None
             )
 
 
-def x0_error(x0_hat: Tensor, x0: Tensor) -> float:
-    """mean |x0_hat - x0|^2 relative to the variance of x0: 0 is exact, 1 is what the mean alone achieves."""
+def relative_error(x0_hat: Tensor, x0: Tensor) -> float:
+    """mean |x0_hat - x0|^2 / variance of x0: 0 is exact, 1 is the error of the constant mean."""
     return float((x0_hat - x0).square().mean() / x0.var())
 
 
 def filter_error(x0: Tensor, t: float) -> float:
-    """The same for the best single factor, x0_hat = c x_t, which knows nothing of videos: t^2 / ((1-t)^2 s + t^2)."""
+    """The relative error of the best filter x0_hat = c x_t, which knows nothing of videos.
+
+    With s = mean x0^2 the best c leaves mean |x0_hat - x0|^2 = s t^2 / ((1 - t)^2 s + t^2).
+    """
     s = float(x0.square().mean())
     return t * t / ((1 - t) ** 2 * s + t * t) * s / float(x0.var())
 
 
 @torch.no_grad()
 def teacher_errors(model: VideoDiT, source: Source, seed: int) -> dict[float, tuple[float, float]]:
-    """t -> (the teacher's x0 error, the filter's), means over a few held-out clips, one at a time."""
+    """t -> (relative error of the teacher, of the filter), means over a few held-out clips, one clip at a time."""
     out = {}
     for k, t in enumerate(TIMES):
         errors = []
@@ -58,19 +63,20 @@ def teacher_errors(model: VideoDiT, source: Source, seed: int) -> dict[float, tu
             batch = source.held_out(i, 1).to(model.device)
             x_t = flow.add_noise(batch.x0, normal_like(batch.x0, generator(seed, 11, k, i)), t)
             x0_hat = flow.x0_from_velocity(x_t, model(x_t, t, batch.cond).float(), t)
-            errors.append((x0_error(x0_hat, batch.x0), filter_error(batch.x0, t)))
-        out[t] = tuple(sum(column) / CLIPS for column in zip(*errors, strict=True))
+            errors.append((relative_error(x0_hat, batch.x0), filter_error(batch.x0, t)))
+        ours, filters = zip(*errors, strict=True)
+        out[t] = sum(ours) / CLIPS, sum(filters) / CLIPS
     return out
 
 
-def check_teacher(cfg, model: VideoDiT, source: Source) -> None:
-    """Does the teacher reproduce clips of this cache? Data that do not fit it are the commonest silent failure."""
+def check_teacher(cfg: StageConfig, model: VideoDiT, source: Source) -> None:
+    """Warn of, or refuse, a cache whose clips the teacher cannot reproduce: the commonest silent failure."""
     if cfg.data_check == "off" or not source.description:  # the built-in world fits by construction
         return
     with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
         errors = teacher_errors(model, source, cfg.seed)
-    told = "; ".join(f"t={t:g}: {e:.3f} (a plain filter: {f:.3f})" for t, (e, f) in errors.items())
-    say(f"the teacher's x0 error on {CLIPS} held-out clips, relative to their variance: {told}")
+    shown = "; ".join(f"t={t:g}: {e:.3f} (a plain filter: {f:.3f})" for t, (e, f) in errors.items())
+    say(f"the teacher's x0 error on {CLIPS} held-out clips, relative to their variance: {shown}")
     ratio = math.exp(sum(math.log(max(e, 1e-12) / f) for e, f in errors.values()) / len(errors))
     if ratio < SUSPECT:
         return

@@ -187,13 +187,14 @@ class Prune:
         x_t, t, noise, cond = noised(batch, cfg, cfg.seed, DRAWS, step)
         w_p, w_u, keep = self.paths(step)
 
-        takes_u = w_u > 0 or self.target is None  # with target=self it is predicted even where it does not train
-        streams = [Stream(cond, keep, grad=True)] * (w_p > 0) + [Stream(cond, grad=w_u > 0)] * takes_u
-        out = self.net.walk(x_t, t, streams)
-        v_p, v_u = out[0] if w_p else None, out[-1] if takes_u else None
-        v_target = v_u if self.target is None else self.predict(self.target, x_t, t, cond)
-        assert v_target is not None
-        v_u = v_u if w_u else None
+        streams: dict[str, Stream] = {}
+        if w_p:
+            streams["pruned"] = Stream(cond, keep, grad=True)
+        if w_u or self.target is None:  # target=self needs the unpruned prediction even in steps that do not train it
+            streams["unpruned"] = Stream(cond, grad=w_u > 0)
+        v = dict(zip(streams, self.net.walk(x_t, t, list(streams.values())), strict=True))
+        v_target = v["unpruned"] if self.target is None else self.predict(self.target, x_t, t, cond)
+        v_p, v_u = v.get("pruned"), v["unpruned"] if w_u else None
 
         loss = eq7(v_p, v_u, v_target, flow.velocity(batch.x0, noise), cfg.alpha, cfg.kappa, w_p, w_u)
         taken = {"distill_pruned": v_p, "distill_unpruned": v_u}
@@ -264,18 +265,22 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     blocks = range(len(net.blocks))
     keep = list(blocks) if cfg.drop == "independent" else keep  # coins for each block may keep all of them
     held = [i for i in blocks if i not in keep] if still(cfg) else []
-    coins = [(1.0, True, True)] if cfg.estimator == "full" else [(cfg.p, True, False), (1 - cfg.p, False, True)]
-    walked, updates = [], 0.0
-    for share, takes_p, takes_u in coins:
-        trains_u = takes_u and cfg.trains_unpruned
-        if not (takes_p or trains_u):
+    own_target, u = cfg.target == "self", cfg.trains_unpruned
+    # (share of the steps, takes the pruned path, trains the unpruned path)
+    coins = [(1.0, True, u)] if cfg.estimator == "full" else [(cfg.p, True, False), (1 - cfg.p, False, u)]
+    nets, walked, updates = {}, [], 0.0
+    for share, takes_p, trains_u in coins:
+        routes = [Route(keep=keep, grad=True)] if takes_p else []
+        if trains_u or (takes_p and own_target):
+            routes.append(Route(grad=trains_u))
+        if not routes:  # a coin that leaves nothing to train
             continue
         updates += share
-        unpruned = [Route(grad=trains_u)] * (trains_u or cfg.target == "self")
-        walked.append(Walk("student", [Route(keep=keep, grad=True)] * takes_p + unpruned, share))
-        walked += [Walk("target", [Route()], share)] * (cfg.target != "self")
-    nets = {"student": Net(updates=updates, still=held)} | ({"target": Net()} if cfg.target != "self" else {})
-    return Iteration(nets, walked)
+        walked.append(Walk("student", routes, share))
+        if not own_target:
+            nets["target"] = Net()
+            walked.append(Walk("target", [Route()], share))
+    return Iteration({"student": Net(updates=updates, still=held)} | nets, walked)
 
 
 def subject(cfg: Config, guess: Guess | None = None) -> Subject:

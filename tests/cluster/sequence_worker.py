@@ -95,7 +95,7 @@ def apart(a: Tensor, b: Tensor, scale: float) -> float:
 def compare(name: str, case: tuple) -> dict:
     """The largest differences, relative to the largest entry: of v, of each gradient, and of all gradients."""
     size, latent, batch, dtype, checkpointing, kept = case
-    dtype, group = getattr(torch, dtype), ranks.sequence_group(size, 120.0)
+    dtype, group = getattr(torch, dtype), ranks.sequence_group(size, 900.0)
     net = build(NETWORKS[name], seed=0).to(dtype)
     net.checkpointing, net.keep_attention = checkpointing, kept
     index, count = ranks.shares(size)
@@ -134,7 +134,7 @@ def compare(name: str, case: tuple) -> dict:
 
 def received(name: str) -> list[int]:
     """Numbers that each of four ranks gets from the others in one block of one stream without gradient."""
-    net, group = build(NETWORKS[name], seed=0), ranks.sequence_group(4, 120.0)
+    net, group = build(NETWORKS[name], seed=0), ranks.sequence_group(4, 900.0)
     group.share(net)
     got: list[int] = []
     x_t, t, cond, _ = inputs(net, 1, 0, (2, 12, 10), torch.float32)
@@ -149,7 +149,7 @@ def received(name: str) -> list[int]:
 
 def operations(name: str) -> list[int]:
     """Those of a forward and backward pass of all blocks on each of four ranks: some have twice as many tokens."""
-    net, group = build(NETWORKS[name], seed=0), ranks.sequence_group(4, 120.0)
+    net, group = build(NETWORKS[name], seed=0), ranks.sequence_group(4, 900.0)
     group.share(net)
     x_t, t, cond, _ = inputs(net, 1, 0, (2, 12, 10), torch.float32)
     return ranks.gathered(counted(lambda: net(x_t, t, cond).sum().backward()))
@@ -157,7 +157,7 @@ def operations(name: str) -> list[int]:
 
 def main(results: Path) -> None:
     torch.set_num_threads(1)
-    ranks.join(torch.device("cpu"), 120)
+    ranks.join(torch.device("cpu"), 900)
     done = {f"{name}, {case}": compare(name, CASES[case]) for name in NETWORKS for case in CASES}
     done["wire"] = {name: received(name) for name in ("wan t2v", "hunyuan t2v")}
     done["operations"] = {name: operations(name) for name in ("wan i2v", "hunyuan t2v")}

@@ -1,7 +1,6 @@
 """An alarm of rank 0 ends both ranks; the log says how long they waited for each other."""
 
 import importlib.util
-import time
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +30,10 @@ def assert_clips_of_one_process(shared: Path, run: Path, words: list[str]) -> No
     assert min(np.abs(a - b).mean() for i, a in enumerate(columns) for b in columns[:i]) > 0.5
 
 
-@pytest.mark.timeout(200)
 def test_stop_ends_all_ranks(tmp_path):
     """The clips of a network with random weights flash; they are looked at after step 4."""
     words = ["stage=3", *write_inputs(tmp_path)[3], "engine=deepspeed", f"run={tmp_path}/run", "alarms=stop"]
-    began = time.monotonic()
-    _, err = finish(launch(2, *words, "iters=50", "save_every=2", "keep=2", "sample_every=4", "log_every=1"), 120)
-    assert time.monotonic() - began < 120
+    _, err = finish(launch(2, *words, "iters=50", "save_every=2", "keep=2", "sample_every=4", "log_every=1"))
     (line,) = (line for line in err.splitlines() if line.startswith("error: "))
     folder = tmp_path / "run/stage3"
     assert "alarms=stop: step 4: " in line and "flashing: motion of the clips" in line, line
@@ -50,3 +46,46 @@ def test_stop_ends_all_ranks(tmp_path):
     for r in lines:
         shares = {k: v for k, v in r.items() if k.startswith("share_")}
         assert shares["share_collectives"] > 0 and all(v > 0 for v in shares.values()) and sum(shares.values()) <= 1
+
+
+# The train command: the critic diverges from step 6 on, and rank 1 writes the checkpoint of step 5 after the alarm.
+SLOW_DISK = """
+import os, time
+from functools import partial
+from pathlib import Path
+from fastlightgen.config import main
+from fastlightgen.engine import checkpoint, watch
+from fastlightgen.metrics import drift
+from fastlightgen.stages.distill import Distill
+from fastlightgen.train import train
+SHOWN = Path(os.environ["FLG_TEST"], "shown")
+drift.Limits = partial(drift.Limits, first=3, recent=2)
+critic_loss, write, say = Distill.critic_loss, checkpoint.write, watch.say
+def growing(self, step):
+    loss, record = critic_loss(self, step)
+    return loss * (8.0 if step >= 5 else 1.0), record
+def slow(temporary, files):
+    while os.environ["RANK"] == "1" and "step-000005" in temporary.name and not SHOWN.exists():
+        time.sleep(0.02)
+    write(temporary, files)
+def show(text):
+    say(text)
+    if text.startswith("alarm: ") and os.environ["RANK"] == "0":
+        SHOWN.touch()
+Distill.critic_loss, checkpoint.write, watch.say = growing, slow, show
+main(train, "train")
+"""
+
+
+def test_the_checkpoint_under_way_is_completed_and_named(tmp_path):
+    (tmp_path / "train.py").write_text(SLOW_DISK)
+    words = ["stage=3", *write_inputs(tmp_path)[3], "engine=deepspeed", f"run={tmp_path}/run", "alarms=stop"]
+    words += ["iters=12", "log_every=1", "save_every=1", "keep=1", "sample_every=0"]
+    _, err = finish(launch(2, str(tmp_path / "train.py"), *words, module=False, FLG_TEST=str(tmp_path)))
+    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+    folder = tmp_path / "run/stage3"
+    assert "alarms=stop: step 6: divergence" in line
+    assert f"the last checkpoint before it is {folder}/checkpoints/step-000005; give alarms=warn" in line
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000005"]
+    assert {a["good"] for a in read_metrics(folder / "alarms.jsonl")} == {5}
+    assert len(list((folder / "checkpoints/step-000005").glob("rank-*.safetensors"))) == 2

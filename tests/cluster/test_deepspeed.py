@@ -75,19 +75,18 @@ def results(folder) -> dict:
     read = {f"read, {t}": {"stage": 0, "load": str(folder / "network"), "words": [f"dtype={t}"]} for t in DTYPES}
     read["drawn"] = {"stage": 0, "load": "tiny", "words": ["offload=all"]}
     late = {"late": {"stage": 2, "late": 0.3}}
-    return on_ranks(2, CASES | saved | read | late, folder, 300)
+    return on_ranks(2, CASES | saved | read | late, folder)
 
 
-def on_ranks(count: int, cases: dict, folder: Path, seconds: float) -> dict:
+def on_ranks(count: int, cases: dict, folder: Path) -> dict:
     """What the worker finds."""
     (folder / "cases.json").write_text(json.dumps(cases))
     process = launch(count, str(WORKER), str(folder / "cases.json"), str(folder / "results.json"), module=False)
-    out, err = finish(process, seconds)
+    out, err = finish(process)
     assert process.returncode == 0, err[-4000:]
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.timeout(360)
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["stage"] != 1])
 def test_losses_are_those_of_one_process(results, name):
     """float32 sums in another order: 1e-5 is what the engine promises; gradient norms and learning rates as well."""
@@ -150,7 +149,7 @@ def test_stage_1_gathers_each_block_once_per_sample(results):
 
 
 def test_the_clock_counts_the_wait_in_deepspeeds_gathers(results):
-    """Rank 1 is 0.3 s late with one block, so rank 0 waits in the gather of the next one."""
+    """Rank 1 comes 0.3 s after rank 0 has begun to wait in the gather of the block after block 1."""
     assert results["late"]["share_collectives"] * results["late"]["sec_per_step"] > 0.25
 
 
@@ -173,7 +172,6 @@ def test_a_rank_keeps_its_share_of_what_it_reads(results, name):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_twenty_steps(tmp_path, ranks):
     """At 1e-5 where nothing amplifies rounding: stage 2 at its own learning rate, stage 3 at a thousand times its."""
@@ -184,17 +182,16 @@ def test_twenty_steps(tmp_path, ranks):
         for stage in (2, 3)
         for zero, offload in ((1, "none"), (2, "none"), (3, "none"), (3, "all"))
     }
-    for name, two in on_ranks(ranks, cases, tmp_path, 600).items():
+    for name, two in on_ranks(ranks, cases, tmp_path).items():
         for a, b in zip(worker.run(cases[name])["records"], two["records"], strict=True):
             assert b == pytest.approx(a, rel=1e-5, abs=1e-7), name
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_two_groups_of_two_ranks(tmp_path):
     """Each group works on half of the clips, each rank of it on half of their tokens."""
     cases = {name: CASES[f"{name}, shared tokens"] for name in SHARED}
-    for name, four in on_ranks(4, cases, tmp_path, 240).items():
+    for name, four in on_ranks(4, cases, tmp_path).items():
         one = worker.run(cases[name])
         if "table" in one:
             assert torch.allclose(torch.tensor(four["table"]), torch.tensor(one["table"]), rtol=1e-5, atol=0)
@@ -205,10 +202,9 @@ def test_two_groups_of_two_ranks(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_random_masks_for_two_hundred_steps(tmp_path, ranks):
     case = {"stage": 2, "steps": 200, "words": ["drop=independent", "lr=1e-5"]}
-    done = on_ranks(ranks, {"masks": case}, tmp_path, 600)["masks"]
+    done = on_ranks(ranks, {"masks": case}, tmp_path)["masks"]
     looks = 200 // 50  # at the held-out error (guard_every=50) of 4 clips: each rank walks with its 4 / ranks at once
     assert len(done["records"]) == 200 and done["gathers"] == [[400 + looks] * BLOCKS, [200] * BLOCKS]

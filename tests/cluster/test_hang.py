@@ -26,7 +26,7 @@ def kept(self):
     return enter(self)
 def impatient(self, step):
     if step == 2:
-        hang.watch.limit = 4.0
+        hang.watch.limit = 10.0
     return check(self, step)
 hang.HangWatch.__enter__, Prune.check = kept, impatient
 def sleep():
@@ -79,16 +79,15 @@ STUCK = {
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("where", ["block", *(pytest.param(k, marks=pytest.mark.slow) for k in [*STUCK][1:])])
 def test_the_rank_that_stands_still_is_named(tmp_path, where):
-    """The collectives themselves would wait for two minutes; the line comes 4 seconds and some after step 2."""
+    """The collectives themselves would wait for half an hour; the line comes some 10 seconds after step 2."""
     patch, extra, place = STUCK[where]
     words = [w for w in write_inputs(tmp_path)[2] if not w.startswith("iters")]
     (tmp_path / "train.py").write_text(CODE.format(patch=patch))
-    command = ["stage=2", "engine=deepspeed", *words, f"run={tmp_path}/run", "iters=9", "save_every=1", "timeout=120"]
+    command = ["stage=2", "engine=deepspeed", *words, f"run={tmp_path}/run", "iters=9", "save_every=1", "timeout=1800"]
     process = launch(2, str(tmp_path / "train.py"), *command, *extra, "sample_every=0", module=False)
-    _, err = finish(process, 100)
+    _, err = finish(process)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and process.returncode != 0, err
     assert "while rank 0 waits at stage 2, step 3, update of student, " in lines[0]

@@ -48,10 +48,9 @@ def newest(folder: Path) -> int:
 
 
 def until(process: subprocess.Popen, folder: Path, step: int, log: Path) -> None:
-    """Wait for the checkpoint of `step` or a later one."""
-    deadline = time.monotonic() + 120
+    """Wait for the checkpoint of `step` or a later one; the test's own limit ends the wait."""
     while newest(folder) < step:
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        assert process.poll() is None, log.read_text()[-3000:]
         time.sleep(0.005)
 
 
@@ -61,7 +60,7 @@ def kill(process: subprocess.Popen, one: random.Random | None = None) -> None:
     if one and ranks:
         one.choice(ranks).kill()
         try:
-            process.wait(timeout=60)
+            process.wait(timeout=600)
         except subprocess.TimeoutExpired:
             pass
     process.kill()
@@ -71,7 +70,7 @@ def kill(process: subprocess.Popen, one: random.Random | None = None) -> None:
         except psutil.NoSuchProcess:
             pass
     process.wait()
-    psutil.wait_procs(ranks, timeout=60)
+    psutil.wait_procs(ranks, timeout=600)
 
 
 @pytest.mark.parametrize(

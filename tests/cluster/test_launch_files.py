@@ -24,7 +24,7 @@ def calls(file: Path, folder: Path, **env: str) -> tuple[int, list[list[str]]]:
     slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[0-1]", "USER": "u"}
     given = {"MODEL": str(folder), "DATA": str(folder), "RUN": str(folder / "run"), "CALLS": str(folder / "calls")}
     env = os.environ | slurm | given | env | {"PATH": f"{folder}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", file, folder / "run"], env=env, timeout=30)
+    done = subprocess.run(["bash", file, folder / "run"], env=env)
     return done.returncode, [line.split() for line in (folder / "calls").read_text().splitlines()]
 
 
@@ -54,7 +54,8 @@ def test_a_signal_reaches_the_ranks_and_queues_the_job_again(tmp_path):
     """The stub of srun tells the script that its time is over, as Slurm does, while the stage runs."""
     stub = tmp_path / "bin"
     stub.mkdir()
-    (stub / "srun").write_text(STUB.replace("exit", '[ "$1" = torchrun ] && kill -USR1 $PPID && sleep 1\nexit'))
+    told = 'kill -USR1 $PPID && until grep -q pkill "$CALLS"; do sleep 0.02; done'
+    (stub / "srun").write_text(STUB.replace("exit", f'[ "$1" = torchrun ] && {told}\nexit'))
     (stub / "srun").chmod(0o755)
     file = FOLDER / "hunyuanvideo-2x8h100.sbatch"
     script = tmp_path / "job"  # the stubs that `calls` writes come after these

@@ -5,6 +5,7 @@ python -m torch.distributed.run --nproc-per-node 2 worker.py CASES.json RESULTS.
 
 import json
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -94,7 +95,7 @@ def make_engine(case: dict):
             return config
 
     keys = {"batch": BATCH, "micro_batch": 0, "zero": 3, "offload": "none", "dtype": "float32"}
-    keys |= {"sequence_parallel": 1, "timeout": 120}
+    keys |= {"sequence_parallel": 1, "timeout": 900}
     return Engine(CPU, SimpleNamespace(**{k: case.get(k, v) for k, v in keys.items()}))
 
 
@@ -150,12 +151,28 @@ def run(case: dict) -> dict:
 
 
 def waited(case: dict) -> dict:
-    """The shares of rank 0's time while rank 1 is late with block 1: the next gather is DeepSpeed's."""
+    """The shares of rank 0's time while rank 1 is late with block 1: the next gather is DeepSpeed's.
+
+    Rank 1 sleeps once rank 0 has begun to wait, so that rank 0 waits for as long however busy the machine is.
+    """
+    store = torch.distributed.distributed_c10d._get_default_store()
+
+    def tell_when_waiting() -> None:
+        while "collectives" not in clock.open:
+            time.sleep(0.001)
+        store.set("waiting", "1")
+
+    def late(*_) -> None:
+        store.get("waiting")  # blocks until the key is there
+        time.sleep(case["late"])
+
+    def early(*_) -> None:
+        threading.Thread(target=tell_when_waiting).start()
+
     stage, engine = make(case["stage"], case.get("words", [])), make_engine(case)
     engine.prepare(stage)
     steps(stage, engine, 0, 1)
-    if ranks.rank():
-        stage.net.blocks[1].register_forward_hook(lambda *_: time.sleep(case["late"]))
+    stage.net.blocks[1].register_forward_hook(late if ranks.rank() else early)
     clock.restart()
     with clock.step():
         steps(stage, engine, 1, 2)
@@ -213,7 +230,7 @@ def gathers(counter: Counter, nets: list) -> list[list[int]]:
 
 def main(cases: Path, results: Path) -> None:
     torch.set_num_threads(1)
-    ranks.join(CPU, 120)
+    ranks.join(CPU, 900)
     done = {name: run(case) for name, case in json.loads(cases.read_text()).items()}
     if ranks.rank() == 0:
         results.write_text(json.dumps(done))

@@ -186,6 +186,6 @@ def test_from_a_shell():
         "assert not {'torch', 'diffusers'} & set(sys.modules)\n"
         "config.main(print)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *S3, "betta1=2"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, *S3, "betta1=2"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: betta1=2: unknown key; did you mean beta1?\n"

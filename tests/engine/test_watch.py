@@ -1,12 +1,15 @@
 """Alarms in a run: what they say, what they keep, how they end it, and that training does not notice them."""
 
 import shutil
+import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import assert_same, result, run_train, write_inputs
 
+from fastlightgen.engine import checkpoint, watch
 from fastlightgen.engine.checkpoint import steps
 from fastlightgen.engine.log import read_metrics
 from fastlightgen.engine.preview import Preview
@@ -113,12 +116,39 @@ def test_an_alarm_of_the_first_clips(words, tmp_path, frozen_from, capsys):
     assert "there is no checkpoint before it" in stops(capsys, *words, f"run={tmp_path}/b", "alarms=stop")
 
 
-def test_a_diverging_critic_stops_before_it_is_saved(words, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """From the checkpoint of a step on, writing waits until the alarm has been shown."""
+    shown, write, show = threading.Event(), checkpoint.write, watch.say
+
+    def say(text: str) -> None:
+        show(text)
+        if text.startswith("alarm: "):
+            shown.set()
+
+    def set_up(first: int) -> None:
+        def slow(temporary: Path, files: checkpoint.Files) -> None:
+            if int(temporary.stem[-6:]) >= first:
+                assert shown.wait(600)
+            write(temporary, files)
+
+        monkeypatch.setattr(checkpoint, "write", slow)
+        monkeypatch.setattr(watch, "say", say)
+
+    return set_up
+
+
+@pytest.mark.parametrize("saving", [5, 99], ids=["while step 5 is being saved", "with step 5 saved"])
+def test_a_diverging_critic_stops_before_it_is_saved(words, tmp_path, monkeypatch, capsys, slow_disk, saving):
+    """The alarm of step 6 names and keeps the checkpoint of step 5, even if it finds it half written."""
     growing_from(6, monkeypatch)
+    slow_disk(saving)
     command = [*words, f"run={tmp_path}", "iters=12", "log_every=1", "save_every=1", "sample_every=0", "alarms=stop"]
     line = stops(capsys, *command)  # the median of two lines exceeds twice the usual with the first large one
     assert "step 6: divergence (" in line and f"{tmp_path}/stage3/checkpoints/step-000005; give" in line
     assert steps(tmp_path / "stage3/checkpoints") == [5]
+    assert [p.name for p in (tmp_path / "stage3/checkpoints").iterdir()] == ["step-000005"]
+    assert {a["good"] for a in read_metrics(tmp_path / "stage3/alarms.jsonl")} == {5}
     assert [r["step"] for r in read_metrics(tmp_path / "stage3/metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     # Nothing of the bad step was saved, so it is done again, and sounds again.
     assert "step 6: divergence (" in stops(capsys, *command)

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
+from locks import alone
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
@@ -41,10 +42,15 @@ def _compile(source: Path, flags: list[str], sanitize: bool) -> Path:
 
 
 def build(sanitize: bool = False) -> Path:
-    """The shared library, from bindings/, csrc/ and the shim."""
+    """The shared library, from bindings/, csrc/ and the shim; one process builds it, the others wait."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with alone(CACHE / "lock"):
+        return _build(sanitize)
+
+
+def _build(sanitize: bool) -> Path:
     import pybind11
 
-    CACHE.mkdir(parents=True, exist_ok=True)
     folders = ["tests/simt/include", "csrc/include", *sorted(p.relative_to(ROOT) for p in ROOT.glob("csrc/ops/*"))]
     flags = ['-DFLG_CUDA_ARCHS="simt"', "-fvisibility=hidden", "-Wno-unknown-pragmas"]
     flags += [f"-I{ROOT / f}" for f in folders] + [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]

@@ -9,7 +9,7 @@ from fastlightgen.data.source import Batch
 from fastlightgen.models.base import Cond
 from fastlightgen.models.folder.weights import load_model, trained_folder
 from fastlightgen.stages import check
-from fastlightgen.stages.check import TIMES, check_teacher, filter_error, teacher_errors, x0_error
+from fastlightgen.stages.check import TIMES, check_teacher, filter_error, relative_error, teacher_errors
 from fastlightgen.world.source import ShapesSource
 
 
@@ -56,7 +56,7 @@ def test_errors_by_hand():
     assert list(found) == list(TIMES)
     for t, (error, _) in found.items():
         assert error == pytest.approx((t * 0.5) ** 2 / float(x0.var()), rel=1e-4)
-    assert x0_error(x0, x0) == 0
+    assert relative_error(x0, x0) == 0
 
 
 def test_the_filter_is_the_best_factor():
@@ -65,7 +65,7 @@ def test_the_filter_is_the_best_factor():
     x0, noise = 1.7 * torch.randn(200_000, generator=g), torch.randn(200_000, generator=g)
     for t in TIMES:
         x_t = (1 - t) * x0 + t * noise
-        best = x0_error((x_t @ x0) / (x_t @ x_t) * x_t, x0)
+        best = relative_error((x_t @ x0) / (x_t @ x_t) * x_t, x0)
         assert filter_error(x0, t) == pytest.approx(best, rel=0.02)
 
 

@@ -30,7 +30,6 @@ class HunyuanBlock(Block):
 
     def run(self, job: Job, tables: Tables, read: dict[Prompt, Modulations], settle: bool = False) -> list[State]:
         (prompt,) = job.prompts  # text enters at the start, so that every state has one
-        assert isinstance(prompt, HunyuanPrompt)
         state = job.state
         return [state_of(self.residual([state, *state.others], read[prompt], tables, prompt.mask, settle))]
 
@@ -67,8 +66,7 @@ class DoubleBlock(HunyuanBlock):
         self.attn = JointAttention(cfg)
         self.ff, self.ff_context = FeedForward(dim, inner, dim), FeedForward(dim, inner, dim)
 
-    def read(self, prompt: Prompt) -> Modulations:
-        assert isinstance(prompt, HunyuanPrompt)
+    def read(self, prompt: HunyuanPrompt) -> Modulations:
         first = [] if prompt.first is None else [self.norm1(prompt.first)]
         return [*first, self.norm1(prompt.temb), self.norm1_context(prompt.temb)]
 
@@ -96,8 +94,7 @@ class SingleBlock(HunyuanBlock):
         self.attn = SingleAttention(cfg)
         self.proj_mlp, self.proj_out = nn.Linear(dim, inner), nn.Linear(dim + inner, dim)
 
-    def read(self, prompt: Prompt) -> Modulations:
-        assert isinstance(prompt, HunyuanPrompt)
+    def read(self, prompt: HunyuanPrompt) -> Modulations:
         first = [] if prompt.first is None else [self.norm(prompt.first)]
         return [*first, self.norm(prompt.temb)]
 

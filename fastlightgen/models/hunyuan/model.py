@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlightgen.blocks import check_keep
-from fastlightgen.models.base import Cond, Prompt, State, Tables, VideoDiT
+from fastlightgen.models.base import Cond, State, Tables, VideoDiT
 from fastlightgen.models.hunyuan.blocks import DoubleBlock, HunyuanPrompt, SingleBlock, state_of
 from fastlightgen.models.hunyuan.layers import (
     EPS,
@@ -55,8 +55,9 @@ class HunyuanModel(VideoDiT):
         self.norm_out = Modulation(cfg.dim, 2)
         self.proj_out = nn.Linear(cfg.dim, cfg.out_channels * math.prod(cfg.patch))
 
+    # A view of the two lists, which `prune` replaces; nothing assigns to it.
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> nn.ModuleList:  # type: ignore[override]
         """One ranked list: the double blocks, then the single ones."""
         return nn.ModuleList([*self.transformer_blocks, *self.single_transformer_blocks])
 
@@ -114,8 +115,8 @@ class HunyuanModel(VideoDiT):
         rope = rope_factors(grid, self.cfg.rope_axes_dim, self.cfg.rope_theta, x_t.device, wide)
         return HunyuanTables(rope, grid, x_t, t)
 
-    def prompt(self, cond: Cond, tables: Tables) -> HunyuanPrompt:
-        assert isinstance(tables, HunyuanTables) and cond.pooled is not None
+    def prompt(self, cond: Cond, tables: HunyuanTables) -> HunyuanPrompt:
+        assert cond.pooled is not None
         t, size = tables.t, len(tables.t)
         text = cond.text.to(self.dtype).expand(size, -1, -1)
         valid = mask = None
@@ -138,7 +139,7 @@ class HunyuanModel(VideoDiT):
         first = F.silu(self.time_text_embed(0 * t, pooled)) if self.replaces_first else None
         return HunyuanPrompt(cond, self.context_embedder(text, t, valid), temb, first, mask)
 
-    def embed(self, x_t: Tensor, prompt: Prompt) -> State:
+    def embed(self, x_t: Tensor, prompt: HunyuanPrompt) -> State:
         image = prompt.cond.image
         if image is not None:
             image = image.to(x_t.dtype)
@@ -149,8 +150,7 @@ class HunyuanModel(VideoDiT):
         parts = [State(frames.flatten(2).transpose(1, 2)) for frames in x.split(sizes, 2)]
         return state_of([*parts, State(prompt.text)])
 
-    def unembed(self, state: State, prompt: Prompt, tables: Tables) -> Tensor:
-        assert isinstance(prompt, HunyuanPrompt) and isinstance(tables, HunyuanTables)
+    def unembed(self, state: State, prompt: HunyuanPrompt, tables: HunyuanTables) -> Tensor:
         (f, h, w), p, state = tables.grid, self.cfg.patch_size, state.settled()
         x = joined([state.x, *(s.x for s in state.others)])[:, : f * h * w]
         scale, shift = self.norm_out(prompt.temb)

@@ -32,7 +32,7 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: WanConfig, added_kv: int | None = None):
         super().__init__()
-        dim, self.heads = cfg.dim, cfg.num_attention_heads
+        dim, self.heads, self.eps = cfg.dim, cfg.num_attention_heads, cfg.eps
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=cfg.eps), nn.RMSNorm(dim, eps=cfg.eps)
@@ -43,7 +43,7 @@ class Attention(nn.Module):
     def to_itself(self, x: Tensor, tables: Tables) -> Tensor:
         """Self-attention: queries and keys are also turned by their place."""
         q, k = self.to_q(x), self.to_k(x)
-        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, tables.rope, self.norm_q.eps)
+        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, tables.rope, self.eps)
         return self.to_out[0](tables.attend(*map(self._split, (q, k, self.to_v(x)))))
 
     def query(self, x: Tensor) -> Tensor:
@@ -170,8 +170,7 @@ class WanModel(VideoDiT):
         x = x_t if image is None else torch.cat([x_t, image.to(x_t.dtype)], 1)
         return State(self.patch_embedding(x.to(self.dtype)).flatten(2).transpose(1, 2))
 
-    def unembed(self, state: State, prompt: Prompt, tables: Tables) -> Tensor:
-        assert isinstance(tables, WanTables)
+    def unembed(self, state: State, prompt: Prompt, tables: WanTables) -> Tensor:
         shift, scale = (self.scale_shift_table + tables.temb[:, None]).unbind(1)
         _, h = gate_residual_norm_modulate(*state.parts(), scale, shift, self.cfg.eps)
         (f, h_p, w_p), (_, ph, pw) = tables.grid, self.cfg.patch_size
