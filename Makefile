@@ -16,7 +16,7 @@ help: ## print this list
 
 install: $(STAMP) ## make .venv with the pinned versions of constraints.txt, and build the compiled parts that can be built
 
-# Install torch first and alone: a machine may offer its own build of the pinned version, which pip might miss when it
+# Install torch first and alone: a machine may offer its own build of the pinned version, and pip might miss it when it
 # resolves all packages together.
 $(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)

@@ -2,7 +2,7 @@
 # Builds in place, runs the GPU tests and the kernel benches, and writes one table, within ten minutes. Needs a GPU and
 # nvcc, but no network.
 # The Python that runs it needs torch, triton, pybind11, numpy, setuptools, cmake, ninja, pytest and pytest-benchmark.
-# CUTLASS headers (FLG_CUTLASS or the nvidia-cutlass wheel), diffusers, liger-kernel and quack-kernels are used if present.
+# It uses CUTLASS headers (FLG_CUTLASS or the nvidia-cutlass wheel), diffusers, liger-kernel, quack-kernels if present.
 # If a part fails or runs out of time, the script says so and goes on with the next part.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -20,8 +20,8 @@ rm -f build.log
 $PY -m fastlightgen.ops || exit 1
 timeout "$(most 150)" $PY -m pytest tests/ops -q -m 'not slow' -k 'gpu or GPU' -o addopts= -p no:cacheprovider || status=1
 
-# Each file gets an equal share of the remaining time and stops by itself at the end of it; time that it does not use goes
-# to the next files. A file that hangs is killed. Every row is written as soon as it is measured.
+# Each file gets an equal share of the remaining time and stops by itself when it is over. The next files get what it
+# leaves. A file that hangs is killed. Every row is written as soon as it is measured.
 files=(overhead dmd_gradient gate_residual_norm_modulate block attention qk_norm_rope linear norm_modulate)
 raw=$(mktemp -d)
 export FLG_BENCH_ROWS=$raw/rows
