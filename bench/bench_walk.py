@@ -112,7 +112,7 @@ def first_self_attention(w) -> float:
 
 @pytest.mark.benchmark(group="walk")
 def bench_stage3_cycle(benchmark, world):
-    """Five critic updates, one student update (losses, backwards); the teacher's predictions in one walk or one by one."""
+    """Five critic updates, one student update (loss, backward); the teacher's predictions in one walk or in three."""
     import copy
 
     w = world
