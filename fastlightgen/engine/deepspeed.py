@@ -6,12 +6,15 @@ module call that a walk makes of it, whatever the number of streams, and once mo
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlightgen.engine import shards
+from fastlightgen.config import StageConfig
+from fastlightgen.engine import checkpoint, shards
 from fastlightgen.engine.hang import HERE, keeps_of, note_walks
 from fastlightgen.engine.local import require_finite, schedule
 from fastlightgen.engine.roles import Role, Stage, Update, named
@@ -54,10 +57,12 @@ class Runner(nn.Module):
         return loss()
 
 
-class DeepSpeedEngine(ShardedState):
+class DeepSpeedEngine:
     """Float32 weights, or bfloat16 weights with float32 master weights; the batch is divided among the ranks."""
 
-    def __init__(self, device: torch.device, cfg):
+    state: ShardedState
+
+    def __init__(self, device: torch.device, cfg: StageConfig):
         try:
             import deepspeed
         except ImportError:
@@ -75,32 +80,33 @@ class DeepSpeedEngine(ShardedState):
         self.sequence = ranks.sequence_group(cfg.sequence_parallel, cfg.timeout)
         self.share, self.shares = ranks.shares(cfg.sequence_parallel)  # of the data: which one, of how many
 
-    def autocast(self):
-        """Float32 inputs meet weights of the compute type inside the networks; nothing is cast behind their back."""
+    def autocast(self) -> AbstractContextManager[object]:
+        """No autocast: the networks cast their inputs to the type of their weights themselves."""
         return nullcontext()
 
     def prepare(self, stage: Stage) -> None:
         cfg = self.cfg
-        self.iters, self.roles = stage.iters, stage.roles
-        self.count = dict.fromkeys(self.roles, 0)
+        self.iters = stage.iters
         self.accumulation = ranks.accumulation(cfg.batch, cfg.micro_batch, ranks.size(), cfg.sequence_parallel)
         say(
             f"batch: {cfg.batch} = {ranks.workers(self.shares, cfg.sequence_parallel)} x {self.accumulation} "
             f"micro-batches x {cfg.batch // self.shares // self.accumulation} clips"
         )
-        for role in self.roles.values():
+        for role in stage.roles.values():
             if role.carried is not None and self.dtype != torch.float32:
                 raise ValueError("target=ema: an average does not move in bfloat16; use dtype=float32 or target=frozen")
-        self.engines, self.averages = {}, {}
-        for name, role in self.roles.items():
-            self.engines[name] = self._trained(role, name)
-            if role.ema:
-                self.averages[name] = [m.detach().clone() for m in shards.masters(self.engines[name].optimizer)]
-        for net in [*stage.frozen, *(r.carried for r in self.roles.values() if r.carried is not None)]:
+        engines = {name: self._trained(role, name) for name, role in stage.roles.items()}
+        averages = {
+            name: [m.detach().clone() for m in shards.masters(engines[name].optimizer)]
+            for name, role in stage.roles.items()
+            if role.ema
+        }
+        self.state = ShardedState(self.device, stage.roles, engines, averages, dict.fromkeys(stage.roles, 0))
+        for net in [*stage.frozen, *(r.carried for r in stage.roles.values() if r.carried is not None)]:
             self.place(net)
 
-    def place(self, net: nn.Module, name: str = "the frozen network") -> None:
-        """A network that only predicts: sharded under zero=3, whole on every rank otherwise."""
+    def place(self, net: VideoDiT, name: str = "the frozen network") -> None:
+        """Place a network that only predicts: sharded under zero=3, complete on every rank otherwise."""
         if net in self.placed:
             return
         self._together(net)
@@ -117,7 +123,7 @@ class DeepSpeedEngine(ShardedState):
     def _trained(self, role: Role, name: str):
         """A DeepSpeed engine for one role; the learning rate is set at every step."""
         HERE.at(f"placing {name}")
-        net = role.host or role.net
+        net = role.network
         self._together(net)
         net.to(dtype=self.dtype)
         params = [p for p in role.net.parameters() if p.requires_grad]
@@ -140,7 +146,8 @@ class DeepSpeedEngine(ShardedState):
 
     def _adamw(self, params: list[nn.Parameter], role: Role) -> torch.optim.Optimizer:
         """lr=0 at first: DeepSpeed may take an empty step to allocate its states."""
-        keys = {"lr": 0.0, "betas": tuple(role.betas), "weight_decay": role.weight_decay}
+        beta1, beta2 = role.betas
+        keys: dict[str, Any] = {"lr": 0.0, "betas": (beta1, beta2), "weight_decay": role.weight_decay}
         if self.cfg.offload != "none" and self.device.type == "cuda":
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -153,7 +160,7 @@ class DeepSpeedEngine(ShardedState):
             self.deepspeed.utils.set_z3_leaf_modules(net, kinds, raise_if_not_found=False)
         return net
 
-    def _config(self, clip: float, accumulation: int, net: nn.Module) -> dict:
+    def _config(self, clip: float, accumulation: int, net: VideoDiT) -> dict[str, Any]:
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": accumulation,
@@ -172,7 +179,7 @@ class DeepSpeedEngine(ShardedState):
 
     def estimate(self) -> str:
         parts = []
-        for name, role in self.roles.items():
+        for name, role in self.state.roles.items():
             count = sum(shards.shape(p).numel() for p in role.net.parameters() if p.requires_grad)
             parts.append(f"{name} {count / 1e6:.1f}M parameters")
         cfg = self.cfg
@@ -180,8 +187,10 @@ class DeepSpeedEngine(ShardedState):
 
     def apply(self, update: Update, step: int) -> dict[str, float]:
         """Loss and backward of every micro-batch, then clip and step. What is not finite stops before the optimizer."""
-        name, role, engine = update.role, self.roles[update.role], self.engines[update.role]
-        records, losses = [], []
+        state, name = self.state, update.role
+        role, engine = state.roles[name], state.engines[name]
+        records: list[dict[str, float]] = []
+        losses: list[float] = []
         for k in range(self.accumulation):
             HERE.at("forward", role=name)
             with clock.part("forward"), share(k * self.shares + self.share, self.shares * self.accumulation):
@@ -196,7 +205,7 @@ class DeepSpeedEngine(ShardedState):
             HERE.at("optimizer")
             if k + 1 < self.accumulation:
                 engine.step()
-        lr = role.lr * schedule(role, self.count[name], step, self.iters)
+        lr = role.lr * schedule(role, state.count[name], step, self.iters)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         with clock.part("optimizer"):
@@ -205,18 +214,30 @@ class DeepSpeedEngine(ShardedState):
         if getattr(engine.optimizer, "overflow", False):
             norm = float("inf")
         require_finite(float(norm), "gradient norm", name, step + 1)
-        self.count[name] += 1
-        if name in self.averages:
-            self.average(name)
+        state.count[name] += 1
+        if name in state.averages:
+            state.average(name)
         HERE.at("means of the records")
         keys = list(records[0])
         means = ranks.mean([sum(losses), *(sum(r[k] for r in records) for k in keys)])
         loss, *rest = (m / self.accumulation for m in means)
         record = {"loss": loss, "grad_norm": float(norm), "lr": lr} | dict(zip(keys, rest, strict=True))
-        return named(record, name, self.roles)
+        return named(record, name, state.roles)
 
     @staticmethod
     def _loss(update: Update, records: list[dict]) -> Tensor:
         loss, record = update.loss()
         records.append(record)
         return loss
+
+    def save(self, folder: Path, step: int, keep: int, every: int, good: int = 0) -> checkpoint.Saving:
+        return self.state.save(folder, step, keep, every, good)
+
+    def load(self, folder: Path) -> int:
+        return self.state.load(folder)
+
+    def finish(self) -> None:
+        self.state.finish()
+
+    def save_model(self, net: VideoDiT, folder: Path, dtype: torch.dtype | None = None, **card: Any) -> None:
+        self.state.save_model(net, folder, dtype, **card)

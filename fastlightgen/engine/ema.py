@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from fastlightgen.engine.shards import is_sharded
+
 
 @torch.no_grad()
 def follow(average: nn.Module, net: nn.Module, rate: float) -> None:
@@ -10,7 +12,7 @@ def follow(average: nn.Module, net: nn.Module, rate: float) -> None:
     for a, p in zip(average.parameters(), net.parameters(), strict=True):
         if a.numel():
             a.lerp_(p, rate)
-        if hasattr(a, "ds_tensor"):  # ZeRO-3: this rank's share
+        if is_sharded(a) and is_sharded(p):
             a.ds_tensor.lerp_(p.ds_tensor, rate)
 
 

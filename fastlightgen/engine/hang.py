@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -190,9 +191,9 @@ class HangWatch:
         return [json.loads(store.get(k)) if store.check([k]) else [0, -1, "an unknown place"] for k in keys]
 
 
-def own_store():
-    """A connection of its own: the process group's may be busy for as long as the training thread waits."""
-    store = dist.distributed_c10d._get_default_store()
+def own_store() -> dist.TCPStore:
+    """A second connection to the ranks' store; the training thread may block the first one while it waits."""
+    store: Any = dist.distributed_c10d._get_default_store()
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)

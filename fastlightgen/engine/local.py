@@ -58,8 +58,9 @@ class LocalEngine:
         for name, role in self.roles.items():
             role.net.to(self.device)
             params = [p for p in role.net.parameters() if p.requires_grad]
+            beta1, beta2 = role.betas
             self.optimizers[name] = torch.optim.AdamW(
-                params, lr=role.lr, betas=tuple(role.betas), weight_decay=role.weight_decay
+                params, lr=role.lr, betas=(beta1, beta2), weight_decay=role.weight_decay
             )
             if role.ema:
                 self.emas[name] = Ema(role.net, role.ema, role.ema_start)
@@ -85,7 +86,8 @@ class LocalEngine:
     def apply(self, update: Update, step: int) -> dict[str, float]:
         """Loss, backward, clip, optimizer step, average. A non-finite loss or gradient stops before the optimizer."""
         role, optimizer = self.roles[update.role], self.optimizers[update.role]
-        loss, record = 0.0, {}
+        loss = 0.0
+        record: dict[str, float] = {}
         for k in range(self.micro_batches):
             with clock.part("forward"), share(k, self.micro_batches), self.autocast():
                 part, numbers = update.loss()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -48,7 +49,7 @@ class Preview:
         """`how`: the network and its plan, arguments of `sample`. One clip at a time, so that a signal is heard.
 
         Returns the look of every clip, on rank 0, and None after a signal."""
-        own: dict[int, NDArray] = {}
+        own: dict[int, NDArray[np.uint8]] = {}
         for i, reports in turns(self.sequence):
             if stopped():
                 return None
@@ -56,14 +57,15 @@ class Preview:
             noise = normal_like(batch.x0, generator(self.seed, PURPOSE, i))
             latents = sample(cond=batch.cond, null=batch.null, noise=noise, seed=self.seed, **how)
             if reports:
-                own[i] = self.world.frames(latents)[0]
+                own[i] = self._frames(latents)
         found = [ranks.to_first(torch.from_numpy(own[i]) if i in own else None) for i in range(CLIPS)]
         if ranks.rank():
             return []
-        clips = [clip.numpy() for clip in found]
+        clips = [clip.numpy() for clip in found if clip is not None]  # rank 0 has all of them
+        assert self.world is not None
         try:
-            # a cache may hold several sizes; a file holds the clips of the first one's
-            same = [clip for clip in clips if clip.shape == clips[0].shape]
+            # A cache may hold several sizes; the file shows the clips that have the size of the first one.
+            same = np.stack([clip for clip in clips if clip.shape == clips[0].shape])
             write_clips(folder / f"step-{step:06d}.gif", same, self.world.fps)
         except OSError as err:
             say(f"step {step}: no clips written to {folder} ({err}); training goes on")
@@ -73,5 +75,10 @@ class Preview:
         """The look of the same prompts' real clips and of some more, decoded once, one at a time."""
         if not self.looks:
             clips = (self.source.held_out(i, 1).x0.to(self.device) for i in range(REAL))
-            self.looks = [look(self.world.frames(x0)[0]) for x0 in clips]
+            self.looks = [look(self._frames(x0)) for x0 in clips]
         return self.looks
+
+    def _frames(self, latents: Tensor) -> NDArray[np.uint8]:
+        """The frames [F, H, W, 3] of the only clip of a batch."""
+        assert self.world is not None  # ranks that show nothing do not come here
+        return self.world.frames(latents)[0]

@@ -26,8 +26,15 @@ class Role:
     cosine: bool = False  # decay the learning rate to 0 over the run
     ema: float = 0.0  # decay of the averaged weights; 0: none
     ema_start: int = 0  # update at which averaging starts
-    carried: nn.Module | None = None  # a network that moves without an optimizer; checkpoints hold it too
-    host: nn.Module | None = None  # the frozen network that `net` is a part of (adapters)
+    carried: VideoDiT | None = None  # a network that moves without an optimizer; checkpoints hold it too
+    host: VideoDiT | None = None  # the frozen network that `net` is a part of (adapters)
+
+    @property
+    def network(self) -> VideoDiT:
+        """The network whose walks train this role: `net` itself, or the host of adapters."""
+        network = self.host or self.net
+        assert isinstance(network, VideoDiT)
+        return network
 
     @classmethod
     def of(cls, net: nn.Module, cfg: TrainingKeys, lr: float | None = None, **more: Any) -> "Role":

@@ -1,6 +1,8 @@
-"""What a run under DeepSpeed keeps: averages, checkpoints and results of networks whose weights are sharded."""
+"""The state of a run under DeepSpeed: averages, checkpoints and results of networks whose weights are sharded."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +15,18 @@ from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.parallel import ranks
 
+NAME = "deepspeed"  # of the engine, in its checkpoints
 
+
+@dataclass
 class ShardedState:
-    """The part of the DeepSpeed engine that reads and writes; every method is called on all ranks."""
+    """Reads and writes the networks that an engine trains. Every method is called on all ranks."""
 
-    name = "deepspeed"
     device: torch.device
     roles: dict[str, Role]
-    engines: dict  # DeepSpeed's, by role
-    averages: dict[str, list[Tensor]]  # of this rank's share of the float32 weights
-    count: dict[str, int]  # updates done
+    engines: dict[str, Any]  # DeepSpeed's engine of each role
+    averages: dict[str, list[Tensor]]  # role -> average of this rank's part of the float32 weights
+    count: dict[str, int]  # role -> updates done
 
     @torch.no_grad()
     def average(self, name: str) -> None:
@@ -48,13 +52,13 @@ class ShardedState:
                 for key, p in role.carried.named_parameters():
                     with shards.whole(p) as value:
                         share.add(f"{name}/carried/{key}", value)
-        meta = {"count": dict(self.count), "engine": self.name, "ranks": ranks.size()}
+        meta = {"count": dict(self.count), "engine": NAME, "ranks": ranks.size()}
         files = {checkpoint.rank_file(ranks.rank()): share.tensors}
         return checkpoint.save(folder, step, files, meta, keep, every, good)
 
     def load(self, folder: Path) -> int:
         """The step of the newest checkpoint, read by any number of ranks; 0 where there is none."""
-        step, meta, files = checkpoint.latest(folder, self.name)
+        step, meta, files = checkpoint.latest(folder, NAME)
         if not step:
             return 0
         stored = checkpoint.reading(folder, step, lambda: shards.Stored(files))

@@ -7,34 +7,54 @@ checkpoint is spread over the ranks' files and can be read by any number of rank
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from fastlightgen.config import StageConfig
 from fastlightgen.engine.checkpoint import held
+from fastlightgen.models.base import VideoDiT
 from fastlightgen.parallel import ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PERSISTENT = 1e5  # DeepSpeed's default: parameters up to this size are not worth sharding
 
 
+class Sharded(nn.Parameter):
+    """What DeepSpeed's ZeRO-3 adds to a parameter; for type annotations."""
+
+    ds_tensor: Tensor  # this rank's part, flat and padded
+    ds_shape: torch.Size
+
+    def convert_to_zero_parameters(self, param_list: list[nn.Parameter]) -> None: ...
+
+
+def is_sharded(p: Tensor) -> TypeGuard[Sharded]:
+    """Has ZeRO-3 left only this rank's part of the parameter here?"""
+    return hasattr(p, "ds_tensor")
+
+
 def shape(p: Tensor) -> torch.Size:
-    """Of the whole parameter, however little of it is here."""
-    return getattr(p, "ds_shape", p.shape)
+    """Full, unsharded shape."""
+    return p.ds_shape if is_sharded(p) else p.shape
 
 
-def keeper(cfg, device: torch.device) -> Callable[[nn.Module], Callable[[nn.Parameter], None]] | None:
-    """What makes of a network's parameters this rank's shares of them, one at a time, while it is being loaded."""
+Keep = Callable[[nn.Parameter], None]
+
+
+def keeper(cfg: StageConfig, device: torch.device) -> Callable[[VideoDiT], Keep] | None:
+    """Callback that shards each parameter as it loads (ZeRO-3), or None."""
     if cfg.engine != "deepspeed" or cfg.zero < 3:
         return None
 
-    def of(net: nn.Module) -> Callable[[nn.Parameter], None]:
+    def of(net: VideoDiT) -> Keep:
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero_config(cfg, net, device)}
         first: list[nn.Parameter] = []
 
         def keep(p: nn.Parameter) -> None:
-            if first:
+            if first and is_sharded(first[0]):
                 first[0].convert_to_zero_parameters(param_list=[p])
                 return
             import deepspeed
@@ -49,11 +69,11 @@ def keeper(cfg, device: torch.device) -> Callable[[nn.Module], Callable[[nn.Para
     return of
 
 
-def zero_config(cfg, net: nn.Module, device: torch.device) -> dict:
-    """DeepSpeed's settings for one network: what is sharded, and where the shares wait."""
+def zero_config(cfg: StageConfig, net: VideoDiT, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's ZeRO settings for one network: what it shards and what it offloads."""
     cuda, sizes = device.type == "cuda", [shape(p).numel() for p in net.parameters()]
     blocks = [sum(shape(p).numel() for p in b.parameters()) for b in net.blocks]
-    zero = {
+    zero: dict[str, Any] = {
         "stage": cfg.zero,
         "overlap_comm": cuda,
         # a small network is sharded too: its blocks' matrices are above the limit
@@ -80,7 +100,7 @@ def get(p: nn.Parameter, kind: str = "weight") -> Tensor:
 @torch.no_grad()
 def put(p: nn.Parameter, value: Tensor, kind: str = "weight") -> None:
     """The reverse of `get`: this rank keeps its part of `value`; of a weight also what the network computes with."""
-    if hasattr(p, "ds_tensor"):
+    if is_sharded(p):
         put_partition(p, value, kind)
         return
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -92,7 +112,7 @@ def put(p: nn.Parameter, value: Tensor, kind: str = "weight") -> None:
         safe_set_full_optimizer_state(p, value, kind)
 
 
-def put_partition(p: nn.Parameter, value: Tensor, kind: str) -> None:
+def put_partition(p: Sharded, value: Tensor, kind: str) -> None:
     """ZeRO-3. DeepSpeed's own setter fails where a parameter is no multiple of the ranks; the last part is padded."""
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
@@ -103,7 +123,7 @@ def put_partition(p: nn.Parameter, value: Tensor, kind: str) -> None:
         safe_set_local_optimizer_state(p, part_of(p, value), kind)
 
 
-def part_of(p: nn.Parameter, value: Tensor) -> Tensor:
+def part_of(p: Sharded, value: Tensor) -> Tensor:
     """This rank's partition of a whole value."""
     size, flat = p.ds_tensor.numel(), value.flatten()
     padded = torch.cat([flat, flat.new_zeros(size * ranks.size() - flat.numel())])
@@ -113,7 +133,7 @@ def part_of(p: nn.Parameter, value: Tensor) -> Tensor:
 @torch.no_grad()
 def put_frozen(p: nn.Parameter, value: Tensor) -> None:
     """What the network computes with; all of it for a weight without an optimizer."""
-    if hasattr(p, "ds_tensor"):
+    if is_sharded(p):
         p.ds_tensor.copy_(part_of(p, value))
     if p.numel():  # small ones are whole on every rank
         p.copy_(value)
@@ -181,7 +201,7 @@ class Stored(Mapping):
     """The tensors of all ranks' files by name, read when they are asked for."""
 
     def __init__(self, files: list[Path]):
-        self.where = {}
+        self.where: dict[str, Any] = {}
         for file in files:
             opened = safe_open(file, framework="pt")
             self.where |= dict.fromkeys(opened.keys(), opened)

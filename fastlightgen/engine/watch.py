@@ -101,7 +101,7 @@ class Watch:
             self.file.write({"step": step} | known)
         self._stop([(step, "; ".join(map(str, found)), self.kept)] if found else [])
 
-    def _stop(self, alarm: list[tuple[int, str, int]]) -> None:
+    def _stop(self, alarm: list[tuple[int, str, int | None]]) -> None:
         """End the run on all ranks, with what rank 0 found: step, alarms, the checkpoint before."""
         if self.mode != "stop" or not (alarm := ranks.from_first(alarm)):
             return

@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+from fastlightgen.config import Run
+
 
 class Writer(Protocol):
     def write(self, record: dict) -> None:
@@ -14,7 +16,7 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
-def check_installed(cfg) -> None:
+def check_installed(cfg: Run) -> None:
     """Tell at the start what would fail once the networks are loaded."""
     for key, value in {"tensorboard": "true" * cfg.tensorboard, "wandb": cfg.wandb}.items():
         spec = importlib.util.find_spec(key)
@@ -68,7 +70,7 @@ class WandB:
         self.run.finish()
 
 
-def open_writers(cfg, folder: Path, start: int) -> list[Writer]:
+def open_writers(cfg: Run, folder: Path, start: int) -> list[Writer]:
     """Those that the configuration asks for."""
     writers: list[Writer] = [TensorBoard(folder / "tensorboard", start)] if cfg.tensorboard else []
     return [*writers, WandB(cfg.wandb, folder, asdict(cfg))] if cfg.wandb else writers

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from fastlightgen.atomic import write_json
+from fastlightgen.config import Run
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import block_counts, family_of
 from fastlightgen.models.folder.original import format_of
@@ -29,7 +30,7 @@ def is_pipeline(folder: str | Path) -> bool:
     return (Path(folder) / INDEX).is_file()
 
 
-def vae_folder(cfg) -> str:
+def vae_folder(cfg: Run) -> str:
     """The pipeline folder whose VAE shows the clips of a training run; empty if there is none."""
     return cfg.pipeline or (cfg.model if is_pipeline(cfg.model) else "")
 
