@@ -1,6 +1,6 @@
-"""torch's kernels for attention at the networks' shapes, forward and backward: what FLG_ATTENTION has to choose from.
+"""Time torch's attention kernels, the choices of FLG_ATTENTION, at the networks' shapes, forward and backward.
 
-`TFLOP/s` counts the products: two forward, five backward (the logits are computed again).
+`TFLOP/s` counts the products: two forward, five backward (the backward computes the logits again).
 """
 
 import kernels

@@ -1,8 +1,8 @@
-"""A whole block of Wan 14B and of HunyuanVideo, forward and forward + backward, against diffusers' with its weights.
+"""Time one block of Wan 14B and of HunyuanVideo against diffusers' block with the same weights, forward and backward.
 
-Ours runs as in the middle of a walk: the sum of the block before is pending, and its own is left to the next. The
-work is that of diffusers' block. Before a clock starts, both have to agree; without diffusers only ours is timed.
-Without a GPU the sizes are small.
+Our block runs as in the middle of a walk: it adds the pending residual of the block before, and leaves its own residual
+to the next block. That is as much work as diffusers' block does. Both must agree before the timing starts. Without
+diffusers only our block is timed; without a GPU the sizes are small.
 """
 
 import importlib
@@ -25,21 +25,21 @@ from fastlightgen.models.wan.model import WanBlock, WanPrompt, WanTables
 from fastlightgen.ops import dispatch, rope_factors
 
 OURS = ["reference", "triton", "cuda"]
-CONTENDERS = ["eager", "torch.compile", *OURS]  # the first two are diffusers' block
+CONTENDERS = ["eager", "torch.compile", *OURS]  # the first two run diffusers' block
 ROUNDS = 10 if GPU else 3
 
 
 @dataclass
 class Pair:
-    """The same block twice; `theirs` takes the sequences of hidden states."""
+    """Our block and diffusers' block with the same weights; `theirs` takes the sequences of hidden states."""
 
     block: Block
-    peer: nn.Module | None  # None without diffusers: then ours runs alone, unchecked
+    peer: nn.Module | None  # None without diffusers: then our block runs alone, unchecked
     theirs: Callable[..., Tensor | tuple[Tensor, ...]]
     prompt: Prompt
     tables: Tables
-    x: list[Tensor]  # diffusers' sequences
-    joined: bool = False  # do ours come as one?
+    x: list[Tensor]  # the sequences of hidden states, as diffusers keeps them
+    joined: bool = False  # does our block join the sequences into one?
 
     def inputs(self) -> list[Tensor]:
         return [torch.cat(self.x, 1)] if self.joined else self.x
@@ -55,7 +55,7 @@ class Pair:
             got = [s.settled().x for s in self.ours(self.inputs(), [None] * 2, None)]
             want = self.theirs(*self.x)
         got, want = (torch.cat(v, 1) if isinstance(v, (list, tuple)) else v for v in (got, want))
-        # bfloat16 rounds to 1 part in 256, and diffusers rounds between its operations, ours do not.
+        # bfloat16 rounds to 1 part in 256. diffusers rounds after each operation; our fused operators do not.
         tolerance = 1e-4 if DTYPE == torch.float32 else 0.1
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 

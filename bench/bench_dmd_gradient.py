@@ -1,4 +1,4 @@
-"""dmd_gradient against its rivals and a copy of the bytes that it has to move at least (see kernels.py)."""
+"""Time dmd_gradient against its rivals and against a copy of the bytes that it must move at least (see kernels.py)."""
 
 import kernels
 import pytest
@@ -20,7 +20,7 @@ def bench_dmd_gradient(benchmark, monkeypatch, shape: str, name: str):
     def make():
         return {n: kernels.draw(*size) for n in NAMES} | scalars
 
-    moved = 7 * kernels.torch.Size(size).numel() * kernels.DTYPE.itemsize  # six in, one out
+    moved = 7 * kernels.torch.Size(size).numel() * kernels.DTYPE.itemsize  # six tensors read, one written
     calls = None
     if name != "copy":
         op, cases = kernels.contender(monkeypatch, name, dmd_gradient, reference.dmd_gradient), kernels.rotate(make)

@@ -1,4 +1,4 @@
-"""The deferred residual with its norm, forward and backward, against its rivals and a copy (see kernels.py)."""
+"""Time the deferred residual with its norm, forward and backward, against its rivals and a copy (see kernels.py)."""
 
 import kernels
 import pytest
@@ -8,7 +8,7 @@ from fastlightgen.ops import gate_residual_norm_modulate
 from fastlightgen.ops.gate_residual_norm_modulate import reference
 
 SIZES = SHAPES if kernels.GPU else CPU_SHAPES
-TENSORS = {"forward": 4, "backward": 6}  # x, y in, x', h out; dh, dx', x', y in, dx, dy out
+TENSORS = {"forward": 4, "backward": 6}  # reads x, y, writes x', h; reads dh, dx', x', y, writes dx, dy
 OPS = gate_residual_norm_modulate, reference.gate_residual_norm_modulate
 
 

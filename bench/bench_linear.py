@@ -1,6 +1,6 @@
-"""Linear layers with a fused epilogue against torch's product and separate operations, forward and backward.
+"""Time linear layers with a fused epilogue against torch's product and separate operations, forward and backward.
 
-`TFLOP/s` counts the products: one forward, two backward. The gate's gradient comes out of the weight's product.
+`TFLOP/s` counts the products: one forward, two backward. The gate's gradient needs no product of its own.
 """
 
 import kernels
@@ -11,7 +11,7 @@ from fastlightgen.ops import dispatch, linear_gate_residual, linear_gelu_tanh
 from fastlightgen.ops.linear_gate_residual import reference as residual
 from fastlightgen.ops.linear_gelu_tanh import reference as gelu
 
-# rows, K, N: the two halves of a feed-forward and an attention's last layer
+# rows, K, N of the two layers of a feed-forward and of an attention's output layer
 GPU_SIZES = {
     "linear_gelu_tanh": {"wan-14b-480p": (32760, 5120, 13824), "wan-1.3b-480p": (32760, 1536, 8960)},
     "linear_gate_residual": {"wan-14b-480p ffn": (32760, 13824, 5120), "wan-14b-480p attention": (32760, 5120, 5120)},

@@ -1,6 +1,6 @@
-"""Loading a model folder: bytes per second, and the peak of host memory beside the size of the network.
+"""Measure the loading of a model folder: bytes per second, and the peak of host memory above the network's size.
 
-FLG_LOAD_BLOCKS=30 FLG_LOAD_MODEL=wan2.1-t2v-1.3b measures a published size; the file is written and removed again.
+FLG_LOAD_BLOCKS=30 FLG_LOAD_MODEL=wan2.1-t2v-1.3b measures a published size; it writes the file and removes it.
 """
 
 import os
@@ -27,8 +27,8 @@ def bench_load(benchmark, tmp_path: Path):
         empty = build(preset(MODEL)["network"] | {"num_layers": BLOCKS})
     folder = save_model(empty.to_empty(device="cpu"), tmp_path / "model", torch.bfloat16)
     del empty
-    load_model("tiny")  # what a first model imports
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    load_model("tiny")  # import what only the first load imports
+    Path("/proc/self/clear_refs").write_text("5")  # measure the peak from here on
     before = resident("VmRSS")
     model = benchmark.pedantic(load_model, (folder,), {"dtype": torch.bfloat16}, rounds=1)
     size = sum(p.numel() * p.element_size() for p in model.parameters())

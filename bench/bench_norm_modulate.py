@@ -1,4 +1,4 @@
-"""norm_modulate, forward and backward, against its rivals and a copy of the same bytes (see kernels.py)."""
+"""Time norm_modulate, forward and backward, against its rivals and a copy of the same bytes (see kernels.py)."""
 
 import kernels
 import pytest
@@ -8,7 +8,7 @@ from fastlightgen.ops import norm_modulate
 from fastlightgen.ops.norm_modulate import reference
 
 SIZES = SHAPES if kernels.GPU else CPU_SHAPES
-TENSORS = {"forward": 2, "backward": 3}  # x in, h out; dh and x in, dx out. The tables are 1 in tokens.
+TENSORS = {"forward": 2, "backward": 3}  # reads x, writes h; reads dh, x, writes dx. Tables: 1/tokens of that
 
 
 def plain(x, scale, shift):

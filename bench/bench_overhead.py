@@ -1,6 +1,6 @@
-"""What a call costs beside its kernel: checks, dispatch, allocation. Launches are replaced by nothing, on a CPU.
+"""Time what a call costs the host beside its kernel: checks, dispatch, allocation. Runs on a CPU; launches do nothing.
 
-With the networks' shapes in little, so that nothing else takes time; `us` is the best of many calls, `goal_us` 12.
+The shapes are small, so that nothing else takes time. `us` is the best of many calls; `goal_us` is 12.
 """
 
 import timeit
@@ -26,7 +26,7 @@ CALLS = {
 
 
 def best(call) -> float:
-    """Seconds of one call: the least of many short series, the others were disturbed."""
+    """Seconds of one call: the fastest of many short series, because other processes slow the rest."""
     return min(timeit.repeat(call, number=20, repeat=500)) / 20
 
 

@@ -1,9 +1,11 @@
-"""The planner against memory that real steps take on this CPU: python bench/bench_plan.py [cases=WORD+WORD] [again=1].
+"""Compare the planner with memory of real steps on this CPU: python bench/bench_plan.py [cases=WORD+WORD] [again=1].
 
-Writes bench/results/plan-cpu.json and prints the table. Every case runs in processes of its own: a Wan network with
-random weights trains two iterations with the engine's own code, and the peak of resident memory (VmHWM, reset through
-/proc/self/clear_refs once AdamW has its states) is compared with the plan of the same configuration. glibc is told to
-give freed memory back (MALLOC_MMAP_THRESHOLD_), except in cases named `heap`: what it keeps is not the planner's.
+Writes bench/results/plan-cpu.json and prints the table. Every case runs in its own processes: a Wan network with random
+weights trains two iterations with the engine's own code. The peak of resident memory (VmHWM, reset through
+/proc/self/clear_refs once AdamW has its states) is compared with the plan of the same configuration.
+
+MALLOC_MMAP_THRESHOLD_ makes glibc give freed memory back, because the planner does not count memory that glibc keeps.
+Cases named `heap` leave it out.
 """
 
 import copy
@@ -44,9 +46,9 @@ NETS = {  # dim, feed-forward, blocks, latent, text tokens
     "53M, 256 tokens": (512, 2048, 12, (4, 16, 16), 64),
     "287M, 256 tokens": (1024, 4096, 16, (4, 16, 16), 64),
     "499M, 256 tokens": (1536, 8960, 10, (4, 16, 16), 64),  # ten of the 30 blocks of Wan2.1 1.3B
-    "1.4B, 64 tokens": (1536, 8960, 30, (1, 16, 16), 64),  # all of them
+    "1.4B, 64 tokens": (1536, 8960, 30, (1, 16, 16), 64),  # all 30 blocks
 }
-SMALL = (64, 128, 2, (1, 4, 4), 8)  # a first run, for what is imported and made once
+SMALL = (64, 128, 2, (1, 4, 4), 8)  # a first run, so that one-time imports and allocations are done
 LORA = "fake_mode=lora"
 
 
@@ -101,7 +103,7 @@ def config_of(net: tuple) -> dict:
 
 
 def stage_of(cfg, shape: tuple):
-    """The stage with random weights and random clips; its networks as build.py makes them from folders."""
+    """The stage with random weights and random clips; its networks are as stages/build.py makes them from folders."""
     config, (_, _, layers, latent, text) = config_of(shape), shape
     drop = dropped(layers, 0.3)
     keep = [i for i in range(layers) if i not in drop]
@@ -137,7 +139,7 @@ def engine_of(cfg):
 
 
 def run(case: dict, shape: tuple) -> dict[str, int]:
-    """Bytes that are resident at some moments, and the peak of an iteration."""
+    """Resident bytes at some moments, and the peak of an iteration."""
     cfg = configuration(case)
     engine = engine_of(cfg)
     if case["stage"] == 1:
@@ -147,7 +149,7 @@ def run(case: dict, shape: tuple) -> dict[str, int]:
         keeps = [[j for j in range(shape[2]) if j != i] for i in range(shape[2])] + [None]
         seen = {"placed": resident("VmRSS")}
         Path("/proc/self/clear_refs").write_text("5")
-        # DeepSpeed learns from the first walk what to fetch ahead in the second.
+        # DeepSpeed records the first walk, and fetches ahead from the second walk on.
         samples = [(x0, torch.tensor([0.5]), x0, Cond(text))] * 2 * case["ranks"]
         score_sets(net, samples, keeps, "elbo", cfg.memory, lambda n: None)
         return seen | {"peak": resident("VmHWM")}
@@ -155,13 +157,13 @@ def run(case: dict, shape: tuple) -> dict[str, int]:
     engine.prepare(stage)
     gc.collect()
     seen = {"placed": resident("VmRSS")}
-    for update in stage.updates(0):  # AdamW makes its states
+    for update in stage.updates(0):  # AdamW creates its states
         engine.apply(update, 0)
     del update
     gc.collect()
     seen["stepped"] = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    for update in stage.updates(5):  # every role's turn
+    for update in stage.updates(5):  # a step in which every role is updated
         engine.apply(update, 5)
     return seen | {"peak": resident("VmHWM")}
 
@@ -171,7 +173,7 @@ def configuration(case: dict):
 
 
 def worker(case: dict, out: str) -> None:
-    """One process of a case; the first writes what the largest of them had."""
+    """Run one process of a case; the first process writes the numbers of the largest one."""
     if case["ranks"] > 1:
         ranks.join(CPU, 600)
     torch.set_flush_denormal(True)
@@ -185,7 +187,7 @@ def worker(case: dict, out: str) -> None:
 
 
 def planned(case: dict) -> dict:
-    """The plan of a case: parts, peak."""
+    """The planner's parts and peak for a case."""
     _, _, layers, latent, text = case["net"]
     plan = plan_of(configuration(case), case["ranks"], case["ranks"], "cpu")
     b = budget(network(config_of(case["net"]), latent, text, fused=False), plan, undropped(layers, 0.3))
@@ -193,7 +195,7 @@ def planned(case: dict) -> dict:
 
 
 def measure(case: dict, name: str) -> dict:
-    """What the processes of a case had."""
+    """Run the processes of a case; return what they measured."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "seen.json"
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case["ranks"])]
@@ -217,7 +219,7 @@ def table(found: dict) -> str:
 
 
 def write(found: dict[str, dict]) -> None:
-    """The measurements that there are, with the planner's numbers of now."""
+    """The recorded measurements, beside the planner's present numbers."""
     import deepspeed
 
     every = cases()

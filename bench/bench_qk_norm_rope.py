@@ -1,4 +1,4 @@
-"""RMS norm and rotary embedding of q and k, forward and backward, against its rivals and a copy (see kernels.py)."""
+"""Time RMS norm and rotary embedding of q and k, forward and backward, against rivals and a copy (see kernels.py)."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ import pytest
 from fastlightgen.ops import qk_norm_rope, rope_factors
 from fastlightgen.ops.qk_norm_rope import reference
 
-# samples, grid of tokens, text tokens, width, norm per head. 720p Hunyuan: 129 frames are 33 latent ones.
+# samples, grid of tokens, text tokens, width, norm per head. In 720p Hunyuan, 129 frames give 33 latent frames.
 GPU_SIZES = {
     "wan-14b-480p": (1, (21, 30, 52), 0, 5120, False),
     "wan-14b-720p": (1, (21, 45, 80), 0, 5120, False),
@@ -16,7 +16,7 @@ GPU_SIZES = {
     "hunyuan-720p": (1, (33, 45, 80), 256, 3072, True),
 }
 SIZES = GPU_SIZES if kernels.GPU else {"small (no GPU)": (2, (2, 4, 6), 3, 256, True)}
-TENSORS = {"forward": 4, "backward": 6}  # q, k in and out; dq, dk, q, k in, their gradients out
+TENSORS = {"forward": 4, "backward": 6}  # reads q, k, writes both; reads dq, dk, q, k, writes two gradients
 HEAD = 128
 
 

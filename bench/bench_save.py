@@ -1,9 +1,10 @@
-"""What an asynchronous save costs the steps beside it: python bench/bench_save.py [cases=WORD] [rounds=8].
+"""Measure how much an asynchronous save slows the steps beside it: python bench/bench_save.py [cases=WORD] [rounds=8].
 
-Rounds of a few steps with a save after the first one alternate with rounds without; the stall is the difference of
-their times, in shares of one step. `copy` is the part of it in which the step's own thread copies tensors. The steps
-take all cores, or all but one, which is then there for the thread that writes. The goal is 5%. Writes
-bench/results/save-cpu.json and prints the table. On a quiet machine only.
+Rounds of a few steps alternate: one round saves after its first step, the next does not save. The stall is the
+difference of their times, as a share of one step. `copy` is the part of the stall in which the training thread copies
+tensors. The steps use all cores, or all but one, which is then free for the writing thread. The goal is 5%.
+
+Writes bench/results/save-cpu.json and prints the table. Run it on a quiet machine only.
 """
 
 import json
@@ -24,7 +25,7 @@ from fastlightgen.engine.local import LocalEngine
 from fastlightgen.models.folder.weights import read_json
 
 OUT = Path("bench/results/save-cpu.json")
-STEPS = 3  # of a round
+STEPS = 3  # in one round
 CASES = {  # dim, feed-forward, blocks, latent, text tokens
     "6M, 2048 tokens": (256, 1024, 6, (8, 32, 32), 32),
     "36M, 2048 tokens": (512, 2048, 8, (8, 32, 32), 32),
@@ -59,7 +60,7 @@ def measure(shape: tuple, rounds: int) -> dict:
                 saving.wait()
                 written.append(not late)
                 size = sum(f.stat().st_size for f in Path(folder).rglob("*.safetensors"))
-    plain, saved = (statistics.median(times[k][1:]) for k in (False, True))  # the first of each only warms up
+    plain, saved = (statistics.median(times[k][1:]) for k in (False, True))  # the first round of each only warms up
     one = plain / STEPS
     return {
         "step_s": one,

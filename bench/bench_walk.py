@@ -1,7 +1,7 @@
-"""What one walk saves against the same predictions made one by one, in one process, beside the bound from block counts.
+"""Time one walk against the same predictions made one by one, in one process, beside the bound from counting blocks.
 
-N blocks, K kept, p the first that is dropped; a block's backward counts as two forwards. FLG_BENCH_BLOCKS=40 takes the
-large model's depth (minutes on a CPU).
+A network has N blocks and keeps K; p is the first dropped block. The backward of a block counts as two forwards.
+FLG_BENCH_BLOCKS=40 takes the large model's depth (minutes on a CPU).
 """
 
 import os
@@ -41,7 +41,7 @@ def world():
 
 
 def compare(benchmark, naive, shared, bound: float, rounds: int = 5) -> None:
-    """Median of ratios of neighbouring runs, so that a drift of the machine falls on both sides."""
+    """Median of the ratios of neighbouring runs: a machine that gets slower then slows both sides."""
     naive(), shared()
     ratios = [seconds(naive) / seconds(shared) for _ in range(rounds)]
     benchmark.pedantic(shared, rounds=1)
@@ -82,15 +82,15 @@ def bench_stage2_step(benchmark, world, alpha):
     def shared():
         loss(*w.net.walk(w.x_t, w.t, [Stream(w.cond, KEEP, grad=True), Stream(w.cond, grad=grad_u)]))
 
-    full = 3 if grad_u else 1  # cost of a block of the full path
+    full = 3 if grad_u else 1  # cost of one block on the full path, in forwards
     alone = 3 * K + full * N
-    # Merged, the prefix is computed once, with gradient either way.
+    # A walk computes the blocks before p once, with gradient in both cases.
     compare(benchmark, naive, shared, alone / (alone - full * P))
 
 
 @pytest.mark.benchmark(group="walk")
 def bench_teacher(benchmark, world):
-    """v_p(c), v_p(null), v_u(c): the prefix of v_p(c) and v_u(c), and the first block's self-attention of all three."""
+    """v_p(c) and v_u(c) share the blocks before p; with v_p(null), all three share the first block's self-attention."""
     w, keys = world, {}
     null = replace(w.null, text=w.null.text[:1].expand_as(w.null.text))
     streams = [Stream(w.cond, KEEP), Stream(null, KEEP, text_keys=keys), Stream(w.cond)]
@@ -113,7 +113,7 @@ def first_self_attention(w) -> float:
 
 @pytest.mark.benchmark(group="walk")
 def bench_stage3_cycle(benchmark, world):
-    """Five critic updates and one student update (losses and backwards), the teacher shared or one by one."""
+    """Five critic updates, one student update (loss, backward); the teacher's predictions in one walk or in three."""
     import copy
 
     w = world
@@ -144,7 +144,7 @@ def bench_stage3_cycle(benchmark, world):
 
         return run
 
-    # The exit rungs of these five steps decide the rollouts' length; count them instead of assuming their mean.
+    # The exit rungs of these five steps decide how long the rollouts are: count them instead of assuming the mean.
     counts = []
     for kind in (OneByOne, Networks):
         for net in (student, fake, teacher):
@@ -173,7 +173,7 @@ def bench_stage1_sweep(benchmark, world):
 
 @pytest.mark.benchmark(group="walk")
 def bench_one_stream_overhead(benchmark, world):
-    """A walk of one stream against a plain loop over the same blocks."""
+    """Time a walk of one stream against a plain loop over the same blocks."""
     w = world
 
     def plain():

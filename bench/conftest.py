@@ -1,4 +1,4 @@
-"""A bench file stops by itself: FLG_BENCH_CAP seconds after its start, the rest of it is skipped (bench/gpu.sh)."""
+"""Skip the remaining benches of a file FLG_BENCH_CAP seconds after its start (bench/gpu.sh sets it)."""
 
 import os
 import time

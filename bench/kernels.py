@@ -1,8 +1,8 @@
-"""What the kernel benches share: rotating inputs, GPU clocks, the copy of the same bytes, the contenders.
+"""Helpers that the kernel benches share: rotating inputs, GPU clocks, the copy of the same bytes, the contenders.
 
-Read the columns in FLG_BENCH_ROWS or `--benchmark-json`: `us` (median, by GPU events: a host clock would see launches),
-`GB/s`, and `of_copy`, the fraction of the bandwidth that a copy of the same bytes reaches in the same process. Without
-a GPU the shapes are small: it checks the path only.
+FLG_BENCH_ROWS and `--benchmark-json` hold the columns. `us` is the median by GPU events, because a host clock would
+measure launches. `of_copy` is the bandwidth (`GB/s`) divided by that of a copy of the same bytes in the same process.
+Without a GPU the shapes are small, and the bench only checks that everything runs.
 """
 
 import json
@@ -20,9 +20,9 @@ from fastlightgen.ops import dispatch
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
-L2_BYTES = 64 << 20  # inputs rotate through more memory than the cache holds
+L2_BYTES = 64 << 20  # bytes; inputs rotate through more memory than the cache holds
 CONTENDERS = ["copy", "eager", "torch.compile", "triton", "cuda"]
-PEERS = ["liger layer_norm", "quack rmsnorm"]  # norms without modulation that move the same bytes, where installed
+PEERS = ["liger layer_norm", "quack rmsnorm"]  # norms without modulation that move the same bytes, if installed
 
 
 def draw(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -30,7 +30,7 @@ def draw(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
 
 
 def rotate(make: Callable[[], dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Enough copies of the inputs that no call finds its own in the cache."""
+    """Copies of the inputs, enough that no call finds its inputs in the cache."""
     first = make()
     size = sum(t.nbytes for t in first.values())
     return [first] + [make() for _ in range(L2_BYTES // size if GPU else 0)]
@@ -66,7 +66,7 @@ def copy_seconds(moved: int) -> float:
 
 
 def contender(monkeypatch: pytest.MonkeyPatch, name: str, op: Callable, reference: Callable) -> Callable:
-    """The operator on one backend, or torch's own way."""
+    """The operator on one backend, or torch's own code."""
     if name == "eager":
         return reference
     if name == "torch.compile":
@@ -78,13 +78,13 @@ def contender(monkeypatch: pytest.MonkeyPatch, name: str, op: Callable, referenc
 
 
 def compiled(function: Callable) -> Callable:
-    """For these shapes alone, and not given up because of those that were compiled before it."""
+    """Compile for these shapes alone, without the limit on recompilations that earlier shapes would count for."""
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
 
 
 def peer(name: str, cases: list[dict[str, Tensor]]) -> tuple[Callable, list[dict[str, Tensor]]]:
-    """A public norm and its inputs in the place of norm_modulate's."""
+    """A public norm and its inputs, in place of norm_modulate."""
     if not GPU:
         pytest.skip("it needs a GPU")
     if name.startswith("liger"):
@@ -117,7 +117,7 @@ def backward(op: Callable, cases: list[dict[str, Tensor]]) -> list[Callable[[], 
 
 
 def record(benchmark, group: str, name: str, seconds: float, **columns: float) -> None:
-    """Leaves a row in the record, and at once in the file that FLG_BENCH_ROWS names: a bench that is ended keeps it."""
+    """Add a row to the record, and at once to the file FLG_BENCH_ROWS, so that a bench that is killed keeps it."""
     benchmark.group = f"{group} {DTYPE}".replace("torch.", "")
     row = {"us": seconds * 1e6, **columns, "contender": name}
     benchmark.extra_info.update(row)
@@ -127,7 +127,7 @@ def record(benchmark, group: str, name: str, seconds: float, **columns: float) -
 
 
 def report(benchmark, group: str, name: str, calls: list[Callable[[], object]] | None, moved: int) -> None:
-    """Times the calls (None: the copy itself) and leaves the columns in the record."""
+    """Time the calls (None: the copy itself) and write the columns into the record."""
     copied = copy_seconds(moved)
     seconds = copied if calls is None else times(calls)
     record(benchmark, group, name, seconds, **{"GB/s": moved / seconds / 1e9, "of_copy": copied / seconds})

@@ -1,8 +1,8 @@
-"""The paper's claims in miniature: python bench/reproduce.py [seeds=0,1,2] [parts=teacher,stages,stage2,curve].
+"""Measure the paper's claims in miniature: python bench/reproduce.py [seeds=0,1,2] [parts=teacher,stages,stage2,curve].
 
 Writes bench/results/world.json.
 
-Every number is measured on 512 held-out clips of the built-in world; a seed decides training, clips and noise.
+Every number comes from 512 held-out clips of the built-in world. A seed decides training, clips and noise.
 """
 
 import json
@@ -21,7 +21,7 @@ from fastlightgen.evaluate import draw, evaluate, load_subject
 from fastlightgen.models.folder.weights import read_json, read_tensors
 from fastlightgen.world.score import score
 
-# Longer than the preset, which has to fit `make demo` into minutes.
+# Longer than the preset, whose settings keep `make demo` within minutes.
 SETTINGS = (
     "stage2.iters=1000",
     "stage2.lr=6e-4",
@@ -55,7 +55,7 @@ def results() -> dict:
 
 
 def keep(name: str, seed: int, record) -> None:
-    """Put one record into the file; parts may run side by side, each in its own process."""
+    """Put one record into the file. Parts may run side by side, each in its own process."""
     found = results()
     found.setdefault(name, {})[str(seed)] = record
     versions = {"torch": str(torch.__version__), "date": time.strftime("%Y-%m-%d"), "commit": commit()}
@@ -93,7 +93,7 @@ def stage2(seed: int) -> None:
 
 
 def curve(seed: int) -> None:
-    """The student after every few updates (from the checkpoints that `stages` left): where it is best."""
+    """Score the student at the checkpoints that `stages` left, to find where it is best."""
     run = RUNS / f"seed-{seed}"
     cfg = Evaluate(model=str(run / "stage3" / "model"), out="unused", seed=seed, show=0, progress=False)
     subject = load_subject(cfg, cfg.model, "student", "student")
@@ -108,7 +108,7 @@ def curve(seed: int) -> None:
 
 
 def table(found: dict) -> str:
-    """Mean over seeds, with the range where there are several."""
+    """Mean over the seeds, with the range if there are several."""
     lines = ["| | seeds | " + " | ".join(SHOWN) + " |", "|---|---|" + "---|" * len(SHOWN)]
     for name, by_seed in found.items():
         rows = [r["scores"] for r in by_seed.values() if isinstance(r, dict) and "scores" in r]

@@ -1,4 +1,4 @@
-"""`python bench/table.py FILE`: the rows of FLG_BENCH_ROWS as one table and bench/results/<gpu>.json."""
+"""`python bench/table.py FILE`: print the rows of FLG_BENCH_ROWS as one table, and write bench/results/<gpu>.json."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ COLUMNS = ("GB/s", "of_copy", "TFLOP/s", "goal_us")
 
 
 def rows(file: Path) -> list[dict]:
-    """One per contender; a line that was cut short is left out."""
+    """One row per contender; skip a line that was cut short."""
     found = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:

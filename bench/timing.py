@@ -1,4 +1,4 @@
-"""Wall-clock of one call, with the GPU's queue empty before and after."""
+"""Wall-clock seconds of one call, with an empty GPU queue before and after."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The curve of Stage III over its updates, from bench/results: python docs/curve.py docs/curve.png."""
+"""Draw the curves of Stage III over its iterations from bench/results: python docs/curve.py docs/curve.png."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The README's picture from a finished run: python docs/picture.py runs/demo docs/demo.gif."""
+"""Draw the README's picture from a finished run: python docs/picture.py runs/demo docs/demo.gif."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Two CPU ranks over gloo on any machine: ranks the blocks, trains stages 2 and 3 for a few steps. Minutes, no GPU.
+# Runs two CPU ranks over gloo on any machine: stage 1, then a few steps of stages 2 and 3. Takes minutes, needs no GPU.
 #   configs/cluster/cpu-smoke.sh [run_folder]
 set -eu
 run=${1:-runs/cpu-smoke}
