@@ -69,7 +69,7 @@ def test_stock_pipeline_samples_what_we_sample(made, monkeypatch, sampler):
     monkeypatch.setattr("fastlightgen.models.sample.normal_like", lambda *_: next(draws))
     wanted = sample(load_model(model), Cond(text), None, noise, ladder(STEPS, SHIFT), 1.0, sampler)
     print(f"latents, {sampler}: {(got - wanted).abs().max():.2g} of {wanted.abs().max():.2g}")
-    # float32 through 4 network calls and sigmas that differ by rounding (2e-6, tests/data/test_scheduler.py)
+    # float32 through 4 network calls and sigmas that differ by rounding (2e-6, tests/commands/test_scheduler.py)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     frames = pipe(prompt="a red ball", **SIZE, **call).frames
     assert frames.shape == (1, 9, 32, 32, 3) and np.isfinite(frames).all()
