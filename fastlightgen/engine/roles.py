@@ -79,4 +79,4 @@ class Stage(Protocol):
         """How to make clips with what is being trained: arguments of `models.sample.sample`."""
 
     def save(self, folder: Path, write: Callable) -> None:
-        """Write the result of the stage as a model folder; `write` has the arguments of models.folder.weights.save_model."""
+        """Write the result of the stage as a model folder; `write` takes the arguments of `save_model`."""
