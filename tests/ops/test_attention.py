@@ -193,7 +193,8 @@ def test_a_checkpoint_keeps_what_a_switched_in_kernel_made(recompute: str, times
     q = torch.randn(1, 5, 2, 8, requires_grad=True)
     calls = []
     with replaced(calls):
-        out = recomputed(rule.Part(lambda q: attend(2 * q, q, q).sin()).run, recompute, q)
+        part = rule.Part(lambda q: attend(2 * q, q, q).sin())
+        out = recomputed(part, part.run, recompute, q)
         out.sum().backward()
     assert calls == [(1, 2, 5, 8)] * times
     want = q.detach().double().requires_grad_()

@@ -151,7 +151,8 @@ def test_a_checkpoint_does_not_compute_a_last_product_again(products, recompute:
 
     want = rule.results(block, inputs)
     products.clear()
-    got = rule.results(lambda **a: recomputed(rule.Part(block).run, recompute, *(a[k] for k in ORDER)), inputs)
+    part = rule.Part(block)
+    got = rule.results(lambda **a: recomputed(part, part.run, recompute, *(a[k] for k in ORDER)), inputs)
     assert len(products) == 1 and rule.same(got, want)
 
 
