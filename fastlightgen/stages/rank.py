@@ -48,9 +48,8 @@ class RankKeys(BatchKeys):
     ratio_unit: str = field("blocks", "what `ratio` counts", choices=("blocks", "params", "flops"))
     units: str = field(
         "all",
-        "which blocks may be dropped, of how many `ratio` counts; all; HunyuanVideo also: double, single, "
-        "per_list (the ratio of each list)",
-        choices=("all", "double", "single", "per_list"),
+        "the blocks that may be dropped, and that `ratio` counts; all; for networks with several lists of blocks also: "
+        "the name of a list (HunyuanVideo: double, single), or per_list (the ratio of each list)",
     )
     search: str = field(
         "single_skip",
