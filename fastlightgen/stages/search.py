@@ -50,7 +50,8 @@ def lists_of(units: list[dict], choice: str) -> list[list[int]]:
     if len(kinds) < 2:
         raise ValueError(f"units={choice}: this model has one list of blocks ({units[0]['name']}, ...); use units=all")
     if choice not in (*kinds, "per_list"):
-        raise ValueError(f"units={choice}: this model has the lists {', '.join(kinds)}; use one of them, per_list or all")
+        names = ", ".join(kinds)
+        raise ValueError(f"units={choice}: this model has the lists {names}; use one of them, per_list or all")
     return [[u["index"] for u in units if u["kind"] == k] for k in kinds if choice in (k, "per_list")]
 
 
