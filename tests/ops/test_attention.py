@@ -142,7 +142,7 @@ def test_a_demand_on_a_gpu(gpu, monkeypatch):
 
 MISSING = {
     "no such kernel": ("best", {"major": 9}, "got 'best', wanted one of auto, flash3, "),
-    "not installed": ("flash3", {"major": 9}, "got 'flash3', which is not there: flash_attn_interface is not inst"),
+    "not installed": ("flash3", {"major": 9}, "got 'flash3', which is not available: flash_attn_interface is not inst"),
     "no package": ("flash4", {"major": 9}, "flash_attn.cute.interface is not installed"),
     "another GPU": ("flash3", {"major": 8}, r"it runs on compute capability 9.x, this GPU has 8.0"),
     "an older torch": ("flash3", {"major": 9, "impls": ()}, "has no switch for it; install a newer torch"),
@@ -165,7 +165,7 @@ def test_without_a_gpu(monkeypatch, wanted: str):
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
     monkeypatch.setenv("FLG_ATTENTION", wanted)
-    with pytest.raises(ValueError, match=f"got '{wanted}', which is not there: no CUDA device is visible"):
+    with pytest.raises(ValueError, match=f"got '{wanted}', which is not available: no CUDA device is visible"):
         attention.choice()
 
 
@@ -192,8 +192,9 @@ def test_a_checkpoint_keeps_what_a_switched_in_kernel_made(recompute: str, times
     """Were the kernel's parts seen in the place of the whole, it would run again in the backward pass."""
     q = torch.randn(1, 5, 2, 8, requires_grad=True)
     calls = []
+    part = rule.Part(lambda q: attend(2 * q, q, q).sin())
     with replaced(calls):
-        out = recomputed(rule.Part(lambda q: attend(2 * q, q, q).sin()).run, recompute, q)
+        out = recomputed(part, part.run, recompute, q)
         out.sum().backward()
     assert calls == [(1, 2, 5, 8)] * times
     want = q.detach().double().requires_grad_()

@@ -189,7 +189,7 @@ def test_a_launch_error_names_the_operator_and_says_the_drivers_words(simt, monk
 BROKEN = {
     "raise ImportError('libcudart.so.13: cannot open shared object file')": "libcudart.so.13: cannot open",
     "def cuda_built(): return True": "no attribute 'interface'",  # made from older sources
-    "interface = 1": "it was made from other sources, interface 1 instead of 3",
+    "interface = 1": "it was built from other sources, interface 1 instead of 3",
 }
 
 
@@ -204,4 +204,4 @@ def test_a_broken_extension_is_said_once_and_done_without(tmp_path, source: str)
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and float(done.stdout) == pytest.approx(1.0), done.stderr
     assert done.stderr.count("UserWarning") == 1
-    assert BROKEN[source] in done.stderr and "`pip install -e .` builds it anew" in done.stderr
+    assert BROKEN[source] in done.stderr and "`pip install -e .` rebuilds it" in done.stderr

@@ -144,5 +144,5 @@ def test_flg_ops(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("cuda", "triton"):
-        with pytest.raises(ValueError, match=f"got '{name}', which is not there: no CUDA device.*set FLG_OPS=auto"):
+        with pytest.raises(ValueError, match=f"got '{name}', which is not available: no CUDA device.*set FLG_OPS=auto"):
             choose(name)
