@@ -150,7 +150,7 @@ def test_another_configuration_is_refused(run, whole, capsys, word, said):
     with pytest.raises(SystemExit):
         run(whole, word)
     error = capsys.readouterr().err
-    assert f"out={whole} was begun with another configuration" in error and said in error
+    assert f"out={whole} was started with another configuration" in error and said in error
     assert error.count("\n") == 1 and files(whole) == before
 
 
@@ -204,7 +204,7 @@ def test_two_processes_do_not_make_the_same_part(run, whole, tmp_path, capsys):
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(SystemExit):
             run(whole)
-    assert "another process makes it as rank=0; wait for it" in capsys.readouterr().err
+    assert "another process writes it as rank=0; wait for it" in capsys.readouterr().err
 
 
 def test_nothing_usable_fails(run, videos, tmp_path, capsys):

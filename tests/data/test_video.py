@@ -162,7 +162,7 @@ def test_csv(files):
         ("v/b.gif", "a dog", 0.0, None, "dover=79.5 is below min_dover=80"),
         ("v/c.mp4", "gone", 0.0, None, "not found"),
         ("v/a.mp4", "", 0.0, None, "no caption"),
-        ("v/a.mp4", "late", 2.0, 1.0, "start=2 and end=1.0 are no span of time"),
+        ("v/a.mp4", "late", 2.0, 1.0, "start=2, end=1.0: wanted 0 <= start < end"),
         ("v/a.mp4", "odd", 0.0, None, "start='soon' is not a number"),
         ("v/a.mp4", "odd", 0.0, None, "start='nan' is not a finite number"),
         ("v", "empty", 0.0, None, "a folder without pictures"),
@@ -199,7 +199,7 @@ def test_a_folder_with_captions(files):
         ("l.csv", "file,caption\n", "l.csv: lists no clips; wanted one line per clip"),
         ("l.jsonl", '{"file": 3\n', "l.jsonl: line 1 is not JSON"),
         ("l.jsonl", '{"file": "a"}\n', "l.jsonl: line 1 is not an object like"),
-        ("l.txt", "a", "l.txt: not a folder, nor a list that ends in .csv or .jsonl"),
+        ("l.txt", "a", "l.txt: neither a folder nor a .csv or .jsonl file"),
         ("absent.csv", None, "absent.csv: cannot be read"),
     ],
 )
