@@ -1,4 +1,4 @@
-"""What the planner has for the VAE that shows clips, against what diffusers' own class allocates: no memory is used."""
+"""The planner's memory of the VAE that decodes previews, against diffusers' VAE on the meta device (no memory used)."""
 
 import weakref
 
@@ -8,14 +8,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastlightgen.config import Plan, preset
+from fastlightgen.config import plan_root, preset
 from fastlightgen.planner.budget import budget, load_network
 
 diffusers = pytest.importorskip("diffusers")
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that tensors made inside had at one time."""
+    """The peak, in bytes, of the tensors that are created inside and alive at the same time."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ def test_decoding_in_tiles(model, kind, size):
         vae.enable_tiling()
         with torch.no_grad(), Peak() as found:
             vae.decode(torch.empty(1, 16, (frames + 3) // 4, height // 8, width // 8))
-    cfg = Plan(model=model, size=size)
+    cfg = plan_root()(model=model, size=size)
     gpu = budget(load_network(preset(model)["network"], size, 0), cfg).gpu
     assert gpu["VAE"] == pytest.approx(4 * sum(p.numel() for p in vae.parameters()), rel=0.01)
     assert gpu["clips on their way out"] == pytest.approx(found.peak, rel=0.1)
