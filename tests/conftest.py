@@ -1,4 +1,4 @@
-"""Tests run offline and with few threads, so that they take similar times on a laptop and on a shared machine."""
+"""Tests run offline and on few threads, so that they time alike on a laptop and on a shared machine."""
 
 import os
 

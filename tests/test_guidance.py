@@ -25,7 +25,7 @@ def test_well_guided_special_cases(v):
     torch.testing.assert_close(guidance.well_guided(cond, null, strong, 1.0, 1.0), strong)
     torch.testing.assert_close(guidance.well_guided(cond, null, strong, 3.5, 0.0), guidance.cfg(cond, null, 3.5))
     torch.testing.assert_close(guidance.well_guided(cond, null, strong, 0.0, 0.0), null)
-    # If weak and strong are the same network, beta2 has no effect.
+    # Weak and strong the same network: beta2 says nothing.
     torch.testing.assert_close(guidance.well_guided(cond, null, cond, 2.0, 0.7), guidance.cfg(cond, null, 2.0))
 
 

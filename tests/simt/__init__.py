@@ -41,7 +41,7 @@ def _compile(source: Path, flags: list[str], sanitize: bool) -> Path:
 
 
 def build(sanitize: bool = False) -> Path:
-    """Build the shared library from bindings/, csrc/ and the shim."""
+    """The shared library, from bindings/, csrc/ and the shim."""
     import pybind11
 
     CACHE.mkdir(parents=True, exist_ok=True)
