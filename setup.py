@@ -1,9 +1,10 @@
-"""Runs CMakeLists.txt, the only description of the compile, and says at the end which parts were built.
+"""Builds the compiled module with CMakeLists.txt and reports at the end which parts were built.
 
-FLG_BUILD_CUDA=auto (default): CUDA kernels where nvcc is found; without a C++ compiler the package is pure Python.
-FLG_BUILD_CUDA=0: no CUDA kernels.  FLG_BUILD_CUDA=1: fail when they cannot be built.  FLG_CUDA_ARCHS: "90a" by default.
-FLG_CUTLASS: a folder of CUTLASS headers for the matrix products; by default that of the nvidia-cutlass wheel, if it was
-installed before (an extra comes after the build: pip install -c constraints.txt nvidia-cutlass, then this package).
+FLG_BUILD_CUDA=auto (default): build CUDA kernels if nvcc is found; without a C++ compiler the package is pure Python.
+FLG_BUILD_CUDA=0: build no CUDA kernels.  FLG_BUILD_CUDA=1: fail if they cannot be built.
+FLG_CUDA_ARCHS: GPU architectures, "90a" by default.
+FLG_CUTLASS: a folder of CUTLASS headers for the matrix products; by default that of the nvidia-cutlass wheel. Install
+the wheel before this package (pip install -c constraints.txt nvidia-cutlass): pip installs extras after the build.
 """
 
 import json
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def tool(name: str) -> str:
-    """A build tool from PATH (the isolated build environment is on it) or from this interpreter's own folder."""
+    """The path of a build tool, found on PATH (pip adds its build environment) or beside this interpreter."""
     found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if found is None:
         raise BuildFailed(f"{name} was not found; pip install {name}")
@@ -29,11 +30,11 @@ def tool(name: str) -> str:
 
 
 class BuildFailed(Exception):
-    """One line that says why a part was not built."""
+    """The reason, in one line, why a part was not built."""
 
 
 def call(*command: str | Path) -> None:
-    """Runs one build command; its whole output is shown (pip -v), its first error becomes the reason."""
+    """Run a build command and print its output (shown by pip -v); raise BuildFailed with its first error."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout)
     if done.returncode:
@@ -41,7 +42,7 @@ def call(*command: str | Path) -> None:
 
 
 def first_error(output: str) -> str:
-    """The first error as one line. CMake puts its message below "CMake Error at FILE:LINE (message):"."""
+    """Return the first error of a build as one line. CMake prints "CMake Error at FILE:LINE", then the message."""
     lines = [" ".join(line.split()) for line in output.splitlines() if line.strip()]
     at = next((i for i, line in enumerate(lines) if "error" in line.lower()), len(lines) - 1)
     below = takewhile(lambda line: not line.startswith(("Call Stack", "-- ", "CMake Error")), lines[at + 1 :])
@@ -49,7 +50,7 @@ def first_error(output: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Builds fastlightgen._C with CMake and leaves the outcome in fastlightgen/_build.json."""
+    """Builds fastlightgen._C with CMake and writes the outcome to fastlightgen/_build.json."""
 
     def run(self) -> None:
         mode = os.environ.get("FLG_BUILD_CUDA", "auto")
@@ -57,14 +58,14 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"FLG_BUILD_CUDA: got {mode!r}, wanted auto, 0 or 1")
         module = Path(self.get_ext_fullpath("fastlightgen._C")).resolve()
         module.parent.mkdir(parents=True, exist_ok=True)
-        module.unlink(missing_ok=True)  # a failed build must not leave yesterday's module behind
+        module.unlink(missing_ok=True)  # a failed build must not leave an old module behind
         report = self.attempt(module.parent, mode)
         (module.parent / "_build.json").write_text(json.dumps(report) + "\n")
         for part, state in report.items():
             print(f"fastlightgen: {part}: {state}", file=sys.stderr)
 
     def attempt(self, out: Path, mode: str) -> dict[str, str]:
-        """auto steps down: with CUDA, without CUDA, pure Python; each step down keeps its reason."""
+        """Build and return the report. auto tries with CUDA, without CUDA, then pure Python, and keeps the reasons."""
         try:
             cuda, gemm = self.compile(out, mode)
             return {"C++ extension": "compiled", "CUDA kernels": cuda, "CUTLASS products": gemm}
@@ -78,8 +79,8 @@ class CMakeBuild(build_ext):
             return report | ({"CUDA kernels": str(error)} if report["C++ extension"] == "compiled" else {})
 
     def compile(self, out: Path, mode: str) -> tuple[str, str]:
-        """Configures and builds; returns what CMake says about the CUDA part and about the CUTLASS products."""
-        import pybind11  # here, because pip asks this file for its requirements before they are installed
+        """Configure and build; return CMake's one-line states of the CUDA kernels and of the CUTLASS products."""
+        import pybind11  # imported here: pip runs this file to learn the requirements before it installs them
 
         build = Path(self.build_temp).resolve() / f"cmake-{mode}"
         shutil.rmtree(build, ignore_errors=True)
@@ -102,7 +103,7 @@ setup(
     ext_modules=[Extension("fastlightgen._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     packages=[*find_namespace_packages(include=["fastlightgen*"], exclude=["*__pycache__*"]), "fastlightgen.configs"],
-    package_dir={"fastlightgen.configs": "configs"},  # the folder stands at the top; the package brings it along
+    package_dir={"fastlightgen.configs": "configs"},  # install the top-level folder configs/ inside the package
     package_data={
         "fastlightgen": ["report_template.html", "py.typed"],
         "fastlightgen.configs": ["**/*.yaml", "**/*.json", "**/*.safetensors", "cluster/*"],

@@ -1,4 +1,5 @@
-// Pointers and the stream arrive as integers: no tensor type crosses this line. Python has checked the arguments.
+// Tensor pointers and the stream arrive as integers (data_ptr(), cuda_stream), so the module needs no torch headers.
+// Python has checked shapes, types and devices before it calls.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -6,6 +7,7 @@
 
 namespace py = pybind11;
 
+// An address from Python that converts to any pointer type; 0 is a null pointer.
 struct Ptr {
   uintptr_t value;
   template <typename T>

@@ -13,5 +13,5 @@ static int dmd_gradient(Ptr grad, Ptr normaliser, Ptr partial, Ptr x0, Ptr x_t, 
 
 void bind_dmd_gradient(py::module_& m) {
   m.def("dmd_gradient", &dmd_gradient, py::call_guard<py::gil_scoped_release>());
-  m.attr("dmd_gradient_blocks") = FLG_DMD_GRADIENT_BLOCKS;
+  m.attr("dmd_gradient_blocks") = FLG_DMD_GRADIENT_BLOCKS;  // width of the scratch tensor `partial`
 }

@@ -24,5 +24,6 @@ void bind_gate_residual_norm_modulate(py::module_& m) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.def("gate_residual_norm_modulate", &forward, no_gil);
   m.def("gate_residual_norm_modulate_backward", &backward, no_gil);
+  // Python allocates the backward pass's scratch tensor, so it needs the number of its rows.
   m.def("gate_residual_norm_modulate_runs", &flg_gate_residual_norm_modulate_runs, no_gil);
 }

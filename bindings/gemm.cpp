@@ -1,4 +1,4 @@
-#ifdef FLG_GEMM  // built only where CUTLASS is, see CMakeLists.txt
+#ifdef FLG_GEMM  // CMakeLists.txt defines it when it finds CUTLASS
 #include "args.h"
 #include "linear_gate_residual.h"
 #include "linear_gelu_tanh.h"

@@ -1,4 +1,4 @@
-// fastlightgen._C: registration only. Without nvcc the module is built all the same and says so.
+// Registers the functions of fastlightgen._C. Built without nvcc, the module only reports that it has no kernels.
 #include <pybind11/pybind11.h>
 
 #include "flg/error.h"
@@ -15,7 +15,7 @@ void bind_gemm(py::module_& m);
 #endif
 
 PYBIND11_MODULE(_C, m) {
-  m.attr("interface") = 3;  // goes up with every change of a binding; ops/dispatch.py asks for it
+  m.attr("interface") = 3;  // increase with every change of a binding; ops/dispatch.py refuses another number
 #ifdef FLG_CUDA_ARCHS
   m.def("cuda_built", [] { return true; });
   m.def("archs", [] { return FLG_CUDA_ARCHS; });  // e.g. "90a" or "80;90a"

@@ -4,9 +4,9 @@
 
 #include "args.h"
 
-using Pair = std::array<Ptr, 2>;
+using Pair = std::array<Ptr, 2>;  // q's and k's tensor
 
-// factors, size and pairs of the three axes.
+// The rotary tables: an address, a length and a number of channel pairs for each of frames, rows and columns.
 static flg_rope rope(const std::array<Ptr, 3>& factors, const std::array<int, 3>& size,
                      const std::array<int, 3>& pairs) {
   return {{factors[0], factors[1], factors[2]}, {size[0], size[1], size[2]}, {pairs[0], pairs[1], pairs[2]}};
@@ -55,5 +55,5 @@ void bind_qk_norm_rope(py::module_& m) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.def("qk_norm_rope", &forward, no_gil);
   m.def("qk_norm_rope_backward", &backward, no_gil);
-  m.def("qk_norm_rope_runs", &flg_qk_norm_rope_runs, no_gil);
+  m.def("qk_norm_rope_runs", &flg_qk_norm_rope_runs, no_gil);  // rows of the backward pass's scratch tensor
 }

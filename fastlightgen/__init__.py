@@ -1,14 +1,14 @@
 """FastLightGen: distil large video diffusion transformers in sampling steps and in size at once.
 
-The names below are the public Python interface; each is imported when it is first used, so that
-`import fastlightgen` (and `--help`) stays instant.
+The names in __all__ are the public Python interface. Each is imported at its first use, so that `import fastlightgen`
+and `--help` take no time.
 """
 
 import importlib
 
 __version__ = "0.1.0"
 
-_WHERE = {
+_WHERE = {  # name: the module that defines it
     "load_model": "fastlightgen.models.folder.weights",
     "save_model": "fastlightgen.models.folder.weights",
     "Stream": "fastlightgen.models.base",

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under a temporary name, then renamed."""
+"""Writes files that appear complete or not at all: under a temporary name first, then renamed."""
 
 import json
 import os

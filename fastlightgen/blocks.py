@@ -1,4 +1,4 @@
-"""Which blocks run: block sets, the ranking file, and masks drawn alike on every rank."""
+"""Block sets: checks, Stage II's random draw of blocks, and the ranking file of Stage I."""
 
 import json
 import math
@@ -9,28 +9,28 @@ import torch
 
 
 def check_keep(keep: Sequence[int] | None, num_blocks: int) -> frozenset[int]:
-    """The set of blocks that run; None keeps all of them."""
+    """Return the set of blocks that run, checked; None means all blocks."""
     if keep is None:
         return frozenset(range(num_blocks))
     kept = frozenset(int(i) for i in keep)
     if not kept:
         raise ValueError("keep: names no block; at least one must run")
-    strangers = sorted(i for i in kept if not 0 <= i < num_blocks)
-    if strangers:
-        raise ValueError(f"keep: blocks {strangers} are not in this model, which has blocks 0 to {num_blocks - 1}")
+    unknown = sorted(i for i in kept if not 0 <= i < num_blocks)
+    if unknown:
+        raise ValueError(f"keep: blocks {unknown} are not in this model, which has blocks 0 to {num_blocks - 1}")
     return kept
 
 
 def num_dropped(num_blocks: int, ratio: float) -> int:
-    """round(ratio * N), at least one block dropped and one kept."""
+    """The number of blocks to drop: round(ratio * N), but at least one is dropped and one kept."""
     return min(max(math.floor(ratio * num_blocks + 0.5), 1), num_blocks - 1)
 
 
 def draw_keep(pruned: Sequence[int], num_blocks: int, p: float, full_drop_prob: float, generator: torch.Generator):
-    """Stage II's independent reading: all of `pruned` dropped with full_drop_prob, else each one with probability p.
+    """Draw the blocks that run in a step of Stage II: drop all of `pruned` with full_drop_prob, else each with p.
 
-    The generator is made from (seed, step), so that every rank draws the same set: ranks that differ would wait
-    for each other for ever in the collectives of a sharded engine.
+    The generator must depend on (seed, step) alone, so that every rank draws the same set: with different sets the
+    ranks of a sharded engine would wait for each other's collectives forever.
     """
     coins = torch.rand(len(pruned) + 1, generator=generator)
     dropped = [b for b, coin in zip(pruned, coins[1:], strict=True) if coins[0] < full_drop_prob or coin < p]
@@ -38,7 +38,7 @@ def draw_keep(pruned: Sequence[int], num_blocks: int, p: float, full_drop_prob: 
 
 
 def read_importance(path: str | Path, num_blocks: int) -> dict:
-    """importance.json of Stage I, checked against the model it is to be used with."""
+    """Read Stage I's importance.json and check that it fits a model with `num_blocks` blocks."""
     path = Path(path)
     try:
         record = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""python -m fastlightgen.encode videos=DIR_OR_LIST pipeline=DIR out=DIR ...: videos and captions to a latent cache."""
+"""python -m fastlightgen.encode videos=DIR_OR_LIST pipeline=DIR out=DIR ...: encodes videos and captions to a cache."""
 
 import os
 import signal
@@ -19,14 +19,15 @@ from fastlightgen.config import ConfigError, Encode, main, parse_buckets
 from fastlightgen.data.lists import Row, read_list
 from fastlightgen.data.video import Unusable, read_clip, source_hash
 
-if TYPE_CHECKING:  # importing it takes a second, which --help need not wait for
+if TYPE_CHECKING:  # the import takes a second, too long for --help
     from fastlightgen.models.family import Clips, Family
 
-Read = Callable[[Row], tuple[NDArray | None, str]]  # a row -> its frames, or None, and its source's hash or the reason
+# Reads a row: (frames, hash of the video), or (None, reason) for a clip that is skipped.
+Read = Callable[[Row], tuple[NDArray | None, str]]
 
 
 def encode(cfg: Encode) -> None:
-    """Make this process's share of the cache, and the index once every share is there."""
+    """Encode this process's share of the clips; the process that finishes last also writes the cache's index."""
     from fastlightgen.data.writer import Writer, free_bytes
     from fastlightgen.parallel.log import say
     from fastlightgen.pipelines.encoders import family_of_folder
@@ -61,14 +62,14 @@ def encode(cfg: Encode) -> None:
             make_parts(cfg, writer, encoders, rows, range(rank, len(writer.parts), ranks), read)
         counts = writer.finish()
     if counts is None:
-        say(f"rank {rank} of {ranks} is done; the index is written when the others are")
+        say(f"rank {rank} of {ranks} is done; the last rank to finish writes the index")
     else:
         skipped = f", {counts['skipped']} skipped: {out / 'skipped.json'}" if counts["skipped"] else ""
         say(f"{out}: {counts['clips']} clips{skipped}")
 
 
 def sized(cfg: Encode, family: "Family") -> "Clips":
-    """The clips to make: the family's own, with the keys that were given in the place of its numbers."""
+    """Rate, length and sizes of the clips: the family's defaults, replaced by fps=, frames= and buckets= if given."""
     geometry, own = family.geometry, family.clips
     if cfg.frames and not geometry.takes_frames(cfg.frames):
         raise ConfigError(
@@ -84,7 +85,7 @@ def sized(cfg: Encode, family: "Family") -> "Clips":
 
 
 def place(cfg: Encode) -> tuple[int, int]:
-    """(rank, ranks), from the configuration or torchrun."""
+    """Return (rank, number of ranks) from the configuration, else from torchrun's environment."""
     if cfg.ranks:
         return cfg.rank, cfg.ranks
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -105,41 +106,41 @@ def load_encoders(cfg: Encode, rank: int):
 
 
 def make_parts(cfg: Encode, writer, encoders, rows: Sequence[Row], numbers: Sequence[int], read: Read) -> None:
-    """The parts that are not there yet: decoding runs ahead in other processes, encoding here."""
+    """Write the unfinished parts among `numbers`: worker processes decode ahead, this process encodes."""
     from fastlightgen.parallel.log import bar
 
-    missing = []
+    unfinished = []
     with bar(len(numbers), "checking finished parts", cfg.progress) as progress:
         for number in numbers:
-            missing += [] if writer.done(number) else [number]
+            unfinished += [] if writer.done(number) else [number]
             progress.update()
-    total = sum(len(writer.parts[number]) for number in missing)
-    clips = decoded([rows[i] for number in missing for i in writer.parts[number]], cfg.workers, read)
+    total = sum(len(writer.parts[number]) for number in unfinished)
+    clips = decoded([rows[i] for number in unfinished for i in writer.parts[number]], cfg.workers, read)
     with bar(total, "encoding", cfg.progress) as progress:
         progress.unit = "clip"
-        for number in missing:
+        for number in unfinished:
             made, skipped = [], []
             for i in writer.parts[number]:
-                frames, told = next(clips)
+                frames, hash_or_reason = next(clips)
                 if frames is None:
-                    skipped.append({"row": i, "file": rows[i].name, "reason": told})
+                    skipped.append({"row": i, "file": rows[i].name, "reason": hash_or_reason})
                 else:
                     fields = encoders.clip(frames, rows[i].caption)
                     fields = stored(fields, cfg.save_dtype, encoders.family.cond.text_fields)
-                    made.append((fields, about(rows[i], told, frames)))
+                    made.append((fields, about(rows[i], hash_or_reason, frames)))
                 progress.update()
             writer.write_part(number, made, skipped)
 
 
 def about(row: Row, source: str, frames: NDArray) -> dict:
-    """Where a clip came from, for its shard's metadata."""
+    """The origin of a clip, for its shard's metadata."""
     size = list(frames.shape[1:3])
     times = {"start": row.start, "end": row.end}
     return {"file": row.name, "source": source, "caption": row.caption, **times, "resolution": size}
 
 
 def read_row(row: Row, fps: float, frames: int, buckets: Sequence[tuple[int, int]]) -> tuple[NDArray | None, str]:
-    """The frames of a row and the hash of its file, or None and the reason why not."""
+    """Return (frames, hash of the video), or (None, reason) if the clip is skipped."""
     try:
         return read_clip(row, fps, frames, buckets), source_hash(row.file)
     except Unusable as err:
@@ -147,7 +148,7 @@ def read_row(row: Row, fps: float, frames: int, buckets: Sequence[tuple[int, int
 
 
 def decoded(rows: Sequence[Row], workers: int, read: Read) -> Iterator[tuple[NDArray | None, str]]:
-    """read(row) of every row, in order; a file that takes its decoder down with it costs only its own row."""
+    """Yield read(row) for every row, in order; a video that crashes its worker process costs only its own row."""
     if not workers:
         yield from map(read, rows)
         return
@@ -157,7 +158,8 @@ def decoded(rows: Sequence[Row], workers: int, read: Read) -> Iterator[tuple[NDA
             for result in ahead(list(left), workers, read):
                 left.popleft()
                 yield result
-        except BrokenProcessPool:  # by one of the rows in work: the first one is tried alone, the others once more
+        except BrokenProcessPool:
+            # One of the rows being read crashed a worker, but which is unknown: read the first alone, then go on.
             row = left.popleft()
             try:
                 yield from ahead([row], 1, read)
@@ -166,11 +168,11 @@ def decoded(rows: Sequence[Row], workers: int, read: Read) -> Iterator[tuple[NDA
 
 
 def ahead(rows: Sequence[Row], workers: int, read: Read) -> Iterator[tuple[NDArray | None, str]]:
-    """read(row) of every row in other processes, in order; at most two rows per worker are held."""
+    """Yield read(row) for every row, in order, from worker processes; at most two rows per worker are in memory."""
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=follow_parent)
     try:
         waiting = deque(pool.submit(read, row) for row in rows[: 2 * workers])
-        for row in [*rows[2 * workers :], *[None] * len(waiting)]:
+        for row in [*rows[2 * workers :], *[None] * len(waiting)]:  # None: nothing left to submit
             yield waiting.popleft().result()
             if row is not None:
                 waiting.append(pool.submit(read, row))
@@ -179,7 +181,7 @@ def ahead(rows: Sequence[Row], workers: int, read: Read) -> Iterator[tuple[NDArr
 
 
 def follow_parent() -> None:
-    """In a worker: Ctrl-C is the parent's to handle, and nobody outlives a parent that was killed."""
+    """Prepare a worker: ignore Ctrl-C, which the parent handles, and exit if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
@@ -192,7 +194,7 @@ def follow_parent() -> None:
 
 
 def stored(fields: dict, save_dtype: str, text_fields: Sequence[str]) -> dict:
-    """Latents and images in the type they are saved in; texts stay as they were computed, their range is wider."""
+    """Cast latents and images to `save_dtype`; texts keep the type they were computed in, as their range is wider."""
     import torch
 
     kind = getattr(torch, save_dtype)
@@ -203,9 +205,9 @@ def stored(fields: dict, save_dtype: str, text_fields: Sequence[str]) -> dict:
 
 
 def clip_bytes(encoders, area: int, frames: int, cfg: Encode) -> int:
-    """What a clip takes on disk at most: its latents and images, and its text at full length."""
+    """The largest size of a clip on disk in bytes: its latents and images, and its text at full length."""
     numbers, text = encoders.numbers(area, frames)
-    wide = {"float32": 4}
+    wide = {"float32": 4}  # bytes per number; the other types take 2
     return numbers * wide.get(cfg.save_dtype, 2) + text * wide.get(cfg.dtype, 2)
 
 

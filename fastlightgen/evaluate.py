@@ -1,4 +1,4 @@
-"""python -m fastlightgen.evaluate model=DIR out=FILE.json ...: scores, speed and size of a model on held-out clips."""
+"""python -m fastlightgen.evaluate model=DIR out=FILE.json ...: measures scores, speed and size on held-out prompts."""
 
 import time
 from dataclasses import dataclass, replace
@@ -27,28 +27,29 @@ from fastlightgen.world.source import shapes_batch
 
 @dataclass
 class Subject:
-    """A network and how it is sampled."""
+    """A network to evaluate, with its sampling plan."""
 
-    name: str
-    title: str
+    name: str  # of its files
+    title: str  # in reports
     model: VideoDiT
     folder: Path
-    plan: dict
-    keep: list[int] | None = None
+    plan: dict  # arguments of models.sample.sample
+    keep: list[int] | None = None  # the blocks that run; None: all
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations per clip: two per step under guidance."""
+        """Network evaluations per clip: two per step with guidance, unless the network embeds the guidance."""
         single = self.plan["guidance"] == 1.0 or self.model.embeds_guidance
         return len(self.plan["times"]) * (1 if single else 2)
 
     def block_flops(self, batch: Batch) -> list[int]:
-        """Operations of each block that runs, in one evaluation."""
+        """Floating-point operations of each running block in one evaluation."""
         flops = self.model.block_flops(batch.x0, batch.cond)
         return [f for i, f in enumerate(flops) if self.keep is None or i in self.keep]
 
 
 def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
+    """Load a model folder and make its sampling plan from its card and the configuration."""
     folder = trained_folder(model)
     card = read_card(folder)
     keep = None
@@ -62,9 +63,12 @@ def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
 
 
 def draw(cfg: Evaluate, subject: Subject, count: int) -> tuple[Tensor, Clips, float]:
-    """(clips [n,F,3,H,W], what was asked for, seconds per clip); the noise depends on seed and place."""
+    """Sample `count` clips: (clips [n,F,3,H,W], the real clips with their prompts, seconds per clip).
+
+    The noise depends on the seed and the clip's position only, so that all subjects start from the same noise.
+    """
     if cfg.data != "shapes":
-        raise ValueError(f"data={cfg.data}: clips can be scored for data=shapes only, whose truth is known")
+        raise ValueError(f"data={cfg.data}: only clips of data=shapes can be scored, because their truth is known")
     world, made, asked, seconds = Shapes(seed=cfg.seed, split="test"), [], [], 0.0
     device = next(subject.model.parameters()).device
     with bar(count, f"sampling {subject.title}", cfg.progress) as progress:
@@ -84,12 +88,13 @@ def draw(cfg: Evaluate, subject: Subject, count: int) -> tuple[Tensor, Clips, fl
 
 
 def join(parts: list[Clips]) -> Clips:
+    """Concatenate clips; the truth, which no score reads, is that of the first part."""
     captions = [c for part in parts for c in part.captions]
     return Clips(torch.cat([p.video for p in parts]), captions, torch.cat([p.has_first for p in parts]), parts[0].truth)
 
 
 def measure(cfg: Evaluate, subject: Subject) -> tuple[dict, Tensor]:
-    """The record of one subject and the clips to show. A teacher that ships with scores is sampled for show only."""
+    """Return the record of a subject and the clips to show. A teacher with shipped scores samples only those clips."""
     shipped = shipped_scores(cfg, subject)
     count = cfg.clips if shipped is None else min(cfg.show, cfg.clips)
     clips, asked, seconds = draw(cfg, subject, count)
@@ -124,13 +129,17 @@ def measure(cfg: Evaluate, subject: Subject) -> tuple[dict, Tensor]:
 
 
 def num_params(subject: Subject) -> int:
+    """Parameters of the network without the blocks that do not run."""
     model = subject.model
     dropped = [b for i, b in enumerate(model.blocks) if subject.keep is not None and i not in subject.keep]
     return sum(p.numel() for p in model.parameters()) - sum(p.numel() for b in dropped for p in b.parameters())
 
 
 def shipped_scores(cfg: Evaluate, subject: Subject) -> dict | None:
-    """scores.json of the model folder, if it was measured with this plan; show=0 asks for nothing but a measurement."""
+    """Return the record in the model folder's scores.json that was measured with this plan, or None.
+
+    show=0 asks for a new measurement, so it ignores shipped scores.
+    """
     path = subject.folder / "scores.json"
     if not path.is_file() or subject.keep is not None or cfg.show == 0:
         return None
@@ -139,7 +148,7 @@ def shipped_scores(cfg: Evaluate, subject: Subject) -> dict | None:
 
 
 def real_record(cfg: Evaluate) -> tuple[dict, Tensor]:
-    """The held-out clips themselves: what a perfect model would score."""
+    """Score the held-out real clips: the scores of a perfect model."""
     asked = Shapes(seed=cfg.seed, split="test").batch(range(cfg.clips))
     scores, attributes = score(asked.video, asked, cfg.seed)
     shown = [{"caption": c, "has_first": bool(f)} for c, f in zip(asked.captions, asked.has_first, strict=True)][
@@ -150,22 +159,27 @@ def real_record(cfg: Evaluate) -> tuple[dict, Tensor]:
 
 
 def write(folder: Path, record: dict, clips: Tensor) -> None:
-    """NAME.json and the clips to show, NAME.safetensors [K,F,H,W,3]."""
+    """Write NAME.json and the clips to show, NAME.safetensors with uint8 [K,F,H,W,3]."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"video": to_uint8(clips).permute(0, 1, 3, 4, 2).contiguous()}, folder / f"{record['name']}.safetensors")
     write_json(folder / f"{record['name']}.json", record)
 
 
 def speed(cfg: Evaluate, teacher: Subject, student: Subject) -> dict:
-    """Wall-clock per clip of both, same batch, in turns in this process; and what the blocks alone predict (E.1)."""
+    """Measure the seconds per clip of teacher and student, and predict the speedup from their blocks.
+
+    Both run in this process with the same batch. The prediction counts blocks alone: the teacher's evaluations times
+    the operations of its blocks, divided by the same product for the student.
+    """
     once = replace(cfg, progress=False)
     count = min(cfg.show or 8, cfg.clips)
     draw(once, student, count)  # warm-up
+    # A student's run is short and its time noisy: take the best of three.
     seconds = [draw(once, teacher, count)[2], min(draw(once, student, count)[2] for _ in range(3))]
     clip = shapes_batch(Shapes(seed=cfg.seed, split="test").batch(range(1)))
     all_, kept = teacher.block_flops(clip), student.block_flops(clip)
     alike = len({*all_, *kept}) == 1
-    size = len if alike else lambda flops: f"{sum(flops) / 1e9:.3g} GFLOP"
+    size = len if alike else lambda flops: f"{sum(flops) / 1e9:.3g} GFLOP"  # equal blocks: count them
     formula = f"{teacher.evaluations} x {size(all_)} / ({student.evaluations} x {size(kept)})"
     return {
         "theory": teacher.evaluations * sum(all_) / (student.evaluations * sum(kept)),
@@ -178,7 +192,7 @@ def speed(cfg: Evaluate, teacher: Subject, student: Subject) -> dict:
 
 
 def evaluate_run(cfg: Run) -> None:
-    """What ends stage=all: teacher, teacher in few steps, untrained pruned model, Stage II and student side by side."""
+    """The last step of stage=all: evaluate teacher, teacher in few steps, untrained pruned model, Stage II, student."""
     run = Path(cfg.run)
     student_folder, stage2_folder = str(run / "stage3" / "model"), str(run / "stage2" / "model")
     base = for_evaluate(cfg, model=student_folder, teacher=cfg.model, out=str(run / "evaluate" / "student.json"))
@@ -215,7 +229,7 @@ def evaluate_run(cfg: Run) -> None:
 
 
 def evaluate(cfg: Evaluate) -> None:
-    """One model, and a teacher to compare it with where one is given."""
+    """Evaluate a model and, if teacher= is given, the teacher and the speedup."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.set_flush_denormal(True)

@@ -1,4 +1,4 @@
-"""python -m fastlightgen.export model=DIR pipeline=DIR out=DIR: a pipeline folder that stock diffusers loads."""
+"""python -m fastlightgen.export model=DIR pipeline=DIR out=DIR: writes a pipeline folder that stock diffusers loads."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from fastlightgen.config import main
 
 
 def export(cfg) -> None:
-    """Write the folder, compare it with the model, say what came out."""
+    """Write the folder, compare stock diffusers' network with the model, and print the result."""
     import torch
 
     from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
@@ -21,7 +21,7 @@ def export(cfg) -> None:
     check_out(out)
     parts_of(pipeline)
     model, card = load_model(folder, dtype=getattr(torch, cfg.dtype)).requires_grad_(False), read_card(folder)
-    told = write_pipeline(
+    report = write_pipeline(
         model,
         card,
         pipeline,
@@ -33,14 +33,14 @@ def export(cfg) -> None:
         original=cfg.original,
         progress=cfg.progress,
     )
-    if "lora" in told:
-        say(f"lora: {told['lora'][0]} blocks renumbered, {told['lora'][1]} dropped with the student's")
-    if "sigmas" in told:
-        times = ", ".join(f"{s:.4f}" for s in told["sigmas"])
-        say(f"scheduler: steps at {times}; at most {told['ladder_error']:.1g} from the student's ladder")
+    if "lora" in report:
+        say(f"lora: {report['lora'][0]} blocks renumbered, {report['lora'][1]} dropped with the student's")
+    if "sigmas" in report:
+        times = ", ".join(f"{s:.4f}" for s in report["sigmas"])
+        say(f"scheduler: steps at {times}; at most {report['ladder_error']:.1g} from the student's ladder")
     say(
         f"network: stock diffusers holds the same weights bit for bit and predicts the same v within "
-        f"{told['difference']:.2g} ({cfg.dtype}, random inputs)"
+        f"{report['difference']:.2g} ({cfg.dtype}, random inputs)"
     )
     say(f"{out}: complete")
 

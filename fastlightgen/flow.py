@@ -2,7 +2,7 @@
 
 x0: clean latent [B, ...]; noise: N(0, I), same shape; t in (0, 1], a number or [B].
 x_t = (1 - t) x0 + t noise, and the networks predict v = noise - x0. Eq. 5 of the paper prints the opposite
-sign (x0 - x1); Eq. 4, Eq. 8 and the published checkpoints all need the one used here.
+sign (x0 - x1); Eq. 4, Eq. 8 and the published checkpoints all need the sign used here.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from fastlightgen.rng import rand, randn
 
 
 def per_sample(t: Tensor | float, like: Tensor) -> Tensor | float:
-    """Shape [B] values so that they broadcast over `like` [B, ...]; numbers pass through."""
+    """Reshape [B] values so that they broadcast over `like` [B, ...]; return numbers unchanged."""
     return t.to(like.dtype).view(-1, *[1] * (like.dim() - 1)) if isinstance(t, Tensor) and t.dim() else t
 
 
@@ -35,19 +35,19 @@ def x0_from_velocity(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
 
 
 def shift_time(t, shift: float):
-    """The resolution-dependent time shift s t / (1 + (s - 1) t), for tensors and numbers."""
+    """The resolution-dependent time shift s t / (1 + (s - 1) t) of a tensor or number t."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def ladder(num_steps: int, shift: float) -> list[float]:
-    """The sampling times: shift_time(1 - i/N) for i < N, from 1 down, without the final 0."""
+    """The N sampling times shift_time(1 - i/N), i < N: from 1 down, without the final 0."""
     if num_steps < 1:
         raise ValueError(f"ladder: num_steps is {num_steps}; at least 1 is needed")
     return [shift_time(1 - i / num_steps, shift) for i in range(num_steps)]
 
 
 def draw_times(batch: int, shift: float, kind: str, generator: torch.Generator) -> Tensor:
-    """t ~ U(0, 1) or logit-normal, then shifted; [B], on the CPU so that every device sees the same draw."""
+    """Draw t [B] from U(0, 1) or logit-normal, then shift it; on the CPU, so that every device sees the same draw."""
     u = rand(batch, generator)
     if kind == "logit_normal":
         u = torch.sigmoid(randn(batch, generator))
@@ -58,11 +58,11 @@ Predict = Callable[[Tensor, float], Tensor]  # (x_t, t) -> v
 
 
 def rollout(predict: Predict, x: Tensor, times: list[float], kind: str, renoise: Callable[[int], Tensor]) -> Tensor:
-    """Walk x from noise at times[0] down the ladder; returns the x0 estimate of the last rung, x - t v.
+    """Walk x from noise at times[0] down the ladder; return the x0 estimate x - t v at the last time.
 
-    `ode` takes Euler steps x + (t' - t) v; `stochastic` re-noises the x0 estimate with fresh noise `renoise(i)`
-    (the DMD sampler). Only the last rung keeps gradients, so that sampling and Stage III's backward
-    simulation with early exit are the same function: an exit is a shorter `times`.
+    `ode` takes Euler steps x + (t' - t) v. `stochastic` (the DMD sampler) re-noises the x0 estimate with fresh noise
+    `renoise(i)`. Only the last evaluation keeps gradients. Sampling and Stage III's backward simulation are therefore
+    the same function: an early exit is a shorter `times`.
     """
     for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
         with torch.no_grad():

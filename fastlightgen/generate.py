@@ -1,4 +1,4 @@
-"""python -m fastlightgen.generate model=DIR prompt=... out=FILE.mp4|gif|png ...: sample clips."""
+"""python -m fastlightgen.generate model=DIR prompt=... out=FILE.mp4|gif|png ...: samples clips."""
 
 import json
 import time
@@ -19,7 +19,10 @@ from fastlightgen.world.builtin import BuiltIn
 
 
 def generate(cfg: Generate) -> None:
-    """Sample `count` clips of every prompt. Encoders go before the network comes, so that they never share memory."""
+    """Sample `count` clips of every prompt.
+
+    The encoders are released before the network is loaded, so that they never occupy memory at the same time.
+    """
     out, asked = check_suffix(cfg.out), read_prompts(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -55,7 +58,7 @@ def generate(cfg: Generate) -> None:
 
 
 def read_prompts(cfg: Generate) -> list[tuple[str, str]]:
-    """(prompt, picture) of every clip: from the command line, or a file with a prompt or a JSON object per line."""
+    """Return (prompt, picture) pairs from the command line, or from a file with one prompt or JSON object per line."""
     if cfg.prompt:
         return [(cfg.prompt, cfg.image)]
     path = Path(cfg.prompts)
@@ -77,7 +80,7 @@ def read_prompts(cfg: Generate) -> list[tuple[str, str]]:
                 raise ValueError(
                     f'prompts={path}: line {number} is {line[:60]!r}; wanted {{"prompt": "...", "image": "FILE"}}'
                 ) from None
-        # pictures stand relative to the list that names them
+        # Picture names are relative to the folder of the list.
         image = str(path.parent / row["image"]) if row.get("image") else cfg.image
         asked.append((row["prompt"], image))
     if not asked:
@@ -86,14 +89,14 @@ def read_prompts(cfg: Generate) -> list[tuple[str, str]]:
 
 
 def compute_type(name: str, device: torch.device, real: bool) -> torch.dtype:
-    """auto: bfloat16 for a real network on a GPU, else float32."""
+    """The type to compute in; "auto" is bfloat16 for a network with a pipeline on a GPU, else float32."""
     if name == "auto":
         name = "bfloat16" if real and device.type == "cuda" else "float32"
     return getattr(torch, name)
 
 
 class Clock:
-    """Seconds per part, in the order in which the parts first ran."""
+    """Measures the seconds of each part of a command; `with clock("load"):` adds to the part "load"."""
 
     def __init__(self):
         self.parts: dict[str, float] = {}
@@ -103,7 +106,7 @@ class Clock:
         start = time.perf_counter()
         yield
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # kernels run asynchronously: wait for them before reading the time
         self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - start
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
-"""How predictions are mixed: plain classifier-free guidance and the well-guided teacher. Pure functions.
+"""Guidance: plain classifier-free guidance and the well-guided teacher. Pure functions.
 
-Both use the standard form `null + w (cond - null)`; projects that write `cond + w (cond - null)` mean w - 1.
+Both use the standard form `null + w (cond - null)`. In projects that write `cond + w (cond - null)`, w is smaller by 1.
 """
 
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""python -m fastlightgen.report run=DIR: one self-contained HTML page about a run. Shapes: video uint8 [K,F,H,W,3]."""
+"""python -m fastlightgen.report run=DIR: writes a self-contained HTML page about a run."""
 
 import base64
 import io
@@ -18,14 +18,14 @@ from fastlightgen.config.stages import DEFAULT, METHODS
 from fastlightgen.metrics.importance import is_log
 
 ORDER = ("real", "teacher", "teacher-few", "pruned", "stage2-few", "student")  # of the columns; others follow by name
-SCORES = {  # key: (title, how it is written, which is best, what it means)
+SCORES = {  # key: (title, format, goal, meaning)
     "adherence": ("Adherence", "{:.1%}", "high", "share of the caption's statements that the clip fulfils"),
-    "tracking_error": ("Tracking error", "{:.2f} px", "low", "from the shape's path to one that the caption allows"),
+    "tracking_error": ("Tracking error", "{:.2f} px", "low", "distance of the path to the nearest one that fits"),
     "motion": ("Motion", "{:.2f}", "one", "path length over the caption's; below 1: too slow, 0: frozen"),
-    "first_frame_psnr": ("First frame", "{:.1f} dB", "high", "PSNR to the given first frame, where there is one"),
-    "frechet": ("Fréchet distance", "{:.2f}", "low", "of these clips, as a set, to real ones in measured features"),
-    "temporal_flickering": ("Temporal flickering", "{:.4f}", "real", "VBench's: 1 is a still, lower changes more"),
-    "motion_smoothness": ("Motion smoothness", "{:.4f}", "real", "how well neighbours predict a frame; 1: a still"),
+    "first_frame_psnr": ("First frame", "{:.1f} dB", "high", "PSNR to the first frame, if one is given"),
+    "frechet": ("Fréchet distance", "{:.2f}", "low", "distance to real clips, as a set, in measured features"),
+    "temporal_flickering": ("Temporal flickering", "{:.4f}", "real", "VBench score: 1 for a still, lower: more change"),
+    "motion_smoothness": ("Motion smoothness", "{:.4f}", "real", "how well neighbours predict a frame; 1 for a still"),
     "saturation": ("Saturation", "{:.3f}", "real", "mean strength of colours; too long a Stage III raises it"),
     "sharpness": ("Sharpness", "{:.0f}", "real", "variance of the Laplacian; blur lowers it, noise raises it"),
 }
@@ -37,12 +37,12 @@ def is_number(value: object) -> bool:
 
 
 def read(path: Path) -> dict:
-    """A JSON file; empty where there is none."""
+    """Read a JSON file; a missing file counts as empty."""
     return parsed(path, path.read_text()) if path.is_file() else {}
 
 
 def read_lines(path: Path) -> list[dict]:
-    """A JSON lines file; empty where there is none."""
+    """Read a JSON lines file; a missing file counts as empty."""
     return [parsed(path, line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
@@ -54,7 +54,7 @@ def parsed(path: Path, text: str) -> Any:
 
 
 def read_run(run: Path) -> dict:
-    """Everything a run folder holds, keyed by section."""
+    """Read the configuration, logs, alarms, rankings and evaluations of a run folder, keyed by section."""
     folder = run / "evaluate"
     names = sorted(p.stem for p in folder.glob("*.json") if p.stem != "speed")
     names = [n for n in ORDER if n in names] + [n for n in names if n not in ORDER]
@@ -73,7 +73,7 @@ def read_run(run: Path) -> dict:
             f"evaluate/*.json; make them with {command(run, 'all')}"
         )
     sizes = [e.get("num_blocks", 0) for e in found["evals"].values()]
-    return found | {"blocks": max(len(found["importance"].get("units", [])), *sizes, 0)}  # of the whole network
+    return found | {"blocks": max(len(found["importance"].get("units", [])), *sizes, 0)}  # of the teacher
 
 
 def command(run: Path, stage: int | str) -> str:
@@ -81,7 +81,7 @@ def command(run: Path, stage: int | str) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of cells that are HTML already; the page marks a cell with <b>."""
+    """Return an HTML table; cells must be HTML. The page highlights a cell that contains <b>."""
     lines = [f'<th scope="row">{first}</th>{"".join(f"<td>{c}</td>" for c in rest)}' for first, *rest in rows]
     top = "".join(f'<th scope="col">{h}</th>' for h in head)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
@@ -96,11 +96,11 @@ def fact(number: str, name: str, detail: str) -> str:
     return f'<div class="fact"><b>{number}</b><span>{name}</span><small>{detail}</small></div>'
 
 
-# Sections: each returns HTML.
+# The functions below return the HTML of the page's sections.
 
 
 def facts(found: dict) -> str:
-    """The headline."""
+    """The headline: speedup, share of blocks kept, adherence of the student."""
     student, teacher = found["evals"].get("student"), found["evals"].get("teacher")
     kept, out = (student or {}).get("kept_blocks") or found["importance"].get("kept"), ""
     if s := found["speed"]:
@@ -117,11 +117,11 @@ def facts(found: dict) -> str:
 
 
 def sprite(path: Path) -> str:
-    """A clip file as one hidden PNG: a row per clip, a column per frame."""
+    """Embed a clip file as a hidden PNG with a row per clip and a column per frame."""
     from PIL import Image
     from safetensors.numpy import load_file
 
-    video = load_file(path)["video"]
+    video = load_file(path)["video"]  # uint8 [K, F, H, W, 3]
     k, f, h, w, _ = video.shape
     file = io.BytesIO()
     Image.fromarray(video.transpose(0, 2, 1, 3, 4).reshape(k * h, f * w, 3)).save(file, "PNG", optimize=True)
@@ -130,6 +130,7 @@ def sprite(path: Path) -> str:
 
 
 def clips(run: Path, evals: dict) -> str:
+    """A grid of playing clips: a row per prompt, a column per model."""
     files = {n: run / "evaluate" / f"{n}.safetensors" for n in evals}
     evals = {n: e for n, e in evals.items() if e["shown"] and files[n].is_file()}
     if not evals:
@@ -147,12 +148,13 @@ def clips(run: Path, evals: dict) -> str:
 
 
 def score(record: dict, key: str) -> str:
+    """A score as text, or a dash if it is missing."""
     value = record["scores"].get(key)
     return SCORES[key][1].format(value) if is_number(value) else "–"
 
 
 def best(key: str, evals: dict) -> list[str]:
-    """Names of the models with the best score; ties as written count. The real clips do not compete."""
+    """Names of the models with the best score, including those with the same text. The real clips do not compete."""
     values = {n: e["scores"][key] for n, e in evals.items() if is_number(e["scores"].get(key))}
     goal, real = SCORES[key][2], values.pop("real", None)
     if len(values) < 2 or (goal == "real" and real is None):
@@ -164,6 +166,7 @@ def best(key: str, evals: dict) -> list[str]:
 
 
 def scores(evals: dict) -> str:
+    """The table of scores, and adherence by attribute."""
     rows = []
     for key, (title, _, goal, meaning) in SCORES.items():
         top = best(key, evals)
@@ -180,21 +183,21 @@ def scores(evals: dict) -> str:
 
 def importance(r: dict) -> str:
     return (
-        f"<p>The error when one block is skipped, ± standard error over {r['num_samples']} samples. A bar grows "
-        "from the error of the whole network: its length is the damage. "
+        f"<p>The error when one block is skipped, ± standard error over {r['num_samples']} samples. A bar starts "
+        "at the error of the network with all blocks: its length is the damage. "
         f"Search: {escape(r['search'])}; score: {escape(r['score_kind'])}; dropped: {escape(show(r['pruned']))}.</p>"
         '<div class="scroll"><div id="blocks"></div></div>'
     )
 
 
 def bars(r: dict) -> dict:
-    """What the page draws of the ranking; a standard error of one sample is not a number."""
+    """The data of the importance chart. The standard error of a single sample is nan, which is drawn as 0."""
     units = [u | {"stderr": u["stderr"] if is_number(u["stderr"]) else 0.0} for u in r.get("units", [])]
     return r and {"units": units, "kept": r["kept"], "baseline_score": r["baseline_score"], "log": is_log(r)}
 
 
 def curves(logs: dict[int, list[dict]]) -> dict[int, dict[str, list]]:
-    """{stage: {key: [[step, value], ..]}} for the page; at most 2000 points a key, five digits each."""
+    """The data of the curves, {stage: {key: [[step, value], ..]}}: at most 2000 points per key, five digits."""
     out = {}
     for stage, lines in logs.items():
         keys = dict.fromkeys(key for line in lines for key in line if key != "step")
@@ -204,11 +207,11 @@ def curves(logs: dict[int, list[dict]]) -> dict[int, dict[str, list]]:
 
 
 def watched(found: dict) -> str:
-    """Alarms, and where the time of a step went: one bar a stage."""
+    """Alarms, and a bar per stage that shows how the time of a step divides."""
     out = ""
     for stage, lines in found["alarms"].items():
-        told = [f"step {a['step']}: {escape(a['alarm'])} ({a['value']:.3g}, usual {a['usual']:.3g})" for a in lines]
-        out += f'<p class="alarm"><b>Alarms of stage {stage} ({len(told)})</b> {"; ".join(told[:8])}</p>'
+        alarms = [f"step {a['step']}: {escape(a['alarm'])} ({a['value']:.3g}, usual {a['usual']:.3g})" for a in lines]
+        out += f'<p class="alarm"><b>Alarms of stage {stage} ({len(alarms)})</b> {"; ".join(alarms[:8])}</p>'
     for stage, lines in found["logs"].items():
         names = [key for key in lines[-1] if key.startswith("share_")]
         shares = {key.removeprefix("share_"): sum(ln.get(key, 0.0) for ln in lines) / len(lines) for key in names}
@@ -223,16 +226,17 @@ def watched(found: dict) -> str:
 
 
 def followed(found: dict) -> str:
-    """Which method each stage followed, in the words of its declaration."""
+    """The method of each stage, described by its declaration."""
     out = ""
     for stage in found["logs"]:
         name = (found["config"].get(f"stage{stage}") or {}).get("method", DEFAULT)
-        if name in METHODS[str(stage)]:  # a run may follow a method that is not installed here
+        if name in METHODS[str(stage)]:  # a run may have used a method that is not installed here
             out += f'<p class="note">Stage {stage}: {escape(declared(str(stage), name).about)}</p>'
     return out
 
 
 def sizes(found: dict) -> str:
+    """The table of blocks, parameters, sampling plans and times, and the speedup."""
     made = {n: e for n, e in found["evals"].items() if "sampler" in e}
     if not made:
         return ""
@@ -255,7 +259,7 @@ def sizes(found: dict) -> str:
 
 
 def settings(config: dict) -> str:
-    """Every key of every stage, collapsed; versions and commit."""
+    """The configuration: a collapsed table per stage, then versions and commit."""
     parts: list[str] = []
     plain: dict[str, object] = {}
     for name, value in config.items():
@@ -269,11 +273,11 @@ def settings(config: dict) -> str:
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """RUN/report.html, or `out`: one file that loads nothing else."""
+    """Write RUN/report.html, or `out`: a single file that loads no other."""
     found = read_run(run)
     training = '<div id="curves"></div>' * bool(found["logs"]) + followed(found) + watched(found)
-    if not {2, 3} <= found["logs"].keys():  # a teacher may come ready-made: no stage 0
-        training += missing(run, "all")
+    if not {2, 3} <= found["logs"].keys():  # stage 0 is optional: the teacher may be given
+        training += placeholder(run, "all")
     sections: dict[str, tuple[str, int | str]] = {  # title: (HTML, the stage that makes its input)
         "Clips": (clips(run, found["evals"]), "all"),
         "Scores": (found["evals"] and scores(found["evals"]), "all"),
@@ -289,17 +293,18 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         nav="".join(f'<a href="#{ids[title]}">{title}</a>' for title in sections),
         facts=facts(found),
         body="".join(
-            f'<section id="{ids[title]}"><h2>{title}</h2>{content or missing(run, stage)}</section>'
+            f'<section id="{ids[title]}"><h2>{title}</h2>{content or placeholder(run, stage)}</section>'
             for title, (content, stage) in sections.items()
         ),
-        data=data.replace("<", "\\u003c"),  # no string can close the script element
+        data=data.replace("<", "\\u003c"),  # so that no string can close the script element
     )
     out = out or run / "report.html"
     write_text(out, page)
     return out
 
 
-def missing(run: Path, stage: int | str) -> str:
+def placeholder(run: Path, stage: int | str) -> str:
+    """The text of an empty section: the command that fills it."""
     return f'<p class="missing">Not there yet: <code>{escape(command(run, stage))}</code> makes it.</p>'
 
 

@@ -1,4 +1,4 @@
-"""A very small Wan and the configurations that train it: steps take milliseconds. Shared by the tests."""
+"""Helpers shared by the tests: very small networks with configurations (steps take milliseconds), videos, counters."""
 
 import json
 from dataclasses import replace
@@ -38,20 +38,20 @@ def small_wan(blocks: int = BLOCKS, seed: int = 0) -> VideoDiT:
 
 
 def small_hunyuan(double: int = 2, single: int = 3, seed: int = 0, **changes) -> VideoDiT:
-    """As tiny-hunyuan, smaller."""
+    """The network of model=tiny-hunyuan, but smaller."""
     network = preset("tiny-hunyuan")["network"] | {"num_attention_heads": 2, "attention_head_dim": 8}
     network |= {"rope_axes_dim": [4, 2, 2], "num_layers": double, "num_single_layers": single}
     return build(network | changes, seed)
 
 
 def config(stage: int, *words: str):
-    """The configuration of a stage at the small model's size; a later word replaces an earlier one with its key."""
+    """The configuration of a stage for the small model; a later word replaces an earlier one with the same key."""
     given = dict(w.split("=", 1) for w in ("run=unused", "batch=2", "shift=3", "progress=false", *words))
     return load([f"stage={stage}", *(f"{k}={v}" for k, v in given.items())])
 
 
 def crop(batch: Batch, size: int = 4, frames: int = 2) -> Batch:
-    """A corner of every clip, so that a network call costs next to nothing."""
+    """A corner of every clip, so that network calls are fast."""
 
     def cut(x: torch.Tensor) -> torch.Tensor:
         return x[..., :frames, :size, :size].contiguous() if x.dim() == 5 else x
@@ -60,7 +60,7 @@ def crop(batch: Batch, size: int = 4, frames: int = 2) -> Batch:
 
 
 def batches(size: int = 2, dtype: torch.dtype = torch.float32):
-    """step -> a cropped batch of the built-in world."""
+    """A function from a step to a cropped batch of the built-in world."""
     source = ShapesSource(0)
 
     def batch(step: int) -> Batch:
@@ -73,7 +73,7 @@ def batches(size: int = 2, dtype: torch.dtype = torch.float32):
 
 
 def write_ranking(path: Path, pruned=PRUNED, blocks: int = BLOCKS) -> Path:
-    """A ranking file as Stage I writes it, as far as Stage II reads it."""
+    """Write a ranking file with the parts of Stage I's file that Stage II reads."""
     kept = [i for i in range(blocks) if i not in pruned]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"units": [{"index": i} for i in range(blocks)], "kept": kept, "pruned": list(pruned)}))
@@ -81,7 +81,7 @@ def write_ranking(path: Path, pruned=PRUNED, blocks: int = BLOCKS) -> Path:
 
 
 def write_inputs(folder: Path) -> dict[int, list[str]]:
-    """A teacher, a ranking and a Stage II model; what each stage's command line needs to find them."""
+    """Write a teacher, a ranking and a Stage II model; return the command line of each stage that uses them."""
     save_model(small_wan(), folder / "teacher", steps=2, guidance=2.0, shift=3.0)
     save_model(small_wan(seed=1), folder / "stage2model", steps=2, guidance=2.0, shift=3.0, pruned_path=KEPT)
     ranking = write_ranking(folder / "importance.json")
@@ -95,12 +95,12 @@ def write_inputs(folder: Path) -> dict[int, list[str]]:
 
 
 def run_train(*words: str) -> None:
-    """The command in this process, SystemExit as a shell would see it; a later word replaces an earlier one."""
+    """Run the command in this process; errors raise SystemExit. A later word replaces an earlier one."""
     main(train, "train", [f"{k}={v}" for k, v in dict(w.split("=", 1) for w in words).items()])
 
 
 def result(run: Path, stage: int) -> dict:
-    """Everything that must not depend on whether a run was interrupted."""
+    """The results of a run that an interruption must not change."""
     folder = run / f"stage{stage}"
     latest = max((folder / "checkpoints").glob("step-*"))
     files = sorted(latest.glob("*.safetensors"))
@@ -113,12 +113,12 @@ def result(run: Path, stage: int) -> dict:
 
 
 def untimed(record: dict) -> dict:
-    """A line of metrics.jsonl without the time that it took."""
+    """A line of metrics.jsonl without its times."""
     return {k: v for k, v in record.items() if k != "sec_per_step" and not k.startswith("share_")}
 
 
 def assert_same(a, b) -> None:
-    """Bit equality, through dicts and lists."""
+    """Assert bit equality, also inside dicts."""
     if isinstance(a, dict):
         assert a.keys() == b.keys()
         for key in a:
@@ -130,12 +130,12 @@ def assert_same(a, b) -> None:
 
 
 def numbered(count: int, height: int = 32, width: int = 48) -> np.ndarray:
-    """A film [count, height, width, 3] whose picture k is grey of level 20 + 10 k."""
+    """A film [count, height, width, 3] whose picture k has the grey level 20 + 10 k."""
     return np.broadcast_to((20 + 10 * np.arange(count, dtype=np.uint8))[:, None, None, None], (count, height, width, 3))
 
 
 def write_video(file: Path, film: np.ndarray, rate: int, stamps=None, options=None) -> Path:
-    """A film as a video at `rate` pictures a second, or with picture k at stamps[k] / rate seconds."""
+    """Write a film as a video at `rate` pictures per second, or with picture k at stamps[k] / rate seconds."""
     import av
 
     codec, pixels = {".webm": ("libvpx", "yuv420p"), ".gif": ("gif", "rgb8")}.get(file.suffix, ("libx264", "yuv420p"))
@@ -153,17 +153,17 @@ def write_video(file: Path, film: np.ndarray, rate: int, stamps=None, options=No
 
 @torch.no_grad()
 def counted_flops(model: VideoDiT, x_t: torch.Tensor, t: torch.Tensor, cond) -> list[int]:
-    """Operations of each block by torch's own counter: a forward with it less one without it."""
+    """Operations of each block by torch's counter: those of a forward pass minus those of one without the block."""
     out = []
     for keep in (None, *([j for j in range(model.num_blocks) if j != i] for i in range(model.num_blocks))):
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it knows matrix products
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts matrix products
             model(x_t, t, cond, keep)
         out.append(counter.get_total_flops())
     return [out[0] - n for n in out[1:]]
 
 
 def counted(fn) -> int:
-    """Operations that torch counts; the entry of the attention kernel for CPUs is missing and like the others'."""
+    """Operations by torch's counter, which lacks the CPU's attention kernel: it counts like the others."""
     aten = torch.ops.aten
     kernels = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(

@@ -1,6 +1,6 @@
-"""Very small diffusers pipelines with every part a real one has, built offline: `wan_t2v(folder)` and so on.
+"""Very small diffusers pipelines with all parts of the released ones, built offline: `wan_t2v(folder)` and so on.
 
-Weights are random but fixed by a seed; tokenizers are trained on the spot on a few sentences. Running a Wan
+Weights are random but fixed by a seed; tokenizers are trained here on a few sentences. Running a Wan
 image-to-video pipeline needs ftfy. The fixture `pipeline` (conftest.py) builds each kind once per session.
 """
 
@@ -41,7 +41,7 @@ HUNYUAN = {
 
 
 def seeded(seed: int):
-    """Draw the weights from `seed` and leave the caller's random numbers alone."""
+    """Draw the weights from `seed` without touching the caller's random state."""
 
     def wrap(build: Callable) -> Callable:
         @functools.wraps(build)
@@ -216,7 +216,7 @@ def clip_processor(size: int):
 
 
 def unigram_tokenizer():
-    """A T5-like tokenizer: pieces with a leading mark, `</s>` at the end, `<pad>` is 0."""
+    """A T5-like tokenizer: pieces with a leading mark, `</s>` at the end, `<pad>` has id 0."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -232,7 +232,7 @@ def unigram_tokenizer():
 
 
 def llama_tokenizer():
-    """A Llama-3-like tokenizer: the words of the pipelines' templates are one token each, as in the real one."""
+    """A Llama-3-like tokenizer: each special word of the pipelines' templates is one token."""
     special = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>", "<pad>"]
     return bpe_tokenizer(special, "<|begin_of_text|>", None, pad="<pad>")
 

@@ -1,4 +1,4 @@
-"""Pruned few-step students of the very small pipelines (pipelines.py), and what both samplers need to agree."""
+"""Pruned few-step students of the very small pipelines (pipelines.py), and shared noise for both samplers."""
 
 import itertools
 from pathlib import Path
@@ -12,14 +12,14 @@ KEEP, STEPS, SHIFT = [0, 2, 3], 4, 5.0
 
 
 def make_student(pipeline: Path, folder: Path, sampler: str = "stochastic") -> Path:
-    """A model folder as Stage III leaves it, with the random weights of the pipeline's network."""
+    """A model folder like that of Stage III, with the random weights of the pipeline's network."""
     card = {"ladder": ladder(STEPS, SHIFT), "shift": SHIFT, "guidance": 1.0, "sampler": sampler}
     student = load_model(pipeline / "transformer").prune(KEEP)
     return save_model(student, folder, stage=3, kept_blocks=KEEP, source="a teacher", **card)
 
 
 def stock(folder: Path):
-    """The folder in stock diffusers."""
+    """The folder, loaded by stock diffusers."""
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
@@ -28,7 +28,7 @@ def stock(folder: Path):
 
 
 def same_noise(patch, noises: list[torch.Tensor]) -> None:
-    """The stock scheduler's steps take these instead of drawing from the global generator."""
+    """Make the stock scheduler's steps use these noises instead of drawing from the global generator."""
     draws = itertools.cycle(noises)
     module = "diffusers.schedulers.scheduling_flow_match_euler_discrete"
     patch.setattr(f"{module}.randn_tensor", lambda *_, **__: next(draws))

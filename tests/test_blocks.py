@@ -1,4 +1,4 @@
-"""Block sets, the ranking file, masks that every rank draws alike, and the generators behind them."""
+"""Block sets, the ranking file, masks that are equal on every rank, and the random generators behind them."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_draw_keep_drops_only_pruned_blocks_with_the_stated_frequency():
     pruned, count = [2, 5, 7], 4000
     draws = [draw_keep(pruned, 8, 0.5, 0.25, generator(0, step)) for step in range(count)]
     assert all(set(range(8)) - set(pruned) <= set(keep) and keep == sorted(keep) for keep in draws)
-    # All three gone: the coin for all of them, or three single ones. Five standard errors.
+    # All three are dropped by the common coin or by three single ones. Tolerance: five standard errors.
     for gone, wanted in [({2, 5, 7}, 0.25 + 0.75 / 8), (set(), 0.75 / 8), ({2}, 0.75 / 8)]:
         share = sum(set(range(8)) - set(keep) == gone for keep in draws) / count
         assert share == pytest.approx(wanted, abs=5 * (wanted * (1 - wanted) / count) ** 0.5)

@@ -1,7 +1,7 @@
-"""A third, made-up family: one record, one call to `register`, and every command and stage works with it.
+"""A third, invented family: with one record and one call to `register`, every command and stage works with it.
 
 Ribbon differs from Wan and HunyuanVideo where families can differ: a VAE with 8 channels and strides 4 x 16 x 16, a
-condition with a field `mood`, one time per token (the tokens of the given first frame are clean, t = 0), a checkpoint
+condition with a field `mood`, a time t per token (the tokens of a given first frame are clean, t = 0), a checkpoint
 format of its own. Its "stock" classes are tiny diffusers classes that share no code with the network below.
 Shapes: B batch, F H W latent, L tokens, T text tokens, D hidden, S mood.
 """
@@ -206,7 +206,7 @@ def ribbon_cost(cfg: Mapping, latent: tuple[int, int, int], text: int, use_fused
 
 
 def ribbon_table(config: Mapping) -> Table:
-    """The original keeps q, k and v of a block as one tensor."""
+    """The original checkpoint format stores q, k and v of a block as one tensor."""
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     outside = ("x_in", "text_in", "time_in", "mood_in", "proj_out")
     whole = named({name: f"ribbon.{name}" for name in outside})
@@ -279,11 +279,11 @@ RIBBON = Family(
 )
 
 
-# The stock classes: what `diffusers` would hold.
+# The stock classes, as diffusers would define them.
 
 
 class RibbonTransformer(ModelMixin, ConfigMixin):
-    """The same network written anew."""
+    """The same network, written independently."""
 
     @register_to_config
     def __init__(
@@ -342,11 +342,11 @@ class RibbonVAE(ModelMixin, ConfigMixin):
         return (torch.cat([colours[:, :, :1], colours[:, :, 1:].repeat_interleave(4, 2)], 2),)
 
     def enable_tiling(self) -> None:
-        """Nothing is large here."""
+        """Does nothing: this VAE is small."""
 
 
 class RibbonText(ModelMixin, ConfigMixin):
-    """A vector for every letter, and the prompt's mood: the share of vowels, of spaces, and its length."""
+    """Encodes each letter as a vector, and the prompt's mood: shares of vowels and spaces, and its length."""
 
     @register_to_config
     def __init__(self, text_dim=6):
@@ -366,7 +366,7 @@ class RibbonPipeline(DiffusionPipeline):
         return text, torch.tensor(len(letters)), mood.float()
 
 
-# One run through all commands, and what came of it.
+# One run through all commands, and its results.
 
 
 PROMPTS = ("a red ribbon turns", "blue and green", "so grey", "a yellow field")
@@ -384,7 +384,7 @@ def registered() -> Iterator[None]:
 
 
 def film(seed: int) -> np.ndarray:
-    """Frames [5, 32, 64, 3] that the VAE keeps: one colour per patch of 16 x 16, frames 1 to 4 alike."""
+    """Frames [5, 32, 64, 3] that the VAE reproduces: one colour per 16 x 16 patch, frames 1 to 4 equal."""
     colours = np.random.default_rng(seed).integers(0, 256, (2, 2, 4, 3), np.uint8)
     return colours.repeat(16, 1).repeat(16, 2)[[0, 1, 1, 1, 1]]
 
@@ -456,7 +456,7 @@ def test_the_walk_is_one_call_per_stream():
 
 
 def test_the_plan_counts_this_network():
-    """Parameters exactly; operations as torch counts them, without those of the sums and norms."""
+    """The cost model gives the exact parameters, and torch's count of operations without sums and norms."""
     model = build({"_class_name": "RibbonTransformer"}, seed=1)
     net = load_network(model.config, f"{HEIGHT}x{WIDTH}x{FRAMES}", 0)
     assert net.params == sum(p.numel() for p in model.parameters()) and net.latent == LATENT
@@ -489,7 +489,7 @@ def test_the_stages_trained_it(folder: Path):
 
 @torch.no_grad()
 def test_the_export_is_the_same_network(folder: Path):
-    """The command compared it with the stock class already; here again with a batch of two, and what it wrote."""
+    """The stock class gives the same v for a batch of two, and the exported files are complete."""
     model, stock = (
         load_model(folder / "run/stage3/model"),
         RibbonTransformer.from_pretrained(folder / "out/transformer"),
@@ -508,7 +508,7 @@ def test_the_export_is_the_same_network(folder: Path):
 
 @torch.no_grad()
 def test_generate_samples_as_the_stock_parts_do(folder: Path):
-    """From one seed: the command, and by hand the exported network, scheduler, text encoder and VAE."""
+    """With one seed, the command's clip equals the one of the exported network, scheduler, encoder and VAE by hand."""
     Image.fromarray(film(9)[0]).save(folder / "first.png")
     words = [f"model={folder}/out", "prompt=a red ribbon", f"image={folder}/first.png", f"out={folder}/a.png", "seed=4"]
     main(generate, "generate", [*words, *WORDS])
@@ -527,7 +527,7 @@ def test_generate_samples_as_the_stock_parts_do(folder: Path):
     x = torch.cat([image, x[:, :, 1:]], 2)
     video = pipe.vae.decode(x / 3.0 + 0.2)[0][0].clamp(-1, 1)
     wanted = (video * 127.5 + 127.5).round().int().permute(1, 2, 3, 0).numpy()
-    assert np.abs(sheet - wanted).max() <= 1 and len(np.unique(sheet)) > 10  # a value at a rounding boundary may move
+    assert np.abs(sheet - wanted).max() <= 1 and len(np.unique(sheet)) > 10  # a value at a rounding boundary can differ
     assert np.abs(sheet[0] - film(9)[0]).max() <= 1  # the given frame
 
 

@@ -79,7 +79,7 @@ def test_ladder_and_shift():
 @pytest.mark.parametrize("steps", range(1, 9))
 def test_ladder_is_what_the_exported_stock_scheduler_steps_through(steps: int, shift: float):
     diffusers = pytest.importorskip("diffusers")
-    end = shift / (steps + shift - 1) if steps > 1 else None  # one step has nothing to stretch
+    end = shift / (steps + shift - 1) if steps > 1 else None  # one step has no spacing
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         shift=shift * steps / (steps + shift - 1), shift_terminal=end, stochastic_sampling=True
     )
@@ -123,7 +123,7 @@ def test_stochastic_rollout_of_a_gaussian_has_the_predicted_moments():
         return torch.randn(count, generator=gen, dtype=torch.float64)
 
     got = flow.rollout(lambda x, t: best_v(x, t, m, s), fresh(), TIMES, "stochastic", fresh)
-    # Every rung is linear: x0 = a x + b, then x' = (1 - t') x0 + t' noise with independent noise.
+    # Every step is linear: x0 = a x + b, then x' = (1 - t') x0 + t' noise with independent noise.
     mean, var = 0.0, 1.0
     for t, after in zip(TIMES, [*TIMES[1:], 0.0]):
         a, b = posterior(t, m, s)

@@ -1,4 +1,4 @@
-"""The order of the package: a unit imports only units that stand below it, and `import fastlightgen` stays light."""
+"""The order of the package: a unit imports only units below it, and `import fastlightgen` loads no heavy module."""
 
 import ast
 import subprocess
@@ -22,7 +22,7 @@ ORDER = [  # from the top down; no two units share a level
     "methods",
     "stages",
     "planner",
-    # what runs it, and what it is run on
+    # engines, models and data
     "engine",
     "pipelines",
     "world",
@@ -95,7 +95,7 @@ def test_imports_go_down(module: str):
 
 
 def test_no_module_imports_itself_through_others():
-    """Module by module, also within a unit."""
+    """No module imports another in a circle, also within a unit."""
 
     def home(name: str) -> str | None:  # "fastlightgen.a.b.thing" -> the module it stands in
         while name and name not in MODULES:
@@ -124,7 +124,7 @@ def test_config_imports_no_torch():
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.split(".")[1] in ("stages", "methods")])
 def test_a_stage_is_given_its_model_engine_and_data(module: str):
-    """Shared types (Batch, Role, VideoDiT) may be named; the things themselves come through arguments."""
+    """These units may import shared types (Batch, Role, VideoDiT); the objects come through arguments."""
     concrete = {n for n in imports_of(module) if n.startswith(tuple(f"fastlightgen.{c}" for c in CONCRETE))}
     assert not concrete
 

@@ -1,4 +1,4 @@
-"""A method is one declaration: a toy one, in this file alone, trains, is planned, and shows wherever a method shows."""
+"""A method is one declaration: the toy method of this file trains, is planned, and appears in help and reports."""
 # ruff: noqa: RUF009  `field` is dataclasses.field with checks
 
 import json
@@ -35,7 +35,7 @@ from fastlightgen.world.source import ShapesSource
 
 @dataclass(kw_only=True)
 class ToyKeys(TrainingKeys):
-    """Keys of the toy method."""
+    """The configuration keys of the toy method."""
 
     steps: int = field(2, "sampling steps of the student", lo=1)
     pull: float = field(0.5, "how strongly the student follows the whole network", above=0)
@@ -47,7 +47,7 @@ def toy_loss(x0_student: torch.Tensor, x0_teacher: torch.Tensor, pull: float) ->
 
 
 class Toy:
-    """The pruned student regresses the x0 estimate of the whole network."""
+    """The pruned student regresses the x0 estimate of the network with all blocks."""
 
     number, loss_key, drifts = 3, "loss", True
 
@@ -160,7 +160,7 @@ def test_help_shows_it(capsys):
 
 
 def test_it_is_planned_as_it_runs(words, capsys, tmp_path):
-    """Operations and block evaluations of a real step are those of the declared walks; the plan command takes it."""
+    """A real step has the operations and block evaluations of the declared walks; the plan command uses them."""
     cfg = load([*words, "run=r", "iters=9"])
     stage = build(cfg, Builder(cfg, ShapesSource(0), torch.device("cpu")))
     batch = ShapesSource(0).batch(0, 2)
@@ -172,7 +172,7 @@ def test_it_is_planned_as_it_runs(words, capsys, tmp_path):
     assert b.iters == 9
     main(plan, "plan", ["stage=3", "method=toy", "pull=2", "gpus=8", f"out={tmp_path / 'p.json'}"])
     record = json.loads((tmp_path / "p.json").read_text())
-    assert (record["pull"], record["plan"]["calls"]) == (2.0, 40 + 28)  # Wan 14B, whole and pruned by 30%
+    assert (record["pull"], record["plan"]["calls"]) == (2.0, 40 + 28)  # Wan 14B with all blocks, and pruned by 30%
     assert "block evaluations" in capsys.readouterr().out
 
 

@@ -1,5 +1,5 @@
-// One CUTLASS 3 product for sm_90a: D[M, N] = epilogue(A[M, K] W[N, K]^T), bfloat16 in and out, float32 sums. Both
-// operands arrive by TMA and are multiplied by wgmma, two warp groups to a tile, persistent blocks in clusters of two.
+// A CUTLASS 3 matrix product for sm_90a: D[M, N] = epilogue(A[M, K] W[N, K]^T), bfloat16 in and out, float32 sums. TMA
+// loads both operands, wgmma multiplies them; two warp groups share a tile, blocks are persistent in clusters of two.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,16 +20,16 @@ namespace flg::gemm {
 
 using Element = cutlass::bfloat16_t;
 using RowMajor = cutlass::layout::RowMajor;
-using Tile = cute::Shape<cute::_128, cute::_256, cute::_64>;
-using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
-constexpr int kAlignment = 8;  // elements in 16 bytes
+using Tile = cute::Shape<cute::_128, cute::_256, cute::_64>;  // M, N, K of a thread block
+using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;    // two blocks along M share the loads of W
+constexpr int kAlignment = 8;                                 // TMA reads 16 bytes: 8 elements
 constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 
-// A vector [N] that every row of the tile sees.
+// Epilogue operand: a vector [N], broadcast over the rows of the tile.
 template <typename T>
 using Row = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, T, float, cute::Stride<cute::_0, cute::_1, int64_t>>;
 
-// `Source` is the element of C, or void where the epilogue reads none.
+// `Source` is the element type of C, or void if the epilogue reads no C.
 template <typename Fusion, typename Source>
 struct Matmul {
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
@@ -44,11 +44,12 @@ struct Matmul {
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
   using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-  // Enqueues one product; `fusion` are the epilogue's own arguments.
+  // Enqueues the product on `stream`; `fusion` holds the epilogue's arguments. Returns a cudaError, 0 for success.
   static int run(const void* a, const void* w, const Source* c, void* d, int64_t m, int64_t n, int64_t k,
                  typename Epilogue::FusionCallbacks::Arguments fusion, int device, void* stream) {
     int64_t sms = 0;
     FLG_TRY(count_sms(device, sms));
+    // Strides of a dense row-major matrix; the third one is for a batch, of which there is one.
     const auto rows = [](int64_t width) { return cute::make_stride(width, cute::_1{}, int64_t{0}); };
     typename Device::Arguments args{cutlass::gemm::GemmUniversalMode::kGemm,
                                     {static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), 1},
@@ -56,7 +57,7 @@ struct Matmul {
                                     {fusion, c, rows(n), static_cast<Element*>(d), rows(n)}};
     args.hw_info.device_id = device;
     args.hw_info.sm_count = static_cast<int>(sms);
-    // A workspace is for split-K only, which this scheduler does not do.
+    // Only split-K needs a workspace, and this scheduler does not split K.
     if (Device::get_workspace_size(args) != 0 || Device::can_implement(args) != cutlass::Status::kSuccess)
       return static_cast<int>(cudaErrorInvalidValue);
     Device matmul;
@@ -66,6 +67,7 @@ struct Matmul {
   }
 };
 
+// Whether CUTLASS accepts these sizes: 32-bit, and rows of 16-byte multiples for TMA.
 inline bool fits(int64_t m, int64_t n, int64_t k) {
   constexpr int64_t most = INT32_MAX;
   return m >= 0 && n > 0 && k > 0 && n % kAlignment == 0 && k % kAlignment == 0 && m <= most && n <= most && k <= most;

@@ -6,7 +6,7 @@ namespace {
 
 using namespace cutlass::epilogue::fusion;
 
-// gate * (acc + bias) + c in float32, rounded once.
+// The epilogue gate * (acc + bias) + c: computed in float32, rounded to bfloat16 once.
 using Biased = Sm90EVT<Sm90Compute<cutlass::plus, float, float, kRound>, Sm90AccFetch, Row<Element>>;
 using GateResidual = Sm90EVT<Sm90Compute<cutlass::homogeneous_multiply_add, Element, float, kRound>, Row<float>, Biased,
                              Sm90SrcFetch<Element>>;
@@ -23,9 +23,10 @@ extern "C" int flg_linear_gate_residual(const flg_linear_gate_residual_params* p
     FLG_REQUIRE(flg::aligned(pointer));
   const flg::DeviceGuard guard(p.device);
   FLG_TRY(guard.status);
+  // One launch per gate row: the epilogue broadcasts one vector over all the rows of a product.
   for (int64_t first = 0; first < p.rows; first += p.rows_per_mod) {
     const auto* gate = p.gate + first / p.rows_per_mod * p.dim;
-    const auto at = [&](const void* of, int64_t width) { return static_cast<const Element*>(of) + first * width; };
+    const auto at = [&](const void* base, int64_t width) { return static_cast<const Element*>(base) + first * width; };
     const int error = Matmul<GateResidual, Element>::run(
         at(p.x, p.inner), p.weight, at(p.c, p.dim), static_cast<Element*>(p.out) + first * p.dim, p.rows_per_mod, p.dim,
         p.inner, {{gate}, {{}, {static_cast<const Element*>(p.bias)}, {}}, {}, {}}, p.device, stream);

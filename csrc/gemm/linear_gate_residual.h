@@ -1,4 +1,4 @@
-/* out = c + gate (x weight^T + bias), the residual step of a block in its last matrix product. bfloat16, sm_90a. */
+/* out = c + gate (x weight^T + bias): the last matrix product of a block adds the residual itself. bfloat16, sm_90a. */
 #pragma once
 
 #include <stdint.h>
@@ -21,7 +21,7 @@ typedef struct {
   int device;
 } flg_linear_gate_residual_params;
 
-/* Enqueues on `stream` (a cudaStream_t), one launch per row of the gate; returns a cudaError, 0 when all is well. */
+/* Enqueues on `stream` (a cudaStream_t), one launch per row of the gate; returns a cudaError, 0 for success. */
 int flg_linear_gate_residual(const flg_linear_gate_residual_params* params, void* stream);
 
 #ifdef __cplusplus

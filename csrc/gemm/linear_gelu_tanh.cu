@@ -4,15 +4,15 @@
 namespace flg::gemm {
 namespace {
 
-// 0.5 z (1 + tanh u) = z / (1 + exp(-2 u)). Not CUTLASS's GELU_taylor: for negative z its approximate tanh cancels
-// against the 1 and leaves a relative error of some percent.
+// GELU by the tanh formula, 0.5 z (1 + tanh u), rewritten as z / (1 + exp(-2 u)). CUTLASS's GELU_taylor is not used:
+// for negative z its approximate tanh cancels against the 1, which leaves a relative error of several percent.
 template <typename T>
 struct GeluTanh;
 
 template <>
 struct GeluTanh<float> {
   CUTLASS_DEVICE float operator()(float z) const {
-    const float u = 0.7978845608028654f * z * (1.0f + 0.044715f * z * z);
+    const float u = 0.7978845608028654f * z * (1.0f + 0.044715f * z * z);  // sqrt(2 / pi) (z + 0.044715 z^3)
     return __fdividef(z, 1.0f + __expf(-2.0f * u));
   }
 };
@@ -27,6 +27,7 @@ struct GeluTanh<cutlass::Array<float, N>> {
   }
 };
 
+// The epilogue also stores z, its input, as the auxiliary output ("Aux").
 using Gelu = cutlass::epilogue::fusion::LinCombPerColBiasEltActAux<RowMajor, GeluTanh, Element, float, Element, Element,
                                                                    void, float>;
 

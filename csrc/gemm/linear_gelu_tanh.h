@@ -1,4 +1,4 @@
-/* z = x weight^T + bias, out = GELU(z) by the tanh formula; z is kept for the backward pass. bfloat16, sm_90a. */
+/* z = x weight^T + bias, out = GELU(z) by the tanh formula; the backward pass needs z. bfloat16, sm_90a. */
 #pragma once
 
 #include <stdint.h>
@@ -9,7 +9,7 @@ extern "C" {
 
 typedef struct {
   void* out;          /* [rows, dim]; all tensors dense and 16-byte aligned */
-  void* z;            /* [rows, dim], or null: not wanted */
+  void* z;            /* [rows, dim], or null: do not store it */
   const void* x;      /* [rows, inner] */
   const void* weight; /* [dim, inner] */
   const void* bias;   /* [dim], or null */
@@ -19,7 +19,7 @@ typedef struct {
   int device;
 } flg_linear_gelu_tanh_params;
 
-/* Enqueues on `stream` (a cudaStream_t); returns a cudaError, 0 when all is well. */
+/* Enqueues on `stream` (a cudaStream_t); returns a cudaError, 0 for success. */
 int flg_linear_gelu_tanh(const flg_linear_gelu_tanh_params* params, void* stream);
 
 #ifdef __cplusplus

@@ -1,1 +1,1 @@
-"""Data: latent caches, the batches drawn from them, lists of videos, frames as files."""
+"""Data: latent caches and their batches, lists of videos, video decoding, clip files."""

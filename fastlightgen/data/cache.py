@@ -1,9 +1,9 @@
-"""Latent caches: safetensors shards, an index that describes them, and the null prompt. Written whole, read checked.
+"""Latent caches: safetensors shards, an index, and the null prompt. Files appear complete; reading verifies checksums.
 
 A cache folder holds index.json {format, description, shards: [{file, clips, size, sha256}]}, null.safetensors and the
-shards. A shard holds clips of one size, one stacked tensor per field: `latents` [n, C, F, H, W] (already normalised)
-and fields of the family's Cond; its metadata repeats the description and has for every clip where it came from and a
-checksum. A text may be stored shorter than description.text_tokens: reading fills it up with zeros.
+shards. A shard holds n clips of equal size, one stacked tensor per field: `latents` [n, C, F, H, W], normalised, and
+fields of the family's Cond. A shard's metadata holds the description and, for every clip, its origin and a checksum. A
+text may be stored with fewer tokens than description.text_tokens; reading pads it with zeros.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from torch import Tensor
 from fastlightgen.atomic import write_json
 from fastlightgen.models.families import cond_fields
 
-FORMAT, READS = 2, (1, 2)  # format 1 has neither sizes nor checksums of clips
-META = "fastlightgen"  # one key of a shard's metadata: safetensors writes several in no fixed order
+FORMAT, READS = 2, (1, 2)  # written, readable; format 1 has no sizes and no checksums of clips
+META = "fastlightgen"  # the only metadata key of a shard: safetensors writes several keys in random order
 
 
 def write_cache(
     folder: str | Path, shards: Iterable[Mapping[str, Tensor]], null: Mapping[str, Tensor], **description
 ) -> None:
-    """Write a cache; `null` holds the fields of Cond of the null prompt of one clip."""
+    """Write a cache; `null` holds the null prompt's Cond fields for one clip."""
     folder = Path(folder)
     if (folder / "index.json").exists():
         raise ValueError(f"{folder}: already holds a latent cache; choose another folder")
@@ -43,7 +43,7 @@ def write_cache(
 
 
 def write_shard(file: Path, shard: Mapping[str, Tensor], about: Sequence[dict], description: dict) -> dict:
-    """Write one shard and return its entry of the index; `about` says where each clip came from."""
+    """Write one shard and return its index entry; `about` holds the origin of each clip."""
     samples = [
         a | {"crc32": crc32({k: v[row] for k, v in shard.items()})} for row, a in enumerate(about)
     ]  # fmt: skip
@@ -53,12 +53,12 @@ def write_shard(file: Path, shard: Mapping[str, Tensor], about: Sequence[dict], 
 
 
 def write_index(folder: Path, entries: Sequence[dict], description: dict) -> None:
-    """Written last: a folder without an index is no cache."""
+    """Write index.json. It must be the last file: only a folder with an index counts as a cache."""
     write_json(folder / "index.json", {"format": FORMAT, "description": description, "shards": list(entries)})
 
 
 class Cache:
-    """Random access to the clips of a cache folder; each clip's checksum is compared when it is first read."""
+    """Random access to the clips of a cache folder; verifies each clip's checksum at its first read."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -75,11 +75,11 @@ class Cache:
             raise ValueError(f"{self.folder}: cache format {version}, this version reads {reads}")
         if any(Path(name).name != name or name == ".." for name, _, _ in shards):
             raise ValueError(f"{self.folder}/index.json: names files outside its folder")
-        self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]  # runs record it as data_hash
         self.where = [(self.folder / name, row) for name, clips, _ in shards for row in range(clips)]
         self.sizes = [size for _, clips, size in shards for _ in range(clips)]
-        self._samples: dict[Path, list[dict]] = {}
-        self._checked: set[int] = set()
+        self._samples: dict[Path, list[dict]] = {}  # metadata of the shards read so far
+        self._checked: set[int] = set()  # clips with a verified checksum
         try:
             self.null = self._fill(load_file(self.folder / "null.safetensors"))
         except (OSError, SafetensorError) as err:
@@ -89,24 +89,24 @@ class Cache:
         return len(self.where)
 
     def groups(self) -> list[list[int]]:
-        """The clips of each size; the size that most clips have comes first."""
+        """The clip indices of each size, the most frequent size first."""
         found: dict[tuple, list[int]] = {}
         for i, size in enumerate(self.sizes):
             found.setdefault(size, []).append(i)
         return sorted(found.values(), key=lambda group: (-len(group), group[0]))
 
     def read(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The fields of some clips of one size, stacked; only their rows are read from disk."""
+        """Read clips of equal size and stack their fields; reads only their rows from disk."""
         clips = [self._fill(self._read(i)) for i in indices]
         known = ["latents", *cond_fields(self.description)]
-        strangers = {key for clip in clips for key in clip} - set(known)
-        if strangers or any("latents" not in clip or clip.keys() != clips[0].keys() for clip in clips):
+        unknown = {key for clip in clips for key in clip} - set(known)
+        if unknown or any("latents" not in clip or clip.keys() != clips[0].keys() for clip in clips):
             got = sorted({key for clip in clips for key in clip})
             raise ValueError(f"{self.folder}: fields {got}; wanted latents and fields among {', '.join(known)}")
         return {key: torch.stack([clip[key] for clip in clips]) for key in clips[0]}
 
     def sample(self, index: int) -> dict:
-        """Where a clip came from: file, source, caption, start, end, as far as its shard says."""
+        """The origin of a clip: file, source, caption, start, end, as far as its shard records them."""
         file, row = self.where[index]
         with safe_open(file, framework="pt") as shard:
             return self._about(file, shard)[row]
@@ -120,18 +120,20 @@ class Cache:
         except (OSError, IndexError, KeyError, ValueError, SafetensorError) as err:
             raise ValueError(f"{file}: damaged or missing ({err}); make the cache again") from None
         if index not in self._checked:
-            wanted = about[row].get("crc32") if row < len(about) else None
+            wanted = about[row].get("crc32") if row < len(about) else None  # None in format 1
             if wanted is not None and crc32(clip) != wanted:
                 raise ValueError(f"{file}: clip {row} is damaged (its checksum is wrong); make the cache again")
             self._checked.add(index)
         return clip
 
     def _about(self, file: Path, shard) -> list[dict]:
+        """The origin and checksum of each clip of an open shard."""
         if file not in self._samples:
             self._samples[file] = json.loads((shard.metadata() or {}).get(META, "{}")).get("samples", [])
         return self._samples[file]
 
     def _fill(self, clip: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Pad a clip's text with zeros to the length that the network expects."""
         tokens = self.description.get("text_tokens")
         if tokens is None or "text" not in clip:
             return clip
@@ -139,7 +141,7 @@ class Cache:
 
 
 def crc32(clip: Mapping[str, Tensor]) -> int:
-    """One checksum over the bytes of a clip's fields, in the order of their names."""
+    """A checksum over the bytes of a clip's fields, in the order of their names."""
     value = 0
     for key in sorted(clip):
         value = zlib.crc32(clip[key].contiguous().reshape(-1).view(torch.uint8).numpy().data, value)
@@ -147,6 +149,7 @@ def crc32(clip: Mapping[str, Tensor]) -> int:
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that appears complete or not at all."""
     temporary = file.with_suffix(".tmp")
     save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
     os.replace(temporary, file)

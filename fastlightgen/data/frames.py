@@ -1,4 +1,4 @@
-"""Clips as files: mp4, gif, or a png sheet, by the suffix. Frames are [B, F, H, W, 3], 8 bits."""
+"""Writes clips as .mp4, .gif or a .png sheet, and reads pictures. Frames are uint8 [B, F, H, W, 3]."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def write_clips(path: Path, frames: NDArray, fps: int) -> None:
-    """Several clips of one batch go into one file; it appears whole or not at all."""
+    """Write all clips of a batch into one file, which appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     try:
@@ -20,16 +20,17 @@ def write_clips(path: Path, frames: NDArray, fps: int) -> None:
 
 
 def check_suffix(out: str) -> Path:
+    """Return `out` as a path; raise ValueError if no writer exists for its suffix."""
     path = Path(out)
     if path.suffix not in WRITERS:
         raise ValueError(f"out={out}: the suffix is {path.suffix!r}; wanted one of {', '.join(WRITERS)}")
     if path.suffix == ".mp4":
-        _av(path)
+        _av(path)  # fails here, before any sampling, if PyAV is missing
     return path
 
 
 def read_image(path: str, height: int, width: int) -> torch.Tensor:
-    """A picture as [3, height, width] in [0, 1]: the centre of that shape, averaged down."""
+    """Read a picture as [3, height, width] in [0, 1]: its centre is cropped to that shape and resized."""
     from PIL import Image
 
     picture = open_image(path)
@@ -51,7 +52,7 @@ def open_image(path: str):
 
 
 def in_rows(frames: NDArray) -> NDArray:
-    """[B, F, H, W, 3] -> [F, H, B W, 3]: the clips side by side."""
+    """Place the clips side by side: [B, F, H, W, 3] -> [F, H, B W, 3]."""
     return np.concatenate(list(frames), 2)
 
 
@@ -63,7 +64,7 @@ def write_gif(path: Path, frames: NDArray, fps: int) -> None:
 
 
 def write_sheet(path: Path, frames: NDArray, fps: int) -> None:
-    """One row per clip, one column per frame."""
+    """Write a picture with one row per clip and one column per frame."""
     from PIL import Image
 
     Image.fromarray(np.concatenate([np.concatenate(list(clip), 1) for clip in frames], 0)).save(path)
@@ -94,5 +95,5 @@ WRITERS = {".mp4": write_mp4, ".gif": write_gif, ".png": write_sheet}
 
 
 def to_uint8(video: Tensor) -> Tensor:
-    """Pixels in [0,1] -> uint8, clamped and rounded."""
+    """Convert pixels in [0,1] to uint8, clamped and rounded."""
     return (video.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,6 +1,6 @@
-"""Which clips to encode: a CSV or JSON-lines file, or a folder of videos with captions beside them.
+"""Reads the list of clips to encode: a CSV or JSON-lines file, or a folder of videos with captions beside them.
 
-Columns: file (relative to the list), caption, and optionally start and end in seconds and dover, a quality score.
+Columns: file (relative to the list), caption, and optionally start, end (in seconds) and dover (a quality score).
 """
 
 import csv
@@ -16,9 +16,9 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclass(frozen=True)
 class Row:
-    """One wanted clip; `problem` says why it cannot be encoded, as far as the list alone shows."""
+    """A clip of the list; `problem` is the reason why it cannot be encoded, or empty."""
 
-    name: str  # as the list spells it
+    name: str  # as written in the list
     file: Path
     caption: str = ""
     start: float = 0.0
@@ -27,7 +27,7 @@ class Row:
 
 
 def read_list(videos: str | Path, min_dover: float) -> list[Row]:
-    """The rows of a .csv or .jsonl file, or of a folder."""
+    """Read the rows of a .csv or .jsonl file, or of a folder."""
     path = Path(videos)
     if path.is_dir():
         rows = folder_rows(path)
@@ -35,7 +35,7 @@ def read_list(videos: str | Path, min_dover: float) -> list[Row]:
     else:
         readers = {".csv": csv_records, ".jsonl": json_records}
         if path.suffix not in readers:
-            raise ValueError(f"videos={path}: not a folder, nor a list that ends in {' or '.join(readers)}")
+            raise ValueError(f"videos={path}: neither a folder nor a {' or '.join(readers)} file")
         try:
             records = readers[path.suffix](path)
         except OSError as err:
@@ -50,7 +50,7 @@ def read_list(videos: str | Path, min_dover: float) -> list[Row]:
 
 
 def folder_rows(folder: Path) -> list[Row]:
-    """Videos, and folders of pictures, in the order of their names; NAME.txt holds the caption."""
+    """List the videos and the folders of pictures in a folder, sorted by name; NAME.txt holds the caption."""
     rows = []
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in VIDEOS if file.is_file() else pictures(file):
@@ -62,7 +62,7 @@ def folder_rows(folder: Path) -> list[Row]:
 
 
 def pictures(folder: Path) -> list[Path]:
-    """The picture files of a folder in the order of their names."""
+    """The picture files of a folder, sorted by name."""
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
 
 
@@ -96,7 +96,7 @@ def json_records(path: Path) -> list[dict]:
 
 
 def list_row(record: dict, base: Path, min_dover: float) -> Row:
-    """One record of a list, checked; what is wrong with it becomes its `problem`."""
+    """Check a record of a list and return it as a Row; a mistake in it becomes the row's `problem`."""
     name, caption = str(record["file"] or "").strip(), str(record["caption"] or "").strip()
     file = base / name
     row = partial(Row, name, file, caption)
@@ -118,7 +118,7 @@ def list_row(record: dict, base: Path, min_dover: float) -> Row:
     start, end = numbers.get("start", 0.0), numbers.get("end")
     problem = ""
     if start < 0 or (end is not None and end <= start):
-        problem = f"start={start:g} and end={end} are no span of time"
+        problem = f"start={start:g}, end={end}: wanted 0 <= start < end"
     elif numbers.get("dover", min_dover) < min_dover:
         problem = f"dover={numbers['dover']:g} is below min_dover={min_dover:g}"
     elif not (file.is_file() or (file.is_dir() and pictures(file))):

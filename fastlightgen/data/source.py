@@ -1,4 +1,4 @@
-"""Where batches come from: what a source offers, and the clips of a latent cache, as a function of the step alone."""
+"""Training batches: the interface of a source, and the source that draws from a latent cache."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,14 +15,15 @@ from fastlightgen.rng import generator
 
 @dataclass
 class Batch:
-    """B clips: clean latents [B, C, F, H, W], their condition, and the same condition with the null prompt."""
+    """B clips: clean latents x0 [B, C, F, H, W], their condition, and that condition with the null prompt."""
 
     x0: Tensor
     cond: Cond
     null: Cond
 
     def to(self, device: torch.device) -> "Batch":
-        moved: dict[int, Tensor] = {}  # what cond and null share stays shared: a walk merges their streams by it
+        # Tensors shared by cond and null must stay shared: the network then processes them once for both.
+        moved: dict[int, Tensor] = {}
 
         def move(x: Tensor) -> Tensor:
             if id(x) not in moved:
@@ -32,7 +33,7 @@ class Batch:
         return Batch(move(self.x0), self.cond.map(move), self.null.map(move))
 
     def drop_text(self, dropped: Tensor) -> Cond:
-        """The condition with the null prompt where `dropped` [B] is true (trains the null prediction of Eq. 9)."""
+        """Return the condition, with the null prompt where `dropped` [B] is true: trains v(null) of Eq. 9."""
         dropped, changed = dropped.to(self.x0.device), {}
         for key in self.cond.text_fields:
             cond, null = vars(self.cond)[key], vars(self.null)[key]
@@ -42,11 +43,11 @@ class Batch:
 
 
 class Source(Protocol):
-    """`batch(step, size)` draws training clips (only `rows` of them, where given),
-    `held_out(start, size)` fixed clips that training never sees.
+    """A source of batches that depend on the step alone, so that a resumed run draws the same ones.
 
-    `largest` is one clip of the largest size. `description` says what the clips were made with; it is empty for the
-    built-in world.
+    `batch(step, size)` draws training clips; `rows` selects a part of the batch. `held_out(start, size)` returns fixed
+    clips that training never uses. `largest()` returns one clip of the largest size. `description` records how the
+    clips were encoded; it is empty for the built-in world.
     """
 
     name: str
@@ -60,9 +61,10 @@ class Source(Protocol):
 
 
 class CacheSource:
-    """Clips of a latent cache. A batch has clips of one size; the last tenth of the most frequent size is held out.
+    """Clips of a latent cache. All clips of a batch have the same size.
 
-    A round of steps takes from every size about as many batches as its clips fill, in a seeded random order.
+    Steps form cycles. A cycle contains, for every size, about as many batches as its clips fill, in a seeded random
+    order. The last tenth of the clips of the most frequent size is held out.
     """
 
     def __init__(self, cache: Cache, seed: int):
@@ -72,21 +74,21 @@ class CacheSource:
         cut = len(clips) - max(1, len(clips) // 10)
         if cut < 1:
             raise ValueError(
-                f"data={cache.folder}: {len(clips)} clips; at least 2 are needed (of one size), one of them held out"
+                f"data={cache.folder}: {len(clips)} clips; at least 2 of equal size are needed, one of them held out"
             )
         self.groups[0], self.rest = clips[:cut], clips[cut:]
 
     def batch(self, step: int, size: int, rows: range | None = None) -> Batch:
-        """Epochs of each size in seeded random orders, cut into batches without a break between epochs."""
+        """Draw a batch: the epochs of a size, each in its own seeded order, form a sequence that is cut in batches."""
         number, turn = self.turn(step, size)
         group = self.groups[number]
-        places = [turn * size + row for row in rows or range(size)]
+        places = [turn * size + row for row in rows or range(size)]  # positions in that sequence
         orders = {e: self._order(number, e) for e in {p // len(group) for p in places}}
         return self._read([group[orders[p // len(group)][p % len(group)]] for p in places])
 
     def turn(self, step: int, size: int) -> tuple[int, int]:
-        """Which size this step takes, and how many steps took it before."""
-        shares = [max(1, round(len(group) / size)) for group in self.groups]
+        """Return the number of the size that this step uses, and how many earlier steps used it."""
+        shares = [max(1, round(len(group) / size)) for group in self.groups]  # batches per cycle
         labels = [number for number, share in enumerate(shares) for _ in range(share)]
         cycle, place = divmod(step, len(labels))
         order = torch.randperm(len(labels), generator=generator(self.seed, cycle, 0)).tolist()
@@ -94,12 +96,13 @@ class CacheSource:
         return taken[-1], cycle * shares[taken[-1]] + taken.count(taken[-1]) - 1
 
     def held_out(self, start: int, size: int) -> Batch:
-        return self._read([self.rest[(start + i) % len(self.rest)] for i in range(size)])
+        return self._read([self.rest[(start + i) % len(self.rest)] for i in range(size)])  # repeats a short list
 
     def largest(self) -> Batch:
         return self._read([max(range(len(self.cache)), key=lambda i: math.prod(self.cache.sizes[i]))])
 
     def _order(self, number: int, epoch: int) -> list[int]:
+        """The order of a size's clips in one epoch."""
         keys = (epoch, number) if number else (epoch,)
         return torch.randperm(len(self.groups[number]), generator=generator(self.seed, *keys)).tolist()
 

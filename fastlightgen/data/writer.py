@@ -1,8 +1,8 @@
-"""Making a latent cache that can be stopped at any moment, by one process or many.
+"""Writes a latent cache with one process or many; any process can be stopped at any moment and started again.
 
-The list is cut into parts of `shard` rows. A part is done when parts/NNNNN.json names its shards, one for every size
-that occurs in it, and what was skipped. Which process makes a part, when, and after how many interruptions does not
-matter: the files are the same to the byte. Whoever sees all parts done writes skipped.json and then index.json.
+The list is cut into parts of `shard` rows. A part is done when parts/NNNNN.json exists; it names the part's shards (one
+for every size in it) and the skipped rows. The files are equal to the byte, no matter which process writes a part and
+how often it was interrupted. The process that finds all parts done writes skipped.json and then index.json.
 """
 
 import fcntl
@@ -22,30 +22,32 @@ from fastlightgen.config import diff
 from fastlightgen.data.cache import save_tensors, sha256, write_index, write_shard
 from fastlightgen.data.lists import Row
 
-Clip = tuple[dict[str, Tensor], dict]  # the fields, and where they came from
+Clip = tuple[dict[str, Tensor], dict]  # the fields, and the clip's origin for the shard's metadata
 
 
 class Writer:
-    """A cache folder in the making; `settings` is everything that decides its content."""
+    """A cache folder being written; `settings` holds everything that decides its content."""
 
     def __init__(self, folder: str | Path, settings: dict, rows: Sequence[Row], shard: int, rank: int = 0):
         self.folder, self.description, self.rank = Path(folder), settings["description"], rank
         self.parts = [range(k, min(k + shard, len(rows))) for k in range(0, len(rows), shard)]
+        # Through JSON, so that the settings compare equal with those read from encode.json.
         self.settings = json.loads(json.dumps(settings | {"shard": shard, "rows": len(rows), "list": list_hash(rows)}))
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "parts").mkdir(exist_ok=True)
 
     @contextmanager
     def opened(self):
-        """This rank's place in the folder, refused to a second process and to another configuration."""
+        """Hold this rank's lock on the folder; refuse a second process of this rank and another configuration."""
         with locked(self.folder / f".lock-{self.rank}") as free:
             if not free:
-                raise ValueError(f"out={self.folder}: another process makes it as rank={self.rank}; wait for it")
-            with locked(self.folder / ".lock", wait=True):
+                raise ValueError(f"out={self.folder}: another process writes it as rank={self.rank}; wait for it")
+            with locked(self.folder / ".lock", wait=True):  # one process at a time reads or writes encode.json
                 self._claim()
             yield self
 
     def _claim(self) -> None:
+        """Write encode.json with the settings, or compare them with those of an earlier process."""
         path = self.folder / "encode.json"
         if not path.is_file():
             if (self.folder / "index.json").exists():
@@ -55,10 +57,10 @@ class Writer:
         try:
             before = json.loads(path.read_text())
         except ValueError as err:
-            raise ValueError(f"{path}: cannot be read ({err}); delete {self.folder} and start anew") from None
+            raise ValueError(f"{path}: cannot be read ({err}); delete {self.folder} and start again") from None
         if changes := diff(before, self.settings):
             raise ValueError(
-                f"out={self.folder} was begun with another configuration ({'; '.join(changes[:4])}); "
+                f"out={self.folder} was started with another configuration ({'; '.join(changes[:4])}); "
                 "choose another out=, or delete that folder"
             )
 
@@ -70,16 +72,16 @@ class Writer:
         return self.folder / "parts" / f"{number:05d}.json"
 
     def done(self, number: int) -> dict | None:
-        """The record of a finished part whose shards are whole; None if it has to be made."""
+        """Return the record of a finished part with intact shards, or None if the part must be written."""
         try:
             record = json.loads(self.part_file(number).read_text())
-            whole = all(sha256(self.folder / s["file"]) == s["sha256"] for s in record["shards"])
+            intact = all(sha256(self.folder / s["file"]) == s["sha256"] for s in record["shards"])
         except (OSError, ValueError, KeyError):
             return None
-        return record if whole else None
+        return record if intact else None
 
     def write_part(self, number: int, clips: Iterable[Clip], skipped: list[dict]) -> None:
-        """One shard for every size, then the record that makes them count."""
+        """Write one shard for every size, then the record that marks the part as done."""
         sizes: dict[tuple, list[Clip]] = {}
         for clip in clips:
             sizes.setdefault(tuple(clip[1]["resolution"]), []).append(clip)
@@ -91,11 +93,11 @@ class Writer:
         write_json(self.part_file(number), {"shards": shards, "skipped": skipped})
 
     def write_null(self, null: dict[str, Tensor]) -> None:
-        with locked(self.folder / ".lock", wait=True):  # every process makes the same one
+        with locked(self.folder / ".lock", wait=True):  # every process writes the same file
             save_tensors(self.folder / "null.safetensors", trim(null, int(null["text_len"])))
 
     def finish(self) -> dict | None:
-        """Counts of clips and skipped rows once every part is there, whoever made them; None before."""
+        """Write the index if all parts are done and return the counts of clips and skipped rows; else return None."""
         with locked(self.folder / ".lock", wait=True):
             records = [r for number in range(len(self.parts)) if (r := self._record(number)) is not None]
             if len(records) < len(self.parts) or not (self.folder / "null.safetensors").is_file():
@@ -109,7 +111,7 @@ class Writer:
                 raise ValueError(f"out={self.folder}: not one of {len(skipped)} clips could be encoded; first {first}")
             if not self.complete:
                 write_index(self.folder, shards, self.description)
-                for leftover in self.folder.rglob("*.tmp"):  # of processes that were killed
+                for leftover in self.folder.rglob("*.tmp"):  # from processes that were killed while writing
                     leftover.unlink()
         return {"clips": clips, "skipped": len(skipped)}
 
@@ -120,7 +122,7 @@ class Writer:
 
 @contextmanager
 def locked(path: Path, wait: bool = False):
-    """Hold a lock file; yields False if another process holds it and we do not wait."""
+    """Hold a lock file. Without `wait`, yield False if another process holds it."""
     with open(path, "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -131,24 +133,25 @@ def locked(path: Path, wait: bool = False):
 
 
 def stack(clips: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Fields of several clips; their texts are cut to the longest, the zeros after it are no news."""
+    """Stack the fields of clips, trimming the zero padding of texts to the longest text."""
     longest = max(int(c["text_len"]) for c in clips)
     clips = [trim(c, longest) for c in clips]
     return {key: torch.stack([c[key] for c in clips]) for key in clips[0]}
 
 
 def trim(clip: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """Cut a clip's text to `length` tokens, at least one."""
     return clip | {"text": clip["text"][: max(1, length)]}
 
 
 def list_hash(rows: Sequence[Row]) -> str:
-    """Of names, captions and times, not of where the list lies."""
+    """A hash of the rows' names, captions and times; it does not depend on the location of the list."""
     known = [{k: v for k, v in asdict(row).items() if k not in ("file", "problem")} for row in rows]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
 def free_bytes(folder: Path) -> int:
-    """Room on the disk that will hold `folder`."""
+    """Free bytes on the disk that will hold `folder`."""
     place = folder
     while not place.exists():
         place = place.parent

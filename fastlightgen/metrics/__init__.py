@@ -1,1 +1,1 @@
-"""Metrics: one file per family; nothing here needs downloaded weights."""
+"""Metrics, one file per kind. None needs downloaded weights."""

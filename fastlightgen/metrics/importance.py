@@ -1,17 +1,17 @@
-"""The picture of Stage I."""
+"""Draws the block importances that Stage I measured."""
 
 import math
 from pathlib import Path
 
 
 def is_log(record: dict) -> bool:
-    """One block that matters much more would flatten the others."""
+    """Whether to draw scores on a logarithmic axis: on a linear one, a dominant block would flatten the others."""
     values = [record["baseline_score"], *(u["score"] for u in record["units"])]
     return min(values) > 0 and max(values) > 4 * min(values)
 
 
 def plot_importance(record: dict, path: Path) -> None:
-    """Block importance as a picture, after the paper's Fig. 4; bars grow from the error of the whole network."""
+    """Draw block importances like the paper's Fig. 4; bars start at the error of the network with all blocks."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 

@@ -1,4 +1,4 @@
-"""The fused operators: each has one specification (`reference.py`) and faster twins."""
+"""The fused operators. Each has a plain PyTorch specification (`reference.py`) and faster kernels beside it."""
 
 from fastlightgen.ops.attention import attend
 from fastlightgen.ops.dispatch import describe

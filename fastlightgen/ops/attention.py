@@ -1,9 +1,9 @@
-"""Softmax attention is torch's: FLG_ATTENTION=auto|flash3|... says by which of its kernels, decided once per process.
+"""Softmax attention by torch; FLG_ATTENTION=auto|flash3|... selects its kernel once per process.
 
-`auto` on Hopper: FlashAttention-3 where it is installed, else cuDNN; elsewhere what torch takes by itself. It is a
-preference: calls that the kernel does not take go to the next. A named kernel is a demand, and such calls an error;
-only that FlashAttention reads no mask on a GPU, so that calls with one go to the next all the same. CPU tensors know
-the demands `flash` and `math`. In a compilation torch chooses.
+`auto` prefers FlashAttention-3 on Hopper if it is installed, else cuDNN; on other GPUs torch chooses. A call that the
+preferred kernel does not support goes to the next one. A named kernel is mandatory: a call that it does not support is
+an error. One exception: FlashAttention has no mask on a GPU, so calls with a mask go to the next kernel. On the CPU
+only `flash` and `math` have an effect. Under torch.compile torch chooses.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# FlashAttention newer than torch's own: torch's name of it, the module that it imports, the GPUs that it runs on.
+# FlashAttention versions outside torch: torch's name, the Python module, the major compute capabilities they support.
 NEWER = {
     "flash3": ("FA3", "flash_attn_interface", (9,)),
     "flash4": ("FA4", "flash_attn.cute.interface", (9, 10)),
@@ -36,14 +36,15 @@ ON_CPU = ("flash", "math")
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention of [B, L, heads, head_dim] tensors -> [B, L, D]; `mask` is true where a key may be read."""
-    args = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask
+    args = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask  # torch wants [B, heads, L, head_dim]
     if torch.compiler.is_compiling() or (kernels := _kernels(q.is_cuda, mask is not None)) is None:
         out = F.scaled_dot_product_attention(*args)
     else:
         try:
-            with sdpa_kernel(kernels, set_priority=True):  # 13 us
+            with sdpa_kernel(kernels, set_priority=True):  # costs 13 us per call
                 out = F.scaled_dot_product_attention(*args)
         except RuntimeError as error:
+            # Torch has no exception type for this case; other errors pass through.
             if "No available kernel" not in str(error):
                 raise
             got = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {q.dtype}"
@@ -54,40 +55,40 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 @lru_cache
 def _kernels(on_gpu: bool, masked: bool) -> list[SDPBackend] | None:
-    """Those that may compute a call, the first that takes it does; None: what torch chooses."""
-    name, demanded, _ = choice()
+    """Kernels to try in this order for a call; None leaves the choice to torch."""
+    name, mandatory, _ = choice()
     if name is None or not (on_gpu or name in ON_CPU):
         return None
     first = KERNELS[name]
-    if demanded and not (masked and first == FLASH):
+    if mandatory and not (masked and first == FLASH):  # FlashAttention has no mask
         return [first]
     return [first, *(kernel for kernel in IN_ORDER if kernel != first)]
 
 
 @lru_cache
 def choice() -> tuple[str | None, bool, str]:
-    """The kernel of this process (None: torch's own choice), whether it was demanded, and why it is that one."""
+    """The kernel of this process (None: torch chooses), whether it is mandatory, and the reason for the choice."""
     wanted = os.environ.get("FLG_ATTENTION", "auto")
     if wanted == "auto":
         if not torch.cuda.is_available():
             return None, False, "no CUDA device is visible"
         if torch.cuda.get_device_capability()[0] != 9:
             return None, False, "the GPU is no Hopper"
-        lost: dict[str, str] = {}
+        rejected: dict[str, str] = {}
         for name in ("flash3", "cudnn"):
             if not (reason := _why_not(name)):
-                return name, False, _listed(lost) or "it is installed"
-            lost[name] = reason
-        return None, False, _listed(lost)
+                return name, False, _listed(rejected) or "it is installed"
+            rejected[name] = reason
+        return None, False, _listed(rejected)
     if wanted not in KERNELS:
         raise ValueError(f"FLG_ATTENTION: got {wanted!r}, wanted one of auto, {', '.join(KERNELS)}; unset it for auto")
     if reason := _why_not(wanted):
-        raise ValueError(f"FLG_ATTENTION: got {wanted!r}, which is not there: {reason}; or set FLG_ATTENTION=auto")
+        raise ValueError(f"FLG_ATTENTION: got {wanted!r}, which is not available: {reason}; or set FLG_ATTENTION=auto")
     return wanted, True, "chosen by FLG_ATTENTION"
 
 
-def _listed(lost: dict[str, str]) -> str:
-    return "; ".join(f"{name}: {reason}" for name, reason in lost.items())
+def _listed(rejected: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
 
 
 def describe() -> str:
@@ -99,14 +100,14 @@ def describe() -> str:
 
 
 def _why_not(name: str) -> str:
-    """Why this process cannot use a kernel; empty when it can, and then FlashAttention-3 and newer are switched on."""
+    """Return the reason why this process cannot use a kernel, or "". Usable FlashAttention-3 and -4 are activated."""
     if name == "math" or (name in ON_CPU and not torch.cuda.is_available()):
         return ""
     if not torch.cuda.is_available():
         return "no CUDA device is visible"
     if name in NEWER:
         return _switch_on(*NEWER[name])
-    # Asked of torch itself, with what every network here has: 16 bits, heads of 128 channels.
+    # Ask torch about a call like those of the networks here: 16 bits, heads of 128 channels.
     q = torch.empty(1, 2, 256, 128, dtype=torch.bfloat16, device="cuda")
     takes = getattr(torch.backends.cuda, f"can_use_{name}_attention")
     if takes(torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, False, False), False):
@@ -115,7 +116,7 @@ def _why_not(name: str) -> str:
 
 
 def _switch_on(impl: str, module: str, gpus: tuple[int, ...]) -> str:
-    """Put an installed FlashAttention in the place of torch's own; why not, or nothing."""
+    """Replace torch's FlashAttention by the installed module; return the reason if that fails, else ""."""
     major, minor = torch.cuda.get_device_capability()
     if major not in gpus:
         return f"it runs on compute capability {' and '.join(f'{n}.x' for n in gpus)}, this GPU has {major}.{minor}"
@@ -123,7 +124,7 @@ def _switch_on(impl: str, module: str, gpus: tuple[int, ...]) -> str:
         return f"torch {torch.__version__} has no switch for it; install a newer torch"
     try:
         found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # the package around it is missing
+    except ModuleNotFoundError:  # find_spec raises it when the parent package is missing
         found = None
     if found is None:
         return f"{module} is not installed"

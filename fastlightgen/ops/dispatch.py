@@ -1,4 +1,4 @@
-"""Which code computes an operator: FLG_OPS=auto|cuda|triton|reference, decided once per process and said aloud."""
+"""Selects the code that computes the operators: FLG_OPS=auto|cuda|triton|reference, once per process."""
 
 import importlib.util
 import json
@@ -11,70 +11,70 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = ("cuda", "triton", "reference")  # in the order in which `auto` prefers them
-INTERFACE = 3  # of bindings/module.cpp
-LIB = torch.library.Library("fastlightgen", "DEF")  # every operator is torch.ops.fastlightgen.<name>
+BACKENDS = ("cuda", "triton", "reference")  # `auto` takes the first usable one
+INTERFACE = 3  # must equal `interface` in bindings/module.cpp
+LIB = torch.library.Library("fastlightgen", "DEF")  # registers operators as torch.ops.fastlightgen.<name>
 
 
 @lru_cache
 def extension() -> ModuleType | None:
-    """The compiled module, or None where there is none, or one that does not load (said once)."""
+    """The compiled module, or None if it is absent or does not load (with one warning)."""
     if importlib.util.find_spec("fastlightgen._C") is None:
         return None
     try:
         module = importlib.import_module("fastlightgen._C")
         if module.interface != INTERFACE:
-            raise ImportError(f"it was made from other sources, interface {module.interface} instead of {INTERFACE}")
+            raise ImportError(f"it was built from other sources, interface {module.interface} instead of {INTERFACE}")
     except (ImportError, AttributeError) as error:
-        warnings.warn(f"fastlightgen._C is not used: {error}; `pip install -e .` builds it anew", stacklevel=2)
+        warnings.warn(f"fastlightgen._C is not used: {error}; `pip install -e .` rebuilds it", stacklevel=2)
         return None
     return module
 
 
 def compiled() -> ModuleType:
-    """The compiled module of a process whose backend is `cuda`: there it exists."""
+    """The compiled module; only for code of the `cuda` backend, which requires it."""
     module = extension()
     assert module is not None, "the backend cuda was chosen without fastlightgen._C"
     return module
 
 
 def parts() -> dict[str, tuple[bool, str]]:
-    """Name of each part -> (is it there, how it was built or why not): the end of every installation prints it."""
+    """For each part: whether it was built, and how it was built or why it was not (from setup.py's report)."""
     report = Path(__file__).parents[1] / "_build.json"
-    said = json.loads(report.read_text()) if report.exists() else {}
-    said = {part: state.removeprefix("not built: ") for part, state in said.items()}
+    states = json.loads(report.read_text()) if report.exists() else {}
+    states = {part: state.removeprefix("not built: ") for part, state in states.items()}
     ext = extension()
     unknown = "the installation left no report; run `pip install -e .`"
     return {
-        "C++ extension": (ext is not None, said.get("C++ extension", unknown)),
-        "CUDA kernels": (ext is not None and ext.cuda_built(), said.get("CUDA kernels", unknown)),
-        "CUTLASS products": (gemm_built(), said.get("CUTLASS products", unknown)),
+        "C++ extension": (ext is not None, states.get("C++ extension", unknown)),
+        "CUDA kernels": (ext is not None and ext.cuda_built(), states.get("CUDA kernels", unknown)),
+        "CUTLASS products": (gemm_built(), states.get("CUTLASS products", unknown)),
         "Triton kernels": _triton(),
     }
 
 
 def gemm_built() -> bool:
-    """Are the products with fused epilogues (csrc/gemm) there?"""
+    """Whether the matrix products with fused epilogues (csrc/gemm) were built."""
     return (ext := extension()) is not None and ext.gemm_built()
 
 
 def _triton() -> tuple[bool, str]:
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed (it comes with torch's CUDA build)"
-    return True, "compiled at their first call"
+    return True, "compiled at the first call"
 
 
 def _why_not(backend: str) -> str:
-    """Why this process cannot use a backend; empty when it can."""
+    """The reason why this process cannot use a backend, or "" if it can."""
     if backend == "reference" or (backend == "triton" and _triton()[0] and interpreted()):
         return ""
     if not torch.cuda.is_available():
         return "no CUDA device is visible"
     if backend == "triton":
-        there, detail = _triton()
-        return "" if there else detail
-    there, detail = parts()["CUDA kernels"]
-    if not there:
+        installed, detail = _triton()
+        return "" if installed else detail
+    built, detail = parts()["CUDA kernels"]
+    if not built:
         return f"not built ({detail}); `FLG_BUILD_CUDA=1 pip install -e .` shows why"
     major, minor = torch.cuda.get_device_capability()
     archs = [arch.rstrip("af") for arch in compiled().archs().split(";")]
@@ -86,9 +86,11 @@ def _why_not(backend: str) -> str:
 def register(
     schema: str, compute: Callable, fake: Callable, setup: Callable | None = None, gradient: Callable | None = None
 ) -> Callable:
-    """An operator torch.ops.fastlightgen.<name> for CPU and CUDA; with `gradient`, autograd's formula.
+    """Register torch.ops.fastlightgen.<name> for CPU and CUDA and return a function that calls it.
 
-    Returns what calls it. The dispatcher costs 3 us and more, so it takes part only where somebody listens to it.
+    `compute` is the implementation, `fake` gives the shapes under torch.compile; `setup` saves tensors for `gradient`,
+    the backward formula. Torch's dispatcher costs at least 3 us per call, so the returned function bypasses it unless
+    a compiler, mode or transform is active (`unobserved`).
     """
     name = schema[: schema.index("(")]
     LIB.define(schema)
@@ -98,7 +100,7 @@ def register(
     op = getattr(torch.ops.fastlightgen, name).default
     if gradient is None:
         return lambda *args: compute(*args) if unobserved(args) else op(*args)
-    assert setup is not None, f"{name}: an operator with a gradient says what it saves"
+    assert setup is not None, f"{name}: an operator with a gradient needs setup to save tensors for it"
     recorded = _recorded(name, op, compute, setup, gradient)
 
     def eager(*args):
@@ -113,7 +115,7 @@ PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, float}
 
 
 def unobserved(args: tuple) -> bool:
-    """Are these ordinary tensors, with no compiler, mode (a profiler of operations, a checkpoint's) or transform on?"""
+    """Whether all tensors are plain ones and no compiler, dispatch mode (such as a FLOP counter) or transform runs."""
     return (
         PLAIN.issuperset(map(type, args))
         and not torch.compiler.is_compiling()
@@ -123,19 +125,20 @@ def unobserved(args: tuple) -> bool:
 
 
 def _below_autograd(op: Callable, args: tuple):
+    """Call an operator through the dispatcher, skipping its autograd key: the caller handles gradients."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
 def _recorded(name: str, op: Callable, compute: Callable, setup: Callable, gradient: Callable) -> Callable:
-    """What torch.library.register_autograd would make, at a fraction of its 30 us per call."""
+    """Does the work of torch.library.register_autograd, which costs 30 us per call, at a fraction of that time."""
 
-    def forward(ctx, *args):  # setup_context as a method of its own costs an inspect.signature per call
+    def forward(ctx, *args):  # a separate setup_context method would cost an inspect.signature per call
         out = compute(*args) if unobserved(args) else _below_autograd(op, args)
         setup(ctx, args, out)
         return out
 
-    backward = torch.autograd.function.once_differentiable(gradient)  # no second derivative, and it says so
+    backward = torch.autograd.function.once_differentiable(gradient)  # a second derivative raises an error
     parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), parts)
     return function.apply
@@ -143,17 +146,17 @@ def _recorded(name: str, op: Callable, compute: Callable, setup: Callable, gradi
 
 @lru_cache
 def kernels(op: str, backend: str) -> ModuleType:
-    """The launchers of an operator: fastlightgen/ops/<op>/<backend>.py, imported at its first call."""
+    """Import the module that launches an operator's kernels, fastlightgen/ops/<op>/<backend>.py, at the first call."""
     return importlib.import_module(f"fastlightgen.ops.{op}.{backend}")
 
 
 def queue(x: torch.Tensor) -> tuple[int, int]:
-    """Device index and current stream of a GPU tensor: where its kernels are enqueued."""
+    """Device index and current CUDA stream for kernels that work on x."""
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
 def check(op: str, error: int, x: torch.Tensor) -> None:
-    """Raises on a cudaError that a launcher returned."""
+    """Raise RuntimeError if a launcher returned a cudaError."""
     if error:
         words = compiled().error_string(error)
         got = f"{tuple(x.shape)} {x.dtype}"
@@ -161,7 +164,7 @@ def check(op: str, error: int, x: torch.Tensor) -> None:
 
 
 def interpreted() -> bool:
-    """Triton's interpreter runs its kernels on CPU tensors: for tests, never chosen by itself."""
+    """Whether Triton's interpreter is on, which runs kernels on CPU tensors. For tests; `auto` never selects it."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -175,23 +178,23 @@ def backend() -> str:
     if wanted not in BACKENDS:
         raise ValueError(f"FLG_OPS: got {wanted!r}, wanted one of auto, {', '.join(BACKENDS)}; unset it for auto")
     if reason := _why_not(wanted):
-        raise ValueError(f"FLG_OPS: got {wanted!r}, which is not there: {reason}; or set FLG_OPS=auto")
+        raise ValueError(f"FLG_OPS: got {wanted!r}, which is not available: {reason}; or set FLG_OPS=auto")
     return wanted
 
 
 @lru_cache
 def backend_for(device_type: str) -> str:
-    """CPU tensors are computed by the reference, whatever the GPU's backend (except under Triton's interpreter)."""
+    """The backend for tensors of a device type: on the CPU the reference, except under Triton's interpreter."""
     chosen = backend()
     return chosen if device_type == "cuda" or (chosen == "triton" and interpreted()) else "reference"
 
 
 def describe() -> str:
-    """One line for the start of every command, e.g. `operators: reference (no CUDA device is visible)`."""
+    """The line that every command prints at its start, such as `operators: reference (no CUDA device is visible)`."""
     chosen = backend()
     if os.environ.get("FLG_OPS", "auto") != "auto":
         return f"operators: {chosen} (chosen by FLG_OPS)"
     if not torch.cuda.is_available():
         return f"operators: {chosen} (no CUDA device is visible)"
-    lost = [f"{b}: {_why_not(b)}" for b in BACKENDS[: BACKENDS.index(chosen)]]
-    return f"operators: {chosen}" + (f" ({'; '.join(lost)})" if lost else "")
+    rejected = [f"{b}: {_why_not(b)}" for b in BACKENDS[: BACKENDS.index(chosen)]]
+    return f"operators: {chosen}" + (f" ({'; '.join(rejected)})" if rejected else "")

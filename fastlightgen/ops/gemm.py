@@ -1,6 +1,6 @@
-"""What the operators with a matrix product share: when CUTLASS computes them, checks, the backward products.
+"""Shared code of the operators with a matrix product: the choice of CUTLASS, argument checks, gradients.
 
-Without the CUTLASS kernels (csrc/gemm, bfloat16 on Hopper) torch computes them; autograd then is torch's own.
+The CUTLASS kernels (csrc/gemm) need bfloat16 on Hopper. Without them torch computes both the product and its gradient.
 """
 
 from functools import lru_cache
@@ -13,7 +13,7 @@ from fastlightgen.ops.tables import check_together
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Is this product one for the CUTLASS kernels? In a compilation never: the compiler fuses epilogues by itself."""
+    """Whether the CUTLASS kernels compute this product. Not under torch.compile, which fuses epilogues itself."""
     return (
         x.dtype == weight.dtype == torch.bfloat16
         and not torch.compiler.is_compiling()
@@ -21,17 +21,18 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         and dispatch.gemm_built()
         and _hopper(x.device.index)
         and x.numel() > 0
-        and not (weight.shape[0] % 8 or weight.shape[1] % 8)
+        and not (weight.shape[0] % 8 or weight.shape[1] % 8)  # TMA reads rows in units of 16 bytes
     )
 
 
 @lru_cache
 def _hopper(device: int) -> bool:
-    """wgmma is there on no other GPU, whatever else the extension was built for."""
+    """Whether the GPU is a Hopper: the kernels use wgmma, which no other GPU has."""
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, **others: Tensor) -> None:
+    """Raise ValueError unless x [..., K], weight [N, K] and bias [N] fit together and lie on one device."""
     check_together(op, x, weight=weight, bias=bias, **others)
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         got = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {None if bias is None else tuple(bias.shape)}"
@@ -41,7 +42,7 @@ def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, **others: Ten
 def linear_gradients(
     dz: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weight and bias of z = x weight^T + bias, those that are wanted."""
+    """The gradients of z = x weight^T + bias for x, weight and bias; None for those not `wanted`."""
     rows = dz.reshape(-1, dz.shape[-1])
     dx = dz @ weight if wanted[0] else None
     dweight = rows.mT @ x.reshape(-1, x.shape[-1]) if wanted[1] else None

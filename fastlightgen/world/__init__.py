@@ -1,1 +1,1 @@
-"""The built-in world: clips with captions, their exact codec, the reader that scores what a model makes of them."""
+"""The built-in world: rendered clips with captions, an exact codec, and a reader that scores generated clips."""

@@ -1,4 +1,4 @@
-"""The built-in world for sampling: conditions from words and pictures, frames from latents; uint8 [B, F, H, W, 3]."""
+"""Sampling in the built-in world: turns prompts and pictures into conditions, and latents into frames."""
 
 import torch
 from numpy.typing import NDArray
@@ -12,10 +12,10 @@ from fastlightgen.world.shapes import Shapes, pool, tokenise
 
 
 class BuiltIn:
-    """Moving shapes: 16 pixels wide, so they are enlarged to be seen."""
+    """Moving shapes. Clips are 16 x 16 pixels, so frames are enlarged 16 times."""
 
     fps, scale = 6, 16
-    defaults = {"steps": 50, "guidance": 3.0, "shift": 3.0}  # as the tiny presets have them
+    defaults = {"steps": 50, "guidance": 3.0, "shift": 3.0}  # the values of the tiny presets
 
     def __init__(self, size: str = ""):
         if size:
@@ -23,9 +23,10 @@ class BuiltIn:
         self.shapes = Shapes()
 
     def wish(self, prompt: str, negative: str | None, image: str, count: int) -> Wish:
+        """Latent shape and conditions for `count` clips of a prompt; `image` names a file for the first frame."""
         side = self.shapes.size
         first = read_image(image, side, side) if image else torch.zeros(3, side, side)
-        # The codec works frame by frame, so the first frame can stand for all of them.
+        # The codec works frame by frame, and only frame 0 is read as a condition: repeat it for the others.
         latents = Codec().encode(first.expand(count, self.shapes.frames, -1, -1, -1))
         channels = condition(latents, torch.full((count,), bool(image)))
         (text, length), (null, null_length) = tokenise([prompt]), tokenise([negative or ""])
@@ -36,8 +37,9 @@ class BuiltIn:
         return Wish(tuple(latents.shape), cond, blank)
 
     def release(self) -> None:
-        """Nothing is held."""
+        """Free the encoders; this world has none."""
 
     def frames(self, latents: Tensor) -> NDArray:
+        """Decode latents to enlarged uint8 frames [B, F, H, W, 3]."""
         frames = to_uint8(Codec().decode(latents.float().cpu())).permute(0, 1, 3, 4, 2).numpy()
         return frames.repeat(self.scale, 2).repeat(self.scale, 3)

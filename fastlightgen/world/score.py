@@ -1,4 +1,4 @@
-"""All scores of a set of generated clips of the built-in world, in one dictionary."""
+"""Scores generated clips of the built-in world."""
 
 from functools import lru_cache
 
@@ -11,12 +11,12 @@ from fastlightgen.metrics.frechet import features, frechet
 from fastlightgen.world import reader
 from fastlightgen.world.shapes import Clips, Shapes
 
-REFERENCE_START, REFERENCE_CLIPS = 1_000_000, 2048  # held-out clips that are never used as conditions
+REFERENCE_START, REFERENCE_CLIPS = 1_000_000, 2048  # real clips for the Frechet distance, never used as conditions
 
 
 @lru_cache
 def reference_features(seed: int) -> Tensor:
-    """The features that Frechet distances are measured against."""
+    """Features of the real clips that the Frechet distance compares with."""
     world = Shapes(seed=seed, split="test")
     starts = range(REFERENCE_START, REFERENCE_START + REFERENCE_CLIPS, 256)
     return torch.cat([features(world.batch(range(s, s + 256)).video) for s in starts])

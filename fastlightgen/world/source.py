@@ -1,4 +1,4 @@
-"""Batches of the built-in world, drawn as they are needed; and the source that `data=` names."""
+"""Training batches of the built-in world, rendered on demand, and `open_source`, which opens any `data=`."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from fastlightgen.world.codec import Codec, condition
 
 
 class ShapesSource:
-    """Clips of the built-in world, drawn as they are needed."""
+    """Clips of the built-in world, rendered on demand."""
 
     name = "shapes"
     description: dict = {}
@@ -29,7 +29,7 @@ class ShapesSource:
 
 
 def shapes_batch(clips: shapes.Clips) -> Batch:
-    """Rendered clips -> latents, captions and first frames as a network reads them."""
+    """Convert rendered clips to a batch: latents, text embeddings and first-frame conditions."""
     x0 = Codec().encode(clips.video)
     image = condition(x0, clips.has_first)
     text, length = shapes.tokenise(clips.captions)
@@ -40,9 +40,9 @@ def shapes_batch(clips: shapes.Clips) -> Batch:
 
 
 def open_source(data: str, seed: int) -> Source:
-    """`shapes`, or the folder of a latent cache."""
+    """Open `data`: the built-in world for "shapes", else the folder of a latent cache."""
     if data == "shapes":
         return ShapesSource(seed)
     if (Path(data) / "index.json").is_file():
         return CacheSource(Cache(data), seed)
-    raise ValueError(f"data={data}: neither `shapes` nor a folder with a latent cache (no index.json in it)")
+    raise ValueError(f"data={data}: neither `shapes` nor a folder with a latent cache (it has no index.json)")

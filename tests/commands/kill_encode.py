@@ -1,7 +1,7 @@
-"""python kill_encode.py OUT N,N,... KEY=VALUE ...: encode once whole, and once for each N, killed at the N-th file.
+"""python kill_encode.py OUT N,N,... KEY=VALUE ...: encode once undisturbed, and once per N, killed at the N-th file.
 
-Every run is a fork of this process, which has one thread; what was killed is then continued. Prints, as JSON, for each
-N whether it was killed, whether an index was there and how many temporary files.
+Every run is a fork of this process, which has one thread; killed runs are then continued. Prints as JSON, for each N:
+whether the run was killed, whether an index existed then, and the number of temporary files.
 """
 
 import json
@@ -20,7 +20,7 @@ replace = os.replace
 
 
 def forked(out: Path, words: list[str], n: int = 0) -> int:
-    """Run the command in a fork that dies by SIGKILL at its n-th file: odd n before the file has its name."""
+    """Run the command in a fork that SIGKILL ends at its n-th file: for odd n before the file gets its name."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]

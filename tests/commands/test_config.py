@@ -1,4 +1,4 @@
-"""The command line: what is refused, in which words, and what its accepted neighbour means."""
+"""The command line: refused words with their messages, and for each an accepted neighbour with its value."""
 
 import subprocess
 import sys
@@ -175,12 +175,12 @@ def test_main(capsys, monkeypatch):
     assert stop(ValueError("no such\n block")) == (2, "error: no such block\n")
     monkeypatch.setenv("FLG_DEBUG", "1")
     for mistake in (ValueError("where?"), TypeError("a bug")):
-        with pytest.raises(type(mistake)):  # on request, and for mistakes of the program, with a traceback
+        with pytest.raises(type(mistake)):  # debug mode and bugs keep their traceback
             stop_with(mistake)
 
 
 def test_from_a_shell():
-    """A real process: exit code 2, one line on stderr, nothing on stdout; and no torch for a word that is wrong."""
+    """In a real process: exit code 2, one line on stderr, nothing on stdout, and no import of torch for a typo."""
     code = (
         "import sys; from fastlightgen import config\n"
         "assert not {'torch', 'diffusers'} & set(sys.modules)\n"

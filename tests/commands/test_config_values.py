@@ -1,4 +1,4 @@
-"""Where values come from, and how they are shown, compared and handed on."""
+"""Sources of configuration values, and how values are shown, compared and passed on."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def test_precedence(tmp_path):
     file.write_text("iters: 77\nshift: 2\n")
     cfg = load([*S2, f"config={file}", "shift=9"])
     assert (cfg.iters, cfg.shift, cfg.batch) == (77, 9.0, preset["batch"])
-    # another network: the paper's settings, as is a folder's
+    # another network, such as a folder: the paper's settings
     for model in ("wan2.1-t2v-14b", "tests"):
         cfg = load([*S2, f"model={model}"])
         assert (cfg.alpha, cfg.lr, cfg.iters, cfg.batch, cfg.shift) == (1.0, 1e-5, 4000, 1, 5.0)
@@ -52,7 +52,7 @@ def test_stage_layer_lies_between_defaults_and_preset(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["0", "1", "2", "3"])
 def test_stage_files_agree_with_the_defaults(name):
-    """configs/stageN.yaml is the paper's recipe for the reader; the dataclass is the one source."""
+    """configs/stageN.yaml repeats the paper's recipe for readers and must equal the dataclass, the only source."""
     cls, recipe = config.root(name), yaml.safe_load((config_root() / f"stage{name}.yaml").read_text())
     assert {key: getattr(cls, key) for key in recipe} == recipe
 
@@ -84,7 +84,7 @@ def test_presets():
 
 
 def test_wan_presets_have_the_published_sizes():
-    """Parameters from the block's formula: 4 d^2 + 2 d^2 ... against the counts of the released checkpoints."""
+    """Parameters by the block's formula, 4 d^2 + 2 d^2 ..., against the counts of the released checkpoints."""
     counts = {"wan2.1-t2v-1.3b": 46_440_704, "wan2.1-t2v-14b": 351_394_304, "wan2.1-i2v-14b": 403_838_464}
     for name, published in counts.items():
         n = config.preset(name)["network"]
@@ -152,7 +152,7 @@ def test_dry_run_reproduces_the_configuration(command, words, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(out)
     cfg = load(words, command)
     assert load([f"config={tmp_path / 'c.yaml'}"], command) == cfg
-    for word in words:  # text stays what was typed
+    for word in words:  # text stays as typed
         if word.startswith(("prompt=", "run=")):
             assert getattr(cfg, word.split("=")[0]) == word.split("=", 1)[1]
 

@@ -1,4 +1,4 @@
-"""encode end to end: what a cache holds, what is skipped, resuming after SIGKILL, ranks, workers, training from it."""
+"""The encode command end to end: cache contents, skipped clips, resuming after SIGKILL, ranks, workers, training."""
 
 import json
 import os
@@ -28,7 +28,7 @@ SIZES = ["buckets=[32x48,48x32]", "frames=5", "fps=8", "dtype=float32", "save_dt
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory) -> Path:
-    """Two shapes, four formats, and four clips that cannot be used, in a list."""
+    """A list of clips in two shapes and four formats, and four unusable clips."""
     folder = tmp_path_factory.mktemp("videos")
     write_video(folder / "a.mp4", numbered(10), 8)
     write_video(folder / "b.mkv", numbered(10, 48, 32), 8)
@@ -58,7 +58,7 @@ def shared_encoders(pipeline):
 
 @pytest.fixture(scope="module")
 def run(videos, pipeline, shared_encoders):
-    """The command in this process, with the encoders loaded once for all tests."""
+    """Runs the command in this process, with encoders that are loaded once for all tests."""
 
     def run(out: Path, *words: str) -> None:
         given = [f"videos={videos / 'list.csv'}", f"pipeline={pipeline('wan_i2v')}", f"out={out}", "shard=2", *SIZES]
@@ -71,7 +71,7 @@ def run(videos, pipeline, shared_encoders):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file of a cache but the locks."""
+    """The bytes of every file of a cache except the locks."""
     return {
         str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[:5] != ".lock"
     }
@@ -86,7 +86,7 @@ def made(run, tmp_path_factory):
 
 @pytest.fixture
 def whole(made, tmp_path):
-    """A finished cache that a test may change."""
+    """A copy of a finished cache that a test may change."""
     return shutil.copytree(made, tmp_path / "whole")
 
 
@@ -114,7 +114,7 @@ def test_a_cache_holds_what_the_encoders_make(whole, videos, shared_encoders, ca
     assert all(said in s["reason"] for s, said in zip(skipped, SKIPPED.values(), strict=True))
     told = cache.description
     assert told["fps"] == 8 and told["frames"] == 5 and told["vae"] == shared_encoders.description()["vae"]
-    with safe_open(whole / "shard-00001-48x32.safetensors", "pt") as shard:  # a shard alone describes itself
+    with safe_open(whole / "shard-00001-48x32.safetensors", "pt") as shard:  # a shard describes itself
         assert json.loads(shard.metadata()["fastlightgen"])["description"] == told
     assert [len(group) for group in cache.groups()] == [4, 1]
 
@@ -122,7 +122,7 @@ def test_a_cache_holds_what_the_encoders_make(whole, videos, shared_encoders, ca
 def test_said_before_and_after(run, tmp_path, capsys):
     run(tmp_path / "out")
     out = capsys.readouterr().out
-    # 4 bytes for each of 36 x 2 x 4 x 6 latents and condition, 5 x 8 image tokens, 512 x 32 text: 72608, 7 times
+    # 7 clips of 4 bytes x (36 x 2 x 4 x 6 latents and condition + 5 x 8 image tokens + 512 x 32 text) = 72608 bytes
     assert "7 of 9 listed clips, 5 frames at 8 per second; at most 0.000508 GB, " in out
     assert f"{tmp_path / 'out'}: 5 clips, 4 skipped: {tmp_path / 'out' / 'skipped.json'}" in out
 
@@ -150,13 +150,16 @@ def test_another_configuration_is_refused(run, whole, capsys, word, said):
     with pytest.raises(SystemExit):
         run(whole, word)
     error = capsys.readouterr().err
-    assert f"out={whole} was begun with another configuration" in error and said in error
+    assert f"out={whole} was started with another configuration" in error and said in error
     assert error.count("\n") == 1 and files(whole) == before
 
 
 def test_killed_at_any_moment_and_continued(made, videos, pipeline, tmp_path):
-    """SIGKILL at one of the 14 files (settings, null, 5 shards, 5 records, skipped.json, index.json), before or after
-    it gets its name: continued, the end is the same to the byte."""
+    """A run that was killed at any file ends, when continued, with the same bytes as an uninterrupted run.
+
+    SIGKILL strikes at one of the 14 files (settings, null, 5 shards, 5 records, skipped.json, index.json), before or
+    after the file gets its name.
+    """
     words = [f"videos={videos / 'list.csv'}", f"pipeline={pipeline('wan_i2v')}", "shard=2", *SIZES]
     words += ["workers=0", "progress=false", "threads=1", "device=cpu"]
     paths = [str(Path(command.__file__).parents[1]), *sys.path]
@@ -177,11 +180,11 @@ def test_killed_at_any_moment_and_continued(made, videos, pipeline, tmp_path):
 def test_ranks_share_the_work(run, whole, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     run(tmp_path / "two", "rank=1", "ranks=2")
-    assert "rank 1 of 2 is done; the index is written when the others are" in capsys.readouterr().out
+    assert "rank 1 of 2 is done; the last rank to finish writes the index" in capsys.readouterr().out
     assert not (tmp_path / "two" / "index.json").exists()
     run(tmp_path / "two", "rank=0", "ranks=2")
     assert files(tmp_path / "two") == files(whole)
-    for rank in ("2", "0", "1"):  # as torchrun tells it; a rank that is done may start again
+    for rank in ("2", "0", "1"):  # torchrun sets RANK; a finished rank may start again
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "3")
         run(tmp_path / "three")
@@ -204,7 +207,7 @@ def test_two_processes_do_not_make_the_same_part(run, whole, tmp_path, capsys):
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(SystemExit):
             run(whole)
-    assert "another process makes it as rank=0; wait for it" in capsys.readouterr().err
+    assert "another process writes it as rank=0; wait for it" in capsys.readouterr().err
 
 
 def test_nothing_usable_fails(run, videos, tmp_path, capsys):
@@ -278,7 +281,7 @@ def test_the_stages_train_from_it(whole, pipeline, tmp_path, capsys):
     run_train(*common, "stage=1", "clips=1", "timesteps=1")
     out = capsys.readouterr().out
     assert "the teacher's x0 error on 4 held-out clips" in out
-    assert "warning: " in out and "the teacher does not know these latents" in out  # its weights are random
+    assert "warning: " in out and "the teacher does not know these latents" in out  # the teacher's weights are random
     with pytest.raises(SystemExit):
         run_train(*common, "stage=2", "iters=3", "data_check=stop")
     assert "or go on with data_check=warn" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What the encoders make of a clip, against what the stock pipelines feed their own networks, and the VAEs by hand."""
+"""The encoders' conditions against the inputs that stock pipelines give their networks, and the VAEs by hand."""
 
 import json
 
@@ -41,7 +41,7 @@ def clip(encoders):
 
 
 def test_the_network_is_fed_as_by_the_stock_pipeline(kind, pipeline, clip):
-    """Equal to the bit: the same components run on the same numbers."""
+    """Equal bit for bit, because the same components run on the same numbers."""
     from PIL import Image
 
     image = {"image": Image.fromarray(FRAMES[0])} if "i2v" in kind else {}
@@ -67,7 +67,7 @@ def test_the_network_is_fed_as_by_the_stock_pipeline(kind, pipeline, clip):
 
 
 def test_latents_are_the_normalised_mode_of_the_vae(kind, pipeline, clip):
-    """By hand from the VAE's configuration; 1e-6 is float32's rounding of (z - shift) * scale near 1."""
+    """Latents normalised by hand from the VAE's configuration; 1e-6 is float32's rounding of (z - shift) * scale."""
     from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
 
     wan = kind.startswith("wan")
@@ -80,13 +80,13 @@ def test_latents_are_the_normalised_mode_of_the_vae(kind, pipeline, clip):
         wanted = (mean - shift) / std
     else:
         wanted = mean * vae.config.scaling_factor
-    start = 1 if kind == "hunyuan_i2v_token" else 0  # its first frame is the image's own latent
+    start = 1 if kind == "hunyuan_i2v_token" else 0  # its first latent frame is the picture's latent
     assert clip["latents"].shape == (16, 2, 4, 6)
     assert (clip["latents"] - wanted)[:, start:].abs().max() <= 1e-5 * wanted.abs().max()
 
 
 def test_decoding_undoes_the_normalisation(kind, encoders, pipeline):
-    """decode(latents) is the VAE's own reconstruction of its own mean; latent-concat drops four frames."""
+    """decode(latents) is the VAE's reconstruction of its posterior mean; latent_concat drops four frames."""
     video = torch.from_numpy(FRAMES).permute(3, 0, 1, 2).float() / 255 * 2 - 1
     with torch.no_grad():
         raw = encoders.vae.encode(video[None]).latent_dist.mode()
@@ -100,7 +100,7 @@ def test_null_prompt(kind, encoders, clip):
     null = encoders.null("", (32, 48))
     assert {k: v.shape for k, v in null.items()} == {k: clip[k].shape for k in null}
     assert int(null["text_len"]) < int(clip["text_len"])
-    # hunyuan image to video reads the picture: black, whatever its size
+    # HunyuanVideo image-to-video reads a picture: here a black one of any size
     assert all(torch.equal(v, encoders.null("", (64, 32))[k]) for k, v in null.items())
 
 
@@ -117,7 +117,7 @@ def test_description(kind, encoders, pipeline):
 
 
 def test_component_ids(tmp_path):
-    """Another weight or setting is another id; where it was saved, and with which version, is not."""
+    """The id changes with every weight and setting, but not with the folder or the version that saved it."""
     from safetensors.torch import save_file
 
     def write(name, value=1.0, **config):

@@ -1,4 +1,4 @@
-"""The evaluate command on the shipped teacher, whose scores ship with it."""
+"""The evaluate command on the shipped teacher, which comes with its scores."""
 
 import json
 from pathlib import Path

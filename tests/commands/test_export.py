@@ -1,4 +1,4 @@
-"""The export command: stock diffusers loads what it writes, and samples with it what our own sampler does."""
+"""The export command: stock diffusers loads the exported folder and samples the same clips as our sampler."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def made(pipeline, tmp_path_factory):
 @pytest.mark.parametrize("sampler", ["stochastic", "ode"])
 @torch.no_grad()
 def test_stock_pipeline_samples_what_we_sample(made, monkeypatch, sampler):
-    """Text to video, 4 steps, guidance off, the same noise everywhere: latents agree in float32."""
+    """Text to video, 4 steps, no guidance, the same noise: latents agree in float32."""
     source, model, out = made("wan_t2v", sampler)
     pipe = stock(out)
     assert type(pipe).__name__ == "WanPipeline" and len(pipe.transformer.blocks) == len(KEEP)
@@ -136,7 +136,7 @@ def test_what_is_written(made):
 
 
 def test_teacher_keeps_its_scheduler_and_parts_can_be_links(pipeline, tmp_path, capsys):
-    """A folder that knows nothing of us is a plain network; bfloat16 is the default."""
+    """A network folder without fastlightgen.json exports as a plain network; bfloat16 is the default."""
     source = pipeline("wan_t2v")
     shutil.copytree(source / "transformer", tmp_path / "teacher")
     run(f"model={tmp_path / 'teacher'}", f"pipeline={source}", f"out={tmp_path / 'out'}", "link=true")
@@ -164,7 +164,7 @@ def lora_of(network: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def test_lora_of_the_teacher(made, tmp_path, capsys):
-    """What stock diffusers makes of the student with the renumbered file: teacher + LoRA, pruned."""
+    """The student with the renumbered LoRA in stock diffusers equals teacher + LoRA, then pruned."""
     source, model, _ = made("wan_t2v")
     tensors = lora_of(load_file(source / "transformer" / "diffusion_pytorch_model.safetensors"))
     save_file(tensors, tmp_path / "style.safetensors")
@@ -225,7 +225,7 @@ def test_refusals(made, pipeline, tmp_path, capsys):
 
 
 def test_a_wrong_export_is_not_left_behind(made, tmp_path, capsys, monkeypatch):
-    """Weights that changed on their way to the disk are found, and nothing half-done stays."""
+    """Weights that change while being written are detected, and no incomplete folder remains."""
     from fastlightgen.pipelines import export as module
 
     source, model, _ = made("wan_t2v")
@@ -274,7 +274,7 @@ def test_block_map_of_two_lists():
     }
     whole = block_map(teacher, None, teacher)
     assert whole["single_transformer_blocks"] == {i: i for i in range(5)}
-    for kept in ([0, 1, 3, 4, 6], [0, 3, 4, 6, 9], None):  # three doubles; beyond the end; not said
+    for kept in ([0, 1, 3, 4, 6], [0, 3, 4, 6, 9], None):  # three double blocks; a block beyond the end; no list
         with pytest.raises(ValueError, match="give the pipeline of the teacher that the model was pruned from"):
             block_map(HUNYUAN, kept, teacher)
 

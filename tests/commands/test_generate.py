@@ -1,4 +1,4 @@
-"""The generate command: what it writes, and that its frames depend on the seed, the prompt and the picture alone."""
+"""The generate command: its files, and that frames depend only on the seed, the prompt and the picture."""
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def by_hand(net, seed: int, count: int, times: list[float], guidance: float, sto
 
 
 def sheet(clips: torch.Tensor) -> np.ndarray:
-    """Rows of clips, columns of frames, every pixel SCALE wide."""
+    """A sheet with a row per clip and a column per frame; every pixel is SCALE wide."""
     pixels = (clips.clamp(0, 1) * 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
     rows = [np.concatenate(list(clip), 1) for clip in pixels]
     return np.kron(np.concatenate(rows, 0), np.ones((SCALE, SCALE, 1), np.uint8))
@@ -115,7 +115,7 @@ def test_gif_and_mp4_hold_the_clip(folders, tmp_path):
 
 
 def test_a_picture_becomes_the_first_frame_condition(folders, tmp_path):
-    """Centre square, averaged down: a 64x32 picture with a red left quarter is all blue."""
+    """Pictures are cropped to the centre square and averaged: a 64x32 picture with a red left quarter is all blue."""
     picture = np.zeros((32, 64, 3), np.uint8)
     picture[:, :16] = (255, 0, 0)
     picture[:, 16:] = (0, 0, 255)

@@ -1,4 +1,4 @@
-"""generate with real pipelines: our network and sampler between stock encoders and VAE, against the stock pipeline."""
+"""The generate command with a pipeline (stock encoders and VAE, our network and sampler) against stock diffusers."""
 
 import json
 
@@ -16,7 +16,7 @@ from fastlightgen.rng import generator
 H, W, F = 32, 48, 9
 LATENT = (1, 16, 3, H // 8, W // 8)
 PROMPT = "a red ball moves right"
-LONG = f"{PROMPT}, and a purple zebra with a telescope watches it"  # reaches past the template that Hunyuan's crops
+LONG = f"{PROMPT}, and a purple zebra with a telescope watches it"  # longer than Hunyuan's cropped template
 
 
 def run(*words: str) -> None:
@@ -54,21 +54,21 @@ def picture(tmp_path):
 
 
 def noises(seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """What our sampler starts from, and adds after each step."""
+    """The noise from which our sampler starts, and the noise that it adds after each step."""
     return torch.randn(LATENT, generator=generator(seed)), [
         torch.randn(LATENT, generator=generator(seed, i)) for i in range(STEPS)
     ]
 
 
 def difference(path, frames: np.ndarray) -> int:
-    """Largest difference in levels of 255 between our sheet and the stock pipeline's frames in [0, 1]."""
+    """Largest difference, in levels of 255, between our sheet and the stock pipeline's frames in [0, 1]."""
     got, wanted = sheet(path), np.round(frames * 255).astype(int)
     assert got.shape == wanted.shape and len(np.unique(got)) > 20
     return np.abs(got - wanted).max()
 
 
 def test_text_to_video_is_the_stock_pipelines(exported, tmp_path, monkeypatch, capsys):
-    """A student, from one seed: its export in stock diffusers and our command differ by rounding at most."""
+    """From the same seed, a student's export in stock diffusers and our command differ by rounding at most."""
     _, out = exported("wan_t2v")
     run(f"model={out}", f"prompt={PROMPT}", f"out={tmp_path / 'a.png'}", f"size={H}x{W}x{F}", "seed=3")
     said = capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_text_to_video_is_the_stock_pipelines(exported, tmp_path, monkeypatch, c
 
 
 def test_image_to_video_is_the_stock_pipelines(exported, picture, tmp_path, monkeypatch):
-    """The same with a first frame; our folder beside the teacher's pipeline gives the same file as the export."""
+    """The same with a first frame; the student with the teacher's pipeline gives the same file as the export."""
     model, out = exported("wan_i2v")
     words = [f"prompt={PROMPT}", f"image={picture}", f"size={H}x{W}x{F}", "seed=1"]
     run(f"model={out}", f"out={tmp_path / 'a.png'}", *words)
@@ -99,14 +99,14 @@ def test_image_to_video_is_the_stock_pipelines(exported, picture, tmp_path, monk
 
 @pytest.mark.parametrize("kind", ["hunyuan_t2v", "hunyuan_i2v", "hunyuan_i2v_token"])
 def test_hunyuan_is_the_stock_pipelines(exported, picture, tmp_path, monkeypatch, kind):
-    """Students of the three variants; the stock pipelines step frame by frame with the noise given here."""
+    """Students of the three HunyuanVideo variants; the stock pipelines use the noise given here."""
     _, out = exported(kind)
     words, given = [f"prompt={LONG}", f"size={H}x{W}x{F + 4 * (kind == 'hunyuan_i2v')}", "seed=1"], {}
     if kind != "hunyuan_t2v":
         words, given = [*words, f"image={picture}"], {"image": Image.open(picture)}
     run(f"model={out}", f"out={tmp_path / 'a.png'}", *words)
     call = json.loads((out / "fastlightgen.json").read_text())["call"]
-    frames = F + 4 * (kind == "hunyuan_i2v")  # latent_concat cuts off the first latent frame's four
+    frames = F + 4 * (kind == "hunyuan_i2v")  # latent_concat cuts off the four frames of the first latent
     shape = (1, 16, (frames - 1) // 4 + 1, H // 8, W // 8)
     first = int(kind == "hunyuan_i2v_token")  # token_replace steps without the first frame
     same_noise(monkeypatch, [torch.randn(shape, generator=generator(1, i))[:, :, first:] for i in range(STEPS)])
@@ -116,7 +116,7 @@ def test_hunyuan_is_the_stock_pipelines(exported, picture, tmp_path, monkeypatch
 
 
 def test_teacher_with_guidance(pipeline, tmp_path):
-    """A pipeline folder alone; its shift is the scheduler's, and guidance steers away from `negative`."""
+    """A pipeline folder without a student: the shift is its scheduler's, and guidance steers away from `negative`."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     folder = pipeline("wan_t2v")
@@ -135,7 +135,7 @@ def test_teacher_with_guidance(pipeline, tmp_path):
 
 
 def test_many_prompts(exported, tmp_path, capsys):
-    """Every line gets the file that it would get alone, whatever stands around it; the same seed gives the same."""
+    """The file of a line does not depend on the other lines, and equal seeds give equal files."""
     _, out = exported("wan_t2v")
     (tmp_path / "list.txt").write_text(f"a blue cat\n\n{PROMPT}\n")
     words = [f"model={out}", f"size={H}x{W}x5", "seed=2"]

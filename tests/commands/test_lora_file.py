@@ -1,4 +1,4 @@
-"""A teacher's LoRA on a student: renumbered, it does to the pruned network what it did to the unpruned one."""
+"""A teacher's LoRA for a student: the renumbered file changes the pruned network as it changed the teacher."""
 
 import json
 
@@ -17,7 +17,7 @@ HUNYUAN = {"transformer_blocks": 2, "single_transformer_blocks": 4}
 
 
 def lora(form: str, blocks: int = 5, rank: int = 3) -> dict[str, torch.Tensor]:
-    """Two linear layers of every block, with the alpha of some forms."""
+    """A LoRA of two linear layers of every block; some file formats also store alpha."""
     g, out = torch.Generator().manual_seed(0), {}
     for i in range(blocks):
         for layer, (d_out, d_in) in {"attn1.to_q": (24, 24), "ffn.net.2": (24, 20)}.items():
@@ -80,7 +80,7 @@ def test_names_of_wan(tmp_path, name: str, number: dict):
 
 
 def test_names_of_hunyuan(tmp_path):
-    """Two lists of blocks with a map each; the refiner's blocks are not theirs."""
+    """Two lists of blocks, each with its own renumbering; the refiner's blocks belong to neither."""
     names = [
         ("transformer.transformer_blocks.{}.attn.to_q.lora_A.weight", 1, 0),
         ("transformer.transformer_blocks.{}.attn.to_q.lora_A.weight", 0, None),

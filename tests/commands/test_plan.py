@@ -1,4 +1,4 @@
-"""The plan command: the paper's figures, DeepSpeed's documented bytes by hand, what it says when a run does not fit."""
+"""The plan command: the paper's figures, DeepSpeed's documented bytes by hand, remedies for a run that does not fit."""
 
 import json
 from dataclasses import fields, replace

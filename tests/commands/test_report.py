@@ -1,4 +1,4 @@
-"""The report: the numbers of a run folder, one file that loads nothing, hostile strings, absent parts."""
+"""The report: the numbers of a run folder, a single file that loads no other, hostile strings, missing parts."""
 
 import base64
 import io
@@ -73,7 +73,7 @@ def run(tmp_path):
 
 
 class Page(HTMLParser):
-    """A page as a browser takes it apart: (tag, attributes), the text, the script elements."""
+    """A page as a browser parses it: (tag, attributes), the text, the script elements."""
 
     def __init__(self, path):
         super().__init__()
@@ -107,7 +107,7 @@ def test_numbers_of_the_run_are_on_the_page(run):
     data = json.loads(page.scripts[0])
     assert data["importance"]["baseline_score"] == 0.15 and data["importance"]["kept"] == [0, 2]
     assert [u["score"] for u in data["importance"]["units"]] == [0.9, 0.2, 0.25]
-    # five digits; what is not a number is left out
+    # five digits; nan is left out
     wanted = {"2": {"loss": [[1, 0.12346]], "distill_pruned": [[1, 0.25]]}, "3": {"fake_loss": [[1, 0.5]]}}
     assert data["curves"] == wanted
 
@@ -139,7 +139,7 @@ def test_alarms_and_time_shares(run):
 
 
 def test_clips_survive_as_sprites(run):
-    """Row k, column f of a column's picture is frame f of clip k, bit for bit; the columns stand in order."""
+    """Row k, column f of a model's picture is frame f of clip k, bit for bit; the models are in order."""
     page = Page(write_report(run))
     sprites = [a for tag, a in page.tags if tag == "img" and a.get("class") == "sprite"]
     assert len(sprites) == len(ADHERENCE)
@@ -158,13 +158,13 @@ def test_best_scores():
     assert best("adherence", evals) == ["student"]  # the real clips do not compete
     assert best("saturation", evals) == ["teacher"]  # nearest to the real 0.4
     assert best("tracking_error", evals) == []  # nan
-    evals["teacher"]["scores"]["adherence"] = 0.9121  # 91.2%, as the student's
+    evals["teacher"]["scores"]["adherence"] = 0.9121  # printed as 91.2%, like the student's
     assert best("adherence", evals) == ["teacher", "student"]
     evals["student"]["scores"] |= {"motion": 1.2, "frechet": 3.0}
     evals["teacher"]["scores"] |= {"motion": 0.9, "frechet": 2.0}
     assert best("motion", evals) == best("frechet", evals) == ["teacher"]
     del evals["real"]
-    assert best("saturation", evals) == []  # nothing to be near to
+    assert best("saturation", evals) == []  # without real clips there is no goal
 
 
 def test_hostile_strings_stay_text(run):
@@ -227,7 +227,7 @@ def test_out_and_one_sample(run, tmp_path):
 
 
 def test_plot_importance(tmp_path):
-    """1000 px wide; the two colours are there, and more blue than orange: block 0 matters most and is kept."""
+    """The picture is 1000 pixels wide and has more blue than orange: block 0 matters most and is kept."""
     plot_importance(RANKING, tmp_path / "importance.tmp.png")
     pixels = np.asarray(Image.open(tmp_path / "importance.tmp.png").convert("RGB")).astype(int)
     assert pixels.shape == (450, 1000, 3)

@@ -59,7 +59,7 @@ def test_the_student_makes_clips(run, tmp_path):
 
 
 def test_lora_critic(run):
-    """The fake as adapters on the linear layers of both kinds of blocks."""
+    """The critic as adapters on the linear layers of both kinds of blocks."""
     words = ["stage=3", f"run={run.parent / 'lora'}", f"stage2_model={run / 'stage2/model'}", "fake_mode=lora"]
     words += [f"model={run.parent / 'teacher/stage0/model'}", "iters=1", "batch=1", "ratio=1", "steps=1", "threads=1"]
     run_train(*words, "progress=false")

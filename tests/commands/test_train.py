@@ -1,4 +1,4 @@
-"""The train command from its words to the files it leaves."""
+"""The train command, from its arguments to the files it writes."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from fastlightgen.world.source import ShapesSource
 
 
 def test_stage_3_needs_stage_2(tmp_path):
-    """The real command in a real process: exit code 2 and one line, no traceback."""
+    """A mistake in a real process: exit code 2 and one line, no traceback."""
     folder = save_model(small_wan(), tmp_path / "m")
     env = os.environ | {"PYTHONPATH": str(Path(fastlightgen.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     words = ["stage=3", f"run={tmp_path}/r", f"model={folder}"]
@@ -31,7 +31,7 @@ def test_stage_3_needs_stage_2(tmp_path):
 
 
 def test_a_stage_from_a_cache_is_a_stage_from_its_clips(tmp_path, monkeypatch):
-    """The same clips in the same order through a latent cache give the same weights, bit for bit."""
+    """The same clips in the same order, read from a latent cache, give the same weights, bit for bit."""
     words = [w for w in write_inputs(tmp_path)[0] if not w.startswith("iters")] + ["iters=4"]
     world = ShapesSource(0)
     batch = world.batch(0, 12)
@@ -64,7 +64,7 @@ def test_stage_0_from_random_weights_depends_on_the_seed(tmp_path):
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """stage=all on a random teacher, with settings that only exercise it: the run folder and its words."""
+    """stage=all on a random teacher, with minimal settings: the run folder and the printed lines."""
     root = tmp_path_factory.mktemp("all")
     teacher = save_model(small_wan(), root / "teacher", steps=2, guidance=2.0, shift=3.0)
     words = ["stage=all", f"run={root / 'run'}", f"model={teacher}", "progress=false", "threads=1", "log_every=1"]

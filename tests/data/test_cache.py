@@ -1,4 +1,4 @@
-"""Latent caches: what is written is what is read, training from one equals training from its clips, damage is named."""
+"""Latent caches: reading returns the written clips, training equals training from clips, damage is named."""
 
 import json
 import zlib
@@ -22,7 +22,7 @@ def fields(batch) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A cache of the first clips of the built-in world, with its empty prompt."""
+    """A cache of the first clips of the built-in world, with the empty prompt as null prompt."""
     source = ShapesSource(0)
     null = source.batch(0, 1).null
     shards = [fields(source.batch(step, PER_SHARD)) for step in range(SHARDS)]
@@ -73,7 +73,7 @@ def test_batches_are_the_clips_of_the_world(folder):
 def test_every_epoch_shows_every_clip_once_and_never_a_held_out_one(folder):
     source = CacheSource(Cache(folder), seed=0)
     world = fields(ShapesSource(0).batch(0, CLIPS))["latents"].flatten(1)
-    train = CLIPS - 1  # a tenth, at least one, is held out
+    train = CLIPS - 1  # a tenth, but at least one, is held out
 
     def number(x):
         return int((world == x.flatten()).all(1).nonzero())
@@ -178,13 +178,13 @@ def test_a_bad_index_is_named(folder, change, said):
 
 def test_too_few_clips(tmp_path):
     write_cache(tmp_path / "one", [fields(ShapesSource(0).batch(0, 1))], {"text": torch.zeros(16, 48)})
-    with pytest.raises(ValueError, match="1 clips; at least 2 are needed"):
+    with pytest.raises(ValueError, match="1 clips; at least 2 of equal size are needed"):
         CacheSource(Cache(tmp_path / "one"), 0)
 
 
 @pytest.fixture
 def mixed(tmp_path):
-    """8 clips of one size and 3 of another; the clips' first latents are 0..7 and 100..102. Three held-in batches."""
+    """A cache with 8 clips of one size, whose first latents are 0..7, and 3 of another size, 100..102."""
 
     def shard(first, count, *size):
         latents = torch.zeros(count, 1, 2, *size)
@@ -200,13 +200,13 @@ def test_batches_never_mix_sizes_and_show_every_clip(mixed):
     source = CacheSource(Cache(mixed), seed=0)
     drawn = [source.batch(step, 2).x0 for step in range(60)]
     seen = Counter(int(v) for x in drawn for v in x[:, 0, 0, 0, 0])
-    # 7 clips fill 3.5 -> 4 batches of a round, 3 clips 1.5 -> 2: 40 and 20 of 60 steps, spread evenly over the clips
+    # A cycle has 3.5 -> 4 batches of the 7 clips and 1.5 -> 2 of the 3: 40 and 20 of 60 steps, spread evenly over clips
     assert sum(x.shape[-2:] == (2, 4) for x in drawn) == 40
     assert set(seen) == {*range(7), 100, 101, 102}
     assert {seen[i] for i in range(7)} <= {11, 12} and {seen[i] for i in (100, 101, 102)} <= {13, 14}
     assert [int(x) for x in source.held_out(0, 3).x0[:, 0, 0, 0, 0]] == [7, 7, 7]
     again = CacheSource(Cache(mixed), seed=0)
-    for step in (59, 3, 17):  # a function of the step alone
+    for step in (59, 3, 17):  # batches depend on the step alone
         assert torch.equal(again.batch(step, 2).x0, drawn[step])
 
 
@@ -219,7 +219,7 @@ def test_texts_are_filled_up(tmp_path):
 
 
 def test_one_flipped_bit_is_named_once(folder):
-    """Checksums are compared when a clip is first read; the crc of clip 6 is computed here by hand."""
+    """Checksums are verified when a clip is first read; the crc of clip 6 is computed here by hand."""
     shard = folder / "shard-00001.safetensors"
     tensors = load_file(shard)
     cache = Cache(folder)
@@ -236,7 +236,7 @@ def test_one_flipped_bit_is_named_once(folder):
 
 
 def test_a_cache_of_the_first_format_can_be_read(tmp_path):
-    """As format 1 was written: no sizes, no metadata."""
+    """A cache in format 1, which had no sizes and no metadata, can still be read."""
     save_file(
         {"latents": torch.arange(8.0).view(2, 1, 1, 2, 2), "text": torch.ones(2, 1, 4)}, tmp_path / "s.safetensors"
     )

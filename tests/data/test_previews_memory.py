@@ -1,4 +1,4 @@
-"""What the planner has for the VAE that shows clips, against what diffusers' own class allocates: no memory is used."""
+"""The planner's memory of the VAE that decodes previews, against diffusers' VAE on the meta device (no memory used)."""
 
 import weakref
 
@@ -15,7 +15,7 @@ diffusers = pytest.importorskip("diffusers")
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that tensors made inside had at one time."""
+    """The peak, in bytes, of the tensors that are created inside and alive at the same time."""
 
     def __init__(self):
         super().__init__()

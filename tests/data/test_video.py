@@ -1,4 +1,4 @@
-"""Decoded clips against the pictures that were written: which picture is shown when, crops, and what is unusable."""
+"""Decoded clips against the written pictures: timing, crops, unusable videos, lists."""
 
 import json
 from fractions import Fraction
@@ -17,7 +17,7 @@ LOSSY = 6  # grey levels: the codecs below leave at most 4 on flat pictures
 
 
 def shown(clip) -> list[int]:
-    """Which of `numbered`'s pictures a clip shows."""
+    """The numbers of `numbered`'s pictures that a clip shows."""
     levels = clip.reshape(len(clip), -1).mean(1)
     numbers = np.round((levels - 20) / 10).astype(int)
     assert np.abs(levels - 20 - 10 * numbers).max() < LOSSY / 2
@@ -26,7 +26,7 @@ def shown(clip) -> list[int]:
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm", ".mov", ".gif"])
 def test_pictures_are_those_shown_at_the_times(tmp_path, suffix):
-    """20 pictures at 10 a second: at 4 a second from 0.5 s on, times .5 .75 1 1.25 1.5 are pictures 5 7 10 12 15."""
+    """20 pictures at 10 per second, read at 4 per second from 0.5 s: times .5 .75 1 1.25 1.5 show 5 7 10 12 15."""
     file = write_video(tmp_path / f"a{suffix}", numbered(20), 10)
     assert shown(read_clip(Row("a", file, "x", start=0.5), 4, 5, SIZE)) == [5, 7, 10, 12, 15]
     assert shown(read_clip(Row("a", file, "x"), 10, 17, SIZE)) == list(range(17))  # the same rate: every picture once
@@ -35,14 +35,14 @@ def test_pictures_are_those_shown_at_the_times(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])
 def test_a_rate_that_its_clock_cannot_hold(tmp_path, suffix):
-    """16 and 24 a second in a clock of milliseconds: every picture is still shown once."""
+    """Time stamps in whole milliseconds at 16 and 24 pictures per second: every picture is still shown once."""
     for fps in (16, 24):
         file = write_video(tmp_path / f"{fps}{suffix}", numbered(21), fps)
         assert shown(read_clip(Row("a", file, "x"), fps, 21, SIZE)) == list(range(21))
 
 
 def test_a_late_start_seeks_to_the_right_picture(tmp_path):
-    """Key pictures every 7: the seek lands before the start, and what lies between is not shown."""
+    """With a key picture every 7 pictures, a seek lands before the start; the pictures between are not shown."""
     file = write_video(tmp_path / "a.mp4", numbered(23), 5, options={"g": "7"})
     for start in (1.2, 2.0, 3.4):
         clip = read_clip(Row("a", file, "x", start=start), 5, 5, SIZE)
@@ -50,7 +50,7 @@ def test_a_late_start_seeks_to_the_right_picture(tmp_path):
 
 
 def test_uneven_time_stamps(tmp_path):
-    """Pictures at 0, .1, .6, .7 s: a player shows picture 1 from .1 to .6."""
+    """Pictures at 0, .1, .6, .7 s: a player shows picture 1 from .1 to .6 s."""
     file = write_video(tmp_path / "a.mkv", numbered(4), 10, stamps=[0, 1, 6, 7])
     assert shown(read_clip(Row("a", file, "x"), 10, 5, SIZE)) == [0, 1, 1, 1, 1]
     assert shown(read_clip(Row("a", file, "x", start=0.5), 10, 3, SIZE)) == [1, 2, 3]
@@ -62,7 +62,7 @@ def test_time_counts_from_the_first_picture(tmp_path):
 
 
 def test_moving_edge(tmp_path):
-    """An edge that moves 4 pixels a picture, read at half the rate, moves 8: positions to a pixel."""
+    """An edge that moves 4 pixels per picture moves 8 pixels when read at half the rate, to a pixel."""
     film = np.zeros((12, 32, 64, 3), np.uint8)
     for k in range(12):
         film[k, :, 8 + 4 * k :] = 255
@@ -104,11 +104,11 @@ def test_buckets():
     assert nearest(1080, 1920, [(480, 832), (832, 480)]) == (480, 832)
     assert nearest(1920, 1080, [(480, 832), (832, 480)]) == (832, 480)
     assert nearest(100, 100, [(480, 832), (832, 480), (624, 624)]) == (624, 624)
-    assert nearest(100, 100, [(480, 832), (832, 480)]) == (480, 832)  # equally far: the first
+    assert nearest(100, 100, [(480, 832), (832, 480)]) == (480, 832)  # equally near: the first one
 
 
 def test_crop_is_centred_and_keeps_its_shape():
-    """A 100 x 300 picture into 50 x 50: columns 100..199 remain; a linear ramp stays linear to a level."""
+    """A 100 x 300 picture in a 50 x 50 bucket: columns 100..199 remain; a linear ramp stays linear to a grey level."""
     ramp = np.broadcast_to((np.arange(300) * 0.8)[None, :, None], (100, 300, 3)).astype(np.uint8)
     out = fit(ramp, (50, 50))
     wanted = (100 + 2 * np.arange(50) + 0.5) * 0.8  # the mean of two columns
@@ -116,7 +116,7 @@ def test_crop_is_centred_and_keeps_its_shape():
     assert np.abs(out[25, 2:-2, 0] - wanted[2:-2]).max() <= 1.5
     tall = np.broadcast_to((np.arange(300) * 0.8)[:, None, None], (300, 100, 3)).astype(np.uint8)
     assert np.array_equal(fit(tall, (50, 50)), out.transpose(1, 0, 2))
-    # pixels twice as wide as high: 100 x 150 of them are shown as 100 x 300
+    # pixels twice as wide as high: a picture of 100 x 150 is shown as 100 x 300
     wide = np.broadcast_to((np.arange(150) * 1.6)[None, :, None], (100, 150, 3)).astype(np.uint8)
     assert np.abs(fit(wide, (50, 50), aspect=2.0)[25, 2:-2, 0].astype(int) - out[25, 2:-2, 0]).max() <= 2
 
@@ -162,7 +162,7 @@ def test_csv(files):
         ("v/b.gif", "a dog", 0.0, None, "dover=79.5 is below min_dover=80"),
         ("v/c.mp4", "gone", 0.0, None, "not found"),
         ("v/a.mp4", "", 0.0, None, "no caption"),
-        ("v/a.mp4", "late", 2.0, 1.0, "start=2 and end=1.0 are no span of time"),
+        ("v/a.mp4", "late", 2.0, 1.0, "start=2, end=1.0: wanted 0 <= start < end"),
         ("v/a.mp4", "odd", 0.0, None, "start='soon' is not a number"),
         ("v/a.mp4", "odd", 0.0, None, "start='nan' is not a finite number"),
         ("v", "empty", 0.0, None, "a folder without pictures"),
@@ -199,7 +199,7 @@ def test_a_folder_with_captions(files):
         ("l.csv", "file,caption\n", "l.csv: lists no clips; wanted one line per clip"),
         ("l.jsonl", '{"file": 3\n', "l.jsonl: line 1 is not JSON"),
         ("l.jsonl", '{"file": "a"}\n', "l.jsonl: line 1 is not an object like"),
-        ("l.txt", "a", "l.txt: not a folder, nor a list that ends in .csv or .jsonl"),
+        ("l.txt", "a", "l.txt: neither a folder nor a .csv or .jsonl file"),
         ("absent.csv", None, "absent.csv: cannot be read"),
     ],
 )
@@ -211,7 +211,7 @@ def test_a_bad_list_is_named(tmp_path, name, text, said):
 
 
 def test_helpers_write_what_they_say(tmp_path):
-    """The fixtures themselves: 10 pictures at 5 a second last 2 s."""
+    """The videos of these tests: 10 pictures at 5 per second last 2 s."""
     import av
 
     with av.open(str(write_video(tmp_path / "a.mp4", numbered(10), 5))) as container:

@@ -1,4 +1,4 @@
-"""Drift alarms: silent on what is healthy, sounding on known damage once it is strong enough."""
+"""Drift alarms: none for healthy clips and logs, the right one for known damage of sufficient strength."""
 
 import math
 import random
@@ -36,13 +36,13 @@ def spread(x, s):
 
 
 def harden(x, s):
-    """Towards black and white, where a pixel is darker or lighter than its frame."""
+    """Move pixels darker than their frame's mean towards black, lighter ones towards white."""
     grey = x.mean(-1, keepdims=True)
     return (1 - s) * x + s * 255 * (grey > grey.mean((1, 2, 3), keepdims=True))
 
 
 def freeze(x, s):
-    """Every frame moves towards the first one."""
+    """Move every frame towards the first one."""
     return (1 - s) * x + s * x[:1]
 
 
@@ -52,7 +52,7 @@ def flash(x, s):
     return out
 
 
-DAMAGE = {  # name: (what is done at a strength, harmless strength, strength that must sound, the alarm)
+DAMAGE = {  # name: (damage of a given strength, harmless strength, strength that must raise the alarm, alarm)
     "over-exposure": (lambda x, s: x * (1 + s), 0.1, 1.0),
     "darkening": (lambda x, s: x * (1 - s), 0.1, 0.6),
     "over-saturation": (saturate, 0.1, 1.0),
@@ -74,18 +74,18 @@ def test_damage_of_growing_strength(alarm, clips, looks):
 
     assert found(0.0) == [] and found(weak) == []
     sounds = [alarm in found(s) for s in np.linspace(weak, strong, 8)]
-    assert sounds[-1] and sounds == sorted(sounds)  # silent up to some strength, never silent beyond it
+    assert sounds[-1] and sounds == sorted(sounds)  # silent up to some strength, an alarm at every larger one
 
 
 def test_the_colour_of_a_solid_picture_is_told(looks):
-    """The green film that users get: no contrast, no motion."""
+    """The plain green clips that users report: no contrast, no motion."""
     made = [look(np.broadcast_to(np.uint8([0, 255, 0]), (8, 32, 32, 3)))] * 4
     found = {f.alarm.split(":")[0] for f in in_clips(made, looks[:8], LIMITS)}
     assert {"loss of contrast", "motion collapse", "over-saturation", "over-exposure"} <= found
 
 
 def test_other_real_clips_are_as_usual(looks):
-    """Clips of other prompts differ by chance alone: of 5 sets with 4 measures each one alarm at most. 2.5 errors,
+    """Real clips of other prompts differ by chance: at most one alarm in 5 sets with 4 measures each. 2.5 errors,
     estimated from 8 clips, are exceeded in 4% of the cases (t with 7 degrees of freedom): two or more in 19% of all
     draws of the clips if the limits did not hold most of them back; these clips are drawn once and for all."""
     found = [in_clips(looks[k : k + 4], looks[:8], LIMITS) for k in range(4, 24, 4)]
@@ -93,7 +93,7 @@ def test_other_real_clips_are_as_usual(looks):
 
 
 def test_bounds_by_hand():
-    """Without spread among the real clips the limits alone decide, with spread the errors do."""
+    """If the real clips have equal looks, the limits alone decide; if they differ, the standard errors do."""
     real = [dict.fromkeys(LOOK, 50.0)] * 8
     for name in LOOK:
         limit = getattr(LIMITS, name)
@@ -131,7 +131,7 @@ def first_alarm(values: list[float]) -> int | None:
 
 @pytest.mark.parametrize("sigma", [0.0, 0.3, 1.0])
 def test_noisy_but_flat_losses_are_silent(sigma):
-    """100 lines each is a run of the paper's length. 4 errors of a median: a chance below 1e-4 per independent look."""
+    """100 lines are a run of the paper's length. 4 errors of a median: a chance below 1e-4 per independent test."""
     assert [first_alarm(series(100, sigma, seed)) for seed in range(30)] == [None] * 30
 
 
@@ -145,9 +145,9 @@ def test_falling_losses_are_silent(sigma):
 @pytest.mark.parametrize(
     "trend, by",
     [
-        (lambda i: 1 + max(0, i - 40) / 10, 80),  # linear from line 40 on; 4 times the usual at 70
-        (lambda i: math.exp(max(0, i - 40) / 10), 70),  # 20 times the usual at 70
-        (lambda i: 1.02**i, 99),  # slow from the start: 7 times at 99
+        (lambda i: 1 + max(0, i - 40) / 10, 80),  # linear from line 40 on; a factor of 4 at 70
+        (lambda i: math.exp(max(0, i - 40) / 10), 70),  # a factor of 20 at 70
+        (lambda i: 1.02**i, 99),  # slow from the start: a factor of 7 at 99
         (lambda i: 5.0 if i >= 60 else 1.0, 70),  # a jump that stays
         (lambda i: 3 * math.exp(-i / 10) + 0.2 + max(0, i - 50) / 20, 90),  # falls tenfold first
     ],
@@ -166,7 +166,7 @@ def test_one_outlier_is_no_divergence():
 
 
 def test_error_of_a_median():
-    """Against the deviation of medians of 10 in 4000 draws; its own error is 1%, the estimate's from 400 values 5%."""
+    """Against the deviation of 4000 medians of 10 values; its error is 1%, that of an estimate from 400 values 5%."""
     draw = random.Random(0)
     medians = [sorted(draw.gauss(0, 0.7) for _ in range(11))[5] for _ in range(4000)]
     wanted = (sum(m * m for m in medians) / 4000) ** 0.5
@@ -178,4 +178,4 @@ def test_contrast_of_the_student():
         data = series(30, 0.3, 2)
         found = in_contrast([ratio * d for d in data], data, LIMITS)
         assert (found and found.alarm.split(":")[0]) == alarm
-        assert in_contrast([9 * d for d in data[:9]], data[:9], LIMITS) is None  # too few lines to judge
+        assert in_contrast([9 * d for d in data[:9]], data[:9], LIMITS) is None  # too few lines for a test

@@ -39,7 +39,7 @@ def test_gaussians_that_do_not_commute():
 def test_features_are_in_units_of_the_reference():
     x = torch.randn(4000, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert abs(frechet(x, x)) < 1e-9
-    # a shift of one deviation in one feature costs 1 whatever its unit
+    # a shift of one feature by one standard deviation costs 1 in any unit
     shifted = x.clone()
     shifted[:, 2] += x[:, 2].std()
     unit = torch.tensor([1.0, 50, 0.1, 7, 2])

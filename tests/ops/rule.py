@@ -1,16 +1,16 @@
-"""The error rule of every kernel: at most twice the error of torch's own operations in the same dtype."""
+"""The error rule for every kernel: at most twice the error of torch's own operations in the same dtype."""
 
 import torch
 from torch import Tensor, nn
 
 
 def leaves(case: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Fresh leaves that want gradients, in another dtype where one is given."""
+    """Copies of the tensors that require gradients, cast to `dtype` if it is given."""
     return {name: t.detach().to(dtype or t.dtype).clone().requires_grad_() for name, t in case.items()}
 
 
 def results(op, case: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every output of op(**case) and the gradient of every input, under fixed cotangents rounded to bfloat16."""
+    """All outputs of op(**case) and the gradients of all inputs, for fixed output gradients rounded to bfloat16."""
     inputs = leaves(case, dtype)
     outputs = op(**inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -23,9 +23,9 @@ def results(op, case: dict[str, Tensor], dtype: torch.dtype | None = None) -> di
 
 
 def check(got: dict[str, Tensor], own: dict[str, Tensor], exact: dict[str, Tensor], terms: int) -> None:
-    """got against exact, own (torch in the same dtype) being the yardstick.
+    """Assert that got is at most twice as far from exact as own, torch's result in the same dtype.
 
-    The floor: the one rounding to the result's dtype, and float32's over a sum of `terms` (random walk, factor 4).
+    Allowed in addition: the rounding to the result's dtype, and float32's in a sum of `terms` (random walk, factor 4).
     """
     assert got.keys() == exact.keys()
     for name, value in got.items():
@@ -43,7 +43,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 class Part(nn.Module):
-    """A function as a module's method, which is what a checkpoint takes."""
+    """A module whose method run() calls a function, because a checkpoint takes a module's method."""
 
     def __init__(self, function):
         super().__init__()

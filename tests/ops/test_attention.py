@@ -1,4 +1,4 @@
-"""Which of torch's kernels computes attention, what it says about it, and what a checkpoint keeps of it."""
+"""The choice of torch's attention kernel, its messages, and the attention outputs that a checkpoint keeps."""
 
 from contextlib import contextmanager
 
@@ -20,7 +20,7 @@ FLASH, CUDNN, EFFICIENT, MATH = (
 
 @pytest.fixture(autouse=True)
 def undecided():
-    """Every test decides anew."""
+    """Every test makes its own choice of kernel."""
     for decided in (attention.choice, attention._kernels):
         decided.cache_clear()
     yield
@@ -30,7 +30,7 @@ def undecided():
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch):
-    """A machine with a GPU, as far as the questions go that are asked of it; returns what was switched on."""
+    """Imitate a machine with a GPU for the queries of attention.py; return the list of activated kernels."""
     on = []
 
     def pretend(major: int, installed: tuple[str, ...] = (), cudnn: bool = True, impls=("FA3", "FA4"), broken=None):
@@ -43,7 +43,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
 
         def find(name: str):
             if name.startswith("flash_attn.") and name not in installed:
-                raise ModuleNotFoundError(name)  # what importlib does where the package around it is missing
+                raise ModuleNotFoundError(name)  # find_spec raises this when the parent package is missing
             return name if name in installed else None
 
         def activate(impl: str) -> None:
@@ -60,7 +60,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
 
 
 def exact(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v in float64, head by head."""
+    """softmax(q k^T / sqrt(d)) v of each head in float64."""
     return formula(q.double(), k.double(), v.double(), mask)
 
 
@@ -78,13 +78,13 @@ def test_every_choice_of_a_cpu_is_attention(monkeypatch, wanted: str, masked: bo
     monkeypatch.setenv("FLG_ATTENTION", wanted)
     q, k, v = torch.randn(2, 5, 3, 8), torch.randn(2, 7, 3, 8), torch.randn(2, 7, 3, 8)
     mask = (torch.arange(7) < torch.tensor([[4], [7]]))[:, None, None] if masked else None
-    # Sums of 8 and 7 terms in float32: some 1e-7 of values below 10.
+    # Sums of 8 and 7 terms in float32: about 1e-7 of values below 10.
     torch.testing.assert_close(attend(q, k, v, mask).double(), exact(q, k, v, mask), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("wanted", ["math", "flash"])
 def test_a_demand_reaches_torch(monkeypatch, wanted: str):
-    """The operation that runs is the one that was asked for."""
+    """The kernel named by FLG_ATTENTION is the one that runs."""
     monkeypatch.setenv("FLG_ATTENTION", wanted)
     q = torch.randn(1, 5, 2, 8)
     with torch.profiler.profile() as seen:
@@ -108,7 +108,7 @@ def test_hopper_takes_flash_attention_3_where_it_is_installed(gpu):
     assert attention._kernels(True, False) == [FLASH, CUDNN, EFFICIENT, MATH]  # a preference
     assert attention._kernels(False, False) is None  # CPU tensors of the same process
     attention.describe()
-    assert on == ["FA3"]  # decided once
+    assert on == ["FA3"]  # activated once
 
 
 def test_hopper_without_it_takes_cudnn(gpu):
@@ -137,12 +137,12 @@ def test_a_demand_on_a_gpu(gpu, monkeypatch):
     assert gpu(10, installed=("flash_attn.cute.interface",)) == []
     assert attention.describe() == "attention: flash4 (chosen by FLG_ATTENTION), calls with a mask: cudnn"
     assert attention._kernels(True, False) == [FLASH]
-    assert attention._kernels(True, True) == [FLASH, CUDNN, EFFICIENT, MATH]  # FlashAttention reads none
+    assert attention._kernels(True, True) == [FLASH, CUDNN, EFFICIENT, MATH]  # FlashAttention has no mask
 
 
 MISSING = {
     "no such kernel": ("best", {"major": 9}, "got 'best', wanted one of auto, flash3, "),
-    "not installed": ("flash3", {"major": 9}, "got 'flash3', which is not there: flash_attn_interface is not inst"),
+    "not installed": ("flash3", {"major": 9}, "got 'flash3', which is not available: flash_attn_interface is not inst"),
     "no package": ("flash4", {"major": 9}, "flash_attn.cute.interface is not installed"),
     "another GPU": ("flash3", {"major": 8}, r"it runs on compute capability 9.x, this GPU has 8.0"),
     "an older torch": ("flash3", {"major": 9, "impls": ()}, "has no switch for it; install a newer torch"),
@@ -165,13 +165,13 @@ def test_without_a_gpu(monkeypatch, wanted: str):
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
     monkeypatch.setenv("FLG_ATTENTION", wanted)
-    with pytest.raises(ValueError, match=f"got '{wanted}', which is not there: no CUDA device is visible"):
+    with pytest.raises(ValueError, match=f"got '{wanted}', which is not available: no CUDA device is visible"):
         attention.choice()
 
 
 @contextmanager
 def replaced(calls: list):
-    """Another kernel in the place of torch's for CPUs, put there as torch's switch puts FlashAttention-3 (_fa3.py)."""
+    """Replace torch's CPU kernel in the way torch's switch installs FlashAttention-3 (_fa3.py)."""
     lib = torch.library.Library("aten", "IMPL")
 
     def forward(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
@@ -189,7 +189,7 @@ def replaced(calls: list):
 @pytest.mark.filterwarnings("ignore:.*Overriding a previously registered kernel.*")
 @pytest.mark.parametrize(("recompute", "times"), [("attention", 1), ("all", 2)])
 def test_a_checkpoint_keeps_what_a_switched_in_kernel_made(recompute: str, times: int):
-    """Were the kernel's parts seen in the place of the whole, it would run again in the backward pass."""
+    """A checkpoint must see the kernel as one operation; otherwise it would run the kernel again in the backward."""
     q = torch.randn(1, 5, 2, 8, requires_grad=True)
     calls = []
     with replaced(calls):
@@ -206,7 +206,7 @@ def test_a_checkpoint_keeps_what_a_switched_in_kernel_made(recompute: str, times
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", attention.KERNELS)
 def test_gpu(monkeypatch, name: str, masked: bool):
-    """Every kernel that this machine has, forward and backward, at twice the error of torch's plain operations."""
+    """All usable kernels, forward and backward, with at most twice the error of torch's plain operations."""
     if reason := attention._why_not(name):
         pytest.skip(reason)
     monkeypatch.setenv("FLG_ATTENTION", name)

@@ -1,4 +1,4 @@
-"""What a kernel cannot take is refused in one line or handled; one test for each kind of it."""
+"""Input that kernels do not support is refused in one line or handled; one test for each kind of input."""
 
 import re
 import subprocess
@@ -30,7 +30,7 @@ def draw(*size: int) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(sum(size)))
 
 
-# Each with its tensors by name; the first is what the others have to fit.
+# Each operator with its tensors by name; the others must fit the first one.
 CASES = {
     "norm_modulate": (norm_modulate, {"x": draw(2, 4, 16), "scale": draw(2, 16), "shift": draw(2, 16)}),
     "gate_residual_norm_modulate": (
@@ -52,11 +52,11 @@ CASES = {
     ),
 }
 each = pytest.mark.parametrize("name", CASES)
-KERNELS = [name for name in CASES if not name.startswith("linear")]  # those that the shim can run
+KERNELS = [name for name in CASES if not name.startswith("linear")]  # operators that the shim can run
 
 
 def run(name: str, tensors: dict[str, Tensor], backward: bool = True) -> list[Tensor]:
-    """Results and, where there are any, gradients."""
+    """Results and, if the operator has them, gradients."""
     leaves = {n: t.detach().requires_grad_(backward and name != "dmd_gradient") for n, t in tensors.items()}
     out = CASES[name][0](**leaves)
     out = list(out) if isinstance(out, tuple) else [out]
@@ -96,7 +96,7 @@ def test_not_contiguous_or_misaligned_is_copied(simt, name: str, change):
 @pytest.mark.parametrize("change", [strided, shifted])
 def test_the_same_on_the_reference(name: str, change):
     for got, want in zip(run(name, {n: change(t) for n, t in CASES[name][1].items()}), run(name, CASES[name][1])):
-        torch.testing.assert_close(got, want)  # torch may take another path through strided memory
+        torch.testing.assert_close(got, want)  # torch may compute strided memory differently
 
 
 @each
@@ -140,7 +140,7 @@ def test_empty_tensors_give_empty_tensors(request, backend: str, name: str, size
             run(name, tensors)
         return
     for value in run(name, tensors):
-        assert value.numel() == 0 or not value.any()  # gradients of what did not take part
+        assert value.numel() == 0 or not value.any()  # gradients of unused inputs are zero
 
 
 def test_rows_beyond_32_bits_go_to_the_reference():
@@ -170,7 +170,7 @@ def test_gpu_offsets_beyond_32_bits(monkeypatch, backend: str):
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_launch_error_names_the_operator_and_says_the_drivers_words(simt, monkeypatch, name: str):
     class Broken:
-        """cudaErrorNoKernelImageForDevice at every launch."""
+        """A module whose every launch returns cudaErrorNoKernelImageForDevice (209)."""
 
         def __getattr__(self, attribute: str):
             if attribute in ("error_string", "dmd_gradient_blocks"):
@@ -188,8 +188,8 @@ def test_a_launch_error_names_the_operator_and_says_the_drivers_words(simt, monk
 
 BROKEN = {
     "raise ImportError('libcudart.so.13: cannot open shared object file')": "libcudart.so.13: cannot open",
-    "def cuda_built(): return True": "no attribute 'interface'",  # made from older sources
-    "interface = 1": "it was made from other sources, interface 1 instead of 3",
+    "def cuda_built(): return True": "no attribute 'interface'",  # built from older sources
+    "interface = 1": "it was built from other sources, interface 1 instead of 3",
 }
 
 
@@ -204,4 +204,4 @@ def test_a_broken_extension_is_said_once_and_done_without(tmp_path, source: str)
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and float(done.stdout) == pytest.approx(1.0), done.stderr
     assert done.stderr.count("UserWarning") == 1
-    assert BROKEN[source] in done.stderr and "`pip install -e .` builds it anew" in done.stderr
+    assert BROKEN[source] in done.stderr and "`pip install -e .` rebuilds it" in done.stderr

@@ -1,4 +1,4 @@
-"""The compiled part without a GPU: what nvcc says about every kernel, what the extension says about itself."""
+"""The compiled part without a GPU: nvcc's output for every kernel, and the extension's description of itself."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def cuobjdump() -> str | None:
-    """The disassembler of the toolkit, or the one that triton brings along."""
+    """The path of the CUDA toolkit's disassembler, or of triton's copy."""
     triton = importlib.util.find_spec("triton")
     own = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton else None
     return shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin") or (
@@ -25,7 +25,7 @@ def cuobjdump() -> str | None:
 
 
 def compile_for(arch: str, source: Path, folder: Path) -> tuple[Path, str]:
-    """The cubin and what ptxas said."""
+    """Compile a source; return the cubin and ptxas's output."""
     if NVCC is None:
         pytest.skip("nvcc is not installed")
     out = folder / f"{source.stem}.cubin"
@@ -44,7 +44,7 @@ def compiled(request, tmp_path_factory) -> tuple[Path, str]:
     return compile_for("90a", request.param, tmp_path_factory.mktemp("cubin"))
 
 
-# Bytes that a kernel may spill: none, but sm_100 lacks one register in the half-precision backward with a gate.
+# Bytes that a kernel may spill: 0, except on sm_100, which lacks one register in the float16 backward with a gate.
 OTHERS = {"80": 0, "100": 4}
 
 
@@ -66,19 +66,19 @@ def test_no_kernel_spills(compiled: tuple[Path, str]):
 
 
 def test_registers_leave_room_for_the_blocks(compiled: tuple[Path, str]):
-    """At the tuned widths in 16 bits an SM holds as many blocks as planned: 20 warps forward, 12 backward."""
+    """For 16-bit rows of the tuned widths an SM holds the planned blocks: 20 warps forward, 12 backward."""
     tuned = r"entry function '(\S*(?:bfloat16|half)NS\S*WidthILi(\d+)ELb1\S*)'.*?Used (\d+) registers"
     found = re.findall(tuned, compiled[1], re.S)
     assert found or compiled[0].stem == "dmd_gradient"
     for name, threads, registers in found:
         planned = 384 if "backward" in name else 640
         blocks = planned // int(threads)
-        resident = 65536 // (-(-int(registers) // 8) * 8 * 32) // 4 * 4  # warps; registers go out eight by eight
+        resident = 65536 // (-(-int(registers) // 8) * 8 * 32) // 4 * 4  # warps; registers come in units of 8
         assert resident // (int(threads) // 32) >= blocks, f"{name}: {registers} registers"
 
 
 def test_global_memory_is_read_128_bits_at_a_time(compiled: tuple[Path, str]):
-    """Every kernel loads and stores its tensors by 16 bytes; a narrow store would be a vector that was split."""
+    """Every kernel loads and stores its tensors in units of 16 bytes; a narrow store means a vector that was split."""
     if (tool := cuobjdump()) is None:
         pytest.skip("cuobjdump is not installed")
     sass = subprocess.run([tool, "--dump-sass", compiled[0]], capture_output=True, text=True, check=True).stdout
@@ -95,7 +95,7 @@ def test_global_memory_is_read_128_bits_at_a_time(compiled: tuple[Path, str]):
 
 
 def test_no_torch_header_in_the_compiled_part():
-    """One source builds against any torch, and where torch has no CUDA: nothing here may see a Tensor."""
+    """The sources must build against any torch, also one without CUDA, so no file may include its headers."""
     files = [p for folder in ("csrc", "bindings") for p in (ROOT / folder).rglob("*") if p.is_file()]
     assert len(files) >= 8
     guilty = [p.name for p in files if re.search(r"#include\s*[<\"](torch|ATen|c10)/", p.read_text())]
@@ -114,7 +114,7 @@ def test_the_interface_is_the_one_that_is_asked_for(simt):
 
 
 def test_a_launcher_refuses_what_it_cannot_do(simt):
-    """cudaErrorInvalidValue (1) before any CUDA call: misaligned, odd width, too wide, no divisor, odd stride."""
+    """Launchers return cudaErrorInvalidValue (1): misaligned, odd width, too wide, no divisor, odd stride."""
     good = [0, 64, 64, 0, 0, 64, 64, 0, 16, 1, 0, 16, 16, 1.0, 1e-6, 0, 0, 0]  # no rows: nothing to do
     assert simt.gate_residual_norm_modulate(*good) == 0
     for place, value in ((2, 72), (8, 12), (8, 5128), (9, 0), (11, 2), (7, -1)):
@@ -125,7 +125,7 @@ def test_a_launcher_refuses_what_it_cannot_do(simt):
     assert simt.dmd_gradient(*scalars, 0, 12, 0, 0, 0, 0) == 1 and simt.dmd_gradient(*scalars, 0, 16, 2, 0, 0, 0) == 1
     tensors, rope = ([64, 64],) * 3, ([64] * 3, [2, 2, 2], [4, 2, 2])
     assert simt.qk_norm_rope(*tensors, *rope, 0, 8, 32, 16, False, 1e-6, 0, 0, 0) == 0
-    for tokens, dim, head_dim in ((7, 32, 16), (8, 24, 16), (8, 32, 8)):  # a grid of 8; a divisor; the pairs' sum
+    for tokens, dim, head_dim in ((7, 32, 16), (8, 24, 16), (8, 32, 8)):  # few tokens; no divisor; pairs
         assert simt.qk_norm_rope(*tensors, *rope, 0, tokens, dim, head_dim, False, 1e-6, 0, 0, 0) == 1
 
 

@@ -26,7 +26,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[dict[str, Tensor],
 
 
 def by_hand(tensors: dict[str, Tensor], t: Tensor, beta1, beta2) -> tuple[np.ndarray, np.ndarray]:
-    """Sample by sample, in float64."""
+    """The formula in NumPy float64, sample by sample."""
     x0, x_t, fake, weak, null, strong = (tensors[name].double().numpy() for name in NAMES)
     grads, norms = [], []
     for i in range(len(x0)):
@@ -39,7 +39,7 @@ def by_hand(tensors: dict[str, Tensor], t: Tensor, beta1, beta2) -> tuple[np.nda
 
 
 def same_dtype(tensors: dict[str, Tensor], t: Tensor, beta1: float, beta2: float) -> Tensor:
-    """The formula with torch in the dtype of the inputs: the yardstick of the error rule."""
+    """The formula with torch in the dtype of the inputs, for the error rule."""
     x0, x_t, fake, weak, null, strong = (tensors[name] for name in NAMES)
     t = t.to(x0.dtype).view(-1, *[1] * (x0.dim() - 1))
     x0_real = x_t - t * (beta1 * (weak - null) + beta2 * (strong - weak) + null)
@@ -68,7 +68,7 @@ def test_low_precision_is_within_twice_torchs_own_error(shape, dtype):
     yardstick = np.abs(same_dtype(tensors, t, 3.5, 0.25).double().numpy() - want).max()
     rounding = torch.finfo(dtype).eps / 2 * np.abs(want).max()
     assert np.abs(grad.double().numpy() - want).max() <= 2 * yardstick + rounding
-    # float32 inside, whatever the inputs: a few roundings of terms up to 3.5 times larger than the mean.
+    # float32 inside for all input types: a few roundings of terms up to 3.5 times larger than the mean.
     np.testing.assert_allclose(normaliser.numpy(), norm, rtol=20 * torch.finfo(torch.float32).eps)
 
 
@@ -108,7 +108,7 @@ def test_gaussian_generator_moves_towards_the_data(t: float, step: float):
 
     real, times = best_v(0.0), torch.full((64,), t, dtype=torch.float64)
     grad, normaliser = dmd_gradient(x0, x_t, times, best_v(2.0), real, real, real, 3.5, 0.25)
-    torch.testing.assert_close(grad * normaliser[:, None], torch.full_like(grad, step))  # descended: the mean falls
+    torch.testing.assert_close(grad * normaliser[:, None], torch.full_like(grad, step))  # descent lowers the mean
 
 
 def test_no_difference_no_gradient():
@@ -117,14 +117,14 @@ def test_no_difference_no_gradient():
     x_t = tensors["x_t"]
     grad, normaliser = dmd_gradient(x_t - t.view(-1, 1, 1, 1, 1) * v, x_t, t, v, v, v, v, 3.5, 0.25)
     assert torch.equal(grad, torch.zeros_like(grad))
-    torch.testing.assert_close(normaliser, torch.full((B,), 1e-6))  # x0 is x0_real: only the floor is left
+    torch.testing.assert_close(normaliser, torch.full((B,), 1e-6))  # x0 is x0_real: only the 1e-6 remains
 
 
 TYPES = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float32, torch.bfloat16)]
 
 
 def check_kernel(dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, ...], device: str) -> None:
-    """The operator of the backend in force against float64, twice with equal bits."""
+    """Compare the current backend with float64, and two runs with each other bit for bit."""
     tensors, t = case(shape, dtypes[1])
     tensors |= {name: tensors[name].to(dtypes[0]) for name in ("x0", "x_t")}
     there = {name: v.to(device) for name, v in tensors.items()}
@@ -143,7 +143,7 @@ def check_kernel(dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, ...]
 @pytest.mark.parametrize("dtypes", TYPES, ids=str)
 @pytest.mark.parametrize("shape", [(B, 4, 2, 3, 8), (B, 16, 5, 24, 32), (B, 8)], ids=str)
 def test_cuda_sources(simt, shape, dtypes):
-    """One element per thread, many, and fewer than threads."""
+    """Samples with one vector per thread, with many, and with fewer vectors than threads."""
     check_kernel(dtypes, shape, "cpu")
 
 

@@ -13,12 +13,12 @@ from fastlightgen.ops import dispatch, gate_residual_norm_modulate, norm_modulat
 
 EPS = 1e-6
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-WIDTHS = [8, 1000, 1536, 3072, 4096, 5120]  # odd ones with idle lanes; Wan 1.3B, HunyuanVideo, Wan 14B
+WIDTHS = [8, 1000, 1536, 3072, 4096, 5120]  # Wan 1.3B, HunyuanVideo, Wan 14B, and others with idle threads
 VARIANTS = ["plain", "gated", "ungated", "affine", "affine ungated", "frames"]
 
 
 def formula(x, y=None, gate=None, scale=None, shift=None, weight=None, bias=None):
-    """Written out with torch's operations, in whatever dtype they come."""
+    """The formula with torch's operations, in the dtype of the inputs."""
     to = x.dtype
 
     def rows(mod: Tensor) -> Tensor:
@@ -45,14 +45,14 @@ def case(variant: str, shape: tuple[int, int, int], dtype: torch.dtype, device: 
     def draw(*size: int) -> Tensor:
         return torch.randn(*size, generator=gen).bfloat16().float().to(device)  # exact in bfloat16, and nearly in half
 
-    found = {"x": (draw(*shape) + 5).to(dtype)}  # a mean that a one-pass variance would lose digits to
+    found = {"x": (draw(*shape) + 5).to(dtype)}  # with this mean a one-pass variance loses digits
     if variant != "plain":
         found["y"] = draw(*shape).to(dtype)
     if variant in ("gated", "affine", "frames"):
         found["gate"] = draw(batch, dim)
     if variant.startswith("affine"):
         return found | {"weight": draw(dim).to(dtype), "bias": draw(dim).to(dtype)}
-    rows = shape[:2] if variant == "frames" else shape[:1]  # its own modulation for every frame; the gate per sample
+    rows = shape[:2] if variant == "frames" else shape[:1]  # modulation per frame, gate per sample
     return found | {"scale": draw(*rows, dim), "shift": draw(*rows, dim)}
 
 
@@ -82,7 +82,7 @@ def test_cuda_sources_at_real_widths(simt, dim: int, dtype: torch.dtype):
 
 
 def test_no_barrier_is_missing(simt):
-    """Threads and blocks that run in the opposite order give the same bits: nobody reads what is not yet written."""
+    """Running threads and blocks in the opposite order gives the same bits: no thread reads unwritten data."""
     inputs = case("gated", (3, 13, 1536), torch.bfloat16)
     want = rule.results(op, inputs)
     shim.backwards(True)
@@ -93,7 +93,7 @@ def test_no_barrier_is_missing(simt):
 
 
 def test_a_run_never_crosses_a_modulation_row(simt):
-    """Row counts from one per group to more than the blocks at hand: each row reads its own table row."""
+    """From one row per group to more rows than blocks, each row reads its own table row."""
     for batch, rows in ((1, 1), (1, 40), (37, 1), (5, 7)):
         agrees("gated", (batch, rows, 64), torch.float32)
 
@@ -101,8 +101,8 @@ def test_a_run_never_crosses_a_modulation_row(simt):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_reference_on_tables(monkeypatch, variant: str, dtype: torch.dtype):
-    """What the registered operator does for CPU tensors, its explicit gradient included."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # past the eager short cut
+    """The registered operator on CPU tensors, with its explicit gradient."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # skips the short cut for eager CPU calls
     agrees(variant, (2, 7, 48), dtype)
 
 
@@ -144,7 +144,7 @@ def test_launch_error_is_words(simt):
 
 
 def gpu_cases() -> list[tuple]:
-    """Triton compiles two kernels for each case: of it only two variants in bfloat16 at the real widths."""
+    """Triton compiles two kernels per case, which takes long: only two variants in bfloat16 at the real widths."""
     every = itertools.product(["cuda", "triton"], WIDTHS, VARIANTS, DTYPES)
     some = [(variant, torch.bfloat16) for variant in ("plain", "gated")]
     return [c for c in every if c[0] == "cuda" or c[1] <= 1000 or c[2:] in some]

@@ -1,4 +1,4 @@
-"""Linear layers with a fused epilogue: formulas, explicit gradients, and what nvcc makes of the CUTLASS sources."""
+"""Linear layers with a fused epilogue: formulas, explicit gradients, and the machine code of the CUTLASS sources."""
 
 import importlib.util
 import os
@@ -34,7 +34,7 @@ def gelu_formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def case(op: str, shape: tuple[int, int, int, int], bias: bool, dtype: torch.dtype, device: str = "cpu") -> dict:
-    """Samples, rows of each, inner and outer width."""
+    """Shapes: samples, rows per sample, inner and outer width."""
     batch, rows, inner, dim = shape
     gen = torch.Generator().manual_seed(inner)
 
@@ -55,7 +55,7 @@ OPS = {
 
 
 def registered(op: str):
-    """The operator itself with its explicit gradient, which the public function calls where CUTLASS is built."""
+    """The registered operator with its explicit gradient, which the public function calls if CUTLASS is built."""
     if op == "linear_gelu_tanh":
         return lambda x, weight, bias=None: torch.ops.fastlightgen.linear_gelu_tanh(x, weight, bias, True)[0]
 
@@ -82,7 +82,7 @@ def test_formula_and_gradients(explicit: bool, op: str, bias: bool, dtype: torch
 
 
 def test_a_gate_for_every_frame():
-    """[B, F, 1, N] gates of video rows: each group of rows has its own, as broadcasting says."""
+    """Gates [B, F, 1, N] apply to the rows of their frame, as in broadcasting."""
     gen = torch.Generator().manual_seed(0)
     c, gate, x = (
         torch.randn(*n, generator=gen, dtype=torch.float64) for n in ((2, 3, 5, 8), (2, 3, 1, 8), (2, 3, 5, 4))
@@ -105,7 +105,7 @@ def test_the_public_function_compiles_whole(op: str):
 
 
 def test_frozen_parts_get_no_gradient():
-    """A frozen weight, as under adapters: the others' gradients do not change."""
+    """With a frozen weight, as under adapters, the other gradients do not change."""
     inputs = case("linear_gate_residual", (2, 5, 24, 16), True, torch.float32)
     want = rule.results(registered("linear_gate_residual"), inputs)
     for frozen in (["weight", "bias"], ["gate"], ["x"], ["c", "gate", "bias"]):
@@ -119,7 +119,7 @@ def test_frozen_parts_get_no_gradient():
 
 @pytest.fixture
 def products(monkeypatch) -> list[Tensor]:
-    """The path of a GPU with CUTLASS, with torch in the place of the kernel; the products that it computed."""
+    """Take the path of a GPU with CUTLASS, but with torch instead of the kernel; record the products."""
     module, done = importlib.import_module("fastlightgen.ops.linear_gate_residual"), []
 
     def product(out: Tensor, c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -158,8 +158,8 @@ def test_a_checkpoint_does_not_compute_a_last_product_again(products, recompute:
 
 @pytest.mark.parametrize("family", ["wan", "hunyuan"])
 def test_the_networks_checkpoints_end_in_it(products, family: str):
-    """One product per block and sequence forward, the image's not again backward; the gradients of the plain path."""
-    for needed in ("omegaconf", "safetensors", "tqdm"):  # the other tests of the operators do without
+    """One product per block and sequence in the forward pass, none for the image in the backward; same gradients."""
+    for needed in ("omegaconf", "safetensors", "tqdm"):  # the other tests of the operators do not need them
         pytest.importorskip(needed)
     import helpers
 
@@ -173,14 +173,14 @@ def test_the_networks_checkpoints_end_in_it(products, family: str):
         return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
     want = gradients()
-    assert not products  # without checkpoints the sum waits for the next norm
+    assert not products  # without checkpoints the next norm adds the residual
     net.checkpointing = True
     got = gradients()
     double, lengths = sum(hasattr(block, "ff_context") for block in net.blocks), [out.shape[1] for out in products]
     assert lengths.count(2 * 2 * 2) == (double or net.num_blocks)  # the image's tokens
-    assert len(lengths) == net.num_blocks + 2 * double  # only the text's little product is there twice
+    assert len(lengths) == net.num_blocks + 2 * double  # only the small product of the text runs twice
     assert got.keys() == want.keys()
-    for name, value in want.items():  # float64, sums of some thousand terms
+    for name, value in want.items():  # float64, sums of a few thousand terms
         torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9 * float(value.abs().max()) + 1e-15)
 
 
@@ -192,7 +192,7 @@ def test_bad_input_is_named():
         linear_gate_residual(c[:, :2], gate, x, weight)
     with pytest.raises(ValueError, match=r"gate got \(3, 8\), wanted \[B, D\]"):
         linear_gate_residual(c, torch.randn(3, 8), x, weight)
-    with pytest.raises(ValueError, match="got keep=False and a gradient; pass keep=True"):
+    with pytest.raises(ValueError, match="got keep=False, but a gradient is needed; pass keep=True"):
         torch.ops.fastlightgen.linear_gelu_tanh(x.requires_grad_(), weight, None, False)
 
 
@@ -208,7 +208,7 @@ def test_gpu(monkeypatch, op: str, shape, bias: bool):
 
 
 def cutlass() -> Path | None:
-    """The headers that a build would use: FLG_CUTLASS, or those of the nvidia-cutlass wheel."""
+    """The CUTLASS headers that a build uses: FLG_CUTLASS, or those of the nvidia-cutlass wheel."""
     spec = importlib.util.find_spec("cutlass_library")
     wheel = [Path(spec.origin).parent / "source" / "include"] if spec else []
     found = [Path(os.environ["FLG_CUTLASS"])] if "FLG_CUTLASS" in os.environ else wheel
@@ -219,7 +219,7 @@ def cutlass() -> Path | None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("source", SOURCES)
 def test_what_nvcc_makes_of_it(tmp_path, source: str):
-    """For sm_90a: wgmma and TMA in the machine code, no spills, no warning that the wgmma pipeline was serialised."""
+    """For sm_90a the machine code has wgmma and TMA, no spills, and no warning about a serialised wgmma pipeline."""
     if NVCC is None or (headers := cutlass()) is None:
         pytest.skip("nvcc is not installed" if NVCC is None else "no CUTLASS headers: pip install nvidia-cutlass")
     out = tmp_path / "k.cubin"

@@ -1,4 +1,4 @@
-"""norm_modulate: every backend against float64, gradients against finite differences, the operator's registration."""
+"""norm_modulate: every backend against float64, gradients against finite differences, the registered operator."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def exact(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """The formula in float64, written out."""
+    """The formula in float64."""
     x, scale, shift = x.double(), scale.double(), shift.double()
     mean = x.mean(-1, keepdim=True)
     var = ((x - mean) ** 2).mean(-1, keepdim=True)
@@ -24,13 +24,13 @@ def exact(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     gen = torch.Generator().manual_seed(sum(shape))
-    x = torch.randn(shape, generator=gen) + 5  # a mean that a one-pass variance would lose digits to
-    table = torch.randn(shape[0], 6, shape[-1], generator=gen)  # strided rows, as the models hand them over
+    x = torch.randn(shape, generator=gen) + 5  # with this mean a one-pass variance loses digits
+    table = torch.randn(shape[0], 6, shape[-1], generator=gen)  # strided rows, as the networks pass them
     return x.to(device, dtype), table[:, 1:2].to(device), table[:, 4:5].to(device)
 
 
 def allowed(x: Tensor, scale: Tensor, shift: Tensor, want: Tensor) -> float:
-    """Twice the error of torch's own kernels in the same dtype, plus one rounding of the largest value."""
+    """The allowed error: twice that of torch's kernels in the same dtype, plus one rounding of the largest value."""
     eager = F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale.to(x.dtype)) + shift.to(x.dtype)
     return 2 * error(eager, want) + torch.finfo(x.dtype).eps * float(want.abs().max()) / 2
 
@@ -62,7 +62,7 @@ def test_eager_cpu_equals_the_registered_operator():
 
 
 def test_modulation_shapes():
-    """[B, D], [B, 1, D] and [B, N, D] tables say the same; a table that fits none of them is refused."""
+    """Equal modulations as [B, D], [B, 1, D] and [B, N, D] give equal results; other shapes are refused."""
     x, scale, shift = case((3, 5, 8), torch.float32)
     want = norm_modulate(x, scale, shift)
     assert torch.equal(norm_modulate(x, scale[:, 0], shift[:, 0]), want)
@@ -75,14 +75,14 @@ def test_modulation_shapes():
 
 @pytest.mark.parametrize("shape", [(3, 1, 1, 8), (3, 4, 1, 8), (3, 4, 5, 8), (1, 1, 1, 8), (1, 4, 5, 8), (3, 1, 5, 8)])
 def test_rows_address_what_broadcasting_means(shape: tuple[int, ...]):
-    """The kernels see a table and a count; row r // count has to be the row that broadcasting would pick."""
+    """Kernels get a table and a count; row r // count must be the row that broadcasting selects."""
     x, mod = torch.zeros(3, 4, 5, 8), torch.randn(shape)
     table, count = rows(mod, x)
     assert torch.equal(table[torch.arange(60) // count], mod.expand_as(x).reshape(60, 8))
 
 
 def registered(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """The operator on tables, without the short cut for eager CPU calls."""
+    """The registered operator on tables, without the short cut for eager CPU calls."""
     return torch.ops.fastlightgen.norm_modulate(x, *tables("test", x, scale=scale, shift=shift), eps)
 
 
@@ -132,7 +132,7 @@ def test_gpu_operator_and_its_gradient():
 
 
 def test_flg_ops(monkeypatch: pytest.MonkeyPatch):
-    """A backend that is named has to exist; `auto` and `reference` always do."""
+    """A named backend must be available; `auto` and `reference` always are."""
 
     def choose(name: str) -> str:
         monkeypatch.setenv("FLG_OPS", name)
@@ -144,5 +144,5 @@ def test_flg_ops(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("cuda", "triton"):
-        with pytest.raises(ValueError, match=f"got '{name}', which is not there: no CUDA device.*set FLG_OPS=auto"):
+        with pytest.raises(ValueError, match=f"got '{name}', which is not available: no CUDA device.*set FLG_OPS=auto"):
             choose(name)

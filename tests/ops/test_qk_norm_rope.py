@@ -1,4 +1,4 @@
-"""RMS norm and rotary embedding of q and k: against diffusers' formulas, the CUDA sources on this CPU, the GPU."""
+"""RMS norm and rotary embedding of q and k against diffusers' formulas: CPU, CUDA sources on the CPU, GPU."""
 
 import pytest
 import rule
@@ -13,13 +13,13 @@ GRID = (2, 2, 3)
 
 
 def axes(head_dim: int) -> tuple[int, int, int]:
-    """Wan's split of the channels: 128 is 44, 42, 42, so a vector of eight straddles two axes."""
+    """Wan's split of the channels: 128 = 44 + 42 + 42, so a vector of eight channels can belong to two axes."""
     space = 2 * (head_dim // 6)
     return head_dim - 2 * space, space, space
 
 
 def tokens_angle(dims: tuple[int, int, int], theta: float) -> Tensor:
-    """[F H W, head_dim / 2], token by token."""
+    """The angles [F H W, head_dim / 2], computed token by token."""
     rows = []
     for f in range(GRID[0]):
         for h in range(GRID[1]):
@@ -30,7 +30,7 @@ def tokens_angle(dims: tuple[int, int, int], theta: float) -> Tensor:
 
 
 def formula(head_dim: int):
-    """As diffusers writes it, cosines and sines per token, in whatever dtype the operands come."""
+    """Diffusers' formula with cosines and sines per token, in the dtype of the inputs."""
     angle = tokens_angle(axes(head_dim), 10000.0)
 
     def one(x: Tensor, weight: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ CASES = [(64, 16, False, 0), (64, 16, True, 5), (1000, 40, False, 3), (384, 128,
 @pytest.mark.parametrize("shape", CASES, ids=str)
 @pytest.mark.parametrize("registered", [False, True])
 def test_reference(monkeypatch, registered: bool, shape, dtype: torch.dtype):
-    if registered:  # past the eager short cut, to the explicit gradient
+    if registered:  # skips the short cut for eager CPU calls and uses the explicit gradient
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     agrees(*shape, dtype)
 

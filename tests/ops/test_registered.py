@@ -1,4 +1,4 @@
-"""Every operator of the library: registered as torch wants it, and traced whole by torch.compile."""
+"""Every operator passes torch's checks of its registration, and torch.compile traces it into one graph."""
 
 import re
 from functools import partial
@@ -24,7 +24,7 @@ GATE, SCALE, SHIFT = (leaf(2, 8) for _ in range(3))
 MODS = [t.detach() for t in (GATE, SCALE, SHIFT)]
 Q, K, WEIGHT = leaf(2, 7, 16), leaf(2, 7, 16), leaf(8)
 V, ONE = (2, 4, 8), torch.rand(2)
-# Operators without a gradient of their own get tensors that want none.
+# Operators without a gradient get tensors that do not require one.
 CASES = {
     "norm_modulate": (X, SCALE, SHIFT, 1e-6),
     "gate_residual_norm_modulate": (X, Y, GATE, SCALE, SHIFT, False, 1e-6),
@@ -44,13 +44,13 @@ def test_no_operator_is_left_out():
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name: str):
-    """Schema, fake implementation, autograd registration, and gradients under compilation."""
+    """torch.library.opcheck: schema, fake implementation, autograd registration, gradients under compilation."""
     torch.library.opcheck(getattr(torch.ops.fastlightgen, name).default, CASES[name])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_whole(name: str):
-    """One graph, results and gradients those of eager."""
+    """Compilation gives one graph, with the results and gradients of eager mode."""
     op, args = getattr(torch.ops.fastlightgen, name).default, CASES[name]
     leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
 
@@ -66,7 +66,7 @@ def test_compiles_whole(name: str):
 
 
 class Seen(TorchDispatchMode):
-    """The names of the operators that go through torch's dispatcher."""
+    """Records the names of operators that go through torch's dispatcher."""
 
     def __init__(self):
         super().__init__()
@@ -79,7 +79,7 @@ class Seen(TorchDispatchMode):
 
 @pytest.mark.parametrize("tracked", [False, True])
 def test_whoever_listens_to_the_dispatcher_sees_the_operator(simt, tracked: bool):
-    """A call that nobody watches goes to the kernel by itself; the results are the same bits."""
+    """An unobserved call bypasses the dispatcher; the results have the same bits."""
     x = G(2, 3, 8).requires_grad_(tracked)
     want = gate_residual_norm_modulate(x, x, *MODS)
     with Seen() as seen:
@@ -89,12 +89,12 @@ def test_whoever_listens_to_the_dispatcher_sees_the_operator(simt, tracked: bool
 
 
 def test_tensors_without_memory_never_reach_a_kernel(simt):
-    """Fake tensors, inside their mode and out of it, and those of a transform."""
+    """Fake tensors, inside and outside of their mode, and tensors of a transform."""
     tensors = torch.ones(2, 3, 8), *MODS[1:]
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(t) for t in tensors]
         assert norm_modulate(*fake).shape == (2, 3, 8)
     assert type(norm_modulate(*fake)) is type(fake[0])
     gradient = torch.func.grad(lambda x: norm_modulate(x, *MODS[1:]).square().sum())
-    with pytest.raises(RuntimeError, match="generate_vmap_rule|setup_context"):  # torch's own words: not supported
+    with pytest.raises(RuntimeError, match="generate_vmap_rule|setup_context"):  # torch's message: not supported
         gradient(torch.randn(2, 3, 8))

@@ -1,4 +1,4 @@
-"""The CUDA sources once more under the address and undefined-behaviour sanitizers: no access outside a tensor."""
+"""The CUDA sources under the address and undefined-behaviour sanitizers: no access outside a tensor."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(shim.COMPILER is None, reason="g++ is not installed")
 def test_under_sanitizers():
-    """In a process of its own, because the sanitizer has to be loaded before everything else."""
+    """Runs in a separate process, because the sanitizer must be loaded first."""
     libraries = []
     for name in ("libasan.so", "libubsan.so"):
         done = subprocess.run([shim.COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True)

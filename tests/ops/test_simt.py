@@ -1,4 +1,4 @@
-"""The shim itself: its number formats are exact, and it notices the mistakes that a GPU would punish."""
+"""The shim itself: its number formats are exact, and it detects the synchronisation mistakes of a kernel."""
 
 import pytest
 import simt as shim
@@ -9,7 +9,7 @@ THREADS = 64
 
 
 def neighbours(kind: int, salt: float) -> tuple[int, list[float]]:
-    """Each thread leaves a number in shared memory and reads its neighbour's; `kind` says how that goes wrong."""
+    """Each thread stores a number in shared memory and reads its neighbour's; `kind` selects the mistake."""
     out = torch.full((THREADS,), float("nan"))
     return shim.selftest(kind, salt, out), out.tolist()
 
@@ -26,7 +26,7 @@ def test_a_missing_barrier_shows(simt):
 @pytest.mark.parametrize("kind", [HALF_AT_BARRIER, HALF_AT_SHUFFLE])
 def test_threads_that_do_not_meet_are_reported(simt, kind: int):
     assert neighbours(kind, 300.0)[0] == 719  # cudaErrorLaunchFailure
-    assert neighbours(RIGHT, 1.0)[0] == 0  # and the next launch starts afresh
+    assert neighbours(RIGHT, 1.0)[0] == 0  # the next launch is not affected
 
 
 def test_conversions_of_the_shim():

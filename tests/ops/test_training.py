@@ -1,4 +1,4 @@
-"""Whole networks on other backends: Stage II trains as on the reference, and every gradient obeys the error rule."""
+"""Networks on other backends: Stage II trains as on the reference, and every gradient obeys the error rule."""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastlightgen.models.base import Stream, VideoDiT
 from fastlightgen.ops import dispatch
 
-for _needed in ("omegaconf", "safetensors", "tqdm"):  # all other tests of the operators do without
+for _needed in ("omegaconf", "safetensors", "tqdm"):  # the other tests of the operators do not need them
     pytest.importorskip(_needed)
 from helpers import batches, config, small_hunyuan, small_wan  # noqa: E402
 
@@ -30,7 +30,7 @@ def reference() -> Iterator[None]:
 
 
 def losses(steps: int, device: str, moved: float = 0.0, seed: int = 0) -> list[float]:
-    """Stage II on three blocks, both paths with gradient; `moved` is a relative change of every weight at the start."""
+    """The losses of Stage II on three blocks, gradients through both paths; `moved` perturbs the weights relatively."""
     net, gen = small_wan(3), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in net.parameters():
@@ -52,10 +52,10 @@ def losses(steps: int, device: str, moved: float = 0.0, seed: int = 0) -> list[f
 
 
 def agrees(steps: int, device: str = "cpu") -> None:
-    """An operator that keeps the error rule errs by some last places, which is what weights do that move by one.
+    """Assert that the losses differ from the reference's by at most eight times the effect of rounding errors.
 
-    How far three runs with such weights leave the reference is therefore the yardstick. Eight times it: a step calls
-    about sixty operators, whose errors are independent and add up like sqrt(60).
+    The effect is the largest difference in three runs whose weights are changed in the last digit. Eight times: a step
+    calls about sixty operators, whose errors are independent and add up like sqrt(60).
     """
     with reference():
         want = losses(steps, device)
@@ -110,9 +110,9 @@ def test_networks_on_the_cuda_sources(simt, make):
 @NETWORKS
 @pytest.mark.parametrize("keep_attention", [0, 2])
 def test_checkpointing_goes_through_the_operators(simt, make, keep_attention: int):
-    """The operators are computed again in the backward pass, also where a mode decides what is kept.
+    """Checkpoints recompute the operators in the backward pass, also when a dispatch mode decides what they keep.
 
-    A checkpoint takes the pending sum by itself, so the norm of the next block is another call: equal up to rounding.
+    A checkpointed block adds its residual itself, so the next block calls another norm: equal up to rounding.
     """
     with reference():
         exact, own = walked(make(), torch.float64), walked(make(), torch.float32)

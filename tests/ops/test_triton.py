@@ -1,4 +1,4 @@
-"""The Triton twins under Triton's interpreter, on this CPU, by the rule that the CUDA kernels obey."""
+"""The Triton kernels under Triton's interpreter on the CPU, by the error rule of the CUDA kernels."""
 
 import importlib.util
 import os
@@ -37,9 +37,9 @@ def test_a_hundred_steps_of_training():
 
 
 def interpret(op: str, lines: tuple[str, ...]) -> None:
-    """In a process of its own: triton reads TRITON_INTERPRET when it is imported."""
+    """Runs in a separate process, because triton reads TRITON_INTERPRET at its import."""
     head = f"import torch, test_{op} as t; from fastlightgen.ops import dispatch"
-    poison = "torch.use_deterministic_algorithms(True)"  # what torch.empty returns is NaN
+    poison = "torch.use_deterministic_algorithms(True)"  # fills torch.empty with NaN
     code = "\n".join([head, poison, "assert dispatch.backend_for('cpu') == 'triton'", *lines])
     paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "ops"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"TRITON_INTERPRET": "1", "FLG_OPS": "triton", "PYTHONPATH": os.pathsep.join(paths)}

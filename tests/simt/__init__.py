@@ -1,6 +1,6 @@
-"""The CUDA sources and their bindings, compiled by the host compiler against a shim: kernels that run on this CPU.
+"""The CUDA sources and bindings, compiled by the host compiler against a shim, so that kernels run on the CPU.
 
-`extension()` is what `fastlightgen._C` would be on a machine with a GPU, with ordinary memory in place of the GPU's.
+`extension()` corresponds to `fastlightgen._C` on a machine with a GPU, but works on CPU memory.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ COMPILER = shutil.which("g++")
 
 
 def _compile(source: Path, flags: list[str], sanitize: bool) -> Path:
-    """One object file, named by everything that went into it, so that nothing is compiled twice."""
+    """Compile an object file, named by a hash of its inputs so that nothing is compiled twice."""
     binding = source.parent.name == "bindings"
     folders = ("bindings", "csrc") if binding else ("bindings", "csrc", "tests/simt")
     headers = [p for f in folders for p in sorted((ROOT / f).rglob("*.h" if binding else "*.*h"))]
@@ -69,7 +69,7 @@ def _build(sanitize: bool) -> Path:
 
 @lru_cache
 def path() -> str:
-    """The library of this process: FLG_SIMT names the sanitized one."""
+    """The library of this process; FLG_SIMT names the one built with sanitizers."""
     return os.environ.get("FLG_SIMT") or str(build())
 
 
@@ -82,17 +82,17 @@ def extension() -> ModuleType:
 
 
 def backwards(on: bool) -> None:
-    """Run threads, warps and blocks in the opposite order from now on."""
+    """Run threads, warps and blocks in the opposite order (on) or in order."""
     ctypes.CDLL(path()).simt_backwards(int(on))
 
 
 def convert(x: Tensor, half: Tensor, bfloat16: Tensor) -> None:
-    """x through the shim's half and bfloat16 and back, into two float32 tensors."""
+    """Round x to the shim's half and bfloat16; write the results as float32."""
     pointers = (ctypes.c_void_p(t.data_ptr()) for t in (x, half, bfloat16))
     ctypes.CDLL(path()).simt_convert(*pointers, ctypes.c_int64(x.numel()))
 
 
 def selftest(kind: int, salt: float, out: Tensor) -> int:
-    """Launches one of the kernels of selftest.cpp; the cudaError."""
+    """Launch the kernel of selftest.cpp; return its cudaError."""
     pointer = ctypes.c_void_p(out.data_ptr())
     return ctypes.CDLL(path()).simt_selftest(ctypes.c_int(kind), ctypes.c_float(salt), pointer)

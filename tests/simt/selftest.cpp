@@ -1,4 +1,4 @@
-// Kernels that are wrong on purpose, and their right twin: what the shim has to notice.
+// A kernel with deliberate synchronisation mistakes, which the shim must detect, and its correct version.
 #include <cuda_runtime.h>
 
 namespace {

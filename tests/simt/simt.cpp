@@ -1,4 +1,4 @@
-// The scheduler of the shim: a fiber per thread, switched only at a shuffle, a barrier or the end.
+// The scheduler of the shim: one fiber per thread; it switches fibers only at a shuffle, a barrier or the end.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -25,12 +25,12 @@ struct Fiber {
   ucontext_t context{};
   dim3 id;
   Wait wait = kReady;
-  float lane[2] = {};  // this shuffle's and the last one's
+  float lane[2] = {};  // values of this shuffle and of the previous one
   unsigned shuffles = 0;
   std::unique_ptr<char[]> stack{new char[kStack]};
 };
 
-std::vector<std::unique_ptr<Fiber>> pool;  // stacks are reused by the next launch
+std::vector<std::unique_ptr<Fiber>> pool;  // the next launch reuses the stacks
 Fiber* current = nullptr;
 ucontext_t scheduler;
 const std::function<void()>* body = nullptr;
@@ -39,7 +39,7 @@ bool backwards = false;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
 #endif
-std::vector<Fiber*> team;  // the block that runs, thread 0 first
+std::vector<Fiber*> team;  // threads of the running block, in order
 
 void to_scheduler(bool last) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -80,7 +80,7 @@ void pause(Wait why) {
   to_scheduler(false);
 }
 
-// Runs [begin, end) until each of them waits for more than its warp. False when lanes of a warp part ways at a shuffle.
+// Runs the warp [begin, end) until no lane waits at a shuffle; false if only some of its lanes reach a shuffle.
 bool run_warp(size_t begin, size_t end) {
   for (;;) {
     for (size_t i = 0; i < end - begin; ++i) {
@@ -94,7 +94,7 @@ bool run_warp(size_t begin, size_t end) {
   }
 }
 
-// Runs a block until all of its threads wait for the grid or are done. False when they do not meet at one barrier.
+// Runs a block until all its threads wait at a grid barrier or are done. Returns false if only some reach a barrier.
 bool run_block() {
   const size_t warps = (team.size() + 31) / 32;
   for (;;) {
@@ -103,7 +103,7 @@ bool run_block() {
       if (!run_warp(begin, std::min(begin + 32, team.size()))) return false;
     }
     for (Fiber* f : team)
-      if (f->wait != team[0]->wait) return false;  // some at a barrier, some past it or gone
+      if (f->wait != team[0]->wait) return false;  // some threads skipped the barrier
     if (team[0]->wait != kBlock) return true;
     for (Fiber* f : team) f->wait = kReady;
   }
@@ -114,7 +114,7 @@ bool run_block() {
 void sync_block() { pause(kBlock); }
 void sync_grid() { pause(kGrid); }
 
-// Everybody's value is there before it is read. It is replaced two shuffles later, when everybody has read it.
+// All lanes store their values before any lane reads. Two shuffles later, after all have read it, a value is replaced.
 float shuffle_xor(unsigned mask, float v, int lane_mask) {
   if (mask != 0xffffffffu) abort();
   const unsigned turn = current->shuffles++ % 2;

@@ -1,4 +1,4 @@
-"""The reader of the built-in world: it reads real clips, is at chance on shuffled captions and degrades gracefully."""
+"""The reader of the built-in world: near-perfect on real clips, at chance on shuffled captions, graceful on damage."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_positions_of_real_clips(clips, reading):
     ratio = reader.motion(reading, clips.captions)
     print(f"exact {exact.mean():.3f} px, allowed {allowed.mean():.3f} px, motion {ratio.mean():.3f}")
     assert exact.mean() < 0.25 and np.quantile(exact, 0.99) < 0.35
-    assert (allowed <= exact + 1e-6).all()  # the true path is one of the allowed ones, at equal weights
+    assert (allowed <= exact + 1e-6).all()  # the true path is one of the allowed paths, with equal weights
     assert abs(ratio.mean() - 1) < 0.03
 
 
@@ -98,7 +98,7 @@ def test_grey_video_shows_nothing(clips):
 
 
 def test_frozen_and_slow_clips_move_less(clips):
-    # frame 0 for ever: no motion. Every second frame: about half the path within the same time
+    # Frame 0 repeated: no motion. Half of the frames, each twice: about half the path in the same time.
     still = reader.read(clips.video[:, :1].expand(-1, 8, -1, -1, -1))
     assert np.nanmean(reader.motion(still, clips.captions)) < 1e-6
     goes_on = np.flatnonzero(clips.truth["change"] == 0)
@@ -110,6 +110,6 @@ def test_first_frame_psnr():
     video = torch.zeros(3, 2, 3, 4, 4)
     first = torch.stack([torch.full((3, 4, 4), value) for value in (0.1, 0.01, 0.0)])
     mean, each = reader.first_frame_psnr(video, first, torch.tensor([True, True, False]))
-    # mse .01 is 20 dB, mse .0001 is 40 dB, equality stops at 100 dB
+    # mse .01 is 20 dB, mse .0001 is 40 dB, equal frames give 100 dB
     torch.testing.assert_close(each, torch.tensor([20.0, 40.0, 100.0]), atol=1e-3, rtol=0)
     assert abs(mean - 30) < 1e-3

@@ -79,7 +79,7 @@ def test_companion_is_another_colour_and_in_view_at_the_end(clips):
     assert last.min() > 1.0 and last.max() < 15.0
     apart = np.linalg.norm(t["companion_path"] - t["path"], axis=-1)[there, -2:]
     assert (apart > t["radius"][there, None]).mean() > 0.99
-    # entering ones are out of view before, and partly in view at, their frame
+    # entering companions are out of view before their enter frame, and partly visible in it
     late = there & (t["companion_enters"] > 0)
     assert 0.35 < late.sum() / there.sum() < 0.65
     for i in np.flatnonzero(late)[:50]:

@@ -1,12 +1,12 @@
-// Host side of every launcher: argument checks, the device, the error that goes back to Python.
+// Host side of every launcher: argument checks, device selection and error codes for Python.
 #pragma once
 
 #include <cuda_runtime.h>
 
-// Element types as they come from Python.
+// Element types, numbered as in DTYPES of fastlightgen/ops/tables.py.
 enum flg_dtype { FLG_F32 = 0, FLG_F16 = 1, FLG_BF16 = 2 };
 
-// A launcher never throws or prints: it returns a cudaError and Python turns it into words.
+// A launcher never throws or prints: it returns a cudaError and Python raises the exception.
 #define FLG_REQUIRE(cond)                                        \
   do {                                                           \
     if (!(cond)) return static_cast<int>(cudaErrorInvalidValue); \
@@ -20,7 +20,8 @@ enum flg_dtype { FLG_F32 = 0, FLG_F16 = 1, FLG_BF16 = 2 };
 
 namespace flg {
 
-// The extension has its own CUDA runtime: select the tensor's device, and give the old one back on the way out.
+// Selects a device until the end of the scope. Needed because the extension links its own CUDA runtime, which does not
+// know the device that torch has selected.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {

@@ -1,4 +1,4 @@
-/* A cudaError in words. */
+/* The CUDA runtime's message for a cudaError. */
 #pragma once
 
 #ifdef __cplusplus

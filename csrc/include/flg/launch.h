@@ -1,4 +1,4 @@
-// Host side: how many blocks a kernel gets, and the launch itself.
+// Host side: sizes that decide the number of blocks, and the kernel launch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,6 +12,7 @@ namespace flg {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Kernels read 16 bytes at a time. A null pointer counts as aligned.
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 inline cudaError_t count_sms(int device, int64_t& sms) {
@@ -21,7 +22,7 @@ inline cudaError_t count_sms(int device, int64_t& sms) {
   return err;
 }
 
-// Calls f with a zero of the element type; returns its cudaError, or cudaErrorInvalidValue for an unknown type.
+// Calls f with a zero of the element type `dtype`; returns f's cudaError, or cudaErrorInvalidValue for an unknown type.
 template <typename F>
 int with_type(int dtype, F f) {
   switch (dtype) {
@@ -32,8 +33,8 @@ int with_type(int dtype, F f) {
   }
 }
 
-// Written as a function call, so that a host compiler reads it too. A cooperative launch puts all blocks on the GPU at
-// once, which a grid-wide barrier needs.
+// Launches a kernel by a function call instead of <<<>>>, so that a host compiler can build it for the CPU tests. A
+// cooperative launch keeps all blocks on the GPU at the same time, which a grid-wide barrier needs.
 template <typename... P, typename... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, void* stream, bool cooperative, A... args) {
   cudaLaunchAttribute attribute{};

@@ -1,4 +1,4 @@
-// A thread's share of a row.
+// The part of a row that one thread reads and writes: kVecs vectors of 8 elements.
 #pragma once
 
 #include "flg/vec.cuh"
@@ -6,23 +6,25 @@
 
 namespace flg {
 
-// Where this thread's vectors lie in a row.
+// The columns of this thread's vectors. Neighbouring threads hold neighbouring vectors, so that loads coalesce.
 template <typename W>
 struct Columns {
   int64_t dim;
   __device__ __forceinline__ explicit Columns(int64_t dim) : dim(W::kExact ? W::kMost : dim) {}
+  // The first column of vector i.
   __device__ __forceinline__ int at(int i) const { return (i * W::kThreads + static_cast<int>(threadIdx.x)) * kVec; }
-  __device__ __forceinline__ bool there(int i) const { return W::kExact || at(i) < dim; }
+  // Whether vector i lies inside the row; constant true for the exact widths.
+  __device__ __forceinline__ bool inside(int i) const { return W::kExact || at(i) < dim; }
 };
 
-// This thread's part of row `row` of a tensor, one step ahead of its use.
+// This thread's part of a row, kept packed in registers so that the next row can be loaded ahead of its use.
 template <typename T, typename W>
 struct Row {
   Packed<T> part[kVecs];
   __device__ __forceinline__ void load(const void* base, int64_t row, const Columns<W>& col) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i)
-      part[i] = load_once(static_cast<const T*>(base) + row * col.dim + col.at(i), col.there(i));
+      part[i] = load_once(static_cast<const T*>(base) + row * col.dim + col.at(i), col.inside(i));
   }
 };
 

@@ -1,4 +1,4 @@
-// Eight neighbouring elements are the unit of work: 16 bytes of half or bfloat16, twice 16 bytes of float.
+// The kernels work on vectors of eight neighbouring elements: 16 bytes of half or bfloat16, 32 bytes of float.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,7 +9,7 @@ namespace flg {
 
 constexpr int kVec = 8;
 
-// Eight elements as they lie in memory, so that a prefetched row costs half the registers of its float form.
+// Eight elements in their memory format: a prefetched 16-bit row takes half the registers of its float form.
 template <typename T>
 struct alignas(16) Packed {
   uint4 word[kVec * sizeof(T) / sizeof(uint4)];
@@ -24,18 +24,18 @@ __device__ __forceinline__ Packed<T> load(const T* p) {
   return v;
 }
 
-// For rows that are read once: first to leave the cache, so that they do not evict the modulation rows. Zeros where
-// the row has ended (`there` is a constant for the widths that fill their threads).
+// Loads a vector that is read once, marked to leave the cache first so that it does not evict the modulation rows.
+// Returns zeros outside the row (`inside` is a constant for the exact widths).
 template <typename T>
-__device__ __forceinline__ Packed<T> load_once(const T* p, bool there) {
+__device__ __forceinline__ Packed<T> load_once(const T* p, bool inside) {
   Packed<T> v;
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(v) / sizeof(uint4)); ++i)
-    v.word[i] = there ? __ldcs(reinterpret_cast<const uint4*>(p) + i) : make_uint4(0, 0, 0, 0);
+    v.word[i] = inside ? __ldcs(reinterpret_cast<const uint4*>(p) + i) : make_uint4(0, 0, 0, 0);
   return v;
 }
 
-// Part of a table row that is shared by many rows and by every block.
+// Loads a vector of a modulation row through the read-only cache: many rows and blocks read the same one.
 __device__ __forceinline__ void load_shared_row(const float* p, float (&v)[kVec]) {
 #pragma unroll
   for (int i = 0; i < kVec / 4; ++i) {
@@ -44,7 +44,7 @@ __device__ __forceinline__ void load_shared_row(const float* p, float (&v)[kVec]
   }
 }
 
-// The same pointer, but the compiler cannot know: it reads again instead of keeping the values in registers.
+// Returns the same pointer, but hides that from the compiler: it loads again instead of keeping values in registers.
 __device__ __forceinline__ const float* reread(const float* p) {
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+l"(p));
@@ -78,7 +78,7 @@ __device__ __forceinline__ void unpack(const Packed<T>& packed, float (&v)[kVec]
   for (int i = 0; i < kVec; ++i) v[i] = widen(e[i]);
 }
 
-// To T's precision and back: what a later reader of the stored value will see.
+// Rounds to T's precision: the value that a later reader of the stored tensor sees.
 template <typename T>
 __device__ __forceinline__ float rounded(float v) {
   return widen(narrow<T>(v));

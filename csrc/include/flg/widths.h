@@ -1,5 +1,5 @@
-// How a row is spread over the threads of a block. Each thread holds kVecs vectors of 8: enough bytes in flight, and in
-// the backward kernel still room for three rows of sums in registers.
+// Spreads a row over the threads of a block. Each thread holds kVecs vectors of 8: enough bytes in flight to hide the
+// latency of memory, and the backward kernel still has registers for three rows of sums.
 #pragma once
 
 #include <stdint.h>
@@ -8,17 +8,17 @@ namespace flg {
 
 constexpr int kVecs = 2;
 
-// kExact: the row is exactly kThreads * kVecs * 8 wide and no lane is idle.
+// kExact: the row has exactly kThreads * kVecs * 8 elements, so no thread is idle.
 template <int kThreads_, bool kExact_>
 struct Width {
   static constexpr int kThreads = kThreads_;
   static constexpr bool kExact = kExact_;
-  static constexpr int kMost = kThreads * kVecs * 8;
+  static constexpr int kMost = kThreads * kVecs * 8;  // elements of the widest row
 };
 
 constexpr int64_t kWidest = 5120;
 
-// Calls f with the Width for `dim`: the real networks' widths exactly, anything else up to 5120 with idle lanes.
+// Calls f with the Width for `dim`: exact for the released networks, with idle threads for other widths up to 5120.
 template <typename F>
 auto with_width(int64_t dim, F f) {
   switch (dim) {

@@ -6,6 +6,7 @@
 namespace flg {
 namespace {
 
+// T: type of x0, x_t and grad; V: type of the four velocities.
 template <typename T, typename V>
 cudaError_t dmd_gradient(const flg_dmd_gradient_params& p, int64_t sms, void* stream) {
   const auto kernel = dmd_gradient_kernel<T, V>;
@@ -13,6 +14,7 @@ cudaError_t dmd_gradient(const flg_dmd_gradient_params& p, int64_t sms, void* st
   const cudaError_t err = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kDmdThreads, 0);
   if (err != cudaSuccess) return err;
   const int64_t wanted = ceil_div(p.size, kDmdThreads * kVec);
+  // A cooperative launch fails with more blocks than fit on the GPU at the same time.
   const int64_t blocks = std::min({wanted, sms * per_sm, int64_t{FLG_DMD_GRADIENT_BLOCKS}});
   return launch(kernel, dim3(static_cast<unsigned>(blocks)), kDmdThreads, stream, true, p);
 }

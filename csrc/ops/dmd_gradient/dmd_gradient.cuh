@@ -1,5 +1,5 @@
-// Two passes over a latent that fits the L2 cache, with a barrier across the grid between them: no second launch, no
-// temporary tensor, no number that travels to the host. All sums run in a fixed order.
+// Two passes over a latent that fits the L2 cache, with a grid-wide barrier between them. This needs no second launch,
+// no temporary tensor and no copy to the host. All sums run in a fixed order.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -12,7 +12,7 @@ namespace flg {
 
 constexpr int kDmdThreads = 256;
 
-// Eq. 9, eight elements at a time.
+// v_real of Eq. 9 for eight elements.
 template <typename V>
 __device__ __forceinline__ void well_guided(const flg_dmd_gradient_params& p, int64_t at, float beta1, float beta2,
                                             float (&v)[kVec]) {
@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(kDmdThreads, 3) dmd_gradient_kernel(const flg_
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kDmdThreads + threadIdx.x) * kVec;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kDmdThreads * kVec;
 
+  // Pass 1: this block's part of sum |x0 - x0_real| of each sample, with x0_real = x_t - t v_real.
   for (int64_t b = 0; b < p.samples; ++b) {
     const float t = p.t[b], beta1 = p.beta1[b], beta2 = p.beta2[b];
     float sum = 0.f;
@@ -48,9 +49,10 @@ __global__ void __launch_bounds__(kDmdThreads, 3) dmd_gradient_kernel(const flg_
 
   cooperative_groups::this_grid().sync();
 
+  // Pass 2: grad = t (v_real - v_fake) / normaliser. v_real is computed again: its inputs are in the L2 cache.
   for (int64_t b = 0; b < p.samples; ++b) {
     const float t = p.t[b], beta1 = p.beta1[b], beta2 = p.beta2[b];
-    float sum = 0.f;  // every block adds up all partial sums: cheaper than a second barrier
+    float sum = 0.f;  // every block adds all partial sums itself, which is cheaper than a second barrier
     for (int64_t i = threadIdx.x; i < gridDim.x; i += kDmdThreads) sum += p.partial[b * FLG_DMD_GRADIENT_BLOCKS + i];
     sum = block_sum<kDmdThreads>(sum, scratch[b % 2]);
     const float normaliser = sum / static_cast<float>(p.size) + 1e-6f, factor = t / normaliser;

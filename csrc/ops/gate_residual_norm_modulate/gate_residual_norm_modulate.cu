@@ -11,7 +11,7 @@ namespace {
 using Forward = flg_gate_residual_norm_modulate_params;
 using Backward = flg_gate_residual_norm_modulate_backward_params;
 
-// Shorter runs than one per resident block: the hardware hands them out, so a slow SM gets fewer.
+// Runs per resident block. With several short runs the hardware balances the load: a slow SM gets fewer of them.
 constexpr int64_t kForwardRuns = 4;
 
 template <typename T, typename W>
@@ -30,30 +30,31 @@ template <typename T, typename W>
 cudaError_t backward(W, const Backward& p, int64_t sms, void* stream) {
   const Runs runs = backward_runs<T, W>(p.rows, p.rows_per_mod, sms);
   const int64_t blocks = std::min(runs.count, sms * kBackwardBlocks<T, W>);
-  const int64_t width = (p.gate ? 3 : 2) * p.dim;
+  const int64_t width = (p.gate ? 3 : 2) * p.dim;  // dscale, dshift and, with a gate, dgate side by side
   const auto kernel = p.gate ? backward_kernel<T, W, true> : backward_kernel<T, W, false>;
   const dim3 grid(static_cast<unsigned>(blocks));
   const cudaError_t err = launch(kernel, grid, W::kThreads, stream, false, p, runs);
-  if (err != cudaSuccess || p.partial == p.sums) return err;
+  if (err != cudaSuccess || p.partial == p.sums) return err;  // one run per modulation row: the sums are complete
   return column_sums(p.sums, p.partial, p.rows / p.rows_per_mod, runs.per_mod, width, stream);
 }
 
-bool shapes(int64_t rows, int64_t dim, int64_t rows_per_mod) {
+bool valid_sizes(int64_t rows, int64_t dim, int64_t rows_per_mod) {
   return rows >= 0 && dim > 0 && dim % kVec == 0 && dim <= kWidest && rows_per_mod > 0 && rows % rows_per_mod == 0 &&
          rows <= INT32_MAX;
 }
 
-bool table(const float* p, int64_t stride) { return aligned(p) && stride % 4 == 0; }
+// Every row of a float32 table must start on a 16-byte boundary.
+bool valid_table(const float* p, int64_t stride) { return aligned(p) && stride % 4 == 0; }
 
 }  // namespace
 }  // namespace flg
 
 extern "C" int flg_gate_residual_norm_modulate(const flg_gate_residual_norm_modulate_params* params, void* stream) {
   const auto& p = *params;
-  FLG_REQUIRE(flg::shapes(p.rows, p.dim, p.rows_per_mod));
+  FLG_REQUIRE(flg::valid_sizes(p.rows, p.dim, p.rows_per_mod));
   FLG_REQUIRE(flg::aligned(p.x_out) && flg::aligned(p.h) && flg::aligned(p.x) && flg::aligned(p.y));
-  FLG_REQUIRE(flg::table(p.gate, p.gate_stride) && flg::table(p.scale, p.scale_stride));
-  FLG_REQUIRE(flg::table(p.shift, p.shift_stride));
+  FLG_REQUIRE(flg::valid_table(p.gate, p.gate_stride) && flg::valid_table(p.scale, p.scale_stride));
+  FLG_REQUIRE(flg::valid_table(p.shift, p.shift_stride));
   if (p.rows == 0) return 0;
   const flg::DeviceGuard guard(p.device);
   FLG_TRY(guard.status);
@@ -66,7 +67,7 @@ extern "C" int flg_gate_residual_norm_modulate(const flg_gate_residual_norm_modu
 
 extern "C" int64_t flg_gate_residual_norm_modulate_runs(int64_t rows, int64_t dim, int64_t rows_per_mod, int dtype,
                                                         int device) {
-  if (!flg::shapes(rows, dim, rows_per_mod)) return -static_cast<int64_t>(cudaErrorInvalidValue);
+  if (!flg::valid_sizes(rows, dim, rows_per_mod)) return -static_cast<int64_t>(cudaErrorInvalidValue);
   if (rows == 0) return 0;
   int64_t sms = 0, runs = 0;
   const cudaError_t err = flg::count_sms(device, sms);
@@ -83,10 +84,10 @@ extern "C" int64_t flg_gate_residual_norm_modulate_runs(int64_t rows, int64_t di
 extern "C" int flg_gate_residual_norm_modulate_backward(const flg_gate_residual_norm_modulate_backward_params* params,
                                                         void* stream) {
   const auto& p = *params;
-  FLG_REQUIRE(flg::shapes(p.rows, p.dim, p.rows_per_mod));
+  FLG_REQUIRE(flg::valid_sizes(p.rows, p.dim, p.rows_per_mod));
   FLG_REQUIRE(flg::aligned(p.dx) && flg::aligned(p.dy) && flg::aligned(p.dh) && flg::aligned(p.dx_out));
   FLG_REQUIRE(flg::aligned(p.x_out) && flg::aligned(p.y) && flg::aligned(p.sums) && flg::aligned(p.partial));
-  FLG_REQUIRE(flg::table(p.gate, p.gate_stride) && flg::table(p.scale, p.scale_stride));
+  FLG_REQUIRE(flg::valid_table(p.gate, p.gate_stride) && flg::valid_table(p.scale, p.scale_stride));
   FLG_REQUIRE((p.gate == nullptr) == (p.y == nullptr));
   if (p.rows == 0) return 0;
   const flg::DeviceGuard guard(p.device);

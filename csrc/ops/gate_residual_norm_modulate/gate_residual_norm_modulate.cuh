@@ -1,5 +1,5 @@
-// The deferred residual of the block that ran last, then the norm of the one that runs now. Bound by memory: each row
-// is read once, written once, and waits in registers meanwhile. All sums run in a fixed order.
+// Adds the deferred residual of the previous block, then applies the norm of the next one. The kernels are bound by
+// memory: each row is read once, kept in registers and written once. All sums run in a fixed order.
 #pragma once
 
 #include <type_traits>
@@ -11,13 +11,14 @@
 
 namespace flg {
 
-// Blocks per SM asked of the compiler: about 20 warps forward and 12 backward, each with its next rows in flight.
+// Blocks per SM that the compiler must leave registers for: 20 warps forward and 12 backward, each of which loads its
+// next rows while it works.
 template <typename T, typename W>
 constexpr int kForwardBlocks = W::kExact && sizeof(T) == 2 ? 640 / W::kThreads : 1;
 template <typename T, typename W>
 constexpr int kBackwardBlocks = W::kExact && sizeof(T) == 2 ? 384 / W::kThreads : 1;
-// Without room for the next rows in registers they are read when they are needed: with idle lanes, in float32, and on
-// other GPUs than Hopper, where ptxas lacks a few registers.
+// The backward kernel loads the next rows ahead only where they fit in registers. They do not with idle threads, in
+// float32, or on GPUs other than Hopper, where ptxas is a few registers short.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 constexpr bool kHopper = false;
 #else
@@ -26,6 +27,7 @@ constexpr bool kHopper = true;
 template <typename T, typename W>
 constexpr bool kPrefetchBackward = kHopper && W::kExact && sizeof(T) == 2;
 
+// v = row + offset for this thread's columns; a null `row` counts as zeros.
 template <typename W>
 __device__ __forceinline__ void load_table(const float* row, float offset, const Columns<W>& col,
                                            float (&v)[kVecs][kVec]) {
@@ -33,25 +35,26 @@ __device__ __forceinline__ void load_table(const float* row, float offset, const
   for (int i = 0; i < kVecs; ++i) {
 #pragma unroll
     for (int j = 0; j < kVec; ++j) v[i][j] = 0.f;
-    if (row != nullptr && col.there(i)) load_shared_row(row + col.at(i), v[i]);
+    if (row != nullptr && col.inside(i)) load_shared_row(row + col.at(i), v[i]);
 #pragma unroll
     for (int j = 0; j < kVec; ++j) v[i][j] += offset;
   }
 }
 
-// Vector i of a table's row: from registers, or from L1 once more where the registers are needed for other things.
+// Vector i of row + offset: from registers if kKept, else loaded again (from L1), which frees registers.
 template <bool kKept, typename W>
 __device__ __forceinline__ void pick(const float (&kept)[kVecs][kVec], const float* row, float offset,
                                      const Columns<W>& col, int i, float (&v)[kVec]) {
 #pragma unroll
   for (int j = 0; j < kVec; ++j) v[j] = kKept ? kept[i][j] : 0.f;
   if constexpr (!kKept) {
-    if (row != nullptr && col.there(i)) load_shared_row(reread(row) + col.at(i), v);
+    if (row != nullptr && col.inside(i)) load_shared_row(reread(row) + col.at(i), v);
 #pragma unroll
     for (int j = 0; j < kVec; ++j) v[j] += offset;
   }
 }
 
+// One block handles one run of rows. kResidual: y is given, so x' = x + gate y is computed and stored.
 template <typename T, typename W, bool kResidual>
 __global__ void __launch_bounds__(W::kThreads, kForwardBlocks<T, W>)
     forward_kernel(const flg_gate_residual_norm_modulate_params p, const Runs runs) {
@@ -64,7 +67,7 @@ __global__ void __launch_bounds__(W::kThreads, kForwardBlocks<T, W>)
   const float *scale_row = p.scale ? p.scale + mod * p.scale_stride : nullptr,
               *shift_row = p.shift ? p.shift + mod * p.shift_stride : nullptr,
               *gate_row = p.gate ? p.gate + mod * p.gate_stride : nullptr;
-  const float gate_offset = p.gate ? 0.f : 1.f;
+  const float gate_offset = p.gate ? 0.f : 1.f;  // without a gate: x' = x + 1 y
   float gain[kVecs][kVec], shift[kVecs][kVec], gate[kVecs][kVec];
   load_table(scale_row, p.offset, col, gain);
   load_table(shift_row, 0.f, col, shift);
@@ -81,17 +84,19 @@ __global__ void __launch_bounds__(W::kThreads, kForwardBlocks<T, W>)
       if constexpr (kResidual) {
         float b[kVec];
         unpack(y.part[i], b);
+        // The norm must see the rounded x', because the backward pass computes its mean and rstd from the stored x'.
 #pragma unroll
         for (int j = 0; j < kVec; ++j) v[i][j] = rounded<T>(v[i][j] + gate[i][j] * b[j]);
-        if (col.there(i)) store(static_cast<T*>(p.x_out) + row * col.dim + col.at(i), v[i]);
+        if (col.inside(i)) store(static_cast<T*>(p.x_out) + row * col.dim + col.at(i), v[i]);
       }
     }
-    if (row + 1 < last) {  // the next row travels while this one is reduced
+    if (row + 1 < last) {  // load the next row while this one is reduced
       x.load(p.x, row + 1, col);
       if constexpr (kResidual) y.load(p.y, row + 1, col);
     }
 
-    // Mean, then the centred squares: the residual stream has means that E[x^2] - E[x]^2 would lose digits to.
+    // First the mean, then the centred squares: with the large means of the residual stream, E[x^2] - E[x]^2 would
+    // lose digits.
 #pragma unroll
     for (int i = 0; i < kVecs; ++i)
 #pragma unroll
@@ -101,7 +106,7 @@ __global__ void __launch_bounds__(W::kThreads, kForwardBlocks<T, W>)
     for (int i = 0; i < kVecs; ++i)
 #pragma unroll
       for (int j = 0; j < kVec; ++j) {
-        v[i][j] = col.there(i) ? v[i][j] - mean : 0.f;
+        v[i][j] = col.inside(i) ? v[i][j] - mean : 0.f;  // columns outside the row add nothing to the squares
         squares += v[i][j] * v[i][j];
       }
     const float rstd = rsqrtf(block_sum<W::kThreads>(squares, scratch[1]) * inv_dim + p.eps);
@@ -110,19 +115,20 @@ __global__ void __launch_bounds__(W::kThreads, kForwardBlocks<T, W>)
       float out[kVec];
 #pragma unroll
       for (int j = 0; j < kVec; ++j) out[j] = v[i][j] * rstd * gain[i][j] + shift[i][j];
-      if (col.there(i)) store(static_cast<T*>(p.h) + row * col.dim + col.at(i), out);
+      if (col.inside(i)) store(static_cast<T*>(p.h) + row * col.dim + col.at(i), out);
     }
   }
 }
 
-// With n = (x' - mean) rstd and g = dh gain: dx = dx' + rstd (g - mean(g) - n mean(g n)), dy = gate dx,
-// dscale = sum dh n, dshift = sum dh, dgate = sum dx y. The mean and rstd are computed again: x' is read anyway.
+// With n = (x' - mean) rstd, gain = offset + scale and g = dh gain:
+// dx = dx' + rstd (g - mean(g) - n mean(g n)), dy = gate dx, dscale = sum dh n, dshift = sum dh, dgate = sum dx y.
+// Mean and rstd are computed again, because x' is read anyway and storing them would cost more memory traffic.
 template <typename T, typename W, bool kGate>
 __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
     backward_kernel(const flg_gate_residual_norm_modulate_backward_params p, const Runs runs) {
   constexpr bool kPrefetch = kPrefetchBackward<T, W>;
-  constexpr bool kKeepGain = kPrefetch && !(kGate && std::is_same_v<T, __half>);  // would spill there
-  constexpr int kKinds = kGate ? 3 : 2;
+  constexpr bool kKeepGain = kPrefetch && !(kGate && std::is_same_v<T, __half>);  // float16 with a gate would spill
+  constexpr int kKinds = kGate ? 3 : 2;                                           // sums per column
   __shared__ float scratch[2][2][W::kThreads / 32];
   const Columns<W> col(p.dim);
   const float inv_dim = 1.f / static_cast<float>(col.dim);
@@ -131,7 +137,7 @@ __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
     const int64_t mod = runs.mod(run), last = runs.last(run);
     const float* scale = p.scale ? p.scale + mod * p.scale_stride : nullptr;
     const float* gate = kGate ? p.gate + mod * p.gate_stride : nullptr;
-    float kept_gain[kVecs][kVec], total[kKinds][kVecs][kVec] = {};  // total: dscale, dshift, dgate
+    float kept_gain[kVecs][kVec], total[kKinds][kVecs][kVec] = {};  // total: sums of dscale, dshift, dgate
     if constexpr (kKeepGain) load_table(scale, p.offset, col, kept_gain);
 
     int64_t row = runs.first(run);
@@ -143,10 +149,10 @@ __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
     };
     if constexpr (kPrefetch) load_first(row);
     for (; row < last; ++row) {
-      // Loads overlap the sums: dx' and y of this row are in flight first, the next row's x' and dh from its first sum.
+      // Loads overlap the sums: dx' and y of this row start here, x' and dh of the next row before the first sum.
       if constexpr (kPrefetch) load_second();
       if constexpr (!kPrefetch) load_first(row);
-      float v[kVecs][kVec], d[kVecs][kVec], sums[2] = {0.f, 0.f};  // v: x', then x' - mean; d: dh
+      float v[kVecs][kVec], d[kVecs][kVec], sums[2] = {0.f, 0.f};  // v: x', later x' - mean; d: dh
       auto load_g = [&](int i, float (&g)[kVec]) {
         pick<kKeepGain>(kept_gain, scale, p.offset, col, i, g);
 #pragma unroll
@@ -167,6 +173,7 @@ __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
       }
       if (kPrefetch && row + 1 < last) load_first(row + 1);
 
+      // First sum: the means of x' and g.
       block_sum<W::kThreads>(sums, scratch[0]);
       const float mean = sums[0] * inv_dim, mean_g = sums[1] * inv_dim;
       sums[0] = sums[1] = 0.f;
@@ -176,11 +183,12 @@ __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
         load_g(i, g);
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
-          v[i][j] = col.there(i) ? v[i][j] - mean : 0.f;
+          v[i][j] = col.inside(i) ? v[i][j] - mean : 0.f;
           sums[0] += v[i][j] * v[i][j];
           sums[1] += g[j] * v[i][j];
         }
       }
+      // Second sum: the variance of x', and mean(g n) before its factor rstd.
       block_sum<W::kThreads>(sums, scratch[1]);
       const float rstd = rsqrtf(sums[0] * inv_dim + p.eps), mean_gn = sums[1] * inv_dim * rstd;
 
@@ -192,7 +200,8 @@ __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
         if (p.dx_out) unpack(dx_out.part[i], other);
         if constexpr (kGate) {
           unpack(y.part[i], b);
-          if (col.there(i)) load_shared_row(reread(gate) + col.at(i), by);  // from L1: kept in registers it would spill
+          // The gate is loaded again from L1 for every row: registers that hold it would spill.
+          if (col.inside(i)) load_shared_row(reread(gate) + col.at(i), by);
         }
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
@@ -204,7 +213,7 @@ __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
             b[j] = dx[j] * by[j];
           }
         }
-        if (col.there(i)) {
+        if (col.inside(i)) {
           store(static_cast<T*>(p.dx) + row * col.dim + col.at(i), dx);
           if constexpr (kGate) store(static_cast<T*>(p.dy) + row * col.dim + col.at(i), b);
         }
@@ -214,7 +223,7 @@ __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
     for (int k = 0; k < kKinds; ++k)
 #pragma unroll
       for (int i = 0; i < kVecs; ++i)
-        if (col.there(i)) store(p.partial + (run * kKinds + k) * col.dim + col.at(i), total[k][i]);
+        if (col.inside(i)) store(p.partial + (run * kKinds + k) * col.dim + col.at(i), total[k][i]);
   }
 }
 

@@ -5,7 +5,7 @@
 namespace flg {
 namespace {
 
-constexpr int64_t kForwardRuns = 4;  // as in gate_residual_norm_modulate.cu
+constexpr int64_t kForwardRuns = 4;  // runs per resident block, as in gate_residual_norm_modulate.cu
 
 template <typename T, typename W>
 cudaError_t forward(W, const flg_qk_norm_rope_params& p, int64_t sms, void* stream) {
@@ -16,7 +16,7 @@ cudaError_t forward(W, const flg_qk_norm_rope_params& p, int64_t sms, void* stre
 
 template <typename T, typename W>
 Runs backward_runs(int64_t rows, int64_t sms) {
-  return split_rows(rows, rows, ceil_div(sms * kRopeBackwardBlocks<T, W>, 2));  // q and k share the GPU
+  return split_rows(rows, rows, ceil_div(sms * kRopeBackwardBlocks<T, W>, 2));  // half of the blocks for q, half for k
 }
 
 template <typename T, typename W>
@@ -28,12 +28,13 @@ cudaError_t backward(W, const flg_qk_norm_rope_backward_params& p, int64_t sms, 
 }
 
 template <typename P>
-bool shapes(const P& p) {
+bool valid(const P& p) {
   const auto& rope = p.rope;
   const int64_t on_grid = int64_t{rope.size[0]} * rope.size[1] * rope.size[2];
   const int64_t lanes = p.head_dim / kVec;
   bool good = p.rows >= 0 && p.rows <= INT32_MAX && p.dim > 0 && p.dim <= kWidest && p.tokens > 0;
   good = good && p.head_dim > 0 && p.head_dim % kVec == 0 && p.dim % p.head_dim == 0 && p.rows % p.tokens == 0;
+  // A norm per head sums over `lanes` lanes of a warp by halving, so their number must be a power of two.
   good = good && (!p.per_head || (lanes <= 32 && (lanes & (lanes - 1)) == 0));
   good = good && on_grid <= p.tokens && 2 * (rope.pairs[0] + rope.pairs[1] + rope.pairs[2]) == p.head_dim;
   for (int i = 0; i < 2; ++i) good = good && aligned(p.in[i]) && aligned(p.weight[i]);
@@ -45,7 +46,7 @@ bool shapes(const P& p) {
 
 extern "C" int flg_qk_norm_rope(const flg_qk_norm_rope_params* params, void* stream) {
   const auto& p = *params;
-  FLG_REQUIRE(flg::shapes(p) && flg::aligned(p.out[0]) && flg::aligned(p.out[1]));
+  FLG_REQUIRE(flg::valid(p) && flg::aligned(p.out[0]) && flg::aligned(p.out[1]));
   if (p.rows == 0) return 0;
   const flg::DeviceGuard guard(p.device);
   FLG_TRY(guard.status);
@@ -72,7 +73,7 @@ extern "C" int64_t flg_qk_norm_rope_runs(int64_t rows, int64_t dim, int dtype, i
 
 extern "C" int flg_qk_norm_rope_backward(const flg_qk_norm_rope_backward_params* params, void* stream) {
   const auto& p = *params;
-  FLG_REQUIRE(flg::shapes(p) && flg::aligned(p.sums) && flg::aligned(p.partial));
+  FLG_REQUIRE(flg::valid(p) && flg::aligned(p.sums) && flg::aligned(p.partial));
   for (int i = 0; i < 2; ++i) FLG_REQUIRE(flg::aligned(p.dx[i]) && flg::aligned(p.dout[i]));
   if (p.rows == 0) return 0;
   const flg::DeviceGuard guard(p.device);

@@ -1,6 +1,6 @@
-// RMS norm and rotary embedding of q and k (blockIdx.y), forward and backward. Bound by memory: each row is read once,
-// written once, and waits in registers. A vector of eight channels is four rotary pairs, so a rotation stays in a
-// thread.
+// RMS norm and rotary embedding of q (blockIdx.y = 0) and k (1), forward and backward. The kernels are bound by memory:
+// each row is read once, kept in registers and written once. A vector of eight channels holds four rotary pairs, so no
+// rotation needs data of another thread.
 #pragma once
 
 #include "flg/reduce.cuh"
@@ -10,19 +10,21 @@
 
 namespace flg {
 
+// Blocks per SM that the compiler must leave registers for: 20 warps forward, 12 backward.
 template <typename T, typename W>
 constexpr int kRopeForwardBlocks = W::kExact && sizeof(T) == 2 ? 640 / W::kThreads : 1;
 template <typename T, typename W>
 constexpr int kRopeBackwardBlocks = W::kExact && sizeof(T) == 2 ? 384 / W::kThreads : 1;
 
-// Cosine and sine of the four pairs that start at channel `channel` of a head, for one token of the grid.
+// Cosine and sine of the four channel pairs that start at `channel` of a head, for token number `token` of the grid.
 struct Rotation {
   float2 pair[kVec / 2];
   __device__ __forceinline__ Rotation(const flg_rope& rope, int token, int channel) {
     const int plane = rope.size[1] * rope.size[2];
-    const int at[3] = {token / plane, token / rope.size[2] % rope.size[1], token % rope.size[2]};
+    const int at[3] = {token / plane, token / rope.size[2] % rope.size[1], token % rope.size[2]};  // frame, row, column
 #pragma unroll
     for (int j = 0; j < kVec / 2; ++j) {
+      // Pairs are ordered frames, rows, columns: find the pair's axis and its index there.
       int axis = 0, index = channel / 2 + j;
       if (index >= rope.pairs[0]) index -= rope.pairs[0], axis = 1;
       if (axis == 1 && index >= rope.pairs[1]) index -= rope.pairs[1], axis = 2;
@@ -32,7 +34,7 @@ struct Rotation {
       pair[j] = __ldg(reinterpret_cast<const float2*>(table) + where * width + index);
     }
   }
-  // direction 1: by the angle; -1: back.
+  // Rotates the four pairs of v by their angles (direction 1) or back (direction -1).
   __device__ __forceinline__ void turn(float (&v)[kVec], float direction) const {
 #pragma unroll
     for (int j = 0; j < kVec / 2; ++j) {
@@ -43,7 +45,7 @@ struct Rotation {
   }
 };
 
-// kCount sums per vector over the head it belongs to: head_dim / 8 neighbouring lanes, a power of two.
+// Sums each of v over the lanes of a head: head_dim / 8 neighbouring lanes of a warp, a power of two.
 template <int kCount>
 __device__ __forceinline__ void head_sum(float (&v)[kCount], int lanes) {
   for (int lane = lanes / 2; lane > 0; lane /= 2) {
@@ -52,6 +54,7 @@ __device__ __forceinline__ void head_sum(float (&v)[kCount], int lanes) {
   }
 }
 
+// This thread's part of the norm's weight: [dim], or [head_dim] repeated for every head.
 template <typename W>
 __device__ __forceinline__ void load_weight(const float* weight, int head_dim, int per_head, const Columns<W>& col,
                                             float (&v)[kVecs][kVec]) {
@@ -59,11 +62,11 @@ __device__ __forceinline__ void load_weight(const float* weight, int head_dim, i
   for (int i = 0; i < kVecs; ++i) {
 #pragma unroll
     for (int j = 0; j < kVec; ++j) v[i][j] = 0.f;
-    if (col.there(i)) load_shared_row(weight + (per_head ? col.at(i) % head_dim : col.at(i)), v[i]);
+    if (col.inside(i)) load_shared_row(weight + (per_head ? col.at(i) % head_dim : col.at(i)), v[i]);
   }
 }
 
-// The sums of each vector's norm group, in every thread that needs them: its head's, or the whole row's.
+// Replaces each vector's sums by the sums over its norm group: its head (per_head) or the full row.
 template <typename W, int kCount>
 __device__ __forceinline__ void group_sums(float (&sums)[kVecs][kCount], int per_head, int head_dim,
                                            float (&scratch)[kCount][W::kThreads / 32]) {
@@ -109,11 +112,11 @@ __global__ void __launch_bounds__(W::kThreads, kRopeForwardBlocks<T, W>)
 #pragma unroll
       for (int j = 0; j < kVec; ++j) sums[i][0] += v[i][j] * v[i][j];
     }
-    if (row + 1 < last) x.load(in, row + 1, col);  // the next row travels while this one is reduced
-    group_sums<W>(sums, p.per_head, p.head_dim, scratch[row % 2]);
+    if (row + 1 < last) x.load(in, row + 1, col);                   // load the next row while this one is reduced
+    group_sums<W>(sums, p.per_head, p.head_dim, scratch[row % 2]);  // two scratch arrays in turn, see block_sum
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      if (!col.there(i)) continue;
+      if (!col.inside(i)) continue;
       const float rstd = rsqrtf(sums[i][0] * inv_group + p.eps);
 #pragma unroll
       for (int j = 0; j < kVec; ++j) v[i][j] *= rstd * weight[i][j];
@@ -123,7 +126,7 @@ __global__ void __launch_bounds__(W::kThreads, kRopeForwardBlocks<T, W>)
   }
 }
 
-// With n = x rstd and g = weight turned-back(dout): dx = rstd (g - n mean(g n)), dweight = sum n turned-back(dout).
+// With n = x rstd, b = dout rotated back and g = weight b: dx = rstd (g - n mean(g n)), dweight = sum n b.
 template <typename T, typename W>
 __global__ void __launch_bounds__(W::kThreads, kRopeBackwardBlocks<T, W>)
     qk_norm_rope_backward_kernel(const flg_qk_norm_rope_backward_params p, const Runs runs) {
@@ -145,12 +148,12 @@ __global__ void __launch_bounds__(W::kThreads, kRopeBackwardBlocks<T, W>)
   dy.load(dout, row, col);
   for (; row < last; ++row) {
     const int token = static_cast<int>(row % p.tokens);
-    float v[kVecs][kVec], d[kVecs][kVec], sums[kVecs][2] = {};
+    float v[kVecs][kVec], d[kVecs][kVec], sums[kVecs][2] = {};  // v: x; d: b, then dx; sums: x^2 and g x
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       unpack(x.part[i], v[i]);
       unpack(dy.part[i], d[i]);
-      if (token < grid_tokens && col.there(i)) Rotation(p.rope, token, col.at(i) % p.head_dim).turn(d[i], -1.f);
+      if (token < grid_tokens && col.inside(i)) Rotation(p.rope, token, col.at(i) % p.head_dim).turn(d[i], -1.f);
 #pragma unroll
       for (int j = 0; j < kVec; ++j) {
         sums[i][0] += v[i][j] * v[i][j];
@@ -171,13 +174,13 @@ __global__ void __launch_bounds__(W::kThreads, kRopeBackwardBlocks<T, W>)
         total[i][j] += d[i][j] * n;
         d[i][j] = rstd * (d[i][j] * weight[i][j] - n * mean_gn);
       }
-      if (col.there(i)) store(dx + row * col.dim + col.at(i), d[i]);
+      if (col.inside(i)) store(dx + row * col.dim + col.at(i), d[i]);
     }
   }
-  float* partial = p.partial + (blockIdx.y * runs.count + blockIdx.x) * col.dim;
+  float* partial = p.partial + (blockIdx.y * runs.count + blockIdx.x) * col.dim;  // [2, runs, dim]
 #pragma unroll
   for (int i = 0; i < kVecs; ++i)
-    if (col.there(i)) store(partial + col.at(i), total[i]);
+    if (col.inside(i)) store(partial + col.at(i), total[i]);
 }
 
 }  // namespace flg

@@ -21,10 +21,11 @@ def dmd_gradient(
     beta1: Tensor | float,
     beta2: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 8 with sigma_t = t: grad = (x0_fake - x0_real) / normaliser, to be descended; grad like x0, normaliser [B].
+    """Eq. 8 with sigma_t = t: return grad = (x0_fake - x0_real) / normaliser, shaped like x0, and normaliser [B].
 
-    t and the betas are [B] (betas also numbers), all other tensors [B, ...]. x0_* = x_t - t v_*, so the difference is
-    t (v_real - v_fake); normaliser[b] = mean |x0 - x0_real| + 1e-6 (DMD2). A gradient is taken of neither result.
+    The student descends along grad. t is [B], beta1 and beta2 are numbers or [B], all other tensors [B, ...]. With
+    x0_* = x_t - t v_*, the difference equals t (v_real - v_fake); normaliser[b] = mean |x0 - x0_real| + 1e-6 (DMD2).
+    Kernels give no gradient of the results; if one is needed, the reference computes them.
     """
     tensors = (x0, x_t, v_fake, v_weak_cond, v_weak_null, v_strong_cond)
     shape, device, tracked = x0.shape, x0.device, x0.requires_grad
@@ -39,6 +40,7 @@ def dmd_gradient(
         raise ValueError(
             f"dmd_gradient: x0 got {tuple(x0.shape)}, wanted samples with elements; their mean is undefined"
         )
+    # The reference costs no dispatch; it is also the only code that autograd can follow.
     eager = not torch.compiler.is_compiling() and dispatch.backend_for(device.type) == "reference"
     if eager or (tracked and torch.is_grad_enabled()):
         return reference.dmd_gradient(x0, x_t, t, v_fake, v_weak_cond, v_weak_null, v_strong_cond, beta1, beta2)
@@ -47,6 +49,7 @@ def dmd_gradient(
 
 
 def _per_sample(value: Tensor | float, x0: Tensor) -> Tensor:
+    """A number or tensor as [B] in float32 (float64 for a float64 x0) on x0's device."""
     wide = torch.float64 if x0.dtype == torch.float64 else torch.float32
     if isinstance(value, Tensor) and value.shape == x0.shape[:1] and value.dtype == wide and value.device == x0.device:
         return value
@@ -57,7 +60,7 @@ def _compute(
     x0: Tensor, x_t: Tensor, t: Tensor, v_fake: Tensor, v_weak_cond: Tensor, v_weak_null: Tensor,
     v_strong_cond: Tensor, beta1: Tensor, beta2: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A kernel, or the reference for what kernels do not take (float64, samples that are no multiple of 8)."""
+    """Run a kernel, or the reference where kernels do not apply (float64, samples of no multiple of 8 elements)."""
     backend = dispatch.backend_for(x0.device.type)
     v = [v_fake, v_weak_cond, v_weak_null, v_strong_cond]
     kind, kind_v, samples = x0.dtype, v_fake.dtype, x0.shape[0]

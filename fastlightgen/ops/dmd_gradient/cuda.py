@@ -1,4 +1,4 @@
-"""dmd_gradient through the compiled kernel, csrc/ops/dmd_gradient."""
+"""dmd_gradient with the compiled kernel, csrc/ops/dmd_gradient."""
 
 from torch import Tensor
 
@@ -7,7 +7,11 @@ from fastlightgen.ops.tables import DTYPES
 
 
 def forward(grad: Tensor, normaliser: Tensor, x: list[Tensor], v: list[Tensor], scalars: list[Tensor]) -> None:
-    """x: x0, x_t; v: fake, weak_cond, weak_null, strong_cond, dense [B, ...]; scalars: t, beta1, beta2 float32 [B]."""
+    """Write grad and normaliser.
+
+    x holds x0, x_t; v holds fake, weak_cond, weak_null, strong_cond, all dense [B, ...]; scalars holds t, beta1, beta2,
+    float32 [B].
+    """
     samples, extension = grad.shape[0], dispatch.compiled()
     device, stream = dispatch.queue(grad)
     partial = normaliser.new_empty((samples, extension.dmd_gradient_blocks))

@@ -18,9 +18,9 @@ def dmd_gradient(
     beta1: Tensor | float,
     beta2: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 8 with sigma_t = t: grad = (x0_fake - x0_real) / normaliser, to be descended; grad like x0, normaliser [B].
+    """Eq. 8 with sigma_t = t: return grad = (x0_fake - x0_real) / normaliser, shaped like x0, and normaliser [B].
 
-    x0_* = x_t - t v_*, so the difference is t (v_real - v_fake); normaliser[b] = mean |x0 - x0_real| + 1e-6 (DMD2).
+    x0_* = x_t - t v_*, and normaliser[b] = mean |x0 - x0_real| + 1e-6 (DMD2). float32 inside (float64 stays float64).
     """
     wide = torch.float64 if x0.dtype == torch.float64 else torch.float32
     x_t = x_t.to(wide)

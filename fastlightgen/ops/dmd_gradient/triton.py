@@ -1,4 +1,4 @@
-"""dmd_gradient in Triton: two launches, for want of a barrier across the grid. Same signature as cuda.py."""
+"""dmd_gradient in Triton. Two launches, because Triton has no grid-wide barrier. Same signature as cuda.py."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from fastlightgen.ops.runs import on_device
 
 @triton.jit
 def _real(weak, null, strong, beta1, beta2, at, mask):
-    """Eq. 9."""
+    """v_real of Eq. 9."""
     w = tl.load(weak + at, mask=mask, other=0.0).to(tl.float32)
     n = tl.load(null + at, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(strong + at, mask=mask, other=0.0).to(tl.float32)
@@ -19,7 +19,7 @@ def _real(weak, null, strong, beta1, beta2, at, mask):
 
 @triton.jit
 def _distance(partial, x0, x_t, weak, null, strong, t, beta1, beta2, size, BLOCK: tl.constexpr):
-    """Sums of |x0 - x0_real|, one per block of a sample."""
+    """First launch: the sum of |x0 - x0_real| over each block of a sample."""
     sample = tl.program_id(1)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask, at = col < size, sample.to(tl.int64) * size + col
@@ -31,6 +31,7 @@ def _distance(partial, x0, x_t, weak, null, strong, t, beta1, beta2, size, BLOCK
 
 @triton.jit
 def _gradient(grad, normaliser, fake, weak, null, strong, t, beta1, beta2, size, BLOCK: tl.constexpr):
+    """Second launch: grad = t (v_real - v_fake) / normaliser (Eq. 8)."""
     sample = tl.program_id(1)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask, at = col < size, sample.to(tl.int64) * size + col
@@ -41,11 +42,11 @@ def _gradient(grad, normaliser, fake, weak, null, strong, t, beta1, beta2, size,
 
 
 def forward(grad: Tensor, normaliser: Tensor, x: list[Tensor], v: list[Tensor], scalars: list[Tensor]) -> None:
-    """x: x0, x_t; v: fake, weak_cond, weak_null, strong_cond, dense [B, ...]; scalars: t, beta1, beta2 float32 [B]."""
+    """Write grad and normaliser; the arguments are those of cuda.py."""
     size, block = grad[0].numel(), 2048
     grid = (triton.cdiv(size, block), len(grad))
     partial = torch.empty(grid[::-1], dtype=torch.float32, device=grad.device)
     with on_device(grad):
         _distance[grid](partial, *x, *v[1:], *scalars, size, BLOCK=block)
-        normaliser.copy_(partial.sum(1) / size + 1e-6)  # torch adds in a fixed order
+        normaliser.copy_(partial.sum(1) / size + 1e-6)  # torch adds in a fixed order: the same bits at every run
         _gradient[grid](grad, normaliser, *v, *scalars, size, BLOCK=block)

@@ -1,4 +1,4 @@
-"""The deferred residual: x + gate y of the block that ran last, fused with the norm of whatever runs next."""
+"""The deferred residual: x + gate y of the previous block, fused with the norm that follows it."""
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,10 @@ def gate_residual_norm_modulate(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x', h): x' = x + gate y, then h = LayerNorm(x') (1 + scale) + shift, or the affine LayerNorm(x') weight + bias.
+    """Return (x', h): x' = x + gate y, then h = LayerNorm(x') (1 + scale) + shift, or LayerNorm(x') weight + bias.
 
-    x, y [B, ..., D]; gate, scale, shift [B, D], or x's rank with every axis full or 1; weight, bias [D]. Without y
-    nothing is pending and x' is x, without gate it is x + y. The norm sees the rounded x'.
+    x, y are [B, ..., D]; gate, scale, shift [B, D], or of x's rank with every axis full or 1; weight, bias [D].
+    Without y, x' = x; without gate, x' = x + y. The norm reads x' after it is rounded to x's dtype.
     """
     check_together(_NAME, x, y=y, gate=gate, scale=scale, shift=shift, weight=weight, bias=bias)
     if y is not None and (y.shape != x.shape or y.dtype != x.dtype):
@@ -44,9 +44,10 @@ def gate_residual_norm_modulate(
         mods = (("gate", gate), ("scale", scale), ("shift", shift))
         gate, scale, shift = (None if mod is None else align(_NAME, name, mod, x) for name, mod in mods)
         return reference.gate_residual_norm_modulate(x, y, gate, scale, shift, eps, weight, bias)
+    # An affine norm becomes a modulation with offset 0: weight takes the place of scale, bias that of shift.
     if scale is not None:
         gate, scale, shift = tables(_NAME, x, gate=gate, scale=scale, shift=shift)
-    elif gate is not None:  # one weight for all rows: the kernels want it as often as there are gates
+    elif gate is not None:  # the kernels want as many rows of weight as of gate
         (gate,) = tables(_NAME, x, gate=gate)
         weight, bias = (None if w is None else w.expand(gate.shape[0], -1) for w in (weight, bias))
     if scale is None:
@@ -55,6 +56,7 @@ def gate_residual_norm_modulate(
 
 
 def _groups(*mods: Tensor | None) -> int:
+    """M, the number of rows of the tables; 1 without any."""
     return next((t.shape[0] for t in mods if t is not None), 1)
 
 
@@ -79,7 +81,7 @@ def _backward(
     dh: Tensor, dx_out: Tensor | None, x_out: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None,
     affine: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dy, dscale, dshift, dgate; without a gate dy (it is dx) and dgate are empty. Tables as in the forward."""
+    """Return dx, dy, dscale, dshift, dgate. Without a gate dy equals dx, so dy and dgate are returned empty."""
     if not x_out.numel():
         empty = _fake_backward(dh, dx_out, x_out, y, gate, scale, affine, eps)
         for t in empty:
@@ -126,7 +128,7 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     _, y, gate, scale, shift, ctx.affine, ctx.eps = inputs
     ctx.save_for_backward(output[0], None if gate is None else y, gate, scale)
     ctx.has_shift = shift is not None
-    ctx.set_materialize_grads(False)  # an x' that nobody reads has no gradient to add
+    ctx.set_materialize_grads(False)  # an unused x' then has the gradient None, and the kernel adds nothing
 
 
 def _autograd(ctx, dx_out: Tensor | None, dh: Tensor | None) -> tuple:

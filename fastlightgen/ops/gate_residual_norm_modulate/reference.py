@@ -9,12 +9,12 @@ from fastlightgen.ops.norm_modulate.reference import norm_modulate
 
 
 def add_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
-    """x + gate y (x + y without a gate), summed in float32 or better and rounded once to x's dtype."""
+    """x + gate y, or x + y without a gate; computed in float32 (float64 stays float64), rounded once to x's dtype."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if gate is None:
         return x + y if x.dtype == y.dtype else (x.to(wide) + y.to(wide)).to(x.dtype)
     gate = gate[:, None] if gate.dim() == 2 else gate
-    if x.dtype == y.dtype == gate.dtype:  # one kernel of torch's, which sums 16-bit types in float32
+    if x.dtype == y.dtype == gate.dtype:  # torch's addcmul computes 16-bit types in float32 itself
         return torch.addcmul(x, y, gate)
     return torch.addcmul(x.to(wide), y.to(wide), gate.to(wide)).to(x.dtype)
 
@@ -29,10 +29,10 @@ def gate_residual_norm_modulate(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x', h): x' = x + gate y, then h = LayerNorm(x') (1 + scale) + shift, or the affine LayerNorm(x') weight + bias.
+    """Return (x', h): x' = x + gate y, then h = LayerNorm(x') (1 + scale) + shift, or LayerNorm(x') weight + bias.
 
-    x, y [B, L, D]; gate, scale, shift [B, D] or [B, L or 1, D]; without y nothing is pending and x' is x, without gate
-    it is x + y. The norm sees the rounded x'.
+    x, y are [B, L, D]; gate, scale, shift [B, D] or [B, L or 1, D]. Without y, x' = x; without gate, x' = x + y. The
+    norm reads x' after it is rounded to x's dtype.
     """
     if y is not None:
         x = add_residual(x, y, gate)
@@ -45,7 +45,7 @@ def gate_residual_norm_modulate(
 def on_tables(
     x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, affine: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The same for tables [M, D] and any x of M groups of rows; affine: scale and shift are weight and bias."""
+    """The same for tables [M, D] and x with M equal groups of rows; `affine`: scale and shift are weight and bias."""
     groups = next((t.shape[0] for t in (gate, scale, shift) if t is not None), 1)
     x, y = (v.reshape(groups, -1, v.shape[-1]) for v in (x, y))
     x = add_residual(x, y, gate)
@@ -59,8 +59,11 @@ def gradient(
     dh: Tensor, dx_out: Tensor | None, x_out: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None,
     affine: bool, eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """dx, dy, dscale, dshift, dgate for tensors [R, D] and tables [M, D]; float32 or better inside, dy without a gate
-    is dx (None). dx = dx' + LayerNorm's gradient, dy = gate dx, dgate = sum over the rows of a table row of dx y."""
+    """Return dx, dy, dscale, dshift, dgate for tensors [R, D] and tables [M, D], computed in float32 or float64.
+
+    dx = dx' + LayerNorm's gradient, dy = gate dx, dgate = dx y summed over the rows of each table row. Without a gate
+    dy equals dx and is returned as None.
+    """
     groups = next((t.shape[0] for t in (gate, scale) if t is not None), 1)
     gain = torch.zeros(1, x_out.shape[-1], dtype=torch.float32, device=x_out.device) if scale is None else scale
     gain = gain - 1 if affine and scale is not None else gain  # norm_gradient multiplies by 1 + scale

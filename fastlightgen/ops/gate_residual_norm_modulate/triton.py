@@ -1,4 +1,4 @@
-"""The row kernels in Triton, for GPUs where the compiled extension is absent. Same signatures as cuda.py."""
+"""gate_residual_norm_modulate in Triton, for installations without the CUDA kernels. Same signatures as cuda.py."""
 
 import torch
 import triton
@@ -9,9 +9,9 @@ from fastlightgen.ops.runs import on_device, split, warps
 
 
 @triton.jit
-def _table(table, mod, stride, col, mask, there: tl.constexpr, absent: tl.constexpr):
-    """Row `mod` of a modulation table, or a constant for a table that is not there."""
-    if there:
+def _table(table, mod, stride, col, mask, given: tl.constexpr, absent: tl.constexpr):
+    """Row `mod` of a modulation table, or the constant `absent` if no table is given."""
+    if given:
         return tl.load(table + mod * stride + col, mask=mask, other=0.0)
     else:
         return tl.where(mask, absent, absent)
@@ -23,6 +23,7 @@ def _forward(
     D: tl.constexpr, BLOCK: tl.constexpr, Y: tl.constexpr, GATE: tl.constexpr, SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
 ):  # fmt: skip
+    # One program per row of x.
     row = tl.program_id(0).to(tl.int64)
     mod = row // rows_per_mod
     col = tl.arange(0, BLOCK)
@@ -33,8 +34,8 @@ def _forward(
         add = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
         rounded = (v + _table(gate, mod, gate_stride, col, mask, GATE, 1.0) * add).to(x_out.dtype.element_ty)
         tl.store(x_out + at, rounded, mask=mask)
-        v = rounded.to(tl.float32)  # the norm sees what is stored
-    # Two passes over registers: E[x^2] - E[x]^2 would lose digits where the mean is large.
+        v = rounded.to(tl.float32)  # the norm reads the stored, rounded value
+    # Two passes over registers: E[x^2] - E[x]^2 would lose digits if the mean is large.
     centred = tl.where(mask, v - tl.sum(v, 0) / D, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
     gain = offset + _table(scale, mod, scale_stride, col, mask, SCALE, 0.0)
@@ -48,6 +49,8 @@ def _backward(
     LENGTH: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, DX_OUT: tl.constexpr,
     SCALE: tl.constexpr,
 ):  # fmt: skip
+    # One program per run of LENGTH rows that share table row `mod`. With n = LayerNorm(x') and g = dh gain:
+    # dx = dx' + rstd (g - mean(g) - n mean(g n)), dy = gate dx, dscale = sum dh n, dshift = sum dh, dgate = sum dx y.
     run = tl.program_id(0).to(tl.int64)
     mod = run // per_mod
     first = mod * rows_per_mod + run % per_mod * LENGTH
@@ -57,7 +60,7 @@ def _backward(
     dscale = tl.zeros([BLOCK], tl.float32)
     dshift = tl.zeros([BLOCK], tl.float32)
     dgate = tl.zeros([BLOCK], tl.float32)
-    for i in range(LENGTH):  # rows past the modulation row's last are masked, and add zeros to the sums
+    for i in range(LENGTH):  # rows past the last one of the table row are masked and add zeros to the sums
         at = (first + i) * D + col
         mask = in_row & (first + i < (mod + 1) * rows_per_mod)
         v = tl.load(x_out + at, mask=mask, other=0.0).to(tl.float32)
@@ -91,16 +94,16 @@ def forward(
     x_out: Tensor | None, h: Tensor, x: Tensor, y: Tensor | None,
     gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, groups: int, offset: float, eps: float,
 ) -> None:  # fmt: skip
-    """x_out = x + gate y (with y), h = LayerNorm(x_out) (offset + scale) + shift; `groups` is M."""
+    """Write x_out = x + gate y (if y is given) and h = LayerNorm(x_out) (offset + scale) + shift; `groups` is M."""
     dim = x.shape[-1]
     rows = x.numel() // dim
     block = triton.next_power_of_2(dim)
-    there = {"Y": y is not None, "GATE": gate is not None, "SCALE": scale is not None, "SHIFT": shift is not None}
+    given = {"Y": y is not None, "GATE": gate is not None, "SCALE": scale is not None, "SHIFT": shift is not None}
     strides = map(_stride, (gate, scale, shift))
     with on_device(x):
         _forward[(rows,)](
             x_out, h, x, y, gate, scale, shift, rows // groups, *strides, offset, eps,
-            D=dim, BLOCK=block, **there, num_warps=warps(block),
+            D=dim, BLOCK=block, **given, num_warps=warps(block),
         )  # fmt: skip
 
 
@@ -108,7 +111,7 @@ def backward(
     dx: Tensor, dy: Tensor | None, dh: Tensor, dx_out: Tensor | None, x_out: Tensor, y: Tensor | None,
     gate: Tensor | None, scale: Tensor | None, groups: int, offset: float, eps: float,
 ) -> Tensor:  # fmt: skip
-    """Writes dx (and dy with a gate); returns the table gradients [M, 2 or 3, D]: dscale, dshift, dgate."""
+    """Write dx and, with a gate, dy; return dscale, dshift and, with a gate, dgate as [M, 2 or 3, D]."""
     dim = x_out.shape[-1]
     rows = x_out.numel() // dim
     block, kinds = triton.next_power_of_2(dim), 2 if gate is None else 3
@@ -120,4 +123,4 @@ def backward(
             *map(_stride, (gate, scale)), offset, eps, LENGTH=length, D=dim, BLOCK=block, KINDS=kinds,
             DX_OUT=dx_out is not None, SCALE=scale is not None, num_warps=warps(block),
         )  # fmt: skip
-    return partial.view(groups, per_mod, kinds, dim).sum(1)  # torch adds in a fixed order
+    return partial.view(groups, per_mod, kinds, dim).sum(1)  # torch adds in a fixed order: same bits

@@ -1,4 +1,4 @@
-"""The residual step of a block in its last matrix product: no tensor for what is added is written or read again."""
+"""The last matrix product of a block, fused with the residual: the product itself is never written to memory."""
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,12 @@ _NAME = "linear_gate_residual"
 def linear_gate_residual(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """c + gate (x weight^T + bias): c [B, ..., N], x [B, ..., K], weight [N, K], bias [N].
 
-    gate [B, N], or c's rank with every axis full or 1: a gate for each sample or frame, and one launch for each.
-    A block ends in it where a checkpoint wants one hidden tensor: 4 bytes an element (c in, out) in the place of 8 (y
-    out; x, y in, out), and the backward pass, which needs no y, does not compute the product again. Elsewhere the sum
-    is left to the next norm: 8 bytes with it, as many as this and a norm alone have together.
+    gate is [B, N], or has c's rank with every axis full or 1: one gate, and one kernel launch, per sample or frame.
+
+    Activation checkpointing stores one hidden tensor between blocks, so there a block ends with this operator. It moves
+    4 bytes per element (reads c, writes the result) instead of 8 (writes y; reads x and y, writes the result), and the
+    backward pass does not compute the product again. Elsewhere gate_residual_norm_modulate adds y in the next norm,
+    which moves 8 bytes per element: as many as this operator and a separate norm together.
     """
     check(_NAME, x, weight, bias, c=c, gate=gate)
     if c.shape != (*x.shape[:-1], len(weight)) or c.dtype != x.dtype:
@@ -41,6 +43,7 @@ def _empty(c: Tensor) -> Tensor:
 
 
 def _product(out: Tensor, c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Write c + gate (x weight^T + bias) into out with the CUTLASS kernel; gate is a table [M, N]."""
     c, gate, x, weight, bias = dense(c), dense(gate), dense(x), dense(weight), dense(bias)
     rows, inner = x.numel() // x.shape[-1], x.shape[-1]
     pointers = (0 if t is None else t.data_ptr() for t in (out, c, x, weight, bias, gate))
@@ -49,7 +52,7 @@ def _product(out: Tensor, c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bi
 
 
 def _forward(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """gate is a table [M, N]; the rows come in M groups."""
+    """The registered operator; gate is a table [M, N], and each of its rows applies to 1 / M of the rows of c."""
     groups = len(gate)
     if not takes(x, weight):
         z = F.linear(x, weight, bias).reshape(groups, -1, len(weight))
@@ -68,26 +71,27 @@ def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _autograd(ctx, dout: Tensor) -> tuple:
-    """What was added was never written, so its part of dgate comes out of the weight's product.
+    """The gradients of c, gate, x, weight and bias.
 
-    Per group of rows P = dout^T x: dweight = sum gate P, dgate = rowsum(P weight) + bias colsum(dout), and dx is a
-    product with gate weight, the gate folded into the smaller operand.
+    z = x weight^T + bias was never stored, so dgate = colsum(dout z) is computed without it. For each group of rows
+    with one gate, P = dout^T x gives dweight = gate P and dgate = rowsum(P weight) + bias colsum(dout) (elementwise
+    products). dx = dout (gate weight): the gate multiplies the weight, which is smaller than dout.
     """
     gate, x, weight, bias = ctx.saved_tensors
     _, for_gate, for_x, for_weight, _ = ctx.needs_input_grad
     groups = len(gate)
-    dx: list[Tensor] = []  # per group of rows
+    dx: list[Tensor] = []  # one entry per group of rows
     dgate: list[Tensor] = []
     dweight = dbias = gate.new_zeros(())
-    for d, rows, one in zip(*(t.reshape(groups, -1, t.shape[-1]) for t in (dout, x)), gate):
+    for d, rows, g in zip(*(t.reshape(groups, -1, t.shape[-1]) for t in (dout, x)), gate):
         total = d.sum(0, dtype=gate.dtype)
-        dbias = dbias + one * total
+        dbias = dbias + g * total
         if for_x:
-            dx.append(d @ (one[:, None] * weight).to(weight.dtype))
+            dx.append(d @ (g[:, None] * weight).to(weight.dtype))
         if for_gate or for_weight:
             product = d.mT @ rows
             dgate.append((product * weight).sum(1, dtype=gate.dtype) + (0 if bias is None else bias * total))
-            dweight = dweight + one[:, None] * product
+            dweight = dweight + g[:, None] * product
     return (
         dout,
         torch.stack(dgate) if for_gate else None,
@@ -98,10 +102,10 @@ def _autograd(ctx, dout: Tensor) -> tuple:
 
 
 class _Saved(torch.autograd.Function):
-    """What the backward pass needs, saved before the product is there: the caller fills the result in.
+    """Saves the inputs for the backward pass and returns an empty result, which the caller then fills.
 
-    The backward pass does not need the product itself, and a checkpoint computes a block again only until everything
-    is saved: so it never comes to a last product.
+    The order matters under activation checkpointing: it recomputes a block only until all its tensors are saved. The
+    backward pass does not need the product, so saving before computing it skips the block's last product.
     """
 
     @staticmethod

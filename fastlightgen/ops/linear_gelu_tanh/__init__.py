@@ -1,4 +1,4 @@
-"""The first half of a feed-forward: a linear layer and its GELU in one matrix product, z kept for the backward pass."""
+"""The first half of a feed-forward layer: linear layer and GELU in one kernel, which keeps z for the backward pass."""
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,13 @@ def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     check(_NAME, x, weight, bias)
     if not takes(x, weight):
         return reference.linear_gelu_tanh(x, weight, bias)
+    # A non-differentiable call does not store z.
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     return _call(x, weight, bias, keep)[0]
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
-    """The result and, with `keep`, z = x weight^T + bias (else nothing)."""
+    """Return the result and z = x weight^T + bias; z is empty without `keep`."""
     if not takes(x, weight):
         z = F.linear(x, weight, bias)
         return F.gelu(z, approximate="tanh"), z if keep else z.new_empty(0)
@@ -46,11 +47,11 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[T
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     x, weight, bias, keep = inputs
     if not keep:
-        raise ValueError(f"{_NAME}: got keep=False and a gradient; pass keep=True, which stores what it needs")
+        raise ValueError(f"{_NAME}: got keep=False, but a gradient is needed; pass keep=True, which stores z")
     ctx.save_for_backward(x, weight, output[1])
     ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # z has none
+    ctx.set_materialize_grads(False)  # otherwise autograd would fill zeros for z's gradient
 
 
 def _autograd(ctx, dout: Tensor, _dz: None) -> tuple:

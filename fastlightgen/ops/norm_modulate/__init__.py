@@ -1,6 +1,6 @@
 """norm_modulate(x, scale, shift) = LayerNorm(x) (1 + scale) + shift: the adaptive norm before a branch of a block.
 
-Its kernels are those of gate_residual_norm_modulate, without a pending residual.
+The kernels are those of gate_residual_norm_modulate, called without a residual.
 """
 
 import torch
@@ -14,9 +14,9 @@ _NAME = "norm_modulate"
 
 
 def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm without affine over the last axis of x [B, ..., D], then * (1 + scale) + shift; returns x's dtype.
+    """LayerNorm without weights over the last axis of x [B, ..., D], then * (1 + scale) + shift; returns x's dtype.
 
-    scale and shift: [B, D], one row per sample, or x's rank with every axis full or 1 ([B, 1, D], [B, N, D]).
+    scale and shift are [B, D], one row per sample, or have x's rank with every axis full or 1 ([B, 1, D], [B, N, D]).
     """
     check_together(_NAME, x, scale=scale, shift=shift)
     # Eager CPU calls skip the dispatcher: torch's own LayerNorm backward is 4 times faster than _backward.
@@ -27,7 +27,7 @@ def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) ->
 
 
 def _forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """What runs outside autograd, on tables: a kernel, or the reference for what kernels do not take."""
+    """The registered operator, on tables: runs a kernel, or the reference where kernels do not apply."""
     backend, groups = dispatch.backend_for(x.device.type), scale.shape[0]
     if backend == "reference" or not kernel_takes(x):
         grouped = x.reshape(groups, -1, x.shape[-1]) if x.numel() else x

@@ -1,4 +1,4 @@
-"""RMS norm of q and k and their three-axis rotary embedding: Wan norms whole rows, HunyuanVideo each head."""
+"""RMS norm and three-axis rotary embedding of q and k. Wan norms over all heads together, HunyuanVideo each head."""
 
 from types import ModuleType
 
@@ -18,11 +18,11 @@ _NAME = "qk_norm_rope"
 def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """q and k [B, L, D], each RMS-normed, times its weight, then turned by `rope` in interleaved pairs of channels.
+    """Return q and k [B, L, D], each RMS-normed, times its weight, then rotated in interleaved pairs of channels.
 
-    A weight [D] norms over all heads together, a weight [head_dim] each head. `rope`: cosine and sine per frame, row
-    and column, [F, pairs, 2], [H, pairs, 2], [W, pairs, 2] (`rope_factors`); their pairs add up to head_dim / 2.
-    The first F H W tokens are the grid's, frame slowest; the tokens after them (text) are normed but not turned.
+    A weight [D] norms over all heads together, a weight [head_dim] each head. `rope` (from `rope_factors`) holds cosine
+    and sine per frame [F, pairs, 2], row [H, pairs, 2] and column [W, pairs, 2]; their pairs add up to head_dim / 2.
+    The first F H W tokens are the video grid, frame slowest; tokens after them (text) are normed but not rotated.
     """
     _check(q, k, q_weight, k_weight, rope)
     if q.is_cpu and not torch.compiler.is_compiling() and dispatch.backend_for("cpu") == "reference":
@@ -31,6 +31,7 @@ def qk_norm_rope(
 
 
 def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope) -> None:
+    """Raise ValueError unless shapes, types and devices fit together."""
     shape = q.shape
     if len(shape) != 3 or k.shape != shape or k.dtype != q.dtype:
         got = f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}"
@@ -47,15 +48,17 @@ def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope)
 
 
 def _kernels(q: Tensor, weight: Tensor, rope: list[Tensor]) -> ModuleType | None:
-    """The module of the backend that computes this, None for the reference."""
+    """The module whose kernels compute this call, or None for the reference."""
     head_dim = 2 * (rope[0].shape[1] + rope[1].shape[1] + rope[2].shape[1])
     backend, lanes = dispatch.backend_for(q.device.type), head_dim // 8
+    # A norm per head sums over `lanes` lanes of a warp by halving: at most 32, a power of two.
     heads_fit = weight.shape[0] == q.shape[2] or (lanes <= 32 and lanes & (lanes - 1) == 0)
     takes = head_dim % 8 == 0 and heads_fit and kernel_takes(q)
     return None if backend == "reference" or not takes else dispatch.kernels(_NAME, backend)
 
 
 def _prepared(tensors: list[Tensor]) -> list[Tensor]:
+    """Tables or weights as the kernels read them: float32, dense, aligned."""
     return [dense(t if t.dtype == torch.float32 else t.float()) for t in tensors]
 
 
@@ -77,7 +80,7 @@ def _backward(
     dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, frames: Tensor, rows: Tensor,
     cols: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k and the weights; dq and dk are those of the results."""
+    """Return the gradients of q, k, q_weight and k_weight from those of the results, dq and dk."""
     rope = [frames, rows, cols]
     kernels = _kernels(q, q_weight, rope)
     if kernels is None:
@@ -87,7 +90,7 @@ def _backward(
     x, dout = [dense(q), dense(k)], [dense(dq), dense(dk)]
     dx = [torch.empty_like(x[0]), torch.empty_like(x[1])]
     sums = kernels.backward(dx, dout, x, _prepared([q_weight, k_weight]), _prepared(rope), eps)
-    dw = sums.view(2, -1, q_weight.numel()).sum(1).to(q_weight.dtype)  # over the heads, where they share a weight
+    dw = sums.view(2, -1, q_weight.numel()).sum(1).to(q_weight.dtype)  # adds the heads if they share a weight
     return dx[0], dx[1], dw[0].clone(), dw[1].clone()
 
 

@@ -1,4 +1,4 @@
-"""qk_norm_rope through the compiled kernels, csrc/ops/qk_norm_rope. Lists are [q's, k's]."""
+"""qk_norm_rope with the compiled kernels, csrc/ops/qk_norm_rope. Lists hold q's tensor, then k's."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from fastlightgen.ops.tables import DTYPES
 
 
 def _shape(x: Tensor, weight: Tensor, rope: list[Tensor], eps: float) -> tuple:
-    """What follows the tensors in both launchers, up to the stream."""
+    """The launchers' arguments after the tensors: rotary tables, sizes, eps, type, device, stream."""
     batch, tokens, dim = x.shape
     frames, rows, cols = rope
     sizes, pairs = [], []
@@ -27,7 +27,7 @@ def _pointers(tensors: list[Tensor]) -> list[int]:
 
 
 def forward(out: list[Tensor], x: list[Tensor], weight: list[Tensor], rope: list[Tensor], eps: float) -> None:
-    """out, x [B, L, D] dense; weight float32 [D] or [head_dim]; rope: three float32 tables [size, pairs, 2]."""
+    """Write out. out, x are dense [B, L, D], weight float32 [D] or [head_dim], rope three tables [size, pairs, 2]."""
     shape = _shape(x[0], weight[0], rope, eps)
     error = dispatch.compiled().qk_norm_rope(*map(_pointers, (out, x, weight)), *shape)
     dispatch.check("qk_norm_rope", error, x[0])
@@ -36,11 +36,11 @@ def forward(out: list[Tensor], x: list[Tensor], weight: list[Tensor], rope: list
 def backward(
     dx: list[Tensor], dout: list[Tensor], x: list[Tensor], weight: list[Tensor], rope: list[Tensor], eps: float
 ) -> Tensor:
-    """Writes dx; returns the weights' gradients [2, D] per column (for a weight per head: to be summed over heads)."""
+    """Write dx; return the weights' gradients [2, D] per column. For weights [head_dim] the caller adds the heads."""
     shape = _shape(x[0], weight[0], rope, eps)
     batch, tokens, dim = x[0].shape
     runs = dispatch.compiled().qk_norm_rope_runs(batch * tokens, dim, DTYPES[x[0].dtype], shape[-2])
-    dispatch.check("qk_norm_rope", max(-runs, 0), x[0])
+    dispatch.check("qk_norm_rope", max(-runs, 0), x[0])  # a negative number is a cudaError
     sums, partial = (torch.empty(2, *n, dim, dtype=torch.float32, device=x[0].device) for n in ((), (runs,)))
     error = dispatch.compiled().qk_norm_rope_backward(
         _pointers(dx), sums.data_ptr(), partial.data_ptr(), *map(_pointers, (dout, x, weight)), *shape

@@ -1,6 +1,7 @@
-"""qk_norm_rope in Triton, a launch each for q and k. Same signatures as cuda.py.
+"""qk_norm_rope in Triton, with one launch for q and one for k. Same signatures as cuda.py.
 
-A row is a block [heads, pairs] of the even and one of the odd channels, so that a rotation needs no exchange.
+A row is held as two blocks [heads, pairs], one of the even channels (a) and one of the odd channels (b). A rotation
+then combines equal positions of both. PF, PH, PW: pairs that frames, rows, columns rotate; HB, P: padded block sizes.
 """
 
 import torch
@@ -13,7 +14,7 @@ from fastlightgen.ops.runs import on_device, split, warps
 
 @triton.jit
 def _turn(frames, rows, cols, token, H, W, PF: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, P: tl.constexpr):
-    """Cosine and sine [1, P] of a grid token: each pair reads the table of its axis."""
+    """Cosine and sine [1, P] of a grid token; each pair reads the table of its axis, the masks exclude each other."""
     pair = tl.arange(0, P)
     f, h, w = token // (H * W), token // W % H, token % W
     at_f, at_h, at_w = (f * PF + pair) * 2, (h * PH + pair - PF) * 2, (w * PW + pair - PF - PH) * 2
@@ -28,7 +29,7 @@ def _turn(frames, rows, cols, token, H, W, PF: tl.constexpr, PH: tl.constexpr, P
 
 @triton.jit
 def _mean(v, HEAD: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr):
-    """Over each head, or over the row: [heads, 1] or [1, 1]."""
+    """The mean over each head [heads, 1] or over the row [1, 1]; v holds the sum of both channels of each pair."""
     heads = tl.sum(v, 1)[:, None]
     if PER_HEAD:
         return heads / HEAD
@@ -79,7 +80,7 @@ def _backward(
     wb = tl.load(weight + wide + 1, mask=in_row, other=0.0)
     sum_a = tl.zeros([HB, P], tl.float32)
     sum_b = tl.zeros([HB, P], tl.float32)
-    for i in range(LENGTH):  # rows past the last are masked, and add zeros to the sums
+    for i in range(LENGTH):  # rows past the last one are masked and add zeros to the sums
         row = run * LENGTH + i
         at = row * HEADS * HEAD + col
         mask = in_row & (row < total)
@@ -88,7 +89,7 @@ def _backward(
         da = tl.load(dout + at, mask=mask, other=0.0).to(tl.float32)
         db = tl.load(dout + at + 1, mask=mask, other=0.0).to(tl.float32)
         token = row % tokens
-        if token < F * H * W:
+        if token < F * H * W:  # rotate dout back by the same angles
             cos, sin = _turn(frames, rows, cols, token, H, W, PF, PH, PW, P)
             back = da * cos + db * sin
             db = db * cos - da * sin
@@ -108,6 +109,7 @@ def _backward(
 
 
 def _shape(x: Tensor, weight: Tensor, rope: list[Tensor]) -> dict:
+    """The kernels' compile-time constants."""
     pairs = [table.shape[1] for table in rope]
     heads = x.shape[-1] // (2 * sum(pairs))
     blocks = triton.next_power_of_2(heads), triton.next_power_of_2(sum(pairs))
@@ -118,7 +120,7 @@ def _shape(x: Tensor, weight: Tensor, rope: list[Tensor]) -> dict:
 
 
 def forward(out: list[Tensor], x: list[Tensor], weight: list[Tensor], rope: list[Tensor], eps: float) -> None:
-    """out, x [B, L, D] dense; weight float32 [D] or [head_dim]; rope: three float32 tables [size, pairs, 2]."""
+    """Write out. out, x are dense [B, L, D], weight float32 [D] or [head_dim], rope three tables [size, pairs, 2]."""
     batch, tokens, _ = x[0].shape
     with on_device(x[0]):
         for o, i, w in zip(out, x, weight):
@@ -128,7 +130,7 @@ def forward(out: list[Tensor], x: list[Tensor], weight: list[Tensor], rope: list
 def backward(
     dx: list[Tensor], dout: list[Tensor], x: list[Tensor], weight: list[Tensor], rope: list[Tensor], eps: float
 ) -> Tensor:
-    """Writes dx; returns the weights' gradients [2, D] per column (for a weight per head: to be summed over heads)."""
+    """Write dx; return the weights' gradients [2, D] per column. For weights [head_dim] the caller adds the heads."""
     batch, tokens, dim = x[0].shape
     runs, length = split(batch * tokens, 1, x[0])
     partial = torch.empty(2, runs, dim, dtype=torch.float32, device=x[0].device)

@@ -1,4 +1,4 @@
-// IEEE half with round to nearest even, by the compiler's own _Float16 conversions.
+// IEEE half with round to nearest even, by the compiler's _Float16 conversions.
 #pragma once
 
 struct alignas(2) __half {

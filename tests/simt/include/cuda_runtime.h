@@ -1,5 +1,5 @@
-// The part of CUDA that the row kernels use, for a host compiler: one fiber per GPU thread, blocks one after the other.
-// A warp's lanes meet at every shuffle, a block's threads at every barrier; whoever does not come is reported.
+// The part of CUDA that the row kernels use, for a host compiler: one fiber per GPU thread, one block at a time.
+// All lanes of a warp must reach a shuffle, all threads of a block a barrier; otherwise the launch fails.
 #pragma once
 
 #include <stdint.h>
@@ -12,7 +12,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks run one at a time, and keep nothing in it across a grid-wide barrier
+#define __shared__ static  // blocks run one at a time and keep nothing there across a grid-wide barrier
 #ifndef __host__
 #define __host__
 #define __device__
@@ -42,7 +42,7 @@ void sync_grid();
 float shuffle_xor(unsigned mask, float v, int lane_mask);
 int run(dim3 grid, dim3 block, bool cooperative, const std::function<void()>& kernel);
 
-// A vector access has to be aligned on a GPU; on this CPU it would pass unseen.
+// A GPU requires aligned vector accesses, a CPU does not: check it here.
 template <typename T>
 const T& aligned(const T* p) {
   if (reinterpret_cast<uintptr_t>(p) % alignof(T)) abort();
@@ -67,7 +67,7 @@ void __stwb(T* p, T v) {
 }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 
-// The runtime.
+// The CUDA runtime.
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
@@ -90,7 +90,7 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-// Few SMs, so that a small tensor already gives each block several runs of rows.
+// Few SMs, so that even a small tensor gives each block several runs of rows.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = 2;
   return cudaSuccess;
