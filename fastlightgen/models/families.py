@@ -59,6 +59,11 @@ def cond_fields(description: Mapping) -> list[str]:
     return [f.name for f in fields(cond_of(description)) if f.name != "guidance"]  # a sampler sets guidance
 
 
+def original_files() -> list[str]:
+    """Names of weight files that the families' original repositories use."""
+    return [name for f in FAMILIES.values() if f.original for name in f.original.files]
+
+
 def recognise(keys: Iterable[str]) -> str:
     """Name the kind of network that has these keys, for messages; "" if it is unknown."""
     signs = {sign: f"{f.title} ({form} format)" for f in FAMILIES.values() for sign, form in f.signs.items()} | OTHERS

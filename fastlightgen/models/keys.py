@@ -63,18 +63,21 @@ class Format:
     write: Callable[[Mapping], dict[str, Any]] = nothing  # diffusers configuration -> further original fields
 
 
-def named(modules: Mapping[str, str], ours: str = "", theirs: str = "", leaves=WEIGHT_BIAS) -> dict[str, str]:
-    """Turn {"a": "b"} into {"a.weight": "b.weight", "a.bias": "b.bias"}, with the prefixes `ours` and `theirs`."""
-    return {f"{ours}{a}.{leaf}": f"{theirs}{b}.{leaf}" for a, b in modules.items() for leaf in leaves}
+def named(modules: Mapping[str, str], prefix: str = "", original: str = "", leaves=WEIGHT_BIAS) -> dict[str, str]:
+    """Turn {"a": "b"} into {"a.weight": "b.weight", "a.bias": "b.bias"}.
+
+    `prefix` goes before diffusers' keys, `original` before the original ones.
+    """
+    return {f"{prefix}{a}.{leaf}": f"{original}{b}.{leaf}" for a, b in modules.items() for leaf in leaves}
 
 
-def fused(ours: list[str], theirs: str, heights: list[int]) -> Table:
+def fused(modules: list[str], original: str, heights: list[int]) -> Table:
     """Entries of linear layers that the original stores as one layer; `heights`: number of outputs of each."""
     out: Table = {}
     start = 0
-    for module, height in zip(ours, heights, strict=True):
+    for module, height in zip(modules, heights, strict=True):
         for leaf in WEIGHT_BIAS:
-            out[f"{module}.{leaf}"] = Source(f"{theirs}.{leaf}", ((start, start + height),))
+            out[f"{module}.{leaf}"] = Source(f"{original}.{leaf}", ((start, start + height),))
         start += height
     return out
 
