@@ -1,1 +1,1 @@
-"""Networks: the walk over blocks (base), one folder per family (families), sampling, LoRA, model folders (folder)."""
+"""Networks: the walk over blocks (base), a folder per model family, sampling, LoRA adapters, model folders on disk."""

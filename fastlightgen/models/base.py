@@ -2,9 +2,9 @@
 
 A stream is one prediction of the same weights for the same noisy latent: a condition, the blocks that run, and whether
 it carries gradient. Streams share their hidden states until the first block that only some of them run, or, where their
-prompts differ, until the text first enters; `schedule.py` works this out. A block is called once for all streams that
-run it, and a skipped block costs nothing: a block leaves x + gate y with the sum open, and the next block that runs for
-that stream takes the sum in one kernel with its norm.
+prompts differ, until the text first enters; `schedule.py` computes these points. A block is called once for all streams
+that run it. A block does not add its last residual: it returns x, y and gate, and the next block that runs for that
+stream computes x + gate y in one kernel with its norm. Skipping a block therefore costs nothing.
 
 A model supplies `tables` (time, positions), `prompt` (a condition as the blocks read it), `embed` (latent to hidden
 states), `blocks` and `unembed`. Shapes: x_t, v [B, C, F, H, W] latents; t [B] in (0, 1]; hidden states [B, L, D].
@@ -30,7 +30,7 @@ __all__ = ["Block", "Cond", "Job", "Prompt", "State", "Stream", "Tables", "Video
 
 
 def gradient(on: bool) -> AbstractContextManager:
-    """no_grad where no stream carries gradient; elsewhere the caller's mode decides."""
+    """A no_grad context unless `on`; with `on` the caller's grad mode stays in force."""
     return nullcontext() if on else torch.no_grad()
 
 
@@ -38,7 +38,11 @@ class Block(FlatModule[AnyPrompt, AnyTables]):
     """The unit that can be skipped: one residual step of the hidden states, for all streams in one module call."""
 
     def run_jobs(self, jobs: list[Job[AnyPrompt]], tables: AnyTables, recompute: str | None) -> list[list[State]]:
-        """Per job one state for each of its prompts. `recompute`: see `recomputed`; None keeps all activations."""
+        """Run the block; return per job one state for each of its prompts.
+
+        `recompute`: see `recomputed`; None keeps all activations.
+        """
+        # Jobs may share a prompt: read each distinct prompt once.
         parts = [part for job in jobs for part in zip(job.prompts, job.grads, strict=True)]
         read = {}
         for prompt, grad in read_once(parts).items():
@@ -54,32 +58,32 @@ class Block(FlatModule[AnyPrompt, AnyTables]):
         return out
 
     def run_settled(self, job: Job[AnyPrompt], tables: AnyTables, read: dict[AnyPrompt, Any]) -> list[State]:
-        """`run` with the sums taken, so that a checkpoint keeps one hidden tensor and not two."""
+        """`run`, then add the deferred residuals: a checkpoint keeps one hidden tensor instead of x and y."""
         return [state.settled() for state in self.run(job, tables, read, settle=True)]
 
     def read(self, prompt: AnyPrompt) -> Any:
-        """The part of the block that depends on the prompt alone, such as keys and values of the text."""
+        """Compute the part of the block that depends on the prompt alone, such as keys and values of the text."""
         raise NotImplementedError
 
     def run(
         self, job: Job[AnyPrompt], tables: AnyTables, read: dict[AnyPrompt, Any], settle: bool = False
     ) -> list[State]:
-        """One state per prompt. With `settle`, the last matrix product may take the sum instead of leaving it open."""
+        """One state per prompt. With `settle`, the last matmul may add the residual instead of deferring it."""
         raise NotImplementedError
 
 
 class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
     """A video diffusion transformer whose blocks can be skipped, walked by several streams at once, or pruned."""
 
-    family: str  # name of its record in families.py
-    config_class: str  # its class in diffusers
+    family: str  # name of the family's record in families.py
+    config_class: str  # name of the network's class in diffusers
     cfg: NetworkConfig
     blocks: nn.ModuleList
     block_calls: int = 0  # block evaluations since the counter was last set to 0
-    grad_block_calls: int = 0  # the block evaluations among them that carried gradient
+    grad_block_calls: int = 0  # those block evaluations that carried gradient
     checkpointing: bool = False  # keep one hidden tensor per block and compute the block again in the backward pass
-    keep_attention: int = 0  # with checkpointing: this many blocks, from the first, keep their self-attention outputs
-    sequence: SequenceGroup | None = None  # the ranks that share a clip's tokens, and call this network together
+    keep_attention: int = 0  # with checkpointing: the first so many blocks also keep their self-attention outputs
+    sequence: SequenceGroup | None = None  # the processes that split a clip's tokens and call this network together
 
     @property
     def num_blocks(self) -> int:
@@ -87,17 +91,17 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
 
     @property
     def config(self) -> dict:
-        """config.json of the weights as they are now, pruned or not."""
+        """Contents of config.json for the network as it is now, pruned or not."""
         raise NotImplementedError
 
     @property
     def released(self) -> dict[str, float]:
-        """`steps`, `guidance` and `shift` that the family's released weights are sampled with."""
+        """Sampling settings of the family's released weights: `steps`, `guidance` and `shift`."""
         return self.cfg.released
 
     @property
     def embeds_guidance(self) -> bool:
-        """Does it read Cond.guidance, so that one prediction is a guided one?"""
+        """True if the network reads Cond.guidance, so that a single prediction is already guided."""
         return self.cfg.embeds_guidance
 
     @property
@@ -105,13 +109,13 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
         return next(self.parameters()).device
 
     def walk(self, x_t: Tensor, t: Tensor | float, streams: Sequence[Stream]) -> list[Tensor]:
-        """v for every stream. Each block is visited once, and called once for all the streams that run it."""
+        """Predict v for every stream. Each block is called once, for all the streams that run it."""
         return self(x_t, t, streams)
 
     def forward(
         self, x_t: Tensor, t: Tensor | float, cond: Cond | Sequence[Stream], keep: Sequence[int] | None = None
     ) -> Tensor | list[Tensor]:
-        """v for one condition (`keep`: indices of the blocks that run), or the list of `walk` for streams."""
+        """Predict v for one condition (`keep`: indices of the blocks that run), or a list of v, one per stream."""
         if isinstance(cond, Cond):
             return self._walk(x_t, t, [Stream(cond, keep, grad=True)])[0]
         return self._walk(x_t, t, cond)
@@ -126,10 +130,10 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
         # Embed: time and positions once for all streams, each prompt once, each start state once.
         with gradient(plan.everyone.grad):
             tables = self.tables(x_t, t)
-        if self.sequence is not None:
+        if self.sequence is not None:  # from here to the unembedding this process has a part of the tokens
             cut = self.sequence.cut(tables.grid)
             x_t, tables = cut.part(x_t), tables.part(cut)
-        prompts: dict[int, AnyPrompt] = {}  # of each stream
+        prompts: dict[int, AnyPrompt] = {}  # stream index -> its prompt
         for group in plan.prompts:
             with gradient(group.grad):
                 prompt = self._prompt([streams[i] for i in group.members], tables)
@@ -139,14 +143,14 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
             with gradient(group.grad):
                 states[group] = self.embed(x_t, prompts[group.members[0]])
 
-        # Blocks: first the streams that skip this block leave, then all others run it in one call.
+        # Blocks: first split off the streams that skip this block, then run it for all others in one call.
         blocks = self.blocks
         for step in plan.steps:
             for fork in step.forks:
                 self._fork(fork, states)
             self._run(blocks[step.block], step, states, prompts, tables)
 
-        # Unembed: one prediction per group. A twin without gradient leaves the graph here.
+        # Unembed: one prediction for each prompt of a group. Its streams without gradient are detached here.
         out: dict[int, Tensor] = {}
         for group, parts in plan.ends:
             for part in parts:
@@ -157,7 +161,7 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
         return [out[i] for i in range(len(streams))]
 
     def _prompt(self, streams: list[Stream], tables: AnyTables) -> AnyPrompt:
-        """The prompt of streams with one condition."""
+        """Embed the condition that these streams have in common."""
         cond, text_keys = streams[0].cond, streams[0].text_keys
         assert all(s.text_keys is text_keys for s in streams), "streams with one condition share its text_keys"
         if tables.cut is not None and cond.image is not None:
@@ -167,7 +171,7 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
 
     @staticmethod
     def _fork(fork: Fork, states: dict[Group, State]) -> None:
-        """Take the open sum once for both sides. A side without gradient leaves the graph."""
+        """Split a group: add the deferred residual once for both sides, and detach a side without gradient."""
         with gradient(fork.group.grad):
             state = states.pop(fork.group).settled()
         for side in (fork.inside, fork.outside):
@@ -176,7 +180,7 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
     def _run(
         self, block: nn.Module, step: Step, states: dict[Group, State], prompts: dict[int, AnyPrompt], tables: AnyTables
     ) -> None:
-        """One module call for all groups that run the block, so that a sharded engine gathers its weights once."""
+        """Run a block for all its groups in one module call, so that a sharded engine gathers its weights once."""
         jobs = [
             Job(states.pop(group), [prompts[part.members[0]] for part in parts], [part.grad for part in parts])
             for group, parts in step.runs
@@ -192,11 +196,11 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
         self.grad_block_calls += sum(grads) * torch.is_grad_enabled()  # a caller under no_grad has no backward pass
 
     def units(self) -> list[dict]:
-        """The blocks by name, as a ranking lists them."""
+        """Name, kind and index of every block, as importance.json lists them."""
         return [{"name": f"blocks.{i}", "kind": "block", "index": i} for i in range(self.num_blocks)]
 
     def merge_key(self, cond: Cond) -> int:
-        """Streams with equal keys start from the same hidden states; streams with one condition have equal keys."""
+        """Streams with equal keys start from the same hidden states. Equal conditions must give equal keys."""
         return id(cond)
 
     def hidden_bytes(self, x_t: Tensor) -> int:
@@ -208,28 +212,33 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
         raise NotImplementedError
 
     def tables(self, x_t: Tensor, t: Tensor) -> AnyTables:
+        """Compute the tensors that all blocks and streams of a walk share: time and positions."""
         raise NotImplementedError
 
     def prompt(self, cond: Cond, tables: AnyTables) -> AnyPrompt:
+        """Embed a condition into the form that the blocks read."""
         raise NotImplementedError
 
     def embed(self, x_t: Tensor, prompt: AnyPrompt) -> State:
+        """Turn the latent, and the image condition of the prompt, into hidden states."""
         raise NotImplementedError
 
     def unembed(self, state: State, prompt: AnyPrompt, tables: AnyTables) -> Tensor:
+        """Turn the hidden states after the last block into v; under a sequence group, into this process's part of v."""
         raise NotImplementedError
 
     def check(self, x_t: Tensor, conds: list[Cond]) -> None:
+        """Raise ValueError if the latent or a condition does not fit the network."""
         raise NotImplementedError
 
     def example_inputs(
         self, batch: int = 1, seed: int = 0, size: tuple[int, int, int] | None = None
     ) -> tuple[Tensor, Tensor, Cond, Cond]:
-        """(x_t, t, cond, null): random, of the right shapes; `size` is the latent (F, H, W)."""
+        """Random (x_t, t, cond, null) of shapes that fit the network; `size` is the latent's (F, H, W)."""
         raise NotImplementedError
 
     def prune(self, keep: Sequence[int]) -> "VideoDiT":
-        """Delete the blocks outside `keep` for good, in place; the others keep their order."""
+        """Delete the blocks outside `keep`, in place and for good; the others keep their order."""
         keep = sorted(check_keep(keep, self.num_blocks))
         self.blocks = nn.ModuleList([self.blocks[i] for i in keep])
         return self

@@ -1,4 +1,4 @@
-"""The part of a network's configuration that every family has, whatever its keys are called."""
+"""The properties that every family's network configuration has, however its config.json names the keys."""
 
 from dataclasses import dataclass
 
@@ -14,15 +14,15 @@ class NetworkConfig:
 
     @property
     def released(self) -> dict[str, float]:
-        """`steps`, `guidance` and `shift` that the family's released weights are sampled with."""
+        """Sampling settings of the family's released weights: `steps`, `guidance` and `shift`."""
         raise NotImplementedError
 
     @property
     def embeds_guidance(self) -> bool:
-        """Does the network read Cond.guidance, so that one prediction is a guided one?"""
+        """True if the network reads Cond.guidance, so that a single prediction is already guided."""
         return False
 
     @property
     def given_frames(self) -> int:
-        """Latent frames at the start of a clip that the condition holds; no sampler uses a prediction for them."""
+        """Number of latent frames at the start of a clip that the condition gives; predictions for them are unused."""
         return 0

@@ -1,8 +1,9 @@
-"""What a network costs, from its configuration alone: parameters, operations, tensors kept for a backward pass.
+"""The cost of a network, from its configuration alone: parameters, operations, tensors kept for a backward pass.
 
-A multiply and add of a matrix product counts as two operations, as in torch's FlopCounterMode; norms, activations and
-sums are not counted. Everything is per sample. L image tokens, T text tokens, I tokens of an embedded image, D hidden.
-Of several GPUs that share a clip's tokens (`Part`) each has some image tokens, its heads' attention, and all the text.
+A multiply and an add of a matrix product count as two operations, as in torch's FlopCounterMode; norms, activations and
+sums are not counted. All numbers are per sample. L image tokens, T text tokens, I image embedding tokens, D hidden.
+When several GPUs split a clip's tokens (`Part`), the numbers are for one GPU: it has a part of the image tokens, all
+text tokens, and the attention of some of the heads over all tokens.
 """
 
 from collections.abc import Sequence
@@ -13,11 +14,11 @@ from fastlightgen.parallel.shares import Part
 
 @dataclass(frozen=True)
 class Work:
-    """Operations of a forward pass, by what their backward pass costs."""
+    """Operations of a forward pass, split by the cost of their backward pass."""
 
-    linear: float = 0  # matrix products: a backward makes two of each, for the input and for the weight
-    attention: float = 0  # scores and their product with v: five products in the backward for two in the forward
-    entry: float = 0  # matrix products on data, whose input needs no gradient
+    linear: float = 0  # matrix products; the backward pass has two for each: gradients of the input and of the weight
+    attention: float = 0  # q k^T and its product with v; the backward pass has five products for these two
+    entry: float = 0  # matrix products on input data, which needs no gradient: one product in the backward pass
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.linear + other.linear, self.attention + other.attention, self.entry + other.entry)
@@ -33,58 +34,60 @@ class Work:
 
 @dataclass(frozen=True)
 class Saved:
-    """Tensors that autograd keeps of one block: elements in the compute type, and elements that stay float32."""
+    """Number of elements that autograd keeps for the backward pass."""
 
-    narrow: float
-    wide: float
+    narrow: float  # elements in the compute type
+    wide: float  # elements in float32
 
     def __add__(self, other: "Saved") -> "Saved":
         return Saved(self.narrow + other.narrow, self.wide + other.wide)
 
     def bytes(self, size: int) -> float:
+        """Memory in bytes; `size`: bytes per element of the compute type."""
         return self.narrow * size + self.wide * 4
 
 
 @dataclass(frozen=True)
 class Block:
-    """One skippable block."""
+    """The cost of one skippable block."""
 
     kind: str
     params: int
-    weights: int  # entries of its matrices
-    widths: int  # inputs + outputs of its linear layers: a low-rank adapter of rank r has r times as many parameters
-    shared: Work  # up to where the text enters: once for a group of streams, whatever their prompts
+    weights: int  # elements of its weight matrices
+    widths: int  # sum of inputs + outputs of its linear layers: LoRA adapters of rank r have r x widths parameters
+    shared: Work  # the part before the text enters: once for a group of streams, whatever their prompts
     private: Work  # the rest of the block, once per prompt
-    prompt: Work  # reading a prompt, once per prompt; checkpointing does not compute it again
-    self_attention: float  # operations that are not computed again if the attention output is kept
+    prompt: Work  # reading a prompt (`Block.read`), once per prompt; checkpointing does not repeat it
+    self_attention: float  # operations that checkpointing does not repeat if the attention output is kept
     attention_out: Saved  # kept in addition in that case
     saved: Saved  # kept by the block without checkpointing
     prompt_saved: Saved  # kept per prompt, with and without checkpointing
-    working: float  # elements alive at its widest moment without a graph, states at its ends included
-    gradients: float  # elements of gradients on their way at the widest moment of its backward pass
+    working: float  # peak number of elements alive without a graph, the block's input and output included
+    gradients: float  # peak number of elements of activation gradients in its backward pass
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network at one latent size."""
+    """The cost of a network at one latent size."""
 
     family: str
     blocks: tuple[Block, ...]
-    outside_params: int
-    tables: Work  # once per walk: time
+    outside_params: int  # parameters outside the blocks
+    tables: Work  # once per walk: the time embedding
     text: Work  # once per prompt
     embed: Work  # once per start state
     unembed: Work  # once per prediction
     hidden: int  # elements of a hidden state, [tokens, D]
     heads: int
-    saved: Saved  # kept for a backward pass outside the blocks: input, positions, prompt, prediction
+    saved: Saved  # kept outside the blocks: input, positions, prompt, prediction
     last: Saved  # kept for the last norm; freed before the backward pass reaches the blocks
-    merges: bool  # do predictions with different prompts start from one hidden state?
-    latent: tuple[int, int, int]
-    text_hidden: int = 0  # elements of a hidden state that are the text's
-    source: tuple = ()  # the function that made this network, and its arguments without the last one, `part`
+    merges: bool  # True if predictions with different prompts start from the same hidden state
+    latent: tuple[int, int, int]  # (F, H, W)
+    text_hidden: int = 0  # elements of a hidden state that belong to text tokens
+    source: tuple = ()  # the function that computed this cost, and its arguments without the last one, `part`
 
     def divided(self, part: Part) -> "Network":
+        """The cost on one GPU of several that split a clip's tokens."""
         make, *given = self.source
         return replace(make(*given, part), source=self.source)
 
@@ -96,11 +99,12 @@ class Network:
         return replace(self, blocks=tuple(self.blocks[i] for i in sorted(keep)))
 
     def adapters(self, rank: int) -> int:
-        """Parameters of low-rank adapters on every linear layer of the blocks."""
+        """Number of parameters of LoRA adapters on every linear layer of the blocks."""
         return rank * sum(b.widths for b in self.blocks)
 
 
 def attention(queries: int, keys: int, dim: int) -> int:
+    """Operations of q k^T and of its product with v; `dim`: heads x head_dim."""
     return 4 * queries * keys * dim
 
 
@@ -115,5 +119,5 @@ def biased(*widths: tuple[int, int]) -> int:
 
 
 def last_norm(hidden: int, fused: bool) -> Saved:
-    """Its input and its output; reference: in float32 also what lies between the norm and the modulation."""
+    """Kept for the last norm: its input and output. The reference operator keeps two float32 tensors instead of one."""
     return Saved(2 * hidden, 0) if fused else Saved(hidden, 2 * hidden)

@@ -1,6 +1,6 @@
-"""How a family uses the VAE and the encoders of a diffusers pipeline: the base class, and what all families need.
+"""How a family uses the VAE and the encoders of a diffusers pipeline: the base class and its helper functions.
 
-Nothing here imports diffusers: the loaded pipeline is given. F frames, f latent frames, C channels of a latent.
+Nothing here imports diffusers; the caller passes the loaded pipeline. F frames, f latent frames, C latent channels.
 """
 
 from pathlib import Path
@@ -16,18 +16,18 @@ from fastlightgen.models.streams import Cond
 
 
 class Encoding:
-    """Text, first frame and latents of one loaded pipeline, one clip at a time; a family overrides what differs."""
+    """Encodes text, first frame and latents of one clip with a loaded pipeline; a family overrides the methods."""
 
     geometry: Geometry
-    text_tokens: int  # every text is filled up with zeros to so many tokens
+    text_tokens: int  # every text is padded with zeros to this number of tokens
 
     def __init__(self, folder: Path, pipe: Any, cfg: NetworkConfig, from_image: bool, device: torch.device):
-        """`pipe`: the diffusers pipeline of `folder`; `from_image`: does it start from a first frame?"""
+        """`pipe`: the diffusers pipeline of `folder`; `from_image`: True if it starts from a first frame."""
         self.folder, self.pipe, self.cfg, self.from_image, self.device = folder, pipe, cfg, from_image, device
 
     @property
     def condition(self) -> str | None:
-        """How the network is given the first frame, as a cache describes it."""
+        """The way in which the network reads the first frame, as a cache's index.json names it; None without one."""
         return "channels" if self.from_image else None
 
     def normalisation(self) -> tuple[Tensor, Tensor]:
@@ -39,22 +39,25 @@ class Encoding:
         raise NotImplementedError
 
     def image(self, first: NDArray, frames: int) -> dict[str, Tensor]:
-        """The fields of Cond that come from the first frame, uint8 [H, W, 3], of a clip of so many frames."""
+        """The fields of Cond that come from the first frame, uint8 [H, W, 3], of a clip of `frames` frames."""
         raise NotImplementedError
 
     def put_given(self, clip: dict[str, Tensor]) -> None:
-        """Write into `latents` of an encoded clip what the network is given and does not predict."""
+        """Overwrite the part of a clip's `latents` that the condition gives and the network does not predict."""
 
     def shown(self, video: Tensor) -> Tensor:
-        """The frames of a decoded video [3, F, H, W] that the pipeline shows."""
+        """The frames of a decoded video [3, F, H, W] that the stock pipeline returns."""
         return video
 
     def hint(self, cond: Cond) -> Tensor | None:
-        """Latents [B, C, f, H, W] of which a trace stands in the noise that sampling starts from."""
+        """Latents [B, C, f, H, W] to mix into the first noise of sampling (see `Wish`), or None."""
         return None
 
     def extra_numbers(self, frame: int) -> int:
-        """Numbers of a clip's condition beside the channels of the network's input; `frame`: latent rows x columns."""
+        """How many numbers a clip's condition has outside the network's input channels.
+
+        `frame`: latent rows x columns of the clip.
+        """
         return 0
 
 
@@ -71,5 +74,5 @@ def picture(frame: NDArray) -> Any:
 
 
 def wide(values: list[float]) -> Tensor:
-    """One number per channel as [C, 1, 1, 1]."""
+    """Shape one number per channel as [C, 1, 1, 1], to broadcast over a latent."""
     return torch.tensor(values).view(-1, 1, 1, 1)

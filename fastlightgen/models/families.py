@@ -1,4 +1,4 @@
-"""The registry of model families, and which of them a diffusers config.json or pipeline class means."""
+"""The registry of model families, and functions that find the family of a config.json, a pipeline or a checkpoint."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
@@ -13,13 +13,13 @@ from fastlightgen.models.wan.family import WAN
 from fastlightgen.parallel.shares import WHOLE, Part
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, HUNYUAN)}
-DEFAULT = WAN.config_class  # of a config.json without _class_name
-# Prefixes of keys that no video transformer has, and the network that has them.
+DEFAULT = WAN.config_class  # the class of a config.json without _class_name
+# Prefixes of keys that no video transformer has -> the kind of network that has them.
 OTHERS = {"down_blocks.": "a UNet", "decoder.": "a VAE", "encoder.": "an encoder"}
 
 
 def register(family: Family) -> None:
-    """Make one more family known everywhere."""
+    """Add a family to the registry; every command then knows it."""
     for other in FAMILIES.values():
         shared = other.pipelines.keys() & family.pipelines.keys()
         assert other.name != family.name and other.config_class != family.config_class and not shared, family.name
@@ -27,7 +27,7 @@ def register(family: Family) -> None:
 
 
 def family_of(config: Mapping) -> Family:
-    """The family of the network that a diffusers config.json describes."""
+    """The family of a diffusers config.json."""
     name = config.get("_class_name", DEFAULT)
     for family in FAMILIES.values():
         if family.config_class == name:
@@ -38,36 +38,41 @@ def family_of(config: Mapping) -> Family:
 
 
 def family_of_original(config: Mapping) -> Family | None:
-    """The family of the network that an original repository's config.json describes; None if it is none of those."""
+    """The family of an original repository's config.json; None if it is no such file."""
     formats = {f.original.network: f for f in FAMILIES.values() if f.original}
     return formats.get(config.get("_class_name", ""))
 
 
 def family_of_pipeline(name: str) -> Family | None:
-    """The family of a pipeline class of diffusers."""
+    """The family of a diffusers pipeline class; None if no family lists it."""
     return next((family for family in FAMILIES.values() if name in family.pipelines), None)
 
 
 def cond_of(description: Mapping) -> type[Cond]:
-    """The class of the conditions in a cache that describes itself so."""
+    """The class of the conditions in a cache with this description."""
     name = description.get("family")
-    return FAMILIES[name].cond if name in FAMILIES else Cond  # a stage refuses the cache of an unknown family itself
+    return FAMILIES[name].cond if name in FAMILIES else Cond  # the stage reports the unknown family later
 
 
 def cond_fields(description: Mapping) -> list[str]:
-    """The fields of the conditions that such a cache may hold."""
-    return [f.name for f in fields(cond_of(description)) if f.name != "guidance"]  # which a sampler adds
+    """The condition fields that a cache with this description may hold."""
+    return [f.name for f in fields(cond_of(description)) if f.name != "guidance"]  # a sampler sets guidance
+
+
+def original_files() -> list[str]:
+    """Names of weight files that the families' original repositories use."""
+    return [name for f in FAMILIES.values() if f.original for name in f.original.files]
 
 
 def recognise(keys: Iterable[str]) -> str:
-    """The network that has such keys, in words; "" if it is unknown."""
+    """Name the kind of network that has these keys, for messages; "" if it is unknown."""
     signs = {sign: f"{f.title} ({form} format)" for f in FAMILIES.values() for sign, form in f.signs.items()} | OTHERS
     known = list(keys)
     return next((name for sign, name in signs.items() if any(key.startswith(sign) for key in known)), "")
 
 
 def build(config: Mapping, seed: int | None = None) -> VideoDiT:
-    """A network from a diffusers config; random weights are drawn from `seed`."""
+    """Build a network from a diffusers config; `seed` fixes its random weights, None draws them from torch's state."""
     family = family_of(config)
     cfg = family.settings(config)
     if seed is None:
@@ -78,22 +83,22 @@ def build(config: Mapping, seed: int | None = None) -> VideoDiT:
 
 
 def block_counts(config: Mapping) -> dict[str, int]:
-    """How many blocks each list of a network has."""
+    """Number of blocks in each block list of a network, by the list's name in diffusers."""
     return {name: config[key] for name, key in family_of(config).lists.items()}
 
 
 def depth(config: Mapping) -> int:
-    """How many blocks a network has."""
+    """Number of blocks of a network."""
     return sum(block_counts(config).values())
 
 
 def network(
     config: Mapping, latent: tuple[int, int, int], text_tokens: int = 0, fused: bool = True, part: Part = WHOLE
 ) -> Network:
-    """The cost of the network that a diffusers config.json describes; text_tokens 0: the family's usual number.
+    """The cost of the network of a diffusers config.json; `text_tokens` 0 stands for the family's usual number.
 
-    `fused`: with the kernels of a GPU, which keep their inputs; the CPU's reference operators are torch's own, which
-    keep what lies between them too, much of it in float32.
+    `fused`: the fused GPU kernels run, which keep only their inputs for the backward pass. The reference operators on
+    the CPU also keep intermediate results, many of them in float32.
     """
     family = family_of(config)
     source = (family.cost, config, latent, text_tokens or family.text_tokens, fused)

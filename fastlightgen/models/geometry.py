@@ -1,4 +1,4 @@
-"""From pixels to latents to tokens. F, H, W: latent frames, rows and columns."""
+"""Sizes of clips in pixels, latents and tokens. F, H, W: latent frames, rows and columns."""
 
 from dataclasses import dataclass
 
@@ -7,42 +7,44 @@ from dataclasses import dataclass
 class Geometry:
     """The strides of a family's VAE and the patch of its network.
 
-    The first frame of a clip has a latent frame of its own; every `frame_stride` frames after it share one.
+    The first frame of a clip has its own latent frame; each next group of `frame_stride` frames has one.
     """
 
-    channels: int  # of a latent
+    channels: int  # channels of a latent
     frame_stride: int  # frames per latent frame
     pixel_stride: int  # pixels per latent row and column
     patch: int  # latent rows and columns per token
 
     @property
     def step(self) -> int:
-        """Height and width of a clip in pixels are multiples of this."""
+        """The number of pixels of which a clip's height and width must be multiples."""
         return self.pixel_stride * self.patch
 
     def takes(self, height: int, width: int) -> bool:
+        """True if height and width, in pixels, fit."""
         return height >= self.step and width >= self.step and not height % self.step and not width % self.step
 
     def takes_frames(self, frames: int) -> bool:
+        """True if `frames` is frame_stride n + 1."""
         return frames >= 1 and frames % self.frame_stride == 1 % self.frame_stride
 
     def below(self, frames: int) -> int:
-        """A number of frames that fits, near `frames`: an example for error messages."""
+        """A valid number of frames near `frames`, as an example in error messages."""
         return max(1, frames // self.frame_stride * self.frame_stride + 1)
 
     def latent_frames(self, frames: int) -> int:
         return (frames - 1) // self.frame_stride + 1
 
     def frames(self, latent_frames: int) -> int:
-        """Frames that the VAE decodes from so many latent frames."""
+        """Number of frames that the VAE decodes from `latent_frames` latent frames."""
         return (latent_frames - 1) * self.frame_stride + 1
 
     def latent(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
-        """(F, H, W) of a clip whose size fits."""
+        """Latent (F, H, W) of a clip; its size must be valid."""
         return self.latent_frames(frames), height // self.pixel_stride, width // self.pixel_stride
 
     def latent_size(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
-        """(F, H, W) of a clip; an error names a size that does not fit."""
+        """Latent (F, H, W) of a clip; raises ValueError for an invalid size."""
         for name, got in (("height", height), ("width", width)):
             if got < self.step or got % self.step:
                 raise ValueError(
@@ -56,6 +58,6 @@ class Geometry:
         return self.latent(height, width, frames)
 
     def grid(self, latent: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Tokens along frames, rows and columns of a latent."""
+        """Number of tokens along the frames, rows and columns of a latent."""
         frames, height, width = latent
         return frames, height // self.patch, width // self.patch

@@ -1,7 +1,7 @@
-"""Key tables: where each tensor of diffusers' format stands in the original repositories' checkpoints, and back.
+"""Key tables: the place of each tensor of diffusers' format in an original repository's checkpoint, and the inverse.
 
-One entry per tensor of the exact configuration, no substring replaces. Where the original keeps several tensors of
-diffusers as one, an entry names rows of it. `Format` adds how the two configurations correspond.
+A table has one entry per tensor of one exact configuration; no key is found by replacing substrings. Where the original
+stores several of diffusers' tensors as one, an entry names rows of it. `Format` maps the configurations as well.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ WEIGHT_BIAS = ("weight", "bias")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor comes from: all of the tensor `key`, or these (start, stop) rows of it, one below the other."""
+    """The place of a tensor: the complete original tensor `key`, or its (start, stop) row ranges, concatenated."""
 
     key: str
     rows: tuple[tuple[int, int], ...] = ()
@@ -23,7 +23,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows start:stop of an original tensor are the rows of the tensor `key` from `offset` on; stop None: all."""
+    """A part of an original tensor: its rows start:stop equal the rows of `key` from `offset` on.
+
+    `stop` None: the original tensor equals `key`.
+    """
 
     key: str
     start: int = 0
@@ -31,7 +34,7 @@ class Piece:
     offset: int = 0
 
     def of(self, tensor: Tensor) -> Tensor:
-        """These rows of the tensor `key`."""
+        """Cut this piece out of `tensor`, the tensor named `key`."""
         return tensor if self.stop is None else tensor[self.offset : self.offset + self.stop - self.start]
 
 
@@ -39,44 +42,48 @@ Table = dict[str, Source]
 
 
 def nothing(config: Mapping) -> dict[str, Any]:
-    """No further keys."""
+    """Default of `Format.read` and `Format.write`: no further keys."""
     return {}
 
 
 @dataclass(frozen=True)
 class Format:
-    """An original repository's network class beside diffusers' class for the same network."""
+    """How an original repository names the weights and settings of a network that diffusers has too."""
 
     network: str  # `_class_name` of its config.json
     keys: Callable[[Mapping], Table]  # diffusers configuration -> key table
-    lists: dict[str, str]  # its lists of blocks, as LoRA files name them, and diffusers' names for them
-    same: dict[str, str]  # original field -> diffusers field with the same values
+    lists: dict[str, str]  # block list in LoRA files for the original -> block list in diffusers
+    same: dict[str, str]  # original field -> diffusers field with the same value
     width: str  # original field for heads x head_dim
-    heads: str
-    defaults: dict[str, Any]  # what the original class takes where config.json says nothing
-    fixed: dict[str, Any]  # original fields that are supported with this value only
+    heads: str  # original field for the number of heads
+    defaults: dict[str, Any]  # values of the original class for fields absent from config.json
+    fixed: dict[str, Any]  # original fields with the only value that is supported
+    files: tuple[str, ...] = ()  # names of its weight files, the preferred one first; diffusers' names always count
     read: Callable[[Mapping], dict[str, Any]] = nothing  # original values -> further fields of diffusers
     write: Callable[[Mapping], dict[str, Any]] = nothing  # diffusers configuration -> further original fields
 
 
-def named(modules: Mapping[str, str], ours: str = "", theirs: str = "", leaves=WEIGHT_BIAS) -> dict[str, str]:
-    """{"a": "b"} as {"a.weight": "b.weight", "a.bias": "b.bias"}, behind a prefix on either side."""
-    return {f"{ours}{a}.{leaf}": f"{theirs}{b}.{leaf}" for a, b in modules.items() for leaf in leaves}
+def named(modules: Mapping[str, str], prefix: str = "", original: str = "", leaves=WEIGHT_BIAS) -> dict[str, str]:
+    """Turn {"a": "b"} into {"a.weight": "b.weight", "a.bias": "b.bias"}.
+
+    `prefix` goes before diffusers' keys, `original` before the original ones.
+    """
+    return {f"{prefix}{a}.{leaf}": f"{original}{b}.{leaf}" for a, b in modules.items() for leaf in leaves}
 
 
-def fused(ours: list[str], theirs: str, heights: list[int]) -> Table:
-    """Entries of linear layers that the original keeps as one, with `heights` outputs each."""
+def fused(modules: list[str], original: str, heights: list[int]) -> Table:
+    """Entries of linear layers that the original stores as one layer; `heights`: number of outputs of each."""
     out: Table = {}
     start = 0
-    for module, height in zip(ours, heights, strict=True):
+    for module, height in zip(modules, heights, strict=True):
         for leaf in WEIGHT_BIAS:
-            out[f"{module}.{leaf}"] = Source(f"{theirs}.{leaf}", ((start, start + height),))
+            out[f"{module}.{leaf}"] = Source(f"{original}.{leaf}", ((start, start + height),))
         start += height
     return out
 
 
 def inverse(table: Table) -> dict[str, list[Piece]]:
-    """Original key -> the tensors that it is made of, from its first row to its last."""
+    """Original key -> the pieces that make up its tensor, from the first row to the last."""
     out: dict[str, list[Piece]] = {}
     for key, source in table.items():
         pieces, offset = out.setdefault(source.key, []), 0

@@ -1,4 +1,4 @@
-"""Layers that several families share: feed-forward, embedders, sinusoids of time. Key names are diffusers'.
+"""Layers that several families use: feed-forward, embedders, sinusoids of time. Module names follow diffusers' keys.
 
 Shapes: B batch, L tokens, D hidden.
 """
@@ -13,41 +13,43 @@ from fastlightgen.ops import add_residual, linear_gate_residual, linear_gelu_tan
 
 
 class Gelu(nn.Module):
-    """Linear then tanh-GELU; a module of its own so that the keys read `ffn.net.0.proj`."""
+    """Linear, then GELU; a separate module so that the keys read `ffn.net.0.proj`."""
 
     def __init__(self, dim: int, inner: int, approximate: str = "tanh"):
         super().__init__()
         self.proj, self.approximate = nn.Linear(dim, inner), approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.approximate == "tanh" and isinstance(self.proj, nn.Linear):  # not where an adapter has wrapped it
+        if self.approximate == "tanh" and isinstance(self.proj, nn.Linear):  # not if LoRA has wrapped it
             return linear_gelu_tanh(x, self.proj.weight, self.proj.bias)
         return F.gelu(self.proj(x), approximate=self.approximate)
 
 
 class FeedForward(nn.Module):
+    """Linear, GELU, Linear under the key names of diffusers."""
+
     def __init__(self, dim: int, inner: int, out: int, approximate: str = "tanh"):
         super().__init__()
-        # Index 1 was a dropout in diffusers; Identity keeps the key `net.2`.
+        # Index 1 is a dropout in diffusers; Identity keeps the key `net.2`.
         self.net = nn.ModuleList([Gelu(dim, inner, approximate), nn.Identity(), nn.Linear(inner, out)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
 
     def onto(self, c: Tensor, gate: Tensor, x: Tensor) -> Tensor:
-        """c + gate times the feed-forward of x."""
+        """Compute c + gate feed_forward(x)."""
         return linear_onto(self.net[2], c, gate, self.net[0](x))
 
 
 def linear_onto(layer: nn.Module, c: Tensor, gate: Tensor, x: Tensor) -> Tensor:
-    """c + gate layer(x), in the product's epilogue where that is built and no adapter has wrapped the layer."""
+    """Compute c + gate layer(x): in the matmul's epilogue if that kernel is built and LoRA has not wrapped `layer`."""
     if isinstance(layer, nn.Linear):
         return linear_gate_residual(c, gate, x, layer.weight, layer.bias)
     return add_residual(c, layer(x), gate)
 
 
 class Embedder(nn.Module):
-    """Linear, activation, Linear under the key names of diffusers."""
+    """The two linear layers of an embedding under the key names of diffusers; the caller applies the activation."""
 
     def __init__(self, dim_in: int, dim: int):
         super().__init__()

@@ -11,7 +11,7 @@ from fastlightgen.models.recompute import Switched
 
 
 class LoraLinear(nn.Module, Switched):
-    """y = W x + b + B A x while `on`; B starts at zero, so that nothing changes at first."""
+    """y = W x + b, plus B A x while `on`; B (`up`) starts at zero, so that a new adapter changes nothing."""
 
     def __init__(self, base: nn.Linear, rank: int, gen: torch.Generator):
         super().__init__()
@@ -26,7 +26,7 @@ class LoraLinear(nn.Module, Switched):
 
 
 def attach_lora(model: VideoDiT, rank: int, gen: torch.Generator) -> nn.ParameterDict:
-    """Freeze `model` and wrap every linear layer of its blocks; returns the adapters by name."""
+    """Freeze `model`, wrap every linear layer of its blocks, and return the adapters' parameters by name."""
     model.requires_grad_(False)
     linears = [(name, m) for name, m in model.blocks.named_modules() if isinstance(m, nn.Linear)]
     adapters = nn.ParameterDict()
@@ -41,7 +41,7 @@ def attach_lora(model: VideoDiT, rank: int, gen: torch.Generator) -> nn.Paramete
 
 @contextmanager
 def lora_on(model: VideoDiT) -> Iterator[None]:
-    """The adapters take part inside this context."""
+    """Turn the adapters on inside this context and restore their former state at its end."""
     wrapped = [m for m in model.modules() if isinstance(m, LoraLinear)]
     before = [m.on for m in wrapped]
     for m in wrapped:

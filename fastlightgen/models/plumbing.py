@@ -1,7 +1,7 @@
-"""Block calls as a sharded engine has to see them: every tensor is an argument or a result of the module call itself.
+"""Block calls for a sharded engine: every tensor is an argument or a result of the module call itself.
 
-A sharded engine hooks module calls. It looks for tensors among the arguments and results, not inside jobs and states,
-and puts its own tensors in their place to learn when the block's backward pass begins and ends.
+A sharded engine hooks module calls. It looks for tensors among the arguments and results, not inside jobs and states.
+It replaces them by tensors of its own, whose backward hooks run when the block's backward pass begins and ends.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Results:
-    """Carries the states out of a flat call, which returns their tensors alone."""
+    """Carries the states out of a flat call, whose return value holds only their tensors."""
 
     states: list[list[State]]
 
 
 class FlatModule(nn.Module, Generic[AnyPrompt, AnyTables]):
-    """A module that `flat_call` can call; called without `results`, it returns its states as they are."""
+    """A module that `flat_call` can call; a direct call, without `results`, returns the states themselves."""
 
     def forward(
         self,
@@ -33,7 +33,7 @@ class FlatModule(nn.Module, Generic[AnyPrompt, AnyTables]):
         results: Results | None = None,
         *tensors: Tensor,
     ) -> list[list[State]] | tuple[Tensor, ...]:
-        if tensors:
+        if tensors:  # an engine's hook may have replaced some of them: compute with these
             jobs, tables = with_tensors((jobs, tables), tensors)
         states = self.run_jobs(jobs, tables, recompute)
         if results is None:
@@ -42,21 +42,22 @@ class FlatModule(nn.Module, Generic[AnyPrompt, AnyTables]):
         return tuple(tensors_of(states))
 
     def run_jobs(self, jobs: list[Job[AnyPrompt]], tables: AnyTables, recompute: str | None) -> list[list[State]]:
+        """The forward pass; see `Block.run_jobs`."""
         raise NotImplementedError
 
 
 def flat_call(module: nn.Module, jobs: list[Job], tables: Tables, recompute: str | None) -> list[list[State]]:
-    """`module.run_jobs(jobs, tables, recompute)` as a module call with all tensors in sight."""
+    """Call `module.run_jobs(jobs, tables, recompute)` through the module, with all tensors as arguments and results."""
     results = Results([])
     tensors = module(jobs, tables, recompute, results, *tensors_of((jobs, tables)))
     return with_tensors(results.states, tensors)
 
 
-_NAMES: dict[type, tuple[str, ...]] = {}  # by type: looked up for every value of every block call
+_NAMES: dict[type, tuple[str, ...]] = {}  # type -> field names: a cache, since every block call asks for every value
 
 
 def names(value: object) -> tuple[str, ...]:
-    """The fields in which tensors are looked for: those of a dataclass, but not of a Cond, which is the caller's."""
+    """The fields to search for tensors: those of a dataclass, except a Cond, whose tensors belong to the caller."""
     kind = type(value)
     if kind not in _NAMES:
         _NAMES[kind] = ()
@@ -73,7 +74,9 @@ def tensors_of(value: object) -> list[Tensor]:
 
 
 def collect(value: object, out: dict[int, Tensor]) -> None:
-    # No inner function: one that calls itself is a reference cycle, which would hold tensors until Python looks for it.
+    """Add the tensors in `value` to `out`, by id."""
+    # Not nested in `tensors_of`: a recursive inner function is a reference cycle, which would keep the tensors alive
+    # until the next garbage collection.
     if isinstance(value, Tensor):
         out[id(value)] = value
     elif isinstance(value, list | tuple):
@@ -85,7 +88,10 @@ def collect(value: object, out: dict[int, Tensor]) -> None:
 
 
 def with_tensors(value: T, tensors: Sequence[Tensor]) -> T:
-    """`value` with the tensors that `tensors_of` finds replaced, in that order; a shared tensor stays shared."""
+    """Copy `value` with its tensors, in the order of `tensors_of`, replaced by `tensors`.
+
+    A tensor that occurs twice is replaced by the same tensor twice. If nothing changes, `value` itself is returned.
+    """
     old = tensors_of(value)
     if all(a is b for a, b in zip(old, tensors, strict=True)):
         return value
@@ -93,7 +99,7 @@ def with_tensors(value: T, tensors: Sequence[Tensor]) -> T:
 
 
 def rebuilt(value: Any, done: dict[int, Any]) -> Any:
-    """A copy of `value` in which the objects whose ids `done` knows are replaced."""
+    """Copy `value`, replacing each object whose id is a key of `done`; `done` collects the copies made on the way."""
     if id(value) not in done:
         if isinstance(value, State):
             done[id(value)] = State(*(rebuilt(v, done) for v in value))

@@ -1,4 +1,4 @@
-"""Activation checkpointing: keep a block's input, compute the rest again in the backward pass."""
+"""Activation checkpointing: keep a block's input and recompute the rest in the backward pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,8 +10,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 T = TypeVar("T")
 
-# The names that FLG_ATTENTION's kernels have in torch's dispatcher. `math` is missing: it is many operations, and none
-# of them is attention. FlashAttention-3 and -4 run under the name of torch's own flash attention.
+# The names of FLG_ATTENTION's kernels in torch's dispatcher. FlashAttention-3 and -4 run under the name of torch's own
+# flash attention. `math` has no entry: it is a sequence of matmuls and a softmax, with no attention operator to keep.
 _ATTENTION = [
     getattr(torch.ops.aten, name).default
     for name in (
@@ -24,20 +24,21 @@ _ATTENTION = [
 
 
 def _save_self_attention(_ctx: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    """Keep the output of self-attention, which is one hidden tensor and costs most to recompute; recompute the rest."""
+    """Keep the output of self-attention, one hidden tensor and the most expensive to recompute; recompute the rest."""
+    # Self-attention has as many queries as keys: q and k are [B, heads, tokens, head_dim].
     is_self_attention = op in _ATTENTION and args[0].shape[-2] == args[1].shape[-2]
     return CheckpointPolicy.MUST_SAVE if is_self_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Switched:
-    """A module that can be turned off."""
+    """A module that can be switched on and off, such as a LoRA adapter."""
 
     on: bool
 
 
 @contextmanager
 def as_it_was(switches: list[tuple[Switched, bool]], inner: AbstractContextManager) -> Iterator[None]:
-    """Adapters as they were in the forward pass: by the time of the backward pass they may be switched differently."""
+    """Set the switches as they were in the forward pass: they may have changed before the backward pass recomputes."""
     now = [module.on for module, _ in switches]
     for module, on in switches:
         module.on = on
@@ -50,17 +51,17 @@ def as_it_was(switches: list[tuple[Switched, bool]], inner: AbstractContextManag
 
 
 def recomputed(block: nn.Module, run: Callable[..., T], recompute: str, *args: object) -> T:
-    """run(*args), a method of `block`, under activation checkpointing.
+    """Call run(*args), a method of `block`, under activation checkpointing.
 
-    `recompute`: "all" keeps the arguments alone, "attention" the self-attention outputs as well.
+    `recompute`: "all" keeps the arguments alone; "attention" keeps the self-attention outputs too.
     """
     switches: list[tuple[Switched, bool]] = [(m, m.on) for m in block.modules() if isinstance(m, Switched)]
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        first: AbstractContextManager = nullcontext()
-        again: AbstractContextManager = nullcontext()
+        forward: AbstractContextManager = nullcontext()
+        recomputation: AbstractContextManager = nullcontext()
         if recompute == "attention":
-            first, again = create_selective_checkpoint_contexts(_save_self_attention)
-        return first, as_it_was(switches, again)
+            forward, recomputation = create_selective_checkpoint_contexts(_save_self_attention)
+        return forward, as_it_was(switches, recomputation)
 
     return checkpoint(run, *args, use_reentrant=False, context_fn=contexts)

@@ -14,15 +14,15 @@ from fastlightgen.rng import generator, normal_like
 
 @dataclass
 class Wish:
-    """One clip to make: its conditions and the shape of its latents, batch first."""
+    """A request for clips: their conditions and the shape of their latents, batch first."""
 
     shape: tuple[int, ...]
     cond: Cond
     null: Cond
-    hint: Tensor | None = None  # HunyuanVideo's image to video mixes a thousandth of this latent into the first noise
+    hint: Tensor | None = None  # image latent that HunyuanVideo's image-to-video mixes into the first noise
 
     def start(self, seed: int, device: torch.device) -> Tensor:
-        """The first noise."""
+        """Draw the noise at t = 1; a hint has the weight 0.001, as in diffusers' pipeline."""
         noise = torch.randn(self.shape, generator=generator(seed)).to(device)
         return noise if self.hint is None else 0.999 * noise + 0.001 * self.hint.to(device)
 
@@ -43,9 +43,9 @@ def sample(
     keep: Sequence[int] | None = None,
     tick: Callable[[], object] = bool,
 ) -> Tensor:
-    """x0 latents [B, C, F, H, W], sampled from noise down the ladder `times`. `tick` is called before every step.
+    """Sample x0 latents [B, C, F, H, W] from noise down the ladder `times`; `tick` is called before every step.
 
-    Guidance 1 takes one prediction per step, other scales take two. A network that reads the guidance scale takes one.
+    Guidance 1 needs one prediction per step, other scales need two. A network that reads the scale always needs one.
     """
     single = guidance == 1.0 or model.embeds_guidance
     if model.embeds_guidance:
@@ -69,14 +69,15 @@ PREVIEW_STEPS = 8
 
 
 def preview_plan(card: dict, shift: float, released: dict) -> dict:
-    """Arguments of `sample` for previews of a many-step network while it trains: few steps, rough but quick."""
+    """Arguments of `sample` for quick, rough previews of a many-step network during training."""
     return sampling_plan(card | {"shift": shift}, PREVIEW_STEPS, -1.0, "ode", released)
 
 
 def sampling_plan(card: dict, steps: int, guidance: float, kind: str, released: dict) -> dict:
-    """Arguments of `sample`. The card of the model folder replaces what the user left open (0, negative, "auto").
+    """Arguments of `sample`. The model folder's card fills in the values that the user left open (0, negative, "auto").
 
-    `released`: the settings of the family's released weights, for folders without fastlightgen.json.
+    `card`: contents of fastlightgen.json. `released`: settings of the family's released weights, used if the card lacks
+    them.
     """
     card = released | {k: v for k, v in card.items() if v is not None}
     student = "ladder" in card

@@ -1,6 +1,6 @@
 """The schedule of a walk: which streams share a hidden state, block by block. Plain Python, no tensors.
 
-Streams with equal start states begin as one group. A group parts in two places: before the first block that only some
+Streams with equal start states begin as one group. A group splits in two places: before the first block that only some
 of its streams run (a fork), and inside the first block that it runs, if its prompts differ, because the block reads the
 text. `VideoDiT` executes a schedule with tensors, and the planner sums the costs of the same schedule.
 """
@@ -15,38 +15,40 @@ class Group(NamedTuple):
     """Streams that share one hidden state."""
 
     members: tuple[int, ...]  # indices of the streams
-    grad: bool  # does one of them carry gradient?
+    grad: bool  # True if one of them carries gradient
 
 
 class Fork(NamedTuple):
-    """A group parts before a block."""
+    """A group splits before a block."""
 
     group: Group
-    inside: Group  # those that run the block
-    outside: Group  # those that skip it
+    inside: Group  # the streams that run the block
+    outside: Group  # the streams that skip it
 
 
 class Run(NamedTuple):
-    """A group goes through a block, and leaves it as one part per prompt."""
+    """A group runs a block and leaves it as one group per prompt."""
 
     group: Group
     parts: list[Group]
 
 
 class Step(NamedTuple):
-    """One block that at least one stream runs. Groups that the step does not name wait."""
+    """One block that at least one stream runs. Groups that the step does not name keep their state."""
 
-    block: int
-    forks: list[Fork]  # these come first
-    runs: list[Run]  # in one call of the block
+    block: int  # index of the block
+    forks: list[Fork]  # executed before the runs
+    runs: list[Run]  # executed in one call of the block
 
 
 class Schedule(NamedTuple):
-    everyone: Group
+    """A walk of several streams, step by step."""
+
+    everyone: Group  # all streams
     prompts: list[Group]  # the streams of each prompt
     starts: list[Group]  # the streams of each start state: the groups before the first block
     steps: list[Step]
-    ends: list[Run]  # the groups after the last block, each with one prediction per part
+    ends: list[Run]  # the groups after the last block; each part gets one prediction
 
 
 def schedule(
@@ -56,9 +58,10 @@ def schedule(
     grads: Sequence[bool],
     num_blocks: int,
 ) -> Schedule:
-    """The schedule of streams that are given by one entry in each list.
+    """Compute the schedule of some streams. `keeps`, `prompts`, `starts` and `grads` have one entry per stream.
 
-    `keeps`: indices of the blocks that run; `prompts`, `starts`: equal keys for equal prompts and equal start states.
+    `keeps`: indices of the blocks that run; `prompts`, `starts`: equal keys mean equal prompts and equal start states;
+    `grads`: True if the stream carries gradient.
     """
 
     def group(members: Sequence[int]) -> Group:
@@ -96,9 +99,9 @@ def schedule(
 
 
 def read_once(prompts: Iterable[tuple[Key, bool]]) -> dict[Key, bool]:
-    """The distinct prompts of a block's parts, in order: a block reads each once, however many parts go on with it.
+    """The distinct prompts that a block has to read, in order -> True if the reading carries gradient.
 
-    The flag says whether the reading carries gradient: it does if one of the parts does.
+    `prompts`: (prompt, gradient or not) of every part of every run. Reading carries gradient if one of the parts does.
     """
     out: dict[Key, bool] = {}
     for prompt, grad in prompts:

@@ -1,4 +1,4 @@
-"""What travels through a walk: conditions, streams, prompts, tables, hidden states.
+"""The data of a walk: conditions, streams, prompts, tables, hidden states.
 
 Shapes: hidden states x, y [B, L, D].
 """
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fastlightgen.ops import Rope, add_residual, attend
 from fastlightgen.parallel.sequence import Cut
 
-TextKeys = dict[nn.Module, tuple[Tensor, Tensor]]  # of each block: keys and values of one text, [1, T, heads, head_dim]
+TextKeys = dict[nn.Module, tuple[Tensor, Tensor]]  # block -> keys and values of one text, [1, T, heads, head_dim]
 
-# A family's own subclasses.
+# A family's own subclass of each.
 AnyCond = TypeVar("AnyCond", bound="Cond")
 AnyPrompt = TypeVar("AnyPrompt", bound="Prompt")
 AnyTables = TypeVar("AnyTables", bound="Tables")
@@ -23,12 +23,12 @@ AnyTables = TypeVar("AnyTables", bound="Tables")
 
 @dataclass(frozen=True, eq=False)
 class Cond:
-    """What a prediction is conditioned on, as batched tensors. `image` holds the condition channels.
+    """The conditions of a prediction, as batched tensors. `image` holds the condition channels.
 
-    A family that needs more makes a subclass with further fields.
+    A family that needs more conditions adds fields in a subclass.
     """
 
-    text_fields: ClassVar[tuple[str, ...]] = ("text", "text_len", "pooled")  # they come from the prompt
+    text_fields: ClassVar[tuple[str, ...]] = ("text", "text_len", "pooled")  # fields that come from the prompt
 
     text: Tensor
     text_len: Tensor | None = None
@@ -46,8 +46,8 @@ class Cond:
 class Stream:
     """One prediction of a walk.
 
-    `text_keys` is for a text that never changes under frozen weights (the null prompt of a frozen teacher). Give every
-    walk the same dict, empty at first: Wan fills it in the first walk, and computes these keys and values only once.
+    `text_keys` caches keys and values of a text that never changes under frozen weights (the null prompt of a frozen
+    teacher). Give every walk the same dict, empty at first: Wan fills it in the first walk and reads it afterwards.
     """
 
     cond: Cond
@@ -62,25 +62,25 @@ class Prompt:
 
     cond: Cond
     text: Tensor  # [B, T, D]
-    text_keys: TextKeys | None = field(default=None, kw_only=True)  # those of the streams
+    text_keys: TextKeys | None = field(default=None, kw_only=True)  # the cache of its streams (see `Stream`)
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """What all blocks and streams of a walk share; a family adds its own fields."""
+    """Tensors that all blocks and streams of a walk share; a family adds its own fields."""
 
     rope: Rope  # cosine and sine per frame, row and column (`rope_factors`)
     grid: tuple[int, int, int]  # patches along (F, H, W)
-    cut: Cut | None = field(default=None, kw_only=True)  # if ranks share the tokens: what rope and grid describe
+    cut: Cut | None = field(default=None, kw_only=True)  # this process's part, which rope and grid describe; None: all
 
     def part(self: AnyTables, cut: Cut) -> AnyTables:
-        """The tables of this rank's part of the latent."""
+        """The tables of this process's part of the latent."""
         rope = Rope(cut.along(table, 0) if axis == cut.axis else table for axis, table in enumerate(self.rope))
         frames, rows, columns = map(len, rope)
         return replace(self, rope=rope, grid=(frames, rows, columns), cut=cut)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attention among all tokens of the latent, also those of other ranks."""
+        """Attention among all tokens of the latent, those of other processes included."""
         return attend(q, k, v, mask) if self.cut is None else self.cut.attend(q, k, v, mask)
 
     @property
@@ -90,9 +90,9 @@ class Tables:
 
 
 class State(NamedTuple):
-    """Hidden states [B, L, D] as a block leaves them: x + gate y. The next block takes the sum, together with its norm.
+    """Hidden states [B, L, D] with a deferred residual: x + gate y. The next block adds it in one kernel with its norm.
 
-    Tokens that have their own modulation (HunyuanVideo's text) are a sequence of their own, and travel in `others`.
+    Tokens with their own modulation (HunyuanVideo's text) form a separate sequence, kept in `others`.
     """
 
     x: Tensor
@@ -104,7 +104,7 @@ class State(NamedTuple):
         return self.x, self.y, self.gate
 
     def settled(self) -> "State":
-        """The same hidden states with the sum taken."""
+        """The same hidden states with the residual added."""
         x = self.x if self.y is None else add_residual(self.x, self.y, self.gate)
         return State(x, others=tuple(s.settled() for s in self.others))
 
@@ -115,8 +115,8 @@ class State(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Job(Generic[AnyPrompt]):
-    """One group of streams in one block: their state, and the prompts that they read there."""
+    """One group of streams in one block: their common state, and the prompts that they read there."""
 
     state: State
-    prompts: list[AnyPrompt]  # several only until the text enters
-    grads: list[bool]  # of each prompt: does a stream that reads it carry gradient?
+    prompts: list[AnyPrompt]  # more than one only in the first block that reads the text
+    grads: list[bool]  # per prompt: True if a stream with it carries gradient

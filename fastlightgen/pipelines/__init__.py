@@ -1,1 +1,1 @@
-"""Pipeline folders of diffusers: encoders, sampling, export and the comparison with stock diffusers."""
+"""Pipeline folders of diffusers: encode and decode clips, export a student, compare it with stock diffusers."""

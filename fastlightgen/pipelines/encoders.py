@@ -1,7 +1,7 @@
-"""Videos, captions and first frames as a diffusers pipeline's own VAE, text and image encoders see them, and back.
+"""Encode videos, captions and first frames with a diffusers pipeline's VAE, text and image encoders; decode latents.
 
-Everything is done clip by clip, so that what comes out does not depend on what else was in the batch. Latents are the
-mode of the VAE's posterior, not a draw: the same video always gives the same numbers. F frames, f latent frames.
+Clips are encoded one at a time, so that a result does not depend on the other clips of a batch. Latents are the mode of
+the VAE's posterior, not a sample: the same video always gives the same numbers. F frames, f latent frames.
 """
 
 import hashlib
@@ -27,7 +27,10 @@ def family_of_folder(folder: str | Path) -> tuple[str, Family]:
     try:
         name = json.loads(path.read_text())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as err:
-        raise ValueError(f"pipeline={folder}: no diffusers pipeline folder ({type(err).__name__}: {err})") from None
+        raise ValueError(
+            f"pipeline={folder}: is not a diffusers pipeline folder ({type(err).__name__}: {err}); "
+            "give a folder that holds model_index.json"
+        ) from None
     family = family_of_pipeline(name)
     if family is None:
         known = [pipeline for f in FAMILIES.values() for pipeline in f.pipelines]
@@ -36,7 +39,7 @@ def family_of_folder(folder: str | Path) -> tuple[str, Family]:
 
 
 class Encoders:
-    """The encoders of a pipeline folder; its network is not loaded. VAE and image encoder work in float32."""
+    """The VAE and the encoders of a pipeline folder, without its network. VAE and image encoder compute in float32."""
 
     def __init__(
         self, folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32, tiling: bool = False, without=()
@@ -56,7 +59,7 @@ class Encoders:
 
     @torch.no_grad()
     def clip(self, frames: NDArray, caption: str) -> dict[str, Tensor]:
-        """All fields of one clip, from uint8 [F, H, W, 3]."""
+        """Encode one clip, uint8 [F, H, W, 3], and its caption: latents and all condition fields."""
         video = pixels(frames).to(self.device)
         out = {"latents": self.latents(video), **self.text(caption, frames[0])}
         if self.from_image:
@@ -68,14 +71,14 @@ class Encoders:
 
     @torch.no_grad()
     def latents(self, video: Tensor) -> Tensor:
-        """Normalised latents [C, f, h, w] of a video [3, F, H, W] in [-1, 1]."""
+        """Encode a video [3, F, H, W] in [-1, 1] as normalised latents [C, f, h, w]."""
         z = self.vae.encode(video[None].to(self.vae.dtype)).latent_dist.mode()[0].float()
         shift, scale = self.encoding.normalisation()
         return (z - shift.to(z)) * scale.to(z)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """The video [3, F, H, W] in [-1, 1] of normalised latents [C, f, h, w]."""
+        """Decode normalised latents [C, f, h, w] to a video [3, F, H, W] in [-1, 1]."""
         shift, scale = self.encoding.normalisation()
         z = latents.to(self.device, torch.float32)
         z = z / scale.to(z) + shift.to(z)
@@ -83,30 +86,30 @@ class Encoders:
 
     @torch.no_grad()
     def text(self, prompt: str, first: NDArray | None = None) -> dict[str, Tensor]:
-        """text [T, D] with zeros beyond text_len, and the family's other fields that come from a prompt."""
+        """Encode a prompt: text [T, D] with zeros beyond text_len, text_len, and the family's other text fields."""
         return self.encoding.text(prompt, first)
 
     def null(self, prompt: str, size: tuple[int, int]) -> dict[str, Tensor]:
-        """The text fields of the null prediction; a text encoder that sees the first frame is shown a black one."""
+        """Encode the null prompt; a text encoder that reads the first frame gets a black one of `size` (H, W)."""
         black = torch.zeros(*size, 3, dtype=torch.uint8).numpy()
         return {key: value.cpu() for key, value in self.text(prompt, black).items()}
 
     @torch.no_grad()
     def image(self, first: NDArray, frames: int) -> dict[str, Tensor]:
-        """The fields that come from the first frame, uint8 [H, W, 3]: the condition channels `image` [K, f, h, w]."""
+        """Encode the first frame, uint8 [H, W, 3]: condition channels `image` [K, f, h, w], perhaps image_embeds."""
         return self.encoding.image(first, frames)
 
     def numbers(self, area: int, frames: int) -> tuple[int, int]:
-        """How many numbers a clip of `area` pixels has: in latents, condition and image tokens; in its text."""
+        """Count the numbers of a cached clip of `area` pixels: (in latents and image conditions, in its text)."""
         geometry = self.family.geometry
         frame = area // geometry.pixel_stride**2
         clip = self.network["in_channels"] * geometry.latent_frames(frames) * frame + self.encoding.extra_numbers(frame)
         return clip, self.encoding.text_tokens * self.cfg.text_width
 
     def description(self) -> dict:
-        """What a cache made with these encoders says about itself."""
+        """The description that a cache made with these encoders stores; training compares it with the network."""
         shift, scale = (x.flatten().tolist() for x in self.encoding.normalisation())
-        text = [p for p in ("text_encoder", "text_encoder_2") if (self.folder / p).is_dir()]
+        text_parts = [p for p in ("text_encoder", "text_encoder_2") if (self.folder / p).is_dir()]
         return {
             "family": self.family.name,
             "pipeline": self.name,
@@ -116,7 +119,7 @@ class Encoders:
             "vae": component_id(self.folder / "vae"),
             "shift": shift,
             "scale": scale,
-            "text_encoder": [component_id(self.folder / part) for part in text],
+            "text_encoder": [component_id(self.folder / part) for part in text_parts],
             "image_encoder": component_id(self.folder / "image_encoder"),
             "text_tokens": self.encoding.text_tokens,
             "tiling": self.tiling,
@@ -126,7 +129,7 @@ class Encoders:
 def load_pipeline(
     folder: Path, name: str, family: Family, device: torch.device, dtype: torch.dtype, without: Collection[str] = ()
 ) -> Any:
-    """The stock pipeline without its network (and the parts `without`), from local safetensors only."""
+    """Load the stock pipeline from local safetensors files, without its network and without the parts in `without`."""
     try:
         import diffusers
     except ImportError:
@@ -137,7 +140,7 @@ def load_pipeline(
     types = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
     absent = {part: None for part in ("transformer", "transformer_2", *without) if (folder / part).is_dir()}
     try:
-        with warnings.catch_warnings():  # newer versions call it dtype, older ones know torch_dtype only
+        with warnings.catch_warnings():  # newer versions of diffusers rename torch_dtype to dtype and warn
             warnings.simplefilter("ignore", FutureWarning)
             pipe = getattr(diffusers, name).from_pretrained(
                 folder, torch_dtype=types, local_files_only=True, use_safetensors=True, **absent
@@ -148,22 +151,26 @@ def load_pipeline(
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a part of a pipeline; {} where that part is absent."""
+    """Read config.json of a part of a pipeline; {} if that part is absent."""
     path = folder / "config.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def component_id(folder: Path, blocks: int = 256, block: int = 1 << 16) -> str | None:
-    """Short hash of a part's configuration and weights: of every file its size and up to 16 MiB, evenly spread."""
+    """Hash a part's configuration and weights to 16 hexadecimal digits; None if the part is absent.
+
+    To be quick on large encoders, a weight file counts with its size and `blocks` evenly spread pieces of `block` bytes
+    (16 MiB together), a smaller file completely.
+    """
     if not folder.is_dir():
         return None
     config = {k: v for k, v in read_config(folder).items() if k not in ("_name_or_path", "_diffusers_version")}
-    h = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    sha = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         with open(file, "rb") as f:
-            h.update(str(size).encode())
+            sha.update(str(size).encode())
             for k in range(blocks):
                 f.seek(k * block if size <= blocks * block else k * (size - block) // (blocks - 1))
-                h.update(f.read(block))
-    return h.hexdigest()[:16]
+                sha.update(f.read(block))
+    return sha.hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""A diffusers pipeline folder: what it says about its parts, and a student put in the place of its network.
+"""Export: write a diffusers pipeline folder with a student in place of its network.
 
 An export holds transformer/ (the student), scheduler/ (its ladder), model_index.json, README.md, fastlightgen.json and
-the other parts as they were, copied or linked. It is written under a temporary name, compared, and then renamed.
+the other parts unchanged, copied or linked. It is written under a temporary name, compared, and then renamed.
 """
 
 import json
@@ -27,16 +27,17 @@ INDEX, NETWORK = "model_index.json", "transformer"
 
 
 def is_pipeline(folder: str | Path) -> bool:
+    """True if the folder holds model_index.json."""
     return (Path(folder) / INDEX).is_file()
 
 
 def vae_folder(cfg: Run) -> str:
-    """The pipeline folder whose VAE shows the clips of a training run; empty if there is none."""
+    """The pipeline folder whose VAE decodes the clips of a training run; "" if there is none."""
     return cfg.pipeline or (cfg.model if is_pipeline(cfg.model) else "")
 
 
 def parts_of(pipeline: Path) -> dict[str, str]:
-    """Name -> class of the parts that a pipeline folder holds."""
+    """Read the parts of a pipeline folder, name -> class, and check that it holds them and one network."""
     if not is_pipeline(pipeline):
         raise ValueError(f"pipeline={pipeline}: has no {INDEX}; give a folder that diffusers' save_pretrained wrote")
     index = read_json(pipeline / INDEX)
@@ -54,47 +55,50 @@ def parts_of(pipeline: Path) -> dict[str, str]:
 
 
 def network_config(pipeline: Path) -> dict:
-    """transformer/config.json: the network that the pipeline was made for."""
+    """Read transformer/config.json: the configuration of the pipeline's own network."""
     return read_json(pipeline / NETWORK / "config.json")
 
 
 def check_fits(config: dict, pipeline: Path) -> None:
-    """The network takes and gives what the pipeline's other parts were made for."""
-    theirs = network_config(pipeline)
+    """Raise ValueError if the pipeline's other parts do not fit the network with configuration `config`."""
+    teacher = network_config(pipeline)
     for key in ("_class_name", *family_of(config).interface):
-        ours, wanted = (json.loads(json.dumps(c.get(key))) for c in (config, theirs))
-        if ours != wanted and (key == "_class_name" or (key in config and key in theirs)):
+        got, wanted = (json.loads(json.dumps(c.get(key))) for c in (config, teacher))  # through JSON: tuples are lists
+        if got != wanted and (key == "_class_name" or (key in config and key in teacher)):
             raise ValueError(
-                f"pipeline={pipeline}: its network has {key} {wanted}, the model {ours}; "
+                f"pipeline={pipeline}: its network has {key} {wanted}, the model {got}; "
                 "give the pipeline of the teacher that the model comes from"
             )
 
 
 def block_map(config: dict, kept: list[int] | None, teacher: dict) -> BlockMap:
-    """Per list of blocks {the teacher's index: the model's}; `kept` counts through all lists of the teacher."""
-    ours, theirs = block_counts(config), block_counts(teacher)
-    if kept is None or len(kept) == sum(theirs.values()):
-        kept = list(range(sum(theirs.values())))
+    """Per block list, {index of a kept block in the teacher: its index in the model}.
+
+    `kept`: indices into all lists of the teacher together, in order; None: the model has all of its blocks.
+    """
+    model_counts, teacher_counts = block_counts(config), block_counts(teacher)
+    if kept is None or len(kept) == sum(teacher_counts.values()):
+        kept = list(range(sum(teacher_counts.values())))
     out: BlockMap = {}
     start = 0
-    for name, count in theirs.items():
+    for name, count in teacher_counts.items():
         old = [i - start for i in kept if start <= i < start + count]
         out[name] = {i: new for new, i in enumerate(old)}
         start += count
-    if {name: len(m) for name, m in out.items()} != ours or max(kept) >= start:
+    if {name: len(m) for name, m in out.items()} != model_counts or max(kept) >= start:
         raise ValueError(
-            f"the model's blocks {ours} are not the blocks {kept} of the pipeline's network {theirs}; "
+            f"the model's blocks {model_counts} are not the blocks {kept} of the pipeline's network {teacher_counts}; "
             "give the pipeline of the teacher that the model was pruned from"
         )
     return out
 
 
 def call_of(card: dict, config: dict) -> dict:
-    """Arguments with which a stock pipeline samples the model: a student has guidance 1, no second prediction."""
+    """Arguments with which a stock pipeline samples the model; a student has guidance 1, so no second prediction."""
     steps = len(card["ladder"]) if card.get("ladder") else card.get("steps")
     call = {"num_inference_steps": steps} if steps else {}
     family = family_of(config)
-    if family.settings(config).embeds_guidance:  # the network reads the scale, and there is no second prediction
+    if family.settings(config).embeds_guidance:  # guidance_scale goes into the network; true guidance stays off
         guidance = {"guidance_scale": card.get("guidance"), family.cfg_argument: 1.0}
     else:
         guidance = {family.cfg_argument: card.get("guidance")}
@@ -114,12 +118,15 @@ def write_pipeline(
     original: bool = False,
     progress: bool = True,
 ) -> dict:
-    """Write the export, let `verify` compare it, put it in its place. Returns what `verify` measured, and `lora`:
-    how many blocks the renumbered LoRA still changes and how many it lost."""
+    """Write the export to a temporary folder, let `verify` compare it, and rename it to `out`.
+
+    Returns the measurements of `verify`. With a LoRA they include `lora`: the number of blocks that the renumbered file
+    still changes, and the number that it lost.
+    """
     parts, config, family = parts_of(pipeline), model.config, family_of(model.config)
     check_fits(config, pipeline)
     if original:
-        format_of(config)  # a family without one stops here, before anything is written
+        format_of(config)  # raises for a family without an original format, before anything is written
     teacher = network_config(pipeline)
     counts = block_counts(teacher)
     blocks = block_map(config, card.get("kept_blocks"), teacher)
@@ -130,9 +137,9 @@ def write_pipeline(
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    told: dict = {}
+    report: dict = {}
     try:
-        bring(pipeline, temporary, names, link, progress)
+        copy_parts(pipeline, temporary, names, link, progress)
         card = card | {"block_map": blocks, "call": call_of(card, config)}
         save_model(model, temporary / NETWORK, dtype, **card)
         shutil.copy(temporary / NETWORK / "fastlightgen.json", temporary)
@@ -144,22 +151,22 @@ def write_pipeline(
         write_json(temporary / INDEX, {k: v for k, v in index.items() if k != "_name_or_path"})
         if lora is not None:
             file = temporary / "lora" / f"{lora.stem}.safetensors"
-            told["lora"] = remap_lora(lora, file, blocks, counts)
+            report["lora"] = remap_lora(lora, file, blocks, counts)
         if original:
             save_original(model, temporary / "original")
-        changed = None if lora is None else (f"{lora.stem}.safetensors", *told["lora"])
+        changed = None if lora is None else (f"{lora.stem}.safetensors", *report["lora"])
         text = model_card(out.name, family, index["_class_name"], card, blocks, counts, changed)
         (temporary / "README.md").write_text(text)
-        told |= verify(temporary)
+        report |= verify(temporary)
         temporary.rename(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return told
+    return report
 
 
 def check_out(out: Path) -> None:
-    """An export never replaces anything."""
+    """Raise ValueError if `out` exists and is not an empty folder: an export never replaces anything."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"out={out}: exists and is not empty; delete it or give another folder")
     if out.is_dir():
@@ -169,7 +176,7 @@ def check_out(out: Path) -> None:
 def check_room(
     model: VideoDiT, pipeline: Path, names: list[str], out: Path, dtype: torch.dtype | None, original: bool
 ) -> None:
-    """Refuse before writing what the disk cannot hold."""
+    """Raise ValueError if the disk has too little room for the export."""
     size = dtype.itemsize if dtype else 4
     need = sum(p.numel() for p in model.parameters()) * size * (1 + original)
     need += sum(f.stat().st_size for n in names for f in (pipeline / n).rglob("*") if f.is_file())
@@ -180,8 +187,8 @@ def check_room(
         )
 
 
-def bring(pipeline: Path, folder: Path, names: list[str], link: bool, progress: bool) -> None:
-    """The parts that stay as they are, and the licence files."""
+def copy_parts(pipeline: Path, folder: Path, names: list[str], link: bool, progress: bool) -> None:
+    """Copy or link the unchanged parts into `folder`, and copy the licence files."""
     if link:
         for name in names:
             (folder / name).symlink_to((pipeline / name).resolve(), target_is_directory=True)

@@ -1,7 +1,8 @@
-"""LoRA files trained on the unpruned teacher, renumbered for a student.
+"""Renumber a LoRA file that was trained on the unpruned teacher, so that it fits a student.
 
-Names begin `transformer.blocks.3.` (diffusers, PEFT), `diffusion_model.blocks.3.` (original) or `lora_unet_blocks_3_`
-(musubi), with the family's own names, diffusers' or the original's, in the place of `blocks`.
+Tensor names begin with `transformer.blocks.3.` (diffusers, PEFT), `diffusion_model.blocks.3.` (original) or
+`lora_unet_blocks_3_` (musubi). In place of `blocks` they have a block list of the family, by diffusers' or the original
+name.
 """
 
 import json
@@ -18,11 +19,11 @@ from fastlightgen.models.families import FAMILIES
 
 BlockMap = dict[str, dict[int, int]]  # list of blocks in diffusers' class -> {the teacher's index: the student's}
 
-METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration in a LoRA file
+METADATA = "lora_adapter_metadata"  # the metadata key under which diffusers stores PEFT's configuration
 
 
 def list_names() -> dict[str, str]:
-    """Every name that a list of blocks has in LoRA files, and diffusers' name for it."""
+    """Every name of a block list in LoRA files -> diffusers' name for it."""
     names = {name: name for family in FAMILIES.values() for name in family.lists}
     for family in FAMILIES.values():
         names |= family.original.lists if family.original else {}
@@ -30,7 +31,7 @@ def list_names() -> dict[str, str]:
 
 
 def name_pattern(lists: Iterable[str]) -> re.Pattern:
-    """Of the name of a tensor or module inside a block."""
+    """The pattern of names of tensors and modules inside a block."""
     return re.compile(
         r"(?P<head>(?:base_model\.model\.|transformer\.|diffusion_model\.|lora_unet_)*)"
         rf"(?P<list>{'|'.join(map(re.escape, lists))})"
@@ -40,12 +41,12 @@ def name_pattern(lists: Iterable[str]) -> re.Pattern:
 
 @dataclass
 class Renumber:
-    """Names of a LoRA after pruning; None for what belongs to a dropped block."""
+    """Maps a name in a LoRA file to its name after pruning; None for a name in a dropped block."""
 
     blocks: BlockMap
-    teacher: dict[str, int]  # how many blocks the teacher's lists have
-    kept: set[str] = field(default_factory=set)
-    dropped: set[str] = field(default_factory=set)
+    teacher: dict[str, int]  # block list -> number of blocks in the teacher
+    kept: set[str] = field(default_factory=set)  # kept blocks that occurred in names so far
+    dropped: set[str] = field(default_factory=set)  # dropped blocks that occurred
 
     def __post_init__(self) -> None:
         self.names = list_names()
@@ -67,7 +68,7 @@ class Renumber:
 
 
 def remap_lora(file: Path, out: Path, blocks: BlockMap, teacher: dict[str, int]) -> tuple[int, int]:
-    """Write the LoRA for the student; how many of the teacher's blocks it still changes, and how many it lost."""
+    """Write the LoRA for the student; returns the number of blocks that it still changes and the number it lost."""
     renumber = Renumber(blocks, teacher)
     try:
         with safe_open(file, framework="pt") as f:
@@ -88,9 +89,9 @@ def remap_lora(file: Path, out: Path, blocks: BlockMap, teacher: dict[str, int])
 
 
 def remap_settings(value: Any, renumber: Renumber) -> Any:
-    """PEFT's configuration with the module names in it (rank_pattern, alpha_pattern, target_modules) renumbered."""
+    """Renumber the module names in PEFT's configuration (rank_pattern, alpha_pattern, target_modules)."""
 
-    def module(name: str) -> str | None:
+    def module(name: str) -> str | None:  # the pattern wants a dot after the block's index
         new = renumber(f"{name}.")
         return None if new is None else new[:-1]
 

@@ -1,4 +1,4 @@
-"""README.md of an export: how to load and call the student, and where it comes from."""
+"""README.md of an export: how to load and call the student, and its origin."""
 
 from fastlightgen.models.family import Family
 
@@ -45,8 +45,12 @@ def model_card(
     teacher: dict[str, int],
     lora: tuple[str, int, int] | None,
 ) -> str:
-    """The text; `lora`: file name of the renumbered LoRA, how many blocks it still changes, how many it lost."""
-    # Classes that the family does not list are named as diffusers names such pipelines.
+    """Compose the text of README.md.
+
+    `blocks`: per block list {teacher's index: student's}; `teacher`: number of the teacher's blocks per list; `lora`:
+    file name of the renumbered LoRA, number of blocks that it still changes, number that it lost.
+    """
+    # The family may not list the pipeline class; diffusers puts ImageToVideo into the names of such classes.
     pictured = family.pipelines.get(pipeline, "ImageToVideo" in pipeline)
     call = ['prompt="..."', *["image=image"] * pictured, *(f"{k}={v}" for k, v in card["call"].items())]
     facts = {
@@ -72,11 +76,13 @@ def model_card(
 
 
 def lora_row(name: str, file: str, kept: int, lost: int) -> str:
+    """The table row about the renumbered LoRA."""
     load = f'`pipe.load_lora_weights("{name}/lora", weight_name="{file}")`'
     return f"{kept} of its blocks are left, {lost} went with the dropped ones; {load}"
 
 
 def summary(card: dict, teacher: dict[str, int], blocks: dict[str, dict[int, int]]) -> str:
+    """The sentence under the title: size and number of sampling steps."""
     total, left = sum(teacher.values()), sum(map(len, blocks.values()))
     size = f"with {left} of its teacher's {total} blocks" if left < total else f"with all {total} blocks of its teacher"
     if not card.get("ladder"):
@@ -89,6 +95,7 @@ def summary(card: dict, teacher: dict[str, int], blocks: dict[str, dict[int, int
 
 
 def calling(card: dict, family: Family) -> str:
+    """The paragraph about guidance, steps and seeds."""
     if not card.get("ladder"):
         return "The scheduler is the one of the pipeline this was exported with."
     text = (
@@ -105,4 +112,5 @@ def calling(card: dict, family: Family) -> str:
 
 
 def dropped(kept: dict[int, int], total: int) -> str:
+    """List the indices of the dropped blocks."""
     return ", ".join(str(i) for i in range(total) if i not in kept)

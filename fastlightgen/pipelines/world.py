@@ -1,4 +1,4 @@
-"""A diffusers pipeline as a world: conditions from words and pictures, frames from latents; uint8 [B, F, H, W, 3]."""
+"""A diffusers pipeline in the role of a world: encode prompts and pictures, decode latents to uint8 [B, F, H, W, 3]."""
 
 from pathlib import Path
 
@@ -23,13 +23,13 @@ class Pipeline:
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, size: str = "", decode_only=False):
         _, family = family_of_folder(folder)
         self.family, self.size = family, read_size(size or family.clips.size, family.geometry)
-        # Training has little memory to spare for a look at its clips: in tiles.
+        # Training decodes previews and has little memory left: decode in tiles, and leave out the encoders.
         self.encoders = Encoders(folder, device, dtype, tiling=decode_only, without=ENCODERS if decode_only else ())
         self.nulls: dict[str, dict[str, Tensor]] = {}
         self.fps, self.defaults = round(family.clips.fps), defaults_of(folder, self.encoders.cfg)
 
     def wish(self, prompt: str, negative: str | None, image: str, count: int) -> Wish:
-        """`negative`: None where no second prediction is made, which saves its encoding."""
+        """Encode a request for `count` clips. `negative`: the null prompt; None if there is no second prediction."""
         if bool(image) != (needed := self.encoders.from_image):
             wanted = "needs a picture: give image=FILE" if needed else "takes no picture: leave image= out"
             raise ValueError(f"image={image}: this pipeline {wanted}")
@@ -42,7 +42,8 @@ class Pipeline:
         if negative is not None and negative not in self.nulls:
             self.nulls[negative] = self.encoders.null(negative, (height, width))
         null = text if negative is None else self.nulls[negative]
-        # The null prediction has the same tensors but for its text: a walk shares what is the same object.
+        # The null condition differs in its text only. Its other tensors must be the same objects: a walk then computes
+        # their hidden states once for both.
         fields, blanks = ({k: v.expand(count, *v.shape) for k, v in f.items()} for f in (text | shared, null))
         cond, blank = self.family.cond(**fields), self.family.cond(**fields | blanks)
         geometry = self.family.geometry
@@ -50,18 +51,19 @@ class Pipeline:
         return Wish(shape, cond, blank, self.encoders.encoding.hint(cond))
 
     def release(self) -> None:
-        """Let the text and image encoders go; the VAE stays."""
+        """Free the text and image encoders; the VAE stays."""
         for name in ENCODERS:
             if hasattr(self.encoders.pipe, name):
                 setattr(self.encoders.pipe, name, None)
 
     def frames(self, latents: Tensor) -> NDArray:
+        """Decode latents [B, C, f, h, w] to uint8 frames [B, F, H, W, 3]."""
         video = torch.stack([self.encoders.decode(x).float().cpu() for x in latents])  # [B, 3, F, H, W] in [-1, 1]
         return np.ascontiguousarray(to_uint8(video * 0.5 + 0.5).permute(0, 2, 3, 4, 1).numpy())
 
 
 def read_size(text: str, geometry: Geometry) -> tuple[int, int, int]:
-    """480x832x81 as (height, width, frames)."""
+    """Parse a size such as 480x832x81 as (height, width, frames); raises ValueError if it does not fit `geometry`."""
     numbers = text.split("x")
     if len(numbers) != 3 or not all(n.isdigit() and int(n) for n in numbers):
         raise ValueError(f"size={text}: wanted HEIGHTxWIDTHxFRAMES, for example 480x832x81")
@@ -76,7 +78,7 @@ def read_size(text: str, geometry: Geometry) -> tuple[int, int, int]:
 
 
 def defaults_of(folder: Path, cfg: NetworkConfig) -> dict:
-    """Steps, guidance and shift for a network that says nothing itself; the scheduler's settings hold the shift."""
+    """Steps, guidance and shift for a network without fastlightgen.json; the scheduler's settings give the shift."""
     path = folder / "scheduler" / "scheduler_config.json"
     settings = read_json(path) if path.is_file() else {}
     shift = settings.get("flow_shift") or settings.get("shift")

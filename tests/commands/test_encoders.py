@@ -134,8 +134,8 @@ def test_component_ids(tmp_path):
 @pytest.mark.parametrize(
     "index, said",
     [
-        (None, "no diffusers pipeline folder"),
-        ("{", "no diffusers pipeline folder"),
+        (None, "is not a diffusers pipeline folder"),
+        ("{", "is not a diffusers pipeline folder"),
         ('{"_class_name": "FluxPipeline"}', "is a FluxPipeline; wanted one of WanPipeline, "),
     ],
 )

@@ -1,10 +1,10 @@
-"""Tensors and JSON on disk: shards found and mapped without reading them, folders written whole or not at all."""
+"""Weight files and JSON on disk: find and map shards without reading them, write a folder completely or not at all."""
 
 import hashlib
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from fastlightgen.atomic import write_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-NAMES = (WEIGHTS, "model.safetensors")  # the second: original HunyuanVideo files that were converted
+PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 PICKLES = (".pt", ".pth", ".bin")
-FIRST_PICKLES = ("mp_rank_00_model_states.pt", "diffusion_pytorch_model.bin")  # they may have others beside them
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def read_json(path: Path) -> dict:
+    """Read a JSON file; raises a one-line ValueError if that fails."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as err:
@@ -30,24 +30,27 @@ def read_json(path: Path) -> dict:
 
 
 def digest(path: Path) -> str:
-    """Short hash of a file's content."""
-    h = hashlib.sha256()
+    """Hash a file's content: the first 16 hexadecimal digits of its SHA-256."""
+    sha = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(1 << 20):
-            h.update(chunk)
-    return h.hexdigest()[:16]
+            sha.update(chunk)
+    return sha.hexdigest()[:16]
 
 
-def weight_files(folder: Path, allow_pt: bool = False) -> list[Path]:
-    """The weight files of a folder: one file, or those its index names; pickles only where they are asked for."""
-    for name in NAMES:
+def weight_files(folder: Path, originals: Sequence[str], allow_pt: bool = False) -> list[Path]:
+    """Find the weight files of a folder: one file, or the shards that its index names.
+
+    `originals`: names that original repositories use, beside diffusers' own. Pickles are found with `allow_pt` only.
+    """
+    for name in (WEIGHTS, *(name for name in originals if Path(name).suffix not in PICKLES)):
         if (folder / f"{name}.index.json").is_file():
             return indexed(folder / f"{name}.index.json")
         if (folder / name).is_file():
             return [folder / name]
     shards = sorted(folder.glob(f"{Path(WEIGHTS).stem}-*.safetensors"))
     if shards:
-        return shards  # their index is lost; whether they are complete shows when keys are compared
+        return shards  # the index is lost; the comparison of keys later shows whether a shard is missing
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if not pickles:
         raise ValueError(f"{folder / WEIGHTS}: not found; give a folder with the weights beside config.json")
@@ -56,21 +59,22 @@ def weight_files(folder: Path, allow_pt: bool = False) -> list[Path]:
             f"{folder}: holds no {WEIGHTS}, only the pickle {pickles[0]}, which is read on request: add allow_pt=true "
             f"(load_model: allow_pt=True)"
         )
-    chosen = [name for name in FIRST_PICKLES if name in pickles] or pickles
+    # A pickle with a known name wins: the folder may also hold pickles of the VAE and the text encoders.
+    chosen = [name for name in (*originals, PICKLED_WEIGHTS) if name in pickles] or pickles
     if len(chosen) > 1:
         raise ValueError(f"{folder}: {', '.join(chosen)} may all hold the weights; keep one of them in the folder")
     return [folder / chosen[0]]
 
 
 def indexed(index: Path) -> list[Path]:
-    """The shards that an index names, all inside its folder."""
+    """The shards that an index file names, checked to be inside its folder."""
     record = read_json(index)
     shards = record.get("weight_map") if isinstance(record, dict) else None
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f"{index}: has no weight_map; copy the folder again")
     names = sorted({str(name) for name in shards.values()})
     if any(Path(name).name != name for name in names):
-        raise ValueError(f"{index}: names files outside its folder")
+        raise ValueError(f"{index}: names files outside its folder; copy the folder again")
     other = next((name for name in names if Path(name).suffix != ".safetensors"), None)
     if other is not None:
         raise ValueError(f"{index}: names {other!r}; wanted .safetensors files")
@@ -79,7 +83,7 @@ def indexed(index: Path) -> list[Path]:
 
 @contextmanager
 def mapped(file: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
-    """(keys in file order, key -> tensor): the tensors are mapped, so that only what is used is read."""
+    """Open a weight file as (keys in file order, key -> tensor). Tensors are memory-mapped: unused ones stay unread."""
     try:
         if file.suffix in PICKLES:
             tensors = unpickled(file)
@@ -94,13 +98,13 @@ def mapped(file: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
 
 
 def unpickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a torch.save file, mapped; no code in it is run."""
+    """The tensors of a torch.save file, memory-mapped; code in the pickle is not run."""
     try:
         record = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as err:
         reason = (str(err).splitlines() or [type(err).__name__])[0]
         raise ValueError(f"{file}: is not a torch.save file of plain tensors, or damaged ({reason})") from None
-    for outer in ("module", "model", "state_dict"):  # HunyuanVideo's files hold {"module": tensors}
+    for outer in ("module", "model", "state_dict"):  # usual wrappers; HunyuanVideo's file is {"module": tensors}
         if isinstance(record, dict) and isinstance(record.get(outer), dict):
             record = record[outer]
     if not isinstance(record, dict) or not all(isinstance(v, Tensor) for v in record.values()):
@@ -109,7 +113,7 @@ def unpickled(file: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """All tensors of some files, with one-line errors for absent and damaged ones."""
+    """Read all tensors of some files; raises a one-line ValueError for an absent or damaged file."""
     out: dict[str, Tensor] = {}
     for file in files:
         with mapped(file) as (keys, get):
@@ -118,7 +122,10 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
 
 
 def read_headers(files: list[Path]) -> dict[str, tuple[Path, Tensor]]:
-    """Key -> its file and an empty (meta) tensor of its shape and type; no file is absent, damaged or repeats a key."""
+    """Key -> its file and a meta tensor of its shape and type.
+
+    Raises ValueError for an absent or damaged file, for a key that occurs twice, and for a type that is not a float.
+    """
     out: dict[str, tuple[Path, Tensor]] = {}
     for file in files:
         with mapped(file) as (keys, get):
@@ -135,7 +142,7 @@ def read_headers(files: list[Path]) -> dict[str, tuple[Path, Tensor]]:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` once it is filled; at no moment is there half a folder."""
+    """Yield an empty temporary folder and rename it to `folder` at the end, so that `folder` is never incomplete."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
         raise ValueError(f"{folder}: exists and is not a model folder, so it is not replaced; give another path")
     temporary, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
@@ -150,10 +157,12 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def write_tensors(folder: Path, sizes: Mapping[str, int], get: Callable[[str], Tensor], limit: int) -> None:
-    """Write get(key) for every key of `sizes` (bytes), as diffusers does: shards of at most `limit` bytes, one in
-    memory at a time, and an index where there are several."""
+    """Write get(key) for every key of `sizes` (in bytes) as diffusers does.
+
+    Shards have at most `limit` bytes, and one is in memory at a time. More than one shard gets an index file.
+    """
     shards: list[list[str]] = []
-    room = 0
+    room = 0  # bytes left in the last shard
     for key, size in sizes.items():
         if not shards or size > room:
             shards.append([])

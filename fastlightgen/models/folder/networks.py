@@ -1,4 +1,4 @@
-"""Which network a preset, a config.json or a model folder means, without its weights."""
+"""Find the network that a preset, a config.json or a model folder describes, without reading weights."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +10,7 @@ from fastlightgen.models.folder.original import from_original
 
 
 def config_of(path_or_preset: str | Path) -> dict:
-    """The complete diffusers config of a preset or a model folder, without its weights."""
+    """The complete diffusers config of a preset or a model folder, defaults filled in."""
     name = str(path_or_preset)
     config = preset(name)["network"] if name in presets() else read_config(model_folder(path_or_preset))
     family = family_of(config)
@@ -32,7 +32,7 @@ def model_folder(path: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a model folder in diffusers' terms, whichever format it is in."""
+    """config.json of a model folder, converted to diffusers' format if it is in an original one."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.json'}: holds {type(config).__name__}; wanted the keys of a network")
@@ -40,7 +40,7 @@ def read_config(folder: Path) -> dict:
 
 
 def trained_folder(path_or_preset: str) -> Path:
-    """The folder with trained weights that `model=` means: itself, or the weights shipped for a preset."""
+    """The folder with trained weights for `model=`: the given folder, or the weights shipped for a preset."""
     if path_or_preset not in presets():
         return Path(path_or_preset)
     folder = find_preset_weights(path_or_preset)

@@ -1,8 +1,8 @@
 """Model folders and presets: diffusers' transformer format plus fastlightgen.json, or an original repository's format.
 
-A folder is read in two passes. The first reads every header and config.json and compares all keys and shapes with the
-network, built without memory. The second copies one tensor after the other from the mapped files, in the type and on
-the device wanted, so that beside the network there is never more than one tensor and the window of files it is in.
+A folder is read in two passes. The first reads config.json and the header of every file, and compares all keys and
+shapes with the network, built without memory (meta device). The second copies one tensor after the other from the
+mapped files into the wanted type and device. Memory beside the network: one tensor, and the mapped window around it.
 """
 
 import sys
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fastlightgen.atomic import write_json
 from fastlightgen.config import preset, presets
 from fastlightgen.models.base import VideoDiT
-from fastlightgen.models.families import build, family_of, family_of_original, recognise
+from fastlightgen.models.families import build, family_of, family_of_original, original_files, recognise
 from fastlightgen.models.folder.files import (
     WEIGHTS,
     digest,
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 Placed = Callable[[nn.Parameter], None]
-WINDOW = 2**28  # bytes copied from a mapped file before it is mapped anew, which gives its pages back
+WINDOW = 2**28  # bytes to copy from a mapped file before mapping it again, which frees the pages read so far
 
 
 def load_model(
@@ -62,12 +62,13 @@ def load_model(
     allow_pt: bool = False,
     placed: Callable[[VideoDiT], Placed] | None = None,
 ) -> VideoDiT:
-    """A folder's network with its weights, or a preset's network with random weights drawn from `seed`.
+    """Load a folder's network with its weights, or build a preset's network with random weights drawn from `seed`.
 
     The folder holds diffusers' transformer format, a pipeline with such a `transformer/`, or the format of the
-    family's original repository. All parameters are of type `dtype` (None: float32, whatever the files hold).
-    `allow_pt` also reads .pt, .pth and .bin files, as plain tensors. `placed(network)` returns a callback that takes
-    each parameter as it loads: a sharding engine keeps its share, and no process ever holds a complete network.
+    family's original repository. All parameters get the type `dtype` (None: float32, whatever the files hold).
+    `allow_pt` also reads .pt, .pth and .bin files, as plain tensors. `placed(network)` returns a callback that is
+    called with each parameter as it loads: a sharding engine keeps its shard, so that no process ever holds a complete
+    network.
     """
     if str(path_or_preset) in presets():
         model = build(preset(str(path_or_preset))["network"], seed).to(device=device, dtype=dtype)
@@ -84,7 +85,7 @@ def load_model(
 
 
 class Undrawn(TorchFunctionMode):
-    """Starting values are neither drawn nor scaled: on the meta device both import sympy, 1.5 s for no numbers."""
+    """Skip initialisation on the meta device: drawing and scaling there only import sympy, which takes 1.5 s."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (Tensor.div, Tensor.__truediv__) and isinstance(args[1], int | float):
@@ -100,8 +101,8 @@ def load_weights(
     allow_pt: bool = False,
     placed: Placed | None = None,
 ) -> None:
-    """Give `model`, on the meta device or any other, the folder's weights: every key, every shape, nothing else."""
-    files = weight_files(folder, allow_pt)
+    """Load the folder's weights into `model`, on the meta device or another; keys and shapes must match exactly."""
+    files = weight_files(folder, original_files(), allow_pt)
     headers = read_headers(files)
     original = family_of_original(read_json(folder / "config.json"))
     state = model.state_dict()
@@ -109,7 +110,7 @@ def load_weights(
     unused = family_of(model.config).unused(model.config)
     check_fit(folder, state, table, {key: header for key, (_, header) in headers.items()}, unused)
 
-    takers: dict[str, list[str]] = {}  # stored key -> keys of the network that are filled from it
+    takers: dict[str, list[str]] = {}  # stored key -> keys of the network that take values from it
     for key, source in table.items():
         takers.setdefault(source.key, []).append(key)
     with loading_bar(sum(v.numel() * v.element_size() for _, v in headers.values())) as progress:
@@ -126,7 +127,7 @@ def load_weights(
 
 
 def loading_bar(total: int) -> tqdm:
-    """Progress in bytes, for loads of more than 5 seconds; in a log file four lines a minute."""
+    """A progress bar in bytes for loads of more than 5 seconds; in a log file it prints four lines a minute."""
     every = 0.5 if sys.stderr.isatty() else 15.0
     return tqdm(desc="loading weights", total=total, unit="B", unit_scale=True, delay=5, mininterval=every)
 
@@ -134,10 +135,11 @@ def loading_bar(total: int) -> tqdm:
 def check_fit(
     folder: Path, state: Mapping[str, Tensor], table: Table, stored: Mapping[str, Tensor], unused: set
 ) -> None:
-    """The stored keys and shapes are those of the network, or one line that names the first that are not."""
-    wanted: dict[str, tuple[int, ...]] = {}
+    """Raise a one-line ValueError if the stored keys or shapes differ from the network's; it names the first few."""
+    wanted: dict[str, tuple[int, ...]] = {}  # stored key -> shape
     for key, source in table.items():
         shape = tuple(state[key].shape)
+        # A fused tensor has as many rows as the last row that an entry names.
         height = max([wanted.get(source.key, (0,))[0], *(stop for _, stop in source.rows)]) if source.rows else None
         wanted[source.key] = shape if height is None else (height, *shape[1:])
     missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys() - unused)
@@ -155,7 +157,7 @@ def check_fit(
 
 
 def windows(headers: Mapping[str, tuple[Path, Tensor]]) -> list[list[str]]:
-    """The stored keys in file order, cut so that no part mixes files or exceeds WINDOW by more than its last tensor."""
+    """Split the stored keys, in file order, into groups within one file that end once they reach WINDOW bytes."""
     out: list[list[str]] = []
     last, size = None, 0
     for key, (file, header) in headers.items():
@@ -168,7 +170,7 @@ def windows(headers: Mapping[str, tuple[Path, Tensor]]) -> list[list[str]]:
 
 
 def copied(stored: Tensor, source: Source, like: Tensor, device, dtype: torch.dtype | None) -> Tensor:
-    """A tensor of the network in its own memory, from a mapped one."""
+    """Copy a tensor of the network, shaped as `like`, out of the mapped tensor `stored`."""
     out = torch.empty(like.shape, dtype=dtype or like.dtype, device=device)
     if not source.rows:
         return out.copy_(stored)
@@ -180,7 +182,7 @@ def copied(stored: Tensor, source: Source, like: Tensor, device, dtype: torch.dt
 
 
 def assign(model: nn.Module, key: str, value: Tensor) -> Tensor:
-    """Put a tensor in place of the parameter or buffer of that name."""
+    """Replace the parameter or buffer `key` of the model by a tensor; returns the new parameter or buffer."""
     parent, _, name = key.rpartition(".")
     module = model.get_submodule(parent)
     old = getattr(module, name)
@@ -190,7 +192,7 @@ def assign(model: nn.Module, key: str, value: Tensor) -> Tensor:
 
 
 def read_card(folder: str | Path) -> dict:
-    """fastlightgen.json of a model or pipeline folder; {} for a folder that another program wrote."""
+    """Read fastlightgen.json of a model or pipeline folder; {} for a folder that another program wrote."""
     places = [Path(folder) / "fastlightgen.json", Path(folder) / "transformer" / "fastlightgen.json"]
     return next((read_json(path) for path in places if path.is_file()), {})
 
@@ -204,9 +206,10 @@ def save_model(
     get: Callable[[str], Tensor] | None = None,
     **card,
 ) -> Path:
-    """Write a model folder whole or not at all; stock `from_pretrained` loads it. `card` adds to fastlightgen.json.
+    """Write a model folder that stock `from_pretrained` loads, completely or not at all; returns the folder.
 
-    For a network whose weights are spread over processes `state` holds their shapes and `get` gathers one of them.
+    `card`: keys for fastlightgen.json. For a network sharded over processes, `state` holds tensors with the full
+    shapes, and `get(key)` gathers one tensor.
     """
     folder, state = Path(dir), model.state_dict() if state is None else state
     get = get or (lambda key: state[key].detach().to("cpu", dtype).contiguous())

@@ -1,4 +1,4 @@
-"""HunyuanVideo's two kinds of blocks: double (image and text tokens apart) and single (one sequence).
+"""HunyuanVideo's two kinds of blocks: double (separate image and text tokens) and single (one sequence of both).
 
 Shapes: B batch, L image tokens, T text tokens, D hidden.
 """
@@ -15,44 +15,47 @@ from fastlightgen.models.hunyuan.layers import EPS, HunyuanConfig, JointAttentio
 from fastlightgen.models.layers import FeedForward, linear_onto
 from fastlightgen.ops import gate_residual_norm_modulate
 
-Modulations = list[tuple[Tensor, ...]]  # of each sequence of a state
+Modulations = list[tuple[Tensor, ...]]  # per sequence of a state: shifts, scales and gates
 
 
 @dataclass(frozen=True, eq=False)
 class HunyuanPrompt(Prompt):
+    """A condition as HunyuanVideo's blocks read it."""
+
     temb: Tensor  # SiLU of the embedding of time, pooled text and guidance [B, D]
-    first: Tensor | None  # the same at t = 0, for the given frame's tokens (token_replace)
-    mask: Tensor | None  # [B, 1, 1, L + T]: the tokens that may be read
+    first: Tensor | None  # the same at t = 0, for the tokens of the given frame (token_replace)
+    mask: Tensor | None  # [B, 1, 1, L + T]: True for tokens that attention may read
 
 
 class HunyuanBlock(Block):
-    """One sequence per modulation: the given frame's tokens (token_replace), the image's, the text's."""
+    """A state has one sequence per modulation: tokens of the given frame (token_replace), of the image, of the text."""
 
     def run(self, job: Job, tables: Tables, read: dict[Prompt, Modulations], settle: bool = False) -> list[State]:
-        (prompt,) = job.prompts  # text enters at the start, so that every state has one
+        (prompt,) = job.prompts  # the text enters before the first block, so every state has one prompt
         state = job.state
         return [state_of(self.residual([state, *state.others], read[prompt], tables, prompt.mask, settle))]
 
     def residual(
         self, parts: list[State], mods: Modulations, tables: Tables, mask: Tensor | None, settle: bool
     ) -> list[State]:
+        """Compute the block for all sequences of a state; the residuals at its end may be deferred."""
         raise NotImplementedError
 
 
 def state_of(parts: list[State]) -> State:
-    """Sequences as one state."""
+    """Combine sequences into one state."""
     return parts[0]._replace(others=tuple(parts[1:]))
 
 
 def norms(parts: list[State], scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Per sequence x' = x + gate y and LayerNorm(x') (1 + scale) + shift."""
+    """Compute, per sequence, x' = x + gate y and h = LayerNorm(x') (1 + scale) + shift; returns all x' and all h."""
     triples = zip(parts, scales, shifts, strict=True)
     pairs = [gate_residual_norm_modulate(*s.parts(), scale, shift, EPS) for s, scale, shift in triples]
     return [x for x, _ in pairs], [h for _, h in pairs]
 
 
 def cut(y: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Take `joined` apart again."""
+    """Undo `joined`: split y into sequences as long as those of `like`."""
     return list(y.split([x.shape[1] for x in like], 1))
 
 
@@ -79,7 +82,8 @@ class DoubleBlock(HunyuanBlock):
         x, h = norms(list(map(State, x, [*cut(image, x[:-1]), text], gate1)), scale2, shift2)
         if settle and len(x) == 2:
             text = State(self.ff_context.onto(x[1], gate2[1], h[1]))
-            return [State(self.ff.onto(x[0], gate2[0], h[0])), text]  # last, so that a checkpoint spares it
+            # The image's product comes last: a checkpoint need not recompute the last operation.
+            return [State(self.ff.onto(x[0], gate2[0], h[0])), text]
         y = [*cut(self.ff(joined(h[:-1])), x[:-1]), self.ff_context(h[-1])]
         return list(map(State, x, y, gate2))
 
@@ -101,7 +105,7 @@ class SingleBlock(HunyuanBlock):
     def residual(
         self, parts: list[State], mods: Modulations, tables: Tables, mask: Tensor | None, settle: bool
     ) -> list[State]:
-        if len(parts) > len(mods):  # the first single block that runs: from here on the text follows the image
+        if len(parts) > len(mods):  # the first single block that runs appends the text to the image's sequence
             *given, image, text = parts
             parts = [*given, State(joined([image.settled().x, text.settled().x]))]
         shift, scale, gate = zip(*mods, strict=True)

@@ -1,4 +1,4 @@
-"""What HunyuanVideo's transformer costs, from its configuration alone; see models/cost.py for what counts."""
+"""The cost of HunyuanVideo's transformer, from its configuration alone; models/cost.py defines the terms and units."""
 
 import math
 from collections.abc import Mapping
@@ -8,15 +8,19 @@ from fastlightgen.parallel.shares import Part
 
 
 def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, part: Part) -> Network:
-    """HunyuanVideoTransformer3DModel: double blocks, then single ones, over image and text tokens together."""
+    """The cost of HunyuanVideoTransformer3DModel; `text`: number of text tokens.
+
+    Its double and then its single blocks work on image and text tokens together. Linear layers are (inputs, outputs).
+    """
     heads, patch = cfg["num_attention_heads"], cfg["patch_size_t"] * cfg["patch_size"] ** 2
     dim = heads * cfg["attention_head_dim"]
     inner, head = int(dim * cfg["mlp_ratio"]), cfg["attention_head_dim"]
-    whole = math.prod(latent) // patch
-    tokens = round(part.share * whole)
+    all_tokens = math.prod(latent) // patch  # image tokens of the clip
+    tokens = round(part.share * all_tokens)  # image tokens on this GPU
     both, square, fed = tokens + text, (dim, dim), ((dim, inner), (inner, dim))
-    rows = 2 if cfg["image_condition_type"] == "token_replace" else 1  # the given frame has a modulation of its own
-    scores, hidden = attention(whole + text, whole + text, dim) // part.ranks, both * dim
+    rows = 2 if cfg["image_condition_type"] == "token_replace" else 1  # the given frame has its own modulation
+    # Joint attention over all tokens; a GPU of several computes some of the heads.
+    scores, hidden = attention(all_tokens + text, all_tokens + text, dim) // part.ranks, both * dim
 
     def block(kind: str, params: int, layers: tuple, work: int, modulation: int, saved: Saved, inners: int) -> Block:
         return Block(
@@ -24,55 +28,56 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, 
             params=params,
             weights=sum(a * b for a, b in layers),
             widths=sum(map(sum, layers)),
-            shared=Work(work, scores),
+            shared=Work(work, scores),  # the text enters before the blocks: nothing of a block is private
             private=Work(),
             prompt=Work(modulation),
             self_attention=scores,
-            attention_out=Saved(hidden, heads * both),
-            saved=saved + Saved(2 * both * inner, heads * both),
+            attention_out=Saved(hidden, heads * both),  # the output, and one log-sum-exp per head and token
+            saved=saved + Saved(2 * both * inner, heads * both),  # feed-forward before and after GELU; log-sum-exp
             prompt_saved=Saved(0, 0),
             working=(5 if kind == "double" else 3) * hidden + inners * both * inner,
             gradients=hidden + both * inner,
         )
 
-    streams = (*[square] * 4, *fed)  # of the image, and again of the text
-    six, three = (dim, 6 * dim), (dim, 3 * dim)
+    double_layers = (*[square] * 4, *fed)  # q, k, v, output, feed-forward; a block has them for the image and the text
+    six, three = (dim, 6 * dim), (dim, 3 * dim)  # modulations: shifts, scales and gates
     double = block(
         "double",
-        2 * biased(*streams, six) + 4 * head,
-        (*streams, *streams, six, six),
-        linear(both, *streams),
+        2 * biased(*double_layers, six) + 4 * head,  # with the RMS norms of q and k, of image and text
+        (*double_layers, *double_layers, six, six),
+        linear(both, *double_layers),
         linear(rows + 1, six),
-        # Of the text's norms of q and k, which are torch's own, 4 tensors in float32 take the place of 2.
+        # The text's q and k go through torch's own norms, which keep 4 float32 tensors of the text instead of 2 narrow.
         Saved(12 * hidden - 2 * text * dim, 4 * text * dim) if fused else Saved(8 * hidden, 8 * hidden),
         inners=2,
     )
-    flat = (*[square] * 3, (dim, inner), (dim + inner, dim))
+    single_layers = (*[square] * 3, (dim, inner), (dim + inner, dim))  # q, k, v; the MLP; one output layer for both
     single = block(
         "single",
-        biased(*flat, three) + 2 * head,
-        (*flat, three),
-        linear(both, *flat),
+        biased(*single_layers, three) + 2 * head,  # with the RMS norms of q and k
+        (*single_layers, three),
+        linear(both, *single_layers),
         linear(rows, three),
         Saved(10 * hidden, 0) if fused else Saved(7 * hidden, 6 * hidden),
         inners=3,
     )
-    inputs, outputs = cfg["in_channels"] * patch, cfg["out_channels"] * patch
+    inputs, outputs = cfg["in_channels"] * patch, cfg["out_channels"] * patch  # numbers per token
     time, pooled, wide = (256, dim), (cfg["pooled_projection_dim"], dim), (cfg["text_embed_dim"], dim)
-    times = 1 + bool(cfg["guidance_embeds"])
+    times = 1 + bool(cfg["guidance_embeds"])  # embedders of a scalar: time, guidance
     refiner = (*[square] * 4, *fed_refiner(dim))
     count = cfg["num_refiner_layers"]
     outside = (
         biased((inputs, dim), pooled, square, *[time, square] * times, (dim, 2 * dim), (dim, outputs))
-        + biased(time, square, wide, square, wide)  # the refiner's embedding of time and mean text, and its input
-        + count * (biased(*refiner, (dim, 2 * dim)) + 4 * dim)
+        + biased(time, square, wide, square, wide)  # the refiner: embeddings of time and mean text, input layer
+        + count * (biased(*refiner, (dim, 2 * dim)) + 4 * dim)  # its blocks, with two LayerNorms each
     )
-    embeddings = times + rows - 1  # with the embedding of t = 0 for the given frame
+    embeddings = times + rows - 1  # embeddings of a scalar per prompt; one more for t = 0 of the given frame
     return Network(
         family="hunyuan",
         blocks=(double,) * cfg["num_layers"] + (single,) * cfg["num_single_layers"],
         outside_params=outside,
         tables=Work(),
+        # Embeddings of time, guidance, pooled text and mean text (two layers each), then the refiner.
         text=Work(
             linear(embeddings + rows + 2, square) + count * (linear(text, *refiner) + linear(1, (dim, 2 * dim))),
             count * attention(text, text, dim),
@@ -82,6 +87,8 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, 
         unembed=Work(linear(1, (dim, 2 * dim)) + linear(tokens, (dim, outputs))),
         hidden=hidden,
         heads=heads,
+        # Input and prediction; per refiner block 10 hidden tensors of the text, and its feed-forward before and after
+        # SiLU. The reference operators keep the rotation of every token.
         saved=Saved(
             tokens * (inputs + outputs) + text * (wide[0] + count * (10 * dim + 8 * dim)), 0 if fused else tokens * head
         ),
@@ -93,5 +100,5 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, 
 
 
 def fed_refiner(dim: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The refiner's feed-forward is 4 wide whatever mlp_ratio says."""
+    """The linear layers of the refiner's feed-forward; their factor is 4 for every mlp_ratio, as in diffusers."""
     return (dim, 4 * dim), (4 * dim, dim)

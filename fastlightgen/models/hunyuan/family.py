@@ -1,4 +1,4 @@
-"""HunyuanVideo: everything that the rest of the program asks about this family."""
+"""The record of HunyuanVideo, by which the rest of the program knows this family."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def stock_inputs(cfg: HunyuanConfig, x_t: Tensor, t: Tensor, cond: Cond) -> dict
     """Arguments of diffusers' HunyuanVideoTransformer3DModel, which takes 1000 t and 1000 times the guidance."""
     x = x_t
     if cond.image is not None:
-        replaced = cfg.image_condition_type == "token_replace"  # the picture is frame 0
+        replaced = cfg.image_condition_type == "token_replace"  # the picture replaces frame 0
         x = torch.cat([cond.image[:, :, :1], x_t[:, :, 1:]], 2) if replaced else torch.cat([x_t, cond.image], 1)
     tokens = torch.arange(cond.text.shape[1], device=cond.text.device)
     length = torch.full((len(x),), len(tokens), device=x.device) if cond.text_len is None else cond.text_len

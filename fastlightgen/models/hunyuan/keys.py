@@ -1,4 +1,4 @@
-"""HunyuanVideo: where each tensor of diffusers' format stands in the original checkpoint.
+"""HunyuanVideo: the place of each tensor of diffusers' format in the original checkpoint.
 
 The original fuses q, k, v (and the MLP of a single block) into one tensor; its final modulation has shift before scale.
 """
@@ -54,25 +54,25 @@ def hunyuan_keys(config: Mapping) -> Table:
     """Key in diffusers' format -> its place in the original HunyuanVideo checkpoint, for a diffusers configuration."""
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     mlp = int(dim * config["mlp_ratio"])
-    whole = named(HUNYUAN_OUTSIDE | (HUNYUAN_GUIDANCE if config["guidance_embeds"] else {}))
+    renamed = named(HUNYUAN_OUTSIDE | (HUNYUAN_GUIDANCE if config["guidance_embeds"] else {}))
     split: Table = {}
-    for leaf in WEIGHT_BIAS:  # diffusers: scale, shift
+    for leaf in WEIGHT_BIAS:  # diffusers has scale before shift: swap the halves
         split[f"norm_out.linear.{leaf}"] = Source(f"final_layer.adaLN_modulation.1.{leaf}", ((dim, 2 * dim), (0, dim)))
     for i in range(config["num_refiner_layers"]):
-        ours = f"context_embedder.token_refiner.refiner_blocks.{i}."
-        theirs = f"txt_in.individual_token_refiner.blocks.{i}."
-        whole |= named(HUNYUAN_REFINER, ours, theirs)
-        split |= fused([f"{ours}attn.{n}" for n in ("to_q", "to_k", "to_v")], f"{theirs}self_attn_qkv", [dim] * 3)
+        prefix = f"context_embedder.token_refiner.refiner_blocks.{i}."
+        original = f"txt_in.individual_token_refiner.blocks.{i}."
+        renamed |= named(HUNYUAN_REFINER, prefix, original)
+        split |= fused([f"{prefix}attn.{n}" for n in ("to_q", "to_k", "to_v")], f"{original}self_attn_qkv", [dim] * 3)
     for i in range(config["num_layers"]):
-        ours, theirs = f"transformer_blocks.{i}.", f"double_blocks.{i}."
-        whole |= named(HUNYUAN_DOUBLE, ours, theirs) | named(HUNYUAN_DOUBLE_NORMS, ours, theirs, ("weight",))
-        split |= fused([f"{ours}attn.{n}" for n in ("to_q", "to_k", "to_v")], f"{theirs}img_attn_qkv", [dim] * 3)
-        added = [f"{ours}attn.{n}" for n in ("add_q_proj", "add_k_proj", "add_v_proj")]
-        split |= fused(added, f"{theirs}txt_attn_qkv", [dim] * 3)
+        prefix, original = f"transformer_blocks.{i}.", f"double_blocks.{i}."
+        renamed |= named(HUNYUAN_DOUBLE, prefix, original) | named(HUNYUAN_DOUBLE_NORMS, prefix, original, ("weight",))
+        split |= fused([f"{prefix}attn.{n}" for n in ("to_q", "to_k", "to_v")], f"{original}img_attn_qkv", [dim] * 3)
+        added = [f"{prefix}attn.{n}" for n in ("add_q_proj", "add_k_proj", "add_v_proj")]
+        split |= fused(added, f"{original}txt_attn_qkv", [dim] * 3)
     for i in range(config["num_single_layers"]):
-        ours, theirs = f"single_transformer_blocks.{i}.", f"single_blocks.{i}."
-        whole |= named({"norm.linear": "modulation.linear", "proj_out": "linear2"}, ours, theirs)
-        whole |= named({"attn.norm_q": "q_norm", "attn.norm_k": "k_norm"}, ours, theirs, ("weight",))
-        parts = [f"{ours}{n}" for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
-        split |= fused(parts, f"{theirs}linear1", [dim, dim, dim, mlp])
-    return {ours: Source(theirs) for ours, theirs in whole.items()} | split
+        prefix, original = f"single_transformer_blocks.{i}.", f"single_blocks.{i}."
+        renamed |= named({"norm.linear": "modulation.linear", "proj_out": "linear2"}, prefix, original)
+        renamed |= named({"attn.norm_q": "q_norm", "attn.norm_k": "k_norm"}, prefix, original, ("weight",))
+        parts = [f"{prefix}{n}" for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+        split |= fused(parts, f"{original}linear1", [dim, dim, dim, mlp])
+    return {key: Source(original) for key, original in renamed.items()} | split

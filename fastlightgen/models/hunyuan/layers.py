@@ -1,4 +1,4 @@
-"""The parts of HunyuanVideo's transformer that the walk never sees: configuration, text refiner, embedders, attention.
+"""The parts of HunyuanVideo's transformer below its blocks: configuration, text refiner, embedders, attention.
 
 Module names follow diffusers' keys. Shapes: B batch, L image tokens, T text tokens, D hidden, h heads, d channels each.
 """
@@ -14,9 +14,9 @@ from fastlightgen.models.layers import Embedder, FeedForward, Gelu, sinusoids
 from fastlightgen.models.streams import Tables
 from fastlightgen.ops import Rope, add_residual, attend, qk_norm_rope
 
-EPS = 1e-6  # of every norm
-TIME_CHANNELS = 256
-VARIANTS = (None, "latent_concat", "token_replace")
+EPS = 1e-6  # epsilon of every norm
+TIME_CHANNELS = 256  # width of the sinusoids of time and guidance
+VARIANTS = (None, "latent_concat", "token_replace")  # how the first frame is given; None: text-to-video
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ class HunyuanConfig(NetworkConfig):
 
 
 def joined(parts: list[Tensor]) -> Tensor:
-    """Sequences one after the other."""
+    """Concatenate sequences [B, L, D] along the tokens."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class Modulation(nn.Module):
-    """n vectors [B, D] from SiLU(time embedding): shifts, scales and gates."""
+    """A linear layer from SiLU(time embedding) to n vectors [B, D]: shifts, scales and gates."""
 
     def __init__(self, dim: int, n: int):
         super().__init__()
@@ -96,7 +96,7 @@ class Modulation(nn.Module):
 
 
 class Attention(nn.Module):
-    """Queries, keys and values with an RMS norm per head; in single blocks the output layer is the block's own."""
+    """Queries, keys and values, with an RMS norm per head; a single block has its own output layer (`out` False)."""
 
     def __init__(self, cfg: HunyuanConfig, qk_norm: bool = True, out: bool = False):
         super().__init__()
@@ -108,27 +108,27 @@ class Attention(nn.Module):
             self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, L, h, d] each, without the norm."""
+        """Queries, keys and values [B, L, h, d], without norm or rotation."""
         return self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x))
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1))
 
     def turned(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """The same with q and k normed, and turned by their place as far as `rope` goes: text has none."""
+        """Queries, keys and values with q and k normed; the first tokens, as many as `rope` has, are also rotated."""
         q, k = qk_norm_rope(self.to_q(x), self.to_k(x), self.norm_q.weight, self.norm_k.weight, rope, EPS)
         return self.split(q), self.split(k), self.split(self.to_v(x))
 
 
 class SingleAttention(Attention):
-    """Image and text tokens in one sequence."""
+    """Attention of a single block: image and text tokens in one sequence."""
 
     def forward(self, h: Tensor, tables: Tables, mask: Tensor | None) -> Tensor:
         return tables.attend(*self.turned(h, tables.rope), mask)
 
 
 class JointAttention(Attention):
-    """Image and text tokens attend to each other, each with projections of its own."""
+    """Attention of a double block: image and text tokens attend to each other, with separate projections."""
 
     def __init__(self, cfg: HunyuanConfig):
         super().__init__(cfg, out=True)
@@ -139,6 +139,7 @@ class JointAttention(Attention):
 
     def forward(self, image: Tensor, text: Tensor, tables: Tables, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         q, k, v = self.turned(image, tables.rope)
+        # Text tokens have no position: their q and k are normed, not rotated.
         tq, tk, tv = (self.split(layer(text)) for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
         q, k = torch.cat([q, self.norm_added_q(tq)], 1), torch.cat([k, self.norm_added_k(tk)], 1)
         y, n = tables.attend(q, k, torch.cat([v, tv], 1), mask), image.shape[1]
@@ -146,7 +147,7 @@ class JointAttention(Attention):
 
 
 class TimeTextEmbedder(nn.Module):
-    """Time, a pooled text and, in networks distilled from guidance, its scale -> one embedding [B, D]."""
+    """Embeds time, a pooled text and, in guidance-distilled networks, the guidance scale into one vector [B, D]."""
 
     def __init__(self, dim: int, pooled: int, guidance: bool = False):
         super().__init__()
@@ -166,7 +167,7 @@ def embed(layers: Embedder, x: Tensor) -> Tensor:
 
 
 class SiluFeedForward(FeedForward):
-    """The refiner's: SiLU in the place of GELU, under the same keys."""
+    """The refiner's feed-forward: SiLU instead of GELU, under the same keys."""
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.net[0]
@@ -175,12 +176,14 @@ class SiluFeedForward(FeedForward):
 
 
 class RefinerBlock(nn.Module):
+    """Self-attention and feed-forward over the text tokens, each added with a gate from the time embedding."""
+
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
         dim = cfg.dim
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=EPS), nn.LayerNorm(dim, eps=EPS)
         self.attn = Attention(cfg, qk_norm=False, out=True)
-        self.ff = SiluFeedForward(dim, 4 * dim, dim)  # 4 whatever mlp_ratio is, as in diffusers
+        self.ff = SiluFeedForward(dim, 4 * dim, dim)  # the factor is 4 for every mlp_ratio, as in diffusers
         self.norm_out = Modulation(dim, 2)
 
     def forward(self, x: Tensor, temb: Tensor, mask: Tensor | None) -> Tensor:
@@ -190,7 +193,7 @@ class RefinerBlock(nn.Module):
 
 
 class Refiner(nn.Module):
-    """diffusers' `token_refiner`: only there for the key names."""
+    """The list of refiner blocks; a separate module so that the keys read `token_refiner.refiner_blocks`."""
 
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
@@ -198,7 +201,7 @@ class Refiner(nn.Module):
 
 
 class TextRefiner(nn.Module):
-    """The language model's tokens -> text tokens [B, T, D], by self-attention modulated by time and the mean token."""
+    """Turns the language model's tokens into text tokens [B, T, D], with gates from time and the mean token."""
 
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
@@ -207,7 +210,7 @@ class TextRefiner(nn.Module):
         self.token_refiner = Refiner(cfg)
 
     def forward(self, text: Tensor, t: Tensor, valid: Tensor | None) -> Tensor:
-        """`valid` [B, T]: which tokens are text; what the others become is read by nobody."""
+        """`valid` [B, T]: True for text, False for padding, whose outputs are never read; None: no padding."""
         if valid is None:
             mean, mask = text.mean(1), None
         else:

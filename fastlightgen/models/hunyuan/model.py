@@ -28,8 +28,10 @@ from fastlightgen.parallel.sequence import Cut
 
 @dataclass(frozen=True, eq=False)
 class HunyuanTables(Tables):
-    x_t: Tensor
-    t: Tensor
+    """Positions, and the latent and time: the prompt embeds t, and `unembed` of token_replace needs both."""
+
+    x_t: Tensor  # [B, C, F, H, W]
+    t: Tensor  # [B]
 
     def part(self, cut: Cut) -> "HunyuanTables":
         part = super().part(cut)
@@ -55,10 +57,10 @@ class HunyuanModel(VideoDiT):
         self.norm_out = Modulation(cfg.dim, 2)
         self.proj_out = nn.Linear(cfg.dim, cfg.out_channels * math.prod(cfg.patch))
 
-    # A view of the two lists, which `prune` replaces; nothing assigns to it.
+    # VideoDiT has an attribute here. This is a read-only view of two lists; `prune` replaces the lists themselves.
     @property
     def blocks(self) -> nn.ModuleList:  # type: ignore[override]
-        """One ranked list: the double blocks, then the single ones."""
+        """All blocks in one list: the double blocks, then the single ones."""
         return nn.ModuleList([*self.transformer_blocks, *self.single_transformer_blocks])
 
     @property
@@ -91,21 +93,24 @@ class HunyuanModel(VideoDiT):
 
     @property
     def replaces_first(self) -> bool:
+        """True if the picture replaces latent frame 0 (token_replace)."""
         return self.cfg.image_condition_type == "token_replace"
 
     def grid(self, x_t: Tensor) -> tuple[int, int, int]:
+        """Number of patches along (F, H, W) of the latent."""
         frames, rows, columns = (n // p for n, p in zip(x_t.shape[2:], self.cfg.patch, strict=True))
         return frames, rows, columns
 
     def hidden_bytes(self, x_t: Tensor) -> int:
-        """Of the image tokens; the text's are few beside them."""
+        """Bytes of the image tokens alone; the text tokens are few beside them."""
         return len(x_t) * math.prod(self.grid(x_t)) * self.cfg.dim * self.proj_out.weight.element_size()
 
     def block_flops(self, x_t: Tensor, cond: Cond) -> list[int]:
         cfg, tokens, size = self.cfg, math.prod(self.grid(x_t)) + cond.text.shape[1], len(x_t)
         dim, inner = cfg.dim, int(cfg.dim * cfg.mlp_ratio)
+        # Multiply-adds of the products that both kinds of blocks have: projections, feed-forward, attention.
         shared = size * tokens * (4 * dim * dim + 2 * dim * inner) + 2 * size * tokens * tokens * dim
-        rows = size * (2 if self.replaces_first else 1)  # of the image's modulation
+        rows = size * (2 if self.replaces_first else 1)  # rows in the image's modulation layer: one more at t = 0
         double, single = 2 * (shared + (rows + size) * 6 * dim * dim), 2 * (shared + rows * 3 * dim * dim)
         return [double] * len(self.transformer_blocks) + [single] * len(self.single_transformer_blocks)
 
@@ -125,15 +130,15 @@ class HunyuanModel(VideoDiT):
             longest, shortest = int(lengths.max()), int(lengths.min())
             if not 1 <= shortest <= longest <= text.shape[1]:
                 raise ValueError(f"Hunyuan: text_len is {shortest} to {longest}, wanted 1 to {text.shape[1]} tokens")
-            # Padding is read by nobody. Without it texts of one length (a batch of one) need no mask, and attention
-            # without a mask has faster kernels.
+            # Cut off the padding that no text of the batch reaches. Texts of equal length (or a single text) then need
+            # no mask, and attention without a mask has faster kernels.
             text = text[:, :longest]
             if shortest < longest:
                 valid = torch.arange(longest, device=t.device) < lengths[:, None]
                 mask = F.pad(valid, (tables.tokens, 0), value=True)[:, None, None]
         pooled = cond.pooled.to(self.dtype).expand(size, -1)
         guidance = None
-        if self.cfg.guidance_embeds:  # 1: the prediction for the prompt alone, which Eq. 9 mixes
+        if self.cfg.guidance_embeds:  # scale 1 gives the prediction for the prompt alone, which Eq. 9 mixes
             guidance = t.new_ones(size) if cond.guidance is None else cond.guidance.expand(size)
         temb = F.silu(self.time_text_embed(t, pooled, guidance))
         first = F.silu(self.time_text_embed(0 * t, pooled)) if self.replaces_first else None
@@ -146,6 +151,7 @@ class HunyuanModel(VideoDiT):
             replaced = self.replaces_first
             x_t = torch.cat([image[:, :, :1], x_t[:, :, 1:]], 2) if replaced else torch.cat([x_t, image], 1)
         x = self.x_embedder["proj"](x_t.to(self.dtype))
+        # token_replace: the given frame has its own modulation, so its tokens are a separate sequence.
         sizes = [1, x.shape[2] - 1] if self.replaces_first else [x.shape[2]]
         parts = [State(frames.flatten(2).transpose(1, 2)) for frames in x.split(sizes, 2)]
         return state_of([*parts, State(prompt.text)])
@@ -155,18 +161,18 @@ class HunyuanModel(VideoDiT):
         x = joined([state.x, *(s.x for s in state.others)])[:, : f * h * w]
         scale, shift = self.norm_out(prompt.temb)
         v = self.proj_out(norm_modulate(x, scale, shift, EPS)).view(-1, f, h, w, self.cfg.out_channels, p, p)
-        v = v.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+        v = v.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # [B, F, h, w, C, p, p] -> [B, C, F, H, W]
         if not self.replaces_first:
             return v
-        # Frame 0 is the image. With v = (x_t - image) / t there, x0 is the image, a loss against noise - x0 is zero
-        # and without gradient, and every sampler ends in the image; what the network says of that frame is not used.
+        # Frame 0 is the image, and the network's output for it is unused. With v = (x_t - image) / t there, x0 is the
+        # image, the loss against noise - x0 is zero without gradient, and every sampler ends in the image.
         x_t, t, image = tables.x_t[:, :, :1], tables.t.view(-1, 1, 1, 1, 1), prompt.cond.image
         assert image is not None
         given = (x_t - image[:, :, :1].to(x_t.dtype)) / t.to(x_t.dtype)
         return torch.cat([given, v[:, :, 1:]], 2)
 
     def check(self, x_t: Tensor, conds: list[Cond]) -> None:
-        """Everything that would otherwise be misread or fail far from its cause."""
+        """Raise ValueError for inputs that the network would misread, or that would fail far from their cause."""
         for cond in {id(c): c for c in conds}.values():
             self._check(x_t, cond)
 

@@ -1,10 +1,11 @@
-"""The original HunyuanVideo repository's format of this network: its config.json and its checkpoint's keys."""
+"""The format of the original HunyuanVideo repository: config.json, names of weight files, keys of the checkpoint."""
 
 from fastlightgen.models.hunyuan.keys import hunyuan_keys
 from fastlightgen.models.keys import Format
 
 ORIGINAL = Format(
     network="HYVideoDiffusionTransformer",
+    files=("model.safetensors", "mp_rank_00_model_states.pt"),  # converted to safetensors, and as released
     keys=hunyuan_keys,
     lists={"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"},
     same={
@@ -23,7 +24,7 @@ ORIGINAL = Format(
     },
     width="hidden_size",
     heads="heads_num",
-    defaults={"hidden_size": 3072, "heads_num": 24},  # the others are those of diffusers' class
+    defaults={"hidden_size": 3072, "heads_num": 24},  # the other fields have the defaults of diffusers' class
     fixed={
         "patch_size": [1, 2, 2],
         "qk_norm": True,

@@ -1,4 +1,4 @@
-"""What Wan2.1's transformer costs, from its configuration alone; see models/cost.py for what counts."""
+"""The cost of Wan2.1's transformer, from its configuration alone; models/cost.py defines the terms and units."""
 
 import math
 from collections.abc import Mapping
@@ -8,30 +8,34 @@ from fastlightgen.parallel.shares import Part
 
 
 def wan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, part: Part) -> Network:
-    """WanTransformer3DModel; the image embedding of image-to-video has 257 tokens."""
+    """The cost of WanTransformer3DModel; `text`: number of text tokens. Linear layers are (inputs, outputs)."""
     heads, patch = cfg["num_attention_heads"], math.prod(cfg["patch_size"])
     dim, ffn, image_dim = heads * cfg["attention_head_dim"], cfg["ffn_dim"], cfg["image_dim"]
-    whole = math.prod(latent) // patch
-    tokens = round(part.share * whole)
-    image = 0 if image_dim is None else 257
+    all_tokens = math.prod(latent) // patch  # tokens of the clip
+    tokens = round(part.share * all_tokens)  # tokens on this GPU
+    image = 0 if image_dim is None else 257  # tokens of CLIP's image embedding, the class token among them
     square, fed = (dim, dim), ((dim, ffn), (ffn, dim))
-    added = (square, square) if image else ()
-    layers = (*[square] * 8, *added, *fed)
+    added = (square, square) if image else ()  # keys and values of the image tokens
+    layers = (*[square] * 8, *added, *fed)  # q, k, v and output of both attentions; feed-forward
     hidden, context = tokens * dim, (text + image) * dim
     block = Block(
         kind="block",
+        # With RMS norms of q and k in both attentions, of the image keys, the LayerNorm, and scale_shift_table.
         params=biased(*layers) + 4 * dim + (dim if image else 0) + (2 * dim if cfg["cross_attn_norm"] else 0) + 6 * dim,
         weights=sum(a * b for a, b in layers),
         widths=sum(map(sum, layers)),
-        shared=Work(linear(tokens, *[square] * 5), attention(whole, whole, dim) // part.ranks),
+        # Shared: self-attention (q, k, v, output) and the cross-attention's query. Private: the cross-attention and its
+        # output layer, the feed-forward. Prompt: keys and values of the text and image tokens.
+        shared=Work(linear(tokens, *[square] * 5), attention(all_tokens, all_tokens, dim) // part.ranks),
         private=Work(linear(tokens, square, *fed), attention(tokens, text + image, dim)),
         prompt=Work(linear(text + image, square, square)),
-        self_attention=attention(whole, whole, dim) // part.ranks,
-        attention_out=Saved(hidden, heads * tokens),
-        # Fused, 18 hidden tensors: x and y of the two gated norms and x of the third, their three results, q and k
-        # before and after norm and rotation, v, the output; in the cross-attention q after its norm and the output,
-        # and of that norm, which is torch's own, 2 in float32. Reference, 22, of them 10 in float32 inside the norms.
-        # Image tokens add 2. Then the feed-forward before and after GELU, and rows of statistics.
+        self_attention=attention(all_tokens, all_tokens, dim) // part.ranks,
+        attention_out=Saved(hidden, heads * tokens),  # the output, and one log-sum-exp per head and token
+        # Fused: 18 hidden tensors. 16 in the compute type: x and y of two gated norms and x of the third (5); results
+        # of the three norms (3); in self-attention q and k before and after norm and rotation, v, the output (6); in
+        # cross-attention q after its norm, and the output (2). 2 in float32: that norm of q, which is torch's own.
+        # Reference: 22 hidden tensors, 10 of them in float32 inside the norms. Image tokens add 2.
+        # Both: the feed-forward before and after GELU, and one log-sum-exp per head and token of each attention.
         saved=Saved(
             ((16 if fused else 12) + 2 * bool(image)) * hidden + 2 * tokens * ffn,
             (2 if fused else 10) * hidden + (2 + bool(image)) * heads * tokens,
@@ -40,7 +44,7 @@ def wan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, part
         working=7 * hidden + 2 * tokens * ffn,
         gradients=hidden + tokens * ffn,
     )
-    inputs, outputs = cfg["in_channels"] * patch, cfg["out_channels"] * patch
+    inputs, outputs = cfg["in_channels"] * patch, cfg["out_channels"] * patch  # numbers per token
     embedder = ((image_dim, image_dim), (image_dim, dim)) if image else ()
     time, texts = ((cfg["freq_dim"], dim), square), ((cfg["text_dim"], dim), square)
     outside = biased((inputs, dim), *time, (dim, 6 * dim), *texts, *embedder, (dim, outputs)) + 2 * dim
@@ -56,7 +60,7 @@ def wan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, part
         heads=heads,
         saved=Saved(
             tokens * (inputs + outputs) + text * (cfg["text_dim"] + 3 * dim) + image * (4 * (image_dim or 0) + 3 * dim),
-            0 if fused else tokens * cfg["attention_head_dim"],  # rotations of every token
+            0 if fused else tokens * cfg["attention_head_dim"],  # the rotation of every token
         ),
         last=last_norm(hidden, fused),
         merges=True,

@@ -1,4 +1,4 @@
-"""Wan2.1's pipelines: UMT5 text, CLIP image tokens and condition channels, latents normalised per channel."""
+"""Wan2.1's pipelines: UMT5 text, CLIP image tokens and condition channels; latents normalised per channel."""
 
 import torch
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ GEOMETRY = Geometry(channels=16, frame_stride=4, pixel_stride=8, patch=2)
 
 
 class WanEncoding(Encoding):
+    """Encodes clips with a Wan pipeline, text-to-video or image-to-video."""
+
     geometry, text_tokens = GEOMETRY, TEXT_TOKENS
 
     def normalisation(self) -> tuple[Tensor, Tensor]:
@@ -25,7 +27,7 @@ class WanEncoding(Encoding):
         return {"text": text, "text_len": text.any(-1).sum()}  # the pipeline writes zeros after the last token
 
     def image(self, first: NDArray, frames: int) -> dict[str, Tensor]:
-        """Condition channels `image` [K, f, h, w]: the latents of the frame and a mask; and CLIP's image_embeds."""
+        """Condition channels `image` [K, f, h, w] (a mask and the latents of the frame), and CLIP's image_embeds."""
         still = pixels(first[None])[:, 0][None].to(self.device, self.pipe.vae.dtype)  # [1, 3, H, W]
         (height, width), channels = first.shape[:2], self.geometry.channels
         condition = self.pipe.prepare_latents(
@@ -45,7 +47,7 @@ class WanEncoding(Encoding):
         return out
 
     def extra_numbers(self, frame: int) -> int:
-        """CLIP's image tokens, the class token among them."""
+        """The numbers in CLIP's image tokens, the class token included."""
         if not self.from_image or self.pipe.image_encoder is None:
             return 0
         vit = self.pipe.image_encoder.config

@@ -1,4 +1,4 @@
-"""Wan2.1: everything that the rest of the program asks about this family."""
+"""The record of Wan2.1, by which the rest of the program knows this family."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from fastlightgen.models.wan.original import ORIGINAL
 
 
 def stock_inputs(cfg: WanConfig, x_t: Tensor, t: Tensor, cond: Cond) -> dict[str, Any]:
-    """Arguments of diffusers' WanTransformer3DModel, which takes 1000 t and the condition channels in place."""
+    """Arguments of diffusers' WanTransformer3DModel: 1000 t, and the latent and condition channels as one tensor."""
     return {
         "hidden_states": x_t if cond.image is None else torch.cat([x_t, cond.image], 1),
         "timestep": t * 1000,

@@ -1,4 +1,4 @@
-"""Wan2.1: where each tensor of diffusers' format stands in the original checkpoint. Wan only renames."""
+"""Wan2.1: the place of each tensor of diffusers' format in the original checkpoint. The two differ in names only."""
 
 from collections.abc import Mapping
 
@@ -28,25 +28,26 @@ def wan_keys(config: Mapping) -> dict[str, str]:
     keys = named(WAN_OUTSIDE | (WAN_IMAGE if image else {})) | {"scale_shift_table": "head.modulation"}
     for i in range(config["num_layers"]):
         block = f"blocks.{i}."
-        for ours, theirs in (("attn1.", "self_attn."), ("attn2.", "cross_attn.")):
-            keys |= named(ATTENTION, block + ours, block + theirs)
-            keys |= named({"norm_q": "norm_q", "norm_k": "norm_k"}, block + ours, block + theirs, ("weight",))
+        for part, original in (("attn1.", "self_attn."), ("attn2.", "cross_attn.")):
+            keys |= named(ATTENTION, block + part, block + original)
+            keys |= named({"norm_q": "norm_q", "norm_k": "norm_k"}, block + part, block + original, ("weight",))
         if image:
             keys |= named({"add_k_proj": "k_img", "add_v_proj": "v_img"}, block + "attn2.", block + "cross_attn.")
             keys[f"{block}attn2.norm_added_k.weight"] = f"{block}cross_attn.norm_k_img.weight"
         if config["cross_attn_norm"]:
-            keys |= named({"norm2": "norm3"}, block, block)  # the original counts the cross-attention's norm last
+            keys |= named({"norm2": "norm3"}, block, block)  # the cross-attention's norm is number 3 in the original
         keys |= named({"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}, block, block)
         keys[f"{block}scale_shift_table"] = f"{block}modulation"
     return keys
 
 
 def wan_table(config: Mapping) -> Table:
-    return {ours: Source(theirs) for ours, theirs in wan_keys(config).items()}
+    """`wan_keys` as a key table."""
+    return {key: Source(original) for key, original in wan_keys(config).items()}
 
 
 def unused_keys(config: Mapping) -> set[str]:
-    """Keys that diffusers' files may hold and its network does not read: Wan's image-to-video checkpoints have them."""
+    """Keys of Wan's published image-to-video checkpoints that diffusers' network does not read."""
     if config.get("added_kv_proj_dim") is None:
         return set()
     return {f"blocks.{i}.attn2.norm_added_q.weight" for i in range(config["num_layers"])}

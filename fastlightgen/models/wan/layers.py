@@ -1,4 +1,4 @@
-"""The parts of Wan2.1's transformer that the walk never sees: configuration, embedders, positions.
+"""The parts of Wan2.1's transformer outside its blocks: configuration, embedders, positions.
 
 Module names follow diffusers' keys. Shapes: B batch, L tokens, D hidden.
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastlightgen.models.config import NetworkConfig
 from fastlightgen.models.layers import Embedder, FeedForward, sinusoids
 
-TEXT_TOKENS = 512  # the released networks' texts are filled up to so many
+TEXT_TOKENS = 512  # the released networks read texts padded to this number of tokens
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class WanConfig(NetworkConfig):
 
 
 class ImageEmbedder(nn.Module):
+    """Turns CLIP's image tokens [B, I, image_dim] into [B, I, D]."""
+
     def __init__(self, cfg: WanConfig):
         super().__init__()
         assert cfg.image_dim is not None
@@ -76,6 +78,8 @@ class ImageEmbedder(nn.Module):
 
 
 class ConditionEmbedder(nn.Module):
+    """Embeds time, text and image tokens."""
+
     def __init__(self, cfg: WanConfig):
         super().__init__()
         self.freq_dim = cfg.freq_dim
@@ -86,7 +90,7 @@ class ConditionEmbedder(nn.Module):
             self.image_embedder = ImageEmbedder(cfg)
 
     def time(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Sinusoids of 1000 t -> (temb [B, D], modulation [B, 6, D])."""
+        """Embed t [B] as (temb [B, D], modulation [B, 6, D])."""
         wave = sinusoids(t, self.freq_dim).to(self.time_proj.weight.dtype)
         temb = self.time_embedder.linear_2(F.silu(self.time_embedder.linear_1(wave)))
         return temb, self.time_proj(F.silu(temb)).unflatten(1, (6, -1))
@@ -96,6 +100,6 @@ class ConditionEmbedder(nn.Module):
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
-    """Wan's split of a head's channels over the frame, row and column axes."""
+    """Number of a head's channels that encode the frame, the row and the column."""
     space = 2 * (head_dim // 6)
     return head_dim - 2 * space, space, space

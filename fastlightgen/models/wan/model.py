@@ -18,17 +18,21 @@ from fastlightgen.ops import add_residual, attend, gate_residual_norm_modulate, 
 
 @dataclass(frozen=True, eq=False)
 class WanTables(Tables):
+    """Positions and the embeddings of time."""
+
     temb: Tensor  # time embedding [B, D]
     mod: Tensor  # time projection [B, 6, D]
 
 
 @dataclass(frozen=True, eq=False)
 class WanPrompt(Prompt):
-    image: Tensor | None  # [B, I, D]
+    """A condition as Wan's blocks read it."""
+
+    image: Tensor | None  # embedded CLIP tokens [B, I, D]
 
 
 class Attention(nn.Module):
-    """RMS norm over all heads together on q and k; cross-attention may read a second set of image keys."""
+    """Attention with an RMS norm of q and k over all heads together; cross-attention may have image keys as well."""
 
     def __init__(self, cfg: WanConfig, added_kv: int | None = None):
         super().__init__()
@@ -41,19 +45,21 @@ class Attention(nn.Module):
             self.norm_added_k = nn.RMSNorm(dim, eps=cfg.eps)
 
     def to_itself(self, x: Tensor, tables: Tables) -> Tensor:
-        """Self-attention: queries and keys are also turned by their place."""
+        """Self-attention, with q and k rotated by their positions."""
         q, k = self.to_q(x), self.to_k(x)
         q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, tables.rope, self.eps)
         return self.to_out[0](tables.attend(*map(self._split, (q, k, self.to_v(x)))))
 
     def query(self, x: Tensor) -> Tensor:
+        """The cross-attention's queries [B, L, heads, head_dim]."""
         return self._split(self.norm_q(self.to_q(x)))
 
     def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, T, heads, head_dim] of a context."""
+        """Keys and values [B, T, heads, head_dim] of the text."""
         return self._split(self.norm_k(self.to_k(context))), self._split(self.to_v(context))
 
     def image_keys(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, I, heads, head_dim] of the image tokens."""
         return self._split(self.norm_added_k(self.add_k_proj(image))), self._split(self.add_v_proj(image))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -61,7 +67,7 @@ class Attention(nn.Module):
 
 
 class WanBlock(Block):
-    """Self-attention, cross-attention and feed-forward with adaLN-single modulation; skipping it is the identity."""
+    """Self-attention, cross-attention and feed-forward, with adaLN-single modulation."""
 
     def __init__(self, cfg: WanConfig):
         super().__init__()
@@ -79,7 +85,7 @@ class WanBlock(Block):
         return [keys] if prompt.image is None else [keys, self.attn2.image_keys(prompt.image)]
 
     def constant_keys(self, prompt: WanPrompt) -> tuple[Tensor, Tensor]:
-        """Keys and values of one text for all clips, which never changes: computed from one row, and once per run."""
+        """Keys and values of a text that is the same in every row and every walk: computed once, from one row."""
         text, text_keys = prompt.text, prompt.text_keys
         assert text_keys is not None
         if self not in text_keys:
@@ -92,7 +98,7 @@ class WanBlock(Block):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + tables.mod).unbind(1)
         x, h = gate_residual_norm_modulate(*job.state.parts(), scale1, shift1, self.eps)
         y = self.attn1.to_itself(h, tables)
-        # Text enters here: everything above was the same for all prompts, and so is the cross-attention's query.
+        # The text enters in the loop below. Until there, the cross-attention's query included, all prompts share.
         if isinstance(self.norm2, nn.LayerNorm):
             x, h = gate_residual_norm_modulate(x, y, gate1, None, None, self.eps, self.norm2.weight, self.norm2.bias)
         else:
@@ -156,7 +162,7 @@ class WanModel(VideoDiT):
         return WanTables(rope, grid, temb, mod)
 
     def merge_key(self, cond: Cond) -> int:
-        """The text first enters in a cross-attention, so streams share everything before it that have one image."""
+        """Streams with the same image start from the same hidden states: the text first enters in a cross-attention."""
         return id(cond.image)
 
     def prompt(self, cond: Cond, tables: Tables) -> WanPrompt:
@@ -174,11 +180,12 @@ class WanModel(VideoDiT):
         shift, scale = (self.scale_shift_table + tables.temb[:, None]).unbind(1)
         _, h = gate_residual_norm_modulate(*state.parts(), scale, shift, self.cfg.eps)
         (f, h_p, w_p), (_, ph, pw) = tables.grid, self.cfg.patch_size
+        # [B, F, h, w, ph, pw, C] -> [B, C, F, h ph, w pw]
         x = self.proj_out(h).view(-1, f, h_p, w_p, ph, pw, self.cfg.out_channels)
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def check(self, x_t: Tensor, conds: list[Cond]) -> None:
-        """Everything that would otherwise be misread or fail far from its cause."""
+        """Raise ValueError for inputs that the network would misread, or that would fail far from their cause."""
         for cond in {id(c): c for c in conds}.values():
             self._check(x_t, cond)
 
@@ -200,7 +207,7 @@ class WanModel(VideoDiT):
         if (cond.image_embeds is None) != (cfg.image_dim is None):
             raise ValueError(f"Wan: image_embeds must be given exactly when image_dim is set (it is {cfg.image_dim})")
         if cfg.added_kv_proj_dim is not None and cond.text.shape[1] != TEXT_TOKENS:
-            # diffusers finds the image tokens by subtracting 512 and silently misreads any other length.
+            # diffusers assumes that the last 512 tokens are the text, and silently misreads any other length.
             raise ValueError(f"Wan I2V: {cond.text.shape[1]} text tokens; pad the text embedding to {TEXT_TOKENS}")
 
     def example_inputs(self, batch: int = 1, seed: int = 0, size: tuple[int, int, int] | None = None):

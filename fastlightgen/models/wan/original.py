@@ -1,4 +1,4 @@
-"""The original Wan2.1 repository's format of this network: its config.json and its checkpoint's keys."""
+"""The format of the original Wan2.1 repository: config.json and the keys of the checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,17 +7,18 @@ from fastlightgen.models.keys import Format
 from fastlightgen.models.wan.keys import wan_table
 from fastlightgen.models.wan.layers import TEXT_TOKENS
 
-IMAGE_DIM = 1280  # of CLIP ViT-H, written into the original code
+IMAGE_DIM = 1280  # width of CLIP ViT-H, a constant in the original code
 
 
 def read(values: Mapping) -> dict[str, Any]:
-    """`model_type` decides whether the network reads an image embedding."""
+    """Further diffusers fields: `model_type` i2v means that the network reads an image embedding."""
     if values["model_type"] not in ("t2v", "i2v"):
         raise ValueError(f"config.json: model_type is {values['model_type']!r}; only 't2v' and 'i2v' are supported")
     return {"image_dim": IMAGE_DIM, "added_kv_proj_dim": values["dim"]} if values["model_type"] == "i2v" else {}
 
 
 def write(config: Mapping) -> dict[str, Any]:
+    """Further original fields: the model type, and the fixed length of the text."""
     image = config["image_dim"]
     if image not in (None, IMAGE_DIM):
         raise ValueError(f"{ORIGINAL.network}: image_dim is {image}; the original network's is {IMAGE_DIM}")
