@@ -45,8 +45,8 @@ def parsed(path: Path, text: str) -> Any:
 def read_run(run: Path) -> dict:
     """Read the configuration, logs, alarms, rankings and evaluations of a run folder, keyed by section."""
     folder = run / "evaluate"
-    names = sorted(p.stem for p in folder.glob("*.json") if p.stem != "speed")
-    names = [n for n in ORDER if n in names] + [n for n in names if n not in ORDER]
+    names = [p.stem for p in folder.glob("*.json") if p.stem != "speed"]
+    names = [n for n in ORDER if n in names] + sorted(set(names) - set(ORDER))
     logs = {n: read_lines(run / f"stage{n}" / "metrics.jsonl") for n in (0, 2, 3)}
     found: dict[str, dict] = {
         "config": read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {},
@@ -61,8 +61,8 @@ def read_run(run: Path) -> dict:
             f"run={run}: nothing to report; wanted config.yaml, stage1/importance.json, stageN/metrics.jsonl or "
             f"evaluate/*.json; make them with {command(run, 'all')}"
         )
-    sizes = [e.get("num_blocks", 0) for e in found["evals"].values()]
-    return found | {"blocks": max(len(found["importance"].get("units", [])), *sizes, 0)}  # of the teacher
+    blocks = [len(found["importance"].get("units", [])), *(e.get("num_blocks", 0) for e in found["evals"].values())]
+    return found | {"blocks": max(blocks)}  # of the teacher
 
 
 def command(run: Path, stage: int | str) -> str:
@@ -287,8 +287,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         ),
         data=data.replace("<", "\\u003c"),  # so that no string can close the script element
     )
-    out = out or run / "report.html"
-    write_text(out, page)
+    write_text(out := out or run / "report.html", page)
     return out
 
 

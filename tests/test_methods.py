@@ -1,5 +1,4 @@
 """A method is one declaration: the toy method of this file trains, is planned, and appears in help and reports."""
-# ruff: noqa: RUF009  `field` is dataclasses.field with checks
 
 import json
 from collections.abc import Callable, Iterator, Sequence

@@ -1,5 +1,4 @@
 """Every key of the commands beside `train` and `plan`: name, type, default, range and meaning."""
-# ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
 
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -2,7 +2,6 @@
 
 The defaults are the stage's, but for those that a real model on a cluster needs.
 """
-# ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
 
 import dataclasses
 from dataclasses import dataclass, fields, make_dataclass

@@ -1,5 +1,4 @@
 """The keys that every training stage has, and help texts that several commands share."""
-# ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
 
 from dataclasses import dataclass, fields
 

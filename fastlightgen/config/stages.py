@@ -4,7 +4,6 @@ A method is one module with a record METHOD: its name, one line about it, the da
 which walks it takes. This file knows the modules by name only. They load torch, so each is imported when it is asked
 for; `register` adds a method from outside.
 """
-# ruff: noqa: RUF009  `field` and `section` are dataclasses.field with checks: lists come from a default_factory
 
 import importlib
 from dataclasses import asdict, fields, make_dataclass

@@ -1,5 +1,4 @@
 """Keys that several stages and methods share; a method's own keys stand in its own file."""
-# ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
 
 from dataclasses import dataclass
 

@@ -2,7 +2,6 @@
 
 Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B].
 """
-# ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
 
 import copy
 from collections.abc import Callable, Sequence

@@ -5,7 +5,6 @@ loop, which exists to accumulate, clip, step and save; it shares the engine's pl
 
 Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B]; errors [clips x timesteps].
 """
-# ruff: noqa: RUF009  `field` is dataclasses.field with checks: lists come from a default_factory
 
 import math
 from collections.abc import Callable, Iterator, Sequence
