@@ -103,20 +103,19 @@ def eq7(
     w_p: float = 1.0,
     w_u: float = 1.0,
 ) -> Tensor:
-    """Eq. 7, the sum of Eq. 5 and Eq. 6; |.|^2 is the mean over elements, v* = noise - x0 (the sign of Eq. 4).
+    """Eq. 7, the sum of Eq. 5 and 6, by path; |.|^2 is the mean over elements, v* = noise - x0 (the sign of Eq. 4).
 
     Eq. 5: (1 - alpha) |v_p - v*|^2 + (1 - alpha) |v_u - v*|^2
     Eq. 6: alpha |v_p - SG(v_target)|^2, where the paper's target is v_u itself
 
-    The kappa term, alpha kappa |v_u - SG(v_target)|^2, is not in the paper. Eq. 6 alone pulls the pruned path to a
-    target that shares its weights, which runs away at alpha = 1; with a fixed target it damages the unpruned path,
-    which is Stage III's strong teacher. w_p and w_u weigh the paths where a coin picks one of them; a path that is not
-    taken is None.
+    The kappa term is not in the paper. Eq. 6 alone pulls the pruned path to a target that shares its weights, which
+    runs away at alpha = 1; with a fixed target it damages the unpruned path, Stage III's strong teacher. w_p and w_u
+    weigh the paths where a coin picks one of them; a path that is not taken is None.
     """
-    training = w_p * ((1 - alpha) * distance(v_p, v_star)) + w_u * ((1 - alpha) * distance(v_u, v_star))
-    distill = w_p * (alpha * distance(v_p, v_target.detach()))
-    anchor = w_u * (alpha * kappa * distance(v_u, v_target.detach()))
-    return distill + training + anchor
+    target = v_target.detach()
+    pruned = alpha * distance(v_p, target) + (1 - alpha) * distance(v_p, v_star)
+    unpruned = alpha * kappa * distance(v_u, target) + (1 - alpha) * distance(v_u, v_star)
+    return w_p * pruned + w_u * unpruned
 
 
 def distance(v: Tensor | None, other: Tensor) -> Tensor:
