@@ -23,6 +23,7 @@ def check_keep(keep: Sequence[int] | None, num_blocks: int) -> frozenset[int]:
 
 def num_dropped(num_blocks: int, ratio: float) -> int:
     """The number of blocks to drop: round(ratio * N), but at least one is dropped and one kept."""
+    # floor(x + 0.5) rounds ties up; round() would round them to even numbers.
     return min(max(math.floor(ratio * num_blocks + 0.5), 1), num_blocks - 1)
 
 
@@ -32,6 +33,7 @@ def draw_keep(pruned: Sequence[int], num_blocks: int, p: float, full_drop_prob: 
     The generator must depend on (seed, step) alone, so that every rank draws the same set: with different sets the
     ranks of a sharded engine would wait for each other's collectives forever.
     """
+    # One coin decides for all blocks together, the others for one block each.
     coins = torch.rand(len(pruned) + 1, generator=generator)
     dropped = [b for b, coin in zip(pruned, coins[1:], strict=True) if coins[0] < full_drop_prob or coin < p]
     return [i for i in range(num_blocks) if i not in dropped]

@@ -47,6 +47,7 @@ def encode(cfg: Encode) -> None:
     }
     out = Path(cfg.out)
     usable = sum(not row.problem for row in rows)
+    # Before the long part starts, show whether the cache fits on the disk.
     say(
         f"{usable} of {len(rows)} listed clips, {frames} frames at {fps:g} per second; at most "
         f"{usable * clip_bytes(encoders, max(h * w for h, w in buckets), frames, cfg) / 1e9:.3g} GB, "
@@ -59,6 +60,7 @@ def encode(cfg: Encode) -> None:
                 null = encoders.null(cfg.null_prompt, buckets[0])
                 writer.write_null(stored(null, cfg.save_dtype, family.cond.text_fields))
             read = partial(read_row, fps=fps, frames=frames, buckets=buckets)
+            # Rank r of n writes the parts r, r + n, r + 2 n, ...
             make_parts(cfg, writer, encoders, rows, range(rank, len(writer.parts), ranks), read)
         counts = writer.finish()
     if counts is None:
@@ -100,7 +102,7 @@ def load_encoders(cfg: Encode, rank: int):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device = pick_device(cfg.device)
-    if device.type == "cuda":
+    if device.type == "cuda":  # one GPU per rank of this host
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
     return Encoders(cfg.pipeline, device, getattr(torch, cfg.dtype), cfg.tiling)
 
@@ -169,6 +171,7 @@ def decoded(rows: Sequence[Row], workers: int, read: Read) -> Iterator[tuple[NDA
 
 def ahead(rows: Sequence[Row], workers: int, read: Read) -> Iterator[tuple[NDArray | None, str]]:
     """Yield read(row) for every row, in order, from worker processes; at most two rows per worker are in memory."""
+    # spawn, because a fork of a process with CUDA and threads can deadlock.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=follow_parent)
     try:
         waiting = deque(pool.submit(read, row) for row in rows[: 2 * workers])

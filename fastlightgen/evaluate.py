@@ -75,12 +75,12 @@ def draw(cfg: Evaluate, subject: Subject, count: int) -> tuple[Tensor, Clips, fl
         for start in range(0, count, cfg.batch):
             clips = world.batch(range(start, min(start + cfg.batch, count)))
             batch = shapes_batch(clips).to(device)
-            noise = torch.randn(batch.x0.shape, generator=generator(cfg.seed, 8, start)).to(device)
+            noise = torch.randn(batch.x0.shape, generator=generator(cfg.seed, 8, start)).to(device)  # 8: the purpose
             clock = time.perf_counter()
             x0 = sample(
                 subject.model, batch.cond, batch.null, noise, **subject.plan, seed=cfg.seed + start, keep=subject.keep
             )
-            made.append(Codec().decode(x0.float().cpu()))
+            made.append(Codec().decode(x0.float().cpu()))  # the copy to the CPU waits for the GPU
             seconds += time.perf_counter() - clock
             asked.append(clips)
             progress.update(len(noise))
@@ -197,6 +197,7 @@ def evaluate_run(cfg: Run) -> None:
     student_folder, stage2_folder = str(run / "stage3" / "model"), str(run / "stage2" / "model")
     base = for_evaluate(cfg, model=student_folder, teacher=cfg.model, out=str(run / "evaluate" / "student.json"))
     card = read_card(student_folder)
+    # The student's sampling plan, for the models that it is compared with.
     few = replace(base, steps=len(card["ladder"]), guidance=1.0, sampler=card["sampler"])
     n, kept = len(card["ladder"]), len(card["kept_blocks"])
     steps = "1 step" if n == 1 else f"{n} steps"
@@ -205,7 +206,7 @@ def evaluate_run(cfg: Run) -> None:
     student = load_subject(base, student_folder, "student", f"{made_by[3]}, {steps}, {kept} blocks")
     teacher = load_subject(base, cfg.model, "teacher", "Teacher")
     teacher.title = f"Teacher, {len(teacher.plan['times'])} steps, guidance {teacher.plan['guidance']:g}"
-    guided = replace(few, guidance=-1.0, sampler="ode")
+    guided = replace(few, guidance=-1.0, sampler="ode")  # -1: the model's own guidance
     shortened = load_subject(guided, cfg.model, "teacher-few", f"Teacher, only {steps}")
     ranking = read_importance(run / "stage1" / "importance.json", teacher.model.num_blocks)
     pruned = replace(
@@ -232,7 +233,7 @@ def evaluate(cfg: Evaluate) -> None:
     """Evaluate a model and, if teacher= is given, the teacher and the speedup."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)  # denormal numbers slow CPUs down
     out = Path(cfg.out)
     subject = load_subject(cfg, cfg.model, out.stem, cfg.model)
     record, clips = measure(cfg, subject)

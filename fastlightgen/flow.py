@@ -51,7 +51,7 @@ def draw_times(batch: int, shift: float, kind: str, generator: torch.Generator) 
     u = rand(batch, generator)
     if kind == "logit_normal":
         u = torch.sigmoid(randn(batch, generator))
-    return shift_time(u.clamp(1e-4, 1.0), shift)
+    return shift_time(u.clamp(1e-4, 1.0), shift)  # t = 0 has no noise to predict
 
 
 Predict = Callable[[Tensor, float], Tensor]  # (x_t, t) -> v
@@ -67,5 +67,6 @@ def rollout(predict: Predict, x: Tensor, times: list[float], kind: str, renoise:
     for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
         with torch.no_grad():
             v = predict(x, t)
+            # x - t v is the x0 estimate (Eq. 4); t_next < t, so the Euler step goes towards the data.
             x = x + (t_next - t) * v if kind == "ode" else add_noise(x - t * v, renoise(i), t_next)
     return x - times[-1] * predict(x, times[-1])

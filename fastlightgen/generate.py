@@ -33,7 +33,7 @@ def generate(cfg: Generate) -> None:
     with clock("load"):
         world = Pipeline(pipeline, device, dtype, cfg.size) if pipeline else BuiltIn(cfg.size)
     plan = sampling_plan(read_card(folder), cfg.steps, cfg.guidance, cfg.sampler, world.defaults)
-    negative = cfg.negative if plan["guidance"] != 1.0 else None
+    negative = cfg.negative if plan["guidance"] != 1.0 else None  # without guidance nothing reads it
     with clock("text"):
         wishes = [world.wish(prompt, negative, image, cfg.count) for prompt, image in asked]
         world.release()
@@ -50,7 +50,7 @@ def generate(cfg: Generate) -> None:
                 x0 = sample(model, wish.cond, wish.null, noise, **plan, seed=cfg.seed, tick=progress.update)
             with clock("decode"):
                 frames = world.frames(x0)
-            file = out.with_stem(f"{out.stem}-{number:03d}") if cfg.prompts else out
+            file = out.with_stem(f"{out.stem}-{number:03d}") if cfg.prompts else out  # NAME-000.mp4, NAME-001.mp4, ...
             with clock("write"):
                 write_clips(file, frames, world.fps)
     where = f"{out.with_stem(f'{out.stem}-000')} ... {len(wishes)} files" if cfg.prompts else str(out)

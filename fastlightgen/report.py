@@ -126,7 +126,7 @@ def clips(run: Path, evals: dict) -> str:
         return ""
     heads = "".join(f'<div class="{"student" * (n == "student")}">{escape(e["title"])}</div>' for n, e in evals.items())
     rows = []
-    longest: list[dict] = max((e["shown"] for e in evals.values()), key=len)
+    longest: list[dict] = max((e["shown"] for e in evals.values()), key=len)  # models may show different numbers
     for k, clip in enumerate(longest):
         given = ' <span class="tag">first frame given</span>' if clip["has_first"] else ""
         has = [k < len(e["shown"]) for e in evals.values()]
@@ -148,6 +148,7 @@ def best(key: str, evals: dict) -> list[str]:
     goal, real = SCORES[key][2], values.pop("real", None)
     if len(values) < 2 or (goal == "real" and real is None):
         return []
+    # The best score has the smallest cost.
     cost = {"high": lambda v: -v, "low": float, "one": lambda v: abs(v - 1), "real": lambda v: abs(v - real)}[goal]
     least = min(map(cost, values.values()))
     winners = {score(evals[n], key) for n, v in values.items() if math.isclose(cost(v), least)}
@@ -205,7 +206,7 @@ def watched(found: dict) -> str:
         names = [key for key in lines[-1] if key.startswith("share_")]
         shares = {key.removeprefix("share_"): sum(ln.get(key, 0.0) for ln in lines) / len(lines) for key in names}
         if shares:
-            shares["rest"] = max(0.0, 1 - sum(shares.values()))
+            shares["rest"] = max(0.0, 1 - sum(shares.values()))  # rounding can bring the sum above 1
             parts = "".join(
                 f'<i style="width:{v:.1%};opacity:{0.75**k:.2f}"></i>' for k, v in enumerate(shares.values())
             )
@@ -292,7 +293,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 
 def placeholder(run: Path, stage: int | str) -> str:
-    """The text of an empty section: the command that fills it."""
+    """The text of an empty section, with the command that fills it."""
     return f'<p class="missing">Not there yet: <code>{escape(command(run, stage))}</code> makes it.</p>'
 
 

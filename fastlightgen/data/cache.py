@@ -68,11 +68,12 @@ class Cache:
             version = index["format"]
             shards = [(str(s["file"]), int(s["clips"]), tuple(s.get("size", ()))) for s in index["shards"]]
             self.description = dict(index["description"])
-        except (OSError, KeyError, TypeError, ValueError, AttributeError) as err:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as err:  # missing, or JSON of another shape
             raise ValueError(f"{self.folder}/index.json: not a latent cache ({type(err).__name__}: {err})") from None
         if version not in READS:
             reads = " and ".join(map(str, READS))
             raise ValueError(f"{self.folder}: cache format {version}, this version reads {reads}")
+        # A downloaded cache must not make us read files elsewhere.
         if any(Path(name).name != name or name == ".." for name, _, _ in shards):
             raise ValueError(f"{self.folder}/index.json: names files outside its folder")
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]  # runs record it as data_hash
@@ -151,6 +152,7 @@ def crc32(clip: Mapping[str, Tensor]) -> int:
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file that appears complete or not at all."""
     temporary = file.with_suffix(".tmp")
+    # safetensors refuses tensors with strides.
     save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
     os.replace(temporary, file)
 

@@ -34,10 +34,10 @@ def read_image(path: str, height: int, width: int) -> torch.Tensor:
     from PIL import Image
 
     picture = open_image(path)
-    scale = min(picture.width / width, picture.height / height)
+    scale = min(picture.width / width, picture.height / height)  # the largest crop of that shape
     w, h = round(width * scale), round(height * scale)
     left, top = (picture.width - w) // 2, (picture.height - h) // 2
-    kind = Image.Resampling.BOX if scale >= 1 else Image.Resampling.BICUBIC
+    kind = Image.Resampling.BOX if scale >= 1 else Image.Resampling.BICUBIC  # average down, interpolate up
     small = picture.crop((left, top, left + w, top + h)).resize((width, height), kind)
     return torch.from_numpy(np.asarray(small).astype(np.float32) / 255).permute(2, 0, 1)
 
@@ -60,7 +60,7 @@ def write_gif(path: Path, frames: NDArray, fps: int) -> None:
     from PIL import Image
 
     pictures = [Image.fromarray(f) for f in in_rows(frames)]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)  # ms; forever
 
 
 def write_sheet(path: Path, frames: NDArray, fps: int) -> None:
@@ -78,7 +78,7 @@ def write_mp4(path: Path, frames: NDArray, fps: int) -> None:
         stream.height, stream.width, stream.pix_fmt = film.shape[1], film.shape[2], "yuv420p"
         for picture in film:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+        container.mux(stream.encode())  # flush the pictures that the encoder still holds
 
 
 def _av(path: Path):

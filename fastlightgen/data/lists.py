@@ -55,6 +55,7 @@ def folder_rows(folder: Path) -> list[Row]:
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in VIDEOS if file.is_file() else pictures(file):
             text = file.with_suffix(".txt")
+            # A caption in another encoding must not stop the list.
             caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else ""
             problem = "" if caption else f"no caption: {text.name} is missing or empty"
             rows.append(Row(file.name, file, caption, problem=problem))
@@ -67,7 +68,7 @@ def pictures(folder: Path) -> list[Path]:
 
 
 def csv_records(path: Path) -> list[dict]:
-    with open(path, newline="", encoding="utf-8-sig") as f:
+    with open(path, newline="", encoding="utf-8-sig") as f:  # -sig: spreadsheets write a byte order mark
         reader = csv.DictReader(f, strict=True)
         try:
             records, names = list(reader), reader.fieldnames or []
@@ -119,7 +120,7 @@ def list_row(record: dict, base: Path, min_dover: float) -> Row:
     problem = ""
     if start < 0 or (end is not None and end <= start):
         problem = f"start={start:g}, end={end}: wanted 0 <= start < end"
-    elif numbers.get("dover", min_dover) < min_dover:
+    elif numbers.get("dover", min_dover) < min_dover:  # clips without a score pass
         problem = f"dover={numbers['dover']:g} is below min_dover={min_dover:g}"
     elif not (file.is_file() or (file.is_dir() and pictures(file))):
         problem = "not found" if not file.exists() else "a folder without pictures"

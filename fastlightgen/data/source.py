@@ -103,6 +103,7 @@ class CacheSource:
 
     def _order(self, number: int, epoch: int) -> list[int]:
         """The order of a size's clips in one epoch."""
+        # Size 0 uses the epoch alone, so that a cache with one size is drawn by (seed, epoch).
         keys = (epoch, number) if number else (epoch,)
         return torch.randperm(len(self.groups[number]), generator=generator(self.seed, *keys)).tolist()
 
@@ -112,5 +113,6 @@ class CacheSource:
         }
         x0 = clips.pop("latents")
         cond = self.cond(**clips)
+        # The null prompt replaces the text only; images and first frames stay those of the clip.
         null = {k: v.to(clips[k]).expand_as(clips[k]) for k, v in self.cache.null.items()}
         return Batch(x0, cond, self.cond(**clips | null))

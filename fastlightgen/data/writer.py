@@ -82,7 +82,7 @@ class Writer:
 
     def write_part(self, number: int, clips: Iterable[Clip], skipped: list[dict]) -> None:
         """Write one shard for every size, then the record that marks the part as done."""
-        sizes: dict[tuple, list[Clip]] = {}
+        sizes: dict[tuple, list[Clip]] = {}  # (height, width): its clips
         for clip in clips:
             sizes.setdefault(tuple(clip[1]["resolution"]), []).append(clip)
         shards = []
@@ -102,6 +102,7 @@ class Writer:
             records = [r for number in range(len(self.parts)) if (r := self._record(number)) is not None]
             if len(records) < len(self.parts) or not (self.folder / "null.safetensors").is_file():
                 return None
+            # In the order of the parts, so that the index does not depend on who finished first.
             shards = [s for r in records for s in r["shards"]]
             skipped = [s for r in records for s in r["skipped"]]
             write_json(self.folder / "skipped.json", skipped)
@@ -109,7 +110,7 @@ class Writer:
             if not clips:
                 first = f"{skipped[0]['file']}: {skipped[0]['reason']}"
                 raise ValueError(f"out={self.folder}: not one of {len(skipped)} clips could be encoded; first {first}")
-            if not self.complete:
+            if not self.complete:  # another process may have been faster
                 write_index(self.folder, shards, self.description)
                 for leftover in self.folder.rglob("*.tmp"):  # from processes that were killed while writing
                     leftover.unlink()
@@ -153,7 +154,7 @@ def list_hash(rows: Sequence[Row]) -> str:
 def free_bytes(folder: Path) -> int:
     """Free bytes on the disk that will hold `folder`."""
     place = folder
-    while not place.exists():
+    while not place.exists():  # the nearest existing parent lies on the same disk
         place = place.parent
     stat = os.statvfs(place)
     return stat.f_bavail * stat.f_frsize

@@ -30,6 +30,7 @@ NEWER = {
     "flash3": ("FA3", "flash_attn_interface", (9,)),
     "flash4": ("FA4", "flash_attn.cute.interface", (9, 10)),
 }
+# The order in which a call falls back to other kernels.
 IN_ORDER = [CUDNN, FLASH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ON_CPU = ("flash", "math")
 
@@ -94,6 +95,7 @@ def _listed(rejected: dict[str, str]) -> str:
 def describe() -> str:
     """One line for the start of a command, e.g. `attention: cudnn (flash3: flash_attn_interface is not installed)`."""
     name, _, why = choice()
+    # FlashAttention has no mask, so masked calls use the next kernel.
     flash = name is not None and KERNELS[name] == FLASH and torch.cuda.is_available()
     masked = ", calls with a mask: cudnn" if flash else ""
     return f"attention: {name or 'as torch chooses'} ({why}){masked}"
@@ -129,6 +131,7 @@ def _switch_on(impl: str, module: str, gpus: tuple[int, ...]) -> str:
     if found is None:
         return f"{module} is not installed"
     try:
+        # Replaces torch's flash kernel, so that SDPBackend.FLASH_ATTENTION means this one from now on.
         switch.activate_flash_attention_impl(impl)
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
         return f"{module} does not load: {' '.join(str(error).split())}"

@@ -77,7 +77,7 @@ def _why_not(backend: str) -> str:
     if not built:
         return f"not built ({detail}); `FLG_BUILD_CUDA=1 pip install -e .` shows why"
     major, minor = torch.cuda.get_device_capability()
-    archs = [arch.rstrip("af") for arch in compiled().archs().split(";")]
+    archs = [arch.rstrip("af") for arch in compiled().archs().split(";")]  # "90a" -> "90"
     if f"{major}{minor}" not in archs:
         return f"built for sm_{'/'.join(archs)}, not sm_{major}{minor}; rebuild with FLG_CUDA_ARCHS={major}{minor}"
     return ""
@@ -104,6 +104,7 @@ def register(
     recorded = _recorded(name, op, compute, setup, gradient)
 
     def eager(*args):
+        # With gradients: the autograd function. Without: the bare kernel, or the dispatcher if something observes.
         wanted = torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
         return recorded(*args) if wanted else compute(*args) if unobserved(args) else _below_autograd(op, args)
 
@@ -111,6 +112,7 @@ def register(
     return lambda *args: op(*args) if torch.compiler.is_compiling() else eager(*args)
 
 
+# Subclasses, such as fake tensors, go through the dispatcher.
 PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, float}
 
 

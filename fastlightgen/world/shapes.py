@@ -176,7 +176,10 @@ class Shapes:
         truth = self._truth(u)
         stated = (truth[k].tolist() for k in ("main_colour", "main_kind", "direction", "speed", "change"))
         others = zip(truth["companion_colour"].tolist(), truth["companion_kind"].tolist())
-        captions = [caption(*main, None if other[0] < 0 else other) for *main, other in zip(*stated, others)]
+        captions = [
+            caption(colour, kind, direction, speed, change, None if other[0] < 0 else other)
+            for colour, kind, direction, speed, change, other in zip(*stated, others)
+        ]
         video = torch.from_numpy(self._render(u, truth).astype(np.float32)).permute(0, 1, 4, 2, 3).contiguous()
         return Clips(video, captions, torch.from_numpy(u[:, 0] < self.first_frame_prob), truth)
 

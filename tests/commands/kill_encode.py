@@ -48,11 +48,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     encoders = Encoders(next(w for w in words if w.startswith("pipeline=")).removeprefix("pipeline="))
     command.load_encoders = lambda cfg, rank: encoders
-    assert forked(root / "whole", words) == 0
-    told = {}
+    assert forked(root / "undisturbed", words) == 0
+    outcome = {}
     for n in moments:
         status = forked(root / str(n), words, n)
         left = len(list((root / str(n)).rglob("*.tmp")))
-        told[n] = [os.WIFSIGNALED(status), (root / str(n) / "index.json").exists(), left]
+        outcome[n] = [os.WIFSIGNALED(status), (root / str(n) / "index.json").exists(), left]
         assert forked(root / str(n), words) == 0
-    print(json.dumps(told))
+    print(json.dumps(outcome))

@@ -85,17 +85,17 @@ def made(run, tmp_path_factory):
 
 
 @pytest.fixture
-def whole(made, tmp_path):
+def finished(made, tmp_path):
     """A copy of a finished cache that a test may change."""
-    return shutil.copytree(made, tmp_path / "whole")
+    return shutil.copytree(made, tmp_path / "finished")
 
 
 def clip_of(cache: Cache, caption: str) -> int:
     return next(i for i in range(len(cache)) if cache.sample(i)["caption"] == caption)
 
 
-def test_a_cache_holds_what_the_encoders_make(whole, videos, shared_encoders, capsys):
-    cache, rows = Cache(whole), read_list(videos / "list.csv", 80)
+def test_a_cache_holds_what_the_encoders_make(finished, videos, shared_encoders, capsys):
+    cache, rows = Cache(finished), read_list(videos / "list.csv", 80)
     assert len(cache) == len(USED)
     for row in (rows[i] for i in USED):
         i = clip_of(cache, row.caption)
@@ -103,19 +103,23 @@ def test_a_cache_holds_what_the_encoders_make(whole, videos, shared_encoders, ca
         got = cache.read([i])
         assert got.keys() == wanted.keys()
         assert all(torch.equal(got[key][0], wanted[key]) for key in wanted)
-        told = cache.sample(i)
-        assert told["source"] == source_hash(row.file) and told["file"] == row.name
-        assert (told["start"], told["end"]) == (row.start, row.end)
-        assert told["resolution"] == ([48, 32] if row.name == "b.mkv" else [32, 48])
+        origin = cache.sample(i)
+        assert origin["source"] == source_hash(row.file) and origin["file"] == row.name
+        assert (origin["start"], origin["end"]) == (row.start, row.end)
+        assert origin["resolution"] == ([48, 32] if row.name == "b.mkv" else [32, 48])
     null = shared_encoders.null("", BUCKETS[0])
     assert all(torch.equal(cache.null[key], null[key]) for key in null)
-    skipped = json.loads((whole / "skipped.json").read_text())
+    skipped = json.loads((finished / "skipped.json").read_text())
     assert [s["row"] for s in skipped] == list(SKIPPED)
     assert all(said in s["reason"] for s, said in zip(skipped, SKIPPED.values(), strict=True))
-    told = cache.description
-    assert told["fps"] == 8 and told["frames"] == 5 and told["vae"] == shared_encoders.description()["vae"]
-    with safe_open(whole / "shard-00001-48x32.safetensors", "pt") as shard:  # a shard describes itself
-        assert json.loads(shard.metadata()["fastlightgen"])["description"] == told
+    description = cache.description
+    assert (
+        description["fps"] == 8
+        and description["frames"] == 5
+        and description["vae"] == shared_encoders.description()["vae"]
+    )
+    with safe_open(finished / "shard-00001-48x32.safetensors", "pt") as shard:  # a shard describes itself
+        assert json.loads(shard.metadata()["fastlightgen"])["description"] == description
     assert [len(group) for group in cache.groups()] == [4, 1]
 
 
@@ -127,11 +131,13 @@ def test_said_before_and_after(run, tmp_path, capsys):
     assert f"{tmp_path / 'out'}: 5 clips, 4 skipped: {tmp_path / 'out' / 'skipped.json'}" in out
 
 
-def test_the_same_command_again_changes_nothing(run, whole):
-    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*.safetensors")} | {"index": (whole / "index.json").stat()}
-    run(whole)
-    assert before == {p: p.stat().st_mtime_ns for p in whole.rglob("*.safetensors")} | {
-        "index": (whole / "index.json").stat()
+def test_the_same_command_again_changes_nothing(run, finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} | {
+        "index": (finished / "index.json").stat()
+    }
+    run(finished)
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} | {
+        "index": (finished / "index.json").stat()
     }
 
 
@@ -145,13 +151,13 @@ def test_the_same_command_again_changes_nothing(run, whole):
         ("null_prompt=bad quality", "description.null_prompt: "),
     ],
 )
-def test_another_configuration_is_refused(run, whole, capsys, word, said):
-    before = files(whole)
+def test_another_configuration_is_refused(run, finished, capsys, word, said):
+    before = files(finished)
     with pytest.raises(SystemExit):
-        run(whole, word)
+        run(finished, word)
     error = capsys.readouterr().err
-    assert f"out={whole} was started with another configuration" in error and said in error
-    assert error.count("\n") == 1 and files(whole) == before
+    assert f"out={finished} was started with another configuration" in error and said in error
+    assert error.count("\n") == 1 and files(finished) == before
 
 
 def test_killed_at_any_moment_and_continued(made, videos, pipeline, tmp_path):
@@ -169,44 +175,44 @@ def test_killed_at_any_moment_and_continued(made, videos, pipeline, tmp_path):
         [sys.executable, script, tmp_path, "3,6,12,13", *words], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told == {str(n): [True, False, n % 2] for n in (3, 6, 12, 13)}
-    wanted = files(tmp_path / "whole")
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert outcome == {str(n): [True, False, n % 2] for n in (3, 6, 12, 13)}
+    wanted = files(tmp_path / "undisturbed")
     assert wanted.keys() == files(made).keys()
     for n in (3, 6, 12, 13):
         assert files(tmp_path / str(n)) == wanted
 
 
-def test_ranks_share_the_work(run, whole, tmp_path, capsys, monkeypatch):
+def test_ranks_share_the_work(run, finished, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     run(tmp_path / "two", "rank=1", "ranks=2")
     assert "rank 1 of 2 is done; the last rank to finish writes the index" in capsys.readouterr().out
     assert not (tmp_path / "two" / "index.json").exists()
     run(tmp_path / "two", "rank=0", "ranks=2")
-    assert files(tmp_path / "two") == files(whole)
+    assert files(tmp_path / "two") == files(finished)
     for rank in ("2", "0", "1"):  # torchrun sets RANK; a finished rank may start again
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "3")
         run(tmp_path / "three")
-    assert files(tmp_path / "three") == files(whole)
+    assert files(tmp_path / "three") == files(finished)
 
 
-def test_a_damaged_part_is_made_again(run, whole, tmp_path):
-    wanted = files(whole)
-    shard = whole / "shard-00002-32x48.safetensors"
+def test_a_damaged_part_is_made_again(run, finished, tmp_path):
+    wanted = files(finished)
+    shard = finished / "shard-00002-32x48.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    (whole / "index.json").unlink()
-    run(whole)
-    assert files(whole) == wanted
+    (finished / "index.json").unlink()
+    run(finished)
+    assert files(finished) == wanted
 
 
-def test_two_processes_do_not_make_the_same_part(run, whole, tmp_path, capsys):
+def test_two_processes_do_not_make_the_same_part(run, finished, tmp_path, capsys):
     import fcntl
 
-    with open(whole / ".lock-0", "w") as held:
+    with open(finished / ".lock-0", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(SystemExit):
-            run(whole)
+            run(finished)
     assert "another process writes it as rank=0; wait for it" in capsys.readouterr().err
 
 
@@ -232,9 +238,9 @@ def test_decoding_processes_keep_the_order_and_survive_a_crash():
     assert list(command.decoded(rows, 1, read_or_die)) == wanted
 
 
-def test_workers_make_the_same_cache(run, whole, tmp_path):
+def test_workers_make_the_same_cache(run, finished, tmp_path):
     run(tmp_path / "out", "workers=2")
-    assert files(tmp_path / "out") == files(whole)
+    assert files(tmp_path / "out") == files(finished)
 
 
 @pytest.mark.parametrize(
@@ -274,9 +280,9 @@ def test_numbers_too_large_for_their_type_stop():
     assert kept["latents"].dtype == torch.bfloat16 and kept["text"].dtype == torch.float32
 
 
-def test_the_stages_train_from_it(whole, pipeline, tmp_path, capsys):
+def test_the_stages_train_from_it(finished, pipeline, tmp_path, capsys):
     """Stages 1 to 3 from the cache with the pipeline's own network; then a cache of another VAE is refused."""
-    common = [f"model={pipeline('wan_i2v') / 'transformer'}", f"data={whole}", f"run={tmp_path / 'run'}", "batch=1"]
+    common = [f"model={pipeline('wan_i2v') / 'transformer'}", f"data={finished}", f"run={tmp_path / 'run'}", "batch=1"]
     common += ["progress=false", "threads=1"]
     run_train(*common, "stage=1", "clips=1", "timesteps=1")
     out = capsys.readouterr().out
@@ -291,9 +297,9 @@ def test_the_stages_train_from_it(whole, pipeline, tmp_path, capsys):
     assert "the teacher" not in capsys.readouterr().out
     for stage in (2, 3):
         card = json.loads((tmp_path / "run" / f"stage{stage}" / "model" / "fastlightgen.json").read_text())
-        assert card["vae"] == Cache(whole).description["vae"]
+        assert card["vae"] == Cache(finished).description["vae"]
 
-    index = json.loads((whole / "index.json").read_text())
+    index = json.loads((finished / "index.json").read_text())
     for key, value, said in [
         ("vae", "0123456789abcdef", "made with vae 0123456789abcdef, the model has "),
         ("family", "hunyuan", "made with family hunyuan, the model has wan"),
@@ -301,15 +307,15 @@ def test_the_stages_train_from_it(whole, pipeline, tmp_path, capsys):
         ("text_dim", 64, "made with text_dim 64, the model has 32"),
     ]:
         changed = index | {"description": index["description"] | {key: value}}
-        (whole / "index.json").write_text(json.dumps(changed))
+        (finished / "index.json").write_text(json.dumps(changed))
         with pytest.raises(SystemExit):
             run_train(*common, *small, "stage=3", f"run={tmp_path / key}", f"stage2_model={tmp_path}/run/stage2/model")
         error = capsys.readouterr().err
         assert said in error and "encode the videos again" in error and error.count("\n") == 1
 
 
-def test_batches_from_it_have_one_size(whole):
-    source = open_source(str(whole), 0)
+def test_batches_from_it_have_one_size(finished):
+    source = open_source(str(finished), 0)
     shapes = {tuple(source.batch(step, 2).x0.shape) for step in range(12)}
     assert shapes == {(2, 16, 2, 4, 6), (2, 16, 2, 6, 4)}
     batch = source.batch(0, 2)

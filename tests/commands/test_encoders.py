@@ -105,15 +105,16 @@ def test_null_prompt(kind, encoders, clip):
 
 
 def test_description(kind, encoders, pipeline):
-    told = encoders.description()
+    description = encoders.description()
     assert (
-        told["vae"] == component_id(pipeline(kind) / "vae") and told["in_channels"] == encoders.network["in_channels"]
+        description["vae"] == component_id(pipeline(kind) / "vae")
+        and description["in_channels"] == encoders.network["in_channels"]
     )
     wan = kind.startswith("wan")
-    assert told["family"] == ("wan" if wan else "hunyuan")
-    assert len(told["shift"]) == len(told["scale"]) == (16 if wan else 1)
-    assert told["scale"][0] == pytest.approx(1 / 2.8184 if wan else 0.476986, rel=1e-6)
-    assert json.loads(json.dumps(told)) == told
+    assert description["family"] == ("wan" if wan else "hunyuan")
+    assert len(description["shift"]) == len(description["scale"]) == (16 if wan else 1)
+    assert description["scale"][0] == pytest.approx(1 / 2.8184 if wan else 0.476986, rel=1e-6)
+    assert json.loads(json.dumps(description)) == description
 
 
 def test_component_ids(tmp_path):

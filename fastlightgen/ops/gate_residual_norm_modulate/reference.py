@@ -50,6 +50,7 @@ def on_tables(
     x, y = (v.reshape(groups, -1, v.shape[-1]) for v in (x, y))
     x = add_residual(x, y, gate)
     if affine or scale is None or shift is None:
+        # All rows of these tables are equal: the operator repeats weight and bias for the kernels.
         weight, bias = (None if t is None else t[0].to(x.dtype) for t in (scale, shift))
         return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return x, norm_modulate(x, scale[:, None], shift[:, None], eps)

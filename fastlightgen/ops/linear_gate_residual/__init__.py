@@ -34,7 +34,7 @@ def linear_gate_residual(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bia
     operands = c, gate, x, weight, bias
     tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     out = _Saved.apply(*operands) if tracked else _empty(c)
-    _product(out.detach(), *operands)
+    _product(out.detach(), *operands)  # detached: autograd must not see the write into its result
     return out
 
 
@@ -67,7 +67,7 @@ def _fake(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
+    ctx.save_for_backward(*inputs[1:])  # the gradient does not depend on c
 
 
 def _autograd(ctx, dout: Tensor) -> tuple:
@@ -89,7 +89,7 @@ def _autograd(ctx, dout: Tensor) -> tuple:
         if for_x:
             dx.append(d @ (g[:, None] * weight).to(weight.dtype))
         if for_gate or for_weight:
-            product = d.mT @ rows
+            product = d.mT @ rows  # P [N, K]
             dgate.append((product * weight).sum(1, dtype=gate.dtype) + (0 if bias is None else bias * total))
             dweight = dweight + g[:, None] * product
     return (

@@ -43,12 +43,13 @@ def _forward(
     PH: tl.constexpr, PW: tl.constexpr, HB: tl.constexpr, P: tl.constexpr, PER_HEAD: tl.constexpr,
 ):  # fmt: skip
     HEAD: tl.constexpr = 2 * (PF + PH + PW)
+    # One program per row: norm, then rotate the pairs (a, b) by their angles if the token lies on the grid.
     row = tl.program_id(0).to(tl.int64)
     head, pair = tl.arange(0, HB)[:, None], tl.arange(0, P)[None, :]
     mask = (head < HEADS) & (pair < HEAD // 2)
     col = head * HEAD + 2 * pair
     at = row * HEADS * HEAD + col
-    wide = 2 * pair + head * 0 if PER_HEAD else col
+    wide = 2 * pair + head * 0 if PER_HEAD else col  # columns of the weight: one per head channel, or one per column
     a = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(x + at + 1, mask=mask, other=0.0).to(tl.float32)
     rstd = 1.0 / tl.sqrt(_mean(a * a + b * b, HEAD, HEADS, PER_HEAD) + eps)
@@ -71,6 +72,8 @@ def _backward(
     PER_HEAD: tl.constexpr,
 ):  # fmt: skip
     HEAD: tl.constexpr = 2 * (PF + PH + PW)
+    # One program per run of LENGTH rows. With n = x rstd, b = dout rotated back and g = weight b:
+    # dx = rstd (g - n mean(g n)), dweight = sum n b.
     run = tl.program_id(0).to(tl.int64)
     head, pair = tl.arange(0, HB)[:, None], tl.arange(0, P)[None, :]
     in_row = (head < HEADS) & (pair < HEAD // 2)
@@ -95,11 +98,11 @@ def _backward(
             db = db * cos - da * sin
             da = back
         rstd = 1.0 / tl.sqrt(_mean(a * a + b * b, HEAD, HEADS, PER_HEAD) + eps)
-        a *= rstd
+        a *= rstd  # n
         b *= rstd
         sum_a += da * a
         sum_b += db * b
-        da *= wa
+        da *= wa  # g
         db *= wb
         mean = _mean(da * a + db * b, HEAD, HEADS, PER_HEAD)
         tl.store(dx + at, (rstd * (da - a * mean)).to(dx.dtype.element_ty), mask=mask)
