@@ -1,4 +1,4 @@
-"""Very small diffusers pipelines with all parts of the released ones, built offline: `wan_t2v(folder)` and so on.
+"""Very small diffusers pipelines with all parts of a real one, built offline: `wan_t2v(folder)` and so on.
 
 Weights are random but fixed by a seed; tokenizers are trained here on a few sentences. Running a Wan
 image-to-video pipeline needs ftfy. The fixture `pipeline` (conftest.py) builds each kind once per session.
@@ -41,7 +41,7 @@ HUNYUAN = {
 
 
 def seeded(seed: int):
-    """Draw the weights from `seed` without touching the caller's random state."""
+    """Decorator: draw the weights from `seed` without changing the caller's random state."""
 
     def wrap(build: Callable) -> Callable:
         @functools.wraps(build)
@@ -66,7 +66,7 @@ def wan_t2v(folder: Path) -> Path:
 
 @seeded(1)
 def wan_i2v(folder: Path) -> Path:
-    """WanImageToVideoPipeline: the same with a CLIP vision encoder and 36 channels."""
+    """WanImageToVideoPipeline: as wan_t2v, with a CLIP vision encoder and 36 channels."""
     from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -109,7 +109,7 @@ def hunyuan_i2v(folder: Path, condition: str = "latent_concat") -> Path:
 
     parts = hunyuan_parts()
     tokenizer = parts["tokenizer"]
-    vision = CLIPVisionConfig(  # 24 x 24 patches: the pipeline's 576 image tokens are fixed
+    vision = CLIPVisionConfig(  # 24 x 24 patches: the pipeline requires 576 image tokens
         hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=336, patch_size=14
     )
     llava = LlavaConfig(
@@ -216,7 +216,7 @@ def clip_processor(size: int):
 
 
 def unigram_tokenizer():
-    """A T5-like tokenizer: pieces with a leading mark, `</s>` at the end, `<pad>` has id 0."""
+    """A T5-like tokenizer: pieces with a leading mark, `</s>` at the end, `<pad>` has the index 0."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -232,7 +232,7 @@ def unigram_tokenizer():
 
 
 def llama_tokenizer():
-    """A Llama-3-like tokenizer: each special word of the pipelines' templates is one token."""
+    """A Llama-3-like tokenizer: each word of the pipelines' templates is one token, as in the real one."""
     special = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>", "<pad>"]
     return bpe_tokenizer(special, "<|begin_of_text|>", None, pad="<pad>")
 

@@ -206,7 +206,7 @@ def ribbon_cost(cfg: Mapping, latent: tuple[int, int, int], text: int, use_fused
 
 
 def ribbon_table(config: Mapping) -> Table:
-    """The original checkpoint format stores q, k and v of a block as one tensor."""
+    """The key table: the original stores q, k and v of a block as one tensor."""
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     outside = ("x_in", "text_in", "time_in", "mood_in", "proj_out")
     whole = named({name: f"ribbon.{name}" for name in outside})
@@ -279,11 +279,11 @@ RIBBON = Family(
 )
 
 
-# The stock classes, as diffusers would define them.
+# The stock classes, which the tests add to `diffusers`.
 
 
 class RibbonTransformer(ModelMixin, ConfigMixin):
-    """The same network, written independently."""
+    """The same network, written a second time without this package."""
 
     @register_to_config
     def __init__(
@@ -324,7 +324,7 @@ class RibbonTransformer(ModelMixin, ConfigMixin):
 
 
 class RibbonVAE(ModelMixin, ConfigMixin):
-    """Mean colours of the first frame and of four frames at a time, in patches of 16 x 16, turned into 8 channels."""
+    """Averages colours over patches of 16 x 16 pixels and over 1 (first) or 4 frames, as 8 channels."""
 
     @register_to_config
     def __init__(self, shift=0.2, scale=3.0):
@@ -342,11 +342,11 @@ class RibbonVAE(ModelMixin, ConfigMixin):
         return (torch.cat([colours[:, :, :1], colours[:, :, 1:].repeat_interleave(4, 2)], 2),)
 
     def enable_tiling(self) -> None:
-        """Does nothing: this VAE is small."""
+        """Tiling is not needed at this size."""
 
 
 class RibbonText(ModelMixin, ConfigMixin):
-    """Encodes each letter as a vector, and the prompt's mood: shares of vowels and spaces, and its length."""
+    """Encodes every letter as a vector, and the prompt's mood: fraction of vowels, fraction of spaces, length."""
 
     @register_to_config
     def __init__(self, text_dim=6):
@@ -366,7 +366,7 @@ class RibbonPipeline(DiffusionPipeline):
         return text, torch.tensor(len(letters)), mood.float()
 
 
-# One run through all commands, and its results.
+# One run through all commands, and checks of its results.
 
 
 PROMPTS = ("a red ribbon turns", "blue and green", "so grey", "a yellow field")
@@ -384,14 +384,14 @@ def registered() -> Iterator[None]:
 
 
 def film(seed: int) -> np.ndarray:
-    """Frames [5, 32, 64, 3] that the VAE reproduces: one colour per 16 x 16 patch, frames 1 to 4 equal."""
+    """Frames [5, 32, 64, 3] that the VAE reproduces: one colour per patch of 16 x 16, frames 1 to 4 equal."""
     colours = np.random.default_rng(seed).integers(0, 256, (2, 2, 4, 3), np.uint8)
     return colours.repeat(16, 1).repeat(16, 2)[[0, 1, 1, 1, 1]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The pipeline, its cache, a run of stages 0 to 3 and the export."""
+    """A folder with the pipeline, its cache, a run of stages 0 to 3 and the export."""
     root = tmp_path_factory.mktemp("ribbon")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -426,13 +426,13 @@ def test_the_cache_holds_what_the_encoders_make(folder: Path):
         assert clip["latents"].shape == (8, *LATENT) and stored.keys() == clip.keys()
         assert all(torch.equal(stored[key][0], value) for key, value in clip.items())
         video = pixels(film(number))
-        # A mean of 1024 equal numbers, summed one after another in float32: 1024 x 2^-24 = 6e-5 at the most.
+        # The VAE averages 1024 equal numbers, summed one by one in float32: error at most 1024 x 2^-24 = 6e-5.
         torch.testing.assert_close(encoders.decode(clip["latents"]), video, rtol=0, atol=1e-4)
     frame, text = encoders.numbers(HEIGHT * WIDTH, FRAMES)
     assert (frame, text) == (clip["latents"].numel() + clip["image"].numel(), clip["text"].numel())
-    told = source.description
-    assert (told["family"], told["image_condition"], told["text_tokens"]) == ("ribbon", "first_frame", TEXT_TOKENS)
-    assert (told["fps"], told["frames"], told["shift"], told["scale"]) == (8, FRAMES, [pytest.approx(0.2)], [3.0])
+    about = source.description
+    assert (about["family"], about["image_condition"], about["text_tokens"]) == ("ribbon", "first_frame", TEXT_TOKENS)
+    assert (about["fps"], about["frames"], about["shift"], about["scale"]) == (8, FRAMES, [pytest.approx(0.2)], [3.0])
 
 
 def test_a_dropped_prompt_takes_its_mood_along(folder: Path):
@@ -456,7 +456,7 @@ def test_the_walk_is_one_call_per_stream():
 
 
 def test_the_plan_counts_this_network():
-    """The cost model gives the exact parameters, and torch's count of operations without sums and norms."""
+    """Parameters and operations of matrix products equal torch's counts."""
     model = build({"_class_name": "RibbonTransformer"}, seed=1)
     net = load_network(model.config, f"{HEIGHT}x{WIDTH}x{FRAMES}", 0)
     assert net.params == sum(p.numel() for p in model.parameters()) and net.latent == LATENT
@@ -478,7 +478,7 @@ def test_the_stages_trained_it(folder: Path):
         float((load_model(folder / model)(x_t, t, batch.cond) - (noise - batch.x0)).square().mean())
         for model in ("pipeline", "run/stage0/model")
     )
-    assert after < 0.8 * before  # 0.70: it has seen these clips
+    assert after < 0.8 * before  # 0.70: it was trained on these clips
     cards = {stage: read_card(folder / f"run/stage{stage}/model") for stage in (0, 2, 3)}
     assert all((card["family"], card["vae"]) == ("ribbon", source.description["vae"]) for card in cards.values())
     assert cards[3]["kept_blocks"] == cards[2]["pruned_path"] and len(cards[3]["kept_blocks"]) == 3
@@ -489,7 +489,7 @@ def test_the_stages_trained_it(folder: Path):
 
 @torch.no_grad()
 def test_the_export_is_the_same_network(folder: Path):
-    """The stock class gives the same v for a batch of two, and the exported files are complete."""
+    """Compare with the stock class as the command does, but for a batch of two; check the written files."""
     model, stock = (
         load_model(folder / "run/stage3/model"),
         RibbonTransformer.from_pretrained(folder / "out/transformer"),
@@ -508,7 +508,7 @@ def test_the_export_is_the_same_network(folder: Path):
 
 @torch.no_grad()
 def test_generate_samples_as_the_stock_parts_do(folder: Path):
-    """With one seed, the command's clip equals the one of the exported network, scheduler, encoder and VAE by hand."""
+    """From the same seed, the command and a loop over the exported parts give the same frames."""
     Image.fromarray(film(9)[0]).save(folder / "first.png")
     words = [f"model={folder}/out", "prompt=a red ribbon", f"image={folder}/first.png", f"out={folder}/a.png", "seed=4"]
     main(generate, "generate", [*words, *WORDS])
@@ -532,20 +532,20 @@ def test_generate_samples_as_the_stock_parts_do(folder: Path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["size=48x64x5"], "size=48x64x5: height and width must be multiples of 32, frames 4k+1 (5, 9, ... 81)"),
         (["image="], "image=: this pipeline needs a picture"),
     ],
 )
-def test_mistakes(folder: Path, capsys, words: list[str], said: str):
+def test_mistakes(folder: Path, capsys, words: list[str], message: str):
     given = dict(w.split("=", 1) for w in (f"model={folder}/out", "prompt=x", f"image={folder}/first.png", *words))
     with pytest.raises(SystemExit) as stop:
         main(generate, "generate", [*(f"{k}={v}" for k, v in given.items()), f"out={folder}/b.png", *WORDS])
-    assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_weights_and_names_are_told_apart():
+def test_weights_and_names_are_distinguished():
     model = build({"_class_name": "RibbonTransformer"}, seed=0)
     assert recognise(model.state_dict()) == "Ribbon (diffusers format)"
     assert recognise(["ribbon.mood_in.weight"]) == "Ribbon (original format)"

@@ -82,7 +82,7 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
     block_calls: int = 0  # block evaluations since the counter was last set to 0
     grad_block_calls: int = 0  # those block evaluations that carried gradient
     checkpointing: bool = False  # keep one hidden tensor per block and compute the block again in the backward pass
-    keep_attention: int = 0  # with checkpointing: the first so many blocks also keep their self-attention outputs
+    keep_attention: int = 0  # with checkpointing: number of leading blocks that keep their self-attention outputs too
     sequence: SequenceGroup | None = None  # the processes that split a clip's tokens and call this network together
 
     @property

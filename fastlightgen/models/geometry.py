@@ -17,7 +17,7 @@ class Geometry:
 
     @property
     def step(self) -> int:
-        """The number of pixels of which a clip's height and width must be multiples."""
+        """Pixels per token: a clip's height and width must be multiples of it."""
         return self.pixel_stride * self.patch
 
     def takes(self, height: int, width: int) -> bool:

@@ -58,7 +58,7 @@ class Format:
     heads: str  # original field for the number of heads
     defaults: dict[str, Any]  # values of the original class for fields absent from config.json
     fixed: dict[str, Any]  # original fields with the only value that is supported
-    files: tuple[str, ...] = ()  # names of its weight files, the preferred one first; diffusers' names always count
+    files: tuple[str, ...] = ()  # names of its weight files, the preferred one first; loading tries diffusers' too
     read: Callable[[Mapping], dict[str, Any]] = nothing  # original values -> further fields of diffusers
     write: Callable[[Mapping], dict[str, Any]] = nothing  # diffusers configuration -> further original fields
 

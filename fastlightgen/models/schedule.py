@@ -67,15 +67,15 @@ def schedule(
     def group(members: Sequence[int]) -> Group:
         return Group(tuple(members), any([grads[i] for i in members]))
 
-    def split(whole: Group, keys: Sequence[Hashable]) -> list[Group]:
-        """One group per key, in the order in which the keys appear."""
-        found = dict.fromkeys([keys[i] for i in whole.members])
+    def split(parent: Group, keys: Sequence[Hashable]) -> list[Group]:
+        """Split a group into one group per key, in the order in which the keys appear."""
+        found = dict.fromkeys([keys[i] for i in parent.members])
         if len(found) == 1:
-            return [whole]
-        return [group([i for i in whole.members if keys[i] == key]) for key in found]
+            return [parent]
+        return [group([i for i in parent.members if keys[i] == key]) for key in found]
 
     everyone = group(range(len(keeps)))
-    groups = first = split(everyone, starts)
+    groups = start_groups = split(everyone, starts)
     steps = []
     for block in range(num_blocks):
         forks, running, waiting = [], [], []
@@ -95,7 +95,7 @@ def schedule(
             groups = [part for run in runs for part in run.parts] + waiting
             steps.append(Step(block, forks, runs))
     ends = [Run(g, split(g, prompts)) for g in groups]
-    return Schedule(everyone, split(everyone, prompts), first, steps, ends)
+    return Schedule(everyone, split(everyone, prompts), start_groups, steps, ends)
 
 
 def read_once(prompts: Iterable[tuple[Key, bool]]) -> dict[Key, bool]:

@@ -66,7 +66,7 @@ class Encoders:
             out |= self.image(frames[0], len(frames))
         self.encoding.put_given(out)
         if bad := [key for key, value in out.items() if not torch.isfinite(value).all()]:
-            raise ValueError(f"{self.folder}: {bad[0]} came out not finite; use dtype=float32, or check the weights")
+            raise ValueError(f"{self.folder}: encoded {bad[0]} is not finite; use dtype=float32, or check the weights")
         return {key: value.cpu() for key, value in out.items()}
 
     @torch.no_grad()
@@ -159,8 +159,8 @@ def read_config(folder: Path) -> dict:
 def component_id(folder: Path, blocks: int = 256, block: int = 1 << 16) -> str | None:
     """Hash a part's configuration and weights to 16 hexadecimal digits; None if the part is absent.
 
-    To be quick on large encoders, a weight file counts with its size and `blocks` evenly spread pieces of `block` bytes
-    (16 MiB together), a smaller file completely.
+    To save time on large encoders, only the size of a weight file and `blocks` evenly spread pieces of `block` bytes
+    enter the hash (16 MiB together); a smaller file enters completely.
     """
     if not folder.is_dir():
         return None

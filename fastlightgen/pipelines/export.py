@@ -177,7 +177,7 @@ def check_room(
     model: VideoDiT, pipeline: Path, names: list[str], out: Path, dtype: torch.dtype | None, original: bool
 ) -> None:
     """Raise ValueError if the disk has too little room for the export."""
-    size = dtype.itemsize if dtype else 4
+    size = dtype.itemsize if dtype else 4  # bytes per parameter
     need = sum(p.numel() for p in model.parameters()) * size * (1 + original)
     need += sum(f.stat().st_size for n in names for f in (pipeline / n).rglob("*") if f.is_file())
     where = next(p for p in out.absolute().parents if p.is_dir())

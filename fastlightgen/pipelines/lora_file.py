@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from fastlightgen.models.families import FAMILIES
 
-BlockMap = dict[str, dict[int, int]]  # list of blocks in diffusers' class -> {the teacher's index: the student's}
+BlockMap = dict[str, dict[int, int]]  # block list in diffusers' class -> {index in the teacher: index in the student}
 
 METADATA = "lora_adapter_metadata"  # the metadata key under which diffusers stores PEFT's configuration
 
@@ -45,8 +45,8 @@ class Renumber:
 
     blocks: BlockMap
     teacher: dict[str, int]  # block list -> number of blocks in the teacher
-    kept: set[str] = field(default_factory=set)  # kept blocks that occurred in names so far
-    dropped: set[str] = field(default_factory=set)  # dropped blocks that occurred
+    kept: set[str] = field(default_factory=set)  # kept blocks whose names were mapped so far
+    dropped: set[str] = field(default_factory=set)  # dropped blocks whose names were mapped so far
 
     def __post_init__(self) -> None:
         self.names = list_names()

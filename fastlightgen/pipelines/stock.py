@@ -64,7 +64,7 @@ def compare(model: VideoDiT, card: dict, folder: Path) -> dict:
     measured = worst if dtype == torch.float32 else (v - v_stock).square().mean().sqrt().item()
     if not measured <= limit:
         raise ValueError(
-            f"{folder}: the prediction of stock diffusers differs by {measured:.2g}, more than {limit:.2g}; "
+            f"{folder}: the prediction of stock diffusers differs by {measured:.2g} (limit {limit:.2g}); "
             "the export is not usable, please report this"
         )
     report = {"difference": worst}

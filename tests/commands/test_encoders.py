@@ -1,4 +1,4 @@
-"""The encoders' conditions against the inputs that stock pipelines give their networks, and the VAEs by hand."""
+"""Encoded clips against the inputs that stock pipelines give their networks, and against the VAEs called by hand."""
 
 import json
 
@@ -14,7 +14,7 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), np.uint8)
 
 
 def fed_by_stock(folder, **given) -> dict:
-    """The arguments of the network's first call when the stock pipeline runs one step without guidance."""
+    """The arguments with which the stock pipeline calls its network in one step without guidance."""
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(folder)
@@ -41,7 +41,7 @@ def clip(encoders):
 
 
 def test_the_network_is_fed_as_by_the_stock_pipeline(kind, pipeline, clip):
-    """Equal bit for bit, because the same components run on the same numbers."""
+    """Bit-equal: the same components run on the same numbers."""
     from PIL import Image
 
     image = {"image": Image.fromarray(FRAMES[0])} if "i2v" in kind else {}
@@ -67,7 +67,7 @@ def test_the_network_is_fed_as_by_the_stock_pipeline(kind, pipeline, clip):
 
 
 def test_latents_are_the_normalised_mode_of_the_vae(kind, pipeline, clip):
-    """Latents normalised by hand from the VAE's configuration; 1e-6 is float32's rounding of (z - shift) * scale."""
+    """Normalised by hand from the VAE's configuration; 1e-6 is the float32 rounding of (z - shift) * scale near 1."""
     from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
 
     wan = kind.startswith("wan")
@@ -80,13 +80,13 @@ def test_latents_are_the_normalised_mode_of_the_vae(kind, pipeline, clip):
         wanted = (mean - shift) / std
     else:
         wanted = mean * vae.config.scaling_factor
-    start = 1 if kind == "hunyuan_i2v_token" else 0  # its first latent frame is the picture's latent
+    start = 1 if kind == "hunyuan_i2v_token" else 0  # latent frame 0 is the image's latent
     assert clip["latents"].shape == (16, 2, 4, 6)
     assert (clip["latents"] - wanted)[:, start:].abs().max() <= 1e-5 * wanted.abs().max()
 
 
 def test_decoding_undoes_the_normalisation(kind, encoders, pipeline):
-    """decode(latents) is the VAE's reconstruction of its posterior mean; latent_concat drops four frames."""
+    """decode(latents) equals the VAE's decoding of its posterior mean; latent_concat drops four frames."""
     video = torch.from_numpy(FRAMES).permute(3, 0, 1, 2).float() / 255 * 2 - 1
     with torch.no_grad():
         raw = encoders.vae.encode(video[None]).latent_dist.mode()
@@ -100,25 +100,24 @@ def test_null_prompt(kind, encoders, clip):
     null = encoders.null("", (32, 48))
     assert {k: v.shape for k, v in null.items()} == {k: clip[k].shape for k in null}
     assert int(null["text_len"]) < int(clip["text_len"])
-    # HunyuanVideo image-to-video reads a picture: here a black one of any size
+    # HunyuanVideo's image-to-video text encoder reads a picture: black ones of all sizes give the same text
     assert all(torch.equal(v, encoders.null("", (64, 32))[k]) for k, v in null.items())
 
 
 def test_description(kind, encoders, pipeline):
-    description = encoders.description()
+    about = encoders.description()
     assert (
-        description["vae"] == component_id(pipeline(kind) / "vae")
-        and description["in_channels"] == encoders.network["in_channels"]
+        about["vae"] == component_id(pipeline(kind) / "vae") and about["in_channels"] == encoders.network["in_channels"]
     )
     wan = kind.startswith("wan")
-    assert description["family"] == ("wan" if wan else "hunyuan")
-    assert len(description["shift"]) == len(description["scale"]) == (16 if wan else 1)
-    assert description["scale"][0] == pytest.approx(1 / 2.8184 if wan else 0.476986, rel=1e-6)
-    assert json.loads(json.dumps(description)) == description
+    assert about["family"] == ("wan" if wan else "hunyuan")
+    assert len(about["shift"]) == len(about["scale"]) == (16 if wan else 1)
+    assert about["scale"][0] == pytest.approx(1 / 2.8184 if wan else 0.476986, rel=1e-6)
+    assert json.loads(json.dumps(about)) == about
 
 
 def test_component_ids(tmp_path):
-    """The id changes with every weight and setting, but not with the folder or the version that saved it."""
+    """The id changes with a weight or a setting, but not with the folder or the version of diffusers."""
     from safetensors.torch import save_file
 
     def write(name, value=1.0, **config):
@@ -133,17 +132,17 @@ def test_component_ids(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "index, said",
+    "index, message",
     [
         (None, "is not a diffusers pipeline folder"),
         ("{", "is not a diffusers pipeline folder"),
         ('{"_class_name": "FluxPipeline"}', "is a FluxPipeline; wanted one of WanPipeline, "),
     ],
 )
-def test_other_folders_are_refused(tmp_path, index, said):
+def test_other_folders_are_refused(tmp_path, index, message):
     if index:
         (tmp_path / "model_index.json").write_text(index)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         family_of_folder(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The export command: stock diffusers loads the exported folder and samples the same clips as our sampler."""
+"""The export command: stock diffusers loads the exported folder and samples the same clips as this package."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def refused(capsys, *words: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(pipeline, tmp_path_factory):
+def exported(pipeline, tmp_path_factory):
     """kind -> (pipeline folder, student folder, export)."""
     done: dict[tuple, tuple] = {}
 
@@ -52,9 +52,9 @@ def made(pipeline, tmp_path_factory):
 
 @pytest.mark.parametrize("sampler", ["stochastic", "ode"])
 @torch.no_grad()
-def test_stock_pipeline_samples_what_we_sample(made, monkeypatch, sampler):
-    """Text to video, 4 steps, no guidance, the same noise: latents agree in float32."""
-    source, model, out = made("wan_t2v", sampler)
+def test_stock_pipeline_samples_what_we_sample(exported, monkeypatch, sampler):
+    """Text-to-video, 4 steps, no guidance, the same noise: the latents agree in float32."""
+    source, model, out = exported("wan_t2v", sampler)
     pipe = stock(out)
     assert type(pipe).__name__ == "WanPipeline" and len(pipe.transformer.blocks) == len(KEEP)
     torch.manual_seed(0)
@@ -76,10 +76,10 @@ def test_stock_pipeline_samples_what_we_sample(made, monkeypatch, sampler):
 
 
 @torch.no_grad()
-def test_image_to_video(made, monkeypatch):
+def test_image_to_video(exported, monkeypatch):
     from PIL import Image
 
-    source, model, out = made("wan_i2v")
+    source, model, out = exported("wan_i2v")
     pipe = stock(out)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     torch.manual_seed(0)
@@ -98,8 +98,8 @@ def test_image_to_video(made, monkeypatch):
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)  # as above
 
 
-def test_what_is_written(made):
-    source, model, out = made("wan_t2v")
+def test_what_is_written(exported):
+    source, model, out = exported("wan_t2v")
     assert sorted(p.name for p in out.iterdir()) == [
         "README.md", "fastlightgen.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer",
         "vae",
@@ -136,12 +136,12 @@ def test_what_is_written(made):
 
 
 def test_teacher_keeps_its_scheduler_and_parts_can_be_links(pipeline, tmp_path, capsys):
-    """A network folder without fastlightgen.json exports as a plain network; bfloat16 is the default."""
+    """A model folder without fastlightgen.json is exported as a many-step network; bfloat16 is the default."""
     source = pipeline("wan_t2v")
     shutil.copytree(source / "transformer", tmp_path / "teacher")
     run(f"model={tmp_path / 'teacher'}", f"pipeline={source}", f"out={tmp_path / 'out'}", "link=true")
-    said = capsys.readouterr().out
-    assert "the same weights bit for bit and predicts the same v within" in said and "(bfloat16, random inputs)" in said
+    out = capsys.readouterr().out
+    assert "the same weights bit for bit and predicts the same v within" in out and "(bfloat16, random inputs)" in out
     for name in ("scheduler", "vae", "text_encoder", "tokenizer"):
         assert (tmp_path / "out" / name).is_symlink() and (tmp_path / "out" / name).resolve() == (
             source / name
@@ -163,9 +163,9 @@ def lora_of(network: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
-def test_lora_of_the_teacher(made, tmp_path, capsys):
-    """The student with the renumbered LoRA in stock diffusers equals teacher + LoRA, then pruned."""
-    source, model, _ = made("wan_t2v")
+def test_lora_of_the_teacher(exported, tmp_path, capsys):
+    """The student with the renumbered file, in stock diffusers, equals the teacher with its LoRA, then pruned."""
+    source, model, _ = exported("wan_t2v")
     tensors = lora_of(load_file(source / "transformer" / "diffusion_pytorch_model.safetensors"))
     save_file(tensors, tmp_path / "style.safetensors")
     words = [f"pipeline={source}", f"out={tmp_path / 'out'}", f"lora={tmp_path / 'style.safetensors'}", "dtype=float32"]
@@ -184,32 +184,32 @@ def test_lora_of_the_teacher(made, tmp_path, capsys):
         torch.testing.assert_close(got, wanted.prune(KEEP)(x_t, t, cond), rtol=1e-5, atol=1e-5)
 
 
-def test_original_format_goes_beside(made, tmp_path):
-    source, model, _ = made("wan_t2v")
+def test_original_format_goes_beside(exported, tmp_path):
+    source, model, _ = exported("wan_t2v")
     run(f"model={model}", f"pipeline={source}", f"out={tmp_path / 'out'}", "original=true", "dtype=float32")
     a, b = load_model(model), load_model(tmp_path / "out" / "original")
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_refusals(made, pipeline, tmp_path, capsys):
+def test_refusals(exported, pipeline, tmp_path, capsys):
     hunyuan = pipeline("hunyuan_t2v")
-    source, model, out = made("wan_t2v")
+    source, model, out = exported("wan_t2v")
     words = [f"pipeline={source}", f"out={tmp_path / 'out'}"]
     assert "exists and is not empty" in refused(capsys, f"model={model}", f"pipeline={source}", f"out={out}")
-    said = refused(capsys, f"model={model}", f"pipeline={pipeline('wan_i2v')}", words[1])
-    assert "its network has in_channels 36, the model 16; give the pipeline of the teacher" in said
-    said = refused(capsys, f"model={model}", f"pipeline={hunyuan}", words[1])
-    assert "_class_name HunyuanVideoTransformer3DModel, the model WanTransformer3DModel" in said
-    said = refused(capsys, "model=tiny", *words)
-    assert "in_channels 16, the model 25" in said
-    said = refused(capsys, f"model={model}", f"pipeline={model}", words[1])
-    assert "has no model_index.json" in said
+    error = refused(capsys, f"model={model}", f"pipeline={pipeline('wan_i2v')}", words[1])
+    assert "its network has in_channels 36, the model 16; give the pipeline of the teacher" in error
+    error = refused(capsys, f"model={model}", f"pipeline={hunyuan}", words[1])
+    assert "_class_name HunyuanVideoTransformer3DModel, the model WanTransformer3DModel" in error
+    error = refused(capsys, "model=tiny", *words)
+    assert "in_channels 16, the model 25" in error
+    error = refused(capsys, f"model={model}", f"pipeline={model}", words[1])
+    assert "has no model_index.json" in error
 
     deeper = load_model(source / "transformer")
     deeper.blocks.extend(load_model(source / "transformer").blocks)
     save_model(deeper, tmp_path / "deep")
-    said = refused(capsys, f"model={tmp_path / 'deep'}", *words)
-    assert "give the pipeline of the teacher that the model was pruned from" in said
+    error = refused(capsys, f"model={tmp_path / 'deep'}", *words)
+    assert "give the pipeline of the teacher that the model was pruned from" in error
     shutil.copytree(model, tmp_path / "odd")
     card = json.loads((tmp_path / "odd" / "fastlightgen.json").read_text())
     (tmp_path / "odd" / "fastlightgen.json").write_text(json.dumps(card | {"ladder": [1.0, 0.5]}))
@@ -224,11 +224,11 @@ def test_refusals(made, pipeline, tmp_path, capsys):
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.tmp").exists()
 
 
-def test_a_wrong_export_is_not_left_behind(made, tmp_path, capsys, monkeypatch):
-    """Weights that change while being written are detected, and no incomplete folder remains."""
+def test_a_wrong_export_is_not_left_behind(exported, tmp_path, capsys, monkeypatch):
+    """Weights that changed while they were written are found, and no incomplete export stays."""
     from fastlightgen.pipelines import export as module
 
-    source, model, _ = made("wan_t2v")
+    source, model, _ = exported("wan_t2v")
     honest = module.save_model
 
     def damaged(network, folder, *args, **keys):
@@ -239,15 +239,15 @@ def test_a_wrong_export_is_not_left_behind(made, tmp_path, capsys, monkeypatch):
         save_file(tensors, file, metadata={"format": "pt"})
 
     monkeypatch.setattr(module, "save_model", damaged)
-    said = refused(capsys, f"model={model}", f"pipeline={source}", f"out={tmp_path / 'out'}")
-    assert "blocks.1.norm2.weight differs from the model's" in said
+    error = refused(capsys, f"model={model}", f"pipeline={source}", f"out={tmp_path / 'out'}")
+    assert "blocks.1.norm2.weight differs from the model's" in error
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["hunyuan_t2v", "hunyuan_i2v", "hunyuan_i2v_token"])
-def test_hunyuan(made, tmp_path, kind, capsys):
-    """Two lists of blocks renumbered, the plain scheduler, a LoRA of both lists."""
-    source, model, out = made(kind)
+def test_hunyuan(exported, tmp_path, kind, capsys):
+    """Two block lists renumbered, a scheduler that only shifts, a LoRA on both lists."""
+    source, model, out = exported(kind)
     network = stock(out).transformer
     assert (len(network.transformer_blocks), len(network.single_transformer_blocks)) == (1, 2)
     card = json.loads((out / "fastlightgen.json").read_text())
@@ -266,7 +266,7 @@ HUNYUAN = {"_class_name": "HunyuanVideoTransformer3DModel", "num_layers": 2, "nu
 
 
 def test_block_map_of_two_lists():
-    """`kept` counts through the teacher's double blocks and then its single ones."""
+    """`kept` indexes the teacher's double blocks and then its single ones."""
     teacher = HUNYUAN | {"num_layers": 4, "num_single_layers": 5}
     assert block_map(HUNYUAN, [0, 3, 4, 6, 8], teacher) == {
         "transformer_blocks": {0: 0, 3: 1},
@@ -274,7 +274,7 @@ def test_block_map_of_two_lists():
     }
     whole = block_map(teacher, None, teacher)
     assert whole["single_transformer_blocks"] == {i: i for i in range(5)}
-    for kept in ([0, 1, 3, 4, 6], [0, 3, 4, 6, 9], None):  # three double blocks; a block beyond the end; no list
+    for kept in ([0, 1, 3, 4, 6], [0, 3, 4, 6, 9], None):  # three doubles; beyond the end; absent
         with pytest.raises(ValueError, match="give the pipeline of the teacher that the model was pruned from"):
             block_map(HUNYUAN, kept, teacher)
 

@@ -1,4 +1,4 @@
-"""The generate command with a pipeline (stock encoders and VAE, our network and sampler) against stock diffusers."""
+"""generate with real pipelines (this package's network and sampler, stock encoders and VAE) against stock pipelines."""
 
 import json
 
@@ -16,7 +16,7 @@ from fastlightgen.rng import generator
 H, W, F = 32, 48, 9
 LATENT = (1, 16, 3, H // 8, W // 8)
 PROMPT = "a red ball moves right"
-LONG = f"{PROMPT}, and a purple zebra with a telescope watches it"  # longer than Hunyuan's cropped template
+LONG = f"{PROMPT}, and a purple zebra with a telescope watches it"  # beyond Hunyuan's template
 
 
 def run(*words: str) -> None:
@@ -24,7 +24,7 @@ def run(*words: str) -> None:
 
 
 def sheet(path) -> np.ndarray:
-    """[B, F, H, W, 3] of a png sheet."""
+    """Cut a png sheet into frames [B, F, H, W, 3]."""
     picture = np.asarray(Image.open(path)).astype(int)
     return picture.reshape(picture.shape[0] // H, H, F, W, 3).transpose(0, 2, 1, 3, 4)
 
@@ -54,26 +54,26 @@ def picture(tmp_path):
 
 
 def noises(seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The noise from which our sampler starts, and the noise that it adds after each step."""
+    """The noise that our sampler starts from, and the noise that it adds after each step."""
     return torch.randn(LATENT, generator=generator(seed)), [
         torch.randn(LATENT, generator=generator(seed, i)) for i in range(STEPS)
     ]
 
 
 def difference(path, frames: np.ndarray) -> int:
-    """Largest difference, in levels of 255, between our sheet and the stock pipeline's frames in [0, 1]."""
+    """Largest difference, in levels of 1/255, between our sheet and the stock pipeline's frames in [0, 1]."""
     got, wanted = sheet(path), np.round(frames * 255).astype(int)
     assert got.shape == wanted.shape and len(np.unique(got)) > 20
     return np.abs(got - wanted).max()
 
 
 def test_text_to_video_is_the_stock_pipelines(exported, tmp_path, monkeypatch, capsys):
-    """From the same seed, a student's export in stock diffusers and our command differ by rounding at most."""
+    """With the same seed, a student's export in stock diffusers and our command differ by rounding only."""
     _, out = exported("wan_t2v")
     run(f"model={out}", f"prompt={PROMPT}", f"out={tmp_path / 'a.png'}", f"size={H}x{W}x{F}", "seed=3")
-    said = capsys.readouterr().out
-    assert "1 clip(s), 4 steps, guidance 1; load " in said
-    assert all(f" {part} " in said for part in ("text", "sample", "decode", "write"))
+    printed = capsys.readouterr().out
+    assert "1 clip(s), 4 steps, guidance 1; load " in printed
+    assert all(f" {part} " in printed for part in ("text", "sample", "decode", "write"))
     noise, fresh = noises(3)
     same_noise(monkeypatch, fresh)
     size = {"height": H, "width": W, "num_frames": F}
@@ -84,7 +84,7 @@ def test_text_to_video_is_the_stock_pipelines(exported, tmp_path, monkeypatch, c
 
 
 def test_image_to_video_is_the_stock_pipelines(exported, picture, tmp_path, monkeypatch):
-    """The same with a first frame; the student with the teacher's pipeline gives the same file as the export."""
+    """As above with a first frame; the model folder with the teacher's pipeline gives the same file as the export."""
     model, out = exported("wan_i2v")
     words = [f"prompt={PROMPT}", f"image={picture}", f"size={H}x{W}x{F}", "seed=1"]
     run(f"model={out}", f"out={tmp_path / 'a.png'}", *words)
@@ -99,14 +99,14 @@ def test_image_to_video_is_the_stock_pipelines(exported, picture, tmp_path, monk
 
 @pytest.mark.parametrize("kind", ["hunyuan_t2v", "hunyuan_i2v", "hunyuan_i2v_token"])
 def test_hunyuan_is_the_stock_pipelines(exported, picture, tmp_path, monkeypatch, kind):
-    """Students of the three HunyuanVideo variants; the stock pipelines use the noise given here."""
+    """Students of the three variants; the stock pipelines get the same noise as our sampler."""
     _, out = exported(kind)
     words, given = [f"prompt={LONG}", f"size={H}x{W}x{F + 4 * (kind == 'hunyuan_i2v')}", "seed=1"], {}
     if kind != "hunyuan_t2v":
         words, given = [*words, f"image={picture}"], {"image": Image.open(picture)}
     run(f"model={out}", f"out={tmp_path / 'a.png'}", *words)
     call = json.loads((out / "fastlightgen.json").read_text())["call"]
-    frames = F + 4 * (kind == "hunyuan_i2v")  # latent_concat cuts off the four frames of the first latent
+    frames = F + 4 * (kind == "hunyuan_i2v")  # latent_concat drops the four frames of the first latent frame
     shape = (1, 16, (frames - 1) // 4 + 1, H // 8, W // 8)
     first = int(kind == "hunyuan_i2v_token")  # token_replace steps without the first frame
     same_noise(monkeypatch, [torch.randn(shape, generator=generator(1, i))[:, :, first:] for i in range(STEPS)])
@@ -116,7 +116,7 @@ def test_hunyuan_is_the_stock_pipelines(exported, picture, tmp_path, monkeypatch
 
 
 def test_teacher_with_guidance(pipeline, tmp_path):
-    """A pipeline folder without a student: the shift is its scheduler's, and guidance steers away from `negative`."""
+    """A pipeline folder alone: the shift comes from its scheduler, and guidance steers away from `negative`."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     folder = pipeline("wan_t2v")
@@ -135,7 +135,7 @@ def test_teacher_with_guidance(pipeline, tmp_path):
 
 
 def test_many_prompts(exported, tmp_path, capsys):
-    """The file of a line does not depend on the other lines, and equal seeds give equal files."""
+    """Every line of a prompt file gives the same clip as that prompt alone with the same seed."""
     _, out = exported("wan_t2v")
     (tmp_path / "list.txt").write_text(f"a blue cat\n\n{PROMPT}\n")
     words = [f"model={out}", f"size={H}x{W}x5", "seed=2"]
@@ -151,7 +151,7 @@ def test_many_prompts(exported, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         (["size=30x48x9"], "size=30x48x9: height and width must be multiples of 16, frames 4k+1"),
         (["size=32x48x8"], "frames 4k+1"),
@@ -160,13 +160,13 @@ def test_many_prompts(exported, tmp_path, capsys):
         (["prompts=list.txt"], "prompt is required: give prompt=TEXT or prompts=FILE, one of them"),
     ],
 )
-def test_mistakes(exported, tmp_path, capsys, words, said):
+def test_mistakes(exported, tmp_path, capsys, words, message):
     _, out = exported("wan_t2v")
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run(f"model={out}", f"prompt={PROMPT}", f"out={tmp_path / 'a.png'}", *words)
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and said in err and err.count("\n") == 1
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1
 
 
 def test_mistakes_of_folders_and_lists(exported, pipeline, tmp_path, capsys):
@@ -174,7 +174,7 @@ def test_mistakes_of_folders_and_lists(exported, pipeline, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"text": "x"}\n')
     (tmp_path / "none.txt").write_text("\n")
     end = [f"out={tmp_path / 'a.png'}", f"size={H}x{W}x{F}"]
-    for words, said in (
+    for words, message in (
         ([f"model={out}", f"prompts={tmp_path / 'bad.jsonl'}"], 'line 2 is \'{"text": "x"}\'; wanted {"prompt"'),
         ([f"model={out}", f"prompts={tmp_path / 'none.txt'}"], "is empty; write one prompt per line"),
         ([f"model={out}", f"prompts={tmp_path / 'absent.txt'}"], "absent.txt: cannot be read"),
@@ -186,4 +186,4 @@ def test_mistakes_of_folders_and_lists(exported, pipeline, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             run(*words, *end)
         err = capsys.readouterr().err
-        assert stop.value.code == 2 and said in err and err.count("\n") == 1, err
+        assert stop.value.code == 2 and message in err and err.count("\n") == 1, err

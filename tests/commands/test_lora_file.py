@@ -1,4 +1,4 @@
-"""A teacher's LoRA for a student: the renumbered file changes the pruned network as it changed the teacher."""
+"""A teacher's LoRA, renumbered, changes the student's blocks as it changed the same blocks of the teacher."""
 
 import json
 
@@ -17,7 +17,7 @@ HUNYUAN = {"transformer_blocks": 2, "single_transformer_blocks": 4}
 
 
 def lora(form: str, blocks: int = 5, rank: int = 3) -> dict[str, torch.Tensor]:
-    """A LoRA of two linear layers of every block; some file formats also store alpha."""
+    """A LoRA on two linear layers of every block, with alpha in the formats that store it."""
     g, out = torch.Generator().manual_seed(0), {}
     for i in range(blocks):
         for layer, (d_out, d_in) in {"attn1.to_q": (24, 24), "ffn.net.2": (24, 20)}.items():
@@ -28,7 +28,7 @@ def lora(form: str, blocks: int = 5, rank: int = 3) -> dict[str, torch.Tensor]:
 
 
 def merge(network, tensors: dict[str, torch.Tensor], head: str = "transformer.") -> None:
-    """W + B A, by hand."""
+    """Add B A to the weights W by hand."""
     for key, down in tensors.items():
         if key.endswith(".lora_A.weight"):
             name = key.removeprefix(head).removesuffix(".lora_A.weight")
@@ -38,7 +38,7 @@ def merge(network, tensors: dict[str, torch.Tensor], head: str = "transformer.")
 
 @torch.no_grad()
 def test_pruning_and_the_lora_commute(tmp_path):
-    """Teacher + LoRA, then pruned, equals student + renumbered LoRA, in stock diffusers' class."""
+    """Merge then prune equals prune then merge with the renumbered file, in diffusers' class."""
     from diffusers import WanTransformer3DModel
 
     def network(blocks: int):
@@ -56,7 +56,7 @@ def test_pruning_and_the_lora_commute(tmp_path):
     teacher.blocks = torch.nn.ModuleList(teacher.blocks[i] for i in KEEP)
     merge(student, load_file(tmp_path / "out" / "b.safetensors"))
     assert torch.equal(student(*x).sample, teacher(*x).sample)
-    assert (student(*x).sample - plain).abs().max() > 0.1  # the LoRA does something
+    assert (student(*x).sample - plain).abs().max() > 0.1  # the LoRA has an effect
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_names_of_wan(tmp_path, name: str, number: dict):
 
 
 def test_names_of_hunyuan(tmp_path):
-    """Two lists of blocks, each with its own renumbering; the refiner's blocks belong to neither."""
+    """Two block lists with a map each; the text refiner's blocks keep their numbers."""
     names = [
         ("transformer.transformer_blocks.{}.attn.to_q.lora_A.weight", 1, 0),
         ("transformer.transformer_blocks.{}.attn.to_q.lora_A.weight", 0, None),
@@ -115,7 +115,7 @@ def test_settings_inside_the_file_are_renumbered(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "keys, settings, said",
+    "keys, settings, message",
     [
         (["blocks.7.x"], {}, r"blocks.7.x: no such block in the teacher \(5 blocks\); give a LoRA that was trained"),
         (["single_blocks.0.x"], {}, "single_blocks.0.x: no such block in the teacher"),
@@ -124,10 +124,10 @@ def test_settings_inside_the_file_are_renumbered(tmp_path):
         (["blocks.0.x"], {"transformer.layers_to_transform": [0]}, "layers_to_transform cannot be renumbered"),
     ],
 )
-def test_refused(tmp_path, keys, settings, said):
+def test_refused(tmp_path, keys, settings, message):
     file = tmp_path / "a.safetensors"
     save_file({k: torch.zeros(1) for k in keys}, file, metadata={METADATA: json.dumps(settings)})
-    with pytest.raises(ValueError, match=f"lora={file}: {said}"):
+    with pytest.raises(ValueError, match=f"lora={file}: {message}"):
         remap_lora(file, tmp_path / "b.safetensors", MAP, TEACHER)
     assert not (tmp_path / "b.safetensors").exists()
 

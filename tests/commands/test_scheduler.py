@@ -1,4 +1,4 @@
-"""The exported scheduler settings, run as stock pipelines run them, against the student's ladder."""
+"""The exported scheduler settings, run as diffusers' pipelines run them, against the student's ladder."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def stock(family: str, steps: int, shift: float, kind: str = "stochastic"):
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(
         scheduler_config(FAMILIES[family], ladder(steps, shift), shift, kind)
     )
-    if family == "hunyuan":  # HunyuanVideo's pipelines choose the spacing, Wan's leave it to the scheduler
+    if family == "hunyuan":  # its pipelines pass the sigmas; Wan's pass the number of steps
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
     else:
         scheduler.set_timesteps(steps)
@@ -28,7 +28,7 @@ def stock(family: str, steps: int, shift: float, kind: str = "stochastic"):
 def test_sigmas_are_the_ladder(family: str, shift: float, steps: int):
     scheduler = stock(family, steps, shift)
     wanted = [shift * u / (1 + (shift - 1) * u) for u in (1 - i / steps for i in range(steps))]
-    # The settings solve for the ladder exactly, so only float32 rounding remains (2e-3 would be good enough).
+    # The settings give the ladder exactly, up to float32 rounding (the export allows 2e-3).
     assert np.abs(scheduler.sigmas.numpy() - [*wanted, 0]).max() < 2e-6
     assert np.abs(scheduler.timesteps.numpy() / 1000 - wanted).max() < 2e-6
 
@@ -44,7 +44,7 @@ def test_longest_ladder_and_beyond():
 @pytest.mark.parametrize("kind", ["ode", "stochastic"])
 @pytest.mark.parametrize("family", ["wan", "hunyuan"])
 def test_steps_are_the_sampler(family: str, kind: str):
-    """With the same noise and the same fresh noise, the scheduler's loop equals our rollout."""
+    """With the same noise at the start and between steps, the scheduler's loop equals `rollout`."""
     torch.manual_seed(0)
     start, fresh = torch.randn(2, 4, 3, 6, 6), [torch.randn(2, 4, 3, 6, 6) for _ in range(4)]
     times = ladder(4, 5.0)
@@ -60,5 +60,5 @@ def test_steps_are_the_sampler(family: str, kind: str):
         for t in scheduler.timesteps:
             x = scheduler.step(predict(x, float(t) / 1000), t, x, return_dict=False)[0]
     wanted = rollout(predict, start, times, kind, lambda i: fresh[i])
-    # sigmas differ by float32 rounding (below 2e-6 above) and values are below 5
+    # sigmas differ by float32 rounding, below 2e-6, and values are below 5
     torch.testing.assert_close(x, wanted, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""A small model folder that tests read, edit and damage."""
+"""Helpers for tests that read, edit and damage a small model folder."""
 
 import json
 from pathlib import Path

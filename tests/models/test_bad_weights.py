@@ -1,4 +1,4 @@
-"""Model folders that are refused, each with one line: pickles, damage, keys and shapes that do not fit."""
+"""Model folders that loading refuses with a one-line error: pickles, damaged files, wrong keys and shapes."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_pickles_on_request_only(folder: Path):
 
 
 class Runs:
-    """Unpickling it would run a command."""
+    """An object whose unpickling would run a shell command."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -142,7 +142,7 @@ def test_damaged_folders(folder: Path, damage, message: str):
 
 
 def test_keys_that_diffusers_ignores(folder: Path, tmp_path: Path):
-    """Notes in config.json, and the norms that published image-to-video weights hold and no network reads."""
+    """Notes in config.json, and the unused norms in published image-to-video weights."""
     edit(folder, _diffusers_version="0.33.0", _name_or_path="x", pos_embed_seq_len=None, quantization_config=None)
     assert same(load_model(folder), build(CONFIG, seed=1))
     model = build(CONFIG | {"in_channels": 36, "image_dim": 8, "added_kv_proj_dim": 24}, seed=1)

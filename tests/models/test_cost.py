@@ -1,4 +1,4 @@
-"""Planned costs against torch's own counts: parameters on the meta device, FlopCounterMode, tensors that stay alive."""
+"""Planned costs against measurements: parameters on the meta device, torch's FlopCounterMode, bytes of live tensors."""
 
 import gc
 from dataclasses import replace
@@ -36,7 +36,7 @@ VARIANTS = {
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the tensors made inside that something still holds: autograd, a checkpoint, a result."""
+    """Counts the bytes of tensors created inside this context that are still alive (in autograd's graph, say)."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +93,7 @@ def test_operations_of_a_wan_forward_and_backward(config, checkpointing, kept):
     cost = walk(network(config, (3, 4, 6), cond.text.shape[1]), [Route(grad=True)], checkpointing, kept)
     with torch.no_grad():
         assert counted(lambda: model(x_t, t, cond)) == 2 * cost.forward
-    # Nothing is approximate: products are the same whatever computes them.
+    # Exact equality: the number of products does not depend on the kernel.
     assert counted(lambda: model(x_t, t, cond).sum().backward()) == 2 * cost.flops
 
 
@@ -110,15 +110,16 @@ def test_operations_of_a_hunyuan_forward_and_backward(changes):
         return model(x, torch.ones(1), text, torch.ones(1, 7), torch.randn(1, 10), guidance).sample
 
     cost = walk(network(config, (3, 4, 6), 7), [Route(grad=True)])
-    slack = 0 if config["image_condition_type"] != "token_replace" else 0.01  # it embeds the pooled text twice
+    # With token_replace this package embeds the pooled text twice, diffusers once; the plan counts two.
+    slack = 0 if config["image_condition_type"] != "token_replace" else 0.01
     with torch.no_grad():
         assert counted(run) == pytest.approx(cost.forward, rel=slack)
-    # No gradient reaches the input of the embedding of a pooled text that is computed from data: under 1%.
+    # The second embedding and its backward pass are under 1%; without token_replace the counts are equal.
     assert counted(lambda: run().sum().backward()) == pytest.approx(cost.flops, rel=0.01)
 
 
 def test_the_counts_derived_by_hand():
-    """40 blocks, 12 dropped, the first of them 14: what sharing a prefix and one call for all streams come to."""
+    """40 blocks, of which 14 to 25 are dropped: block calls and weight gathers of walks with a common prefix."""
     net = network(preset("wan2.1-i2v-14b")["network"], FAMILIES["wan"].geometry.latent_size(480, 832, 81))
     keep = [i for i in range(40) if not 14 <= i < 26]
     dual = walk(net, [Route(keep=keep, grad=True), Route()], checkpointing=True)
@@ -141,7 +142,7 @@ def test_the_counts_derived_by_hand():
     ],
 )
 def test_operations_of_a_block_of_the_large_networks(config, size, text, teraflops):
-    """24 L D^2 + 4 L^2 D and the like, worked out by hand."""
+    """Teraflops by hand, from formulas such as 24 L D^2 + 4 L^2 D."""
     config = config if isinstance(config, dict) else preset(config)["network"]
     net = network(config, family_of(config).geometry.latent_size(*size), text)
     for block in (net.blocks[0], net.blocks[-1]):
@@ -150,7 +151,7 @@ def test_operations_of_a_block_of_the_large_networks(config, size, text, teraflo
 
 
 class Peak(Alive):
-    """The most of them at one time."""
+    """Records the largest number of live bytes."""
 
     top = 0
 
@@ -163,20 +164,23 @@ class Peak(Alive):
 
 @pytest.fixture(params=["reference", "fused"])
 def fused(request, monkeypatch) -> bool:
-    """Operators that keep what a GPU's kernels keep: the registered ones, which are taken when torch compiles."""
+    """Run the reference operators, or the registered ones, which save the same tensors as the GPU kernels.
+
+    The registered operators run while torch compiles, so this pretends that it does.
+    """
     if request.param == "fused":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     return request.param == "fused"
 
 
 def case(config: dict, layers: int, dtype, fused: bool, checkpointing: bool, kept: int = 0, size=(5, 16, 32)):
-    """A walk to run, what it costs by the plan, and the network's plan."""
+    """(function that runs a walk, planned cost of the walk, planned cost of the network)."""
     lists = ("num_layers", "num_single_layers") if "mlp_ratio" in config else ("num_layers",)
     config = config | dict.fromkeys(lists, layers)
     model = build(config, seed=0).to(dtype)
     model.checkpointing, model.keep_attention = checkpointing, kept
     x_t, t, cond, _ = model.example_inputs(1, size=size)
-    # A text that fills its tokens needs no mask; attention with a mask keeps less of it.
+    # Without text_len there is no mask: attention with a mask saves fewer tensors than planned.
     cond = replace(cond, text_len=None).map(lambda v: v.to(dtype))
     x_t = x_t.to(dtype)
     net = network(config, size, cond.text.shape[1], fused)
@@ -202,16 +206,16 @@ def test_tensors_kept_for_the_backward_pass(config, checkpointing, kept, dtype, 
             counts.append((made.bytes(), cost.kept_bytes(dtype.itemsize)))
         del out
     few, many = counts
-    # Outside the blocks a prompt of these small sizes weighs more than its share is known.
+    # In total: at these small sizes the embedding of the prompt, which is planned roughly, weighs much.
     assert many[1] == pytest.approx(many[0], rel=0.1)
-    assert many[1] - few[1] == pytest.approx(many[0] - few[0], rel=0.03)  # per block; the rest is rows of statistics
+    assert many[1] - few[1] == pytest.approx(many[0] - few[0], rel=0.03)  # per block
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("config", [WAN, I2V, TINY_HUNYUAN], ids=["t2v", "i2v", "hunyuan"])
 def test_the_most_that_is_alive_in_a_step(config, checkpointing, dtype, fused):
-    """Forward and backward, and a forward alone; gradients of weights grow while activations go."""
+    """Peak of forward and backward, and of a forward alone; weight gradients grow while activations are freed."""
     run, cost, net = case(config, 3, dtype, fused, checkpointing, size=(4, 32, 32))
     step = StepCost(net, [Pass("net", cost)])
     acts = step.activations(dtype.itemsize)
@@ -219,7 +223,7 @@ def test_the_most_that_is_alive_in_a_step(config, checkpointing, dtype, fused):
         run().float().square().mean().backward()
     gradients = net.params * dtype.itemsize
     assert max(acts.kept, gradients) + acts.block == pytest.approx(made.top, rel=0.1)
-    if not fused and dtype == torch.bfloat16:  # the reference operators' float32 inside is not planned here
+    if not fused and dtype == torch.bfloat16:  # the plan omits the float32 temporaries of the reference operators
         return
     with torch.no_grad(), Peak() as made:
         run()
@@ -227,7 +231,7 @@ def test_the_most_that_is_alive_in_a_step(config, checkpointing, dtype, fused):
 
 
 def test_a_walk_leaves_nothing_to_the_garbage_collector():
-    """A reference cycle would hold the hidden states of blocks that are done."""
+    """A walk makes no reference cycles, which would keep hidden states until the next garbage collection."""
     run, _, _ = case(WAN, 3, torch.float32, False, False)
     gc.disable()
     try:

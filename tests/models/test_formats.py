@@ -1,4 +1,4 @@
-"""Original Wan and HunyuanVideo checkpoints: golden outputs, keys against diffusers' converters, there and back."""
+"""Original Wan and HunyuanVideo checkpoints: golden outputs, keys against diffusers' converters, round trips."""
 
 import json
 from pathlib import Path
@@ -20,12 +20,12 @@ from fastlightgen.models.wan.original import IMAGE_DIM
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # Outputs are about 2 large, so 1e-5 is 40 float32 roundings. The original computes the time sinusoid in float64,
-# diffusers and this package in float32: that alone makes 9e-6 of it.
+# diffusers and this package in float32: that alone causes 9e-6.
 TOLERANCE = 1e-5
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 20, "freq_dim": 32, "ffn_dim": 40}
 SMALL |= {"num_layers": 2}
 I2V = SMALL | {"in_channels": 36, "image_dim": IMAGE_DIM, "added_kv_proj_dim": 24}
-HUNYUAN = {  # diffusers' defaults, which are the real network's
+HUNYUAN = {  # diffusers' defaults, which describe the real network
     "_class_name": "HunyuanVideoTransformer3DModel",
     "num_attention_heads": 24,
     "attention_head_dim": 128,
@@ -63,12 +63,12 @@ def test_golden_hunyuan_in_diffusers_class():
     with torch.device("meta"):
         config = from_original(json.loads((folder / "config.json").read_text()))
         net = stock(**{k: v for k, v in config.items() if k != "_class_name"})
-    net.register_to_config(_class_name=stock.__name__)  # as the configuration of a model folder has it
+    net.register_to_config(_class_name=stock.__name__)  # as in the config.json of a model folder
     load_weights(net, folder)
     io = load_file(folder / "io.safetensors")
     out = net(io["x"], 1000 * io["t"], io["text"], io["text_mask"], io["pooled"], 1000 * io["guidance"]).sample
     torch.testing.assert_close(out, io["out"], rtol=0, atol=TOLERANCE)
-    assert same(to_original(net), load_file(folder / "model.safetensors"))  # and back, bit for bit
+    assert same(to_original(net), load_file(folder / "model.safetensors"))  # the way back, bit for bit
     given = json.loads((folder / "config.json").read_text())
     assert given.items() <= original_config(net.config).items()
 
@@ -88,7 +88,7 @@ def test_wan_keys_are_those_of_diffusers_converter(name: str):
 
 
 def test_hunyuan_rows_are_those_of_diffusers_converter():
-    """At the real size, which the converter has written into it; the columns are left out."""
+    """At the real size, which is a constant in the converter; tensors have one column to save memory."""
     diffusers = pytest.importorskip("diffusers")
     convert = diffusers.loaders.single_file_utils.convert_hunyuan_video_transformer_to_diffusers
     table, originals, count = hunyuan_keys(HUNYUAN), {}, 0
@@ -142,7 +142,7 @@ def test_only_clip_sized_image_tokens_go_back(tmp_path: Path):
 
 
 def test_original_folder_with_other_files_and_shards(tmp_path: Path):
-    """The folder as it is downloaded: shards with their index, and the VAE's and the text encoder's pickles."""
+    """The folder as downloaded: shards with an index, and pickles of the VAE and the text encoder."""
     model = build(SMALL, seed=4)
     folder = save_original(model, tmp_path / "m")
     stored = load_file(folder / WEIGHTS)
@@ -182,7 +182,7 @@ def test_unsupported_original_configuration(tmp_path: Path, config: dict, messag
 
 
 def test_defaults_of_the_original_configurations():
-    """The published T2V 1.3B config.json; and the 13B HunyuanVideo, whose folder has none: its class name is enough."""
+    """The published config.json of Wan T2V 1.3B; HunyuanVideo 13B has none, so that its class name must suffice."""
     wan = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": 1536, "eps": 1e-06, "ffn_dim": 8960}
     wan |= {"freq_dim": 256, "in_dim": 16, "model_type": "t2v", "num_heads": 12, "num_layers": 30, "out_dim": 16}
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""HunyuanVideo against diffusers' HunyuanVideoTransformer3DModel with the same random weights; its bad inputs."""
+"""HunyuanVideo against diffusers' HunyuanVideoTransformer3DModel with equal random weights; errors for bad inputs."""
 
 import inspect
 from dataclasses import fields, replace
@@ -27,7 +27,7 @@ ODD_CHANNELS = {"t2v": 6, "latent_concat": 13, "token_replace": 6}
 
 
 def network(changes: dict, seed: int) -> HunyuanModel:
-    """Random weights; the biases and norms too, which start small or as the identity."""
+    """A network with random weights, biases and norms included, which start small or as the identity."""
     model = build(BASE | changes, seed)
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def stock(model: HunyuanModel):
 
 
 def ask(other, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """diffusers' prediction as its pipelines ask for it."""
+    """diffusers' prediction, called as its pipelines call it."""
     kind, x = other.config.image_condition_type, x_t
     if kind == "latent_concat":
         x = torch.cat([x_t, cond.image], 1)
@@ -58,7 +58,7 @@ def ask(other, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 
 def predicted(model: HunyuanModel, v: Tensor) -> Tensor:
-    """The frames that the network's output decides."""
+    """The frames of v that come from the network's output, not from the given image."""
     return v[:, :, 1:] if model.replaces_first else v
 
 
@@ -70,7 +70,7 @@ def test_equals_diffusers(kind: str, odd: bool, size: tuple[int, int, int]):
     x_t, t, cond, null = model.example_inputs(batch=2, seed=2, size=size)
     other = stock(model)
     for time, prompt in [
-        (t, replace(cond, text_len=torch.tensor([3, 11]))),  # of different length, and padded
+        (t, replace(cond, text_len=torch.tensor([3, 11]))),  # different lengths, padded
         (torch.tensor([1.0, 1e-4]), replace(null, text_len=torch.tensor([5, 5]))),  # no mask is needed
         (t, replace(cond, text_len=None)),
     ]:
@@ -92,10 +92,10 @@ def test_every_condition_counts():
         ("guidance", cond.guidance / 6),
     ):
         assert (model(x_t, t, replace(cond, **{name: other})) - v).abs().max() > 1e-3, name
-    # Without a guidance the prediction is that of guidance 1, for the prompt alone.
+    # Without a guidance scale the prediction equals that of scale 1, for the prompt alone.
     one = replace(cond, guidance=torch.ones(2))
     assert torch.equal(model(x_t, t, replace(cond, guidance=None)), model(x_t, t, one))
-    # What stands behind the end of a text is not read.
+    # Tokens beyond text_len are not read.
     beyond = torch.arange(16) >= cond.text_len[:, None]
     assert beyond.any() and torch.equal(model(x_t, t, replace(cond, text=cond.text + 7 * beyond[..., None])), v)
 
@@ -111,15 +111,15 @@ def test_bf16_errs_no_more_than_diffusers_in_bf16(changes: dict):
         return v if v is cond.text_len else v.bfloat16()
 
     def exact64(v: Tensor) -> Tensor:
-        return v if v is cond.text_len else bf16(v).double()  # the rounded inputs are the question for all three
+        return v if v is cond.text_len else bf16(v).double()  # all three networks get the rounded inputs
 
     exact = predicted(model, ask(other.double(), bf16(x_t).double(), t, cond.map(exact64)))
-    theirs = predicted(model, ask(low, bf16(x_t), t, cond.map(bf16))).double() - exact
-    ours = predicted(model, model.bfloat16()(bf16(x_t), t, cond.map(bf16)))
-    assert ours.dtype == torch.bfloat16
-    # Both round the weights and every activation to bf16, so that the errors are as large: 1.1 is for two draws of
-    # the roundings of 4 x 16 x 2 or more rows of 48 numbers (their size spreads by a few per cent).
-    assert (ours.double() - exact).square().mean().sqrt() <= 1.1 * theirs.square().mean().sqrt()
+    stock_error = predicted(model, ask(low, bf16(x_t), t, cond.map(bf16))).double() - exact
+    v = predicted(model, model.bfloat16()(bf16(x_t), t, cond.map(bf16)))
+    assert v.dtype == torch.bfloat16
+    # Both networks round the weights and every activation to bf16, so their errors have the same expected size. The
+    # factor 1.1 allows for chance: over 4 x 16 x 2 or more rows of 48 numbers the size varies by a few per cent.
+    assert (v.double() - exact).square().mean().sqrt() <= 1.1 * stock_error.square().mean().sqrt()
 
 
 @torch.no_grad()
@@ -132,26 +132,26 @@ def test_float64_runs_in_float64():
 
     got, want = model(x_t.double(), t, cond.map(wide)), ask(stock(model).double(), x_t.double(), t, cond.map(wide))
     assert got.dtype == torch.float64
-    # diffusers' positions and rotations are float32 even then, so that it is only that close.
+    # diffusers computes positions and rotations in float32 even then, which limits the agreement.
     torch.testing.assert_close(got[:, :, 1:], want[:, :, 1:], rtol=0, atol=2e-6)
 
 
 def test_the_given_frame_is_no_prediction():
-    """token_replace: on frame 0, x0 is the image, the flow-matching loss has no error and nothing gets a gradient."""
+    """token_replace: on frame 0 x0 is the image, the flow-matching loss is 0, and no parameter gets a gradient."""
     model = network(REPLACE, seed=1).double()
     x_t, t, cond, _ = model.example_inputs(batch=2, size=(3, 4, 4))
     x0, noise = x_t.double(), torch.randn_like(x_t, dtype=torch.float64)
-    cond = replace(cond, image=x0)  # the whole clip is given, its frame 0 read
+    cond = replace(cond, image=x0)  # the network reads frame 0 of it
     x_t = flow.add_noise(x0, noise, t.double())
     v = model(x_t, t, cond)
     error = (v - flow.velocity(x0, noise))[:, :, 0]
     assert error.abs().max() < 1e-12 and (v - flow.velocity(x0, noise))[:, :, 1:].abs().max() > 0.1
     gradients = torch.autograd.grad(v[:, :, 0].sum(), list(model.parameters()), allow_unused=True)
     assert all(g is None or not g.any() for g in gradients)
-    with torch.no_grad():  # whatever is there in x_t, in 4 steps or one
+    with torch.no_grad():  # sampling ends in the image from any noise, in 4 steps or one
         for times in (flow.ladder(4, 7.0), [1.0]):
             end = flow.rollout(lambda x, s: model(x, s, cond), noise, times, "ode", None)
-            # A walk takes t in float32: 6e-8 of values below 5, in each step.
+            # A walk rounds t to float32: relative error 6e-8 of values below 5, in each step.
             torch.testing.assert_close(end[:, :, 0], x0[:, :, 0], rtol=0, atol=1e-6)
         other = x_t.clone()
         other[:, :, 0] += 3.0
@@ -209,7 +209,7 @@ def test_prune_equals_skipping_bit_for_bit(kind: str, keep: list[int]):
     x_t, t, cond, _ = model.example_inputs(batch=2, seed=1, size=(2, 4, 4))
     skipped = model(x_t, t, cond, keep=keep)
     assert (skipped - model(x_t, t, cond)).abs().max() > 1e-3 or len(keep) == 5
-    pruned = model.prune(keep[::-1])  # the order of `keep` says nothing
+    pruned = model.prune(keep[::-1])  # the order of `keep` does not matter
     assert pruned is model and model.num_blocks == len(keep)
     assert model.config["num_layers"] == sum(i < 2 for i in keep) == len(keep) - model.config["num_single_layers"]
     assert torch.equal(model(x_t, t, cond), skipped)
@@ -248,7 +248,7 @@ def test_example_inputs_are_a_function_of_the_seed():
     assert a[2].image is a[3].image and not torch.equal(a[2].text, a[3].text)  # null differs in text only
 
 
-BAD = {  # network, what is wrong, message
+BAD = {  # name -> (changes of the configuration, changes of the inputs, message)
     "channels": (CONCAT, {"x_t": (2, 5, 2, 4, 6)}, r"22 channels \(latent \+ condition\), this network takes 33"),
     "no image": (CONCAT, {"image": None}, r"16 channels \(latent \+ condition\), this network takes 33"),
     "patch": (REPLACE, {"x_t": (2, 16, 2, 4, 5)}, r"latent size \(2, 4, 5\) is not a multiple of the patch \(1, 2"),

@@ -1,4 +1,4 @@
-"""The walk over HunyuanVideo's two kinds of blocks: streams against forwards of their own, counts, gradients."""
+"""The walk over HunyuanVideo's two kinds of blocks: streams against separate forwards, block calls, gradients."""
 
 from dataclasses import replace
 from itertools import combinations
@@ -32,7 +32,7 @@ def inputs(kind: str | None = None, dtype: torch.dtype = torch.float32):
 
 
 def alone(model: HunyuanModel, x_t: Tensor, t: Tensor, cond: Cond, keep) -> Tensor:
-    """One stream, block by block, without the walk."""
+    """Predict one stream block by block, without the walk."""
     tables = model.tables(x_t, t)
     prompt = model.prompt(cond, tables)
     state = model.embed(x_t, prompt)
@@ -63,7 +63,7 @@ def test_all_masks_and_two_prompts_in_one_walk(kind):
     streams = [Stream(c, keep) for c in (cond, null) for keep in MASKS]
     for s, v in zip(streams, model.walk(x_t, t, streams)):
         assert torch.equal(v, alone(model, x_t, t, s.cond, s.keep))
-    assert model.block_calls == 2 * sum(2**i for i in range(N))  # prompts share nothing, masks their prefixes
+    assert model.block_calls == 2 * sum(2**i for i in range(N))  # two prompts share no calls, masks share prefixes
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def test_gradients_equal_those_of_separate_forwards(kind, flags: tuple[bool, boo
     separate = gradients(model, total([alone(model, x_t, t, cond, keep) for keep in (PRUNED, None)]))
     assert walked.keys() == separate.keys()
     assert ("transformer_blocks.0.attn.to_q.weight" in walked) == flags[1]  # a dropped block gets no gradient
-    scale = max(g.abs().max().item() for g in separate.values())  # a bias of keys has no gradient but rounding
+    scale = max(g.abs().max().item() for g in separate.values())  # the bias of keys has a gradient of 0 up to rounding
     for name, want in separate.items():
         torch.testing.assert_close(walked[name], want, rtol=1e-10, atol=1e-12 * scale)
 
@@ -122,14 +122,14 @@ def test_checkpointing_keeps_the_tokens_once_per_block():
     sizes = {2 * n * 16 for n in (tokens, text, tokens + text)}  # image, text, or both in one sequence
 
     def kept(checkpointing: bool) -> list[int]:
-        """Sizes of the distinct hidden tensors that a backward would hold."""
+        """The sizes of the distinct hidden tensors that autograd keeps."""
         model.checkpointing, found = checkpointing, {}
         with torch.autograd.graph.saved_tensors_hooks(lambda x: found.setdefault(x.data_ptr(), x), lambda x: x):
             model(x_t, t, cond)
         return [x.numel() for x in found.values() if x.numel() in sizes and x.dim() == 3]
 
     plain, few = kept(False), kept(True)
-    # Image and text at two boundaries, both at three, and what embedding, refiner and head keep, each once or twice.
+    # Image and text at two block boundaries, both in one tensor at three; embedding, refiner and head keep a few more.
     assert len(few) <= 2 * 2 + 3 + 8 < len(plain) / 2
 
 

@@ -1,4 +1,4 @@
-"""LoRA: nothing changes at first, only adapters learn, the adapters are W + B A, and the scope restores itself."""
+"""LoRA: new adapters change nothing, only adapters learn, they equal weights W + B A, and `lora_on` restores them."""
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_start_is_a_function_of_the_generator():
 
 @pytest.mark.parametrize("kept", [0, 3])
 def test_a_block_is_computed_again_with_its_adapters(kept):
-    """The backward pass comes after the scope, and leaves the adapters off as it found them."""
+    """A backward pass after `lora_on` recomputes with the adapters on, and leaves them off."""
     gradients = []
     for checkpointing in (False, True):
         model, adapters, args = attached()

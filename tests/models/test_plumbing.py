@@ -1,4 +1,4 @@
-"""A flat call shows an engine's hooks every tensor, and computes with the tensors that the hooks put in their place."""
+"""A flat call passes every tensor through an engine's hooks, and computes with the tensors that the hooks return."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ HUNYUAN |= {"pooled_projection_dim": 6, "num_single_layers": 1, "num_refiner_lay
 
 @pytest.fixture(params=[WAN, HUNYUAN], ids=["wan", "hunyuan"])
 def call(request):
-    """(block, jobs, tables): the first block of a network with two prompts."""
+    """(block, jobs, tables) of a network's first block with two prompts."""
     model = build(request.param, seed=0)
     x_t, t, *conds = model.example_inputs(batch=2, size=(2, 4, 4))
     tables = model.tables(x_t, t)
@@ -33,7 +33,7 @@ def test_the_call_takes_and_returns_its_tensors_one_by_one(call):
     given = [a for a in seen["args"] if isinstance(a, Tensor)]
     assert {id(a) for a in given} == {id(a) for a in tensors_of((jobs, tables))}
     assert {id(jobs[0].state.x), id(jobs[1].prompts[0].text), id(tables.rope[2])} <= {id(a) for a in given}
-    assert not {id(a) for a in given} & {id(job.prompts[0].cond.text) for job in jobs}  # the caller's condition
+    assert not {id(a) for a in given} & {id(job.prompts[0].cond.text) for job in jobs}  # a condition is the caller's
     assert isinstance(seen["out"], tuple) and [id(v) for v in seen["out"]] == [id(v) for v in tensors_of(states)]
     plain = block(jobs, tables)
     assert all(torch.equal(a, b) for a, b in zip(tensors_of(states), tensors_of(plain), strict=True))

@@ -1,4 +1,4 @@
-"""Sampling a network: the hand-written loop, how many predictions it takes, and what a folder's card decides."""
+"""Sampling: against a loop by hand, the number of predictions, and settings from a model folder's card."""
 
 import pytest
 import torch

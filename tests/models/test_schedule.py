@@ -1,4 +1,4 @@
-"""The schedule of a walk against cases worked out by hand."""
+"""The schedule of a walk against schedules written by hand."""
 
 import subprocess
 import sys
@@ -18,22 +18,22 @@ def group(*members: int, grad: bool = False) -> Group:
 
 
 def run(whole: Group, *parts: Group) -> Run:
-    """A group through a block; with one prompt it stays as it is."""
+    """A group runs a block; without `parts` it has one prompt and does not split."""
     return Run(whole, list(parts) or [whole])
 
 
 def calls(plan: Schedule) -> int:
-    """Block evaluations."""
+    """Number of block evaluations."""
     return sum(len(r.parts) for step in plan.steps for r in step.runs)
 
 
 def visits(plan: Schedule) -> list[tuple[int, int]]:
-    """Of each block that runs: its index, and how many groups run it."""
+    """(index, number of groups that run it) of each block that runs."""
     return [(step.block, len(step.runs)) for step in plan.steps]
 
 
 def test_the_dual_walk():
-    """The pruned path with gradient beside the full path without: they part at block 2, the first that is dropped."""
+    """The pruned path with gradient and the full path without: they split at block 2, the first dropped one."""
     both, pruned, full = group(0, 1, grad=True), group(0, grad=True), group(1)
     plan = schedule([PRUNED, FULL], [COND, COND], [0, 0], [True, False], N)
     assert plan == Schedule(
@@ -62,7 +62,7 @@ def test_the_dual_walk_of_every_mask():
 
 
 def test_the_three_streams_of_the_teacher():
-    """v_p(c), v_p(null), v_u(c): prompts part inside block 0, where the text enters; block sets part before block 2."""
+    """v_p(c), v_p(null), v_u(c): prompts split in block 0, where the text enters, block sets before block 2."""
     three, conds, null = group(0, 1, 2), group(0, 2), group(1)
     weak, strong = group(0), group(2)
     plan = schedule([PRUNED, PRUNED, FULL], [COND, NULL, COND], [0, 0, 0], [False] * 3, N)
@@ -84,7 +84,7 @@ def test_the_three_streams_of_the_teacher():
 
 
 def test_prompts_of_hunyuan_video_never_merge():
-    """Its text is part of the hidden states from the start: the start states differ as the prompts do."""
+    """HunyuanVideo's first hidden states contain the text, so different prompts have different start states."""
     plan = schedule([PRUNED, PRUNED, FULL], [COND, NULL, COND], [COND, NULL, COND], [False] * 3, N)
     assert plan.starts == plan.prompts == [group(0, 2), group(1)]
     assert visits(plan) == [(0, 2), (1, 2), (2, 1), (3, 1), (4, 3), (5, 3)]
@@ -130,7 +130,7 @@ def test_without_blocks_the_prompts_part_at_the_end():
 
 @pytest.mark.parametrize("flags", [(True, False), (False, True)])
 def test_a_block_reads_each_prompt_once(flags):
-    """With gradient if one of the parts that read it carries gradient."""
+    """Reading carries gradient if one of the parts with that prompt does."""
     read = read_once([(COND, flags[0]), (NULL, False), (COND, flags[1])])
     assert list(read.items()) == [(COND, True), (NULL, False)]
 

@@ -1,4 +1,4 @@
-"""The walk: every stream equals a forward of its own, bit for bit; block counts; which stream carries a graph."""
+"""The walk: every stream equals a separate forward bit for bit; number of block calls; gradients and graphs."""
 
 from itertools import combinations
 
@@ -32,7 +32,7 @@ def inputs(dtype: torch.dtype = torch.float32):
 
 
 def alone(model: WanModel, x_t: Tensor, t: Tensor, cond: Cond, keep) -> Tensor:
-    """One stream, block by block, without the walk."""
+    """Predict one stream block by block, without the walk."""
     tables = model.tables(x_t, t)
     prompt = model.prompt(cond, tables)
     state = model.embed(x_t, prompt)
@@ -49,7 +49,7 @@ def test_every_mask_beside_the_full_path():
         model.block_calls = 0
         v_pruned, v_full = model.walk(x_t, t, [Stream(cond, keep), Stream(cond)])
         assert torch.equal(v_full, full) and torch.equal(v_pruned, alone(model, x_t, t, cond, keep))
-        # The paths part at the first dropped block p: N + K - p calls (N when nothing is dropped).
+        # The paths split at the first dropped block p: N + K - p calls (N if no block is dropped).
         prefix = next((i for i in range(N) if i not in keep), N)
         assert model.block_calls == N + len(keep) - prefix
         assert torch.equal(model(x_t, t, cond, keep=keep), v_pruned)
@@ -61,7 +61,7 @@ def test_all_masks_in_one_walk():
     model.block_calls = 0
     for keep, v in zip(MASKS, model.walk(x_t, t, [Stream(cond, keep) for keep in MASKS])):
         assert torch.equal(v, alone(model, x_t, t, cond, keep))
-    # A tree: block i is called once for every distinct way of having run the blocks before it, 2^i.
+    # A tree: block i is called once for each of the 2^i subsets of the blocks before it.
     assert model.block_calls == sum(2**i for i in range(N))
 
 
@@ -73,7 +73,7 @@ def test_the_three_streams_of_the_teacher():
     assert torch.equal(v_pc, alone(model, x_t, t, cond, PRUNED))
     assert torch.equal(v_pn, alone(model, x_t, t, null, PRUNED))
     assert torch.equal(v_uc, alone(model, x_t, t, cond, None))
-    assert model.block_calls == (N + 4 - 2) + 4  # prompts share nothing
+    assert model.block_calls == (N + 4 - 2) + 4  # different prompts share no calls
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def test_the_sweep_of_stage_1_shares_prefixes():
     skips = [[j for j in range(N) if j != i] for i in range(N)]
     for streams, calls in (
         ([Stream(cond, keep) for keep in skips] + [Stream(cond)], N * (N + 1) // 2),  # trunk N, tails N - 1, ..., 0
-        ([Stream(cond, keep) for keep in skips], N * (N + 1) // 2 - 1),  # nobody needs the trunk's last block
+        ([Stream(cond, keep) for keep in skips], N * (N + 1) // 2 - 1),  # no stream needs the trunk's last block
     ):
         model.block_calls = 0
         out = model.walk(x_t, t, streams)
@@ -97,7 +97,7 @@ def test_one_module_call_per_block_serves_all_streams():
     for i, block in enumerate(model.blocks):
         block.register_forward_pre_hook(lambda _, args, i=i: visits.append((i, len(args[0]))))
     model.walk(x_t, t, [Stream(cond, PRUNED), Stream(null, [1, 2, 4]), Stream(cond)])
-    # Block 0 is one job: the null stream skips it. From block 1 on its prompt keeps it apart.
+    # Block 0 has one job, because the null stream skips it. From block 1 on that stream's prompt separates it.
     assert visits == [(0, 1), (1, 2), (2, 2), (3, 1), (4, 3), (5, 2)]
 
 
@@ -125,10 +125,10 @@ def test_the_null_prompts_keys_are_kept_for_a_frozen_network():
     text_keys = {}
     for _ in range(3):
         v_c, v_n = model.walk(x_t, t, [Stream(cond, PRUNED), Stream(null, PRUNED, text_keys=text_keys)])
-        # One row instead of the batch: the same products, summed by another kernel for another shape.
+        # Computed from one row instead of the batch: another kernel sums the same products in another order.
         torch.testing.assert_close(v_n, want, rtol=1e-5, atol=1e-6)
         assert torch.equal(v_c, alone(model, x_t, t, cond, PRUNED))
-    assert counted.count(1) == len(PRUNED) == len(text_keys)  # once for the whole run
+    assert counted.count(1) == len(PRUNED) == len(text_keys)  # once in three walks
 
 
 @pytest.mark.parametrize("keep_attention", [0, 2, N])
@@ -146,7 +146,7 @@ def test_checkpointing_keeps_one_hidden_tensor_per_block():
     hidden = model.hidden_bytes(x_t) // 4
 
     def kept(keep_attention: int | None) -> int:
-        """Distinct tensors of a hidden state's size that a backward would hold."""
+        """The number of distinct tensors of a hidden state's size that autograd keeps."""
         model.checkpointing, model.keep_attention = keep_attention is not None, keep_attention or 0
         found = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda x: found.setdefault(x.data_ptr(), x), lambda x: x):
@@ -154,11 +154,11 @@ def test_checkpointing_keeps_one_hidden_tensor_per_block():
         return sum(x.numel() == hidden for x in found.values())
 
     plain, none = kept(None), kept(0)
-    assert none <= N + 2 < plain / 3  # the block boundaries, and what the embedding and the head keep
+    assert none <= N + 2 < plain / 3  # block boundaries, and one each for embedding and head
 
 
 @torch.no_grad()
-def test_texts_of_different_lengths_and_streams_said_twice():
+def test_texts_of_different_lengths_and_a_stream_given_twice():
     model, x_t, t, cond, null = inputs()
     short = Cond(null.text[:, :3])
     out = model.walk(x_t, t, [Stream(cond, PRUNED), Stream(short), Stream(cond, PRUNED)])
@@ -214,7 +214,7 @@ def test_a_stream_without_gradient_leaves_the_graph_where_it_forks():
             lambda _, args, i=i: seen.append((i, [j.state.x.requires_grad for j in args[0]]))
         )
     model.walk(x_t, t, [Stream(cond, PRUNED, grad=True), Stream(cond)])
-    # Shared and in the graph up to the fork; blocks 2 and 3 run only for the stream that left it.
+    # One group with gradient up to the fork; blocks 2 and 3 run only for the stream without gradient.
     assert seen[:4] == [(0, [True]), (1, [True]), (2, [False]), (3, [False])]
     assert [sorted(flags) for _, flags in seen[4:]] == [[False, True]] * 2
     twins = model.walk(x_t, t, [Stream(cond, PRUNED, grad=True), Stream(cond, PRUNED)])  # merged to the end
@@ -222,7 +222,7 @@ def test_a_stream_without_gradient_leaves_the_graph_where_it_forks():
 
 
 def saved(run) -> int:
-    """How many tensors autograd keeps for a backward through run()."""
+    """The number of tensors that autograd keeps for a backward pass through run()."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(1) or x, lambda x: x):
         out = run()
@@ -236,5 +236,5 @@ def test_streams_without_gradient_keep_nothing():
     streams = [Stream(cond, PRUNED, grad=True), Stream(cond), Stream(null), Stream(null, [3])]
     assert one > 0 and saved(lambda: model.walk(x_t, t, streams)) == one
     assert saved(lambda: model.walk(x_t, t, streams[1:])) == 0
-    with torch.no_grad():  # the caller's mode rules over grad=True
+    with torch.no_grad():  # the caller's grad mode overrides grad=True
         assert not model.walk(x_t, t, streams)[0].requires_grad

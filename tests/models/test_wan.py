@@ -1,4 +1,4 @@
-"""The Wan network against diffusers' WanTransformer3DModel with the same random weights, and its error messages."""
+"""Wan's network against diffusers' WanTransformer3DModel with the same random weights; errors for bad inputs."""
 
 import inspect
 from dataclasses import fields, replace
@@ -15,7 +15,7 @@ from fastlightgen.models.wan.model import WanConfig, WanModel
 BASE = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 20, "freq_dim": 32, "ffn_dim": 40}
 BASE |= {"num_layers": 3}
 I2V = {"in_channels": 36, "image_dim": 8, "added_kv_proj_dim": 24}
-CASES = {  # config on top of BASE, latent size
+CASES = {  # name -> (changes of BASE, latent size)
     "t2v": ({}, (3, 8, 8)),
     "one head": ({"num_attention_heads": 1, "attention_head_dim": 32}, (1, 4, 4)),
     "wide, narrow axes": ({"num_attention_heads": 5, "attention_head_dim": 20, "eps": 1e-5}, (5, 4, 10)),
@@ -29,7 +29,7 @@ CASES = {  # config on top of BASE, latent size
 
 
 def network(changes: dict, seed: int) -> WanModel:
-    """Random weights; the norms too, which start as the identity."""
+    """A network with random weights, norms included, which start as the identity."""
     model = build(BASE | changes, seed)
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_bf16_errs_no_more_than_diffusers_in_bf16(changes: dict):
     x_t, t, cond, _ = model.example_inputs(batch=2, size=(3, 6, 8))
     other = stock(model)
     low = stock(model)
-    for name, p in low.named_parameters():  # as from_pretrained(torch_dtype=bfloat16) leaves it
+    for name, p in low.named_parameters():  # the types after from_pretrained(torch_dtype=bfloat16)
         if not any(part in name for part in low._keep_in_fp32_modules):
             p.data = p.data.bfloat16()
 
@@ -99,7 +99,7 @@ def test_float64_runs_in_float64():
     model = network({}, seed=1).double()
     x_t, t, cond, _ = model.example_inputs()
     got = model(x_t.double(), t, cond.map(Tensor.double))
-    # diffusers' norms are float32 even then, so that it is only that close.
+    # diffusers computes norms in float32 even then, which limits the agreement.
     want = ask(stock(model).double(), x_t.double(), t, cond.map(Tensor.double))
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
@@ -133,7 +133,7 @@ def test_prune_equals_skipping_bit_for_bit(keep: list[int]):
     x_t, t, cond, _ = model.example_inputs(size=(2, 4, 4))
     skipped = model(x_t, t, cond, keep=keep)
     assert (skipped - model(x_t, t, cond)).abs().max() > 1e-3 or len(keep) == 3
-    pruned = model.prune(keep[::-1])  # the order of `keep` says nothing
+    pruned = model.prune(keep[::-1])  # the order of `keep` does not matter
     assert pruned is model and model.num_blocks == len(keep) == model.config["num_layers"]
     assert torch.equal(model(x_t, t, cond), skipped)
     torch.testing.assert_close(ask(stock(model), x_t, t, cond), skipped, rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Model folders: equal bits in and out, stock diffusers on both sides, strict reading, whole writing, public names."""
+"""Model folders: bit-equal round trips, exchange with stock diffusers, strict reading, atomic writing, public names."""
 
 import importlib
 import json
@@ -73,7 +73,7 @@ def test_presets_draw_their_weights_from_the_seed():
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
     first = load_model("tiny", seed=3)
-    assert torch.equal(torch.random.get_rng_state(), state)  # the caller's random numbers go on as they were
+    assert torch.equal(torch.random.get_rng_state(), state)  # torch's random state is unchanged
     torch.manual_seed(6)
     assert same(first, load_model("tiny", seed=3)) and not same(first, load_model("tiny", seed=4))
     assert first.num_blocks == 12
@@ -81,7 +81,7 @@ def test_presets_draw_their_weights_from_the_seed():
 
 
 def test_types(folder: Path):
-    """Stored in one type, wanted in another: torch's own rounding; nothing asked: float32."""
+    """Loading into another type rounds as torch does; the default type is float32."""
     model = build(CONFIG, seed=1)
     assert same(load_model(folder, dtype=torch.bfloat16), build(CONFIG, seed=1).bfloat16())
     save_model(model, folder, torch.bfloat16)
@@ -105,7 +105,7 @@ def test_loading_draws_no_random_numbers(folder: Path):
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' /proc to reset the peak")
 def test_a_load_holds_one_copy(tmp_path: Path, monkeypatch):
-    """Peak of resident memory, mapped files included, above what the process had: the network and one window."""
+    """Growth of resident memory at its peak, mapped files included: the network and one window."""
 
     def status(name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -113,7 +113,7 @@ def test_a_load_holds_one_copy(tmp_path: Path, monkeypatch):
 
     config = CONFIG | {"num_attention_heads": 16, "attention_head_dim": 32, "ffn_dim": 2048, "num_layers": 16}
     folder = save_model(build(config), tmp_path / "m", torch.bfloat16)
-    load_model(folder)  # imports and caches of the first load
+    load_model(folder)  # a first load, for imports and caches
     size = (folder / WEIGHTS).stat().st_size
     monkeypatch.setattr(weights, "WINDOW", size // 16)
     Path("/proc/self/clear_refs").write_text("5")
@@ -121,7 +121,7 @@ def test_a_load_holds_one_copy(tmp_path: Path, monkeypatch):
     model = load_model(folder, dtype=torch.bfloat16)
     peak = status("VmHWM") - before
     assert sum(p.numel() * p.element_size() for p in model.parameters()) > 0.99 * size > 1.3e8
-    # 1 for the network, 1/16 for the window, the rest for the allocator; a second copy would make 2.
+    # In sizes of the network: 1 for the network, 1/16 for the window, the rest for the allocator. A second copy: 2.
     assert peak < 1.35 * size, f"{peak / size:.2f} times the size of the weights"
 
 
@@ -132,7 +132,7 @@ def test_shards(folder: Path):
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 3 and shards[0].name == f"diffusion_pytorch_model-00001-of-{len(shards):05}.safetensors"
     sizes = [[v.numel() * 4 for v in load_file(shard).values()] for shard in shards]
-    assert all(sum(s) <= limit or len(s) == 1 for s in sizes)  # a tensor above the limit stands alone
+    assert all(sum(s) <= limit or len(s) == 1 for s in sizes)  # a tensor above the limit has its own shard
     record = json.loads((folder / f"{WEIGHTS}.index.json").read_text())
     assert record["metadata"]["total_size"] == sum(map(sum, sizes))
     assert all(key in load_file(folder / name) for key, name in record["weight_map"].items())
@@ -142,7 +142,7 @@ def test_shards(folder: Path):
     load = diffusers.WanTransformer3DModel.from_pretrained
     other, log = load(folder, local_files_only=True, output_loading_info=True)
     assert not any(log.values()) and same(other, model)
-    save_model(model, folder)  # one file again, and no index of the old ones
+    save_model(model, folder)  # one file again, without the old index
     assert [p.name for p in folder.glob("*.safetensors*")] == [WEIGHTS]
 
 
@@ -165,13 +165,13 @@ def test_an_interrupted_save_leaves_the_old_folder_whole(folder: Path, monkeypat
         save_model(build(CONFIG, seed=2), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     monkeypatch.undo()
-    save_model(build(CONFIG, seed=2), folder)  # and the next save succeeds, leaving nothing else behind
+    save_model(build(CONFIG, seed=2), folder)  # the next save succeeds and leaves no temporary folder
     assert same(load_model(folder), build(CONFIG, seed=2)) and list(folder.parent.iterdir()) == [folder]
 
 
 def test_saving_replaces_model_folders_only(tmp_path: Path):
     (tmp_path / "thesis").mkdir()
-    save_model(build(CONFIG, seed=2), tmp_path / "thesis")  # empty: fine
+    save_model(build(CONFIG, seed=2), tmp_path / "thesis")  # an empty folder may be replaced
     for name in ("work", "work/file"):
         path = tmp_path / name
         path.write_text("text") if path.parent.name == "work" else path.mkdir()

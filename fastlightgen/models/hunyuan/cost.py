@@ -47,7 +47,7 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, 
         (*double_layers, *double_layers, six, six),
         linear(both, *double_layers),
         linear(rows + 1, six),
-        # The text's q and k go through torch's own norms, which keep 4 float32 tensors of the text instead of 2 narrow.
+        # The text's q and k go through torch's own norms: 4 float32 tensors of the text instead of 2 narrow ones.
         Saved(12 * hidden - 2 * text * dim, 4 * text * dim) if fused else Saved(8 * hidden, 8 * hidden),
         inners=2,
     )

@@ -88,7 +88,7 @@ class HunyuanEncoding(Encoding):
             clip["latents"][:, :1] = clip["image"]
 
     def shown(self, video: Tensor) -> Tensor:
-        """The pipeline drops the first `frame_stride` frames of a latent_concat video."""
+        """Drop the first `frame_stride` frames of a latent_concat video, as the pipeline does."""
         return video[:, self.geometry.frame_stride :] if self.kind == "latent_concat" else video
 
     def hint(self, cond: Cond) -> Tensor | None:

@@ -45,7 +45,7 @@ class WanConfig(NetworkConfig):
             if got != wanted:
                 raise ValueError(f"Wan config: {name} is {got!r}; only {wanted!r} is supported")
         if self.added_kv_proj_dim != (None if self.image_dim is None else self.dim):
-            # The image embedder's output, `dim` wide, is what add_k_proj and add_v_proj read.
+            # add_k_proj and add_v_proj read the image embedder's output, which is `dim` wide.
             raise ValueError(
                 f"Wan config: added_kv_proj_dim is {self.added_kv_proj_dim}; it must be {self.dim} (heads x head_dim) "
                 f"with an image_dim and null without one (it is {self.image_dim})"

@@ -149,6 +149,7 @@ class WanModel(VideoDiT):
         tokens = math.prod(n // p for n, p in zip(x_t.shape[2:], self.cfg.patch_size, strict=True))
         image = 0 if cond.image_embeds is None else cond.image_embeds.shape[1]
         context = text + image
+        # In multiply-adds; the final factor 2 counts both operations.
         linear = tokens * (6 * dim * dim + 2 * dim * ffn) + context * 2 * dim * dim
         attention = 2 * tokens * (tokens + context) * dim
         return [2 * len(x_t) * (linear + attention)] * self.num_blocks
