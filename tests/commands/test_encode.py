@@ -1,4 +1,4 @@
-"""encode end to end: contents of a cache, skipped clips, resuming after SIGKILL, ranks, workers, training from it."""
+"""The encode command end to end: cache contents, skipped clips, resuming after SIGKILL, ranks, workers, training."""
 
 import json
 import os
@@ -28,7 +28,7 @@ SIZES = ["buckets=[32x48,48x32]", "frames=5", "fps=8", "dtype=float32", "save_dt
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory) -> Path:
-    """A list of videos in two shapes and four formats, and four clips that cannot be used."""
+    """A list of clips in two shapes and four formats, and four unusable clips."""
     folder = tmp_path_factory.mktemp("videos")
     write_video(folder / "a.mp4", numbered(10), 8)
     write_video(folder / "b.mkv", numbered(10, 48, 32), 8)
@@ -58,7 +58,7 @@ def shared_encoders(pipeline):
 
 @pytest.fixture(scope="module")
 def run(videos, pipeline, shared_encoders):
-    """Runs the command in this process; the encoders are loaded once for all tests."""
+    """Runs the command in this process, with encoders that are loaded once for all tests."""
 
     def run(out: Path, *words: str) -> None:
         given = [f"videos={videos / 'list.csv'}", f"pipeline={pipeline('wan_i2v')}", f"out={out}", "shard=2", *SIZES]
@@ -71,31 +71,31 @@ def run(videos, pipeline, shared_encoders):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Contents of every file of a cache except the locks."""
+    """The bytes of every file of a cache except the locks."""
     return {
         str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[:5] != ".lock"
     }
 
 
 @pytest.fixture(scope="module")
-def finished(run, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "cache"
+def made(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made") / "cache"
     run(folder)
     return folder
 
 
 @pytest.fixture
-def cache_copy(finished, tmp_path):
-    """A copy of a finished cache, which a test may change."""
-    return shutil.copytree(finished, tmp_path / "whole")
+def finished(made, tmp_path):
+    """A copy of a finished cache that a test may change."""
+    return shutil.copytree(made, tmp_path / "finished")
 
 
 def clip_of(cache: Cache, caption: str) -> int:
     return next(i for i in range(len(cache)) if cache.sample(i)["caption"] == caption)
 
 
-def test_a_cache_holds_what_the_encoders_make(cache_copy, videos, shared_encoders, capsys):
-    cache, rows = Cache(cache_copy), read_list(videos / "list.csv", 80)
+def test_a_cache_holds_what_the_encoders_make(finished, videos, shared_encoders, capsys):
+    cache, rows = Cache(finished), read_list(videos / "list.csv", 80)
     assert len(cache) == len(USED)
     for row in (rows[i] for i in USED):
         i = clip_of(cache, row.caption)
@@ -103,42 +103,46 @@ def test_a_cache_holds_what_the_encoders_make(cache_copy, videos, shared_encoder
         got = cache.read([i])
         assert got.keys() == wanted.keys()
         assert all(torch.equal(got[key][0], wanted[key]) for key in wanted)
-        record = cache.sample(i)
-        assert record["source"] == source_hash(row.file) and record["file"] == row.name
-        assert (record["start"], record["end"]) == (row.start, row.end)
-        assert record["resolution"] == ([48, 32] if row.name == "b.mkv" else [32, 48])
+        origin = cache.sample(i)
+        assert origin["source"] == source_hash(row.file) and origin["file"] == row.name
+        assert (origin["start"], origin["end"]) == (row.start, row.end)
+        assert origin["resolution"] == ([48, 32] if row.name == "b.mkv" else [32, 48])
     null = shared_encoders.null("", BUCKETS[0])
     assert all(torch.equal(cache.null[key], null[key]) for key in null)
-    skipped = json.loads((cache_copy / "skipped.json").read_text())
+    skipped = json.loads((finished / "skipped.json").read_text())
     assert [s["row"] for s in skipped] == list(SKIPPED)
-    assert all(message in s["reason"] for s, message in zip(skipped, SKIPPED.values(), strict=True))
-    about = cache.description
-    assert about["fps"] == 8 and about["frames"] == 5 and about["vae"] == shared_encoders.description()["vae"]
-    with safe_open(cache_copy / "shard-00001-48x32.safetensors", "pt") as shard:  # each shard holds the description
-        assert json.loads(shard.metadata()["fastlightgen"])["description"] == about
+    assert all(said in s["reason"] for s, said in zip(skipped, SKIPPED.values(), strict=True))
+    description = cache.description
+    assert (
+        description["fps"] == 8
+        and description["frames"] == 5
+        and description["vae"] == shared_encoders.description()["vae"]
+    )
+    with safe_open(finished / "shard-00001-48x32.safetensors", "pt") as shard:  # a shard describes itself
+        assert json.loads(shard.metadata()["fastlightgen"])["description"] == description
     assert [len(group) for group in cache.groups()] == [4, 1]
 
 
-def test_lines_before_and_after_the_work(run, tmp_path, capsys):
+def test_said_before_and_after(run, tmp_path, capsys):
     run(tmp_path / "out")
     out = capsys.readouterr().out
-    # 7 clips of 72608 bytes: float32 for 36 x 2 x 4 x 6 latents and condition, 5 x 8 image tokens, 512 x 32 text
+    # 7 clips of 4 bytes x (36 x 2 x 4 x 6 latents and condition + 5 x 8 image tokens + 512 x 32 text) = 72608 bytes
     assert "7 of 9 listed clips, 5 frames at 8 per second; at most 0.000508 GB, " in out
     assert f"{tmp_path / 'out'}: 5 clips, 4 skipped: {tmp_path / 'out' / 'skipped.json'}" in out
 
 
-def test_the_same_command_again_changes_nothing(run, cache_copy):
-    before = {p: p.stat().st_mtime_ns for p in cache_copy.rglob("*.safetensors")} | {
-        "index": (cache_copy / "index.json").stat()
+def test_the_same_command_again_changes_nothing(run, finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} | {
+        "index": (finished / "index.json").stat()
     }
-    run(cache_copy)
-    assert before == {p: p.stat().st_mtime_ns for p in cache_copy.rglob("*.safetensors")} | {
-        "index": (cache_copy / "index.json").stat()
+    run(finished)
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} | {
+        "index": (finished / "index.json").stat()
     }
 
 
 @pytest.mark.parametrize(
-    "word, message",
+    "word, said",
     [
         ("fps=4", "description.fps: 8.0 -> 4.0"),
         ("frames=9", "description.frames: 5 -> 9"),
@@ -147,19 +151,20 @@ def test_the_same_command_again_changes_nothing(run, cache_copy):
         ("null_prompt=bad quality", "description.null_prompt: "),
     ],
 )
-def test_another_configuration_is_refused(run, cache_copy, capsys, word, message):
-    before = files(cache_copy)
+def test_another_configuration_is_refused(run, finished, capsys, word, said):
+    before = files(finished)
     with pytest.raises(SystemExit):
-        run(cache_copy, word)
+        run(finished, word)
     error = capsys.readouterr().err
-    assert f"out={cache_copy} was begun with another configuration" in error and message in error
-    assert error.count("\n") == 1 and files(cache_copy) == before
+    assert f"out={finished} was started with another configuration" in error and said in error
+    assert error.count("\n") == 1 and files(finished) == before
 
 
-def test_killed_at_any_moment_and_continued(finished, videos, pipeline, tmp_path):
-    """Kill the command at one of the 14 files that it writes, before or after their renaming, and continue it.
+def test_killed_at_any_moment_and_continued(made, videos, pipeline, tmp_path):
+    """A run that was killed at any file ends, when continued, with the same bytes as an uninterrupted run.
 
-    The files: settings, null, 5 shards, 5 records, skipped.json, index.json. The finished cache is byte-equal.
+    SIGKILL strikes at one of the 14 files (settings, null, 5 shards, 5 records, skipped.json, index.json), before or
+    after the file gets its name.
     """
     words = [f"videos={videos / 'list.csv'}", f"pipeline={pipeline('wan_i2v')}", "shard=2", *SIZES]
     words += ["workers=0", "progress=false", "threads=1", "device=cpu"]
@@ -167,48 +172,48 @@ def test_killed_at_any_moment_and_continued(finished, videos, pipeline, tmp_path
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     script = Path(__file__).with_name("kill_encode.py")
     done = subprocess.run(
-        [sys.executable, script, tmp_path, "3,6,12,13", *words], env=env, capture_output=True, text=True
+        [sys.executable, script, tmp_path, "3,6,12,13", *words], env=env, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report == {str(n): [True, False, n % 2] for n in (3, 6, 12, 13)}
-    wanted = files(tmp_path / "whole")
-    assert wanted.keys() == files(finished).keys()
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert outcome == {str(n): [True, False, n % 2] for n in (3, 6, 12, 13)}
+    wanted = files(tmp_path / "undisturbed")
+    assert wanted.keys() == files(made).keys()
     for n in (3, 6, 12, 13):
         assert files(tmp_path / str(n)) == wanted
 
 
-def test_ranks_share_the_work(run, cache_copy, tmp_path, capsys, monkeypatch):
+def test_ranks_share_the_work(run, finished, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     run(tmp_path / "two", "rank=1", "ranks=2")
     assert "rank 1 of 2 is done; the last rank to finish writes the index" in capsys.readouterr().out
     assert not (tmp_path / "two" / "index.json").exists()
     run(tmp_path / "two", "rank=0", "ranks=2")
-    assert files(tmp_path / "two") == files(cache_copy)
+    assert files(tmp_path / "two") == files(finished)
     for rank in ("2", "0", "1"):  # torchrun sets RANK; a finished rank may start again
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "3")
         run(tmp_path / "three")
-    assert files(tmp_path / "three") == files(cache_copy)
+    assert files(tmp_path / "three") == files(finished)
 
 
-def test_a_damaged_part_is_made_again(run, cache_copy, tmp_path):
-    wanted = files(cache_copy)
-    shard = cache_copy / "shard-00002-32x48.safetensors"
+def test_a_damaged_part_is_made_again(run, finished, tmp_path):
+    wanted = files(finished)
+    shard = finished / "shard-00002-32x48.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    (cache_copy / "index.json").unlink()
-    run(cache_copy)
-    assert files(cache_copy) == wanted
+    (finished / "index.json").unlink()
+    run(finished)
+    assert files(finished) == wanted
 
 
-def test_two_processes_do_not_make_the_same_part(run, cache_copy, tmp_path, capsys):
+def test_two_processes_do_not_make_the_same_part(run, finished, tmp_path, capsys):
     import fcntl
 
-    with open(cache_copy / ".lock-0", "w") as held:
+    with open(finished / ".lock-0", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(SystemExit):
-            run(cache_copy)
-    assert "another process makes it as rank=0; wait for it" in capsys.readouterr().err
+            run(finished)
+    assert "another process writes it as rank=0; wait for it" in capsys.readouterr().err
 
 
 def test_nothing_usable_fails(run, videos, tmp_path, capsys):
@@ -233,39 +238,39 @@ def test_decoding_processes_keep_the_order_and_survive_a_crash():
     assert list(command.decoded(rows, 1, read_or_die)) == wanted
 
 
-def test_workers_make_the_same_cache(run, cache_copy, tmp_path):
+def test_workers_make_the_same_cache(run, finished, tmp_path):
     run(tmp_path / "out", "workers=2")
-    assert files(tmp_path / "out") == files(cache_copy)
+    assert files(tmp_path / "out") == files(finished)
 
 
 @pytest.mark.parametrize(
-    "word, message",
+    "word, said",
     [
         ("buckets=big", "buckets=big: wanted HEIGHTxWIDTH"),
         ("rank=1", "rank=1, ranks=0: give both, or neither"),
         ("dtype=float16", "dtype=float16: wanted one of bfloat16, float32"),
     ],
 )
-def test_bad_keys(word, message):
+def test_bad_keys(word, said):
     with pytest.raises(ValueError, match=".*") as error:
         load(["videos=v", "pipeline=p", "out=o", word], "encode")
-    assert message in str(error.value)
+    assert said in str(error.value)
     with pytest.raises(ValueError, match="rank=2: with ranks=2 the ranks are 0 to 1"):
         load(["videos=v", "pipeline=p", "out=o", "rank=2", "ranks=2"], "encode")
 
 
 @pytest.mark.parametrize(
-    "word, message",
+    "word, said",
     [
         ("frames=6", "frames=6: wanted 4 k + 1, for example 5"),
         ("buckets=[30x48]", "buckets=[30x48]: wanted HEIGHTxWIDTH, multiples of 16, for example [480x832,832x480]"),
     ],
 )
-def test_sizes_that_do_not_fit_the_pipeline(run, tmp_path, capsys, word, message):
+def test_sizes_that_do_not_fit_the_pipeline(run, tmp_path, capsys, word, said):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "out", word)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert stop.value.code == 2 and said in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_numbers_too_large_for_their_type_stop():
@@ -275,14 +280,9 @@ def test_numbers_too_large_for_their_type_stop():
     assert kept["latents"].dtype == torch.bfloat16 and kept["text"].dtype == torch.float32
 
 
-def test_the_stages_train_from_it(cache_copy, pipeline, tmp_path, capsys):
-    """Train stages 1 to 3 from the cache with the pipeline's network; then caches of other parts are refused."""
-    common = [
-        f"model={pipeline('wan_i2v') / 'transformer'}",
-        f"data={cache_copy}",
-        f"run={tmp_path / 'run'}",
-        "batch=1",
-    ]
+def test_the_stages_train_from_it(finished, pipeline, tmp_path, capsys):
+    """Stages 1 to 3 from the cache with the pipeline's own network; then a cache of another VAE is refused."""
+    common = [f"model={pipeline('wan_i2v') / 'transformer'}", f"data={finished}", f"run={tmp_path / 'run'}", "batch=1"]
     common += ["progress=false", "threads=1"]
     run_train(*common, "stage=1", "clips=1", "timesteps=1")
     out = capsys.readouterr().out
@@ -297,25 +297,25 @@ def test_the_stages_train_from_it(cache_copy, pipeline, tmp_path, capsys):
     assert "the teacher" not in capsys.readouterr().out
     for stage in (2, 3):
         card = json.loads((tmp_path / "run" / f"stage{stage}" / "model" / "fastlightgen.json").read_text())
-        assert card["vae"] == Cache(cache_copy).description["vae"]
+        assert card["vae"] == Cache(finished).description["vae"]
 
-    index = json.loads((cache_copy / "index.json").read_text())
-    for key, value, message in [
+    index = json.loads((finished / "index.json").read_text())
+    for key, value, said in [
         ("vae", "0123456789abcdef", "made with vae 0123456789abcdef, the model has "),
         ("family", "hunyuan", "made with family hunyuan, the model has wan"),
         ("in_channels", 16, "made with in_channels (latents and condition) 16, the model has 36"),
         ("text_dim", 64, "made with text_dim 64, the model has 32"),
     ]:
         changed = index | {"description": index["description"] | {key: value}}
-        (cache_copy / "index.json").write_text(json.dumps(changed))
+        (finished / "index.json").write_text(json.dumps(changed))
         with pytest.raises(SystemExit):
             run_train(*common, *small, "stage=3", f"run={tmp_path / key}", f"stage2_model={tmp_path}/run/stage2/model")
         error = capsys.readouterr().err
-        assert message in error and "encode the videos again" in error and error.count("\n") == 1
+        assert said in error and "encode the videos again" in error and error.count("\n") == 1
 
 
-def test_batches_from_it_have_one_size(cache_copy):
-    source = open_source(str(cache_copy), 0)
+def test_batches_from_it_have_one_size(finished):
+    source = open_source(str(finished), 0)
     shapes = {tuple(source.batch(step, 2).x0.shape) for step in range(12)}
     assert shapes == {(2, 16, 2, 4, 6), (2, 16, 2, 6, 4)}
     batch = source.batch(0, 2)
