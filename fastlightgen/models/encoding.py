@@ -42,6 +42,27 @@ class Encoding:
         """The fields of Cond that come from the first frame, uint8 [H, W, 3], of a clip of `frames` frames."""
         raise NotImplementedError
 
+    def frame_latents(self, first: NDArray, frames: int, **more: Any) -> Tensor:
+        """The condition latents [1, K, f, h, w] that the pipeline makes of a first frame, uint8 [H, W, 3].
+
+        `more`: further arguments of the pipeline's `prepare_latents`.
+        """
+        still = pixels(first[None])[:, 0][None].to(self.device, self.pipe.vae.dtype)  # [1, 3, H, W]
+        (height, width), channels = first.shape[:2], self.geometry.channels
+        condition = self.pipe.prepare_latents(
+            still,
+            1,
+            channels,
+            height=height,
+            width=width,
+            num_frames=frames,
+            dtype=torch.float32,
+            device=self.device,
+            latents=torch.zeros(1, channels, *self.geometry.latent(height, width, frames)),
+            **more,
+        )[1]
+        return condition
+
     def put_given(self, clip: dict[str, Tensor]) -> None:
         """Overwrite the part of a clip's `latents` that the condition gives and the network does not predict."""
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastlightgen.models.encoding import Encoding, picture, pixels, wide
+from fastlightgen.models.encoding import Encoding, picture, wide
 from fastlightgen.models.geometry import Geometry
 from fastlightgen.models.hunyuan.layers import HunyuanConfig
 from fastlightgen.models.streams import Cond
@@ -61,20 +61,7 @@ class HunyuanEncoding(Encoding):
         token_replace: the latent of the first frame [C, 1, h, w]. latent_concat: [C + 1, f, h, w], that latent followed
         by zeros, and a mask that is 1 at frame 0.
         """
-        still = pixels(first[None])[:, 0][None].to(self.device, self.pipe.vae.dtype)  # [1, 3, H, W]
-        (height, width), channels = first.shape[:2], self.geometry.channels
-        latents = self.pipe.prepare_latents(
-            still,
-            1,
-            channels,
-            height=height,
-            width=width,
-            num_frames=frames,
-            dtype=torch.float32,
-            device=self.device,
-            latents=torch.zeros(1, channels, *self.geometry.latent(height, width, frames)),
-            image_condition_type=self.kind,
-        )[1]
+        latents = self.frame_latents(first, frames, image_condition_type=self.kind)
         if self.kind == "token_replace":
             return {"image": latents[0]}
         latents[:, :, 1:] = 0

@@ -1,10 +1,9 @@
 """Wan2.1's pipelines: UMT5 text, CLIP image tokens and condition channels; latents normalised per channel."""
 
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastlightgen.models.encoding import Encoding, picture, pixels, wide
+from fastlightgen.models.encoding import Encoding, picture, wide
 from fastlightgen.models.geometry import Geometry
 from fastlightgen.models.wan.layers import TEXT_TOKENS
 
@@ -28,19 +27,7 @@ class WanEncoding(Encoding):
 
     def image(self, first: NDArray, frames: int) -> dict[str, Tensor]:
         """Condition channels `image` [K, f, h, w] (a mask and the latents of the frame), and CLIP's image_embeds."""
-        still = pixels(first[None])[:, 0][None].to(self.device, self.pipe.vae.dtype)  # [1, 3, H, W]
-        (height, width), channels = first.shape[:2], self.geometry.channels
-        condition = self.pipe.prepare_latents(
-            still,
-            1,
-            channels,
-            height=height,
-            width=width,
-            num_frames=frames,
-            dtype=torch.float32,
-            device=self.device,
-            latents=torch.zeros(1, channels, *self.geometry.latent(height, width, frames)),
-        )[1]
+        condition = self.frame_latents(first, frames)
         out = {"image": condition[0]}
         if self.pipe.image_encoder is not None:
             out["image_embeds"] = self.pipe.encode_image(picture(first), self.device)[0]
