@@ -25,7 +25,7 @@ from fastlightgen.parallel import ranks
 Files = dict[str, dict[str, Tensor]]
 T = TypeVar("T")
 
-BUSY, FAILED = 2, 4  # status bits of a rank's save; the loop sends its signal flag in bit 1 of the same number
+BUSY, FAILED = 2, 4  # status bits of a rank's save; the loop adds a signal flag in the lowest bit
 POLL = 0.05  # seconds between two checks for the files of other ranks
 PEER_TIMEOUT = 20.0  # seconds: after an error, rank 0 stops waiting when the folder has not grown for so long
 

@@ -29,7 +29,7 @@ SILENCE = 24  # half pauses without a new beat after which a rank's process coun
 
 @dataclass
 class Here:
-    """What the training thread of this rank is doing."""
+    """The place that the training thread of this rank has reached; one object per process, `HERE`."""
 
     stage: int = 0
     step: int = 0

@@ -170,8 +170,8 @@ def train(
             progress.update()
             HERE.at("the stage's check", role="")
             stage.check(done)
-            # One collective for two facts, so that all ranks stop after the same step: bit 1 says that this rank got
-            # a signal, the higher bits are the status of its save. A later signal waits for the next step.
+            # One collective per step for two facts. The lowest bit says that this rank got a signal, the other bits are
+            # the status of its save. So all ranks stop after the same step; a later signal waits for the next one.
             flags = ranks.gathered(bool(signals) | saves.status())
             stop = any(flag & 1 for flag in flags)
             saves.update(flags)

@@ -65,7 +65,7 @@ class Stage(Protocol):
     frozen: Sequence[VideoDiT]  # networks that only predict
     teacher: VideoDiT | None  # checked against the data before the first step
     loss_key: str  # the logged loss that is watched for divergence
-    drifts: bool  # True if no data term holds the clips to the look of the data; then their look is watched
+    drifts: bool  # True if the stage trains on clips of its own, whose look may drift; then it is watched
 
     def begin(self) -> None:
         """Measure the networks before training. Called after they are placed, before a checkpoint is loaded."""

@@ -257,23 +257,23 @@ def build(cfg: Config, with_: Builder) -> Prune:
 def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     """Count the two paths in one walk, and the target's prediction unless the target is the unpruned path."""
     blocks = range(len(net.blocks))
-    keep = list(blocks) if cfg.drop == "independent" else keep  # coins for each block may keep all of them
+    keep = list(blocks) if cfg.drop == "independent" else keep  # the coins may keep all blocks
     held = [i for i in blocks if i not in keep] if still(cfg) else []
     own_target, u = cfg.target == "self", cfg.trains_unpruned
-    # (share of the steps, takes the pruned path, trains the unpruned path)
+    # (fraction of the steps, takes the pruned path, trains the unpruned path)
     coins = [(1.0, True, u)] if cfg.estimator == "full" else [(cfg.p, True, False), (1 - cfg.p, False, u)]
     nets, walked, updates = {}, [], 0.0
-    for share, takes_p, trains_u in coins:
+    for fraction, takes_p, trains_u in coins:
         routes = [Route(keep=keep, grad=True)] if takes_p else []
         if trains_u or (takes_p and own_target):
             routes.append(Route(grad=trains_u))
         if not routes:  # a coin that leaves nothing to train
             continue
-        updates += share
-        walked.append(Walk("student", routes, share))
+        updates += fraction
+        walked.append(Walk("student", routes, fraction))
         if not own_target:
             nets["target"] = Net()
-            walked.append(Walk("target", [Route()], share))
+            walked.append(Walk("target", [Route()], fraction))
     return Iteration({"student": Net(updates=updates, still=held)} | nets, walked)
 
 

@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder) -> dict:
-    """Every case on two ranks of one process group."""
+    """Run all cases on two ranks, in one process group."""
     saved = {name: case | {"save": str(folder / name)} for name, case in SAVED.items()}
     save_model(small_wan(), folder / "network")
     read = {f"read, {t}": {"stage": 0, "load": str(folder / "network"), "words": [f"dtype={t}"]} for t in DTYPES}
