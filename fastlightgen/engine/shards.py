@@ -81,7 +81,7 @@ def zero_config(cfg: StageConfig, net: VideoDiT, device: torch.device) -> dict[s
         "overlap_comm": cuda,
         # Below DeepSpeed's default for small networks, so that the matrices of their blocks are sharded too.
         "stage3_param_persistence_threshold": int(min(PERSISTENT, max(sizes) // 8)),
-        # While a block runs, DeepSpeed fetches parameters until their sum reaches this size. The last one may exceed it,
+        # While a block runs, DeepSpeed fetches parameters until their sum reaches this size. The last may exceed it,
         # so subtract the largest parameter: together they are then at most one block.
         "stage3_prefetch_bucket_size": max(0, min(blocks) - max(sizes)),
     }
