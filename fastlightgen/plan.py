@@ -16,6 +16,7 @@ from fastlightgen.planner.remedies import price, remedies, words
 
 
 def plan(cfg: Plan) -> None:
+    """Print the plan, and write it to `out` as JSON if that is given."""
     if cfg.out and not Path(cfg.out).parent.is_dir():
         raise ValueError(f"out={cfg.out}: there is no folder {Path(cfg.out).parent}; make it, or choose another file")
     lines, record = table(cfg) if cfg.table else one(cfg)
@@ -25,7 +26,7 @@ def plan(cfg: Plan) -> None:
 
 
 def config_of(model: str) -> dict:
-    """The diffusers configuration of a preset or a model folder."""
+    """Return the diffusers configuration of a preset or a model folder."""
     if model in presets():
         return preset(model)["network"]
     path = Path(model) / "config.json"
@@ -36,12 +37,12 @@ def config_of(model: str) -> dict:
 
 
 def room_of(cfg: Plan) -> float:
-    """What a GPU has; a CPU's memory is not known here."""
+    """Return the memory of the GPU in bytes; infinity for a CPU, whose memory is unknown here."""
     return GPU[cfg.gpu].memory if cfg.gpu in GPU else math.inf
 
 
 def one(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
-    """The plan of one run, as lines and as a record."""
+    """Return the plan of one run, as lines and as a record."""
     net = load_network(config_of(cfg.model), cfg.size, cfg.text_tokens, cfg.gpu in GPU)
     b, room = budget(net, cfg), room_of(cfg)
     fits = b.peak < room
@@ -78,6 +79,7 @@ def one(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
 
 
 def title(net: Network, cfg: Plan) -> list[str]:
+    """Return the two lines that name the network and the machine."""
     sharding = "one process" if cfg.engine == "local" else f"ZeRO-{cfg.zero}, offload {cfg.offload}"
     if cfg.sequence_parallel > 1:
         sharding += f", sequence parallel {cfg.sequence_parallel}"
@@ -89,6 +91,7 @@ def title(net: Network, cfg: Plan) -> list[str]:
 
 
 def formula(cfg: Plan, b: Budget) -> list[str]:
+    """Return the lines that derive the time from the operations."""
     peak = getattr(GPU[cfg.gpu], cfg.dtype)
     source = "given" if cfg.efficiency else "implied by the paper's 86.4 s per iteration, if at 480x832x81 on H100"
     return [
@@ -100,7 +103,7 @@ def formula(cfg: Plan, b: Budget) -> list[str]:
 
 
 def table(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
-    """For every preset and stage the planned peak, and per kind of GPU what makes it fit."""
+    """Return, for every preset, stage and kind of GPU, the planned peak and the changes that make it fit."""
     lines = [
         f"planned, not measured: {cfg.gpus} GPUs, every stage with its own batch; per GPU the sum in GB, with the "
         "changes that make it fit",
@@ -123,7 +126,7 @@ SHORT = {"sequence_parallel": "sp", "checkpointing": "ckpt", "fake_mode": "fake"
 
 
 def cell(net: Network, cfg: Plan) -> dict:
-    """What one kind of GPU needs for one stage."""
+    """Return the peak in bytes of one stage on one kind of GPU, after the changes that make it fit."""
     peak, room = budget(net, cfg).peak, room_of(cfg)
     changes: dict[str, str] = {}
     for change, after in remedies(net, cfg, room):

@@ -1,4 +1,4 @@
-"""python -m fastlightgen.train stage=0|1|2|3|all run=DIR ...: train, or continue, one stage or all of them."""
+"""python -m fastlightgen.train stage=0|1|2|3|all run=DIR ...: train or continue one stage, or all of them."""
 
 import os
 import traceback
@@ -42,7 +42,7 @@ OWN = ("run", "device", "threads", "progress")  # keys that may differ between t
 
 
 def train(cfg: Any) -> None:
-    """Run the command. If this process is one of several ranks, it ends here and does not return."""
+    """Run the command. With several ranks this function ends the process and does not return."""
     try:
         set_up(cfg)
         run(cfg)
@@ -54,13 +54,14 @@ def train(cfg: Any) -> None:
 
 
 def run(cfg: Any) -> None:
-    """One stage, or all of them with the evaluation and the report."""
+    """Run one stage, or all of them with the evaluation and the report."""
     say(describe())
     say(attention.describe())
     if cfg.stage != "all":
         run_stage(cfg)
         return
     for number in (1, 2, 3):
+        # Check before Stage I, which is the first, that the later stages fit too.
         later = [for_stage(cfg, n) for n in (2, 3) if number == 1]
         run_stage(for_stage(cfg, number), later, cfg.stage1.ratio)
     if ranks.rank() == 0:
@@ -69,11 +70,11 @@ def run(cfg: Any) -> None:
 
 
 def end(err: BaseException) -> NoReturn:
-    """End this rank, one of several, with an error: one rank reports it, or names the rank that has gone."""
+    """End this rank after an error. One rank reports it; if another rank has ended early, the error names that one."""
     if isinstance(err, RuntimeError) and ranks.lost_partner(err) and (missing := ranks.gone()):
         err = ValueError(f"rank {', '.join(map(str, missing))} of {ranks.size()} has gone; {ranks.GO_ON}")
     if not isinstance(err, ValueError | OSError | KeyboardInterrupt) or os.environ.get("FLG_DEBUG") == "1":
-        traceback.print_exception(err)
+        traceback.print_exception(err)  # a mistake in the program: every rank prints its own
         ranks.end_process(1)
     if ranks.speaks_first():
         report(type(err)(f"rank {ranks.rank()}: {err}") if ranks.rank() and isinstance(err, ValueError) else err)
@@ -81,13 +82,15 @@ def end(err: BaseException) -> NoReturn:
 
 
 def set_up(cfg: StageConfig) -> None:
-    """Process-wide settings: threads, numbers too small for full speed on a CPU flushed to zero, the other ranks."""
+    """Set the number of threads, join the other ranks, and check that all ranks run the same command."""
     check_installed(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)  # denormal numbers slow a CPU down
     if cfg.engine == "local" and ranks.launched() > 1:
-        raise ValueError(f"engine=local: is one process, {ranks.launched()} were launched; use engine=deepspeed")
+        raise ValueError(
+            f"engine=local: runs in one process, {ranks.launched()} were launched; launch one, or use engine=deepspeed"
+        )
     if cfg.engine == "deepspeed":
         device = pick_device(cfg.device)
         ranks.join(device, cfg.timeout)
@@ -97,21 +100,21 @@ def set_up(cfg: StageConfig) -> None:
 
 
 def draws(seed: int) -> list[float]:
-    """What masks, exits and betas are made of; ranks that disagree would wait for each other for ever."""
+    """Return random numbers of all purposes, to compare across ranks. Ranks with different masks would hang."""
     return [x for purpose in range(8) for x in rand(2, generator(seed, purpose, 0)).tolist()]
 
 
 def run_stage(cfg: Any, later: Sequence[StageConfig] = (), ratio: float | None = None) -> None:
-    """Run, continue, or find complete one stage of a run folder.
+    """Run or continue one stage of a run folder; do nothing if it is complete.
 
-    `later`: stages whose fit is checked as well, taking it that Stage I drops `ratio` of the blocks.
+    `later`: further stages whose memory is checked first, assuming that Stage I drops `ratio` of the blocks.
     """
     number, method = int(cfg.stage), method_for(cfg)
     device, source = pick_device(cfg.device), open_source(cfg.data, cfg.seed)
     folder = open_folder(cfg)
     try:
         if folder.complete:
-            say(f"stage {number}: {folder.result} is there, nothing to do (overwrite=true starts anew)")
+            say(f"stage {number}: {folder.result} exists, nothing to do (overwrite=true starts anew)")
             return
         engine = make_engine(cfg, device)
         check_fit(cfg, source, device)
@@ -129,14 +132,14 @@ def run_stage(cfg: Any, later: Sequence[StageConfig] = (), ratio: float | None =
 
 
 def open_folder(cfg: StageConfig) -> StageFolder:
-    """The stage's folder, opened for exactly this configuration and these inputs of earlier stages."""
+    """Open the stage's folder for this configuration and the results of earlier stages that it depends on."""
     inputs = method_for(cfg).inputs(cfg)
     decisive = [*numbers(cfg), *inputs]
     return StageFolder(cfg.run, int(cfg.stage), asdict(cfg) | dict(inputs), decisive, cfg.overwrite)
 
 
 def train_stage(cfg: StageConfig, with_: Builder, folder: StageFolder, engine: Engine, stage: Stage) -> None:
-    """The training loop, with clips on the way; a sharding engine looks at the teacher once it has placed it."""
+    """Train a stage. With engine=deepspeed the teacher is checked after it is placed, because it is sharded."""
     look = None
     if cfg.engine == "deepspeed" and stage.teacher is not None:
         look = partial(with_.check_teacher, stage.teacher)
@@ -145,7 +148,7 @@ def train_stage(cfg: StageConfig, with_: Builder, folder: StageFolder, engine: E
 
 
 def make_engine(cfg: StageConfig, device: torch.device) -> Engine:
-    """The engine that the configuration names."""
+    """Create the engine that the configuration names."""
     if cfg.engine == "local":
         return LocalEngine(device, cfg.dtype, cfg.batch, cfg.micro_batch if int(cfg.stage) != 1 else 0)
     from fastlightgen.engine.deepspeed import DeepSpeedEngine
@@ -154,10 +157,10 @@ def make_engine(cfg: StageConfig, device: torch.device) -> Engine:
 
 
 def preview_of(cfg: StageConfig, source: Source, device: torch.device) -> Preview | None:
-    """What turns held-out prompts into clips during training, or None."""
+    """Return the maker of clips during training, or None if there is none."""
     if not cfg.sample_every:
         return None
-    world: World | None = None
+    world: World | None = None  # stays None on ranks that decode no clips: a VAE takes memory
     shows = any(reports for _, reports in turns(cfg.sequence_parallel))
     if source.name == "shapes":
         world = BuiltIn()
@@ -177,7 +180,7 @@ def rank_blocks(
     model: VideoDiT,
     costs: Sequence[float],
 ) -> None:
-    """Stage I writes importance.json and its picture."""
+    """Run Stage I and write importance.json and its plot."""
     engine.place(model)
     if cfg.engine == "deepspeed":
         with_.check_teacher(model)

@@ -1,1 +1,1 @@
-"""Running a stage: the only training loop, its engines, checkpoints, run folder, log, clips on the way, alarms."""
+"""Running a stage: the training loop, its engines, checkpoints, run folder, log, preview clips and alarms."""

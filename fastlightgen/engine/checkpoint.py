@@ -1,6 +1,7 @@
-"""Checkpoints: a folder per step, written under a temporary name, flushed, renamed; the oldest are removed last.
+"""Checkpoints: one folder per step, written in a background thread while training continues.
 
-A thread writes them from copies in host memory while the steps go on.
+The thread reads copies in host memory. It writes into a temporary folder, flushes the files to disk, renames the
+folder, and only then removes old checkpoints. A crash at any point leaves the previous checkpoint intact.
 """
 
 import json
@@ -24,35 +25,37 @@ from fastlightgen.parallel import ranks
 Files = dict[str, dict[str, Tensor]]
 T = TypeVar("T")
 
-BUSY, FAILED = 2, 4  # of a rank that writes; bits, so that a step's one collective carries another flag as well
-POLL = 0.05  # seconds between two looks at the other ranks' files
-PARTING = 20.0  # seconds without a byte of theirs after which a run that ends with an error takes them for dead
+BUSY, FAILED = 2, 4  # status bits of a rank's save; the loop adds a signal flag in the lowest bit
+POLL = 0.05  # seconds between two checks for the files of other ranks
+PEER_TIMEOUT = 20.0  # seconds: after an error, rank 0 stops waiting when the folder has not grown for so long
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps with a checkpoint, ascending."""
+    """Return the steps that have a checkpoint, in ascending order."""
     return sorted(int(p.name[5:]) for p in folder.glob("step-*") if p.name[5:].isdigit())
 
 
 def path(folder: Path, step: int) -> Path:
+    """Return the folder of one step's checkpoint."""
     return folder / f"step-{step:06d}"
 
 
 def rank_file(rank: int) -> str:
-    """The name of one rank's share of a checkpoint."""
+    """Return the name of the file that one rank writes into a checkpoint."""
     return f"rank-{rank + 1:05d}-of-{ranks.size():05d}"
 
 
-def held(value: Tensor) -> Tensor:
-    """A copy in host memory, which no later step changes."""
+def host_copy(value: Tensor) -> Tensor:
+    """Copy a tensor to host memory, so that the following steps cannot change it."""
     return torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
 
 
 def save(folder: Path, step: int, files: Files, meta: dict, keep: int, every: int = 0, good: int = 0) -> "Saving":
-    """Begin to write step's checkpoint, whole or not at all; of the older ones stay the newest `keep`, every `every`
-    steps, and `good`. The tensors must be `held`: they are written while the steps go on.
+    """Start writing the checkpoint of `step` in a background thread. All ranks call this together.
 
-    Each rank writes files of its own. Rank 0 makes the folder before them and gives it its name after them.
+    The tensors must be copies (`host_copy`), because training changes the originals while the thread writes. Each rank
+    writes its own files. Rank 0 creates the temporary folder before any rank writes, and renames it after all files
+    are there. Then it removes old checkpoints, except the newest `keep`, those at multiples of `every`, and `good`.
     """
     temporary = folder / f".step-{step:06d}.tmp"
     names = [*files] if ranks.size() == 1 else [rank_file(r) for r in range(ranks.size())]
@@ -70,6 +73,8 @@ def save(folder: Path, step: int, files: Files, meta: dict, keep: int, every: in
         saving.wrote.set()
         if ranks.rank():
             return
+        # Look for the other ranks' files instead of a barrier: this thread's collectives could interleave with those of
+        # the training thread in another order on each rank.
         while not all((temporary / f"{name}.safetensors").exists() for name in names):
             if saving.stopped.wait(POLL):
                 return
@@ -80,39 +85,39 @@ def save(folder: Path, step: int, files: Files, meta: dict, keep: int, every: in
 
 
 class Saving:
-    """A checkpoint on its way to disk, by a thread that does no collectives; every rank has one at the same time."""
+    """A checkpoint being written in a background thread, without collectives. All ranks create one together."""
 
     def __init__(self, folder: Path, step: int, temporary: Path, work: "Callable[[Saving], None]"):
         self.folder, self.step, self.temporary = folder, step, temporary
         self.error: BaseException | None = None
-        self.wrote = threading.Event()  # this rank's own files are on disk
-        self.stopped = threading.Event()  # nobody waits for other ranks' files any more
+        self.wrote = threading.Event()  # set when this rank's own files are on disk
+        self.stopped = threading.Event()  # set to stop waiting for the files of other ranks
 
         def run() -> None:
             try:
                 work(self)
-            except BaseException as err:  # the training thread raises it
+            except BaseException as err:  # kept for the training thread, which raises it in `is_complete`
                 self.error = err
 
         self.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self.thread.start()
 
-    def state(self) -> int:
-        """What this rank knows, for `whole`."""
+    def status(self) -> int:
+        """Save status of this rank: BUSY, FAILED, or 0 when done."""
         return BUSY if self.thread.is_alive() else FAILED if self.error else 0
 
-    def whole(self, states: Sequence[int]) -> bool:
-        """Is it complete, by the states of all ranks? Where one of them failed, all stop."""
-        if not any(s & FAILED for s in states):
-            return not any(s & BUSY for s in states)
+    def is_complete(self, statuses: Sequence[int]) -> bool:
+        """Return whether all ranks are done, given the status of each. If any rank failed, raise on all ranks."""
+        if not any(s & FAILED for s in statuses):
+            return not any(s & BUSY for s in statuses)
         self.stopped.set()
         self.thread.join()
-        failed = next(r for r, state in enumerate(states) if state & FAILED)
-        complete = path(self.folder, self.step).exists()
-        why, complete = ranks.from_rank(failed, [str(self.error), complete])
-        if self.error and not isinstance(self.error, OSError):
+        failed = next(r for r, status in enumerate(statuses) if status & FAILED)
+        renamed = path(self.folder, self.step).exists()
+        why, renamed = ranks.from_rank(failed, [str(self.error), renamed])
+        if self.error and not isinstance(self.error, OSError):  # a mistake in the program: keep its traceback
             raise self.error
-        if complete:
+        if renamed:
             here = path(self.folder, self.step)
             raise OSError(f"{here}: is complete, but an older checkpoint could not be removed: {why}")
         if ranks.rank() == 0:
@@ -120,30 +125,30 @@ class Saving:
         raise not_saved(self.folder, self.step, why)
 
     def wait(self) -> None:
-        """Until it is complete; on all ranks."""
-        while not self.whole(ranks.gathered(self.state())):
-            HERE.at("the wait for the checkpoint")  # a slow disk is no hang; a rank that is stuck does not get here
+        """Wait until the checkpoint is complete on all ranks. All ranks call this together."""
+        while not self.is_complete(ranks.gathered(self.status())):
+            HERE.at("the wait for the checkpoint")  # counts as progress: a slow disk must not look like a hang
             self.thread.join(POLL)
 
     def leave(self) -> None:
-        """The run ends with an error, and collectives may fail: complete it as far as this rank can.
+        """Finish writing after an error, without collectives, because other ranks may have died.
 
-        This rank's own files are waited for without a limit. Rank 0 then waits for those of the other ranks for as
-        long as they grow, because a rank may have died.
+        Wait without a limit for the files of this rank. Then rank 0 waits for the files of the other ranks, until the
+        folder has not grown for PEER_TIMEOUT seconds.
         """
         while self.thread.is_alive() and not self.wrote.wait(POLL):
             pass
         size, since = -1, time.monotonic()
-        while self.thread.is_alive() and time.monotonic() - since < PARTING:
+        while self.thread.is_alive() and time.monotonic() - since < PEER_TIMEOUT:
             self.thread.join(POLL)
-            if (now := written(self.temporary)) != size:
+            if (now := folder_bytes(self.temporary)) != size:
                 size, since = now, time.monotonic()
         self.stopped.set()
         self.thread.join()
 
 
 class Background:
-    """The checkpoint that is under way, at most one."""
+    """Holds the checkpoint that is being written; there is at most one at a time."""
 
     saving: Saving | None = None
 
@@ -154,25 +159,28 @@ class Background:
         if self.saving:
             self.saving.leave()
 
-    def state(self) -> int:
-        return self.saving.state() if self.saving else 0
+    def status(self) -> int:
+        """Save status of this rank; 0 when nothing is being written."""
+        return self.saving.status() if self.saving else 0
 
     def started(self) -> list[int]:
-        """The step of the checkpoint under way, if there is one."""
+        """Return the step of the checkpoint that is being written, as a list of one or no entry."""
         return [self.saving.step] if self.saving else []
 
-    def hear(self, states: Sequence[int]) -> None:
-        """Once a step, with the states of all ranks."""
-        if self.saving and self.saving.whole(states):
+    def update(self, statuses: Sequence[int]) -> None:
+        """Forget the save once it is complete on all ranks. The loop calls this at every step."""
+        if self.saving and self.saving.is_complete(statuses):
             self.saving = None
 
     def wait(self) -> None:
+        """Wait until the checkpoint that is being written is complete on all ranks."""
         if self.saving:
             self.saving.wait()
             self.saving = None
 
 
 def not_saved(folder: Path, step: int, error: object) -> ValueError:
+    """Build the error of a failed save. It names the last intact checkpoint."""
     last = steps(folder)
     state = f"the last one is {path(folder, last[-1])}" if last else "there is none yet"
     return ValueError(
@@ -181,36 +189,39 @@ def not_saved(folder: Path, step: int, error: object) -> ValueError:
     )
 
 
-def written(folder: Path) -> int:
-    """Bytes in a folder so far."""
+def folder_bytes(folder: Path) -> int:
+    """Return the total size in bytes of the files in a folder."""
     try:
         return sum(entry.stat().st_size for entry in os.scandir(folder))
-    except FileNotFoundError:  # it has got its name, or a file in it
+    except FileNotFoundError:  # the folder, or a file in it, was renamed meanwhile
         return 0
 
 
 def thin(folder: Path, keep: int, every: int, good: int) -> None:
-    """Remove what is older than the newest `keep`, not one of every `every` steps and not `good`."""
+    """Remove old checkpoints, except the newest `keep`, those at multiples of `every`, and `good`."""
     for old in steps(folder)[:-keep]:
         if old != good and (not every or old % every):
             shutil.rmtree(path(folder, old))
 
 
 def start(folder: Path, temporary: Path) -> None:
-    for stale in folder.glob(".step-*.tmp"):  # of a run that was killed while saving
+    """Create the temporary folder; remove those left by a run that was killed while saving."""
+    for stale in folder.glob(".step-*.tmp"):
         shutil.rmtree(stale)
     temporary.mkdir(parents=True)
 
 
 def write(temporary: Path, files: Files) -> None:
+    """Write this rank's files, flushed to disk. A name without .part means that the file is complete."""
     for name, tensors in files.items():
         save_file(tensors, temporary / f"{name}.part")
-    for name in files:  # a name without .part says that the file is whole and on disk
+    for name in files:
         flush(temporary / f"{name}.part")
         os.replace(temporary / f"{name}.part", temporary / f"{name}.safetensors")
 
 
 def complete(folder: Path, temporary: Path, step: int, meta: dict) -> None:
+    """Write state.json and rename the temporary folder. The rename is flushed as well, by flushing its parent."""
     (temporary / "state.json").write_text(json.dumps(meta))
     flush(temporary / "state.json")
     shutil.rmtree(path(folder, step), ignore_errors=True)
@@ -219,7 +230,7 @@ def complete(folder: Path, temporary: Path, step: int, meta: dict) -> None:
 
 
 def flush(target: Path) -> None:
-    """Force a file or a folder's entries to disk."""
+    """Force a file, or the entries of a folder, to disk."""
     handle = os.open(target, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -228,7 +239,7 @@ def flush(target: Path) -> None:
 
 
 def latest(folder: Path, engine: str) -> tuple[int, dict, list[Path]]:
-    """(step, state.json, files) of the newest checkpoint, (0, {}, []) where there is none."""
+    """Return (step, state.json, files) of the newest checkpoint, or (0, {}, []) if there is none."""
     found = steps(folder)
     if not found:
         return 0, {}, []
@@ -241,11 +252,12 @@ def latest(folder: Path, engine: str) -> tuple[int, dict, list[Path]]:
 
 
 def load(files: list[Path]) -> Files:
+    """Read the files of a checkpoint written by one process, by name without suffix."""
     return {file.stem: load_file(file) for file in files}
 
 
 def reading(folder: Path, step: int, read: Callable[[], T]) -> T:
-    """read(); a damaged checkpoint is named, never skipped in silence."""
+    """Call `read`. If the checkpoint is damaged, raise an error that names it; never fall back to an older one."""
     try:
         return read()
     except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as err:

@@ -1,7 +1,7 @@
 """The engine for many processes: DeepSpeed shards optimizer states (zero=1), gradients (2) and weights (3).
 
-The networks keep their own walk. Under zero=3 a block is a leaf for DeepSpeed: its weights are gathered by the one
-module call that a walk makes of it, whatever the number of streams, and once more in the backward pass.
+The networks keep their own walk, which calls each block once for all streams. Under zero=3 DeepSpeed treats a block as
+a leaf: it gathers the block's weights once for that call and once more in the backward pass.
 """
 
 import logging
@@ -25,19 +25,19 @@ from fastlightgen.parallel.clock import clock
 from fastlightgen.parallel.log import say
 from fastlightgen.rng import share
 
-BUCKET = 5e8  # DeepSpeed's default, in numbers
+BUCKET = 5e8  # elements per gradient reduction; DeepSpeed's default
 
 
 def check_walk(net: VideoDiT, args: tuple) -> None:
-    """The blocks that every stream of this walk will run are the same on all ranks."""
+    """Raise on all ranks if the streams of this walk would run different blocks on some rank."""
     ranks.agree("the blocks of a walk", (net.num_blocks, keeps_of(args)))
 
 
 def start_graph(block: Block, args: tuple) -> tuple | None:
-    """Let the hidden states carry gradient into the first block whose adapters train in a frozen network.
+    """Pre-hook of the blocks of a frozen network with trained adapters: make the hidden states require a gradient.
 
-    DeepSpeed reduces and releases a block once the gradient of its inputs is there. Without one it would do so too
-    early: the adapters of the first block would get no gradient.
+    DeepSpeed reduces a block's gradients and releases its weights when the gradient of its inputs arrives. If no input
+    needs a gradient, DeepSpeed releases the block too early, and the adapters of that block get no gradient.
     """
     training = [job for job in args[0] if any(job.grads)]
     if not (training and torch.is_grad_enabled()) or any(a.requires_grad for a in args if isinstance(a, Tensor)):
@@ -47,7 +47,7 @@ def start_graph(block: Block, args: tuple) -> tuple | None:
 
 
 class Runner(nn.Module):
-    """What DeepSpeed takes for the model: calling it computes a loss, by any number of walks of `net`."""
+    """The model that DeepSpeed sees. Its forward calls a loss, which may walk `net` any number of times."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -58,7 +58,7 @@ class Runner(nn.Module):
 
 
 class DeepSpeedEngine:
-    """Float32 weights, or bfloat16 weights with float32 master weights; the batch is divided among the ranks."""
+    """Trains float32 weights, or bfloat16 weights with float32 master weights; the ranks divide the batch."""
 
     state: ShardedState
 
@@ -71,20 +71,22 @@ class DeepSpeedEngine:
         self.dtype = getattr(torch, cfg.dtype)
         self.zero3 = cfg.zero == 3
         self.placed: list[nn.Module] = []
-        self.sharding: list[nn.Module] = []  # DeepSpeed's engines of frozen networks, which unhook them when collected
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it reports every setting, on every rank
+        # DeepSpeed's engines of frozen networks. Keep them: a garbage-collected engine removes its gather hooks.
+        self.sharding: list[nn.Module] = []
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # by default every rank prints every setting
         logging.getLogger("deepspeed").setLevel(logging.ERROR)
-        # Between CPU ranks it would compile shared-memory collectives at the first start; gloo's are enough there.
+        # For CPU ranks DeepSpeed would compile shared-memory collectives at the first start; gloo is enough here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.comm.init_distributed(dist_init_required=False)
         self.sequence = ranks.sequence_group(cfg.sequence_parallel, cfg.timeout)
-        self.share, self.shares = ranks.shares(cfg.sequence_parallel)  # of the data: which one, of how many
+        self.share, self.shares = ranks.shares(cfg.sequence_parallel)  # index of this rank's share of a batch; count
 
     def autocast(self) -> AbstractContextManager[object]:
-        """No autocast: the networks cast their inputs to the type of their weights themselves."""
+        """Return a context that does nothing: the networks cast their inputs to the dtype of their weights."""
         return nullcontext()
 
     def prepare(self, stage: Stage) -> None:
+        """Place the networks of a stage and create a DeepSpeed engine and an average for each role."""
         cfg = self.cfg
         self.iters = stage.iters
         self.accumulation = ranks.accumulation(cfg.batch, cfg.micro_batch, ranks.size(), cfg.sequence_parallel)
@@ -94,6 +96,7 @@ class DeepSpeedEngine:
         )
         for role in stage.roles.values():
             if role.carried is not None and self.dtype != torch.float32:
+                # The change per step, (1 - decay) x difference, is below bfloat16's resolution.
                 raise ValueError("target=ema: an average does not move in bfloat16; use dtype=float32 or target=frozen")
         engines = {name: self._trained(role, name) for name, role in stage.roles.items()}
         averages = {
@@ -106,10 +109,10 @@ class DeepSpeedEngine:
             self.place(net)
 
     def place(self, net: VideoDiT, name: str = "the frozen network") -> None:
-        """Place a network that only predicts: sharded under zero=3, complete on every rank otherwise."""
+        """Place a network that only predicts: sharded under zero=3, otherwise complete on every rank."""
         if net in self.placed:
             return
-        self._together(net)
+        self._share_tokens(net)
         self.placed.append(net)
         HERE.at(f"placing {name}")
         net.to(dtype=self.dtype)
@@ -121,10 +124,10 @@ class DeepSpeedEngine:
         self._watch(net, name)
 
     def _trained(self, role: Role, name: str):
-        """A DeepSpeed engine for one role; the learning rate is set at every step."""
+        """Create the DeepSpeed engine of one role. `apply` sets the learning rate at every step."""
         HERE.at(f"placing {name}")
         net = role.network
-        self._together(net)
+        self._share_tokens(net)
         net.to(dtype=self.dtype)
         params = [p for p in role.net.parameters() if p.requires_grad]
         optimizer = self._adamw(params, role)
@@ -139,13 +142,13 @@ class DeepSpeedEngine:
         self._watch(net, name)
         return engine
 
-    def _together(self, net: VideoDiT) -> None:
-        """Its walks are of all ranks that share a clip's tokens."""
+    def _share_tokens(self, net: VideoDiT) -> None:
+        """With sequence_parallel > 1, let the ranks of this group walk the network together."""
         if self.sequence is not None:
-            self.sequence.share(net)
+            self.sequence.attach(net)
 
     def _adamw(self, params: list[nn.Parameter], role: Role) -> torch.optim.Optimizer:
-        """lr=0 at first: DeepSpeed may take an empty step to allocate its states."""
+        """Create AdamW with lr=0, because DeepSpeed may take an empty step to allocate its states."""
         beta1, beta2 = role.betas
         keys: dict[str, Any] = {"lr": 0.0, "betas": (beta1, beta2), "weight_decay": role.weight_decay}
         if self.cfg.offload != "none" and self.device.type == "cuda":
@@ -155,14 +158,16 @@ class DeepSpeedEngine:
         return torch.optim.AdamW(params, **keys)
 
     def _leaves(self, net: nn.Module) -> nn.Module:
+        """Under zero=3, let DeepSpeed gather each block as a unit. Return the network."""
         if self.zero3:
             kinds = list({type(m) for m in net.modules() if isinstance(m, Block)})
             self.deepspeed.utils.set_z3_leaf_modules(net, kinds, raise_if_not_found=False)
         return net
 
     def _config(self, clip: float, accumulation: int, net: VideoDiT) -> dict[str, Any]:
+        """Return DeepSpeed's configuration of one network."""
         return {
-            "train_micro_batch_size_per_gpu": 1,
+            "train_micro_batch_size_per_gpu": 1,  # required; the stage divides the batch itself
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": clip,
             "bf16": {"enabled": self.dtype == torch.bfloat16},
@@ -172,12 +177,13 @@ class DeepSpeedEngine:
         }
 
     def _watch(self, net: nn.Module, name: str) -> None:
-        """Compare what every walk is about to do over the ranks, before the first gather of a walk that differs."""
+        """Before every walk, compare its blocks across ranks: ranks that differ would wait in a gather for ever."""
         if isinstance(net, VideoDiT) and ranks.size() > 1:
             net.register_forward_pre_hook(check_walk, prepend=True)
             note_walks(net, name)
 
     def estimate(self) -> str:
+        """Describe the trained parameters and how they are sharded, in one line."""
         parts = []
         for name, role in self.state.roles.items():
             count = sum(shards.shape(p).numel() for p in role.net.parameters() if p.requires_grad)
@@ -186,7 +192,10 @@ class DeepSpeedEngine:
         return f"trains {', '.join(parts)} with DeepSpeed, {ranks.size()} ranks, zero={cfg.zero}, offload={cfg.offload}"
 
     def apply(self, update: Update, step: int) -> dict[str, float]:
-        """Loss and backward of every micro-batch, then clip and step. What is not finite stops before the optimizer."""
+        """Compute loss and gradient of every micro-batch, then clip and take one optimizer step.
+
+        A loss or gradient norm that is not finite raises before the weights are saved. Returns the numbers to log.
+        """
         state, name = self.state, update.role
         role, engine = state.roles[name], state.engines[name]
         records: list[dict[str, float]] = []

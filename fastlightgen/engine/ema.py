@@ -8,20 +8,25 @@ from fastlightgen.engine.shards import is_sharded
 
 @torch.no_grad()
 def follow(average: nn.Module, net: nn.Module, rate: float) -> None:
-    """average <- average + rate (net - average), in whatever parts of the two an engine keeps on this rank."""
+    """average <- average + rate (net - average). Under ZeRO-3 each rank updates its own partition."""
     for a, p in zip(average.parameters(), net.parameters(), strict=True):
-        if a.numel():
+        if a.numel():  # 0 for a parameter that ZeRO-3 keeps as a partition only
             a.lerp_(p, rate)
         if is_sharded(a) and is_sharded(p):
             a.ds_tensor.lerp_(p.ds_tensor, rate)
 
 
 def averaging_rate(decay: float, n: int) -> float:
-    """Of the n-th averaged update: the first ones average evenly, so that there is no start-up bias."""
+    """Return the rate of the n-th averaged update, max(1 - decay, 1 / (n + 1)).
+
+    The first updates get equal weights, so that the start has no bias. Before averaging starts (n <= 0) the rate is 1.
+    """
     return 1.0 if n <= 0 else max(1 - decay, 1 / (n + 1))
 
 
 class Ema:
+    """The exponential moving average of a network's trainable weights; a plain copy of them up to update `start`."""
+
     def __init__(self, net: nn.Module, decay: float, start: int):
         self.decay, self.start, self.count = decay, start, 0
         self.shadow = {k: v.detach().clone() for k, v in net.named_parameters() if v.requires_grad}

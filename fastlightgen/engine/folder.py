@@ -1,4 +1,4 @@
-"""The run folder: which stage was made with which configuration, what is complete, and who is using it."""
+"""The run folder: it records the configuration of each stage, and a lock keeps a second process out."""
 
 import fcntl
 import shutil
@@ -17,12 +17,12 @@ from fastlightgen.parallel import ranks
 
 
 class StageFolder:
-    """DIR/stageN, opened for this configuration only; `complete` says that there is nothing left to do.
+    """DIR/stageN, opened for one configuration. `complete` is True if the stage's result already exists.
 
-    `config` is the whole resolved configuration, `numbers` the names of its keys that decide what the run computes.
+    `config` is the full resolved configuration, `numbers` the names of the keys that affect the computed numbers.
     """
 
-    _lock = None  # held by the first of several processes
+    _lock = None  # an open file; only rank 0 holds it
 
     def __init__(self, run: str, number: int, config: dict, numbers: Iterable[str], overwrite: bool = False):
         self.run, self.path = Path(run), Path(run) / f"stage{number}"
@@ -50,7 +50,7 @@ class StageFolder:
             ) from None
         if overwrite:
             shutil.rmtree(self.path, ignore_errors=True)
-        elif self.result.exists() or checkpoint.steps(self.checkpoints):  # a run that failed early left nothing to mix
+        elif self.result.exists() or checkpoint.steps(self.checkpoints):  # else nothing was computed yet
             self._check(number, config, numbers)
         self.complete = self.result.exists()
         if not self.complete:
@@ -62,7 +62,7 @@ class StageFolder:
             self._lock.close()
 
     def _check(self, number: int, config: dict, numbers: Iterable[str]) -> None:
-        """Refuse to mix two configurations in one folder."""
+        """Raise if the folder was made with another configuration."""
         made_with = read_run(self.run).get(f"stage{number}", {})
         changes = diff({k: made_with.get(k) for k in numbers}, {k: config[k] for k in numbers})
         if changes:
@@ -73,7 +73,7 @@ class StageFolder:
             )
 
     def _record(self, number: int, config: dict) -> None:
-        """Add this stage to DIR/config.yaml: resolved configuration, versions, commit."""
+        """Add this stage's resolved configuration, the versions and the commit to DIR/config.yaml."""
         record = read_run(self.run) | {
             f"stage{number}": config,
             "seed": config["seed"],
@@ -84,7 +84,7 @@ class StageFolder:
 
 
 def read_run(run: Path) -> dict:
-    """DIR/config.yaml; {} where there is none."""
+    """Read DIR/config.yaml; {} if it does not exist."""
     path = run / "config.yaml"
     if not path.is_file():
         return {}
@@ -97,7 +97,7 @@ def read_run(run: Path) -> dict:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, None outside one."""
+    """Return the git commit of the source tree, or None outside a repository."""
     here = Path(__file__).parent
     try:
         out = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=60)

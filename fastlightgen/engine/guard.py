@@ -1,4 +1,4 @@
-"""A number of every held-out clip, averaged: the ranks share the clips, and all of them get the mean."""
+"""The mean of a measure over the held-out clips; the ranks divide the clips among them."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,10 +18,10 @@ def held_out_mean(
     at_once: int,
     sequence_parallel: int,
 ) -> float:
-    """The mean of measure(*fields, cond) [n] over all clips, `at_once` of them in one call.
+    """Return the mean of measure(*fields, cond) [n] over all clips, on every rank; `at_once` clips per call.
 
-    All ranks call the network equally often, because its weights may be sharded: `ranks.turns` repeats a clip where the
-    numbers do not come out even, and nobody reports the repetition.
+    All ranks must call the network equally often, because its weights may be sharded. If the clips do not divide
+    evenly, `ranks.turns` repeats a clip on some ranks, and its repeated value is not counted.
     """
     count = len(fields[0])
     table = torch.zeros(count)

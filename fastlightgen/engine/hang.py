@@ -1,7 +1,7 @@
-"""Where every rank is, and one line that names the odd one when they wait for each other in vain.
+"""Hang detection: one error line names the rank that stands still while the others wait for it.
 
-The training thread notes the places that it passes, the same ones on every rank. A second thread of each rank writes
-the latest to the ranks' common store and ends a run in which nothing has moved for too long.
+The training thread notes the places that it passes; the sequence of places is the same on every rank. On each rank a
+second thread copies the latest place to the ranks' common store, and ends the run if nothing moves for too long.
 """
 
 import json
@@ -21,25 +21,27 @@ from torch import Tensor
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.parallel import ranks
 
-PART = 1 / 3  # of `timeout`, after which a collective gives up without knowing why
-BEATS, PAUSE = 8, 5.0  # how often a rank tells its place in that time, and at least once in so many seconds
-SILENCE = 24  # half pauses without a word after which a rank's process counts as stopped
+# A hang is reported after this fraction of `timeout`. At `timeout` itself a collective fails without naming a rank.
+FRACTION = 1 / 3
+BEATS, PAUSE = 8, 5.0  # a rank writes its place 8 times in that span, and at least every 5 seconds
+SILENCE = 24  # half pauses without a new beat after which a rank's process counts as stopped
 
 
 @dataclass
 class Here:
-    """What the training thread of this rank is doing."""
+    """The place that the training thread of this rank has reached; one object per process, `HERE`."""
 
     stage: int = 0
     step: int = 0
     role: str = ""
     work: str = ""
-    block: tuple | None = None  # network, index, blocks, the blocks that each stream of the walk runs (None: all)
-    count: int = 0  # places passed; alike on ranks that are at the same place
-    moved: float = 0.0
+    # (network's name, index of the block, number of blocks, per stream the blocks that it runs or None for all)
+    block: tuple | None = None
+    count: int = 0  # places passed so far; equal on ranks that are at the same place
+    moved: float = 0.0  # time.monotonic() at the latest place, seconds
 
     def at(self, work: str, block: tuple | None = None, **context) -> None:
-        """It passes here: a few assignments."""
+        """Note a new place. The training thread calls this often, so it only assigns a few fields."""
         self.work, self.block = work, block
         for key, value in context.items():
             setattr(self, key, value)
@@ -47,6 +49,7 @@ class Here:
         self.moved = time.monotonic()
 
     def text(self) -> str:
+        """Describe the place; indices of streams count from 1."""
         where = f"stage {self.stage}, step {self.step}" if self.step else f"the start of stage {self.stage}"
         if self.role:
             where += f", update of {self.role}"
@@ -61,14 +64,20 @@ HERE = Here()
 
 
 def keeps_of(args: tuple) -> list[list[int] | None]:
-    """The blocks of every stream, by the arguments of a network's call."""
+    """Return the blocks that each stream runs (None: all), from the arguments of `VideoDiT.forward`.
+
+    args is (x_t, t, streams) for a walk and (x_t, t, cond, keep) for a plain call.
+    """
     streams = args[2] if isinstance(args[2], list | tuple) else [(args[3:] or (None,))[0]]
     return [None if k is None else sorted(k) for k in (getattr(s, "keep", s) for s in streams)]
 
 
 def note_walks(net: VideoDiT, name: str) -> None:
-    """Note every walk of a network and every block in it, forward and backward, before its weights are gathered."""
-    keeps: list[list] = [[]]
+    """Add hooks that note every walk of a network and every block of it, forward and backward.
+
+    `prepend` puts them before DeepSpeed's hooks: a rank that hangs in a gather has then noted the block it gathers for.
+    """
+    keeps: list[list] = [[]]  # of the current walk; a list of one entry, because the closures below share it
 
     def walk(_, args: tuple) -> None:
         keeps[0] = keeps_of(args)
@@ -82,7 +91,7 @@ def note_walks(net: VideoDiT, name: str) -> None:
         for x in out if isinstance(out, tuple) else ():
             if isinstance(x, Tensor) and x.requires_grad:
                 x.register_hook(lambda _: HERE.at("backward", place))
-                return
+                return  # one output is enough: its gradient arrives before the block's backward begins
 
     net.register_forward_pre_hook(walk, prepend=True)
     for index, block in enumerate(net.blocks):
@@ -92,41 +101,42 @@ def note_walks(net: VideoDiT, name: str) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where another rank was when it last told."""
+    """The place that a rank last wrote to the store."""
 
     count: int
     text: str
-    silent: bool = False  # even its watching thread stands still
+    silent: bool = False  # True if even the rank's watching thread has stopped writing
 
 
 def verdict(places: Sequence[Place], seconds: float) -> str:
-    """One line: the ranks that have come less far than the others, or where all of them wait."""
+    """Return the error line. It names the ranks that are behind the others, or else those that are silent."""
     most = max(p.count for p in places)
     behind = [r for r, p in enumerate(places) if p.count < most]
     odd = behind or [r for r, p in enumerate(places) if p.silent]
     others = [r for r in range(len(places)) if r not in odd]
-    told = f"nothing has moved for {seconds:.0f} s: "
+    line = f"nothing has moved for {seconds:.0f} s: "
     if not odd or not others:
-        told += f"all {len(places)} ranks are at {places[0].text}"
+        line += f"all {len(places)} ranks are at {places[0].text}"
     else:
         named = [
             f"rank {r} of {len(places)} {'has stopped, last seen' if places[r].silent else 'is'} at {places[r].text}"
             for r in odd[:3]
         ]
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        told += f"{'; '.join(named)}{more}, while {one_or_all(others, places)} at {places[others[0]].text}"
-    return f"{told}; {ranks.GO_ON}"
+        line += f"{'; '.join(named)}{more}, while {one_or_all(others, places)} at {places[others[0]].text}"
+    return f"{line}; {ranks.GO_ON}"
 
 
 def one_or_all(others: list[int], places: Sequence[Place]) -> str:
+    """Return the subject and verb for the ranks that wait."""
     return f"rank {others[0]} waits" if len(others) == 1 else f"the other {len(others)} wait"
 
 
 class HangWatch:
-    """Watches the ranks inside its context; a single process has nobody to wait for."""
+    """Context that ends this rank when nothing moves for `limit` seconds. With a single process it does nothing."""
 
     def __init__(self, timeout: float, stage: int):
-        self.limit = timeout * PART
+        self.limit = timeout * FRACTION  # seconds
         self.pause = min(PAUSE, self.limit / BEATS)
         self.stage, self.ended, self.beats = stage, threading.Event(), 0
         self.thread: threading.Thread | None = None
@@ -151,54 +161,61 @@ class HangWatch:
                 self._beat(store)
                 if self._late(2 * self.pause):
                     self._end(store)
-        except RuntimeError:  # the store has gone with the process that held it
+        except RuntimeError:  # the process that held the store has ended
             while not self.ended.wait(self.pause):
                 if self._late(0):
-                    tell(f"rank {ranks.rank()} of {ranks.size()} waits at {HERE.text()}, and the ranks' store has gone")
+                    print_error(
+                        f"rank {ranks.rank()} of {ranks.size()} waits at {HERE.text()}, and the process that held the "
+                        f"ranks' store has ended; {ranks.GO_ON}"
+                    )
                     os._exit(2)
 
     def _beat(self, store) -> None:
+        """Write this rank's place to the store. A growing number of beats shows that the process is alive."""
         self.beats += 1
         store.set(f"flg/place/{self.stage}/{ranks.rank()}", json.dumps([self.beats, HERE.count, HERE.text()]))
 
-    def _late(self, more: float) -> bool:
-        return time.monotonic() - HERE.moved > self.limit + more  # `more`: time for the others to tell their places
+    def _late(self, grace: float) -> bool:
+        """Has this rank stood still for the limit, plus `grace` seconds in which the others write their places?"""
+        return time.monotonic() - HERE.moved > self.limit + grace
 
     def _end(self, store) -> None:
-        """The first rank that is sure tells; the others wait until it has."""
+        """Report the hang and exit with code 2. The first rank to get here reports; the others wait for its line."""
         before = self._places(store)
         for _ in range(SILENCE):
             time.sleep(self.pause / 2)
-            self._beat(store)  # or another rank would take this one for a stopped process
+            self._beat(store)  # without new beats another rank would take this process for stopped
             if all(new[0] != old[0] for new, old in zip(self._places(store), before, strict=True)):
                 break
-        if not self._late(2 * self.pause):  # it was slow, and goes on
+        if not self._late(2 * self.pause):  # the training thread was slow and has moved on
             return
-        if store.add("flg/hang", 1) > 1:
-            store.wait(["flg/hang/told"], timedelta(seconds=60))
+        if store.add("flg/hang", 1) > 1:  # another rank reports
+            store.wait(["flg/hang/reported"], timedelta(seconds=60))
             os._exit(2)
         after = self._places(store)
         places = [
             Place(count, text, silent=beat == old and r != ranks.rank())
             for r, ((old, *_), (beat, count, text)) in enumerate(zip(before, after, strict=True))
         ]
-        tell(verdict(places, time.monotonic() - HERE.moved))
-        store.set("flg/hang/told", "1")
+        print_error(verdict(places, time.monotonic() - HERE.moved))
+        store.set("flg/hang/reported", "1")
         os._exit(2)
 
     def _places(self, store) -> list[list]:
+        """Read [beats, count, text] of every rank from the store."""
         keys = [f"flg/place/{self.stage}/{r}" for r in range(ranks.size())]
         return [json.loads(store.get(k)) if store.check([k]) else [0, -1, "an unknown place"] for k in keys]
 
 
 def own_store() -> dist.TCPStore:
-    """A second connection to the ranks' store; the training thread may block the first one while it waits."""
+    """Open a second connection to the ranks' store. The training thread may hold the first one while it waits."""
     store: Any = dist.distributed_c10d._get_default_store()
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
 
 
-def tell(line: str) -> None:
+def print_error(line: str) -> None:
+    """Print the line on a row of its own, below a progress bar, and flush: os._exit does not."""
     print(f"\nerror: {line}", file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The one-process engine: places the roles, holds their optimizers and averages, and takes the steps."""
+"""The one-process engine. It places the networks, owns their optimizers and averages, and takes the steps."""
 
 import math
 import os
@@ -18,7 +18,7 @@ from fastlightgen.rng import share
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU when there is one; of several processes in one machine each has its own."""
+    """Return the device. `auto` picks a GPU if torch sees one; each process of one machine gets its own GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: torch sees no GPU; use device=cpu or device=auto")
     if torch.cuda.is_available() and name != "cpu" and "LOCAL_RANK" in os.environ:
@@ -27,12 +27,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def schedule(role: Role, count: int, step: int, iters: int) -> float:
-    """The factor of the learning rate: linear warm-up over a role's updates, then constant or cosine over the run."""
+    """Return the factor of the learning rate: a warm-up times a constant or a cosine.
+
+    The warm-up is linear in the role's updates (`count`), the cosine runs over the steps of the run.
+    """
     warm = min(1.0, (count + 1) / role.warmup) if role.warmup else 1.0
     return warm * (0.5 + 0.5 * math.cos(math.pi * step / iters) if role.cosine else 1.0)
 
 
 def require_finite(value: float, what: str, role: str, step: int) -> None:
+    """Raise if a loss or a gradient norm is not finite."""
     if not math.isfinite(value):
         raise ValueError(
             f"step {step}, {role}: {what} is {value}; stopped before the optimizer, the last checkpoint is "
@@ -41,7 +45,7 @@ def require_finite(value: float, what: str, role: str, step: int) -> None:
 
 
 class LocalEngine:
-    """Trains float32 weights; with dtype=bfloat16 the forward and backward run under autocast."""
+    """Trains float32 weights. With dtype=bfloat16 the forward and backward pass run under autocast."""
 
     name = "local"
 
@@ -49,9 +53,11 @@ class LocalEngine:
         self.device, self.dtype, self.micro_batches = device, dtype, accumulation(batch, micro_batch, 1)
 
     def autocast(self):
+        """Return the context in which networks are called."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
     def prepare(self, stage: Stage) -> None:
+        """Place the trained networks and create an optimizer and an average for each role."""
         self.iters, self.roles = stage.iters, stage.roles
         self.count = dict.fromkeys(self.roles, 0)
         self.optimizers, self.emas = {}, {}
@@ -66,17 +72,20 @@ class LocalEngine:
                 self.emas[name] = Ema(role.net, role.ema, role.ema_start)
 
     def place(self, net: VideoDiT) -> None:
-        """A network that only predicts."""
+        """Place a network that only predicts."""
         net.to(self.device)
 
     def estimate(self) -> str:
-        """What training will hold besides activations: float32 weights, gradients, two AdamW moments, the average."""
+        """Describe the memory of training, in one line.
+
+        Per trained number: 4 bytes each of weight, gradient, two AdamW moments and, if there is one, the average.
+        """
         parts, total, saved = [], 0, 0
         for name, role in self.roles.items():
             count = sum(p.numel() for p in role.net.parameters() if p.requires_grad)
             total += count * 4 * (4 + (name in self.emas))
-            whole = sum(p.numel() for net in (role.net, role.carried) if net is not None for p in net.parameters())
-            saved += 4 * (whole + count * (2 + (name in self.emas)))
+            stored = sum(p.numel() for net in (role.net, role.carried) if net is not None for p in net.parameters())
+            saved += 4 * (stored + count * (2 + (name in self.emas)))
             parts.append(f"{name} {count / 1e6:.1f}M parameters")
         return (
             f"trains {', '.join(parts)}; {total / 2**30:.2f} GiB for weights, gradients and AdamW, plus activations; "
@@ -84,7 +93,10 @@ class LocalEngine:
         )
 
     def apply(self, update: Update, step: int) -> dict[str, float]:
-        """Loss, backward, clip, optimizer step, average. A non-finite loss or gradient stops before the optimizer."""
+        """Compute loss and gradient, clip, take one optimizer step, update the average; return the numbers to log.
+
+        A loss or gradient norm that is not finite raises before the optimizer step.
+        """
         role, optimizer = self.roles[update.role], self.optimizers[update.role]
         loss = 0.0
         record: dict[str, float] = {}
@@ -112,23 +124,26 @@ class LocalEngine:
         record = {"loss": loss, "grad_norm": norm, "lr": lr} | record
         return named(record, update.role, self.roles)
 
-    # What a checkpoint holds: per role the network, its AdamW state and its average.
+    # A checkpoint holds per role: the network, its AdamW state, its average, and the network that it carries.
 
     def save(self, folder: Path, step: int, keep: int, every: int, good: int = 0) -> checkpoint.Saving:
-        files = {name: {k: checkpoint.held(v) for k, v in part.items()} for name, part in self.state().items()}
+        """Copy the state to host memory and start writing the checkpoint of `step`."""
+        files = {name: {k: checkpoint.host_copy(v) for k, v in part.items()} for name, part in self.state().items()}
         return checkpoint.save(folder, step, files, {"count": dict(self.count), "engine": self.name}, keep, every, good)
 
     def load(self, folder: Path) -> int:
-        """Continue from the newest checkpoint; returns its step, 0 where there is none."""
+        """Load the newest checkpoint and return its step; 0 if there is none."""
         step, meta, files = checkpoint.latest(folder, self.name)
         if step:
             self.load_state(checkpoint.reading(folder, step, lambda: checkpoint.load(files)), meta["count"])
         return step
 
     def save_model(self, net: VideoDiT, folder: Path, dtype: torch.dtype | None = None, **card) -> None:
+        """Write a model folder."""
         save_model(net, folder, dtype, **card)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of a checkpoint, file -> name -> tensor; not copied."""
         files = {}
         for name, role in self.roles.items():
             files[name] = dict(role.net.state_dict())
@@ -142,6 +157,7 @@ class LocalEngine:
         return files
 
     def load_state(self, files: dict[str, dict[str, Tensor]], count: dict[str, int]) -> None:
+        """Load the tensors of `state` and the number of updates of each role."""
         self.count = dict(count)
         for name, role in self.roles.items():
             role.net.load_state_dict(files[name])
@@ -160,6 +176,6 @@ class LocalEngine:
                 ema.shadow = {k: v.to(self.device) for k, v in files[f"{name}-ema"].items()}
 
     def finish(self) -> None:
-        """Swap the averaged weights in, where there are any."""
+        """Replace the weights by their average, in roles that keep one."""
         for name, ema in self.emas.items():
             ema.copy_to(self.roles[name].net)

@@ -1,4 +1,4 @@
-"""The log of a run on disk: JSON lines, and the writers beside them."""
+"""The log of a run: files of JSON lines, and the writers for TensorBoard and Weights & Biases."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from fastlightgen.engine.writers import Writer
 
 
 class Lines:
-    """A file of JSON objects, one a line. Resuming at a step drops the lines after it, so that none appears twice."""
+    """A file with one JSON object per line. Resuming at step `start` drops later lines, so that no step repeats."""
 
     def __init__(self, path: Path, start: int):
         self.path, kept = path, []
@@ -20,7 +20,7 @@ class Lines:
                 if json.loads(line)["step"] <= start:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
-                break  # a line cut short by a crash is the last one
+                break  # a crash may have cut the last line short
         write_text(path, "".join(kept))
 
     def write(self, record: dict) -> None:
@@ -29,7 +29,7 @@ class Lines:
 
 
 class Metrics:
-    """Fans a record out: a line of metrics.jsonl, or of samples.jsonl for the look of clips, and the writers."""
+    """Appends a record to metrics.jsonl or samples.jsonl (the look of clips) and hands it to the writers."""
 
     def __init__(self, folder: Path, start: int, writers: Sequence[Writer] = ()):
         self.files = {name: Lines(folder / f"{name}.jsonl", start) for name in ("metrics", "samples")}
@@ -46,4 +46,5 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict]:
+    """Read all records of a log file; [] if it does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,4 +1,7 @@
-"""The only training loop: updates, metrics, checkpoints; stops cleanly when it is told to, resumes bit for bit."""
+"""The training loop of all stages: updates, metrics, checkpoints, clips.
+
+A signal ends it after the current step and a save. A resumed run computes bit for bit the same numbers.
+"""
 
 import math
 import signal
@@ -21,11 +24,11 @@ from fastlightgen.parallel import ranks
 from fastlightgen.parallel.clock import clock
 from fastlightgen.parallel.log import bar, say
 
-REQUEUE = (signal.SIGTERM, signal.SIGUSR1)  # a scheduler's: end soon, to be started again
+REQUEUE = (signal.SIGTERM, signal.SIGUSR1)  # sent by a scheduler that will start the run again
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was interrupted after its state was saved; `signal` is what interrupted it."""
+    """A signal ended the run after its state was saved; `requeue` is True if a scheduler sent the signal."""
 
     def __init__(self, message: str, signal_name: str):
         super().__init__(message)
@@ -33,39 +36,47 @@ class Stopped(KeyboardInterrupt):
 
 
 class Engine(Protocol):
-    """What runs the updates of a stage: one process (local) or many (deepspeed)."""
+    """Runs the updates of a stage, in one process (local) or many (deepspeed)."""
 
     device: torch.device
 
     def place(self, net: VideoDiT) -> None:
-        """Put a network that only predicts where the engine wants it."""
+        """Move a network that only predicts to its device, sharded if the engine shards."""
 
     def prepare(self, stage: Stage) -> None:
-        """Place the networks of a stage and make their optimizers."""
+        """Place the networks of a stage and create their optimizers."""
 
-    def estimate(self) -> str: ...
+    def estimate(self) -> str:
+        """Describe the memory or the sharding of training, in one line."""
 
-    def apply(self, update: Update, step: int) -> dict[str, float]: ...
+    def apply(self, update: Update, step: int) -> dict[str, float]:
+        """Take one optimizer step and return the numbers to log."""
 
-    def save(self, folder: Path, step: int, keep: int, every: int, good: int = 0) -> checkpoint.Saving: ...
+    def save(self, folder: Path, step: int, keep: int, every: int, good: int = 0) -> checkpoint.Saving:
+        """Start writing a checkpoint; see `checkpoint.save`."""
 
-    def load(self, folder: Path) -> int: ...
+    def load(self, folder: Path) -> int:
+        """Load the newest checkpoint and return its step; 0 if there is none."""
 
-    def autocast(self): ...
+    def autocast(self):
+        """Return the context in which networks are called outside `apply`."""
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Replace the weights by their average, in roles that keep one."""
 
-    def save_model(self, net, folder: Path, dtype=None, **card) -> None: ...
+    def save_model(self, net, folder: Path, dtype=None, **card) -> None:
+        """Write a model folder."""
 
 
 @contextmanager
 def interruptible():
-    """A list that gets the signal's name: the loop then saves and stops. A second signal acts at once."""
+    """Context with a list to which the first signal appends its name. A second signal acts at once, as usual."""
     seen: list[str] = []
     old = {s: signal.getsignal(s) for s in (signal.SIGINT, *REQUEUE)}
 
     def note(number: int, _frame) -> None:
         seen.append(signal.Signals(number).name)
+        # Restore the old handlers, so that a second signal ends a run whose step hangs.
         for s, handler in old.items():
             signal.signal(s, handler)
 
@@ -79,21 +90,25 @@ def interruptible():
 
 
 class Show(Protocol):
-    """Makes clips on the way."""
+    """Makes clips during training."""
 
     def write(self, folder: Path, step: int, how: dict, stopped: Callable[[], bool]) -> list[dict] | None:
-        """`how`: stage.sampler(); `stopped`: is a signal waiting? Returns the look of every clip, on rank 0; None on
-        all ranks if there was a signal."""
+        """Make clips with `how` (stage.sampler()) and return the look of each, on rank 0.
+
+        `stopped` returns on all ranks whether any rank got a signal; then `write` returns None on all ranks.
+        """
 
     def real(self) -> list[dict]:
-        """The look of the real clips of the same prompts, and of some more."""
+        """Return the look of the real clips of the same prompts, and of some more."""
 
 
 def train(
     stage: Stage, engine: Engine, folder: StageFolder, cfg, show: Show | None = None, look: Callable | None = None
 ) -> None:
-    """Run or continue a stage to its end and write its model folder; `show` makes clips on the way, `look` is called
-    once the networks are placed."""
+    """Run or continue a stage to its end and write its model folder.
+
+    `show` makes clips during training. `look` is called once, after the networks are placed.
+    """
     engine.prepare(stage)
     say(f"stage {stage.number}: {engine.estimate()}")
     if look:
@@ -116,11 +131,11 @@ def train(
 
         def save(done: int) -> None:
             HERE.at("the checkpoint")
-            saves.wait()
+            saves.wait()  # one save at a time: each holds a full copy in host memory
             saves.saving = engine.save(folder.checkpoints, done, cfg.keep, cfg.keep_every, watch.good())
 
         def clips(done: int) -> bool:
-            """Make them if it is their turn; False: a signal came before they were there."""
+            """Make the clips of step `done`, if they are due; return False if a signal came before the last one."""
             if not show or not done or (done % cfg.sample_every and done < stage.iters):
                 return True
             HERE.at("the clips")
@@ -135,6 +150,7 @@ def train(
             name = gathered_names(signals)[0]
             return Stopped(f"{name}: saved step {done} of {stage.iters}; run the same command to continue", name)
 
+        # A signal may have ended the run between a checkpoint and the clips of the same step: make them now.
         if ranks.from_first(watch.shown) < start and not clips(start):
             raise stopped(start)
         for step in range(start, stage.iters):
@@ -154,10 +170,11 @@ def train(
             progress.update()
             HERE.at("the stage's check", role="")
             stage.check(done)
-            # One collective: is there a signal (one that comes later waits for the next step), is a save under way?
-            told = ranks.gathered(bool(signals) | saves.state())
-            stop = any(number & 1 for number in told)
-            saves.hear(told)
+            # One collective per step for two facts. The lowest bit says that this rank got a signal, the other bits are
+            # the status of its save. So all ranks stop after the same step; a later signal waits for the next one.
+            flags = ranks.gathered(bool(signals) | saves.status())
+            stop = any(flag & 1 for flag in flags)
+            saves.update(flags)
             due = done % cfg.save_every == 0 or done == stage.iters
             if due or stop:
                 save(done)
@@ -173,6 +190,6 @@ def train(
 
 
 def gathered_names(signals: list[str]) -> list[str]:
-    """The first signal of every rank that got one."""
+    """Return the name of the first signal of each rank that got one."""
     numbers = ranks.gathered(int(signal.Signals[signals[0]]) if signals else 0)
     return [signal.Signals(n).name for n in numbers if n]

@@ -1,4 +1,4 @@
-"""Clips made while a stage trains, always of the same held-out prompts from the same noise: RUN/stageN/samples/."""
+"""Clips made during training, in RUN/stageN/samples/: always the same held-out prompts from the same noise."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +17,13 @@ from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
 from fastlightgen.rng import generator, normal_like
 
-CLIPS, PURPOSE = 4, 9  # how many; the purpose of their random draws, apart from those of the stages
-REAL = 2 * CLIPS  # real clips to compare with; their spread counts too
+CLIPS = 4  # clips per preview
+PURPOSE = 9  # the key of their random draws; no stage uses it
+REAL = 2 * CLIPS  # real clips to compare with: enough to estimate their spread
 
 
 class World(Protocol):
-    """What turns latents into frames."""
+    """Decodes latents to frames."""
 
     fps: int
 
@@ -30,25 +31,26 @@ class World(Protocol):
 
 
 def turns(sequence: int) -> list[tuple[int, bool]]:
-    """The clips that this rank makes, and which of them it shows."""
+    """Return the indices of the clips that this rank makes, each with True if this rank decodes and reports it."""
     return ranks.turns(CLIPS, sequence)
 
 
 class Preview:
-    """Writes step-000200.gif when the loop asks for it. It draws from its own generators: training does not notice.
+    """Writes samples/step-000200.gif. It draws from its own generators, so that training is the same without it.
 
-    The ranks share the clips; rank 0 gets and writes them.
+    The ranks divide the clips among them; rank 0 collects and writes them.
     """
 
     def __init__(self, source: Source, world: World | None, seed: int, device: torch.device, sequence: int = 1):
-        """`world` shows latents; None on ranks that have none to show. `sequence`: ranks that share a clip's tokens."""
+        """`world` may be None on ranks that decode nothing. `sequence`: number of ranks that share a clip's tokens."""
         self.source, self.world, self.seed, self.device, self.sequence = source, world, seed, device, sequence
-        self.looks: list[dict] = []  # of real clips
+        self.looks: list[dict] = []  # of the real clips, computed once
 
     def write(self, folder: Path, step: int, how: dict, stopped: Callable[[], bool]) -> list[dict] | None:
-        """`how`: the network and its plan, arguments of `sample`. One clip at a time, so that a signal is heard.
+        """Make the clips with `how`, the arguments of `sample`, and write them; return the look of each on rank 0.
 
-        Returns the look of every clip, on rank 0, and None after a signal."""
+        The clips are made one by one. Before each one `stopped` is asked for a signal; after a signal return None.
+        """
         own: dict[int, NDArray[np.uint8]] = {}
         for i, reports in turns(self.sequence):
             if stopped():
@@ -72,13 +74,13 @@ class Preview:
         return [look(clip) for clip in clips]
 
     def real(self) -> list[dict]:
-        """The look of the same prompts' real clips and of some more, decoded once, one at a time."""
+        """Return the look of REAL real clips, first those of the same prompts; decoded once, one at a time."""
         if not self.looks:
             clips = (self.source.held_out(i, 1).x0.to(self.device) for i in range(REAL))
             self.looks = [look(self._frames(x0)) for x0 in clips]
         return self.looks
 
     def _frames(self, latents: Tensor) -> NDArray[np.uint8]:
-        """The frames [F, H, W, 3] of the only clip of a batch."""
-        assert self.world is not None  # ranks that show nothing do not come here
+        """Decode a batch of one clip to frames [F, H, W, 3]."""
+        assert self.world is not None  # only reporting ranks call this
         return self.world.frames(latents)[0]

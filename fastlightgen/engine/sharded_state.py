@@ -1,4 +1,4 @@
-"""The state of a run under DeepSpeed: averages, checkpoints and results of networks whose weights are sharded."""
+"""Averages, checkpoints and model folders of networks whose weights DeepSpeed shards."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,56 +15,58 @@ from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.parallel import ranks
 
-NAME = "deepspeed"  # of the engine, in its checkpoints
+NAME = "deepspeed"  # the engine's name in state.json
 
 
 @dataclass
 class ShardedState:
-    """Reads and writes the networks that an engine trains. Every method is called on all ranks."""
+    """Reads and writes the networks that an engine trains. All ranks call every method together."""
 
     device: torch.device
     roles: dict[str, Role]
     engines: dict[str, Any]  # DeepSpeed's engine of each role
-    averages: dict[str, list[Tensor]]  # role -> average of this rank's part of the float32 weights
-    count: dict[str, int]  # role -> updates done
+    averages: dict[str, list[Tensor]]  # role -> average of this rank's partition of the float32 weights
+    count: dict[str, int]  # role -> optimizer steps taken
 
     @torch.no_grad()
     def average(self, name: str) -> None:
+        """Update the average of one role; each rank updates its own partition."""
         role = self.roles[name]
         rate = averaging_rate(role.ema, self.count[name] - role.ema_start)
         for average, master in zip(self.averages[name], shards.masters(self.engines[name].optimizer), strict=True):
             average.lerp_(master.detach(), rate)
 
     def save(self, folder: Path, step: int, keep: int, every: int, good: int = 0) -> checkpoint.Saving:
-        """Each rank writes its share of every role's weights, moments and average."""
-        share = shards.Share()
+        """Gather every tensor in turn; one rank copies each to host memory. Then start writing in the background."""
+        own = shards.RankFile()
         for name, role in self.roles.items():
             trained = [(key, p) for key, p in role.net.named_parameters() if p.requires_grad]
+            # DeepSpeed creates the moments in the first optimizer step.
             for kind in ("weight", *(shards.MOMENTS if self.count[name] else ())):
                 HERE.at(f"the checkpoint, {kind} of {name}")
                 for key, p in trained:
-                    share.add(f"{name}/{kind}/{key}", shards.get(p, kind))
+                    own.add(f"{name}/{kind}/{key}", shards.get(p, kind))
             if name in self.averages:
                 with shards.swapped(self.engines[name].optimizer, self.averages[name]):
                     for key, p in trained:
-                        share.add(f"{name}/ema/{key}", shards.get(p))
+                        own.add(f"{name}/ema/{key}", shards.get(p))
             if role.carried is not None:
                 for key, p in role.carried.named_parameters():
-                    with shards.whole(p) as value:
-                        share.add(f"{name}/carried/{key}", value)
+                    with shards.gathered_weight(p) as value:
+                        own.add(f"{name}/carried/{key}", value)
         meta = {"count": dict(self.count), "engine": NAME, "ranks": ranks.size()}
-        files = {checkpoint.rank_file(ranks.rank()): share.tensors}
+        files = {checkpoint.rank_file(ranks.rank()): own.tensors}
         return checkpoint.save(folder, step, files, meta, keep, every, good)
 
     def load(self, folder: Path) -> int:
-        """The step of the newest checkpoint, read by any number of ranks; 0 where there is none."""
+        """Load the newest checkpoint and return its step; 0 if there is none. Any number of ranks may have saved it."""
         step, meta, files = checkpoint.latest(folder, NAME)
         if not step:
             return 0
         stored = checkpoint.reading(folder, step, lambda: shards.Stored(files))
         self.count = dict(meta["count"])
 
-        def whole(name: str) -> Tensor:
+        def read(name: str) -> Tensor:
             HERE.at("reading the checkpoint")
             return checkpoint.reading(folder, step, lambda: stored[name]).to(self.device)
 
@@ -72,31 +74,33 @@ class ShardedState:
             optimizer = self.engines[name].optimizer
             trained = [(key, p) for key, p in role.net.named_parameters() if p.requires_grad]
             if name in self.averages:
+                # DeepSpeed alone knows how a parameter maps to its flat buffers. So put the average in place of the
+                # weights, copy the buffers, and read the weights over it below.
                 for key, p in trained:
-                    shards.put(p, whole(f"{name}/ema/{key}"))
+                    shards.put(p, read(f"{name}/ema/{key}"))
                 self.averages[name] = [m.detach().clone() for m in shards.masters(optimizer)]
             if self.count[name]:
                 shards.start_states(optimizer, self.count[name])
             for kind in ("weight", *(shards.MOMENTS if self.count[name] else ())):
                 for key, p in trained:
-                    shards.put(p, whole(f"{name}/{kind}/{key}"), kind)
+                    shards.put(p, read(f"{name}/{kind}/{key}"), kind)
             if role.carried is not None:
                 for key, p in role.carried.named_parameters():
-                    shards.put_frozen(p, whole(f"{name}/carried/{key}"))
+                    shards.put_frozen(p, read(f"{name}/carried/{key}"))
         return step
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Swap the averaged weights in, where there are any."""
+        """Replace the weights by their average, in roles that keep one."""
         for name, average in self.averages.items():
             for master, value in zip(shards.masters(self.engines[name].optimizer), average, strict=True):
                 master.copy_(value)
             for p in self.roles[name].net.parameters():
-                if p.requires_grad:
+                if p.requires_grad:  # copy the new float32 weight to the one that the network computes with
                     shards.put(p, shards.get(p).clone())
 
     def save_model(self, net: VideoDiT, folder: Path, dtype: torch.dtype | None = None, **card) -> None:
-        """Every rank takes part in gathering, one tensor at a time; rank 0 writes, one file's tensors in memory."""
+        """Write a model folder. All ranks gather one tensor at a time; rank 0 holds one file's tensors."""
         state = net.state_dict(keep_vars=True)
         trained = {id(p) for role in self.roles.values() for p in role.net.parameters() if p.requires_grad}
 
@@ -105,9 +109,10 @@ class ShardedState:
             p = state[key]
             if id(p) in trained:
                 return shards.get(p).detach().to("cpu", dtype or torch.float32).contiguous()
-            with shards.whole(p) as value:
+            with shards.gathered_weight(p) as value:
                 return value.detach().to("cpu", dtype or torch.float32, copy=True).contiguous()
 
+        # Rank 0 asks for the tensors in the order of `state`; the other ranks gather along in the same order.
         if ranks.rank() == 0:
             shapes = {key: torch.empty(shards.shape(p), device="meta") for key, p in state.items()}
             save_model(net, folder, dtype, state=shapes, get=get, **card)

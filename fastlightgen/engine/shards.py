@@ -1,7 +1,7 @@
-"""Weights and AdamW states by name: out of DeepSpeed's flat partitions, into them, and onto disk one share per rank.
+"""Read and write weights and AdamW states by name, although DeepSpeed keeps them in flat partitions.
 
-A tensor's name is ROLE/KIND/PARAMETER. Each is gathered whole, one at a time, and kept by one rank, so that a
-checkpoint is spread over the ranks' files and can be read by any number of ranks.
+A checkpoint names a tensor ROLE/KIND/PARAMETER. The ranks gather one full tensor at a time, and one of them keeps it
+for its file. So the files are of similar size, and any number of ranks can read the checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,25 +14,25 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fastlightgen.config import StageConfig
-from fastlightgen.engine.checkpoint import held
+from fastlightgen.engine.checkpoint import host_copy
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.parallel import ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PERSISTENT = 1e5  # DeepSpeed's default: parameters up to this size are not worth sharding
+PERSISTENT = 1e5  # elements; up to this size a parameter stays complete on every rank (DeepSpeed's default)
 
 
 class Sharded(nn.Parameter):
-    """What DeepSpeed's ZeRO-3 adds to a parameter; for type annotations."""
+    """The attributes that DeepSpeed's ZeRO-3 adds to a parameter; for type annotations."""
 
-    ds_tensor: Tensor  # this rank's part, flat and padded
-    ds_shape: torch.Size
+    ds_tensor: Tensor  # this rank's partition, flat; the last rank's is padded
+    ds_shape: torch.Size  # full shape
 
     def convert_to_zero_parameters(self, param_list: list[nn.Parameter]) -> None: ...
 
 
 def is_sharded(p: Tensor) -> TypeGuard[Sharded]:
-    """Has ZeRO-3 left only this rank's part of the parameter here?"""
+    """Return whether ZeRO-3 has partitioned the parameter."""
     return hasattr(p, "ds_tensor")
 
 
@@ -50,15 +50,18 @@ def keeper(cfg: StageConfig, device: torch.device) -> Callable[[VideoDiT], Keep]
         return None
 
     def of(net: VideoDiT) -> Keep:
+        """Return the callback for the parameters of one network."""
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero_config(cfg, net, device)}
         first: list[nn.Parameter] = []
 
         def keep(p: nn.Parameter) -> None:
+            """Replace a loaded parameter by this rank's partition of it."""
             if first and is_sharded(first[0]):
                 first[0].convert_to_zero_parameters(param_list=[p])
                 return
             import deepspeed
 
+            # The first parameter starts ZeRO-3, which needs a module; the others then convert with its settings.
             holder = nn.Module()
             holder.p = p
             deepspeed.zero.Init(module=holder, config_dict_or_path=config, dtype=p.dtype)
@@ -70,18 +73,20 @@ def keeper(cfg: StageConfig, device: torch.device) -> Callable[[VideoDiT], Keep]
 
 
 def zero_config(cfg: StageConfig, net: VideoDiT, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's ZeRO settings for one network: what it shards and what it offloads."""
+    """Return DeepSpeed's ZeRO settings for one network. All sizes are numbers of elements."""
     cuda, sizes = device.type == "cuda", [shape(p).numel() for p in net.parameters()]
     blocks = [sum(shape(p).numel() for p in b.parameters()) for b in net.blocks]
     zero: dict[str, Any] = {
         "stage": cfg.zero,
         "overlap_comm": cuda,
-        # a small network is sharded too: its blocks' matrices are above the limit
+        # Below DeepSpeed's default for small networks, so that the matrices of their blocks are sharded too.
         "stage3_param_persistence_threshold": int(min(PERSISTENT, max(sizes) // 8)),
-        # While a block runs, the next one is fetched: so much is asked for, and the parameter that exceeds it.
+        # While a block runs, DeepSpeed fetches parameters until their sum reaches this size. The last may exceed it,
+        # so subtract the largest parameter: together they are then at most one block.
         "stage3_prefetch_bucket_size": max(0, min(blocks) - max(sizes)),
     }
-    if not any(p.requires_grad for p in net.parameters()):  # then nothing is kept for a backward pass
+    if not any(p.requires_grad for p in net.parameters()):  # no backward pass will need a block again
+        # Room for the parameters outside the blocks, the running block and the next one.
         zero["stage3_max_live_parameters"] = sum(sizes) - sum(blocks) + 2 * max(blocks)
     if cfg.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
@@ -91,7 +96,7 @@ def zero_config(cfg: StageConfig, net: VideoDiT, device: torch.device) -> dict[s
 
 
 def get(p: nn.Parameter, kind: str = "weight") -> Tensor:
-    """The whole float32 weight, or one of its moments; every rank takes part."""
+    """Gather the full float32 weight, or one of its moments. All ranks call this together."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     return safe_get_full_fp32_param(p) if kind == "weight" else safe_get_full_optimizer_state(p, kind)
@@ -99,7 +104,10 @@ def get(p: nn.Parameter, kind: str = "weight") -> Tensor:
 
 @torch.no_grad()
 def put(p: nn.Parameter, value: Tensor, kind: str = "weight") -> None:
-    """The reverse of `get`: this rank keeps its part of `value`; of a weight also what the network computes with."""
+    """Store this rank's partition of a full `value`; the reverse of `get`.
+
+    A weight exists twice: the optimizer's float32 copy and the one that the network computes with. Both are set.
+    """
     if is_sharded(p):
         put_partition(p, value, kind)
         return
@@ -113,7 +121,7 @@ def put(p: nn.Parameter, value: Tensor, kind: str = "weight") -> None:
 
 
 def put_partition(p: Sharded, value: Tensor, kind: str) -> None:
-    """ZeRO-3. DeepSpeed's own setter fails where a parameter is no multiple of the ranks; the last part is padded."""
+    """`put` under ZeRO-3. DeepSpeed's own setter fails for parameters that do not divide evenly among the ranks."""
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     if kind == "weight":
@@ -124,7 +132,7 @@ def put_partition(p: Sharded, value: Tensor, kind: str) -> None:
 
 
 def part_of(p: Sharded, value: Tensor) -> Tensor:
-    """This rank's partition of a whole value."""
+    """Cut this rank's partition from a full value, flat; zeros pad the last one."""
     size, flat = p.ds_tensor.numel(), value.flatten()
     padded = torch.cat([flat, flat.new_zeros(size * ranks.size() - flat.numel())])
     return padded[size * ranks.rank() :][:size]
@@ -132,36 +140,40 @@ def part_of(p: Sharded, value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put_frozen(p: nn.Parameter, value: Tensor) -> None:
-    """What the network computes with; all of it for a weight without an optimizer."""
+    """Set the weight that the network computes with. A frozen network has no other copy."""
     if is_sharded(p):
         p.ds_tensor.copy_(part_of(p, value))
-    if p.numel():  # small ones are whole on every rank
+    if p.numel():  # complete here: not sharded, or small enough to stay on every rank
         p.copy_(value)
 
 
 def masters(optimizer) -> list[Tensor]:
-    """This rank's share of the float32 weights, in the flat buffers of DeepSpeed's optimizers."""
+    """Return this rank's partition of the float32 weights: the flat buffers of DeepSpeed's optimizer."""
     for key in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(optimizer, key):
             return list(getattr(optimizer, key))
-    raise AssertionError(f"{type(optimizer)}: unknown DeepSpeed optimizer")
+    raise AssertionError(f"{type(optimizer)}: has none of the known float32 buffers of DeepSpeed's optimizers")
 
 
 def start_states(optimizer, count: int) -> None:
-    """AdamW's states after `count` updates, as zeros: DeepSpeed makes them in its first step only."""
+    """Create AdamW's states with zero moments and step `count`; `put` then fills them.
+
+    DeepSpeed itself creates them only in its first optimizer step.
+    """
     base = optimizer.optimizer
     steps = torch.tensor(float(count)) if isinstance(base, torch.optim.AdamW) else count
     for master in masters(optimizer):
         base.state[master] = {"step": steps} | {key: torch.zeros_like(master) for key in MOMENTS}
-        if isinstance(steps, Tensor):
+        if isinstance(steps, Tensor):  # torch's AdamW increments the tensor in place: one for each buffer
             steps = steps.clone()
+    # ZeRO-1 and 2 link parameters to their states at the end of the first step; do it now, so that `put` finds them.
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
 @contextmanager
 def swapped(optimizer, others: list[Tensor]) -> Iterator[None]:
-    """The float32 weights are `others` inside this context (an average, to read it by name)."""
+    """Replace the float32 weights by `others` inside this context, so that `get` reads an average by name."""
     before = [m.detach().clone() for m in masters(optimizer)]
     with torch.no_grad():
         for master, other in zip(masters(optimizer), others, strict=True):
@@ -172,8 +184,8 @@ def swapped(optimizer, others: list[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def whole(p: Tensor) -> Iterator[Tensor]:
-    """A weight as the network computes with it, gathered where it is sharded."""
+def gathered_weight(p: Tensor) -> Iterator[Tensor]:
+    """Yield the full weight that the network computes with; gather it first if it is sharded."""
     if not hasattr(p, "ds_id"):
         yield p
         return
@@ -183,8 +195,8 @@ def whole(p: Tensor) -> Iterator[Tensor]:
         yield p
 
 
-class Share:
-    """The tensors that this rank writes. Each goes to the rank that has the fewest bytes so far."""
+class RankFile:
+    """The tensors that this rank writes. All ranks add every tensor; the rank with the fewest bytes so far keeps it."""
 
     def __init__(self):
         self.tensors: dict[str, Tensor] = {}
@@ -194,11 +206,11 @@ class Share:
         taker = self.bytes.index(min(self.bytes))
         self.bytes[taker] += value.nbytes
         if taker == ranks.rank():
-            self.tensors[name] = held(value)
+            self.tensors[name] = host_copy(value)
 
 
 class Stored(Mapping):
-    """The tensors of all ranks' files by name, read when they are asked for."""
+    """Maps names to the tensors of all files of a checkpoint; each access reads from disk."""
 
     def __init__(self, files: list[Path]):
         self.where: dict[str, Any] = {}

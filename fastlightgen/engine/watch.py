@@ -1,4 +1,7 @@
-"""Drift alarms: a line on the screen and in alarms.jsonl, or the end of the run; the last good checkpoint stays."""
+"""Drift alarms. An alarm prints a line, is added to alarms.jsonl, and may end the run.
+
+The last good checkpoint is then kept, whatever `keep` says.
+"""
 
 from collections.abc import Callable, Sequence
 from statistics import fmean
@@ -15,9 +18,9 @@ REMEDY = "give alarms=warn to go on (from there, if you delete the later ones), 
 
 
 class Watch:
-    """Looks at every line of the log and at the clips. Rank 0 looks; `mode` stop ends the run on all ranks.
+    """Judges every line of the log and the clips, on rank 0. With mode=stop an alarm ends the run on all ranks.
 
-    What it knows comes from the log's files, so that a run which is continued knows the same.
+    All its state is read from the log's files at the start, so that a resumed run judges as one that went on.
     """
 
     def __init__(
@@ -32,8 +35,8 @@ class Watch:
         self.stage, self.mode, self.metrics, self.limits = stage, mode, metrics, drift.Limits()
         self.saves = saves
         self.checkpoints, self.lines, alarms = folder.checkpoints, [], []
-        self.kept: int | None = None  # the checkpoint before the first alarm; 0: there is none
-        self.fine = 0  # the last step whose clips were as usual
+        self.kept: int | None = None  # after an alarm: the step of the checkpoint before the first one; 0: none
+        self.fine = 0  # the last step with clips that raised no alarm
         self.shown = 0  # the last step with clips
         if metrics:
             self.file = Lines(folder.path / "alarms.jsonl", start)
@@ -43,56 +46,59 @@ class Watch:
             self.kept = alarms[0]["good"] if alarms else None
             self.fine = self.shown = shown[-1]["step"] if shown else 0
         self.sounding = {f.alarm for f in self._in_log()}
+        # With mode=stop, running the same command again must not continue past an alarm.
         self._stop([(a["step"], a["alarm"], a["good"]) for a in alarms[:1]])
 
     def log(self, record: dict) -> None:
-        """Judge a new line."""
+        """Judge a new line. An alarm is reported when it begins, not again while it lasts."""
         self.lines.append(record)
         found = self._in_log()
         new = [f for f in found if f.alarm not in self.sounding]
         self.sounding = {f.alarm for f in found}
-        judged = self.lines[-self.limits.recent :][0]["step"]  # what the medians are of began here
-        self._tell(record["step"], new, self._newest(min(self.fine or judged, judged)))
+        judged = self.lines[-self.limits.recent :][0]["step"]  # the first step that enters the recent median
+        self._report(record["step"], new, self._newest(min(self.fine or judged, judged)))
 
     def clips(self, step: int, looks: Sequence[dict], real: Callable[[], Sequence[dict]]) -> None:
-        """Note the look of new clips, which rank 0 has, and judge it."""
+        """Log the look of new clips and judge it. `looks` and `real` are used on rank 0 only."""
         found = []
         if self.metrics:
             means = {f"clips_{name}": fmean(look[name] for look in looks) for name in drift.LOOK}
             self.metrics.write({"step": step} | {k: round(v, 3) for k, v in means.items()}, "samples")
             if self.mode != "off" and self.stage.drifts:
                 found = drift.in_clips(looks, real(), self.limits)
-        self._tell(step, found, self._newest(self.fine or step - 1))
+        self._report(step, found, self._newest(self.fine or step - 1))
         if not found:
             self.fine = step
 
     def good(self) -> int:
-        """The step of a checkpoint that must not be removed; 0: none."""
+        """Return the step of the checkpoint that must not be removed; 0 if there is none."""
         if self.mode == "off" or not self.stage.drifts:
             return self.kept or 0
         return self._newest(self.fine) if self.kept is None else self.kept
 
     def _in_log(self) -> list[drift.Finding]:
+        """Return the alarms that the lines logged so far raise."""
         if not self.metrics or self.mode == "off":
             return []
         values = [r[self.stage.loss_key] for r in self.lines if self.stage.loss_key in r]
         found = [drift.in_loss(values, self.limits)]
         if self.stage.drifts:
-            lines = [r for r in self.lines if "student_contrast_data" in r]  # not every line has the student
+            lines = [r for r in self.lines if "student_contrast_data" in r]  # only iterations that update the student
             made, data = ([r[key] for r in lines] for key in ("student_contrast", "student_contrast_data"))
             found.append(drift.in_contrast(made, data, self.limits))
         return [f for f in found if f]
 
     def _newest(self, last: int) -> int:
-        """The newest checkpoint up to step `last`; 0: none. One that is still being written counts.
+        """Return the newest checkpoint up to step `last`; 0 if there is none. One that is being written counts.
 
-        An older one must not be named in its place: the save under way may be about to remove it (`keep`). If that
-        save fails, its error ends the run.
+        An older one would be the wrong answer: the current save may be about to remove it (`keep`). If the current
+        save fails, its own error ends the run.
         """
         started = [*checkpoint.steps(self.checkpoints), *self.saves.started()]
         return max((s for s in started if s <= last), default=0)
 
-    def _tell(self, step: int, found: list[drift.Finding], good: int) -> None:
+    def _report(self, step: int, found: list[drift.Finding], good: int) -> None:
+        """Print and record alarms; remember the good checkpoint of the first one; with mode=stop end the run."""
         if found and self.kept is None:
             self.kept = good
         for finding in found:
@@ -102,10 +108,10 @@ class Watch:
         self._stop([(step, "; ".join(map(str, found)), self.kept)] if found else [])
 
     def _stop(self, alarm: list[tuple[int, str, int | None]]) -> None:
-        """End the run on all ranks, with what rank 0 found: step, alarms, the checkpoint before."""
+        """With mode=stop, end the run on all ranks if rank 0 has an alarm: (step, alarms, checkpoint before it)."""
         if self.mode != "stop" or not (alarm := ranks.from_first(alarm)):
             return
-        self.saves.wait()  # the checkpoint that the error names is complete when the run ends
-        step, told, kept = alarm[0]
+        self.saves.wait()  # the error names this checkpoint, so that it must be complete
+        step, found, kept = alarm[0]
         before = f"the last checkpoint before it is {checkpoint.path(self.checkpoints, kept)}" if kept else ""
-        raise ValueError(f"alarms=stop: step {step}: {told}; {before or 'there is no checkpoint before it'}; {REMEDY}")
+        raise ValueError(f"alarms=stop: step {step}: {found}; {before or 'there is no checkpoint before it'}; {REMEDY}")

@@ -1,4 +1,4 @@
-"""Where the log goes besides metrics.jsonl: TensorBoard, Weights & Biases."""
+"""Writers that copy the log to TensorBoard and Weights & Biases."""
 
 import importlib.util
 import uuid
@@ -10,24 +10,26 @@ from fastlightgen.config import Run
 
 
 class Writer(Protocol):
+    """Receives every record of the log."""
+
     def write(self, record: dict) -> None:
-        """Numbers by name, with their `step`."""
+        """Log the numbers of a record under its `step`."""
 
     def close(self) -> None: ...
 
 
 def check_installed(cfg: Run) -> None:
-    """Tell at the start what would fail once the networks are loaded."""
+    """Raise if a requested writer is not installed. Called before the networks are loaded, which takes long."""
     for key, value in {"tensorboard": "true" * cfg.tensorboard, "wandb": cfg.wandb}.items():
         spec = importlib.util.find_spec(key)
-        if value and (spec is None or spec.origin is None):  # a folder of that name is no package
+        if value and (spec is None or spec.origin is None):  # a folder of that name has no origin: not the package
             raise ValueError(
                 f"{key}={value}: {key} is not installed; pip install 'fastlightgen[watch]', or leave {key}= out"
             )
 
 
 class TensorBoard:
-    """Event files in one folder. Those of a run that was interrupted lose the steps that are done again."""
+    """Writes event files. After a resume TensorBoard hides the old records of steps that are computed again."""
 
     def __init__(self, folder: Path, start: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -45,7 +47,10 @@ class TensorBoard:
 
 
 class WandB:
-    """One W&B run per stage folder, found again by the id in it; W&B itself drops steps that it has seen."""
+    """One W&B run per stage folder. Its id is kept in the folder, so that a resumed stage continues the same W&B run.
+
+    W&B itself drops records of steps that it already has.
+    """
 
     def __init__(self, project: str, folder: Path, config: dict):
         import wandb
@@ -71,6 +76,6 @@ class WandB:
 
 
 def open_writers(cfg: Run, folder: Path, start: int) -> list[Writer]:
-    """Those that the configuration asks for."""
+    """Open the writers that the configuration asks for."""
     writers: list[Writer] = [TensorBoard(folder / "tensorboard", start)] if cfg.tensorboard else []
     return [*writers, WandB(cfg.wandb, folder, asdict(cfg))] if cfg.wandb else writers

@@ -1,1 +1,1 @@
-"""The processes of a run and how they share work: ranks, sequence parallelism, collectives' time, what is shown."""
+"""The processes of a run: ranks, sequence parallelism, a clock of the steps, output on screen."""

@@ -1,9 +1,10 @@
-"""Where the time of the steps goes, in seconds of the host; a part within a part counts for itself only.
+"""A clock that divides the time of the steps into parts, in seconds on the host.
 
-On a GPU the host runs ahead and waits where it reads a number: for the loss (`forward`) and for the gradient norm
-(`backward`), so these two hold the device's work without a synchronisation of their own. What the optimizer leaves
-running is waited for by the next forward. `collectives` is the time that the host is blocked in them, between CPUs
-mostly a wait for the slowest rank; what NCCL does beside the host counts where the host waits for it.
+Parts may nest; time in an inner part does not count for the outer one. On a GPU the host runs ahead. It waits when it
+reads the loss (in `forward`) and the gradient norm (in `backward`), so these parts contain the GPU's work, and the
+clock needs no synchronisation of its own. GPU work that the optimizer leaves running counts for the next forward.
+`collectives` is the time in which the host is blocked in a collective; between CPUs that is mostly a wait for the
+slowest rank. NCCL's work beside the host counts where the host waits for it.
 """
 
 import math
@@ -28,18 +29,20 @@ COLLECTIVES = (
 
 
 class Clock:
-    """Counts while a step is under way."""
+    """Counts seconds per part, inside `step` only; saving and sampling are not counted."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
+        """Set all counts to zero."""
         self.seconds: dict[str, float] = dict.fromkeys((REST, *PARTS), 0.0)
-        self.open: list[str] = []  # the parts under way, the innermost last
+        self.open: list[str] = []  # the parts entered and not yet left, innermost last
         self.steps, self.since = 0, 0.0
 
     @contextmanager
     def step(self) -> Iterator[None]:
+        """Context of one step. Time outside of its parts is booked as REST."""
         self.steps, self.open, self.since = self.steps + 1, [REST], time.perf_counter()
         try:
             yield
@@ -49,6 +52,7 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
+        """Context of one part of a step; outside of a step it does nothing."""
         if not self.open:
             yield
             return
@@ -61,24 +65,28 @@ class Clock:
             self.open.pop()
 
     def _book(self) -> None:
+        """Add the seconds since the last call to the innermost part."""
         now, name = time.perf_counter(), self.open[-1]
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.since
         self.since = now
 
     def read(self) -> dict[str, float]:
-        """Mean seconds per step since the last reading, and the shares of the parts in them, rounded down."""
+        """Return the mean seconds per step since the last call, and each part's fraction of them; then restart.
+
+        Fractions are rounded down, so that their sum cannot exceed 1.
+        """
         total = sum(self.seconds.values()) or 1.0
-        shares = {f"share_{k}": math.floor(1e4 * v / total) / 1e4 for k, v in self.seconds.items() if k != REST}
-        out = {"sec_per_step": round(total / max(1, self.steps), 4)} | shares
+        fractions = {f"share_{k}": math.floor(1e4 * v / total) / 1e4 for k, v in self.seconds.items() if k != REST}
+        out = {"sec_per_step": round(total / max(1, self.steps), 4)} | fractions
         self.restart()
         return out
 
 
-clock = Clock()  # of this process
+clock = Clock()  # the one clock of this process
 
 
 class Work:
-    """A collective under way; waiting for it is time in collectives."""
+    """Wraps an asynchronous collective, so that waiting for it counts as time in collectives."""
 
     def __init__(self, work: dist.Work):
         self.work = work
@@ -92,7 +100,7 @@ class Work:
 
 
 def count_collectives() -> None:
-    """From now on the clock counts torch's collectives, whoever calls them: this package, DeepSpeed, attention."""
+    """Replace torch's collectives by versions that the clock counts, also when DeepSpeed calls them."""
 
     def counted(function: Callable) -> Callable:
         @wraps(function)
@@ -105,5 +113,5 @@ def count_collectives() -> None:
 
     for name in COLLECTIVES:
         function = getattr(dist, name)
-        if function.__code__.co_filename != __file__:  # else done before
+        if function.__code__.co_filename != __file__:  # already replaced: its code is in this file
             setattr(dist, name, counted(function))

@@ -1,4 +1,4 @@
-"""What a run shows on screen: lines and progress bars; of several processes rank 0 speaks."""
+"""Output on screen: lines and progress bars. Only rank 0 prints."""
 
 import sys
 
@@ -8,7 +8,7 @@ from fastlightgen.parallel import ranks
 
 
 def bar(total: int, title: str, shown: bool, start: int = 0) -> tqdm:
-    """A progress bar with ETA; on a terminal it moves twice a second, in a log file four times a minute."""
+    """Return a progress bar with ETA. It redraws every 0.5 s on a terminal, every 15 s in a log file."""
     every = 0.5 if sys.stderr.isatty() else 15.0
     return tqdm(
         total=total,
@@ -21,6 +21,6 @@ def bar(total: int, title: str, shown: bool, start: int = 0) -> tqdm:
 
 
 def say(text: str) -> None:
-    """A line for the user that leaves a progress bar whole; of several processes the first one speaks."""
+    """Print a line on rank 0, above a progress bar if there is one."""
     if ranks.rank() == 0:
         tqdm.write(text)

@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, what all of them must agree on, and how a batch is divided among them."""
+"""The processes (ranks) of a run: joining and leaving, small collectives, how a batch is divided among them."""
 
 import atexit
 import hashlib
@@ -23,29 +23,35 @@ from fastlightgen.parallel.sequence import SequenceGroup
 from fastlightgen.parallel.shares import divisors
 
 GO_ON = "run the same command to continue from the last checkpoint, if there is one"
+# Messages of the RuntimeErrors that gloo and NCCL raise when another rank has ended or is late.
 LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe", re.IGNORECASE)
 
 
 def launched() -> int:
-    """How many processes torchrun, deepspeed or Slurm started; 1 for a plain python."""
+    """Return how many processes torchrun, deepspeed or Slurm started; 1 for plain python."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:
+    """Return the index of this process; 0 outside a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size() -> int:
+    """Return the number of processes; 1 outside a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def join(device: torch.device, timeout: float) -> None:
-    """Enter the process group: NCCL between GPUs, gloo between CPUs; alone if nothing launched several processes."""
+    """Join the process group (NCCL between GPUs, gloo between CPUs), or create a group of one without a launcher.
+
+    `timeout`: seconds after which a collective fails.
+    """
     if dist.is_initialized():
         return
     count_collectives()
     limit = timedelta(seconds=timeout)
-    # DeepSpeed supports torch versions in which the collectives' new names do not exist yet.
+    # DeepSpeed calls collectives by names that torch deprecates, for the sake of older torch versions.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit)
@@ -55,15 +61,15 @@ def join(device: torch.device, timeout: float) -> None:
 
 
 def shares(sequence: int) -> tuple[int, int]:
-    """Which share of the data this rank works on, of how many: ranks that share a clip's tokens work on the same."""
+    """Return (index, count) of the shares of a batch; ranks that share a clip's tokens have the same index."""
     return rank() // sequence, size() // sequence
 
 
 def turns(count: int, sequence: int) -> list[tuple[int, bool]]:
-    """Which of `count` items this rank works on, and whether it reports the result of each.
+    """Return the items, of `count`, that this rank works on, each with True if this rank reports its result.
 
-    All ranks walk together, so that one without an item left repeats the last one; nobody reports that. Of those that
-    share a clip's tokens, and so have the same result, one does.
+    All ranks get equally many, because sharded weights need all ranks in every walk. A rank without an item left
+    repeats the last one and does not report it. Of the ranks that share a clip's tokens only the first one reports.
     """
     share, groups = shares(sequence)
     reports = rank() % sequence == 0
@@ -72,7 +78,10 @@ def turns(count: int, sequence: int) -> list[tuple[int, bool]]:
 
 @cache
 def sequence_group(sequence: int, timeout: float) -> SequenceGroup | None:
-    """The neighbours, on one node where they fit, that share a clip's tokens with this rank; None: it is alone."""
+    """Return the group of ranks that share a clip's tokens with this rank, or None if sequence is 1.
+
+    A group consists of consecutive ranks, so that it lies on one node if it fits there. `timeout`: seconds.
+    """
     if size() % sequence:
         raise ValueError(
             f"sequence_parallel={sequence}: does not divide the number of processes, {size()}; "
@@ -85,7 +94,7 @@ def sequence_group(sequence: int, timeout: float) -> SequenceGroup | None:
 
 
 def gathered(number: int) -> list[int]:
-    """One whole number of every rank; over gloo, so that nothing on a GPU is waited for."""
+    """Return the integer of every rank, in order of rank. It runs over gloo and does not wait for a GPU."""
     if size() == 1:
         return [number]
     mine, out = torch.tensor([number]), torch.empty(size(), dtype=torch.int64)
@@ -94,16 +103,17 @@ def gathered(number: int) -> list[int]:
 
 
 def anyone(flag: bool) -> bool:
-    """Does any rank say so?"""
+    """Return whether the flag is set on any rank."""
     return any(gathered(int(flag)))
 
 
 def barrier() -> None:
+    """Wait until all ranks are here."""
     gathered(0)
 
 
 def leave() -> None:
-    """End this rank, once all of them have come here; a process that is alone goes on."""
+    """Leave the process group together and end this process. A single process just returns."""
     if size() > 1:
         barrier()
         dist.destroy_process_group()
@@ -111,18 +121,19 @@ def leave() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """End this rank now, with its exit code. Every rank of several ends here, or in HangWatch.
+    """End this process now, without the interpreter's shutdown. With several ranks each ends here, or in HangWatch.
 
-    The interpreter's own shutdown can abort. A thread of gloo drops a collective's tensors after it has told the
-    training thread that the collective is complete, on a busy machine much later, and takes the interpreter's lock for
-    that (AsyncWork's destructor, decref_pyobject). If the shutdown begins while it waits for the lock, Python unwinds
-    the thread, and C++ does not let an unwinding through a destructor: "terminate called without an active exception",
-    exit code -6. destroy_process_group ends only the threads of groups that nothing refers to any more, but
-    `sequence_group` and DeepSpeed refer to theirs for ever. Joining the threads is no remedy: a thread whose partner
-    has died waits for it until `timeout`.
+    Why: the interpreter's shutdown can abort inside gloo ("terminate called without an active exception", exit code
+    -6). A gloo thread releases the tensors of a collective after the training thread has gone on, on a busy machine
+    much later. It takes the interpreter's lock for that (AsyncWork's destructor, decref_pyobject). If the shutdown
+    begins while it waits for the lock, Python unwinds the thread, and C++ forbids unwinding through a destructor.
+
+    Two remedies do not work. destroy_process_group ends only the threads of groups without references, but
+    `sequence_group` and DeepSpeed keep references for ever. Joining the threads may take until `timeout`, because a
+    thread whose partner has died waits that long.
     """
     try:
-        atexit._run_exitfuncs()  # as the interpreter would: writers, the coverage of tests
+        atexit._run_exitfuncs()  # os._exit skips exit handlers: those of the writers, of coverage
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
@@ -130,7 +141,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def from_rank(owner: int, value: Any) -> Any:
-    """One rank's value (text, numbers, lists of them) on every rank; all of them call this."""
+    """Return the value of rank `owner` (anything that JSON can hold) on every rank. All ranks call this together."""
     if size() == 1:
         return value
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -141,12 +152,12 @@ def from_rank(owner: int, value: Any) -> Any:
 
 
 def from_first(value: Any) -> Any:
-    """Rank 0's value on every rank."""
+    """Return the value of rank 0 on every rank."""
     return from_rank(0, value)
 
 
 def to_first(clip: Tensor | None) -> Tensor | None:
-    """On rank 0 the frames, uint8 [F, H, W, 3], of the one rank that has some; None elsewhere."""
+    """Send the frames, uint8 [F, H, W, 3], of the one rank that has them to rank 0; return None on the others."""
     owner = gathered(int(clip is not None)).index(1)
     if owner == 0 or rank() not in (0, owner):
         return clip if rank() == 0 else None
@@ -163,18 +174,21 @@ def to_first(clip: Tensor | None) -> Tensor | None:
 
 
 def digest(value: Any) -> int:
-    """63 bits of a value's text."""
+    """Return a 63-bit hash of repr(value); it fits into a signed 64-bit integer."""
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 1
 
 
 def differing(numbers: Sequence[int]) -> list[int]:
-    """The ranks whose number is not the most frequent one (of equally frequent ones, the lowest rank's)."""
+    """Return the ranks whose number is not the most frequent one. In a tie the number of the lowest rank counts."""
     usual = Counter(numbers).most_common(1)[0][0]
     return [r for r, n in enumerate(numbers) if n != usual]
 
 
 def agree(what: str, value: Any) -> None:
-    """Stop every rank, and name the odd one, before ranks that differ wait for each other in a collective."""
+    """Raise on all ranks if `value` differs between ranks, and name the ranks that differ.
+
+    Without this check, ranks that differ would later wait for each other in different collectives.
+    """
     if odd := differing(gathered(digest(value))):
         raise ValueError(
             f"{what} differs on rank {', '.join(map(str, odd))} of {size()} (here, on rank {rank()}: {value}); "
@@ -183,19 +197,19 @@ def agree(what: str, value: Any) -> None:
 
 
 def agree_on_keys(values: dict[str, Any]) -> None:
-    """As `agree`, for the same keys on every rank: names the first key that differs."""
+    """As `agree`, for a dictionary with the same keys on every rank; the error names the first key that differs."""
     if differing(gathered(digest(values))):
         for key, value in values.items():
             agree(key, value)
 
 
 def lost_partner(err: Exception) -> bool:
-    """Did a collective fail, because a partner has gone or is too late? Other errors are this rank's own."""
+    """Return whether a collective failed because another rank has ended or is late; else this rank is at fault."""
     return isinstance(err, dist.DistError) or bool(LOST.search(str(err)))
 
 
 def summed(x: Tensor) -> Tensor:
-    """Sum over the ranks of a tensor of the same shape on all of them."""
+    """Return the sum over the ranks of a tensor that has the same shape on all of them."""
     if size() == 1:
         return x
     total = x.detach().cpu()
@@ -204,9 +218,9 @@ def summed(x: Tensor) -> Tensor:
 
 
 def speaks_first(wait: float = 1.0) -> bool:
-    """Elect one of the ranks that stop to report the error: the first that asks.
+    """Elect one stopping rank to report the error, preferably rank 0; return whether it is this one.
 
-    Ranks other than 0 ask `wait` seconds later, so that rank 0 is elected if it stops at the same time.
+    The first rank that asks is elected. Ranks other than 0 wait `wait` seconds before they ask.
     """
     if size() == 1:
         return True
@@ -214,14 +228,15 @@ def speaks_first(wait: float = 1.0) -> bool:
         time.sleep(wait)
     try:
         return dist.distributed_c10d._get_default_store().add("flg/stopped", 1) == 1
-    except dist.DistError:  # the store has gone with the process that held it
+    except dist.DistError:  # the process that held the store has ended
         return True
 
 
 def gone(limit: float = 15.0) -> list[int]:
-    """The ranks that do not come here within `limit` seconds; called by those whose collective has failed.
+    """Return the ranks that have ended. Every rank whose collective has failed calls this.
 
-    A rank that lives comes as soon as its own collective fails, so that nobody waits where all ranks live.
+    Each caller signs in at the store; a rank that has not signed in within `limit` seconds counts as ended. A living
+    rank signs in as soon as its own collective fails, so that nobody waits for long if all ranks live.
     """
     store = dist.distributed_c10d._get_default_store()
     until, missing = time.monotonic() + limit, list(range(size()))
@@ -229,13 +244,13 @@ def gone(limit: float = 15.0) -> list[int]:
         store.set(f"flg/here/{rank()}", "1")
         while (missing := [r for r in missing if not store.check([f"flg/here/{r}"])]) and time.monotonic() < until:
             time.sleep(0.1)
-    except dist.DistError:  # the store has gone with the process that held it
+    except dist.DistError:  # the process that held the store has ended
         return []
     return missing
 
 
 def mean(values: Sequence[float]) -> list[float]:
-    """Mean over the ranks of some numbers."""
+    """Return the mean over the ranks of each number."""
     if size() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
@@ -244,12 +259,15 @@ def mean(values: Sequence[float]) -> list[float]:
 
 
 def workers(count: int, sequence: int) -> str:
-    """Those that work on clips of their own, in words."""
+    """Describe the ranks, or groups of ranks, that work on different clips."""
     return f"{count} ranks" if sequence == 1 else f"{count} groups of {sequence} ranks"
 
 
 def accumulation(batch: int, micro_batch: int, ranks: int, sequence: int = 1) -> int:
-    """Micro-batches per rank (or group of ranks) and step, so that all together work on `batch` clips."""
+    """Return the number of micro-batches per step of each rank (or group of ranks) that make up `batch` clips.
+
+    Without `micro_batch` a rank takes its clips in one micro-batch.
+    """
     count, who = ranks // sequence, workers(ranks // sequence, sequence)
     micro = micro_batch or max(1, batch // count)
     if batch % (micro * count):

@@ -1,4 +1,4 @@
-"""How the processes of a sequence group share the tokens of a clip. Arithmetic only."""
+"""How many tokens of a clip each rank of a sequence group gets. Arithmetic only, without collectives."""
 
 import math
 from dataclasses import dataclass
@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Part:
-    """What one of `ranks` GPUs that share a clip's tokens has: `share` of the image tokens, all tokens of its heads."""
+    """One GPU's part of a clip in sequence parallelism; in attention it has all tokens of 1 / ranks of the heads."""
 
-    share: float = 1.0
-    ranks: int = 1
+    share: float = 1.0  # its fraction of the image tokens
+    ranks: int = 1  # GPUs that share the clip's tokens
 
 
 WHOLE = Part()
 
 
 def token_shares(grid: tuple[int, int, int], size: int) -> tuple[int, list[int]]:
-    """How `size` GPUs share a grid of patches (F, H, W): the axis that is cut, H or W, and each one's patches along it.
+    """Divide a grid of patches (F, H, W) among `size` GPUs: return the cut axis and each GPU's patches along it.
 
-    The axis is the one where the largest share is the smaller part of the whole.
+    The axis is 1 (H) or 2 (W): the one that leaves fewer tokens to the GPU with the most.
     """
     axes = [a for a in (2, 1) if grid[a] >= size]
     if not axes:
@@ -32,5 +32,5 @@ def token_shares(grid: tuple[int, int, int], size: int) -> tuple[int, list[int]]
 
 
 def divisors(*numbers: int) -> str:
-    """Of all the numbers at once, as a list to choose from."""
+    """Return the common divisors of the numbers, as text for an error message."""
     return ", ".join(str(n) for n in range(1, min(numbers) + 1) if not any(m % n for m in numbers))

@@ -1,4 +1,4 @@
-"""What a method is built with: networks where the engine wants them, batches, and the checks before a stage starts."""
+"""The builder that hands a method its networks and batches, and runs the checks before a stage starts."""
 
 import copy
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastlightgen.parallel.log import say
 from fastlightgen.rng import rows
 from fastlightgen.stages.check import check_source, check_teacher
 
-HELD_OUT = 32  # clips that a guard looks at
+HELD_OUT = 32  # held-out clips on which a guard measures
 
 
 class Builder:
@@ -26,8 +26,10 @@ class Builder:
         self.cfg, self.source, self.device = cfg, source, device
 
     def load(self, model: str | Path) -> VideoDiT:
-        """A network where the engine wants it: float32 under engine=local; under deepspeed in the type that computes,
-        and with zero=3 only this rank's share of every weight."""
+        """Load a network: in float32 with engine=local, in `dtype` with engine=deepspeed.
+
+        With zero=3 each weight is sharded as it loads: the rank keeps its partition only.
+        """
         cfg = self.cfg
         if cfg.engine == "local":
             return load_model(model, self.device, seed=cfg.seed, allow_pt=cfg.allow_pt)
@@ -37,34 +39,34 @@ class Builder:
         )
 
     def copy(self, net: VideoDiT, model: str | Path) -> VideoDiT:
-        """Copy a network that `load` has read from `model`; under ZeRO-3 its shares are read once more."""
+        """Copy a network that `load` has read from `model`; under ZeRO-3 read the model folder once more."""
         return self.load(model) if keeper(self.cfg, self.device) else copy.deepcopy(net)
 
     def batches(self, step: int) -> Batch:
-        """This process's clips of a step, on its device."""
+        """Return this process's clips of a step, on its device."""
         with clock.part("data"):
             return self.source.batch(step, self.cfg.batch, rows(self.cfg.batch)).to(self.device)
 
     def held_out(self) -> Batch:
-        """Clips that training never sees; whoever looks at them moves them to its device."""
+        """Return clips that training never uses, on the CPU."""
         return self.source.held_out(0, HELD_OUT)
 
     def check_source(self, net: VideoDiT, card: dict[str, Any]) -> None:
-        """Refuse a cache that was not made for this network."""
+        """Raise if the cache was made for another network."""
         check_source(self.source, net, card, self.cfg.data)
 
     def check_data(self, net: VideoDiT, card: dict[str, Any]) -> None:
-        """Refuse a cache that was not made for this network; look whether the teacher knows its clips."""
+        """Raise if the cache was made for another network; check that the teacher can reproduce its clips."""
         self.check_source(net, card)
-        if self.cfg.engine == "local":  # a sharding engine places the networks first
+        if self.cfg.engine == "local":  # with deepspeed `train_stage` checks, after the teacher is placed
             self.check_teacher(net)
 
     def check_teacher(self, net: VideoDiT) -> None:
-        """Warn of, or refuse, a cache whose clips the teacher cannot reproduce."""
+        """Warn or raise (data_check) if the teacher cannot reproduce the clips."""
         check_teacher(self.cfg, net, self.source)
 
     def checkpoint(self, keys: TrainingKeys, *nets: VideoDiT) -> None:
-        """Switch activation checkpointing on for the networks that train; print what a block boundary costs."""
+        """Switch activation checkpointing on, if configured, and print the memory that each block then keeps."""
         if not keys.checkpointing:
             return
         for net in nets:
@@ -77,6 +79,6 @@ class Builder:
         )
 
     def card(self, **values: Any) -> dict[str, Any]:
-        """What a model's card keeps of its data: the VAE, which a later cache must share."""
+        """Return a model card: the given values, and the VAE of the data, which later caches must use too."""
         made_with = self.source.description
         return values | ({"vae": made_with["vae"]} if "vae" in made_with else {})

@@ -1,4 +1,4 @@
-"""Two checks before a stage starts: the cache was made for this network, and the teacher knows such clips.
+"""Two checks before a stage starts: the cache was made for this network, and the teacher can reproduce its clips.
 
 Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B].
 """
@@ -16,14 +16,14 @@ from fastlightgen.parallel.log import say
 from fastlightgen.rng import generator, normal_like
 
 TIMES, CLIPS = (0.1, 0.3, 0.5), 4
-# A teacher whose error exceeds this share of a plain filter's does not know the clips. The shipped teacher is at 0.06
-# on its own clips; it is at 1.6 to 2.5 with another VAE's latents (channels in another order, a mean that is off by one
-# standard deviation, a scale that is off by a factor of three).
+# Largest accepted ratio of the teacher's error to a plain filter's. The shipped teacher has 0.06 on its own clips, and
+# 1.6 to 2.5 on latents of another VAE (channels in another order, a mean that is off by one standard deviation, a scale
+# that is off by a factor of three).
 SUSPECT = 0.5
 
 
 def check_source(source: Source, model: VideoDiT, card: dict, data: str) -> None:
-    """Refuse a cache of another family, of other sizes, or of another VAE than the network's card names."""
+    """Raise if the cache is of another family, of other sizes, or of another VAE than the network's card names."""
     made, config = source.description, model.config
     pairs = [
         ("family", made.get("family"), model.family),
@@ -40,12 +40,12 @@ def check_source(source: Source, model: VideoDiT, card: dict, data: str) -> None
 
 
 def relative_error(x0_hat: Tensor, x0: Tensor) -> float:
-    """mean |x0_hat - x0|^2 / variance of x0: 0 is exact, 1 is the error of the constant mean."""
+    """Return mean |x0_hat - x0|^2 / variance of x0: 0 if exact, 1 for the best constant x0_hat."""
     return float((x0_hat - x0).square().mean() / x0.var())
 
 
 def filter_error(x0: Tensor, t: float) -> float:
-    """The relative error of the best filter x0_hat = c x_t, which knows nothing of videos.
+    """Return the relative error of the best linear filter x0_hat = c x_t, which knows nothing of videos.
 
     With s = mean x0^2 the best c leaves mean |x0_hat - x0|^2 = s t^2 / ((1 - t)^2 s + t^2).
     """
@@ -55,7 +55,7 @@ def filter_error(x0: Tensor, t: float) -> float:
 
 @torch.no_grad()
 def teacher_errors(model: VideoDiT, source: Source, seed: int) -> dict[float, tuple[float, float]]:
-    """t -> (relative error of the teacher, of the filter), means over a few held-out clips, one clip at a time."""
+    """Return t -> (relative error of the teacher, of the filter): means over CLIPS held-out clips."""
     out = {}
     for k, t in enumerate(TIMES):
         errors = []
@@ -70,13 +70,14 @@ def teacher_errors(model: VideoDiT, source: Source, seed: int) -> dict[float, tu
 
 
 def check_teacher(cfg: StageConfig, model: VideoDiT, source: Source) -> None:
-    """Warn of, or refuse, a cache whose clips the teacher cannot reproduce: the commonest silent failure."""
-    if cfg.data_check == "off" or not source.description:  # the built-in world fits by construction
+    """Warn or raise (data_check) if the teacher cannot reproduce the clips: the commonest silent failure."""
+    if cfg.data_check == "off" or not source.description:  # only caches have a description
         return
     with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
         errors = teacher_errors(model, source, cfg.seed)
     shown = "; ".join(f"t={t:g}: {e:.3f} (a plain filter: {f:.3f})" for t, (e, f) in errors.items())
     say(f"the teacher's x0 error on {CLIPS} held-out clips, relative to their variance: {shown}")
+    # The geometric mean over t of the teacher's error, relative to the filter's.
     ratio = math.exp(sum(math.log(max(e, 1e-12) / f) for e, f in errors.values()) / len(errors))
     if ratio < SUSPECT:
         return

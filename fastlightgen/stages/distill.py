@@ -1,4 +1,4 @@
-"""Stage III: distribution matching under a well-guided teacher (Eq. 8 and 9): a pruned student with a short ladder.
+"""Stage III: distribution matching under a well-guided teacher (Eq. 8 and 9); trains a pruned few-step student.
 
 Shapes: x0, x_hat, x_t, v [B, C, F, H, W]; t, beta [B].
 """
@@ -82,10 +82,10 @@ class DistillKeys(TrainingKeys):
 
     @property
     def updates(self) -> tuple[float, float]:
-        """Generator and critic updates in one iteration.
+        """Return the mean numbers of generator and critic updates per iteration.
 
-        `outer` (DMD2): the critic at every iteration, the generator at every ratio-th; `generator`: the generator at
-        every iteration, followed by ratio critic updates.
+        count=outer (DMD2): the critic is updated at every iteration, the generator at every ratio-th.
+        count=generator: the generator is updated at every iteration, followed by `ratio` critic updates.
         """
         return (1 / self.ratio, 1) if self.count == "outer" else (1, self.ratio)
 
@@ -95,6 +95,8 @@ class Config(DistillKeys, Run):
 
 
 class Distill:
+    """Stage III for the loop: the student, the critic ("fake") and their frozen teachers."""
+
     number = 3
     loss_key, drifts = "fake_loss", True
 
@@ -109,10 +111,10 @@ class Distill:
         self.frozen = [net for net in ((None if nets.lora else nets.teacher), nets.original) if net is not None]
 
     def begin(self) -> None:
-        """Nothing to look at beyond the loop's own checks."""
+        """Nothing to measure before training."""
 
     def updates(self, step: int) -> list[Update]:
-        """The student, where it is its turn, then the critic; see `DistillKeys.updates`."""
+        """Return the student's update, if it is due, then the critic's; see `DistillKeys.updates`."""
         ratio = self.cfg.ratio
         critics = 1 if self.cfg.count == "outer" else ratio
         updates = [Update("fake", partial(self.critic_loss, step * critics + c)) for c in range(critics)]
@@ -121,10 +123,11 @@ class Distill:
         return updates
 
     def simulate(self, batch: Batch, gen: torch.Generator) -> tuple[Tensor, int]:
+        """Return the student's clips and the rung at which it left the ladder; see `matching.simulate`."""
         return simulate(self.nets.student, batch, self.times, self.cfg.rollout, self.cfg.sampler, gen)
 
     def student_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Eq. 8 and 9: no gradient flows through x_t into the two scores."""
+        """Eq. 8 and 9. No gradient flows through x_t into the two scores."""
         cfg, batch = self.cfg, self.batches(step)
         gen = generator(cfg.seed, STUDENT, step)
         x_hat, rung = self.simulate(batch, gen)
@@ -141,13 +144,13 @@ class Distill:
         gap = normaliser.mean().item()  # mean |x - x0_real|
         return dmd_loss(x_hat, gradient), {
             "x0_gap": gap,
-            f"x0_gap_rung{rung + 1}": gap,  # of the step's own exit only: the rungs are curves of their own
-            "contrast": x0.flatten(1).std(1).mean().item(),  # of a clip; grows when a student over-saturates
+            f"x0_gap_rung{rung + 1}": gap,  # logged per exit rung: each rung has its own scale
+            "contrast": x0.flatten(1).std(1).mean().item(),  # std of a clip; grows if a student over-saturates
             "contrast_data": batch.x0.flatten(1).std(1).mean().item(),
         }
 
     def renoised(self, x0: Tensor, gen: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(t, x_t): the student's clips at the time where the two scores are compared."""
+        """Return (t, x_t): the student's clips, noised to the time at which the two scores are compared."""
         cfg = self.cfg
         t = score_times(len(x0), cfg.score_shift or cfg.shift, cfg.t_clamp, gen).to(x0.device)
         return t, flow.add_noise(x0, normal_like(x0, gen), t)
@@ -160,7 +163,7 @@ class Distill:
         return beta1, beta2
 
     def critic_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Flow matching of the fake network on the student's own clips, without guidance."""
+        """Flow matching (Eq. 1) of the critic on the student's own clips, without guidance."""
         cfg, batch = self.cfg, self.batches(step)
         gen = generator(cfg.seed, FAKE, step)
         with torch.no_grad():
@@ -170,7 +173,7 @@ class Distill:
         return flow_matching_loss(self.nets.fake(flow.add_noise(x_hat, noise, t), t, batch.cond), x_hat, noise), {}
 
     def check(self, step: int) -> None:
-        """Nothing to stop for beyond the loop's own checks."""
+        """Nothing to check beyond the loop's own checks."""
 
     def sampler(self) -> dict[str, Any]:
         return {"model": self.nets.student, "times": self.times, "guidance": 1.0, "kind": self.cfg.sampler}
@@ -182,6 +185,7 @@ class Distill:
 
 
 def stage2_folder(cfg: Config) -> Path:
+    """Return the model folder of Stage II; raise if it does not exist."""
     folder = Path(cfg.stage2_model or Path(cfg.run) / "stage2" / "model")
     if not (folder / "config.json").is_file():
         raise ValueError(
@@ -191,7 +195,7 @@ def stage2_folder(cfg: Config) -> Path:
 
 
 def build(cfg: Config, with_: Builder) -> Distill:
-    """Teacher, student and critic from Stage II's folder, and the original teacher where it is asked for."""
+    """Build teacher, student and critic from Stage II's folder, and with strong=original the original teacher."""
     folder = stage2_folder(cfg)
     card = read_card(folder)
     keep: Sequence[int] | None = card.get("pruned_path")
@@ -205,7 +209,7 @@ def build(cfg: Config, with_: Builder) -> Distill:
         original = with_.load(trained_folder(cfg.model)).requires_grad_(False)
     fake_keep = keep if cfg.fake_arch == "pruned" else None
     fake, trained = teacher, None
-    if cfg.fake_mode == "lora":  # literally shared weights: the adapters count for the fake's predictions only
+    if cfg.fake_mode == "lora":  # the critic is the teacher with adapters, which are off in the teacher's predictions
         trained = attach_lora(teacher, cfg.lora_rank, generator(cfg.seed, ADAPTERS))
     else:
         fake = with_.copy(teacher, folder).requires_grad_(True)
@@ -216,7 +220,7 @@ def build(cfg: Config, with_: Builder) -> Distill:
 
 
 def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
-    """Rollouts with early exit, the student under the well-guided teacher (Eq. 9), the critic."""
+    """Count the rollouts with early exit, the student's update (Eq. 9) and the critic's."""
     generators, critics = cfg.updates
     lora, fake_keep = cfg.fake_mode == "lora", keep if cfg.fake_arch == "pruned" else None
     nets = {
@@ -224,12 +228,12 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
         "fake": Net(fake_keep, updates=critics),
         "teacher": Net(),
     }
-    fake_path = None  # a pruned critic has no other blocks
-    if lora:  # adapters in the teacher: the blocks that the critic skips are there
+    fake_path = None  # a pruned critic runs all the blocks that it has
+    if lora:  # the critic is the full teacher with adapters, and skips blocks
         nets["fake"] = Net(updates=critics, adapters=cfg.lora_rank, adapted=fake_keep)
         fake_path = fake_keep
     weak, strong = [Route(keep=keep), Route(1, keep, kept_text=True)], Route()
-    early = (cfg.steps - 1) / 2 if cfg.rollout == "simulate" else 0  # steps before the exit, on the average
+    early = (cfg.steps - 1) / 2 if cfg.rollout == "simulate" else 0  # mean number of steps before the exit
     walked = [
         Walk("student", [Route()], generators * early + critics * (early + 1)),
         Walk("student", [Route(grad=True)], generators),

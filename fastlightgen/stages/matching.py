@@ -1,4 +1,4 @@
-"""What methods of distribution matching share: backward simulation, the times of the scores, the loss of a gradient.
+"""Common parts of distribution matching methods: backward simulation, times of the scores, loss of a gradient.
 
 Shapes: x0, x_hat, x_t, v [B, C, F, H, W]; t [B].
 """
@@ -15,28 +15,29 @@ from fastlightgen.rng import normal_like, rand
 
 
 def dmd_loss(x_hat: Tensor, gradient: Tensor) -> Tensor:
-    """Eq. 8, descended: a loss whose gradient in x_hat is `gradient` / numel, so that x_hat moves by its negative."""
+    """Eq. 8: a loss whose gradient with respect to x_hat is `gradient` / numel; descent moves x_hat against it."""
     return 0.5 * (x_hat - (x_hat - gradient).detach()).square().mean()
 
 
 def uniform(size: int, low: float, high: float, gen: torch.Generator) -> Tensor:
+    """Draw U(low, high) for each of `size` clips."""
     return low + (high - low) * rand(size, gen)
 
 
 def score_times(size: int, shift: float, clamp: Sequence[float], gen: torch.Generator) -> Tensor:
-    """t ~ U(0, 1), shifted, clamped: where the two scores are compared."""
+    """Draw the times at which the two scores are compared: t ~ U(0, 1), shifted, clamped."""
     return flow.draw_times(size, shift, "uniform", gen).clamp(*clamp)
 
 
 def simulate(
     student: VideoDiT, batch: Batch, times: Sequence[float], start: str, sampler: str, gen: torch.Generator
 ) -> tuple[Tensor, int]:
-    """Backward simulation with early exit: the student's clips at a random rung of the ladder `times`.
+    """Backward simulation with early exit: return the student's x0 at a random rung of `times`, and the rung.
 
-    start=simulate walks from noise down to that rung by the student's own steps; start=data takes noised clips of the
-    data there. Returns the clips and the rung, counted from 0; only the last step carries gradient.
+    With start=simulate the student itself walks from noise down to that rung; with start=data it starts there from
+    noised clips of the data. `times` is the ladder; rungs count from 0. Only the last step carries gradient.
     """
-    exit_rung = int(torch.randint(len(times), (), generator=gen))  # one for the batch, alike on every rank
+    exit_rung = int(torch.randint(len(times), (), generator=gen))  # one for the whole batch, the same on every rank
     noise = normal_like(batch.x0, gen)
     walked, x = list(times[: exit_rung + 1]), noise
     if start == "data":

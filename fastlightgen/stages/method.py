@@ -1,4 +1,4 @@
-"""What a method is: one record per way to run a stage, read by `--help`, train, plan, evaluate and report."""
+"""The record that describes a method, one way to run a stage; `--help`, train, plan, evaluate and report read it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from fastlightgen.models.cost import Network
 from fastlightgen.planner.step import Iteration
 from fastlightgen.stages.build import Builder
 
-Guess = Callable[[int], Sequence[int]]  # number of blocks -> those that a Stage I yet to come is taken to keep
+Guess = Callable[[int], Sequence[int]]  # number of blocks -> the blocks that a future Stage I is assumed to keep
 Subject = tuple[dict[str, Any], Sequence[int]]  # config.json of a network, and the blocks of its pruned path
 
 
 def nothing(cfg: Any) -> dict[str, Any]:
-    """A stage whose result depends on its own configuration alone."""
+    """Return no inputs: the stage's result depends on its own configuration alone."""
     return {}
 
 
@@ -24,11 +24,11 @@ class Method:
 
     stage: str  # "0" to "3"
     name: str  # method=NAME
-    title: str  # of the model that it makes, in tables and reports
+    title: str  # name of the resulting model in tables and reports
     about: str  # one line for --help
     keys: type[Checked]  # its keys, a dataclass of fields
-    build: Callable[[Any, Builder], Any]  # from a configuration to a stage for the loop; Stage I: to a model and costs
-    walks: Callable[[Network, Sequence[int], Any], Iteration]  # what the planner counts
-    subject: Callable[[Any, Guess | None], Subject]  # the network it starts from
-    inputs: Callable[[Any], Mapping[str, Any]] = nothing  # what of earlier stages decides the result
+    build: Callable[[Any, Builder], Any]  # makes a stage for the loop; for Stage I a model and its blocks' costs
+    walks: Callable[[Network, Sequence[int], Any], Iteration]  # the network calls of an iteration, for the planner
+    subject: Callable[[Any, Guess | None], Subject]  # the network that the stage starts from
+    inputs: Callable[[Any], Mapping[str, Any]] = nothing  # results of earlier stages that affect this one
     savings: Sequence[Mapping[str, Any]] = field(default=())  # values of its own keys that save memory

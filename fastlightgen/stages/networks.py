@@ -1,4 +1,4 @@
-"""The networks of Stage III, and the predictions that its losses take of them.
+"""The networks of Stage III and their predictions.
 
 Shapes: x_t, v [B, C, F, H, W]; t [B].
 """
@@ -18,25 +18,26 @@ from fastlightgen.models.streams import TextKeys
 
 @dataclass
 class Networks:
-    """The four predictions of Stage III. `fake_net` may be `teacher` itself with LoRA adapters switched on."""
+    """The networks behind the four predictions of Stage III. With LoRA `fake_net` is the teacher plus adapters."""
 
     student: VideoDiT  # G, pruned
     teacher: VideoDiT  # the Stage II network, frozen: weak with `keep`, strong with all blocks
-    keep: Sequence[int]
+    keep: Sequence[int]  # the blocks of the pruned path
     fake_net: VideoDiT
-    fake_keep: Sequence[int] | None
-    fake_trained: nn.Module  # what the critic's optimizer holds
+    fake_keep: Sequence[int] | None  # the blocks that the critic runs; None: all that it has
+    fake_trained: nn.Module  # the module that the critic's optimizer trains
     lora: bool
-    original: VideoDiT | None  # the strong teacher where it is not the Stage II network
+    original: VideoDiT | None  # the strong teacher, if it is not the Stage II network
     null_keys: TextKeys = field(default_factory=dict)  # the frozen teacher's keys and values of the null prompt
 
     def fake(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Return the critic's prediction."""
         with lora_on(self.fake_net) if self.lora else nullcontext():
             return self.fake_net(x_t, t, cond, self.fake_keep)
 
     @torch.no_grad()
     def real(self, x_t: Tensor, t: Tensor, batch: Batch) -> list[Tensor]:
-        """v_p(c), v_p(null), v_u(c): one walk of the Stage II weights."""
+        """Return v_p(c), v_p(null), v_u(c), from one walk of the Stage II network."""
         streams = [Stream(batch.cond, self.keep), Stream(batch.null, self.keep, text_keys=self.null_keys)]
         if self.original is None:
             return self.teacher.walk(x_t, t, [*streams, Stream(batch.cond)])

@@ -80,7 +80,7 @@ class PruneKeys(TrainingKeys):
 
     @property
     def kappa(self) -> float:
-        """The unpruned path cannot follow itself."""
+        """Weight of the unpruned path's distance; 0 with target=self, where the unpruned path is the target."""
         return 0.0 if self.target == "self" else self.kappa_unpruned
 
     @property
@@ -144,10 +144,10 @@ class Prune:
     ):
         self.cfg, self.iters, self.card = cfg, cfg.iters, card
         self.batches, self.held_out = batches, held_out
-        self.net = self.teacher = net  # before its first step it is the teacher
+        self.net = self.teacher = net  # before the first step the network is the teacher
         self.pruned = list(pruned)
         self.keep = [i for i in range(net.num_blocks) if i not in self.pruned]
-        # The fixed target: a copy of the teacher that never moves, or that follows as an average.
+        # The target: a copy of the teacher that stays fixed, or follows the network as an average.
         self.target = (target or copy.deepcopy(net)).requires_grad_(False) if cfg.target != "self" else None
         self.frozen = [] if self.target is None else [self.target]
         if still(cfg):  # these blocks get no gradient; a sharded optimizer would still decay their weights
@@ -165,10 +165,10 @@ class Prune:
         return [Update("student", lambda: self.loss(step))] if takes_p or takes_u else []
 
     def paths(self, step: int) -> tuple[float, float, list[int]]:
-        """The weights of the pruned and the unpruned path in this step, and the blocks of the pruned path.
+        """Return the weights of the pruned and the unpruned path in this step, and the blocks of the pruned path.
 
-        `full` takes both paths; `sampled` takes one by a coin, over its probability. The draws are a function of (seed,
-        step), alike on every rank.
+        `full` takes both paths. `sampled` takes one by a coin and divides its loss by the coin's probability. The draws
+        depend on (seed, step) only, so that they are the same on every rank.
         """
         cfg, keep = self.cfg, self.keep
         gen = generator(cfg.seed, COIN, step)
@@ -214,7 +214,7 @@ class Prune:
             )
 
     def error(self, keep: Sequence[int] | None = None) -> float:
-        """Stage I's measure (Eq. 4) on held-out clips, as many at a time as in training."""
+        """Return Stage I's error (Eq. 4) on the held-out clips, as many at a time as in training, for memory."""
         cfg, batch = self.cfg, self.held_out()
         times = flow.shift_time(torch.linspace(0.02, 0.98, len(batch.x0)), cfg.shift)
         noise = normal_like(batch.x0, generator(cfg.seed, GUARD))
@@ -231,7 +231,7 @@ class Prune:
 
 
 def still(cfg: PruneKeys) -> bool:
-    """Do the pruned blocks stay as they are? With drop=joint and no term on the unpruned path nothing trains them."""
+    """Return whether the pruned blocks get no gradient: drop=joint and no term that trains the unpruned path."""
     return cfg.drop == "joint" and not cfg.trains_unpruned
 
 
@@ -240,7 +240,7 @@ def ranking_of(cfg: Config) -> Path:
 
 
 def build(cfg: Config, with_: Builder) -> Prune:
-    """The teacher's weights, which train; the blocks that Stage I chose; a copy as the target."""
+    """Build the stage from the teacher's weights, Stage I's ranking, and a copy of the teacher as the target."""
     folder = trained_folder(cfg.teacher or cfg.model)
     net = with_.load(folder)
     ranking = read_importance(ranking_of(cfg), net.num_blocks)
@@ -253,25 +253,25 @@ def build(cfg: Config, with_: Builder) -> Prune:
 
 
 def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
-    """The two paths in one walk, and the target's prediction unless it is the unpruned path's."""
+    """Count the two paths in one walk, and the target's prediction unless the target is the unpruned path."""
     blocks = range(len(net.blocks))
-    keep = list(blocks) if cfg.drop == "independent" else keep  # coins for each block may keep all of them
+    keep = list(blocks) if cfg.drop == "independent" else keep  # the coins may keep all blocks
     held = [i for i in blocks if i not in keep] if still(cfg) else []
     own_target, u = cfg.target == "self", cfg.trains_unpruned
-    # (share of the steps, takes the pruned path, trains the unpruned path)
+    # (fraction of the steps, takes the pruned path, trains the unpruned path)
     coins = [(1.0, True, u)] if cfg.estimator == "full" else [(cfg.p, True, False), (1 - cfg.p, False, u)]
     nets, walked, updates = {}, [], 0.0
-    for share, takes_p, trains_u in coins:
+    for fraction, takes_p, trains_u in coins:
         routes = [Route(keep=keep, grad=True)] if takes_p else []
         if trains_u or (takes_p and own_target):
             routes.append(Route(grad=trains_u))
         if not routes:  # a coin that leaves nothing to train
             continue
-        updates += share
-        walked.append(Walk("student", routes, share))
+        updates += fraction
+        walked.append(Walk("student", routes, fraction))
         if not own_target:
             nets["target"] = Net()
-            walked.append(Walk("target", [Route()], share))
+            walked.append(Walk("target", [Route()], fraction))
     return Iteration({"student": Net(updates=updates, still=held)} | nets, walked)
 
 

@@ -1,7 +1,7 @@
 """Stage I: rank the blocks by the x0 error that skipping each one causes (Tweedie, Eq. 2 to 4).
 
 Stage I takes no optimizer step: it is one sweep over a fixed set of clips and times. So it does not run in the training
-loop, which exists to accumulate, clip, step and save; it shares the engine's placing of the network and the ranks.
+loop, which exists to accumulate, clip, step and save. It only lets the engine place the network.
 
 Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B]; errors [clips x timesteps].
 """
@@ -82,7 +82,7 @@ def x0_error(v: Tensor, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
 def denoising_error(
     net: VideoDiT, keep: Sequence[int] | None, x0: Tensor, t: Tensor, noise: Tensor, cond: Cond
 ) -> Tensor:
-    """Eq. 4 per sample, of a network that runs the blocks `keep`."""
+    """Eq. 4 per sample, for a network that runs the blocks `keep`."""
     x_t = flow.add_noise(x0, noise, t)
     return x0_error(net(x_t, t, cond, keep), x_t, t, x0)
 
@@ -93,7 +93,7 @@ def output_mse(v: Tensor, v_full: Tensor) -> Tensor:
 
 
 def evaluation_set(cfg: Config, batches: Callable[[int], Batch]) -> Iterator[Sample]:
-    """`clips` clips at `timesteps` stratified times each; the same x0, noise and t for every candidate."""
+    """Yield `clips` clips at `timesteps` stratified times each; all candidates see the same x0, noise and t."""
     low, high = cfg.t_range
     for start in range(0, cfg.clips, cfg.batch):
         batch = batches(start // cfg.batch)
@@ -115,10 +115,10 @@ def score_sets(
     memory: float,
     tick: Callable[[int], object],
 ) -> Tensor:
-    """The error of every candidate block set, [candidates, samples], from lock-step walks that share prefixes.
+    """Return the errors [candidates, samples] of the block sets `keeps`, from walks that share prefixes.
 
-    All single skips and the full pass take N (N + 1) / 2 block evaluations instead of N N. A walk holds two hidden
-    tensors per candidate, so candidates go in groups of at most `memory` GiB. Several processes share the samples.
+    All single skips and the full pass take N (N + 1) / 2 block evaluations instead of N^2. A walk holds two hidden
+    tensors per candidate, so candidates are walked in groups of at most `memory` GiB. The ranks divide the samples.
     """
     together = model.sequence.size if model.sequence else 1  # ranks that share a clip's tokens
     _, groups = ranks.shares(together)
@@ -142,7 +142,7 @@ def score_sets(
 
 
 def rank(cfg: Config, model: VideoDiT, batches: Callable[[int], Batch], costs: Sequence[float], bar: Bar) -> dict:
-    """importance.json: scores, the set that is kept, and what was measured on."""
+    """Return the contents of importance.json: scores, kept and pruned blocks, and how they were measured."""
     n, units = model.num_blocks, model.units()
     lists = lists_of(units, cfg.units)
     free = [[i for i in blocks if cfg.protect_first <= i < n - cfg.protect_last] for blocks in lists]
@@ -171,7 +171,7 @@ def rank(cfg: Config, model: VideoDiT, batches: Callable[[int], Batch], costs: S
         "baseline_score": base.mean().item(),
         "baseline_stderr": stderr(base),
         "pruned_score": together.mean().item(),
-        # most important first; the first to be dropped stands last
+        # most important block first; the block to drop first is last
         "ranking": sorted(keep, key=lambda i: -mean[i]) + pruned[::-1],
         "kept": keep,
         "pruned": sorted(pruned),
@@ -185,11 +185,12 @@ def rank(cfg: Config, model: VideoDiT, batches: Callable[[int], Batch], costs: S
 
 
 def stderr(x: Tensor) -> float:
+    """Return the standard error of the mean; 0 for a single number."""
     return (x.std() / x.numel() ** 0.5).item() if x.numel() > 1 else 0.0
 
 
 def build(cfg: Config, with_: Builder) -> tuple[VideoDiT, list[float]]:
-    """The model, and what dropping each of its blocks saves in the unit of `ratio`."""
+    """Return the model and the cost of each of its blocks, in the unit of `ratio`."""
     folder = trained_folder(cfg.model)
     model = with_.load(folder).requires_grad_(False)
     with_.check_data(model, read_card(folder))
@@ -203,7 +204,7 @@ def build(cfg: Config, with_: Builder) -> tuple[VideoDiT, list[float]]:
 
 
 def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
-    """One batch of clips at one time: every block skipped alone and none skipped, in groups of `memory` GiB."""
+    """Count one batch of clips at one time: all single skips and the full pass, in groups of `memory` GiB."""
     n, clips = len(net.blocks), min(cfg.batch, cfg.clips)
     size = 4 if cfg.engine == "local" or cfg.dtype == "float32" else 2  # bytes of a weight
     group = max(1, int(cfg.memory * 2**30 / (2 * clips * net.hidden * size)))

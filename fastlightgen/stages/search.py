@@ -1,7 +1,8 @@
-"""Which set of blocks to drop: the searches for M of Eq. 3, given the error of block sets.
+"""Searches for the set of blocks to drop (M of Eq. 3), given the errors of block sets.
 
-n: blocks of the network; `free`: per list of blocks, those that may be dropped; `counts`: how many of each list are;
-`mean`: the error of each single skip. Every search returns the dropped blocks, the least harmful one first.
+n: number of blocks of the network; `free`: for each list of blocks, those that may be dropped; `counts`: how many
+blocks of each list to drop; `mean`: the error of each single skip. Every search returns the dropped blocks, the least
+harmful one first.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ Scores = Callable[[Sequence[Sequence[int] | None], str], Tensor]  # (block sets,
 
 
 class Ratio(Protocol):
-    """How much is dropped."""
+    """The keys that say how much to drop."""
 
     @property
     def ratio(self) -> float: ...
@@ -28,12 +29,12 @@ class Ratio(Protocol):
 
 
 def without(n: int, *blocks: int) -> list[int]:
-    """The blocks of a network of n that run when some are skipped."""
+    """Return the blocks of 0 .. n - 1 that remain when `blocks` are skipped."""
     return [i for i in range(n) if i not in blocks]
 
 
 def drop_until(cost: Sequence[float], order: Sequence[int], ratio: float, total: float) -> int:
-    """How many blocks of `order` (least important first) to drop: their share of `total` comes closest to ratio."""
+    """Return how many blocks of `order` (least important first) to drop, so that cost / total is closest to ratio."""
     dropped, best, count = 0.0, float("inf"), 1
     for n, block in enumerate(order[:-1], 1):
         dropped += cost[block]
@@ -43,7 +44,7 @@ def drop_until(cost: Sequence[float], order: Sequence[int], ratio: float, total:
 
 
 def lists_of(units: list[dict], choice: str) -> list[list[int]]:
-    """The block lists that `ratio` counts: all blocks, those of one kind, or each kind for itself."""
+    """Return the lists of blocks that `ratio` applies to: all blocks, those of one kind, or each kind separately."""
     kinds = list(dict.fromkeys(u["kind"] for u in units))
     if choice == "all":
         return [[u["index"] for u in units]]
@@ -56,7 +57,7 @@ def lists_of(units: list[dict], choice: str) -> list[list[int]]:
 
 
 def counts_of(cfg: Ratio, free: Lists, lists: Lists, costs: Sequence[float], mean: Sequence[float]) -> list[int]:
-    """How many blocks of each list are dropped."""
+    """Return how many blocks of each list to drop."""
     if cfg.ratio_unit == "blocks":
         return [
             min(num_dropped(len(blocks), cfg.ratio), len(left) - 1) for left, blocks in zip(free, lists, strict=True)
@@ -68,13 +69,13 @@ def counts_of(cfg: Ratio, free: Lists, lists: Lists, costs: Sequence[float], mea
 
 
 def single_skip(n: int, free: Lists, counts: Sequence[int], mean: Sequence[float], scores: Scores) -> list[int]:
-    """The paper's: those whose own skip does least harm."""
+    """The paper's search: drop the blocks whose single skips have the smallest errors."""
     chosen = [sorted(left, key=mean.__getitem__)[:count] for left, count in zip(free, counts, strict=True)]
     return sorted((i for blocks in chosen for i in blocks), key=mean.__getitem__)
 
 
 def iterative(n: int, free: Lists, counts: Sequence[int], mean: Sequence[float], scores: Scores) -> list[int]:
-    """Drop the least harmful block, score the others again without it, and so on."""
+    """Drop the least harmful block, score the remaining ones without it, and repeat."""
     pruned: list[int] = []
     for number in range(sum(counts)):
         unfilled = [left for left, count in zip(free, counts, strict=True) if sum(i in left for i in pruned) < count]
@@ -86,7 +87,7 @@ def iterative(n: int, free: Lists, counts: Sequence[int], mean: Sequence[float],
 
 
 def exhaustive(n: int, free: Lists, counts: Sequence[int], mean: Sequence[float], scores: Scores) -> list[int]:
-    """The best of all sets of that size, as Eq. 3 asks for."""
+    """Return the best of all sets of the wanted size, as in Eq. 3."""
     choices = (combinations(left, count) for left, count in zip(free, counts, strict=True))
     sets = [sum(parts, ()) for parts in product(*choices)]
     groups = [[without(n, *s) for s in sets[i : i + 16]] for i in range(0, len(sets), 16)]

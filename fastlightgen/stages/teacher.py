@@ -53,7 +53,7 @@ def flow_matching_loss(v: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
 
 
 def noised(batch: Batch, cfg: Any, *keys: int) -> tuple[Tensor, Tensor, Tensor, Cond]:
-    """The draw that stages 0 and 2 share: (x_t, t, noise, cond), with the text dropped for some clips."""
+    """Draw times, noise and dropped prompts, as stages 0 and 2 do: return (x_t, t, noise, cond)."""
     gen = generator(*keys)
     size = batch.x0.shape[0]
     t = flow.draw_times(size, cfg.shift, cfg.time, gen).to(batch.x0.device)
@@ -75,7 +75,7 @@ class Teacher:
         self.roles = {"teacher": Role.of(net, cfg, ema=cfg.ema)}
 
     def begin(self) -> None:
-        """Nothing to look at: the target is the data."""
+        """Nothing to measure before training: the target is the data."""
 
     def updates(self, step: int) -> list[Update]:
         return [Update("teacher", lambda: self.loss(step))]
@@ -97,7 +97,7 @@ class Teacher:
 
 
 def build(cfg: Config, with_: Builder) -> Teacher:
-    """A network from `init`, or with the preset's random weights."""
+    """Build the network from `init`, or with random weights of the preset."""
     start = cfg.init or cfg.model
     net = with_.load(start)
     with_.checkpoint(cfg, net)
@@ -107,7 +107,7 @@ def build(cfg: Config, with_: Builder) -> Teacher:
 
 
 def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
-    """One prediction of the whole network, with gradient."""
+    """Count one prediction of the full network, with gradient."""
     teacher = Net(updates=1, averaged=cfg.ema > 0, drawn=True)
     return Iteration({"teacher": teacher}, [Walk("teacher", [Route(grad=True)])])
 

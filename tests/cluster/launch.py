@@ -1,4 +1,4 @@
-"""Starting real ranks for a test: gloo on this CPU, ended with the test."""
+"""Start real ranks for a test, with gloo on the CPU, and end them with the test."""
 
 import os
 import subprocess
@@ -9,18 +9,18 @@ from pathlib import Path
 import fastlightgen
 
 WORKER = Path(__file__).with_name("worker.py")
-PATIENCE = 900.0  # seconds; a busy machine needs a tenth of it, and a collective would wait for twice as long
+PATIENCE = 900.0  # seconds; a busy machine needs a tenth of it. A hanging collective would wait for twice as long.
 
 
 def wait_for(file: Path, process: subprocess.Popen) -> None:
-    """Until a process has made the file; the test's own limit ends the wait."""
+    """Wait until a process has created the file. The test's own time limit ends the wait."""
     while not file.exists():
         assert process.poll() is None, process.communicate()[1][-4000:]
         time.sleep(0.02)
 
 
 def launch(ranks: int, *words: str, module: bool = True, **variables: str) -> subprocess.Popen:
-    """torchrun with `ranks` processes: the train command, or the file that `words` begin with."""
+    """Start torchrun with `ranks` processes: the train command, or with module=False the file in words[0]."""
     env = os.environ | {
         "PYTHONPATH": str(Path(fastlightgen.__file__).parents[1]),
         "OMP_NUM_THREADS": "1",
@@ -37,7 +37,7 @@ def launch(ranks: int, *words: str, module: bool = True, **variables: str) -> su
 
 
 def ranks_of(process: subprocess.Popen) -> list:
-    """torchrun's ranks as psutil processes, in the order of their start."""
+    """Return torchrun's ranks as psutil processes, in the order of their start."""
     import psutil
 
     try:
@@ -47,7 +47,7 @@ def ranks_of(process: subprocess.Popen) -> list:
 
 
 def finish(process: subprocess.Popen, seconds: float = PATIENCE) -> tuple[str, str]:
-    """Its output; whatever is still running after `seconds` is killed, the ranks included."""
+    """Return stdout and stderr of a process. After `seconds` kill it and its ranks."""
     import psutil
 
     started = ranks_of(process)
@@ -56,7 +56,7 @@ def finish(process: subprocess.Popen, seconds: float = PATIENCE) -> tuple[str, s
     finally:
         for child in [*started, *ranks_of(process)]:
             try:
-                child.kill()  # psutil sees to it that the number has not gone to another process
+                child.kill()  # psutil checks that the id does not belong to a new process
             except psutil.NoSuchProcess:
                 pass
         process.kill()

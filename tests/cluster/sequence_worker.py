@@ -1,4 +1,4 @@
-"""Walks of which groups of ranks share the tokens, against the same walks by one process; rank 0 writes the results.
+"""Compare walks whose tokens are shared by groups of ranks with walks of one process; rank 0 writes the results.
 
 python -m torch.distributed.run --nproc-per-node 4 sequence_worker.py RESULTS.json
 """
@@ -32,7 +32,8 @@ NETWORKS = {
     "hunyuan t2v": HUNYUAN | {"image_condition_type": None},
     "hunyuan token replace": HUNYUAN | {"image_condition_type": "token_replace"},
 }
-CASES = {  # name -> ranks per group, latent, batch, type, checkpointing, blocks that keep their attention
+# name -> ranks per group, latent (F, H, W), batch, dtype, checkpointing, blocks that keep their attention
+CASES = {
     "two ranks": (2, (2, 6, 10), 1, "float32", False, 0),  # 3 x 5 patches: 3 + 2 columns
     "four ranks, checkpointing": (4, (2, 12, 10), 2, "float32", True, 2),  # 6 x 5 patches: 2 + 2 + 1 + 1 rows
     "four ranks, float64": (4, (2, 6, 10), 1, "float64", False, 0),  # 2 + 1 + 1 + 1 columns
@@ -41,7 +42,7 @@ CASES = {  # name -> ranks per group, latent, batch, type, checkpointing, blocks
 
 
 def streams(cond, null) -> list[Stream]:
-    """Different blocks, with and without gradient; two of them share a prefix."""
+    """Return streams with different blocks, with and without gradient; some share a prefix of blocks."""
     return [
         Stream(cond, [0, 3], grad=True),
         Stream(null, [0, 1, 3]),
@@ -51,18 +52,19 @@ def streams(cond, null) -> list[Stream]:
 
 
 def inputs(net: VideoDiT, batch: int, seed: int, size: tuple[int, int, int], dtype: torch.dtype):
-    """Those of one group; HunyuanVideo's texts differ in length, so that a batch of two has a mask."""
+    """Return the inputs of one group. HunyuanVideo's texts differ in length, so that a batch of two needs a mask."""
     x_t, t, cond, null = net.example_inputs(batch, seed, size)
 
     def to(v: Tensor) -> Tensor:
         return v.to(dtype) if v.is_floating_point() else v
 
     cond = cond.map(to)
-    return to(x_t), t, cond, replace(null.map(to), image=cond.image)  # one image: Wan shares what comes before the text
+    # One image for both prompts, so that Wan shares the walk up to the text.
+    return to(x_t), t, cond, replace(null.map(to), image=cond.image)
 
 
 def run(net: VideoDiT, given: list) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """v of every stream and input, and the gradients of the mean over the inputs of a loss of each."""
+    """Return v of every stream and input, and the gradients of the mean loss over the inputs."""
     net.zero_grad()
     out = []
     for x_t, t, cond, null in given:
@@ -76,7 +78,7 @@ def run(net: VideoDiT, given: list) -> tuple[list[Tensor], dict[str, Tensor]]:
 
 @contextmanager
 def exchanges(note):
-    """Hand to `note` the result of every exchange, and how many rows of it come from each rank."""
+    """Inside this context, call `note` with the result of every exchange and the rows received from each rank."""
     real = dist.all_to_all_single
 
     def noting(out, x, received, sent, group):
@@ -93,7 +95,7 @@ def apart(a: Tensor, b: Tensor, scale: float) -> float:
 
 
 def compare(name: str, case: tuple) -> dict:
-    """The largest differences, relative to the largest entry: of v, of each gradient, and of all gradients."""
+    """Return the largest differences of v and of the gradients, relative to the largest entry."""
     size, latent, batch, dtype, checkpointing, kept = case
     dtype, group = getattr(torch, dtype), ranks.sequence_group(size, 900.0)
     net = build(NETWORKS[name], seed=0).to(dtype)
@@ -101,7 +103,7 @@ def compare(name: str, case: tuple) -> dict:
     index, count = ranks.shares(size)
     given = [inputs(net, batch, seed, latent, dtype) for seed in range(count)]
 
-    group.share(net)
+    group.attach(net)
     net.block_calls, order = 0, []
     with exchanges(lambda out, _: order.append(tuple(out.shape[1:]))):
         parts, grads = run(net, given[index : index + 1])
@@ -133,9 +135,9 @@ def compare(name: str, case: tuple) -> dict:
 
 
 def received(name: str) -> list[int]:
-    """Numbers that each of four ranks gets from the others in one block of one stream without gradient."""
+    """Return how many numbers each of four ranks receives from the others in one block, without gradient."""
     net, group = build(NETWORKS[name], seed=0), ranks.sequence_group(4, 900.0)
-    group.share(net)
+    group.attach(net)
     got: list[int] = []
     x_t, t, cond, _ = inputs(net, 1, 0, (2, 12, 10), torch.float32)
 
@@ -144,13 +146,13 @@ def received(name: str) -> list[int]:
 
     with torch.no_grad(), exchanges(others):
         net.walk(x_t, t, [Stream(cond, [3])])
-    return ranks.gathered(sum(got[:2]))  # the third is the prediction's
+    return ranks.gathered(sum(got[:2]))  # the third exchange joins the prediction
 
 
 def operations(name: str) -> list[int]:
-    """Those of a forward and backward pass of all blocks on each of four ranks: some have twice as many tokens."""
+    """Return the operations of a forward and backward pass on each of four ranks; two have twice as many tokens."""
     net, group = build(NETWORKS[name], seed=0), ranks.sequence_group(4, 900.0)
-    group.share(net)
+    group.attach(net)
     x_t, t, cond, _ = inputs(net, 1, 0, (2, 12, 10), torch.float32)
     return ranks.gathered(counted(lambda: net(x_t, t, cond).sum().backward()))
 

@@ -1,4 +1,4 @@
-"""An alarm of rank 0 ends both ranks; the log says how long they waited for each other."""
+"""An alarm of rank 0 ends both ranks; the log contains the time that they waited for each other."""
 
 import importlib.util
 from pathlib import Path
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, r
 
 
 def assert_clips_of_one_process(shared: Path, run: Path, words: list[str]) -> None:
-    """The ranks have shared the clips; looks and pictures are those that one process makes."""
+    """Ranks that divide the clips among them make the same pictures as one process."""
     run_train(*words, f"run={run}", "iters=4", "save_every=9", "sample_every=4")
     folders = [shared, run / "stage3"]
     (ours,), (theirs,) = (read_metrics(f / "samples.jsonl") for f in folders)
@@ -26,12 +26,12 @@ def assert_clips_of_one_process(shared: Path, run: Path, words: list[str]) -> No
         with Image.open(folder / "samples/step-000004.gif") as file:
             pictures.append(np.stack([frame.convert("RGB") for frame in ImageSequence.Iterator(file)]).astype(float))
     assert pictures[0].shape == pictures[1].shape and np.abs(pictures[0] - pictures[1]).mean() < 0.1
-    columns = np.split(pictures[0], 4, axis=2)  # the clips stand side by side, and differ
+    columns = np.split(pictures[0], 4, axis=2)  # the clips are side by side; each differs from the others
     assert min(np.abs(a - b).mean() for i, a in enumerate(columns) for b in columns[:i]) > 0.5
 
 
 def test_stop_ends_all_ranks(tmp_path):
-    """The clips of a network with random weights flash; they are looked at after step 4."""
+    """The clips of a network with random weights flash, which raises an alarm at the first clips, after step 4."""
     words = ["stage=3", *write_inputs(tmp_path)[3], "engine=deepspeed", f"run={tmp_path}/run", "alarms=stop"]
     _, err = finish(launch(2, *words, "iters=50", "save_every=2", "keep=2", "sample_every=4", "log_every=1"))
     (line,) = (line for line in err.splitlines() if line.startswith("error: "))
@@ -48,7 +48,7 @@ def test_stop_ends_all_ranks(tmp_path):
         assert shares["share_collectives"] > 0 and all(v > 0 for v in shares.values()) and sum(shares.values()) <= 1
 
 
-# The train command: the critic diverges from step 6 on, and rank 1 writes the checkpoint of step 5 after the alarm.
+# The train command. The critic diverges from step 6 on; rank 1 writes the checkpoint of step 5 only after the alarm.
 SLOW_DISK = """
 import os, time
 from functools import partial

@@ -38,7 +38,7 @@ CASES = {
     "stage 3, zero 3, lora": {"stage": 3, "words": [*THREE, "fake_mode=lora", "lora_rank=2", "ema=0.9"]},
     "stage 3, zero 3, one rung": {"stage": 3, "words": ["steps=1", "count=generator", "ratio=2"]},
 }
-SHARED = {  # both ranks work on every clip, each on half of its tokens
+SHARED = {  # both ranks work on every clip, each on half of the tokens
     "stage 0, zero 2": {"stage": 0, "zero": 2},
     "stage 1": {"stage": 1},
     "stage 2, zero 3, hunyuan, uneven": {"stage": 2, "family": "hunyuan", "size": 6},
@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder) -> dict:
-    """Every case on two ranks of one process group."""
+    """Run all cases on two ranks, in one process group."""
     saved = {name: case | {"save": str(folder / name)} for name, case in SAVED.items()}
     save_model(small_wan(), folder / "network")
     read = {f"read, {t}": {"stage": 0, "load": str(folder / "network"), "words": [f"dtype={t}"]} for t in DTYPES}
@@ -79,7 +79,7 @@ def results(folder) -> dict:
 
 
 def on_ranks(count: int, cases: dict, folder: Path) -> dict:
-    """What the worker finds."""
+    """Run the worker on `count` ranks and return its results by case."""
     (folder / "cases.json").write_text(json.dumps(cases))
     process = launch(count, str(WORKER), str(folder / "cases.json"), str(folder / "results.json"), module=False)
     out, err = finish(process)
@@ -89,7 +89,7 @@ def on_ranks(count: int, cases: dict, folder: Path) -> dict:
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["stage"] != 1])
 def test_losses_are_those_of_one_process(results, name):
-    """float32 sums in another order: 1e-5 is what the engine promises; gradient norms and learning rates as well."""
+    """Sums in float32 differ in their order. The engine promises 1e-5 for losses, gradient norms, learning rates."""
     one = worker.run(CASES[name])["records"]
     two = results[name]["records"]
     assert len(one) == len(two) and len(one) >= 4
@@ -107,7 +107,7 @@ KEPT = [i for i in range(BLOCKS) if i not in PRUNED]
 
 
 def test_blocks_are_gathered_once_per_walk(results):
-    """kernels of the plan: N forward and K backward gathers for Stage II as printed, N for a frozen network's walk."""
+    """Per step N forward and K backward gathers for Stage II as printed, N for a frozen network."""
     per_step = [[2 if i in KEPT else 1 for i in range(BLOCKS)]]
     assert results["stage 2, zero 3, as printed"]["gathers"] == [[4 * n for n in row] for row in per_step]
     student, target = results["stage 2, zero 3"]["gathers"]  # both paths carry gradient
@@ -120,7 +120,7 @@ def test_recomputing_a_block_needs_no_further_gather(results):
 
 
 def test_the_gathers_do_not_depend_on_the_mask(results):
-    """The full path runs every block, so the forward order is constant, and here the backward order too."""
+    """The full path runs every block, so that the order of the gathers is constant, forward and here backward."""
     student, target = results["stage 2, zero 3, random masks"]["gathers"]
     assert student == [2 * 4] * BLOCKS and target == [4] * BLOCKS
 
@@ -135,7 +135,7 @@ def test_the_gathers_do_not_depend_on_the_mask(results):
     ],
 )
 def test_the_planner_counts_the_gathers_of_real_steps(results, name):
-    """From the walks that the method declares: 4 iterations, forward and backward, over all blocks and networks."""
+    """The planner counts from the method's declared walks; the worker counts 4 iterations over all networks."""
     cfg = worker.configured(CASES[name])
     cost = network(small_wan().config, (2, 4, 4), 16)
     step = step_cost(cost, method_for(cfg).walks(cost, KEPT, cfg), cfg)
@@ -144,12 +144,12 @@ def test_the_planner_counts_the_gathers_of_real_steps(results, name):
 
 
 def test_stage_1_gathers_each_block_once_per_sample(results):
-    """4 samples (3 clips in batches of 2, 2 times) on 2 ranks: 2 walks, whatever the number of candidates."""
+    """4 samples (3 clips in batches of 2, at 2 times) on 2 ranks: 2 walks, for any number of candidates."""
     assert results["stage 1"]["gathers"] == [[2] * BLOCKS]
 
 
 def test_the_clock_counts_the_wait_in_deepspeeds_gathers(results):
-    """Rank 1 comes 0.3 s after rank 0 has begun to wait in the gather of the block after block 1."""
+    """Rank 1 arrives 0.3 s after rank 0 has begun to wait in the gather after block 1."""
     assert results["late"]["share_collectives"] * results["late"]["sec_per_step"] > 0.25
 
 
@@ -164,17 +164,17 @@ def test_a_continued_run_is_the_uninterrupted_one(results, folder, name):
 
 
 @pytest.mark.parametrize("name", ["drawn", *(f"read, {t}" for t in DTYPES)])
-def test_a_rank_keeps_its_share_of_what_it_reads(results, name):
-    """Half of every weight, padded to a multiple of the ranks (DeepSpeed aligns to a few numbers)."""
+def test_a_rank_keeps_its_partition_of_the_weights_that_it_reads(results, name):
+    """Each of two ranks keeps half of every weight, padded to DeepSpeed's alignment of a few numbers."""
     found = results[name]
     assert found["same"] and found["total"] > 0
-    assert all(2 * s <= found["total"] + 64 * found["parameters"] for s in found["shares"])
+    assert all(2 * s <= found["total"] + 64 * found["parameters"] for s in found["kept"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_twenty_steps(tmp_path, ranks):
-    """At 1e-5 where nothing amplifies rounding: stage 2 at its own learning rate, stage 3 at a thousand times its."""
+    """Equal to 1e-5 at learning rates that do not amplify rounding: Stage II's own, Stage III's times 1000."""
     words = {2: ["lr=1e-5"], 3: [*THREE, "lr=5e-4"]}
     cases = {
         f"stage {stage}, zero {zero}, {offload}": {"stage": stage, "zero": zero, "offload": offload, "steps": 20}
@@ -189,7 +189,7 @@ def test_twenty_steps(tmp_path, ranks):
 
 @pytest.mark.slow
 def test_two_groups_of_two_ranks(tmp_path):
-    """Each group works on half of the clips, each rank of it on half of their tokens."""
+    """Each group works on half of the clips, and each of its ranks on half of their tokens."""
     cases = {name: CASES[f"{name}, shared tokens"] for name in SHARED}
     for name, four in on_ranks(4, cases, tmp_path).items():
         one = worker.run(cases[name])
@@ -206,5 +206,5 @@ def test_two_groups_of_two_ranks(tmp_path):
 def test_random_masks_for_two_hundred_steps(tmp_path, ranks):
     case = {"stage": 2, "steps": 200, "words": ["drop=independent", "lr=1e-5"]}
     done = on_ranks(ranks, {"masks": case}, tmp_path)["masks"]
-    looks = 200 // 50  # at the held-out error (guard_every=50) of 4 clips: each rank walks with its 4 / ranks at once
+    looks = 200 // 50  # held-out errors (guard_every=50) of 4 clips: one walk of each rank, with 4 / ranks clips
     assert len(done["records"]) == 200 and done["gathers"] == [[400 + looks] * BLOCKS, [200] * BLOCKS]

@@ -1,9 +1,9 @@
-"""How ranks end: by their own hand on every path, because the interpreter's shutdown can abort in gloo's threads."""
+"""Ranks end with os._exit on every path, because the interpreter's shutdown can abort in gloo's threads."""
 
 import pytest
 from launch import finish, launch
 
-# The train command with other work: each rank gets `WORK`. What the interpreter tears down at its end is announced.
+# The train command, in which each rank runs `work`. A shutdown of the interpreter would print "tears down".
 CODE = """
 import atexit, sys
 from fastlightgen import train
@@ -18,7 +18,7 @@ def run(cfg):
     group = ranks.sequence_group(2, 60.0)
 {work}
 train.run, gone = run, ranks.gone
-ranks.gone = lambda: gone(1.0)  # seconds; the rank that has not come by then has ended before
+ranks.gone = lambda: gone(1.0)  # seconds; a rank that has not signed in by then has ended
 main(train.train, "train", ["stage=2", "engine=deepspeed", "run=r"])
 """
 ENDS = {  # name -> (code, the ranks' exit codes, lines of errors)
@@ -32,7 +32,7 @@ ENDS = {  # name -> (code, the ranks' exit codes, lines of errors)
         ["error: rank 1 of 2 has gone; run the same command"],
     ),
 }
-SELDOM = ("an interruption", "a mistake in the program")  # as the other errors, but for a line
+SELDOM = ("an interruption", "a mistake in the program")  # slow tests: they differ from the other errors by a line
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,9 @@ def test_no_rank_leaves_its_end_to_the_interpreter(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     process = launch(2, str(tmp_path / "train.py"), module=False)
     out, err = finish(process)
-    ended = out.count("exit handlers have run")  # torchrun ends a rank that is slower than one that failed
+    ended = out.count("exit handlers have run")  # torchrun kills ranks that are slower than the one that failed
     assert 1 + (code == 0) <= ended <= 2 and "tears down" not in err and "terminate called" not in err, err
     assert (process.returncode == 0) == (code == 0) and (not code or f"exitcode  : {code} " in err), err
-    told = [line.removeprefix("rank 1: ") for line in err.splitlines() if line.startswith(("error: ", "interrupted"))]
-    assert len(told) == len(errors) and all(a.replace("rank 1: ", "").startswith(b) for a, b in zip(told, errors)), err
+    said = [line.removeprefix("rank 1: ") for line in err.splitlines() if line.startswith(("error: ", "interrupted"))]
+    assert len(said) == len(errors) and all(a.replace("rank 1: ", "").startswith(b) for a, b in zip(said, errors)), err
     assert ("AssertionError" in err) == (code == 1)

@@ -1,4 +1,4 @@
-"""A rank that stands still is named with the place where it does, long before a collective gives up."""
+"""A rank that stands still is named with its place, long before a collective fails by its timeout."""
 
 import importlib.util
 
@@ -81,7 +81,7 @@ STUCK = {
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.parametrize("where", ["block", *(pytest.param(k, marks=pytest.mark.slow) for k in [*STUCK][1:])])
 def test_the_rank_that_stands_still_is_named(tmp_path, where):
-    """The collectives themselves would wait for half an hour; the line comes some 10 seconds after step 2."""
+    """The error comes some 10 seconds after step 2; a collective would wait for half an hour."""
     patch, extra, place = STUCK[where]
     words = [w for w in write_inputs(tmp_path)[2] if not w.startswith("iters")]
     (tmp_path / "train.py").write_text(CODE.format(patch=patch))
@@ -112,7 +112,7 @@ def test_the_verdict():
 
 
 def test_a_walk_leaves_its_place():
-    """The blocks in the order of a walk and of its backward pass, with the streams that run each."""
+    """The places of a walk and its backward pass: the blocks in order, with the streams that run each."""
     net, seen = small_wan(), []
     note_walks(net, "net")
     batch = crop(ShapesSource(0).batch(0, 1))
@@ -130,5 +130,5 @@ def test_a_walk_leaves_its_place():
     assert seen[2 : 2 + BLOCKS] == forward
     backward = seen[2 + BLOCKS :]
     assert all(t.startswith(f"{place}backward, net, block") for t in backward)
-    assert [t.split("block ")[1][0] for t in backward] == ["3", "0"]  # the others carry no gradient
+    assert [t.split("block ")[1][0] for t in backward] == ["3", "0"]  # only these blocks carry gradient
     assert torch.isfinite(out[0]).all()

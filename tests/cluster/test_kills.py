@@ -1,4 +1,4 @@
-"""kill -9 at random moments, of one rank or of all: a run always goes on, and ends bit for bit like one left alone.
+"""kill -9 of one rank or all ranks at random moments: a run can always be continued, with bit-equal results.
 
 FLG_KILLS=50 FLG_KILL_SEED=1 pytest -m slow -s tests/cluster/test_kills.py: another number of kills, at other moments.
 """
@@ -22,7 +22,7 @@ from fastlightgen.engine import checkpoint
 
 psutil = pytest.importorskip("psutil")  # comes with deepspeed
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-ITERS, SPREAD = 100000, 1.5  # no run of the killed ones comes to its end; seconds in which a kill falls
+ITERS, SPREAD = 100000, 1.5  # more steps than a run takes before it is killed; span of the kill's time, seconds
 LOCAL = [sys.executable, "-m", "fastlightgen.train"]
 TWO = [
     sys.executable,
@@ -55,7 +55,7 @@ def until(process: subprocess.Popen, folder: Path, step: int, log: Path) -> None
 
 
 def kill(process: subprocess.Popen, one: random.Random | None = None) -> None:
-    """kill -9 of one rank, after which torchrun ends the others, or of everything."""
+    """kill -9 of one random rank, after which torchrun ends the others, or of all processes."""
     ranks = ranks_of(process)
     if one and ranks:
         one.choice(ranks).kill()
@@ -115,14 +115,14 @@ def test_killed_at_random_moments(tmp_path, launcher, stage, extra, count):
         else:
             until(process, folder, newest(folder) + 1, log)
             time.sleep(draw.uniform(0, SPREAD))
-            while every == 1 and not any(folder.glob(".step-*.tmp")):  # in the midst of a save
+            while every == 1 and not any(folder.glob(".step-*.tmp")):  # kill in the middle of a save
                 assert process.poll() is None, log.read_text()[-3000:]
             time.sleep(draw.uniform(0, 0.005))
         writing += any(folder.glob(".step-*.tmp"))
         kill(process, draw if launcher is TWO and draw.random() < 0.5 else None)
         assert not process.returncode == 0, log.read_text()[-3000:]
 
-    # On to a step of which the run that nobody disturbs has a checkpoint too.
+    # Continue to a step at which the undisturbed run has a checkpoint too.
     last = newest(folder) + 3
     print(f"\n{count} kills, {early} of them while it started, {writing} while a checkpoint was written; {last} steps")
     for name in ("killed", "whole"):
@@ -143,7 +143,7 @@ def test_killed_at_random_moments(tmp_path, launcher, stage, extra, count):
 
 
 def lines(stage: Path, last: int) -> list[dict]:
-    """What metrics.jsonl says up to a step, without the time that it took; a kill may have cut the last line."""
+    """Return the records of metrics.jsonl up to a step, without times; a kill may have cut the last line short."""
     whole = (stage / "metrics.jsonl").read_text().splitlines(keepends=True)
     records = [json.loads(line) for line in whole if line.endswith("\n")]
     return [untimed(r) for r in records if r["step"] <= last]

@@ -1,4 +1,4 @@
-"""The launch files start what they say: run by bash with `srun` and `scontrol` that only write down what they get."""
+"""The launch files start the right commands: bash runs them with stubs of srun and scontrol that log calls."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ exit "${CODE:-0}"
 
 
 def calls(file: Path, folder: Path, **env: str) -> tuple[int, list[list[str]]]:
-    """Exit code, and the words of every srun and scontrol call."""
+    """Run a launch file; return its exit code and the words of every srun and scontrol call."""
     for name in ("srun", "scontrol", "python"):
         (folder / name).write_text(STUB)
         (folder / name).chmod(0o755)
@@ -51,14 +51,14 @@ def test_a_failed_stage_ends_the_job(tmp_path):
 
 
 def test_a_signal_reaches_the_ranks_and_queues_the_job_again(tmp_path):
-    """The stub of srun tells the script that its time is over, as Slurm does, while the stage runs."""
+    """While the stage runs, the stub of srun sends the script SIGUSR1, as Slurm does before the time limit."""
     stub = tmp_path / "bin"
     stub.mkdir()
-    told = 'kill -USR1 $PPID && until grep -q pkill "$CALLS"; do sleep 0.02; done'
-    (stub / "srun").write_text(STUB.replace("exit", f'[ "$1" = torchrun ] && {told}\nexit'))
+    send = 'kill -USR1 $PPID && until grep -q pkill "$CALLS"; do sleep 0.02; done'
+    (stub / "srun").write_text(STUB.replace("exit", f'[ "$1" = torchrun ] && {send}\nexit'))
     (stub / "srun").chmod(0o755)
     file = FOLDER / "hunyuanvideo-2x8h100.sbatch"
-    script = tmp_path / "job"  # the stubs that `calls` writes come after these
+    script = tmp_path / "job"  # this PATH comes before the stubs of `calls`
     script.write_text(f"PATH={stub}:$PATH\n{file.read_text()}")
     code, made = calls(script, tmp_path)
     assert code == 75 and made[-1] == ["scontrol", "requeue", "7"]

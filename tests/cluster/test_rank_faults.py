@@ -1,4 +1,4 @@
-"""The train command on two real ranks: what ends it ends all of it, in one line, with what was saved intact."""
+"""Faults on two real ranks: all ranks end, one error line names the cause, saved state stays intact."""
 
 import importlib.util
 import signal
@@ -16,7 +16,7 @@ from fastlightgen.parallel import ranks
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
-# The train command with one rank that does something else.
+# The train command, with a patch that disturbs a rank.
 CODE = """
 import os, sys, time
 from pathlib import Path
@@ -53,7 +53,7 @@ def words(tmp_path_factory) -> list[str]:
 
 
 def start(tmp_path: Path, patch: str, *words: str):
-    """Two ranks of the patched command. SLOW ranks have come to the end of a step; they wait there for `go`."""
+    """Start two ranks of the patched command. With SLOW they wait at the end of a step for the file `go`."""
     (tmp_path / "train.py").write_text(CODE.format(patch=patch))
     process = launch(2, str(tmp_path / "train.py"), *words, module=False, FLG_TEST=str(tmp_path))
     if patch == SLOW:
@@ -81,11 +81,11 @@ def test_the_odd_rank_is_found():
         and ranks.differing([5, 7, 5]) == [1]
         and ranks.differing([5, 5, 7, 8]) == [2, 3]
     )
-    assert ranks.differing([1, 2]) == [1]  # of two equally frequent answers rank 0's counts
+    assert ranks.differing([1, 2]) == [1]  # in a tie rank 0's number counts
 
 
 def test_a_rank_with_other_masks_is_named(words, tmp_path):
-    """It would wait for ever in a gather that the other rank never starts."""
+    """Without the check it would wait for ever in a gather that the other rank never starts."""
     process = start(tmp_path, OTHER_MASKS, *words, f"run={tmp_path}/run", "iters=50", "drop=independent")
     _, err = finish(process)
     assert process.returncode != 0
@@ -94,7 +94,7 @@ def test_a_rank_with_other_masks_is_named(words, tmp_path):
 
 
 def test_a_scheduler_that_wants_the_node_back(words, tmp_path):
-    """SIGUSR1 to one rank: all save and leave; one rank alone goes on from there, as if nothing had happened."""
+    """SIGUSR1 to one rank: both save and end. A single rank then continues, with the losses of an undisturbed run."""
     command = [*words, f"run={tmp_path}/run", "log_every=1"]
     process = start(tmp_path, SLOW, *command, "iters=6", "sample_every=0")
     ranks_of(process)[1].send_signal(signal.SIGUSR1)
@@ -118,7 +118,7 @@ def test_a_scheduler_that_wants_the_node_back(words, tmp_path):
     file = "stage2/model/diffusion_pytorch_model.safetensors"
     one, two = (load_file(tmp_path / name / file) for name in ("run", "whole"))
     assert one.keys() == two.keys()
-    for key in one:  # AdamW divides by the gradient's size: what is noise in the gradient is a full step of lr = 1e-3
+    for key in one:  # AdamW divides by the gradient's size: rounding of a zero gradient becomes a full step of 1e-3
         assert (one[key] - two[key]).abs().max() <= 6 * 2e-3
         assert (one[key] - two[key]).abs().mean() <= 1e-4 * max(two[key].abs().mean(), 0.01), key
     assert all(v.dtype == torch.float32 for v in one.values())
@@ -130,6 +130,6 @@ def test_a_rank_that_dies_takes_the_others_with_it(words, tmp_path):
     (tmp_path / "go").touch()
     _, err = finish(process)  # collectives would wait for half an hour
     assert process.returncode != 0
-    told = [line for line in err.splitlines() if "rank" in line and "1 (local_rank: 1)" in line]
-    assert told and "exitcode  : -9" in err  # torchrun's own report of the first failure
+    reported = [line for line in err.splitlines() if "rank" in line and "1 (local_rank: 1)" in line]
+    assert reported and "exitcode  : -9" in err  # torchrun's own report of the first failure
     assert all("rank 1 of 2 has gone" in line for line in errors(err)) and len(errors(err)) <= 1

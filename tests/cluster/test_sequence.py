@@ -1,4 +1,4 @@
-"""Four real ranks that share the tokens of a clip, in groups of two and of four, against one process. gloo on a CPU."""
+"""Sequence parallelism on four real ranks, in groups of two and four, against one process. gloo on the CPU."""
 
 import json
 
@@ -26,33 +26,33 @@ def results(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("network", sequence_worker.NETWORKS)
 @pytest.mark.parametrize("case", sequence_worker.CASES)
 def test_predictions_and_gradients_are_those_of_one_process(results, network, case):
-    """Sums in another order: at most some hundred roundings of 6e-8, of 1.1e-16 in float64."""
+    """Sums differ in their order: by at most some hundred roundings, 6e-8 each, or 1.1e-16 in float64."""
     found = results[f"{network}, {case}"]
     limit = 1e-12 if "float64" in case else 1e-5
     assert found["v"] <= limit and found["gradients"] <= limit
     assert found["own"] <= limit, f"relative to its own largest entry, the gradient of {found['worst']}"
-    assert found["compared"] > 0.99  # all but the refiner's key bias, which softmax does not notice
+    assert found["compared"] > 0.99  # all but the refiner's key bias, which softmax cancels
     groups = 4 // sequence_worker.CASES[case][0]
-    assert found["predictions"] == groups  # bit for bit alike within a group: the ranks go on in step
+    assert found["predictions"] == groups  # bit-equal within a group, so that its ranks take the same steps
     assert found["calls"] == 1  # as many block evaluations as one process
 
 
-# The streams of the test call blocks 11 times, 8 of them with gradient, and the last prediction 2 times. Where prompts
-# share block 0 up to its text, as Wan's do, two calls have one self-attention.
+# The four streams call blocks 11 times, 8 of them with gradient; the last prediction adds 2 calls. Wan's prompts share
+# block 0 up to its text, so that two calls have one self-attention.
 CALLS, GRAD, PREDICTIONS, GRAD_PREDICTIONS = 13, 8, 5, 3
 
 
 @pytest.mark.parametrize("network", sequence_worker.NETWORKS)
 @pytest.mark.parametrize("case", sequence_worker.CASES)
 def test_the_order_of_the_exchanges_is_the_same_on_all_ranks(results, network, case):
-    """Two per self-attention, one per prediction, and as many in the backward pass; recomputing a block repeats its."""
+    """Two per self-attention and one per prediction, as many in the backward pass; recomputed blocks repeat theirs."""
     found, recomputed = results[f"{network}, {case}"], "checkpointing" in case
     attentions = CALLS - ("wan" in network) + GRAD * (1 + recomputed)
     assert found["orders"] == 1 and found["exchanges"] == 2 * attentions + PREDICTIONS + GRAD_PREDICTIONS
 
 
 def test_bytes_on_the_wire(results):
-    """A rank gets q, k, v of the others' tokens for its heads, and the others' heads of its tokens and of the text."""
+    """A rank receives q, k, v of others' tokens for its heads, and others' heads for its tokens and the text."""
     frames, rows, cols, dim = 2, 6, 5, 32
     own = [frames * n * cols for n in (2, 2, 1, 1)]
     assert sum(own) == frames * rows * cols
@@ -64,7 +64,7 @@ def test_bytes_on_the_wire(results):
 
 
 def test_operations_are_those_that_the_planner_counts(results):
-    """A rank's own tokens in linear layers, all of them in its share of the heads, and the whole text."""
+    """A rank computes linear layers for its own tokens and the text, attention for all tokens of its heads."""
     own = [2 * n * 5 for n in (2, 2, 1, 1)]
     for name, found in results["operations"].items():
         model = sequence_worker.build(sequence_worker.NETWORKS[name], 0)
@@ -86,17 +86,17 @@ def test_operations_are_those_that_the_planner_counts(results):
         (3, (1, 3, 2), 1, [1, 1, 1]),
     ],
 )
-def test_the_smaller_largest_share(size, grid, axis, sizes):
+def test_the_axis_with_fewer_tokens_on_the_largest_rank(size, grid, axis, sizes):
     cut = SequenceGroup(None, 0, size).cut(grid)
     assert (cut.axis, cut.sizes) == (axis, sizes)
     assert cut.tokens == [n * grid[0] * grid[1] * grid[2] // grid[axis] for n in sizes]
 
 
-def test_what_cannot_be_shared():
+def test_sizes_that_do_not_divide():
     with pytest.raises(
         ValueError, match="sequence_parallel=3: does not divide the network's 2 heads; use one of 1, 2$"
     ):
-        SequenceGroup(None, 0, 3).share(small_wan())
+        SequenceGroup(None, 0, 3).attach(small_wan())
     with pytest.raises(
         ValueError, match="sequence_parallel=4: the latent has 2 rows and 3 columns of patches, wanted 4"
     ):

@@ -1,4 +1,4 @@
-"""What every rank of a test runs: some cases one after the other in one process group; rank 0 writes the results.
+"""The program of every rank of a test: it runs all cases in one process group; rank 0 writes the results.
 
 python -m torch.distributed.run --nproc-per-node 2 worker.py CASES.json RESULTS.json
 """
@@ -48,7 +48,7 @@ NETWORKS = {
 
 
 def clips(batch: Batch, family: str, size: int) -> Batch:
-    """A corner of each; for token_replace with the first frame as the image."""
+    """Crop every clip to a corner; for token_replace its first frame becomes the image."""
     batch = crop(batch, size)
     if "replace" not in family:
         return batch
@@ -60,12 +60,12 @@ def batches(step: int, family: str = "wan", size: int = 4) -> Batch:
 
 
 def configured(case: dict):
-    """The configuration of a case."""
+    """Return the configuration of a case."""
     return config(case["stage"], f"batch={BATCH}", "iters=100", "warmup=0", "lr=1e-3", *case.get("words", []))
 
 
 def make(number: int, words: list[str], family: str = "wan", size: int = 4):
-    """A stage whose networks are a few thousand numbers."""
+    """Return a stage whose networks have a few thousand parameters."""
     network, made = NETWORKS[family], partial(batches, family=family, size=size)
     cfg = configured({"stage": number, "words": words})
     if number == 0:
@@ -88,7 +88,7 @@ def make_engine(case: dict):
     from fastlightgen.engine.deepspeed import DeepSpeedEngine
 
     class Engine(DeepSpeedEngine):
-        """DeepSpeed keeps gathered what is prefetched or used again soon: all of so small a network. Not here."""
+        """Without prefetch and reuse, by which DeepSpeed would keep all blocks of a small network gathered."""
 
         def _config(self, *args) -> dict:
             config = super()._config(*args)
@@ -109,7 +109,7 @@ def steps(stage, engine, first: int, last: int) -> list[dict[str, float]]:
 
 
 def run(case: dict) -> dict:
-    """Records of every update, gathers of blocks per step, or Stage I's table."""
+    """Run a case and return the records of its updates, or Stage I's table, and the gathers of blocks."""
     gathered = Counter()
     engine = make_engine(case)
     if case["stage"] == 1:
@@ -133,10 +133,10 @@ def run(case: dict) -> dict:
         records = steps(stage, engine, 0, last)
         nets = {id(n): n for n in (*(r.host or r.net for r in stage.roles.values()), *stage.frozen)}
         return {"records": records, "gathers": gathers(gathered, list(nets.values()))}
-    # Save in the middle, go on, and let a second engine continue from there.
+    # Save in the middle and go on; then let a second engine continue from the checkpoint.
     folder, middle = Path(case["save"]), last // 2
     records = steps(stage, engine, 0, middle)
-    saving = engine.save(folder, middle, keep=2, every=0)  # on its way while the next steps run
+    saving = engine.save(folder, middle, keep=2, every=0)  # written while the next steps run
     records += steps(stage, engine, middle, last)
     saving.wait()
     engine.finish()
@@ -152,23 +152,23 @@ def run(case: dict) -> dict:
 
 
 def waited(case: dict) -> dict:
-    """The shares of rank 0's time while rank 1 is late with block 1: the next gather is DeepSpeed's.
+    """Return the clock of a step in which rank 1 is late after block 1, so that rank 0 waits in DeepSpeed's gather.
 
-    Rank 1 sleeps once rank 0 has begun to wait, so that rank 0 waits for as long however busy the machine is.
+    Rank 1 sleeps after rank 0 has begun to wait, so that rank 0 waits for the full time even on a busy machine.
     """
     store = torch.distributed.distributed_c10d._get_default_store()
 
-    def tell_when_waiting() -> None:
+    def signal_when_waiting() -> None:
         while "collectives" not in clock.open:
             time.sleep(0.001)
         store.set("waiting", "1")
 
     def late(*_) -> None:
-        store.get("waiting")  # blocks until the key is there
+        store.get("waiting")  # blocks until rank 0 has set the key
         time.sleep(case["late"])
 
     def early(*_) -> None:
-        threading.Thread(target=tell_when_waiting).start()
+        threading.Thread(target=signal_when_waiting).start()
 
     stage, engine = make(case["stage"], case.get("words", [])), make_engine(case)
     engine.prepare(stage)
@@ -181,19 +181,19 @@ def waited(case: dict) -> dict:
 
 
 def loaded(case: dict) -> dict:
-    """What this rank keeps of a network that it reads under zero=3, and whether the ranks have all of it together."""
+    """Load a network under zero=3; return the bytes kept by each rank, and whether the gathered weights are right."""
     words = ["engine=deepspeed", "zero=3", *case["words"]]
     cfg = config(case["stage"], *words)
     net = Builder(cfg, ShapesSource(0), CPU).load(case["load"])
     whole = load_model(case["load"], dtype=getattr(torch, cfg.dtype))
     same = []
     for p, q in zip(net.parameters(), whole.parameters(), strict=True):
-        kept = p.untyped_storage().nbytes()
-        with shards.whole(p) as value:
-            same.append(kept == 0 and value.dtype == q.dtype and torch.equal(value, q))
-    shares = ranks.gathered(sum(p.ds_tensor.untyped_storage().nbytes() for p in net.parameters()))
+        left = p.untyped_storage().nbytes()
+        with shards.gathered_weight(p) as value:
+            same.append(left == 0 and value.dtype == q.dtype and torch.equal(value, q))
+    kept = ranks.gathered(sum(p.ds_tensor.untyped_storage().nbytes() for p in net.parameters()))
     total = sum(p.untyped_storage().nbytes() for p in whole.parameters())
-    return {"same": not ranks.anyone(not all(same)), "parameters": len(same), "shares": shares, "total": total}
+    return {"same": not ranks.anyone(not all(same)), "parameters": len(same), "kept": kept, "total": total}
 
 
 def count_gathers(counter: Counter) -> None:
@@ -216,7 +216,7 @@ ORIGINAL: dict = {}
 
 
 def gathers(counter: Counter, nets: list) -> list[list[int]]:
-    """Per network and block; all sharded weights of a block must have been gathered equally often."""
+    """Return the gathers per network and block; -1 if the weights of a block were not gathered equally often."""
     if ranks.size() == 1:
         return []
     out = []

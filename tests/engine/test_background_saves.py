@@ -1,4 +1,4 @@
-"""Checkpoints are written while the steps go on, one at a time, with the numbers of their own step."""
+"""Checkpoints are written in the background, one at a time, and contain the state of their own step."""
 
 import errno
 import fcntl
@@ -21,7 +21,7 @@ def inputs(tmp_path_factory):
 
 
 def test_steps_go_on_while_a_checkpoint_is_written(inputs, tmp_path, monkeypatch):
-    """The disk takes until step 5 to write the checkpoint of step 3; that of step 6 is then like any other."""
+    """Writing the checkpoint of step 3 takes until step 5. All checkpoints equal those of a run with a fast disk."""
     command = ["stage=0", f"run={tmp_path}", *inputs[0], "ema=0.9", "keep=3"]
     reached, seen = threading.Event(), []
     write, check = checkpoint.write, Teacher.check
@@ -40,7 +40,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(inputs, tmp_path, monkeypatch
         patch.setattr(checkpoint, "write", slow)
         patch.setattr(Teacher, "check", note)
         run_train(*command)
-    assert seen == [[]]  # at step 5 the one of step 3 was not there yet
+    assert seen == [[]]  # at step 5 the checkpoint of step 3 was still being written
     assert checkpoint.steps(tmp_path / "stage0/checkpoints") == [3, 6, 7]
     run_train("stage=0", f"run={tmp_path}/whole", *inputs[0], "ema=0.9", "keep=3")
     for step in (3, 6, 7):
@@ -51,7 +51,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(inputs, tmp_path, monkeypatch
 
 
 def test_one_at_a_time(inputs, tmp_path, monkeypatch):
-    """A save at every step: each waits for the one before it, and the run for the last."""
+    """With a save at every step, each save waits for the previous one, and the end of the run for the last."""
     inside, overlaps, write = [], [], checkpoint.write
 
     def counted(*args):
@@ -65,7 +65,7 @@ def test_one_at_a_time(inputs, tmp_path, monkeypatch):
     assert overlaps == [1] * 7 and checkpoint.steps(tmp_path / "stage0/checkpoints") == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_an_error_of_the_run_leaves_the_checkpoint_under_way_whole(inputs, tmp_path, monkeypatch, capsys):
+def test_an_error_of_the_run_still_completes_the_current_checkpoint(inputs, tmp_path, monkeypatch, capsys):
     failed, write = threading.Event(), checkpoint.write
 
     def slow(*args):
@@ -85,16 +85,16 @@ def test_an_error_of_the_run_leaves_the_checkpoint_under_way_whole(inputs, tmp_p
     assert [p.name for p in (tmp_path / "stage0/checkpoints").iterdir()] == ["step-000003"]
 
 
-def test_what_is_held_does_not_change():
-    x = torch.arange(6.0).view(2, 3).T.requires_grad_()  # not contiguous, as no file can hold it
-    copy = checkpoint.held(x)
+def test_a_host_copy_does_not_change():
+    x = torch.arange(6.0).view(2, 3).T.requires_grad_()  # not contiguous; safetensors stores contiguous tensors only
+    copy = checkpoint.host_copy(x)
     with torch.no_grad():
         x.zero_()
     assert copy.is_contiguous() and torch.equal(copy, torch.tensor([[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]))
 
 
 @pytest.mark.parametrize("dtype", [*direct.NAMES], ids=str)
-def test_files_are_what_safetensors_reads(tmp_path, dtype):
+def test_safetensors_reads_the_files(tmp_path, dtype):
     tensors = {"a": torch.arange(-3, 4).to(dtype), "step": torch.tensor(2.0), "none": torch.zeros(0, 3, dtype=dtype)}
     tensors["b"] = torch.randn(2, 3, 5).to(dtype)
     checkpoint.save_file(tensors, tmp_path / "x.safetensors")
@@ -105,8 +105,8 @@ def test_files_are_what_safetensors_reads(tmp_path, dtype):
 
 @pytest.mark.parametrize("refused", ["", "open", "write"])
 @pytest.mark.parametrize("size", [8192, 8191, 30000])
-def test_files_longer_than_what_is_written_at_a_time(tmp_path, monkeypatch, size, refused):
-    """Pieces of two blocks, of which the disk may take less than it was given; some file systems refuse direct I/O."""
+def test_files_longer_than_one_chunk(tmp_path, monkeypatch, size, refused):
+    """Chunks of two blocks; each os.write takes one block only. Some file systems refuse direct I/O (`refused`)."""
     monkeypatch.setattr(direct, "CHUNK", 2 * direct.BLOCK)
     real, flags = {"open": os.open, "write": os.write}, []
 
@@ -134,7 +134,7 @@ def test_files_longer_than_what_is_written_at_a_time(tmp_path, monkeypatch, size
     assert flags == ([True, False] if refused == "open" else [True])
 
 
-def test_a_full_disk_is_told(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     def write(handle, data):
         raise OSError(errno.ENOSPC, "no space left")
 
@@ -145,7 +145,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
 
 @pytest.fixture
 def two_ranks(monkeypatch):
-    """This process is rank 0 of two; the other is played by the test."""
+    """This process is rank 0 of two; the test plays the other one."""
     monkeypatch.setattr(ranks, "size", lambda: 2)
     monkeypatch.setattr(ranks, "from_rank", lambda owner, value: value if owner == 0 else ["the disk is full", False])
 
@@ -154,13 +154,13 @@ def saved(rank: int) -> dict:
     return {checkpoint.rank_file(rank): {f"w{rank}": torch.ones(2)}}
 
 
-def test_rank_0_names_it_once_all_have_written(tmp_path, two_ranks):
+def test_rank_0_renames_the_folder_after_all_ranks_have_written(tmp_path, two_ranks):
     saving = checkpoint.save(tmp_path, 4, saved(0), {"engine": "deepspeed"}, keep=1)
     saving.thread.join(0.3)
-    assert saving.state() == checkpoint.BUSY and not saving.whole([checkpoint.BUSY, checkpoint.BUSY])
+    assert saving.status() == checkpoint.BUSY and not saving.is_complete([checkpoint.BUSY, checkpoint.BUSY])
     checkpoint.write(tmp_path / ".step-000004.tmp", saved(1))
     saving.thread.join(600)
-    assert saving.state() == 0 and saving.whole([0, 0]) and not saving.whole([0, checkpoint.BUSY])
+    assert saving.status() == 0 and saving.is_complete([0, 0]) and not saving.is_complete([0, checkpoint.BUSY])
     step, meta, files = checkpoint.latest(tmp_path, "deepspeed")
     assert step == 4 and meta["files"] == [checkpoint.rank_file(r) for r in range(2)]
     assert {k for tensors in checkpoint.load(files).values() for k in tensors} == {"w0", "w1"}
@@ -171,12 +171,12 @@ def test_a_rank_that_cannot_write_stops_all(tmp_path, two_ranks):
     with pytest.raises(
         ValueError, match="step-000004: the checkpoint could not be saved .the disk is full.; there is none"
     ):
-        saving.whole([checkpoint.BUSY, checkpoint.FAILED])
+        saving.is_complete([checkpoint.BUSY, checkpoint.FAILED])
     assert list(tmp_path.iterdir()) == [] and not saving.thread.is_alive()
 
 
 def test_a_run_that_ends_does_not_wait_long_for_a_rank_that_has_gone(tmp_path, two_ranks, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PARTING", 0.2)
+    monkeypatch.setattr(checkpoint, "PEER_TIMEOUT", 0.2)
     with pytest.raises(RuntimeError, match="gone"), checkpoint.Background() as saves:
         saves.saving = checkpoint.save(tmp_path, 4, saved(0), {}, keep=1)
         raise RuntimeError("gone")

@@ -1,4 +1,4 @@
-"""The averaged weights: their recursion by hand, and that they are what a run saves."""
+"""The averaged weights: the recursion against a computation by hand; a run saves the average."""
 
 import json
 
@@ -13,7 +13,7 @@ from fastlightgen.stages.teacher import Teacher
 
 
 def test_recursion():
-    """Weights until `start`; then an even mean of them until its window exceeds that of the decay."""
+    """Up to `start` the weights themselves, then their even mean, until 1 / (n + 1) falls below 1 - decay."""
     net = torch.nn.Linear(1, 1, bias=False)
     ema = Ema(net, decay=0.75, start=2)
     shadow, values = None, [5.0, -1.0, 2.0, 7.0, 0.5, 3.0, 4.0]

@@ -1,4 +1,4 @@
-"""What goes wrong in a run folder: one line that names the place and the remedy, and nothing that was saved is lost."""
+"""Faults of a run folder: one error line names the file and the remedy, and no saved state is lost."""
 
 import errno
 import fcntl
@@ -20,7 +20,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def fails(capsys):
-    """Run a command that must fail with exit code 2 and one line; returns the line."""
+    """Run a command that must fail with exit code 2 and one line on stderr; return the line."""
 
     def run(*words: str) -> str:
         capsys.readouterr()
@@ -38,7 +38,7 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def stop_after(step: int, monkeypatch):
-    """End every later run with an error once `step` is done, as a full disk or a crash would."""
+    """End every later run with an error after `step`, as a full disk or a crash would."""
 
     def check(self, done):
         if done > step:
@@ -62,7 +62,7 @@ def test_a_finished_stage_has_nothing_to_do(inputs, tmp_path, capsys):
     run_train(*command)
     before = contents(tmp_path)
     capsys.readouterr()
-    run_train(*command, "save_every=1", "log_every=1")  # what is no part of the numbers may differ
+    run_train(*command, "save_every=1", "log_every=1")  # keys that do not affect the numbers may differ
     assert "nothing to do (overwrite=true starts anew)" in capsys.readouterr().out
     assert contents(tmp_path) == before
 
@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_named(inputs, tmp_path, fails, monkeypatch, dam
     assert str(latest) in line and "damaged or incomplete" in line
     assert "delete it to continue from step-000003" in line
     assert contents(tmp_path / "stage0/checkpoints") == before
-    for f in latest.iterdir():  # do what the line says
+    for f in latest.iterdir():  # follow the remedy of the error
         f.unlink()
     latest.rmdir()
     run_train(*command)
@@ -141,13 +141,13 @@ def test_a_ranking_that_does_not_fit(inputs, tmp_path, fails, text, said):
 
 
 def test_a_stage_that_failed_before_it_began_can_be_run_with_other_settings(inputs, tmp_path, fails):
-    """Stage 2 before stage 1 is refused; that must not tie the folder to a configuration that computed nothing."""
+    """Stage 2 before stage 1 fails before it computes anything. The folder must then accept another configuration."""
     words = ["stage=2", f"run={tmp_path}", *inputs[2], "iters=1"]
     words = [w for w in words if not w.startswith("importance=")]
     assert "run stage=1 with the same run= first" in fails(*words)
     write_ranking(tmp_path / "stage1/importance.json")
     run_train(*words, "lr=0.01")
-    write_ranking(tmp_path / "stage1/importance.json", pruned=[0, 3])  # from now on it is tied to its ranking
+    write_ranking(tmp_path / "stage1/importance.json", pruned=[0, 3])  # now the result depends on its ranking
     assert "another configuration (ranking" in fails(*words, "lr=0.01")
 
 
@@ -188,7 +188,7 @@ def test_a_full_disk_while_saving(inputs, tmp_path, fails, monkeypatch):
 
     def save_file(tensors, path):
         calls.append(path)
-        if len(calls) > 3:  # two files a checkpoint: the disk is full within the second one
+        if len(calls) > 3:  # two files per checkpoint: the disk fills up within the second checkpoint
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, path)
 
@@ -212,7 +212,7 @@ def test_a_full_disk_at_the_first_checkpoint(inputs, tmp_path, fails, monkeypatc
 
 
 def test_checkpoints_flush_before_they_appear(tmp_path, monkeypatch):
-    """Every file is on disk before the folder gets its name, the name before the older ones go."""
+    """All files are flushed before the folder is renamed; the rename is flushed before old checkpoints are removed."""
     events, flush = [], checkpoint.flush
 
     def spy(target):

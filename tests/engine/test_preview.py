@@ -1,4 +1,4 @@
-"""Clips during training: what they show, when they come, and that training does not notice them."""
+"""Clips during training: their contents, their steps, and that training computes the same without them."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def test_training_does_not_notice(inputs, tmp_path, stage):
 
 
 def test_the_last_clips_are_the_models(inputs, tmp_path, monkeypatch):
-    """Stage III at its end: the saved student on the first held-out prompts, each from noise of its own."""
+    """The last clips of Stage III: the saved student's, of the first held-out prompts, each from its own noise."""
     seen = {}
     monkeypatch.setattr(
         "fastlightgen.engine.preview.write_clips", lambda file, clips, fps: seen.update({file.name: (clips, fps)})
@@ -80,7 +80,7 @@ def test_a_signal_is_heard_between_clips(tmp_path):
 
 @pytest.mark.parametrize("save", [3, 5])
 def test_clips_that_a_signal_prevented_are_made_when_the_run_goes_on(inputs, tmp_path, monkeypatch, save):
-    """Stopped between the checkpoint of step 3 and its clips: the same files and numbers as without."""
+    """A run stopped between the checkpoint of step 3 and its clips ends with the same files as an unstopped one."""
     words = (*inputs[3], "sample_every=3", f"save_every={save}")
     run_train("stage=3", f"run={tmp_path / 'whole'}", *words)
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""A run that was killed anywhere and started again ends bit for bit where an uninterrupted one does."""
+"""A run that is killed at any point and started again gives bit for bit the result of an uninterrupted run."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ RUNS = {
 
 
 class Crash(Exception):
-    """Something that no handler in the program knows."""
+    """An error that no handler in the program catches."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory):
-    """kind -> what an uninterrupted run leaves; each is run once."""
+    """A function kind -> result of an uninterrupted run; each kind is run once."""
     done = {}
 
     def get(kind: str) -> dict:
@@ -50,7 +50,7 @@ def finished(inputs, tmp_path_factory):
 
 
 def nth_call(n: int, fn, before: bool = True):
-    """fn that crashes at its n-th call, before or after doing its work."""
+    """Wrap fn so that its n-th call crashes, before or after doing its work."""
     calls = 0
 
     def wrapped(*args, **keys):
@@ -82,7 +82,7 @@ def before_rename(patch, files):
     patch.setattr(Path, "rename", nth_call(1, Path.rename))
 
 
-def between_rename_and_pruning(patch, files):  # flush(folder) is what follows the rename
+def between_rename_and_pruning(patch, files):  # the rename is followed by flush(folder)
     patch.setattr(checkpoint, "flush", nth_call(2 * (files + 2), checkpoint.flush))
 
 
@@ -118,12 +118,12 @@ def test_killed_and_continued(kind, place, inputs, finished, tmp_path, monkeypat
     run_train(*command)
     assert_same(result(tmp_path, stage), wanted)
     folder = tmp_path / f"stage{stage}/checkpoints"
-    assert [p.name for p in folder.iterdir()] == ["step-000007"]  # the debris is gone
+    assert [p.name for p in folder.iterdir()] == ["step-000007"]  # the temporary folder is removed
 
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_saved_at_every_step_computes_the_same(kind, inputs, finished, tmp_path):
-    """Saving and keeping are no part of the numbers; and continuing twice is as good as once."""
+    """save_every and keep do not affect the numbers, nor does a second resume."""
     stage, words = RUNS[kind]
     command = [f"stage={stage}", f"run={tmp_path}", *inputs[stage], *words]
     with pytest.MonkeyPatch.context() as patch:
@@ -138,7 +138,7 @@ def test_a_run_saved_at_every_step_computes_the_same(kind, inputs, finished, tmp
 
 
 def child(code: str, *words: str) -> subprocess.Popen:
-    """`code` (a patch), then the train command with these words, in a process of its own."""
+    """Start a process that runs `code` (a patch) and then the train command with these words."""
     script = f"{code}\nfrom fastlightgen.config import main\nfrom fastlightgen.train import train\nmain(train, 'train')"
     env = os.environ | {"PYTHONPATH": str(Path(fastlightgen.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-c", script, *words], env=env, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""Alarms in a run: what they say, what they keep, how they end it, and that training does not notice them."""
+"""Alarms of a run: their lines, the checkpoint that they keep, how they end the run; training computes the same."""
 
 import shutil
 import threading
@@ -30,7 +30,7 @@ def words(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(words, tmp_path_factory):
-    """What a run without anyone watching leaves."""
+    """The result of a run without alarms."""
     run = tmp_path_factory.mktemp("whole")
     run_train(*words, f"run={run}", "alarms=off", "sample_every=0")
     return result(run, 3)
@@ -38,7 +38,7 @@ def whole(words, tmp_path_factory):
 
 @pytest.fixture
 def frozen_from(monkeypatch):
-    """Clips that look like real ones up to a step and stand still from it on."""
+    """Make clips look like real ones before a step, and have no motion from that step on."""
 
     def write(self, folder, step, how, stopped, start):
         return [x | {"motion": x["motion"] * (step < start)} for x in self.real()[:4]]
@@ -50,7 +50,7 @@ def frozen_from(monkeypatch):
 
 
 def growing_from(step: int, monkeypatch) -> None:
-    """The critic's loss is eight times as large from a step on, and alarms need few lines."""
+    """Multiply the critic's loss by eight from a step on, and let alarms judge few lines."""
     real = Distill.critic_loss
     monkeypatch.setattr(drift, "Limits", partial(drift.Limits, first=3, recent=2))
 
@@ -109,7 +109,7 @@ def test_from_the_good_checkpoint_the_alarm_is_forgotten(words, whole, tmp_path,
 
 
 def test_an_alarm_of_the_first_clips(words, tmp_path, frozen_from, capsys):
-    """save_every=2: step 2 is the newest one before step 3, whose clips are bad."""
+    """The clips of step 3 are bad. With save_every=2 the newest checkpoint before them is that of step 2."""
     frozen_from(1)
     line = stops(capsys, *words, f"run={tmp_path}/a", "alarms=stop", "save_every=2")
     assert "step 3" in line and "checkpoints/step-000002" in line
@@ -118,7 +118,7 @@ def test_an_alarm_of_the_first_clips(words, tmp_path, frozen_from, capsys):
 
 @pytest.fixture
 def slow_disk(monkeypatch):
-    """From the checkpoint of a step on, writing waits until the alarm has been shown."""
+    """Make the writing of a step's checkpoint, and of later ones, wait until an alarm has been printed."""
     shown, write, show = threading.Event(), checkpoint.write, watch.say
 
     def say(text: str) -> None:
@@ -140,21 +140,21 @@ def slow_disk(monkeypatch):
 
 @pytest.mark.parametrize("saving", [5, 99], ids=["while step 5 is being saved", "with step 5 saved"])
 def test_a_diverging_critic_stops_before_it_is_saved(words, tmp_path, monkeypatch, capsys, slow_disk, saving):
-    """The alarm of step 6 names and keeps the checkpoint of step 5, even if it finds it half written."""
+    """The alarm of step 6 names and keeps the checkpoint of step 5, even while that is still being written."""
     growing_from(6, monkeypatch)
     slow_disk(saving)
     command = [*words, f"run={tmp_path}", "iters=12", "log_every=1", "save_every=1", "sample_every=0", "alarms=stop"]
-    line = stops(capsys, *command)  # the median of two lines exceeds twice the usual with the first large one
+    line = stops(capsys, *command)  # one large line of two is enough to raise the median above twice the usual
     assert "step 6: divergence (" in line and f"{tmp_path}/stage3/checkpoints/step-000005; give" in line
     assert steps(tmp_path / "stage3/checkpoints") == [5]
     assert [p.name for p in (tmp_path / "stage3/checkpoints").iterdir()] == ["step-000005"]
     assert {a["good"] for a in read_metrics(tmp_path / "stage3/alarms.jsonl")} == {5}
     assert [r["step"] for r in read_metrics(tmp_path / "stage3/metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    # Nothing of the bad step was saved, so it is done again, and sounds again.
+    # The bad step was not saved: it is computed again and raises the alarm again.
     assert "step 6: divergence (" in stops(capsys, *command)
 
 
-def test_warn_tells_once_and_knows_what_it_told_after_a_resume(words, tmp_path, monkeypatch, capsys):
+def test_warn_reports_an_alarm_once_also_across_a_resume(words, tmp_path, monkeypatch, capsys):
     growing_from(6, monkeypatch)
     command = [*words, f"run={tmp_path}", "log_every=1", "save_every=1", "sample_every=0"]
 
@@ -166,8 +166,8 @@ def test_warn_tells_once_and_knows_what_it_told_after_a_resume(words, tmp_path, 
         patch.setattr(Distill, "check", check)
         run_train(*command, "iters=12")
     run_train(*command, "iters=12")
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("alarm: ")]
-    assert len(told) == 1 and told[0].startswith("alarm: step 6: divergence (")
+    alarms = [line for line in capsys.readouterr().out.splitlines() if line.startswith("alarm: ")]
+    assert len(alarms) == 1 and alarms[0].startswith("alarm: step 6: divergence (")
     [alarm] = read_metrics(tmp_path / "stage3/alarms.jsonl")
     losses = [r["fake_loss"] for r in read_metrics(tmp_path / "stage3/metrics.jsonl")]
     middle = sorted(losses[:3])[1]
@@ -178,7 +178,7 @@ def test_warn_tells_once_and_knows_what_it_told_after_a_resume(words, tmp_path, 
 
 @pytest.mark.parametrize("stage, extra", [("3", "alarms=off"), ("0", "alarms=warn")])
 def test_where_nothing_is_watched(words, tmp_path, frozen_from, capsys, stage, extra):
-    """alarms=off; and the clips of a stage that learns from data may look as they like while it learns."""
+    """No alarm with alarms=off, nor from the clips of Stage 0, whose loss itself compares with the data."""
     frozen_from(1)
     words = [*write_inputs(tmp_path / "inputs")[int(stage)], "keep=1", "sample_every=3"]
     run_train(f"stage={stage}", *words, f"run={tmp_path}", extra)
@@ -198,8 +198,10 @@ def test_clips_of_the_shipped_teacher_are_as_usual(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_short_distillation_of_the_tiny_model(tmp_path, capsys):
-    """The shipped teacher, no block dropped, to a student of 4 steps. Silent at the preset's learning rate; at 500
-    times that the clips go, and the alarm sounds."""
+    """Distil the shipped teacher, with all blocks, to a student of 4 steps.
+
+    At the preset's learning rate no alarm is raised. At a far higher one the clips degrade and raise an alarm.
+    """
     folder = trained_folder("tiny")
     save_model(load_model(folder), tmp_path / "stage2", **read_card(folder) | {"pruned_path": list(range(12))})
     words = ["stage=3", "model=tiny", "progress=false", "threads=1", "log_every=1", "batch=4", "ratio=2"]

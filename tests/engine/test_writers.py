@@ -1,4 +1,4 @@
-"""TensorBoard and W&B get every line once, also after a crash; what is not installed is told at the start."""
+"""TensorBoard and W&B get every line once, also after a crash; a missing package is reported at the start."""
 
 import importlib.util
 import json
@@ -45,7 +45,7 @@ def wandb(tmp_path, monkeypatch):
 
 
 def crash(monkeypatch, step: int, *words: str) -> None:
-    """A run that ends in an error after `step`, past its last checkpoint."""
+    """Run until an error after `step`, which comes later than the last checkpoint."""
 
     def check(self, done):
         if done == step:
@@ -57,7 +57,7 @@ def crash(monkeypatch, step: int, *words: str) -> None:
 
 
 def numbers(run) -> dict[str, list]:
-    """{name: [[step, value], ..]} of both files of the log, in TensorBoard's float32."""
+    """Return {name: [(step, value), ..]} of both log files, to compare in TensorBoard's float32."""
     out: dict[str, list] = {}
     for name in ("metrics", "samples"):
         for line in read_metrics(run / f"stage0/{name}.jsonl"):
@@ -94,15 +94,15 @@ def test_wandb_gets_the_log(words, tmp_path, monkeypatch, wandb):
 
 
 @pytest.mark.parametrize("word", ["tensorboard=true", "wandb=films"])
-def test_what_is_not_installed_is_told_at_the_start(words, tmp_path, monkeypatch, capsys, word):
+def test_a_missing_package_is_reported_at_the_start(words, tmp_path, monkeypatch, capsys, word):
     key = word.split("=")[0]
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == key else find(name, *a))
     with pytest.raises(SystemExit) as stop:
         run_train(*words, f"run={tmp_path}/run", word)
     line = capsys.readouterr().err
-    told = f"error: {word}: {key} is not installed; pip install 'fastlightgen[watch]', or leave {key}= out\n"
-    assert stop.value.code == 2 and line == told and not (tmp_path / "run").exists()
+    wanted = f"error: {word}: {key} is not installed; pip install 'fastlightgen[watch]', or leave {key}= out\n"
+    assert stop.value.code == 2 and line == wanted and not (tmp_path / "run").exists()
 
 
 def test_a_folder_named_wandb_is_not_the_package(words, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Shares of a step's time: exact with a clock that is set by hand, plausible in a real run."""
+"""The parts of a step's time: exact with a fake clock, plausible in a real run."""
 
 import time as real
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ def time(monkeypatch):
     return time
 
 
-def test_a_part_within_a_part_counts_for_itself_only(time):
+def test_an_inner_part_does_not_count_for_the_outer_one(time):
     clock = Clock()
     for _ in range(2):
         with clock.step():
@@ -41,7 +41,7 @@ def test_a_part_within_a_part_counts_for_itself_only(time):
                     time.passes(3)
             with clock.part("backward"):
                 time.passes(2)
-        time.passes(50)  # saving, sampling: no part of a step
+        time.passes(50)  # saving and sampling happen outside of steps
         with clock.part("data"):
             time.passes(7)
     assert clock.read() == {
@@ -66,7 +66,7 @@ def test_a_step_that_fails_leaves_no_part_open(time):
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_shares_of_a_run(stage, tmp_path, monkeypatch):
-    """By the CPU time of the training thread, which does not count while a busy machine lets it wait."""
+    """Measured in CPU time of the training thread, which does not run while a busy machine lets the thread wait."""
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=real.thread_time))
     inputs = write_inputs(tmp_path / "inputs")
     run_train(f"stage={stage}", f"run={tmp_path}", *inputs[stage], "sample_every=0")

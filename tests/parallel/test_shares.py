@@ -1,4 +1,4 @@
-"""A batch worked on in shares, whoever works on them, is the whole batch: same clips, same draws, same update."""
+"""Shares of a batch together give the same clips, draws and update as the batch, in one process or several."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_the_clips_of_a_share_are_those_of_the_batch():
 
 
 def test_the_clips_of_a_share_from_a_cache():
-    """`batch` of a cache, with reading replaced by the clips' numbers: 11 of 12 train, in a seeded order."""
+    """A cache whose reader returns the clips' numbers; 11 clips train, in a seeded order."""
     source = CacheSource.__new__(CacheSource)
     source.seed, source.groups, source._read = 0, [list(range(11))], list
     whole = source.batch(3, 4)
@@ -44,7 +44,7 @@ def test_the_clips_of_a_share_from_a_cache():
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_micro_batches_of_one_process_take_the_whole_batch_s_step(micro_batch):
-    """float64: what differs is the order of a sum of four, so 1e-12 is a thousand roundings."""
+    """In float64 only the order of a sum of four differs; 1e-12 is several thousand roundings."""
 
     def run(micro: int):
         source = ShapesSource(0)

@@ -1,4 +1,4 @@
-"""What train says of its plan, and which runs it refuses: the same count as the plan command's."""
+"""The memory check of train: it plans as the plan command does, and refuses runs that do not fit."""
 
 import time
 from dataclasses import replace
@@ -23,7 +23,7 @@ CPU, SOURCE = torch.device("cpu"), ShapesSource(0)
 
 @pytest.fixture
 def models(tmp_path) -> Path:
-    """A teacher, a ranking of its blocks and a Stage II model."""
+    """Write a teacher, a ranking of its blocks and a Stage II model."""
     save_model(small_wan(), tmp_path / "teacher")
     write_ranking(tmp_path / "stage1" / "importance.json")
     save_model(small_wan(), tmp_path / "stage2" / "model", pruned_path=KEPT)
@@ -59,7 +59,7 @@ def test_a_batch_is_divided_as_the_engine_divides_it():
 
 
 def test_a_stage_that_does_not_fit(models, monkeypatch, capsys):
-    """One line with what is planned, what there is and the first change; nothing is built."""
+    """One error line names the planned memory, the free memory and the first change; no network is built."""
     cfg = configured(2, models, "batch=512")
     monkeypatch.setattr(fit, "host_free", lambda: int(0.5e9))
     with pytest.raises(ValueError, match=r"^fit: the plan is 1\.\d GB of host memory, 0\.5 GB are free; use ") as stop:
@@ -100,12 +100,12 @@ def test_the_command_exits_with_one_line(models, monkeypatch, capsys):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_stage_is_planned_ahead_as_in_its_turn(stage, models, capsys):
-    """Half of four blocks, from the middle, are those that the ranking names."""
+    """A plan ahead assumes that the middle two of four blocks are dropped, which the ranking here does too."""
     cfg = configured(stage, models)
     fit.check_fit(cfg, SOURCE, CPU)
     fit.check_fit(replace(cfg, run=f"{models}/new"), SOURCE, CPU, 0.5)
     now, ahead = (line.split(":") for line in capsys.readouterr().out.splitlines())
-    assert now[1].split(" of ")[0] == ahead[1].split(" of ")[0]  # what is free moves
+    assert now[1].split(" of ")[0] == ahead[1].split(" of ")[0]  # the free memory may change
     assert ahead[0] == f"stage {stage}, planned ahead, with blocks yet to be chosen"
     config, keep = method_for(cfg).subject(replace(cfg, run=f"{models}/new"), partial(undropped, ratio=0.5))
     assert (config, keep) == method_for(cfg).subject(cfg, None)
@@ -120,7 +120,7 @@ def test_stage_3_is_refused_before_stage_1_runs(models, monkeypatch, capsys):
 
 
 def test_a_missing_input_is_named_and_ends_the_look(tmp_path, monkeypatch, capsys):
-    """On all ranks, also on those that could read theirs."""
+    """All ranks skip the check, also those that can read their inputs."""
     fit.check_fit(config(3, f"run={tmp_path}"), SOURCE, CPU)
     out = capsys.readouterr().out
     assert out.startswith("fit: not looked at: ") and f"{tmp_path}/stage2/model" in out and out.count("\n") == 1
@@ -129,8 +129,8 @@ def test_a_missing_input_is_named_and_ends_the_look(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out == "fit: not looked at: another rank cannot read its inputs\n"
 
 
-def test_what_the_planner_refuses_is_told(models, monkeypatch):
-    """The small network has two heads, which three processes cannot share."""
+def test_a_size_that_the_planner_refuses_is_an_error(models, monkeypatch):
+    """Three ranks cannot divide the two heads of the small network."""
     monkeypatch.setattr(fit.ranks, "size", lambda: 3)
     monkeypatch.setattr(fit.ranks, "gathered", lambda mine: [mine] * 3)
     cfg = configured(2, models, "engine=deepspeed", "sequence_parallel=3")
@@ -139,7 +139,7 @@ def test_what_the_planner_refuses_is_told(models, monkeypatch):
 
 
 def test_ranks_of_this_host_are_counted(monkeypatch):
-    """Three of five ranks, of which this one is the last."""
+    """Three of five ranks run on this host; this one is the last."""
     monkeypatch.setattr(fit.ranks, "gathered", lambda mine: [mine, 1, mine, 2, mine])
     monkeypatch.setattr(fit.ranks, "rank", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
@@ -156,7 +156,7 @@ def test_the_shipped_demo_is_neither_refused_nor_slowed(capsys):
 
 
 def test_memory_that_a_control_group_leaves(tmp_path, monkeypatch):
-    """The smallest of the groups that this process is in: limit less anonymous memory; `max` is no limit."""
+    """The smallest of the process's control groups counts: limit less anonymous memory; `max` is no limit."""
     job = tmp_path / "fs" / "slurm" / "job_7"
     job.mkdir(parents=True)
     for folder, limit in ((job, "max"), (job.parent, "9000")):

@@ -1,4 +1,4 @@
-"""Planned costs of the stages against torch's own counts: operations of their steps, states of the local engine."""
+"""Planned costs of the stages against torch's counts: operations per step, bytes of the local engine's state."""
 
 from dataclasses import replace
 
@@ -20,14 +20,14 @@ from fastlightgen.stages.teacher import Teacher
 
 
 def one_batch():
-    """step -> the same batch, made beforehand: drawing clips takes matrix products too."""
+    """Return a function step -> one fixed batch. Drawing clips in the step would add matrix products to the count."""
     batch = batches(2)(0)
-    batch = replace(batch, null=replace(batch.null, image=batch.cond.image))  # one picture for all prompts of a clip
+    batch = replace(batch, null=replace(batch.null, image=batch.cond.image))  # the prompts of a clip share its image
     return lambda step: batch
 
 
 def planned_for(stage) -> StepCost:
-    """What the stage's method declares, for the network and the batches of this stage."""
+    """Return the planned cost of a step, from the walks that the stage's method declares."""
     net = stage.nets.teacher if hasattr(stage, "nets") else stage.net
     x0, cond = stage.batches(0).x0, stage.batches(0).cond
     cost = network(net.config, tuple(x0.shape[2:]), cond.text.shape[1])
@@ -79,7 +79,7 @@ def test_operations_of_a_stage_3_iteration(words):
     def student():
         stage.student_loss(0)[0].backward()
 
-    student()  # fills the null prompt's keys and values, which a run computes once
+    student()  # computes the null prompt's keys and values, which are then reused
     nets = [n for n in (stage.nets.student, stage.nets.teacher, stage.nets.fake_net, stage.nets.original) if n]
     for n in nets:
         n.block_calls = n.grad_block_calls = 0
@@ -97,8 +97,8 @@ def test_operations_of_low_rank_critics():
     critic = next(p.cost for p in planned.passes if p.net == "fake" and p.cost.grad_calls)
     student = next(p.cost for p in planned.passes if p.net == "student" and not p.cost.grad_calls)
     ran = counted(lambda: stage.critic_loss(0)[0].backward())
-    # The plan gives the first block's input a gradient, which has none: in a network of two blocks 3 of its 14 products
-    # for that, so 3 of some 140 in all; and it spreads the adapters evenly over image and text tokens.
+    # The plan is off in two ways: it counts a gradient of the first block's input, 3 of some 140 products here, and it
+    # spreads the adapters evenly over image and text tokens.
     assert ran == pytest.approx(2 * (critic.flops + student.flops), rel=0.03)
 
 
@@ -112,7 +112,8 @@ def test_a_rollout_exits_at_every_rung_alike():
         seen.add(stage.nets.student.block_calls)
     (rollout,) = [p for p in planned.passes if p.net == "student" and not p.cost.grad_calls]
     assert seen == {2, 4}
-    assert rollout.times * rollout.cost.calls == 3 + 0.5 * 2 / 5  # each critic step 3, the student's share of 0.5 steps
+    # 2 blocks per step; 1.5 steps on average per critic update, 0.5 per student update, which is every 5th.
+    assert rollout.times * rollout.cost.calls == 3 + 0.5 * 2 / 5
 
 
 def test_operations_and_evaluations_of_the_sweep():
@@ -128,7 +129,7 @@ def test_operations_and_evaluations_of_the_sweep():
 
 
 def state_bytes(stage, engine: LocalEngine) -> tuple[int, int, int]:
-    """Weights, the largest gradients, AdamW's two moments, in bytes."""
+    """Return the bytes of the weights, of the largest gradients and of AdamW's two moments."""
     tensors = {id(p): p for role in stage.roles.values() for p in role.net.parameters()}
     for net in (*stage.frozen, *vars(getattr(stage, "nets", stage)).values()):
         if isinstance(net, torch.nn.Module):

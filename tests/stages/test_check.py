@@ -1,4 +1,4 @@
-"""The look at the data before training: its errors against closed forms, and a teacher that knows its clips."""
+"""The check of the data before training: its errors against closed forms; the shipped teacher passes it."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from fastlightgen.world.source import ShapesSource
 
 
 class World:
-    """The built-in world's clips, as if a cache had been made of them; `change` spoils them."""
+    """A source of the built-in world's clips that looks like a cache; `change` spoils the clips."""
 
     description = {"family": "wan"}
 
@@ -27,7 +27,7 @@ class World:
 
 
 class Known(nn.Module):
-    """A network that knows one clip by heart: v = (x_t - x0) / t + offset."""
+    """A network that always predicts one clip: v = (x_t - x0) / t + offset."""
 
     device = torch.device("cpu")
 
@@ -50,7 +50,7 @@ class OneClip:
 
 
 def test_errors_by_hand():
-    """A velocity that is off by d puts x0 off by t d: its error is t^2 d^2 / var."""
+    """An error d in v gives an error t d in x0, so a relative error of t^2 d^2 / var."""
     x0 = torch.randn(1, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     found = teacher_errors(Known(x0, 0.5), OneClip(x0), 0)
     assert list(found) == list(TIMES)
@@ -60,7 +60,7 @@ def test_errors_by_hand():
 
 
 def test_the_filter_is_the_best_factor():
-    """Against least squares on 2e5 numbers; their x0 and noise correlate by 0.2 %: the error moves by about 1 %."""
+    """Against least squares on 2e5 numbers. Their x0 and noise correlate by 0.2 %, which moves the error by 1 %."""
     g = torch.Generator().manual_seed(0)
     x0, noise = 1.7 * torch.randn(200_000, generator=g), torch.randn(200_000, generator=g)
     for t in TIMES:
@@ -70,7 +70,7 @@ def test_the_filter_is_the_best_factor():
 
 
 def test_the_shipped_teacher_knows_its_world_and_no_other(capsys, monkeypatch):
-    """Clips with their channels in another order, or their scale wrong, as another VAE would give, are noticed."""
+    """Latents with permuted channels or a wrong scale, as of another VAE, fail the check."""
     monkeypatch.setattr(check, "CLIPS", 1)
     cfg = config(2)
     model = load_model(trained_folder("tiny")).requires_grad_(False)
@@ -83,5 +83,5 @@ def test_the_shipped_teacher_knows_its_world_and_no_other(capsys, monkeypatch):
         check_teacher(config(2, "data_check=stop"), model, World(lambda x: 3 * x))
     capsys.readouterr()
     check_teacher(config(2, "data_check=off"), model, World(lambda x: x.flip(1)))
-    check_teacher(cfg, model, ShapesSource(0))  # nothing to look at: the world fits by construction
+    check_teacher(cfg, model, ShapesSource(0))  # not checked: the built-in world has no description
     assert capsys.readouterr().out == ""

@@ -1,4 +1,4 @@
-"""Stage III against Eq. 8 and 9 written out sample by sample in float64, and who is trained when, on what."""
+"""Stage III against Eq. 8 and 9 written out sample by sample in float64; the schedule of its updates."""
 
 import copy
 
@@ -36,12 +36,12 @@ def folders(tmp_path_factory):
 
 
 def built(cfg):
-    """The stage as the train command makes it."""
+    """Build the stage as the train command does."""
     return distill.build(cfg, Builder(cfg, DoubleSource(), CPU))
 
 
 def make(folders, *words: str, moved: float = 0.05):
-    """A stage in float64 whose student and fake have already left the Stage II network."""
+    """Return a stage in float64 whose student and critic differ from the Stage II network."""
     stage = built(config(3, *folders, "lora_rank=3", *words))
     nets, gen = stage.nets, torch.Generator().manual_seed(1)
     for net in filter(None, (nets.student, nets.teacher, nets.fake_net, nets.original)):
@@ -53,7 +53,7 @@ def make(folders, *words: str, moved: float = 0.05):
 
 
 def merged(nets):
-    """The fake network as a plain network of its own blocks: adapters multiplied out, skipped blocks deleted."""
+    """Return the critic as a plain network: adapters multiplied into the weights, skipped blocks deleted."""
     net = copy.deepcopy(nets.fake_net)
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
@@ -64,7 +64,7 @@ def merged(nets):
 
 
 def roll(stage, batch, gen):
-    """Backward simulation by hand: returns the clip with gradient on its last network call only."""
+    """Backward simulation by hand; only the last network call carries gradient."""
     cfg, student = stage.cfg, stage.nets.student
     tau = [3 * u / (1 + 2 * u) for u in (1 - i / cfg.steps for i in range(cfg.steps))]
     j = int(torch.randint(cfg.steps, (), generator=gen))
@@ -168,7 +168,7 @@ def test_dmd_loss_has_the_wanted_gradient():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_descending_with_this_sign_reaches_the_data_and_the_other_leaves_it(sign):
-    """Data N(0, 1), a generator phi + N(0, 1) from phi = 2, scores in closed form: phi must go to 0."""
+    """Data N(0, 1), generator phi + N(0, 1) with phi = 2 at first, scores in closed form: phi must go to 0."""
     phi, gen = torch.tensor(2.0, dtype=torch.float64, requires_grad=True), torch.Generator().manual_seed(0)
 
     def v(x_t, t, mean):  # E[noise - x0 | x_t] for x0 ~ N(mean, 1)
@@ -224,7 +224,7 @@ def test_training_moves_only_the_trained(folders, mode):
 
 
 def test_what_the_networks_start_from(folders):
-    """Student and fake are the pruned path of the Stage II network, bit for bit; a fresh LoRA changes nothing."""
+    """Student and critic start bit-equal to the Stage II network's pruned path; fresh adapters change nothing."""
     x_t, t, cond, _ = small_wan().example_inputs(2)
     for words in (("fake_mode=copy",), ("fake_mode=lora",), ("fake_arch=full",), ("fake_mode=lora", "fake_arch=full")):
         stage = make(folders, *words, moved=0.0)

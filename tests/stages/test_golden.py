@@ -1,6 +1,6 @@
-"""The losses of all stages on a small network, as recorded: a refactor must not move them.
+"""The losses of all stages on a small network equal the recorded ones, so that a refactor cannot change them.
 
-`FLG_RECORD=1 pytest tests/stages/test_golden.py` writes the file anew, after a change that is meant to move them.
+After an intended change `FLG_RECORD=1 pytest tests/stages/test_golden.py` records them anew.
 """
 
 import json
@@ -11,8 +11,8 @@ import pytest
 from helpers import result, run_train, write_inputs
 
 FILE = Path(__file__).parents[1] / "golden" / "losses.json"
-# The same machine gives the same bits; another processor's matrix products differ by some 1e-7 a step, and the few
-# optimizer steps below carry that on.
+# Relative. One machine always gives the same bits. Another processor's matrix products differ by some 1e-7 per step,
+# which the optimizer steps amplify.
 TOLERANCE = 1e-4
 RUNS = {"0": (0, []), "2": (2, []), "2 alpha 0.5": (2, ["alpha=0.5"]), "3": (3, [])}
 

@@ -1,4 +1,4 @@
-"""Stage II against Eq. 7 written out with separate forwards in float64, and what keeps its literal reading in check."""
+"""Stage II against Eq. 7 written out with separate forwards in float64; the guard against its divergence."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ DOUBLE = batches(2, torch.float64)
 
 
 def make(*words: str, moved: float = 0.05) -> Prune:
-    """A stage in float64 whose network has already left its frozen target."""
+    """Return a stage in float64 whose network differs from its frozen target."""
     net = small_wan().double()
     stage = Prune(config(2, "text_dropout=0.5", *words), net, PRUNED, DOUBLE, lambda: DOUBLE(99), {})
     stage.begin()
@@ -31,7 +31,7 @@ def make(*words: str, moved: float = 0.05) -> Prune:
 
 
 def gradients(loss, net) -> dict[str, torch.Tensor]:
-    """By name; zeros where there is none."""
+    """Return the gradients by name; zeros for parameters without one."""
     params = dict(net.named_parameters())
     live = {k: p for k, p in params.items() if p.requires_grad}
     out = torch.autograd.grad(loss, list(live.values()), allow_unused=True)
@@ -40,7 +40,7 @@ def gradients(loss, net) -> dict[str, torch.Tensor]:
 
 
 def by_hand(stage: Prune, step: int, keep=KEPT):
-    """Eq. 7 plus the kappa term: (pruned part, unpruned part), each from its own forward."""
+    """Return the (pruned, unpruned) part of Eq. 7 plus the kappa term, each from its own forward."""
     cfg, net, batch = stage.cfg, stage.net, DOUBLE(step)
     x_t, t, noise, cond = noised(batch, cfg, cfg.seed, 2, step)
     v_star = noise - batch.x0
@@ -71,7 +71,7 @@ def test_loss_and_gradients_are_those_of_eq_7(target, alpha, kappa):
 
 
 def test_the_two_paths_take_one_walk():
-    """The pruned path shares what precedes the first skipped block: N + K - p block calls, p blocks in common."""
+    """The paths share the p blocks before the first skipped one: N + K - p block calls."""
     stage = make("alpha=0.5")
     stage.net.block_calls = 0
     stage.loss(0)
@@ -100,12 +100,13 @@ def test_the_frozen_target_does_not_move():
 
 @pytest.mark.parametrize("words", [("target=self",), ("target=frozen", "kappa_unpruned=0")])
 def test_skipped_blocks_stay_when_nothing_trains_them(words):
-    """Joint, alpha=1: Eq. 6 never touches the pruned blocks, so weight decay must not either."""
+    """With drop=joint and alpha=1, Eq. 6 does not train the pruned blocks, so weight decay must not change them."""
     stage = make(*words, "alpha=1", "weight_decay=0.5", "lr=0.01", "warmup=0", "guard_every=1000")
     engine = LocalEngine(torch.device("cpu"), "float32")
     engine.prepare(stage)
     before = copy.deepcopy(stage.net.state_dict())
-    held = {id(p) for p in engine.optimizers["student"].param_groups[0]["params"]}  # a sharded one decays all it holds
+    # A sharded optimizer decays all its parameters, so it must not get those of the pruned blocks.
+    held = {id(p) for p in engine.optimizers["student"].param_groups[0]["params"]}
     assert all((id(p) in held) == (i not in PRUNED) for i in range(BLOCKS) for p in stage.net.blocks[i].parameters())
     for step in range(3):
         loss, _ = stage.loss(step)
@@ -122,7 +123,7 @@ def test_skipped_blocks_stay_when_nothing_trains_them(words):
     "words", [("alpha=0.5", "target=frozen"), ("alpha=1", "target=frozen"), ("alpha=1", "target=self")]
 )
 def test_the_sampled_estimator_is_unbiased(monkeypatch, words):
-    """p E[skip] + (1-p) E[no skip] is the full gradient for one draw of x_t, and the coin falls with probability p."""
+    """p E[skip] + (1 - p) E[no skip] is the full gradient for one x_t; the coin says skip with probability p."""
     p = 0.3
     sampled, full = make("estimator=sampled", f"p={p}", *words), make("estimator=full", *words)
     fixed = noised(DOUBLE(0), sampled.cfg, 0, 2, 0)
@@ -144,14 +145,14 @@ def test_the_sampled_estimator_is_unbiased(monkeypatch, words):
 
 
 def test_independent_masks():
-    """Alike for the same seed and step on every rank; all dropped with f + (1-f) p^n, each one with f + (1-f) p."""
+    """Masks depend on seed and step only. P(all dropped) = f + (1 - f) p^3, P(one dropped) = f + (1 - f) p."""
     pruned, p, f, n = [1, 2, 4], 0.4, 0.25, 4000
     draws = [draw_keep(pruned, 6, p, f, generator(7, 3, step)) for step in range(n)]
     assert draws == [draw_keep(pruned, 6, p, f, generator(7, 3, step)) for step in range(n)]
     assert all({0, 3, 5} <= set(d) for d in draws)
 
-    def near(share, wanted):
-        assert abs(share - wanted) < 3 * (wanted * (1 - wanted) / n) ** 0.5
+    def near(frequency, wanted):  # within three standard deviations
+        assert abs(frequency - wanted) < 3 * (wanted * (1 - wanted) / n) ** 0.5
 
     near(sum(d == [0, 3, 5] for d in draws) / n, f + (1 - f) * p**3)
     for block in pruned:
@@ -194,7 +195,7 @@ def test_error_is_eq_4_on_the_held_out_clips():
 
 @pytest.mark.parametrize("together", [1, 2])
 def test_ranks_share_the_held_out_clips(monkeypatch, together):
-    """Five clips on three shares: each walks as often, and their tables, added up, give one process's error."""
+    """Five clips on three (groups of) ranks: all walk equally often, and their tables add up to one process's error."""
     stage, tables, walks = make("micro_batch=1"), [], []
     stage.held_out = lambda: batches(5, torch.float64)(99)
     alone = stage.error()
@@ -211,7 +212,7 @@ def test_ranks_share_the_held_out_clips(monkeypatch, together):
 
 
 def test_the_guard_stops_the_literal_reading(tmp_path, capsys):
-    """alpha=1 with a target that shares the weights runs away; the same run with a frozen target does not."""
+    """With alpha=1 and target=self the run diverges; the same run with target=frozen does not."""
     words = [*write_inputs(tmp_path)[2], "lr=0.03", "warmup=0", "iters=12", "guard_every=2", "save_every=2"]
     with pytest.raises(SystemExit) as stop:
         run_train("stage=2", f"run={tmp_path}/self", *words, "target=self")

@@ -1,4 +1,4 @@
-"""Stage I against brute force: every candidate set evaluated by its own forward of a physically shorter network."""
+"""Stage I against brute force: each candidate set is evaluated by its own forward of a network with fewer blocks."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ CONTRACT = {
 
 
 class Bar:
-    """Counts what a progress bar would show."""
+    """Stands in for a progress bar and counts its updates."""
 
     def __init__(self):
         self.calls = []
@@ -40,7 +40,7 @@ class Bar:
 
 
 def built(cfg):
-    """The model and the costs of its blocks, as the train command makes them."""
+    """Build the model and the costs of its blocks as the train command does."""
     return stage1.build(cfg, Builder(cfg, ShapesSource(0), torch.device("cpu")))
 
 
@@ -53,13 +53,13 @@ def run(cfg, model, costs=None, bar=None) -> dict:
 
 
 def shorter(model, keep):
-    """The network without the other blocks: no masks, no shared walk."""
+    """Return a network that has only the blocks `keep`: no masks, no shared walk."""
     return copy.deepcopy(model).double().prune(keep)
 
 
 @torch.no_grad()
 def brute_force(cfg, model, keep, kind: str = "elbo") -> torch.Tensor:
-    """[samples] errors in float64 for one block set, on the same draws: Eq. 4, or Eq. 3 against the whole network."""
+    """Return the errors [samples] of one block set in float64, on the same draws: Eq. 4, or Eq. 3."""
     net, whole, out = shorter(model, keep), copy.deepcopy(model).double(), []
     for x_t, t, x0, cond in evaluation_set(cfg, batches(cfg.batch)):
         x_t, t, x0, cond = (
@@ -138,7 +138,7 @@ def test_exhaustive_is_the_best_of_all_sets():
 
 
 def test_block_calls_of_the_sweep():
-    """N single skips and the whole network share their prefixes: N(N+1)/2 block calls instead of N^2."""
+    """N single skips and the full pass share their prefixes: N (N + 1) / 2 block calls instead of N^2."""
     model, cfg = small_wan(5), config(1, *words(clips=2, timesteps=1))
     model.block_calls = 0
     samples = list(evaluation_set(cfg, batches(cfg.batch)))
@@ -146,7 +146,7 @@ def test_block_calls_of_the_sweep():
     assert model.block_calls == 5 * 6 // 2
     whole = score_sets(model, samples, [without(5, i) for i in range(5)], "output_mse", 4.0, lambda n: None)
     few = score_sets(model, samples, [without(5, i) for i in range(5)], "output_mse", 1e-9, lambda n: None)
-    assert torch.equal(whole, few)  # one candidate at a time where memory is short: the same numbers
+    assert torch.equal(whole, few)  # little memory: one candidate at a time gives the same numbers
 
 
 def test_protected_blocks_stay_and_the_bar_is_filled():
@@ -154,14 +154,14 @@ def test_protected_blocks_stay_and_the_bar_is_filled():
     for search in ("single_skip", "iterative", "exhaustive"):
         cfg = config(1, *words(search=search, ratio=0.8, protect_first=1, protect_last=1))
         record = run(cfg, model, bar=bar)
-        assert {0, 4} <= set(record["kept"]) and len(record["pruned"]) == 2  # of blocks 1, 2, 3 one must stay
+        assert {0, 4} <= set(record["kept"]) and len(record["pruned"]) == 2  # one of blocks 1, 2, 3 must stay
     assert all(total == done == 6 for _, total, done in bar.calls)
     with pytest.raises(ValueError, match="protect_first, protect_last: leave 1 of 5 blocks"):
         run(config(1, *words(protect_first=2, protect_last=2)), model)
 
 
 def test_the_ratio_may_count_blocks_parameters_or_flops(tmp_path):
-    # A quarter of the cost by shares .4 .1 .3 .2: the closest prefix of the order 1, 3, 2, 0 is {1, 3} with .3.
+    # Costs .4 .1 .3 .2, ratio 1/4, order 1, 3, 2, 0: the closest prefix is {1, 3}, which costs .3.
     assert drop_until([4.0, 1.0, 3.0, 2.0], [1, 3, 2, 0], 0.25, 10.0) == 2
     assert drop_until([4.0, 1.0, 3.0, 2.0], [0, 1, 3, 2], 0.1, 10.0) == 1  # at least one
     assert drop_until([1.0] * 4, [0, 1, 2, 3], 0.99, 4.0) == 3  # one stays
@@ -176,12 +176,12 @@ def test_the_ratio_may_count_blocks_parameters_or_flops(tmp_path):
         assert costs == wanted and model.units()[2] == {"name": "blocks.2", "kind": "block", "index": 2}
     record = run(config(1, *words(ratio=0.25, ratio_unit="params")), small_wan(), costs=[1.0, 1.0, 1.0, 97.0])
     by_score = sorted(range(4), key=lambda i: record["units"][i]["score"])
-    share, dropped = 0.0, []
-    for i in by_score[:-1]:  # walk the order by hand: stop where the share stops getting closer to 1/4
-        new = share + (97 if i == 3 else 1) / 100
-        if abs(new - 0.25) >= abs(share - 0.25) and dropped:
+    cost, dropped = 0.0, []
+    for i in by_score[:-1]:  # by hand: drop in order, until the relative cost gets no closer to 1/4
+        new = cost + (97 if i == 3 else 1) / 100
+        if abs(new - 0.25) >= abs(cost - 0.25) and dropped:
             break
-        share, dropped = new, [*dropped, i]
+        cost, dropped = new, [*dropped, i]
     assert record["pruned"] == sorted(dropped)
 
 
@@ -220,7 +220,7 @@ def test_a_ratio_of_each_list_of_blocks(units, dropped, search):
 
 
 def test_exhaustive_looks_at_every_pair_of_lists():
-    """One double and two of three single blocks: 2 x 3 sets, each by a shorter network of its own."""
+    """One of two double blocks and two of three single ones: 2 x 3 sets, each against its own shorter network."""
     model, cfg = small_hunyuan(2, 3), config(1, *words(search="exhaustive", units="per_list", ratio=0.6))
     sets = [(d, *s) for d in (0, 1) for s in combinations((2, 3, 4), 2)]
     errors = {s: brute_force(cfg, model, without(5, *s)).mean().item() for s in sets}
@@ -239,7 +239,7 @@ def test_a_ratio_of_parameters_of_unlike_blocks(tmp_path):
     cfg = config(1, f"model={folder}", *words_)
     model, costs = built(cfg)
     assert costs == [sizes["double"] / 2] * 2 + [sizes["single"] / 4] * 4 and costs[0] > 2 * costs[2]
-    assert len(run(cfg, model, costs)["pruned"]) == 1  # half of the double blocks, not of the network
+    assert len(run(cfg, model, costs)["pruned"]) == 1  # `ratio` counts the double blocks only
 
 
 def test_units_of_a_network_with_one_list():

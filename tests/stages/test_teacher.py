@@ -1,4 +1,4 @@
-"""Stage 0: flow matching against a float64 computation, the dropped prompts, the learning rate and the model card."""
+"""Stage 0: flow matching against a float64 computation, dropped prompts, learning rate and model card."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def test_times_are_shifted_uniform():
     cfg, batch = config(0, "shift=3"), batches(50)(0)
     t = torch.cat([noised(batch, cfg, 0, 0, step)[1] for step in range(40)])
     u = t / (3 - 2 * t)
-    # the Kolmogorov distance of 2000 uniform draws exceeds 1.63 / sqrt(n) once in a hundred seeds; this seed is fixed
+    # The Kolmogorov distance of n uniform draws exceeds 1.63 / sqrt(n) for one seed in a hundred; this seed is fixed.
     distance = (u.sort().values - (torch.arange(2000) + 0.5) / 2000).abs().max().item()
     assert distance < 1.63 / math.sqrt(2000)
 
