@@ -6,7 +6,7 @@ This file turns the declaration into operations, gathers, block evaluations and 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from fastlightgen.blocks import num_dropped
 from fastlightgen.config import Plan, method_for
@@ -32,7 +32,7 @@ class Walk:
     """One walk: of which network, by which streams, and how often in an iteration, on the average."""
 
     net: str
-    paths: Sequence[Route]
+    routes: Sequence[Route]  # one per stream
     times: float = 1.0
 
 
@@ -44,13 +44,6 @@ class Iteration:
     walks: Sequence[Walk]
     clips: int = 0  # clips in one walk, if the stage does not divide `batch` among the processes; 0: it does
     count: int = 0  # iterations of all processes together, if the stage has no key `iters`; 0: it has
-
-
-class Planned(Protocol):
-    """The part of a method that the planner calls."""
-
-    def walks(self, net: Network, keep: Sequence[int], cfg: Any) -> Iteration:
-        """The walks of one iteration; `keep`: the blocks of the pruned path."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +158,8 @@ def step_cost(net: Network, declared: Iteration, cfg: Any) -> StepCost:
     for declared_walk in declared.walks:
         held = declared.nets[declared_walk.net]
         whole = net if held.keep is None else net.prune(held.keep)
-        keys = vars(cfg) if any(path.grad for path in declared_walk.paths) else {}
+        keys = vars(cfg) if any(route.grad for route in declared_walk.routes) else {}
         again, outputs = keys.get("checkpointing", False), keys.get("keep_attention", 0)
-        cost = walk(whole, declared_walk.paths, again, outputs, held.adapters)
+        cost = walk(whole, declared_walk.routes, again, outputs, held.adapters)
         step.passes.append(Pass(declared_walk.net, cost, declared_walk.times))
     return step
