@@ -17,7 +17,8 @@ from fastlightgen.config import StageConfig
 from fastlightgen.engine import checkpoint, shards
 from fastlightgen.engine.hang import HERE, keeps_of, note_walks
 from fastlightgen.engine.local import require_finite, schedule
-from fastlightgen.engine.roles import Role, Stage, Update, named
+from fastlightgen.engine.movement import Movement, realised
+from fastlightgen.engine.roles import Role, Stage, Update, Values, named
 from fastlightgen.engine.sharded_state import ShardedState
 from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.parallel import ranks
@@ -105,6 +106,9 @@ class DeepSpeedEngine:
             if role.ema
         }
         self.state = ShardedState(self.device, stage.roles, engines, averages, dict.fromkeys(stage.roles, 0))
+        self.movements = {
+            name: Movement(role.net, cfg.seed) for name, role in stage.roles.items() if self.dtype != torch.float32
+        }
         for net in [*stage.frozen, *(r.carried for r in stage.roles.values() if r.carried is not None)]:
             self.place(net)
 
@@ -139,8 +143,23 @@ class DeepSpeedEngine:
             for block in net.blocks:
                 block.register_forward_pre_hook(start_graph, prepend=True)
         engine = self.deepspeed.initialize(model=Runner(self._leaves(net)), optimizer=optimizer, config=config)[0]
+        if self.dtype != torch.float32 and role.file_values is not None:
+            self._fill_masters(role.net, role.file_values)
         self._watch(net, name)
         return engine
+
+    def _fill_masters(self, net: nn.Module, values: Values) -> None:
+        """Put the float32 values of a network's file into its master weights, one tensor at a time.
+
+        DeepSpeed starts the masters at the weights rounded to bfloat16. There the rounding of a small change returns
+        the old weight, until the changes add up to half a step of bfloat16.
+        """
+        trained = {key: p for key, p in net.named_parameters() if p.requires_grad}
+        for key, value in values():
+            HERE.at("reading the float32 weights")
+            if key in trained:
+                shards.put(trained.pop(key), value.to(self.device))
+        assert not trained, f"the file gave no value for {list(trained)[:3]}"
 
     def _share_tokens(self, net: VideoDiT) -> None:
         """With sequence_parallel > 1, let the ranks of this group walk the network together."""
@@ -232,6 +251,13 @@ class DeepSpeedEngine:
         loss, *rest = (m / self.accumulation for m in means)
         record = {"loss": loss, "grad_norm": float(norm), "lr": lr} | dict(zip(keys, rest, strict=True))
         return named(record, name, state.roles)
+
+    def measures(self) -> dict[str, float]:
+        """With dtype=bfloat16, return the realised share of the movement of each role; see `movement.realised`."""
+        if not self.movements:
+            return {}
+        shares = realised(list(self.movements.values()))
+        return {f"{name}_realised": s for name, s in zip(self.movements, shares, strict=True) if s is not None}
 
     @staticmethod
     def _loss(update: Update, records: list[dict]) -> Tensor:

@@ -124,6 +124,10 @@ class LocalEngine:
         record = {"loss": loss, "grad_norm": norm, "lr": lr} | record
         return named(record, update.role, self.roles)
 
+    def measures(self) -> dict[str, float]:
+        """Nothing: the weights are float32, so that no movement is lost."""
+        return {}
+
     # A checkpoint holds per role: the network, its AdamW state, its average, and the network that it carries.
 
     def save(self, folder: Path, step: int, keep: int, every: int, good: int = 0) -> checkpoint.Saving:

@@ -52,6 +52,9 @@ class Engine(Protocol):
     def apply(self, update: Update, step: int) -> dict[str, float]:
         """Take one optimizer step and return the numbers to log."""
 
+    def measures(self) -> dict[str, float]:
+        """Return further numbers of a logged line, which are not measured in every step. All ranks call this."""
+
     def save(self, folder: Path, step: int, keep: int, every: int, good: int = 0) -> checkpoint.Saving:
         """Start writing a checkpoint; see `checkpoint.save`."""
 
@@ -161,7 +164,8 @@ def train(
                     record |= engine.apply(update, step)
             done = step + 1
             if step % cfg.log_every == 0 or done == stage.iters:
-                line = {"step": done, **record, **clock.read()}
+                HERE.at("the numbers of a logged line", role="")
+                line = {"step": done, **record, **engine.measures(), **clock.read()}
                 if metrics:
                     metrics.write(line)
                 watch.log(line)

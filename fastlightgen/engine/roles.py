@@ -1,6 +1,6 @@
 """The interface between stages and engines: trained networks (roles) and the losses of a step (updates)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ from fastlightgen.config import TrainingKeys
 from fastlightgen.models.base import VideoDiT
 
 Loss = Callable[[], tuple[Tensor, dict[str, float]]]
+Values = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 @dataclass
@@ -28,6 +29,9 @@ class Role:
     ema_start: int = 0  # update at which averaging starts
     carried: VideoDiT | None = None  # a network that changes without an optimizer; checkpoints contain it too
     host: VideoDiT | None = None  # the frozen network that `net` is a part of (adapters)
+    # Reads (name, float32 value) of every parameter of `net` from its file, for an engine that holds `net` in bfloat16;
+    # None: there is no file, the values in `net` are the start.
+    file_values: Values | None = None
 
     @property
     def network(self) -> VideoDiT:

@@ -27,6 +27,7 @@ class Sharded(nn.Parameter):
 
     ds_tensor: Tensor  # this rank's partition, flat; the last rank's is padded
     ds_shape: torch.Size  # full shape
+    _z3_optimizer: Any
 
     def convert_to_zero_parameters(self, param_list: list[nn.Parameter]) -> None: ...
 
@@ -145,6 +146,18 @@ def put_frozen(p: nn.Parameter, value: Tensor) -> None:
         p.ds_tensor.copy_(part_of(p, value))
     if p.numel():  # complete here: not sharded, or small enough to stay on every rank
         p.copy_(value)
+
+
+def parts(p: nn.Parameter) -> tuple[Tensor, Tensor]:
+    """Return this rank's part of a trained weight, flat: of its float32 master, and of the weight computed with."""
+    if is_sharded(p):
+        # DeepSpeed's safe_get_local_fp32_param would copy an offloaded part to the GPU.
+        return p._z3_optimizer._get_fp32_opt_state_partition(p, release_swap_buffers=False)[0], p.ds_tensor
+    fragment = p._hp_mapping  # type: ignore[attr-defined]  # set by DeepSpeed; None if all of p is on other ranks
+    if fragment is None:
+        return p.new_empty(0, dtype=torch.float32), p.new_empty(0)
+    place = fragment.lp_fragment_address
+    return fragment.get_hp_fragment(), p.flatten().narrow(0, place.start, place.numel)
 
 
 def masters(optimizer) -> list[Tensor]:

@@ -1,16 +1,19 @@
 """The builder that hands a method its networks and batches, and runs the checks before a stage starts."""
 
 import copy
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastlightgen.config import StageConfig, TrainingKeys
+from fastlightgen.config import StageConfig, TrainingKeys, presets
 from fastlightgen.data.source import Batch, Source
+from fastlightgen.engine.roles import Values
 from fastlightgen.engine.shards import keeper
 from fastlightgen.models.base import VideoDiT
-from fastlightgen.models.folder.weights import load_model
+from fastlightgen.models.folder.weights import file_values, load_model
 from fastlightgen.parallel.clock import clock
 from fastlightgen.parallel.log import say
 from fastlightgen.rng import rows
@@ -41,6 +44,14 @@ class Builder:
     def copy(self, net: VideoDiT, model: str | Path) -> VideoDiT:
         """Copy a network that `load` has read from `model`; under ZeRO-3 read the model folder once more."""
         return self.load(model) if keeper(self.cfg, self.device) else copy.deepcopy(net)
+
+    def file_values(self, model: str | Path, keep: Sequence[int] | None = None) -> Values | None:
+        """Return the reader of `model`'s float32 values for `Role.file_values`; `keep`: blocks of a pruned network.
+
+        A preset's random weights have no file, and one generator draws them all in turn, so that no rank can draw a
+        tensor alone. With dtype=bfloat16 their training starts from rounded values.
+        """
+        return None if str(model) in presets() else partial(file_values, model, keep, self.cfg.allow_pt)
 
     def batches(self, step: int) -> Batch:
         """Return this process's clips of a step, on its device."""

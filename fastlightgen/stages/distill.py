@@ -216,7 +216,11 @@ def build(cfg: Config, with_: Builder) -> Distill:
         fake, fake_keep = (fake.prune(keep), None) if fake_keep is not None else (fake, None)
     with_.checkpoint(cfg, student, fake)
     nets = Networks(student, teacher, list(keep), fake, fake_keep, trained or fake, trained is not None, original)
-    return Distill(cfg, nets, with_.batches, with_.card(source=card.get("source"), kept_blocks=list(keep)))
+    stage = Distill(cfg, nets, with_.batches, with_.card(source=card.get("source"), kept_blocks=list(keep)))
+    stage.roles["student"].file_values = with_.file_values(folder, keep)
+    if trained is None:  # adapters start from values of their own
+        stage.roles["fake"].file_values = with_.file_values(folder, keep if cfg.fake_arch == "pruned" else None)
+    return stage
 
 
 def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:

@@ -142,8 +142,7 @@ class Prune:
         card: dict[str, Any],
         target: VideoDiT | None = None,
     ):
-        self.cfg, self.iters, self.card = cfg, cfg.iters, card
-        self.batches, self.held_out = batches, held_out
+        self.cfg, self.iters, self.card, self.batches, self.held_out = cfg, cfg.iters, card, batches, held_out
         self.net = self.teacher = net  # before the first step the network is the teacher
         self.pruned = list(pruned)
         self.keep = [i for i in range(net.num_blocks) if i not in self.pruned]
@@ -195,7 +194,6 @@ class Prune:
         with torch.no_grad():
             v_target = v["unpruned"] if self.target is None else self.target(x_t, t, cond)
         v_p, v_u = v.get("pruned"), v["unpruned"] if w_u else None
-
         loss = eq7(v_p, v_u, v_target, flow.velocity(batch.x0, noise), cfg.alpha, cfg.kappa, w_p, w_u)
         taken = {"distill_pruned": v_p, "distill_unpruned": v_u}
         return loss, {name: distance(v.detach(), v_target).item() for name, v in taken.items() if v is not None}
@@ -249,7 +247,9 @@ def build(cfg: Config, with_: Builder) -> Prune:
     with_.check_data(net, theirs)
     with_.checkpoint(cfg, net)
     target = with_.copy(net, folder) if cfg.target != "self" else None
-    return Prune(cfg, net, ranking["pruned"], with_.batches, with_.held_out, card, target)
+    stage = Prune(cfg, net, ranking["pruned"], with_.batches, with_.held_out, card, target)
+    stage.roles["student"].file_values = with_.file_values(folder)
+    return stage
 
 
 def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:

@@ -103,7 +103,9 @@ def build(cfg: Config, with_: Builder) -> Teacher:
     with_.checkpoint(cfg, net)
     card = preset(start)["inference"] if start in presets() else read_card(start)
     with_.check_source(net, card)
-    return Teacher(cfg, net, with_.batches, with_.card(steps=card.get("steps"), guidance=card.get("guidance")))
+    stage = Teacher(cfg, net, with_.batches, with_.card(steps=card.get("steps"), guidance=card.get("guidance")))
+    stage.roles["teacher"].file_values = with_.file_values(start)
+    return stage
 
 
 def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:

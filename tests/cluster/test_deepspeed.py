@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import worker
-from helpers import BLOCKS, PRUNED, small_wan
+from helpers import BLOCKS, KEPT, small_wan, write_ranking
 from launch import WORKER, finish, launch
 from safetensors.torch import load_file
 
@@ -60,6 +60,20 @@ SAVED = {
     "stage 3, saved, lora, shared tokens": {"stage": 3, "words": LORA, "sequence_parallel": 2},
     "stage 3, saved, bfloat16, offloaded": {"stage": 3, "dtype": "bfloat16", "offload": "optimizer", "words": THREE},
 }
+# Started from files of random float32 weights, with learning rates that move a weight by less than a step of bfloat16.
+MEND = {"dtype": "bfloat16", "steps": 8, "rounded": False}
+MEND3 = MEND | {"stage": 3, "words": [*THREE, "lr=2e-5", "lr_fake=2e-5", "ema=0.9"]}
+FILES = {
+    "stage 3, zero 1": MEND3 | {"zero": 1},
+    "stage 3, zero 2": MEND3 | {"zero": 2},
+    "stage 3, zero 3": MEND3 | {"zero": 3},
+    "stage 3, zero 3, offloaded": MEND3 | {"zero": 3, "offload": "all"},
+    "stage 0, zero 3": MEND | {"stage": 0, "zero": 3, "words": ["lr=2e-5", "ema=0.9"]},
+    "stage 2, zero 2, offloaded": MEND | {"stage": 2, "zero": 2, "offload": "optimizer", "words": ["lr=2e-5"]},
+}
+FILES = {f"from files, {name}": case for name, case in FILES.items()}
+RESUMED = "stage 3, saved, from files"
+ROUNDED = {f"rounded, zero {z}": MEND3 | {"zero": z, "rounded": True} for z in (1, 2, 3)}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +89,25 @@ def results(folder) -> dict:
     read = {f"read, {t}": {"stage": 0, "load": str(folder / "network"), "words": [f"dtype={t}"]} for t in DTYPES}
     read["drawn"] = {"stage": 0, "load": "tiny", "words": ["offload=all"]}
     late = {"late": {"stage": 2, "late": 0.3}}
-    return on_ranks(2, CASES | saved | read | late, folder)
+    return on_ranks(2, CASES | saved | read | late | from_files(folder), folder)
+
+
+def from_files(folder: Path) -> dict:
+    """Write a network of random float32 weights and a ranking; return the cases that start from them."""
+    net, gen = small_wan(), torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        p.data = 0.2 * torch.randn(p.shape, generator=gen)
+    files = save_model(net, folder / "random", pruned_path=KEPT)
+    ranking = write_ranking(folder / "importance.json")
+    paths = {0: [f"init={files}"], 2: [f"model={files}", f"importance={ranking}"], 3: [f"stage2_model={files}"]}
+    run = folder / "run"
+    cases = FILES | ROUNDED | {"logged": MEND3 | {"zero": 3, "run": str(run)}}
+    cases["logged"]["words"] = [*MEND3["words"], "iters=3", "log_every=2", f"run={run}"]
+    cases[RESUMED] = {k: v for k, v in MEND3.items() if k != "rounded"} | {"zero": 2, "save": str(folder / RESUMED)}
+    return {
+        name: case | {"files": str(files), "words": [*paths[case["stage"]], *case["words"]]}
+        for name, case in cases.items()
+    }
 
 
 def on_ranks(count: int, cases: dict, folder: Path) -> dict:
@@ -101,9 +133,6 @@ def test_losses_are_those_of_one_process(results, name):
 def test_stage_1_scores_are_those_of_one_process(results, name):
     one, two = torch.tensor(worker.run(CASES[name])["table"]), torch.tensor(results[name]["table"])
     assert torch.allclose(two, one, rtol=1e-5, atol=0)
-
-
-KEPT = [i for i in range(BLOCKS) if i not in PRUNED]
 
 
 def test_blocks_are_gathered_once_per_walk(results):
@@ -153,7 +182,7 @@ def test_the_clock_counts_the_wait_in_deepspeeds_gathers(results):
     assert results["late"]["share_collectives"] * results["late"]["sec_per_step"] > 0.25
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", [*SAVED, RESUMED])
 def test_a_continued_run_is_the_uninterrupted_one(results, folder, name):
     done = results[name]
     assert done["again"] == done["records"][-len(done["again"]) :]  # bit-equal
@@ -169,6 +198,33 @@ def test_a_rank_keeps_its_partition_of_the_weights_that_it_reads(results, name):
     found = results[name]
     assert found["same"] and found["total"] > 0
     assert all(2 * s <= found["total"] + 64 * found["parameters"] for s in found["kept"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_bfloat16_training_starts_from_the_float32_values_of_the_file(results, name):
+    found, stage = results[name]["found"], FILES[name]["stage"]
+    assert set(found) == {0: {"teacher"}, 2: {"student"}, 3: {"student", "fake"}}[stage]
+    for start in found.values():
+        assert start["masters"] and start["weights"] and start["on_grid"] < 1e-3
+        assert start.get("average", True)
+    assert sum("average" in start for start in found.values()) == (stage != 2)
+
+
+@pytest.mark.parametrize("name", [*FILES, *ROUNDED])
+def test_the_realised_share_shows_movement_that_rounding_loses(results, name):
+    """From the file's values nothing is lost, up to chance; from rounded values most of it."""
+    done, rounded = results[name], name in ROUNDED
+    assert done["before"] == {}  # nothing has moved yet
+    assert set(done["after"]) == {f"{role}_realised" for role in done["found"]}
+    assert all(0 < share < 0.5 if rounded else 0.95 < share < 1.05 for share in done["after"].values())
+    assert not rounded or all(start["on_grid"] == 1 for start in done["found"].values())
+
+
+def test_the_realised_share_is_logged(results):
+    """At steps 1 and 3; iters=3 ends the run. The student moves at steps 1 and 3, the critic at every step."""
+    lines = results["logged"]["lines"]
+    assert [line["step"] for line in lines] == [1, 3]
+    assert all(0 < line[f"{role}_realised"] < 1.3 for line in lines for role in ("student", "fake"))
 
 
 @pytest.mark.slow

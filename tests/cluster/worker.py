@@ -17,16 +17,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from gathers import count_gathers, gathers
 from helpers import BLOCKS, KEPT, PRUNED, config, crop, small_hunyuan, small_wan
 
 from fastlightgen.data.source import Batch
 from fastlightgen.engine import shards
+from fastlightgen.engine.folder import StageFolder
 from fastlightgen.engine.local import LocalEngine
+from fastlightgen.engine.log import read_metrics
+from fastlightgen.engine.loop import train
 from fastlightgen.models.folder.weights import load_model
 from fastlightgen.models.lora import attach_lora
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.clock import clock
 from fastlightgen.rng import generator, rows
+from fastlightgen.stages import distill, prune, teacher
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.distill import Distill
 from fastlightgen.stages.networks import Networks
@@ -96,7 +101,7 @@ def make_engine(case: dict):
             return config
 
     keys = {"batch": BATCH, "micro_batch": 0, "zero": 3, "offload": "none", "dtype": "float32"}
-    keys |= {"sequence_parallel": 1, "timeout": 900}
+    keys |= {"sequence_parallel": 1, "timeout": 900, "seed": 0}
     return Engine(CPU, SimpleNamespace(**{k: case.get(k, v) for k, v in keys.items()}))
 
 
@@ -124,7 +129,11 @@ def run(case: dict) -> dict:
         return loaded(case)
     if "late" in case:
         return waited(case)
-    stage = make(case["stage"], case.get("words", []), case.get("family", "wan"), case.get("size", 4))
+    if "run" in case:
+        return logged(case)
+    if "rounded" in case:
+        return started(case)
+    stage = new_stage(case)
     engine.prepare(stage)
     stage.begin()
     count_gathers(gathered)
@@ -138,14 +147,15 @@ def run(case: dict) -> dict:
     records = steps(stage, engine, 0, middle)
     saving = engine.save(folder, middle, keep=2, every=0)  # written while the next steps run
     records += steps(stage, engine, middle, last)
+    records.append(engine.measures())
     saving.wait()
     engine.finish()
     stage.save(folder / "whole", engine.save_model)
-    stage, engine = make(case["stage"], case.get("words", [])), make_engine(case)
+    stage, engine = new_stage(case), make_engine(case)
     engine.prepare(stage)
     stage.begin()
     assert engine.load(folder) == middle
-    again = steps(stage, engine, middle, last)
+    again = [*steps(stage, engine, middle, last), engine.measures()]
     engine.finish()
     stage.save(folder / "continued", engine.save_model)
     return {"records": records, "again": again}
@@ -196,37 +206,67 @@ def loaded(case: dict) -> dict:
     return {"same": not ranks.anyone(not all(same)), "parameters": len(same), "kept": kept, "total": total}
 
 
-def count_gathers(counter: Counter) -> None:
-    """Count how often each sharded weight of a block is gathered."""
-    if ranks.size() == 1:
-        return
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+def started(case: dict) -> dict:
+    """Build a stage from files in bfloat16; return per role whether masters, weights and average are the files' values.
 
-    name = "_PartitionedParameterCoordinator__all_gather_params_"
-    real = ORIGINAL.setdefault(name, getattr(Coordinator, name))
+    Then train it, and return the realised shares of the movement at the last step. `rounded`: without the values of the
+    files, so that the masters start at bfloat16 values.
+    """
+    stage, engine = new_stage(case), make_engine(case)
+    expected = {}
+    for name, role in stage.roles.items():
+        whole = load_model(case["files"])
+        expected[name] = (whole.prune(KEPT) if case["stage"] == 3 else whole).state_dict()
+        if case.get("rounded"):
+            role.file_values = None
+    engine.prepare(stage)
+    found = {}
+    for name, role in stage.roles.items():
+        trained = {key: p for key, p in role.net.named_parameters() if p.requires_grad}
+        values = torch.cat([expected[name][key].flatten() for key in trained])
+        masters = torch.cat([shards.get(p).flatten() for p in trained.values()])
+        weights = []
+        for p in trained.values():
+            with shards.gathered_weight(p) as weight:
+                weights.append(weight.detach().flatten().clone())
+        found[name] = {
+            "masters": torch.equal(masters, values),
+            "weights": not ranks.anyone(not torch.equal(torch.cat(weights), values.bfloat16())),
+            "on_grid": (masters == masters.bfloat16().float()).float().mean().item(),
+        }
+        if role.ema:
+            with shards.swapped(engine.state.engines[name].optimizer, engine.state.averages[name]):
+                average = torch.cat([shards.get(p).flatten() for p in trained.values()])
+            found[name]["average"] = torch.equal(average, values)
+    before = engine.measures()
+    steps(stage, engine, 0, case["steps"])
+    return {"found": found, "before": before, "after": engine.measures()}
 
-    def counting(self, params, *args, **keys):
-        counter.update(p.ds_id for p in params)
-        return real(self, params, *args, **keys)
 
-    setattr(Coordinator, name, counting)
-
-
-ORIGINAL: dict = {}
+def logged(case: dict) -> dict:
+    """Run the training loop on a stage from files; return the lines of its log."""
+    stage, engine, cfg = new_stage(case), make_engine(case), built_with(case)
+    train(stage, engine, StageFolder(case["run"], case["stage"], {"seed": cfg.seed}, []), cfg)
+    return {"lines": read_metrics(Path(case["run"]) / f"stage{case['stage']}" / "metrics.jsonl")}
 
 
-def gathers(counter: Counter, nets: list) -> list[list[int]]:
-    """Return the gathers per network and block; -1 if the weights of a block were not gathered equally often."""
-    if ranks.size() == 1:
-        return []
-    out = []
-    for net in nets:
-        row = []
-        for block in net.blocks:
-            counts = {counter[p.ds_id] for p in block.parameters() if hasattr(p, "ds_id") and not p.ds_persist}
-            row.append(counts.pop() if len(counts) == 1 else -1)
-        out.append(row)
-    return out
+def new_stage(case: dict):
+    """Return the stage of a case: built from its files, or with networks of its own."""
+    if "files" not in case:
+        return make(case["stage"], case.get("words", []), case.get("family", "wan"), case.get("size", 4))
+    cfg = built_with(case)
+    stage = BUILDS[case["stage"]](cfg, Builder(cfg, ShapesSource(0), CPU))
+    stage.batches = batches
+    return stage
+
+
+def built_with(case: dict):
+    """Return the configuration of a case that is built from files."""
+    words = ["engine=deepspeed", f"dtype={case['dtype']}", f"zero={case['zero']}", *case["words"]]
+    return configured(case | {"words": words})
+
+
+BUILDS = {0: teacher.build, 2: prune.build, 3: distill.build}
 
 
 def main(cases: Path, results: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import small_hunyuan, small_wan
 from safetensors.torch import load_file, save_file
 
 from fastlightgen.config import preset
@@ -12,7 +13,7 @@ from fastlightgen.models.base import Cond
 from fastlightgen.models.folder import weights
 from fastlightgen.models.folder.files import WEIGHTS
 from fastlightgen.models.folder.original import from_original, original_config, save_original, to_original
-from fastlightgen.models.folder.weights import build, load_model, load_weights, save_model
+from fastlightgen.models.folder.weights import build, file_values, load_model, load_weights, save_model
 from fastlightgen.models.hunyuan.keys import hunyuan_keys
 from fastlightgen.models.keys import inverse
 from fastlightgen.models.wan.keys import wan_keys
@@ -133,6 +134,22 @@ def test_a_pruned_model_goes_back_renumbered(tmp_path: Path):
     stored = load_file(save_original(model.prune([0, 3]), tmp_path / "m") / WEIGHTS)
     assert all(torch.equal(stored[f"blocks.{k}.ffn.2.weight"], v) for k, v in kept.items())
     assert not any(key.startswith("blocks.2.") for key in stored)
+
+
+@pytest.mark.parametrize("save", [save_model, save_original])
+@pytest.mark.parametrize("keep", [None, [0, 3]])
+@pytest.mark.parametrize("family", ["wan", "hunyuan"])
+def test_the_values_of_a_file_by_the_names_of_the_pruned_network(tmp_path: Path, family: str, keep, save):
+    """HunyuanVideo has 2 double and 3 single blocks here; its original file fuses several tensors into one."""
+    save(build(SMALL | {"num_layers": 4}) if family == "wan" else small_hunyuan(num_refiner_layers=2), tmp_path / "m")
+    found, whole = list(file_values(tmp_path / "m", keep)), load_model(tmp_path / "m")
+    assert len(found) == len(dict(found))
+    assert same(dict(found), (whole.prune(keep) if keep else whole).state_dict())
+
+
+def test_the_values_of_a_bfloat16_file_are_float32(tmp_path: Path):
+    found = dict(file_values(save_model(small_wan(), tmp_path / "m", torch.bfloat16)))
+    assert same(found, {k: v.bfloat16().float() for k, v in small_wan().state_dict().items()})
 
 
 def test_only_clip_sized_image_tokens_go_back(tmp_path: Path):

@@ -6,7 +6,7 @@ mapped files into the wanted type and device. Memory beside the network: one ten
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ __all__ = [
     "build",
     "config_of",
     "digest",
+    "file_values",
     "load_model",
     "load_weights",
     "model_folder",
@@ -78,10 +79,15 @@ def load_model(
                 place(p)
         return model
     folder = model_folder(path_or_preset)
-    with torch.device("meta"), Undrawn():
-        model = build(read_config(folder))
+    model = without_memory(folder)
     load_weights(model, folder, device, dtype, allow_pt, placed(model) if placed else None)
     return model
+
+
+def without_memory(folder: Path) -> VideoDiT:
+    """Build a folder's network on the meta device."""
+    with torch.device("meta"), Undrawn():
+        return build(read_config(folder))
 
 
 class Undrawn(TorchFunctionMode):
@@ -102,28 +108,63 @@ def load_weights(
     placed: Placed | None = None,
 ) -> None:
     """Load the folder's weights into `model`, on the meta device or another; keys and shapes must match exactly."""
+    state = model.state_dict()
+    for key, stored, source in stored_tensors(folder, model.config, state, allow_pt):
+        value = assign(model, key, copied(stored, source, state[key], device or "cpu", dtype))
+        if placed and isinstance(value, nn.Parameter):
+            placed(value)
+    rest = [name for name, v in [*model.named_parameters(), *model.named_buffers()] if v.is_meta]
+    assert not rest, f"left without memory: {rest[:3]}; buffers that are not in the state dict must be made on use"
+
+
+def file_values(
+    path: str | Path, keep: Sequence[int] | None = None, allow_pt: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Read the weights of a model folder again: yield (name, float32 value on the CPU), one tensor at a time.
+
+    `keep`: the blocks of a pruned network (None: all). The names are then those of the pruned network.
+    """
+    folder = model_folder(path)
+    net = without_memory(folder)
+    config, state = net.config, net.state_dict(keep_vars=True)
+    pruned = net if keep is None else net.prune(keep)
+    # Pruning renumbers the blocks; the tensors themselves tell which old name became which new one.
+    new = {id(tensor): name for name, tensor in pruned.state_dict(keep_vars=True).items()}
+    names = {key: new[id(tensor)] for key, tensor in state.items() if id(tensor) in new}
+    for key, stored, source in stored_tensors(folder, config, state, allow_pt, names):
+        yield names[key], copied(stored, source, state[key], "cpu", torch.float32)
+
+
+def stored_tensors(
+    folder: Path,
+    config: Mapping,
+    state: Mapping[str, Tensor],
+    allow_pt: bool,
+    wanted: Collection[str] | None = None,
+) -> Iterator[tuple[str, Tensor, Source]]:
+    """Yield (key of the network, mapped tensor of the file, its rows that belong to the key), in file order.
+
+    `config` and `state` describe the network; the file's keys and shapes must match them exactly. `wanted`: the keys to
+    yield (None: all).
+    """
     files = weight_files(folder, original_files(), allow_pt)
     headers = read_headers(files)
     original = family_of_original(read_json(folder / "config.json"))
-    state = model.state_dict()
-    table = key_table(model.config) if original else {key: Source(key) for key in state}
-    unused = family_of(model.config).unused(model.config)
+    table = key_table(config) if original else {key: Source(key) for key in state}
+    unused = family_of(config).unused(config)
     check_fit(folder, state, table, {key: header for key, (_, header) in headers.items()}, unused)
 
     takers: dict[str, list[str]] = {}  # stored key -> keys of the network that take values from it
     for key, source in table.items():
-        takers.setdefault(source.key, []).append(key)
+        if wanted is None or key in wanted:
+            takers.setdefault(source.key, []).append(key)
     with loading_bar(sum(v.numel() * v.element_size() for _, v in headers.values())) as progress:
-        for stored in windows(headers):
-            with mapped(headers[stored[0]][0]) as (_, get):
-                for name in stored:
+        for group in windows(headers):
+            with mapped(headers[group[0]][0]) as (_, get):
+                for name in group:
                     for key in takers.get(name, []):
-                        value = assign(model, key, copied(get(name), table[key], state[key], device or "cpu", dtype))
-                        if placed and isinstance(value, nn.Parameter):
-                            placed(value)
+                        yield key, get(name), table[key]
                     progress.update(headers[name][1].numel() * headers[name][1].element_size())
-    rest = [name for name, v in [*model.named_parameters(), *model.named_buffers()] if v.is_meta]
-    assert not rest, f"left without memory: {rest[:3]}; buffers that are not in the state dict must be made on use"
 
 
 def loading_bar(total: int) -> tqdm:
