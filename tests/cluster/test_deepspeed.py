@@ -60,20 +60,20 @@ SAVED = {
     "stage 3, saved, lora, shared tokens": {"stage": 3, "words": LORA, "sequence_parallel": 2},
     "stage 3, saved, bfloat16, offloaded": {"stage": 3, "dtype": "bfloat16", "offload": "optimizer", "words": THREE},
 }
-# Started from files of random float32 weights, with learning rates that move a weight by less than a step of bfloat16.
-MEND = {"dtype": "bfloat16", "steps": 8, "rounded": False}
-MEND3 = MEND | {"stage": 3, "words": [*THREE, "lr=2e-5", "lr_fake=2e-5", "ema=0.9"]}
+# Built from files of random float32 weights, with learning rates that move a weight by less than a step of bfloat16.
+SLOW = {"dtype": "bfloat16", "steps": 8, "words": ["lr=2e-5"]}
+SLOW3 = SLOW | {"stage": 3, "words": [*THREE, "lr=2e-5", "lr_fake=2e-5", "ema=0.9"]}
 FILES = {
-    "stage 3, zero 1": MEND3 | {"zero": 1},
-    "stage 3, zero 2": MEND3 | {"zero": 2},
-    "stage 3, zero 3": MEND3 | {"zero": 3},
-    "stage 3, zero 3, offloaded": MEND3 | {"zero": 3, "offload": "all"},
-    "stage 0, zero 3": MEND | {"stage": 0, "zero": 3, "words": ["lr=2e-5", "ema=0.9"]},
-    "stage 2, zero 2, offloaded": MEND | {"stage": 2, "zero": 2, "offload": "optimizer", "words": ["lr=2e-5"]},
+    "stage 3, zero 1": SLOW3 | {"zero": 1},
+    "stage 3, zero 2": SLOW3 | {"zero": 2},
+    "stage 3, zero 3": SLOW3 | {"zero": 3},
+    "stage 3, zero 3, offloaded": SLOW3 | {"zero": 3, "offload": "all"},
+    "stage 0, zero 3": SLOW | {"stage": 0, "zero": 3, "words": ["lr=2e-5", "ema=0.9"]},
+    "stage 2, zero 2, offloaded": SLOW | {"stage": 2, "zero": 2, "offload": "optimizer"},
 }
-FILES = {f"from files, {name}": case for name, case in FILES.items()}
+FILES = {f"from files, {name}": case | {"start": "file"} for name, case in FILES.items()}
+ROUNDED = {f"rounded, zero {z}": SLOW3 | {"zero": z, "start": "rounded"} for z in (1, 2, 3)}
 RESUMED = "stage 3, saved, from files"
-ROUNDED = {f"rounded, zero {z}": MEND3 | {"zero": z, "rounded": True} for z in (1, 2, 3)}
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +100,10 @@ def from_files(folder: Path) -> dict:
     files = save_model(net, folder / "random", pruned_path=KEPT)
     ranking = write_ranking(folder / "importance.json")
     paths = {0: [f"init={files}"], 2: [f"model={files}", f"importance={ranking}"], 3: [f"stage2_model={files}"]}
-    run = folder / "run"
-    cases = FILES | ROUNDED | {"logged": MEND3 | {"zero": 3, "run": str(run)}}
-    cases["logged"]["words"] = [*MEND3["words"], "iters=3", "log_every=2", f"run={run}"]
-    cases[RESUMED] = {k: v for k, v in MEND3.items() if k != "rounded"} | {"zero": 2, "save": str(folder / RESUMED)}
+    logged = SLOW3 | {"zero": 3, "run": str(folder / "run")}
+    logged["words"] = [*SLOW3["words"], "iters=3", "log_every=2", f"run={folder / 'run'}"]
+    resumed = SLOW3 | {"zero": 2, "steps": 4, "save": str(folder / RESUMED)}
+    cases = FILES | ROUNDED | {"logged": logged, RESUMED: resumed}
     return {
         name: case | {"files": str(files), "words": [*paths[case["stage"]], *case["words"]]}
         for name, case in cases.items()

@@ -131,7 +131,7 @@ def run(case: dict) -> dict:
         return waited(case)
     if "run" in case:
         return logged(case)
-    if "rounded" in case:
+    if "start" in case:
         return started(case)
     stage = new_stage(case)
     engine.prepare(stage)
@@ -209,15 +209,15 @@ def loaded(case: dict) -> dict:
 def started(case: dict) -> dict:
     """Build a stage from files in bfloat16; return per role whether masters, weights and average are the files' values.
 
-    Then train it, and return the realised shares of the movement at the last step. `rounded`: without the values of the
-    files, so that the masters start at bfloat16 values.
+    Then train it, and return the realised shares of the movement at the last step. start=rounded: without the values of
+    the files, so that the masters start at bfloat16 values.
     """
     stage, engine = new_stage(case), make_engine(case)
     expected = {}
     for name, role in stage.roles.items():
         whole = load_model(case["files"])
         expected[name] = (whole.prune(KEPT) if case["stage"] == 3 else whole).state_dict()
-        if case.get("rounded"):
+        if case["start"] == "rounded":
             role.file_values = None
     engine.prepare(stage)
     found = {}
