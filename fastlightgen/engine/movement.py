@@ -9,7 +9,7 @@ from fastlightgen.engine import shards
 from fastlightgen.parallel import ranks
 from fastlightgen.rng import generator
 
-SAMPLES = 2**16  # weights per role and rank, drawn with replacement; enough that chance moves the share by few percent
+SAMPLES = 2**16  # weights per role and rank, drawn with replacement; enough that chance moves the share by a few percent
 DRAWS = 8  # the purpose of the random positions
 
 
@@ -20,7 +20,7 @@ class Movement:
         self.params = [p for p in net.parameters() if p.requires_grad]
         sizes = [shards.parts(p)[0].numel() for p in self.params]
         gen = generator(seed, DRAWS, ranks.rank())
-        drawn = torch.randint(max(1, sum(sizes)), (SAMPLES,), generator=gen).sort().values
+        drawn = torch.randint(sum(sizes), (SAMPLES,), generator=gen).sort().values
         ends = torch.tensor(sizes).cumsum(0)
         bounds = torch.searchsorted(drawn, ends).tolist()  # number of drawn positions before the end of each weight
         self.places = [

@@ -27,7 +27,7 @@ class Sharded(nn.Parameter):
 
     ds_tensor: Tensor  # this rank's partition, flat; the last rank's is padded
     ds_shape: torch.Size  # full shape
-    _z3_optimizer: Any
+    _z3_optimizer: Any  # DeepSpeed's optimizer of the network
 
     def convert_to_zero_parameters(self, param_list: list[nn.Parameter]) -> None: ...
 
