@@ -9,7 +9,7 @@ from fastlightgen.engine import shards
 from fastlightgen.parallel import ranks
 from fastlightgen.rng import generator
 
-SAMPLES = 2**16  # weights per role and rank, drawn with replacement; enough that chance moves the share by a few percent
+SAMPLES = 2**16  # weights per role and rank, drawn with replacement; chance then moves the share by a few percent
 DRAWS = 8  # the purpose of the random positions
 
 
