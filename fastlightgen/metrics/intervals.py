@@ -1,7 +1,7 @@
 """Bootstrap intervals of scores and of paired differences: do two models differ beyond chance?
 
-A statistic maps index sets [R,n] to R values: the score of each resampled set of clips. Two models that were sampled for
-the same captions from the same noise are resampled together, so that what their clips have in common cancels.
+A statistic maps index sets [R,n] to R values: the score of each resampled set of clips. Two models that were sampled
+for the same captions from the same noise are resampled together, so that what their clips have in common cancels.
 """
 
 from collections.abc import Callable
@@ -86,9 +86,9 @@ def compare(
 ) -> Difference:
     """Compare two models that were measured on the same clips and noise; `goal` is one of metrics.scores.GOALS.
 
-    The difference is model minus other. For the goals "one" and "real" it is the difference of the distances |score - 1|
-    or |score - real|. With `comparisons` scores in a table, each interval has the level 1 - 0.05 / comparisons
-    (Bonferroni), so that 95% of the tables of equal models rank nothing.
+    The difference is model minus other. For the goals "one" and "real" it is the difference of the distances
+    |score - 1| or |score - real|. With `comparisons` scores in a table, each interval has the level
+    1 - 0.05 / comparisons (Bonferroni), so that 95% of the tables of equal models rank nothing.
     """
     if (model.clips, model.seed) != (other.clips, other.seed):
         pairs = f"{model.clips} clips of seed {model.seed}, {other.clips} clips of seed {other.seed}"

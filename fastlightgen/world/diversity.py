@@ -22,7 +22,7 @@ _STATED = [1, 2, 3, 4, 5, 11, 12, 13]  # random numbers of a clip that decide it
 
 
 class Redraws(Shapes):
-    """New clips for the captions of the clips `asked` of a world: everything that a caption leaves open is drawn anew."""
+    """New clips for the captions of the clips `asked` of a world: all that a caption leaves open is drawn anew."""
 
     def __init__(self, world: Shapes, asked: Sequence[int]) -> None:
         super().__init__(world.frames, world.size, world.seed, first_frame_prob=0.0, split=world.split)

@@ -22,7 +22,7 @@ def test_identical_and_disjoint_sets():
 
 
 def test_two_sets_of_one_distribution():
-    """A ball of k neighbours holds none of as many new points with a chance of about 1 / 2^k (Naeem et al., Lemma 2)."""
+    """A ball of k neighbours holds none of as many new points with a chance of about 1 / 2^k (Naeem et al.)."""
     x, y = normal(500, 4, seed=0), normal(500, 4, seed=1)
     density, coverage = density_coverage(x, y)
     assert coverage == pytest.approx(1 - 2**-5, abs=0.02) and density == pytest.approx(1, abs=0.1)
