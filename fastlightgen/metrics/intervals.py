@@ -12,6 +12,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from fastlightgen.metrics.scores import BETTER, SAME, WORSE
 from fastlightgen.rng import generator
 
 Statistic = Callable[[Tensor], Tensor]
@@ -19,7 +20,6 @@ RESAMPLES = 200
 MIN_CLIPS = 64  # below, the spread of the resamples is itself too uncertain
 LEVEL = 0.95  # of all intervals
 PURPOSE = 11  # of these random draws
-BETTER, WORSE, SAME = "better", "worse", "no difference"
 
 
 @dataclass(frozen=True)

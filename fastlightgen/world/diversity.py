@@ -15,7 +15,7 @@ from fastlightgen.world import reader
 from fastlightgen.world.shapes import CHANGES, Clips, Shapes, uniforms
 
 REDRAWS = 16  # real clips per caption, which show the true spread
-REDRAWS_START = 2_000_000  # of their indices, apart from conditions and reference clips
+TRUE_START, OTHER_START = 2_000_000, 3_000_000  # of the indices of new clips: for the true spread, and for others
 MEASURES = ("start", "turn frame", "companion")
 _LAST = 4  # frames: every companion is in the picture by then
 _STATED = [1, 2, 3, 4, 5, 11, 12, 13]  # random numbers of a clip that decide its caption
@@ -35,11 +35,10 @@ class Redraws(Shapes):
         return super()._truth(stated)
 
 
-def redraw(world: Shapes, captions: int, draws: int) -> Clips:
+def redraw(world: Shapes, captions: int, draws: int, start: int = OTHER_START) -> Clips:
     """`draws` new clips for each of the first `captions` captions; the clips of a caption follow each other."""
     asked = np.repeat(np.arange(captions), draws)
-    new = range(REDRAWS_START, REDRAWS_START + len(asked))
-    clips = Redraws(world, asked.tolist()).batch(new)
+    clips = Redraws(world, asked.tolist()).batch(range(start, start + len(asked)))
     wanted = world.batch(range(captions)).captions
     assert clips.captions == [wanted[i] for i in asked], "_STATED must list the random numbers that decide a caption"
     return clips
@@ -89,7 +88,7 @@ def diversity_statistic(spread: Tensor, true: Tensor) -> Statistic:
 
 def true_spreads(world: Shapes, captions: int) -> Tensor:
     """The spreads [captions, 3] of real clips for the first captions of a world."""
-    clips = redraw(world, captions, REDRAWS)
+    clips = redraw(world, captions, REDRAWS, TRUE_START)
     return spreads(clips.video, clips.captions, REDRAWS)
 
 

@@ -21,7 +21,7 @@ def truth(world):
 
 @pytest.fixture(scope="module")
 def clips(world):
-    """Clips that differ from those of true_spreads: another seed, with the same captions by construction of redraw."""
+    """Other clips than those of true_spreads, for the same captions."""
     return redraw(world, CAPTIONS, DRAWS)
 
 
