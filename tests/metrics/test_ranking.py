@@ -107,6 +107,18 @@ def repeat(video, copies):
     return video[: len(video) // copies].repeat(copies, 1, 1, 1, 1)
 
 
+def checker(video, strength):
+    """Add a texture that real clips do not have: a checkerboard."""
+    board = torch.arange(video.shape[-1]) + torch.arange(video.shape[-2])[:, None]
+    return (video + strength * (1 - 2 * (board % 2))).clamp(0, 1)
+
+
+def without(video, colours):
+    """Replace the clips by others, in which the main shape never has the first of the six colours."""
+    clips = Shapes(split="test").batch(range(3 * N, 7 * N))
+    return clips.video[torch.from_numpy(clips.truth["main_colour"] >= colours)][: len(video)]
+
+
 DAMAGE = {  # name: (damage, growing strengths, the metrics that must see every step)
     "blur": (blur, (0.4, 0.6, 1.0), ("frechet", "kid", "precision", "recall", "coverage", "texture")),
     "freeze": (freeze, (1, 3, 6), ("frechet", "kid", "recall", "coverage", "persistence")),
@@ -114,6 +126,8 @@ DAMAGE = {  # name: (damage, growing strengths, the metrics that must see every 
     "colour shift": (redden, (0.03, 0.06, 0.12), ("frechet", "kid", "precision", "coverage")),
     "shuffled frames": (shuffle, (1, 2, 4), ("frechet", "kid", "precision", "persistence")),
     "noise": (noise, (0.02, 0.04, 0.06), ("frechet", "kid", "texture", "persistence")),
+    "wrong texture": (checker, (0.01, 0.02, 0.04), ("frechet", "kid", "texture", "coverage")),
+    "missing colours": (without, (1, 2, 4), ("frechet", "kid", "recall", "coverage")),
     "repeated clips": (repeat, (4, 16, 64), ("frechet", "kid", "coverage")),
 }
 

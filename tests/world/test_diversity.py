@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fastlightgen.world.diversity import MEASURES, diversity, redraw, spreads, true_spreads
+from fastlightgen.metrics.intervals import compare, resample
+from fastlightgen.world.diversity import MEASURES, diversity, diversity_statistic, redraw, spreads, true_spreads
 from fastlightgen.world.shapes import Shapes
 
 CAPTIONS, DRAWS = 48, 4
@@ -44,6 +45,16 @@ def test_the_true_spread(truth):
 def test_data_against_data(clips, truth):
     found = diversity(spreads(clips.video, clips.captions, DRAWS), truth)
     assert found == pytest.approx(1, abs=0.1)
+
+
+def test_real_clips_are_not_ranked(world):
+    """Two sets of real clips for 64 captions; half of the noises repeated is worse."""
+    truth = true_spreads(world, 64)
+    sets = [redraw(world, 64, DRAWS, start) for start in (4_000_000, 5_000_000)]
+    a, b = (spreads(clips.video, clips.captions, DRAWS) for clips in sets)
+    half = sets[1].video.view(64, DRAWS, *sets[1].video.shape[1:])[:, [0, 0, 1, 1]].flatten(0, 1)
+    a, b, c = (resample(diversity_statistic(s, truth), 64) for s in (a, b, spreads(half, sets[1].captions, DRAWS)))
+    assert compare(a, b, "one").verdict == "no difference" and compare(c, a, "one").verdict == "worse"
 
 
 def test_collapse_is_monotone(clips, truth):
