@@ -41,6 +41,7 @@ def train(seed: int, *keys: str) -> Path:
         "fastlightgen.train",
         f"run={run}",
         f"seed={seed}",
+        f"evaluate.seed={seed}",
         "model=tiny",
         "data=shapes",
         f"threads={torch.get_num_threads()}",

@@ -14,13 +14,15 @@ from fastlightgen.config import Evaluate, Run, for_evaluate, for_stage, main, me
 from fastlightgen.data.frames import to_uint8
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.local import pick_device
+from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled, interval
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.weights import load_model, read_card, read_json, trained_folder
 from fastlightgen.models.sample import sample, sampling_plan
 from fastlightgen.parallel.log import bar, say
 from fastlightgen.rng import generator
 from fastlightgen.world.codec import Codec
-from fastlightgen.world.score import score
+from fastlightgen.world.diversity import redraw
+from fastlightgen.world.score import caption_spreads, clip_values, compared, resampled, scores_of
 from fastlightgen.world.shapes import Clips, Shapes
 from fastlightgen.world.source import shapes_batch
 
@@ -48,6 +50,16 @@ class Subject:
         return [f for i, f in enumerate(flops) if self.keep is None or i in self.keep]
 
 
+@dataclass
+class Result:
+    """The measurements of a model."""
+
+    record: dict
+    shown: Tensor  # the clips to show
+    values: dict[str, Tensor]  # of each clip; empty if the scores came with the model
+    resampled: dict[str, Resampled]  # of each score
+
+
 def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
     """Load a model folder and make its sampling plan from its card and the configuration."""
     folder = trained_folder(model)
@@ -62,20 +74,24 @@ def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
     return Subject(name, title, net, folder, plan, keep)
 
 
-def draw(cfg: Evaluate, subject: Subject, count: int) -> tuple[Tensor, Clips, float]:
+def draw(cfg: Evaluate, subject: Subject, count: int, noises: int = 1) -> tuple[Tensor, Clips, float]:
     """Sample `count` clips: (clips [n,F,3,H,W], the real clips with their prompts, seconds per clip).
 
-    The noise depends on the seed and the clip's position only, so that all subjects start from the same noise.
+    The noise depends on the seed and the clip's position only, so that all subjects start from the same noise. With
+    several noises per prompt, the clips of a prompt follow each other, and no first frame is given.
     """
     if cfg.data != "shapes":
         raise ValueError(f"data={cfg.data}: only clips of data=shapes can be scored, because their truth is known")
     world, made, asked, seconds = Shapes(seed=cfg.seed, split="test"), [], [], 0.0
+    purpose = 8  # of the random numbers
+    if noises > 1:
+        world.first_frame_prob, purpose = 0.0, 12
     device = next(subject.model.parameters()).device
     with bar(count, f"sampling {subject.title}", cfg.progress) as progress:
         for start in range(0, count, cfg.batch):
-            clips = world.batch(range(start, min(start + cfg.batch, count)))
+            clips = world.batch([i // noises for i in range(start, min(start + cfg.batch, count))])
             batch = shapes_batch(clips).to(device)
-            noise = torch.randn(batch.x0.shape, generator=generator(cfg.seed, 8, start)).to(device)  # 8: the purpose
+            noise = torch.randn(batch.x0.shape, generator=generator(cfg.seed, purpose, start)).to(device)
             clock = time.perf_counter()
             x0 = sample(
                 subject.model, batch.cond, batch.null, noise, **subject.plan, seed=cfg.seed + start, keep=subject.keep
@@ -93,15 +109,11 @@ def join(parts: list[Clips]) -> Clips:
     return Clips(torch.cat([p.video for p in parts]), captions, torch.cat([p.has_first for p in parts]), parts[0].truth)
 
 
-def measure(cfg: Evaluate, subject: Subject) -> tuple[dict, Tensor]:
-    """Return the record of a subject and the clips to show. A teacher with shipped scores samples only those clips."""
+def measure(cfg: Evaluate, subject: Subject) -> Result:
+    """Measure a subject. A teacher with shipped scores samples only the clips to show."""
     shipped = shipped_scores(cfg, subject)
     count = cfg.clips if shipped is None else min(cfg.show, cfg.clips)
     clips, asked, seconds = draw(cfg, subject, count)
-    scores, attributes = (
-        score(clips, asked, cfg.seed) if shipped is None else (shipped["scores"], shipped["attributes"])
-    )
-    shown = min(cfg.show, count)
     record = {
         "name": subject.name,
         "title": subject.title,
@@ -115,17 +127,38 @@ def measure(cfg: Evaluate, subject: Subject) -> tuple[dict, Tensor]:
             "guidance": subject.plan["guidance"],
             "evaluations": subject.evaluations,
         },
-        "clips": cfg.clips if shipped is None else shipped["clips"],
-        "seed": cfg.seed,
-        "scores": scores,
-        "attributes": attributes,
         "seconds_per_clip": seconds,
         "batch": min(cfg.batch, count),
-        "shown": [{"caption": asked.captions[i], "has_first": bool(asked.has_first[i])} for i in range(shown)],
     }
-    if shipped is not None:
-        record["note"] = "scores that ship with this model, measured when it was trained"
-    return record, clips[:shown]
+    if shipped is None:
+        spread = None
+        if cfg.noises > 1:
+            more, again, _ = draw(cfg, subject, cfg.clips // cfg.noises * cfg.noises, cfg.noises)
+            spread = caption_spreads(more, again, cfg.noises)
+        return measured(cfg, record, clips, asked, spread)
+    record |= {"scores": shipped["scores"], "attributes": shipped["attributes"], "clips": shipped["clips"]}
+    record |= {"seed": cfg.seed, "shown": shown(cfg, asked)}
+    record["note"] = "scores that ship with this model, measured when it was trained"
+    return Result(record, clips[: cfg.show], {}, {})
+
+
+def measured(cfg: Evaluate, record: dict, clips: Tensor, asked: Clips, spread: Tensor | None) -> Result:
+    """Add the scores of clips to a record, with their 95% intervals."""
+    values, attributes = clip_values(clips, asked, cfg.seed)
+    if spread is not None:
+        values["spread"] = spread
+    found = resampled(values, cfg.seed)
+    record |= {"clips": cfg.clips, "seed": cfg.seed, "scores": scores_of(values, cfg.seed), "attributes": attributes}
+    record |= {"intervals": {name: interval(f) for name, f in found.items()}, "shown": shown(cfg, asked)}
+    if not found:
+        record["note"] = f"{cfg.clips} clips are too few to rank models; wanted at least {MIN_CLIPS}"
+    return Result(record, clips[: cfg.show], values, found)
+
+
+def shown(cfg: Evaluate, asked: Clips) -> list[dict]:
+    """The prompts of the clips to show."""
+    prompts = zip(asked.captions, asked.has_first.tolist(), strict=True)
+    return [{"caption": caption, "has_first": first} for caption, first in prompts][: cfg.show]
 
 
 def num_params(subject: Subject) -> int:
@@ -147,22 +180,24 @@ def shipped_scores(cfg: Evaluate, subject: Subject) -> dict | None:
     return found[0] if found else None
 
 
-def real_record(cfg: Evaluate) -> tuple[dict, Tensor]:
-    """Score the held-out real clips: the scores of a perfect model."""
-    asked = Shapes(seed=cfg.seed, split="test").batch(range(cfg.clips))
-    scores, attributes = score(asked.video, asked, cfg.seed)
-    shown = [{"caption": c, "has_first": bool(f)} for c, f in zip(asked.captions, asked.has_first, strict=True)][
-        : cfg.show
-    ]
-    record = {"name": "real", "title": "Real clips", "clips": cfg.clips, "seed": cfg.seed, "shown": shown}
-    return record | {"scores": scores, "attributes": attributes}, asked.video[: cfg.show]
+def real_result(cfg: Evaluate) -> Result:
+    """Measure the held-out real clips: the scores of a perfect model."""
+    world = Shapes(seed=cfg.seed, split="test")
+    asked, spread = world.batch(range(cfg.clips)), None
+    if cfg.noises > 1:
+        again = redraw(world, cfg.clips // cfg.noises, cfg.noises)
+        spread = caption_spreads(again.video, again, cfg.noises)
+    return measured(cfg, {"name": "real", "title": "Real clips"}, asked.video, asked, spread)
 
 
-def write(folder: Path, record: dict, clips: Tensor) -> None:
-    """Write NAME.json and the clips to show, NAME.safetensors with uint8 [K,F,H,W,3]."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({"video": to_uint8(clips).permute(0, 1, 3, 4, 2).contiguous()}, folder / f"{record['name']}.safetensors")
-    write_json(folder / f"{record['name']}.json", record)
+def write(path: Path, result: Result) -> None:
+    """Write the record, NAME.json, the values of each clip, and the clips to show as uint8 [K,F,H,W,3]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = to_uint8(result.shown).permute(0, 1, 3, 4, 2).contiguous()
+    save_file({"video": frames}, path.with_suffix(".safetensors"))
+    if result.values:
+        save_file(result.values, path.with_suffix(".values.safetensors"))
+    write_json(path, result.record)
 
 
 def speed(cfg: Evaluate, teacher: Subject, student: Subject) -> dict:
@@ -216,11 +251,16 @@ def evaluate_run(cfg: Run) -> None:
         replace(few, path="pruned"), stage2_folder, "stage2-few", f"{made_by[2]}, {steps}, {kept} blocks"
     )
 
-    write(run / "evaluate", *real_record(base))
+    write(run / "evaluate" / "real.json", real_result(base))
+    resamples: dict[str, Resampled] = {}  # of the teacher, which is the first
     for subject in (teacher, shortened, pruned, stage2, student):
-        record, clips = measure(base, subject)
-        write(run / "evaluate", record, clips)
-        s = record["scores"]
+        result = measure(base, subject)
+        record, s = result.record, result.record["scores"]
+        if subject is teacher:
+            resamples = result.resampled
+        else:
+            record["against_teacher"] = compared(result.resampled, resamples, base.seed)
+        write(run / "evaluate" / f"{subject.name}.json", result)
         took = f"{record['seconds_per_clip']:.3f} s a clip"
         say(f"{record['title']}: adherence {s['adherence']:.3f}, Frechet distance {s['frechet']:.2f}, {took}")
     record = speed(base, teacher, student)
@@ -236,16 +276,15 @@ def evaluate(cfg: Evaluate) -> None:
     torch.set_flush_denormal(True)  # denormal numbers slow CPUs down
     out = Path(cfg.out)
     subject = load_subject(cfg, cfg.model, out.stem, cfg.model)
-    record, clips = measure(cfg, subject)
-    record["plan"] = subject.plan
+    result = measure(cfg, subject)
+    record = result.record | {"plan": subject.plan}
     if cfg.teacher:
-        reference = load_subject(
-            replace(cfg, steps=0, guidance=-1.0, sampler="auto", path="full"), cfg.teacher, "teacher", cfg.teacher
-        )
-        record["teacher"], _ = measure(cfg, reference)
-        record["speed"] = speed(cfg, reference, subject)
-    write_json(out, record)
-    save_file({"video": to_uint8(clips).permute(0, 1, 3, 4, 2).contiguous()}, out.with_suffix(".safetensors"))
+        own = replace(cfg, steps=0, guidance=-1.0, sampler="auto", path="full")
+        teacher = load_subject(own, cfg.teacher, "teacher", cfg.teacher)
+        best = measure(cfg, teacher)
+        record |= {"teacher": best.record, "speed": speed(cfg, teacher, subject)}
+        record["against_teacher"] = compared(result.resampled, best.resampled, cfg.seed)
+    write(out, replace(result, record=record))
     say(f"{out}: " + ", ".join(f"{k} {v:.4g}" for k, v in record["scores"].items()))
 
 

@@ -16,13 +16,9 @@ from fastlightgen.config.fields import show
 from fastlightgen.config.files import flatten, read_yaml
 from fastlightgen.config.stages import DEFAULT, METHODS
 from fastlightgen.metrics.importance import is_log
-from fastlightgen.metrics.scores import GOALS, SCORES
+from fastlightgen.metrics.scores import GOALS, SAME, SCORES, best, is_number, like_teacher, score
 
 ORDER = ("real", "teacher", "teacher-few", "pruned", "stage2-few", "student")  # of the columns; others follow by name
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def read(path: Path) -> dict:
@@ -136,31 +132,23 @@ def clips(run: Path, evals: dict) -> str:
     return f'<div class="clips" style="--n:{len(evals)}">{grid}</div>{"".join(sprite(files[n]) for n in evals)}'
 
 
-def score(record: dict, key: str) -> str:
-    """A score as text, or a dash if it is missing."""
-    value = record["scores"].get(key)
-    return SCORES[key][1].format(value) if is_number(value) else "–"
-
-
-def best(key: str, evals: dict) -> list[str]:
-    """Names of the models with the best score, including those with the same text. The real clips do not compete."""
-    values = {n: e["scores"][key] for n, e in evals.items() if is_number(e["scores"].get(key))}
-    goal, real = SCORES[key][2], values.pop("real", None)
-    if len(values) < 2 or (goal == "real" and real is None):
-        return []
-    # The best score has the smallest cost.
-    cost = {"high": lambda v: -v, "low": float, "one": lambda v: abs(v - 1), "real": lambda v: abs(v - real)}[goal]
-    least = min(map(cost, values.values()))
-    winners = {score(evals[n], key) for n, v in values.items() if math.isclose(cost(v), least)}
-    return [n for n in values if score(evals[n], key) in winners]
+def cell(record: dict, key: str) -> str:
+    """A score with its 95% interval, and "no difference" if the paired difference to the teacher may be 0."""
+    text, out = SCORES[key][1], score(record, key)
+    if ends := record.get("intervals", {}).get(key):
+        low, high = ((text.format(end) if is_number(end) else "–") for end in ends)
+        out += f'<small class="range">{low} to {high}</small>'
+    return out + f'<small class="range">{SAME}</small>' * like_teacher(record, key)
 
 
 def scores(evals: dict) -> str:
     """The table of scores, and adherence by attribute."""
     rows = []
     for key, (title, _, goal, meaning) in SCORES.items():
+        if not any(key in e["scores"] for e in evals.values()):
+            continue  # scores that ship with a model may be older, and diversity is optional
         top = best(key, evals)
-        cells = [f"<b>{score(e, key)}</b>" if n in top else score(e, key) for n, e in evals.items()]
+        cells = [f"<b>{cell(e, key)}</b>" if n in top else cell(e, key) for n, e in evals.items()]
         rows.append([f"{title}<small>{meaning}; {GOALS[goal]}</small>", *cells])
     head = ["", *(escape(e["title"]) for e in evals.values())]
     names = dict.fromkeys(name for e in evals.values() for name in e["attributes"])
@@ -168,6 +156,8 @@ def scores(evals: dict) -> str:
     parts = [[escape(n), *(f"{v:.1%}" if is_number(v) else "–" for v in row)] for n, row in shares.items()]
     notes = [f" {escape(e['title'])}: {escape(e['note'])}." for e in evals.values() if "note" in e]
     note = f"Measured on {max(e['clips'] for e in evals.values())} held-out clips.{''.join(notes)}"
+    if any(e.get("intervals") for e in evals.values()):
+        note += f" Ranges are 95% intervals. {SAME.capitalize()}: the paired difference to the teacher may be 0."
     return f'{table(head, rows)}<p class="note">{note}</p>{details("Adherence by statement", head, parts)}'
 
 

@@ -28,6 +28,12 @@ class EvaluateKeys(Checked):
     guidance: float = field(-1.0, GUIDANCE, numbers=False)
     sampler: str = field("auto", SAMPLER, choices=SAMPLERS, numbers=False)
     show: int = field(8, "clips kept for the report", lo=0, numbers=False)
+    noises: int = field(1, "clips per caption, of `clips` more, to measure diversity; 1: do not", lo=1, numbers=False)
+    seed: int = field(0, "decides held-out clips, reference and noise", lo=0, hi=MAX_SEED, numbers=False)
+
+    def check(self) -> None:
+        if self.clips < self.noises:
+            raise ConfigError(f"noises={self.noises}: wanted at most clips={self.clips}; raise clips=")
 
 
 @dataclass(kw_only=True)
@@ -40,7 +46,6 @@ class Evaluate(EvaluateKeys):
     path: str = field("full", "which blocks of a Stage II model run", choices=("full", "pruned"))
     allow_pt: bool = field(False, ALLOW_PT)
     data: str = field("shapes", "a preset, or a folder with a latent cache")
-    seed: int = field(0, "decides clips and noise", lo=0, hi=MAX_SEED)
     device: str = field("auto", DEVICE, choices=DEVICES)
     threads: int = field(0, THREADS, lo=0)
     progress: bool = field(True, "show a progress bar")
@@ -153,6 +158,6 @@ COMMANDS = {
 
 
 def for_evaluate(cfg: Any, model: str, teacher: str, out: str) -> Evaluate:
-    """The evaluation that ends `stage=all`."""
-    common = {key: getattr(cfg, key) for key in ("data", "seed", "device", "threads", "progress", "allow_pt")}
+    """The evaluation that ends `stage=all`; its seed is evaluate.seed, so that runs of any seed meet the same clips."""
+    common = {key: getattr(cfg, key) for key in ("data", "device", "threads", "progress", "allow_pt")}
     return Evaluate(model=model, teacher=teacher, out=out, **common, **asdict(cfg.evaluate))

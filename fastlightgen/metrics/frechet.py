@@ -7,6 +7,8 @@ frames (the features of a random network barely depend on motion). Video is [B,F
 import torch
 from torch import Tensor
 
+from fastlightgen.metrics.intervals import Statistic, value
+
 _LUMA = (0.299, 0.587, 0.114)  # Rec. 601 weights of red, green, blue
 MIN_DEVIATION = 0.02  # features are pixel levels, shares of the frame and logarithms: 2 % of each is small
 
@@ -96,12 +98,27 @@ def gaussian_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tens
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-def frechet(reference: Tensor, feats: Tensor) -> float:
-    """Frechet distance of feature sets [N,D] and [M,D], normalised by the reference's mean and standard deviation.
+def normalise(reference: Tensor, feats: Tensor) -> Tensor:
+    """Features in units of the reference: minus its mean, divided by its standard deviation.
 
-    It is therefore not symmetric. A feature's standard deviation counts as at least MIN_DEVIATION: real backgrounds do
-    not move at all, so without this minimum an invisible flicker would dominate the distance.
+    A feature's standard deviation counts as at least MIN_DEVIATION: real backgrounds do not move at all, so without
+    this minimum an invisible flicker would dominate every distance.
     """
-    mean, std = reference.mean(0), reference.std(0).clamp_min(MIN_DEVIATION)
-    a, b = (feats - mean) / std, (reference - mean) / std
-    return gaussian_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
+    return (feats - reference.mean(0)) / reference.std(0).clamp_min(MIN_DEVIATION)
+
+
+def frechet_statistic(reference: Tensor, feats: Tensor) -> Statistic:
+    """The Frechet distance of resampled features [n,D] to reference features [N,D]."""
+    a, b = normalise(reference, feats), normalise(reference, reference)
+    mean, cov = b.mean(0), b.T.cov()
+
+    def statistic(rows: Tensor) -> Tensor:
+        sets = (a[row] for row in rows)
+        return torch.tensor([gaussian_distance(x.mean(0), x.T.cov(), mean, cov) for x in sets], dtype=torch.float64)
+
+    return statistic
+
+
+def frechet(reference: Tensor, feats: Tensor) -> float:
+    """Frechet distance of feature sets [N,D] and [M,D], normalised by the reference; it is therefore not symmetric."""
+    return value(frechet_statistic(reference, feats), len(feats))

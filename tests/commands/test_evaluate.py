@@ -1,12 +1,16 @@
-"""The evaluate command on the shipped teacher, which comes with its scores."""
+"""The evaluate command: scores that ship with a teacher, values of each clip, intervals and paired differences."""
 
 import json
 from pathlib import Path
 
 import pytest
+from helpers import small_wan
+from safetensors.torch import load_file
 
 from fastlightgen.config import main
 from fastlightgen.evaluate import evaluate
+from fastlightgen.models.folder.weights import save_model
+from fastlightgen.world.score import scores_of
 
 SHIPPED = json.loads((Path(__file__).parents[2] / "configs/model/tiny/scores.json").read_text())["records"]
 
@@ -18,5 +22,65 @@ def test_shipped_scores_stand_where_clips_are_only_shown(tmp_path, show):
     words += [f"show={show}", f"out={tmp_path / 'scores.json'}", "threads=1", "progress=false"]
     main(evaluate, "evaluate", words)
     found = json.loads((tmp_path / "scores.json").read_text())
-    assert found["clips"] == (record["clips"] if show else 2) and ("note" in found) == bool(show)
+    note = "scores that ship with this model, measured when it was trained"
+    few = "2 clips are too few to rank models; wanted at least 64"
+    assert found["clips"] == (record["clips"] if show else 2) and found["note"] == (note if show else few)
     assert (found["scores"] == record["scores"]) == bool(show)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A random network against another one, on 64 clips and 32 captions with two noises each."""
+    root = tmp_path_factory.mktemp("evaluate")
+    for name, seed in (("a", 0), ("b", 1)):
+        save_model(small_wan(2, seed), root / name, steps=1, guidance=1.0, shift=3.0)
+    words = [f"model={root / 'a'}", "clips=64", "noises=2", "threads=1", "progress=false", "show=1", "seed=3"]
+    main(evaluate, "evaluate", [*words, f"teacher={root / 'b'}", f"out={root / 'scores.json'}"])
+    return root, json.loads((root / "scores.json").read_text()), load_file(root / "scores.values.safetensors")
+
+
+def test_the_values_of_the_clips_give_the_scores(measured):
+    _, record, values = measured
+    assert scores_of(values, 3) == pytest.approx(record["scores"], nan_ok=True)
+    assert values["features"].shape[0] == 64 and values["spread"].shape == (32, 3)
+    assert record["scores"]["adherence"] == pytest.approx(float(values["adherence"].mean()))
+
+
+def test_intervals_hold_their_scores(measured):
+    _, record, _ = measured
+    for name in ("adherence", "frechet", "kid", "recall", "texture", "persistence"):
+        low, high = record["intervals"][name]
+        assert low <= record["scores"][name] <= high, name
+    # 32 captions are too few, and a path that no clip has is no score
+    assert "diversity" in record["scores"] and "diversity" not in record["intervals"]
+    assert set(record["intervals"]) <= set(record["scores"]) and "note" not in record
+
+
+def test_paired_difference_to_the_teacher(measured):
+    root, record, _ = measured
+    for name, away in record["against_teacher"].items():
+        assert away["low"] <= away["difference"] <= away["high"], name
+    other = record["teacher"]["scores"]
+    wanted = record["scores"]["frechet"] - other["frechet"]
+    assert record["against_teacher"]["frechet"]["difference"] == pytest.approx(wanted)
+    wanted = abs(record["scores"]["texture"] - 1) - abs(other["texture"] - 1)
+    assert record["against_teacher"]["texture"]["difference"] == pytest.approx(wanted)
+    words = [f"model={root / 'a'}", f"teacher={root / 'a'}", "clips=64", "threads=1", "progress=false", "show=1"]
+    main(evaluate, "evaluate", [*words, "seed=3", f"out={root / 'same.json'}"])
+    same = json.loads((root / "same.json").read_text())["against_teacher"]
+    assert {(away["difference"], away["verdict"]) for away in same.values()} == {(0.0, "no difference")}
+
+
+def test_too_few_clips_are_not_ranked(measured, tmp_path):
+    root, _, _ = measured
+    words = [f"model={root / 'a'}", f"teacher={root / 'b'}", "clips=8", "threads=1", "progress=false", "seed=3"]
+    main(evaluate, "evaluate", [*words, f"out={tmp_path / 'scores.json'}"])
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["intervals"] == found["against_teacher"] == {}
+    assert found["note"] == "8 clips are too few to rank models; wanted at least 64"
+
+
+def test_more_noises_than_clips(capsys):
+    with pytest.raises(SystemExit):
+        main(evaluate, "evaluate", ["model=tiny", "out=unused.json", "clips=4", "noises=8"])
+    assert "noises=8: wanted at most clips=4; raise clips=" in capsys.readouterr().err

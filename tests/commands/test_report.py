@@ -167,6 +167,30 @@ def test_best_scores():
     assert best("saturation", evals) == []  # without real clips there is no goal
 
 
+def test_models_that_do_not_differ_share_the_first_place():
+    evals = {name: record(name) for name in ADHERENCE}
+    evals["student"]["against_teacher"] = {"adherence": {"verdict": "no difference"}}
+    assert best("adherence", evals) == ["teacher", "student"]
+    evals["student"]["against_teacher"] = {"adherence": {"verdict": "better"}}
+    assert best("adherence", evals) == ["student"]
+    evals["other"] = record("student") | {"against_teacher": {"adherence": {"verdict": "no difference"}}}
+    evals["other"]["scores"]["adherence"] = 0.88  # like the teacher, which is not the best
+    assert best("adherence", evals) == ["student"]
+    evals["student"]["intervals"] = {}  # too few clips
+    assert best("adherence", evals) == []
+
+
+def test_intervals_and_verdicts_are_on_the_page(run):
+    assert "Ranges are" not in Page(write_report(run)).text  # records without intervals stay as they are
+    student = record("student") | {"intervals": {"adherence": [0.9, 0.9253], "saturation": [0.45, 0.55]}}
+    student["against_teacher"] = {"adherence": {"verdict": "better"}, "saturation": {"verdict": "no difference"}}
+    (run / "evaluate" / "student.json").write_text(json.dumps(student))
+    text = Page(write_report(run)).text
+    assert "91.2%|90.0% to 92.5%|" in text and "0.500|0.450 to 0.550|no difference|" in text
+    assert text.count("no difference") == 1 and "Ranges are 95% intervals." in text
+    assert "Kernel distance" not in text  # no model has this score
+
+
 def test_hostile_strings_stay_text(run):
     ranking = RANKING | {"search": HOSTILE, "units": [u | {"name": HOSTILE} for u in RANKING["units"]]}
     (run / "stage1" / "importance.json").write_text(json.dumps(ranking))
