@@ -10,7 +10,7 @@ from typing import Any
 
 from fastlightgen.config.fields import Checked, ConfigError, field, with_default
 from fastlightgen.config.run import Run
-from fastlightgen.config.stages import DEFAULT, STAGES, keys_of
+from fastlightgen.config.stages import DEFAULT, STAGES, keys_of, method_of
 
 GPUS = ("h100-80gb", "h200", "a100-80gb", "4090")
 PLANNED = tuple(stage for stage in STAGES if stage != "all")
@@ -94,7 +94,7 @@ def _plan_root(stage: str, keys: type[Any]) -> type[Plan]:
 def plan_for(cfg: Any, **machine: Any) -> Plan:
     """The plan of a stage's configuration on a machine; `machine` holds the keys of Machine."""
     names = {f.name for f in fields(cfg)} - machine.keys()
-    cls = plan_root(cfg.stage, vars(cfg).get("method", DEFAULT))
+    cls = plan_root(cfg.stage, method_of(cfg))
     return cls(**{name: getattr(cfg, name) for name in names}, **machine)
 
 
