@@ -8,14 +8,15 @@ from fastlightgen.data.frames import read_image, to_uint8
 from fastlightgen.models.base import Cond
 from fastlightgen.models.sample import Wish
 from fastlightgen.world.codec import Codec, condition
-from fastlightgen.world.shapes import Shapes, pool, tokenise
+from fastlightgen.world.captions import pool, tokenise
+from fastlightgen.world.shapes import Shapes
 
 
 class BuiltIn:
-    """Moving shapes. Clips are 16 x 16 pixels, so frames are enlarged 16 times."""
+    """Moving shapes. Clips are 20 x 20 pixels, so frames are enlarged 16 times."""
 
     fps, scale = 6, 16
-    defaults = {"steps": 50, "guidance": 3.0, "shift": 3.0}  # the values of the tiny presets
+    defaults = {"steps": 50, "guidance": 1.5, "shift": 3.0}  # the values of the tiny presets
 
     def __init__(self, size: str = ""):
         if size:

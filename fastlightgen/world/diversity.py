@@ -12,7 +12,9 @@ from torch import Tensor
 
 from fastlightgen.metrics.intervals import Statistic, value
 from fastlightgen.world import reader
-from fastlightgen.world.shapes import CHANGES, Clips, Shapes, uniforms
+from fastlightgen.world.captions import CHANGES, parse
+from fastlightgen.world.chance import uniforms
+from fastlightgen.world.shapes import Clips, Shapes
 
 REDRAWS = 16  # real clips per caption, which show the true spread
 TRUE_START, OTHER_START = 2_000_000, 3_000_000  # of the indices of new clips: for the true spread, and for others
@@ -52,7 +54,7 @@ def spreads(video: Tensor, captions: Sequence[str], draws: int) -> Tensor:
     """
     assert draws > 1 and len(video) == len(captions) and len(video) % draws == 0, (len(video), len(captions), draws)
     reading, rows = reader.read(video), np.arange(len(video))
-    stated = [reader.parse(text) for text in captions]
+    stated = [parse(text) for text in captions]
     colour = np.array([s.colour for s in stated])
     other = np.array([s.other[0] if s.other else -1 for s in stated])
     turns = np.array([s.change != CHANGES.index("on") for s in stated])

@@ -4,37 +4,25 @@ The reader is deterministic. `read` uses pixels only; the scores compare its res
 B clips, F frames, C = 6 colours.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastlightgen.world.shapes import (
-    CHANGES,
-    COLOURS,
-    DIRECTIONS,
-    KINDS,
-    PALETTE,
-    PIXELS_PER_FRAME,
-    SPEED_JITTER,
-    SPEEDS,
-    TURN_FRAMES,
-    coverage,
-    main_path,
-)
+from fastlightgen.world.captions import CHANGES, DIRECTIONS, KINDS, SPEEDS, parse
+from fastlightgen.world.drawing import PALETTE, coverage
+from fastlightgen.world.shapes import PIXELS_PER_FRAME, SPEED_JITTER, TURN_FRAMES, main_path
 
-# Area in pixels from which a colour counts as present: the smallest shape has 7.5, an edge where two colours blend into
-# a third one about 1.
-PRESENT = 2.5
+# Area in pixels from which a colour counts as present: the smallest shape has 12, an edge where two colours blend into a
+# third one about 1.5.
+PRESENT = 4.0
 # A mask rises from 0 to 1 between these shares of a colour's full chroma. They are symmetric about 0.5, so that
 # anti-aliased edges do not shift the centroids.
 _LOW, _HIGH = 0.25, 0.75
-_RADII = np.arange(1.6, 3.21, 0.2)  # pixels: radii of the templates for recognising kinds
+_RADII = np.arange(2.1, 3.91, 0.2)  # pixels: radii of the templates for recognising kinds
 
 
 @dataclass
@@ -52,44 +40,8 @@ class Reading:
     turn_frame: NDArray  # [B,C,direction,speed,change]: turn frame of that nearest path
 
 
-class Statements(NamedTuple):
-    """The class indices that a caption states; `shapes.caption(*statements)` is the caption."""
-
-    colour: int
-    kind: int
-    direction: int
-    speed: int
-    change: int
-    other: tuple[int, int] | None  # the companion's (colour, kind)
-
-
-_GRAMMAR = re.compile(
-    r"a (\w+) (\w+) moves (\w+) (\w+) then (goes on|stops|turns (?:back|{}))(?: with a (\w+) (\w+))?".format(
-        "|".join(DIRECTIONS)
-    )
-)
-
-
-def parse(text: str) -> Statements:
-    """Return the statements of a caption: the inverse of `shapes.caption`."""
-    match = _GRAMMAR.fullmatch(text)
-    try:
-        if match is None:
-            raise ValueError
-        colour, kind, direction, speed, then, *other = match.groups()
-        d = DIRECTIONS.index(direction)
-        # In the order of CHANGES. Captions name the new direction, so a clockwise turn reads differently for each `d`.
-        changes = ["goes on", "stops", f"turns {DIRECTIONS[(d + 1) % 4]}", f"turns {DIRECTIONS[d - 1]}", "turns back"]
-        companion = (COLOURS.index(other[0]), KINDS.index(other[1])) if other[0] else None
-        change = changes.index(then)
-        return Statements(COLOURS.index(colour), KINDS.index(kind), d, SPEEDS.index(speed), change, companion)
-    except ValueError:  # also raised by index() for a word outside its list
-        example = "a red ball moves right fast then turns up with a blue cross"
-        raise ValueError(f"caption: got {text!r}, wanted a sentence like {example!r}") from None
-
-
 def _chroma(rgb: NDArray) -> NDArray:
-    """Project colours [..., 3] to [..., 2], orthogonal to grey: a grey background with its texture becomes zero."""
+    """Project colours [..., 3] to [..., 2], orthogonal to grey: the grey mosaic of the background becomes zero."""
     r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
     return np.stack([(2 * r - g - b) / 6**0.5, (g - b) / 2**0.5], -1)
 
@@ -125,9 +77,9 @@ def _centroids(mask: NDArray) -> tuple[NDArray, NDArray]:
         mass = weight.sum((-1, -2))
         x, y = (weight.sum(-2) * grid).sum(-1), (weight.sum(-1) * grid).sum(-1)
         path = np.stack([x, y], -1) / (mass[..., None] + 1e-6)
-        if step < 2:  # ignore distant specks of noise: the largest shape reaches 4 pixels from its centre
+        if step < 2:  # ignore distant specks of noise: the largest shape reaches 5 pixels from its centre
             dx, dy = grid - path[..., 0:1], grid - path[..., 1:2]
-            weight = mask * np.clip(5.2 - np.sqrt(dx[..., None, :] ** 2 + dy[..., :, None] ** 2), 0.0, 1.0)
+            weight = mask * np.clip(6.4 - np.sqrt(dx[..., None, :] ** 2 + dy[..., :, None] ** 2), 0.0, 1.0)
     return mass, path
 
 

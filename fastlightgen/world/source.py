@@ -5,7 +5,8 @@ from pathlib import Path
 from fastlightgen.data.cache import Cache
 from fastlightgen.data.source import Batch, CacheSource, Source
 from fastlightgen.models.base import Cond
-from fastlightgen.world import shapes
+from fastlightgen.world import captions, shapes
+from fastlightgen.world.chance import SPLITS
 from fastlightgen.world.codec import Codec, condition
 
 
@@ -16,7 +17,7 @@ class ShapesSource:
     description: dict = {}
 
     def __init__(self, seed: int):
-        self.train, self.test = (shapes.Shapes(seed=seed, split=s) for s in shapes.SPLITS)
+        self.train, self.test = (shapes.Shapes(seed=seed, split=s) for s in SPLITS)
 
     def batch(self, step: int, size: int, rows: range | None = None) -> Batch:
         return shapes_batch(self.train.batch([step * size + row for row in rows or range(size)]))
@@ -32,11 +33,11 @@ def shapes_batch(clips: shapes.Clips) -> Batch:
     """Convert rendered clips to a batch: latents, text embeddings and first-frame conditions."""
     x0 = Codec().encode(clips.video)
     image = condition(x0, clips.has_first)
-    text, length = shapes.tokenise(clips.captions)
-    null, null_length = shapes.tokenise([""])
-    prompt = Cond(text, length, image, pooled=shapes.pool(text, length))
+    text, length = captions.tokenise(clips.captions)
+    null, null_length = captions.tokenise([""])
+    prompt = Cond(text, length, image, pooled=captions.pool(text, length))
     blank = null.expand_as(text), null_length.expand_as(length)
-    return Batch(x0, prompt, Cond(*blank, image, pooled=shapes.pool(*blank)))
+    return Batch(x0, prompt, Cond(*blank, image, pooled=captions.pool(*blank)))
 
 
 def open_source(data: str, seed: int) -> Source:
