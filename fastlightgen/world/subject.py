@@ -47,8 +47,8 @@ class Subject:
         return sum(p.numel() for p in self.model.parameters()) - sum(p.numel() for b in dropped for p in b.parameters())
 
 
-def draw(cfg: Evaluate, subject: Subject, count: int, noises: int = 1) -> tuple[Tensor, Clips, float]:
-    """Sample `count` clips: (clips [n,F,3,H,W], the real clips with their prompts, seconds per clip).
+def draw(cfg: Evaluate, subject: Subject, count: int, noises: int = 1, first: int = 0) -> tuple[Tensor, Clips, float]:
+    """Sample clips first, first + 1, ...: (clips [n,F,3,H,W], the real clips with their prompts, seconds per clip).
 
     The noise depends on the seed and the clip's position only, so that all subjects start from the same noise. With
     several noises per prompt, the clips of a prompt follow each other, and no first frame is given.
@@ -61,8 +61,8 @@ def draw(cfg: Evaluate, subject: Subject, count: int, noises: int = 1) -> tuple[
         world.first_frame_prob, purpose = 0.0, 12
     device = next(subject.model.parameters()).device
     with bar(count, f"sampling {subject.title}", cfg.progress) as progress:
-        for start in range(0, count, cfg.batch):
-            clips = world.batch([i // noises for i in range(start, min(start + cfg.batch, count))])
+        for start in range(first, first + count, cfg.batch):
+            clips = world.batch([i // noises for i in range(start, min(start + cfg.batch, first + count))])
             batch = shapes_batch(clips).to(device)
             places = range(start, start + len(batch.x0))
             each = [torch.randn(batch.x0.shape[1:], generator=generator(cfg.seed, purpose, i)) for i in places]

@@ -75,10 +75,10 @@ def test_both_paths_follow_the_guided_target():
     """guided=W: the target is null + W (cond - null) of the frozen network, from two separate forwards."""
     stage = make("guided=2.5")
     stage.target.block_calls = 0
-    loss, _ = stage.updates(3)[0].loss()
+    loss, _ = stage.updates(2)[0].loss()
     assert stage.target.block_calls == 2 * BLOCKS
-    cfg, batch = stage.cfg, DOUBLE(3)
-    x_t, t, _, cond = noised(batch, cfg, cfg.seed, 2, 3)
+    cfg, batch = stage.cfg, DOUBLE(2)
+    x_t, t, _, cond = noised(batch, cfg, cfg.seed, 2, 2)
     with torch.no_grad():
         v_cond, v_null = stage.target(x_t, t, cond), stage.target(x_t, t, batch.null)
     dropped = (v_cond - v_null).flatten(1).abs().amax(1) == 0
