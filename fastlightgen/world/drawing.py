@@ -20,8 +20,8 @@ PALETTE = np.array(  # RGB in [0, 1], one row per colour
 # A few-step sampler decides a bit of the picture well only if the bit is strong. Let the two values of a bit be +-d in
 # the latents of a clip, where the noise has variance 1; the bit's energy is A = |d|^2. A tile of s x s pixels with the
 # levels +-a has A = 3 colours * F frames * (SCALE s a)^2 where no shape hides it: 0.6, 1.2 and 3.0 at F = 8. In 4 Euler
-# steps even the exact posterior keeps only .35, .52 and .75 of that energy (shift 3; at shift 5 .17, .28 and .50); in 28
-# steps it keeps .99 or more. A cell of a pattern has 0.8 on average, that of a companion 0.4.
+# steps even the exact posterior keeps only .35, .52 and .75 of that energy (shift 3; at shift 5 .17, .28, .50), in 28
+# steps .99 or more. A cell of a pattern has 0.8 on average, that of a companion 0.4.
 MOSAIC = ((1, 0.053), (2, 0.037), (4, 0.0295))  # (pixels per side, level) of the tiles
 CELLS = 4  # a shape's pattern has 4 x 4 cells
 DARK = 0.8  # brightness of a pattern's dark cells; that of the bright ones is 1
@@ -78,7 +78,8 @@ def mosaic(bits: NDArray, offset: NDArray, margin: int, size: int) -> NDArray:
     Each size of tiles covers the area by itself; the levels add up. The camera moves by whole pixels, at most `margin`
     of them, because a shift by half a pixel would blur the tiles.
     """
-    width, rest, levels = size + 2 * margin, bits, 0.0
+    width, rest = size + 2 * margin, bits
+    levels = np.zeros((width, width))
     for side, level in MOSAIC:
         n = -(-width // side)
         own, rest = rest[:, : n * n].reshape(-1, n, n), rest[:, n * n :]
