@@ -13,6 +13,7 @@ from fastlightgen.blocks import read_importance
 from fastlightgen.config import Evaluate, Run, for_evaluate, for_stage, main, method_for
 from fastlightgen.data.frames import to_uint8
 from fastlightgen.data.source import Batch
+from fastlightgen.data.version import check_model, check_version
 from fastlightgen.engine.local import pick_device
 from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled, interval
 from fastlightgen.models.base import VideoDiT
@@ -23,8 +24,8 @@ from fastlightgen.rng import generator
 from fastlightgen.world.codec import Codec
 from fastlightgen.world.diversity import redraw
 from fastlightgen.world.score import caption_spreads, clip_values, compared, resampled, scores_of
-from fastlightgen.world.shapes import Clips, Shapes
-from fastlightgen.world.source import shapes_batch
+from fastlightgen.world.shapes import WORLD, Clips, Shapes
+from fastlightgen.world.source import ShapesSource, shapes_batch
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Result:
 def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
     """Load a model folder and make its sampling plan from its card and the configuration."""
     folder = trained_folder(model)
+    check_model(folder, ShapesSource.description)
     card = read_card(folder)
     keep = None
     if cfg.path == "pruned":
@@ -118,6 +120,7 @@ def measure(cfg: Evaluate, subject: Subject) -> Result:
         "name": subject.name,
         "title": subject.title,
         "model": str(subject.folder),
+        "world": WORLD,
         "num_params": num_params(subject),
         "num_blocks": len(subject.keep or range(subject.model.num_blocks)),
         "kept_blocks": subject.keep or read_card(subject.folder).get("kept_blocks"),
@@ -177,6 +180,9 @@ def shipped_scores(cfg: Evaluate, subject: Subject) -> dict | None:
     if not path.is_file() or subject.keep is not None or cfg.show == 0:
         return None
     found = [r for r in read_json(path)["records"] if r["plan"] == subject.plan]
+    for record in found:
+        remedy = "delete the file, or measure again with show=0"
+        check_version(path, "measured", record, ShapesSource.description, remedy)
     return found[0] if found else None
 
 
@@ -187,7 +193,7 @@ def real_result(cfg: Evaluate) -> Result:
     if cfg.noises > 1:
         again = redraw(world, cfg.clips // cfg.noises, cfg.noises)
         spread = caption_spreads(again.video, again, cfg.noises)
-    return measured(cfg, {"name": "real", "title": "Real clips"}, asked.video, asked, spread)
+    return measured(cfg, {"name": "real", "title": "Real clips", "world": WORLD}, asked.video, asked, spread)
 
 
 def write(path: Path, result: Result) -> None:
@@ -196,7 +202,7 @@ def write(path: Path, result: Result) -> None:
     frames = to_uint8(result.shown).permute(0, 1, 3, 4, 2).contiguous()
     save_file({"video": frames}, path.with_suffix(".safetensors"))
     if result.values:
-        save_file(result.values, path.with_suffix(".values.safetensors"))
+        save_file(result.values, path.with_suffix(".values.safetensors"), {"world": str(WORLD)})
     write_json(path, result.record)
 
 
@@ -275,12 +281,13 @@ def evaluate(cfg: Evaluate) -> None:
         torch.set_num_threads(cfg.threads)
     torch.set_flush_denormal(True)  # denormal numbers slow CPUs down
     out = Path(cfg.out)
-    subject = load_subject(cfg, cfg.model, out.stem, cfg.model)
-    result = measure(cfg, subject)
-    record = result.record | {"plan": subject.plan}
-    if cfg.teacher:
+    subject, teacher = load_subject(cfg, cfg.model, out.stem, cfg.model), None
+    if cfg.teacher:  # load it before the long measurement, which an unusable folder would waste
         own = replace(cfg, steps=0, guidance=-1.0, sampler="auto", path="full")
         teacher = load_subject(own, cfg.teacher, "teacher", cfg.teacher)
+    result = measure(cfg, subject)
+    record = result.record | {"plan": subject.plan}
+    if teacher:
         best = measure(cfg, teacher)
         record |= {"teacher": best.record, "speed": speed(cfg, teacher, subject)}
         record["against_teacher"] = compared(result.resampled, best.resampled, cfg.seed)
