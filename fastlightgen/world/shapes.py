@@ -20,7 +20,7 @@ from fastlightgen.world.captions import caption
 from fastlightgen.world.chance import SPLITS, signs, uniforms
 from fastlightgen.world.drawing import CELLS, PALETTE, carried, coverage, light, mosaic, tiles
 
-WORLD = 2  # version of the draw; what was made with another one is refused
+WORLD = 2  # version of pixels, captions, tokens and codec: raise it if any changes; files of another one are refused
 STEPS = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])  # unit (x, y) of DIRECTIONS; y points down
 PIXELS_PER_FRAME = np.array([0.75, 1.65])  # of SPEEDS
 SPEED_JITTER = 0.08  # a clip's speed differs from PIXELS_PER_FRAME by up to 8 %
