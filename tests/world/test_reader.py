@@ -8,7 +8,7 @@ from fastlightgen.world import reader
 from fastlightgen.world.captions import caption, parse
 from fastlightgen.world.shapes import Shapes
 
-N = 512
+N = 384
 
 
 @pytest.fixture(scope="module")
