@@ -167,8 +167,9 @@ def test_warn_reports_an_alarm_once_also_across_a_resume(words, tmp_path, monkey
         run_train(*command, "iters=12")
     run_train(*command, "iters=12")
     alarms = [line for line in capsys.readouterr().out.splitlines() if line.startswith("alarm: ")]
-    assert len(alarms) == 1 and alarms[0].startswith("alarm: step 6: divergence (")
-    [alarm] = read_metrics(tmp_path / "stage3/alarms.jsonl")
+    assert len([line for line in alarms if "divergence" in line]) == 1
+    assert alarms[0].startswith("alarm: step 6: divergence (")
+    alarm = read_metrics(tmp_path / "stage3/alarms.jsonl")[0]  # the random student's latents raise another one later
     losses = [r["fake_loss"] for r in read_metrics(tmp_path / "stage3/metrics.jsonl")]
     middle = sorted(losses[:3])[1]
     both = (losses[4] * losses[5]) ** 0.5  # the median of two logarithms
