@@ -47,7 +47,7 @@ class Source(Protocol):
 
     `batch(step, size)` draws training clips; `rows` selects a part of the batch. `held_out(start, size)` returns fixed
     clips that training never uses. `largest()` returns one clip of the largest size. `description` records how the
-    clips were encoded; it is empty for the built-in world.
+    clips were encoded; that of the built-in world names its version, "world".
     """
 
     name: str

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from fastlightgen.blocks import read_importance
 from fastlightgen.config import StageConfig, TrainingKeys, presets
 from fastlightgen.data.source import Batch, Source
+from fastlightgen.data.version import check_model, check_version
 from fastlightgen.engine.roles import Values
 from fastlightgen.engine.shards import keeper
 from fastlightgen.models.base import VideoDiT
@@ -34,6 +36,8 @@ class Builder:
         With zero=3 each weight is sharded as it loads: the rank keeps its partition only.
         """
         cfg = self.cfg
+        if cfg.stage != "0":  # Stage 0 may adapt a network to another version of the built-in world
+            check_model(model, self.source.description)
         if cfg.engine == "local":
             return load_model(model, self.device, seed=cfg.seed, allow_pt=cfg.allow_pt)
         keep = keeper(cfg, self.device)
@@ -61,6 +65,13 @@ class Builder:
     def held_out(self) -> Batch:
         """Return clips that training never uses, on the CPU."""
         return self.source.held_out(0, HELD_OUT)
+
+    def ranking(self, path: Path, num_blocks: int) -> dict[str, Any]:
+        """Read Stage I's ranking; raise if it was made for other blocks or on another version of the built-in world."""
+        record = read_importance(path, num_blocks)
+        if record.get("data_hash") == "shapes":
+            check_version(path, "made", record, self.source.description, "run stage=1 again with overwrite=true")
+        return record
 
     def check_source(self, net: VideoDiT, card: dict[str, Any]) -> None:
         """Raise if the cache was made for another network."""
@@ -90,6 +101,9 @@ class Builder:
         )
 
     def card(self, **values: Any) -> dict[str, Any]:
-        """Return a model card: the given values, and the VAE of the data, which later caches must use too."""
+        """Return a model card: the given values, and what later data must have in common with this data.
+
+        That is the VAE of a cache, or the version of the built-in world.
+        """
         made_with = self.source.description
-        return values | ({"vae": made_with["vae"]} if "vae" in made_with else {})
+        return values | {key: made_with[key] for key in ("vae", "world") if key in made_with}
