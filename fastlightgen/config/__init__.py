@@ -4,7 +4,7 @@
 from fastlightgen.config.cli import exit_code, load, main, report
 from fastlightgen.config.commands import Encode, Evaluate, Generate, Report, for_evaluate, parse_buckets
 from fastlightgen.config.fields import Checked, ConfigError, UserError, field
-from fastlightgen.config.files import diff, find_preset_weights, fingerprint, numbers, preset, presets, to_yaml
+from fastlightgen.config.files import diff, find_preset_weights, fingerprint, numbers, preset, presets, recipe, to_yaml
 from fastlightgen.config.plan import GPUS, Plan, another_stage, plan_for, plan_root
 from fastlightgen.config.run import Run
 from fastlightgen.config.stages import StageConfig, declared, for_stage, method_for, register, root
@@ -43,6 +43,7 @@ __all__ = [
     "plan_root",
     "preset",
     "presets",
+    "recipe",
     "register",
     "report",
     "root",

@@ -12,7 +12,7 @@ SCHEDULE = "after the warm-up: hold the learning rate, or let it fall to 0"
 class BatchKeys(Checked):
     """Keys of every stage that draws clips."""
 
-    batch: int = field(1, "clips per step", lo=1)
+    batch: int = field(16, "clips per step, of all processes together", lo=1)
     shift: float = field(5.0, "time shift s: t -> s t / (1 + (s - 1) t)", above=0)
 
 

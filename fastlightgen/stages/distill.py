@@ -39,8 +39,9 @@ STUDENT, FAKE, ADAPTERS = 5, 6, 7  # the purposes of this stage's random draws
 class DistillKeys(TrainingKeys):
     """Keys of Stage III."""
 
-    lr: float = field(5e-7, "learning rate of the generator", lo=0)
-    lr_fake: float = field(5e-7, "learning rate of the fake score network (critic)", lo=0)
+    iters: int = field(3000, "iterations; see count", lo=1)
+    lr: float = field(2e-6, "learning rate of the generator", lo=0)
+    lr_fake: float = field(4e-7, "learning rate of the fake score network (critic)", lo=0)
     betas: list[float] = field([0.0, 0.999], "AdamW's two decay rates", lo=0, below=1)
     clip: float = field(10.0, "largest gradient norm", above=0)
     warmup: int = field(0, "steps over which the learning rates rise from 0", lo=0)
@@ -68,7 +69,7 @@ class DistillKeys(TrainingKeys):
         "stage2", "the strong teacher in Eq. 9; original: before Stage II", choices=("stage2", "original")
     )
     sampler: str = field("stochastic", "how the student goes from step to step", choices=("stochastic", "ode"))
-    ema: float = field(0.0, "decay of the generator's averaged weights; 0 keeps no average", lo=0, below=1)
+    ema: float = field(0.99, "decay of the generator's averaged weights; 0 keeps no average", lo=0, below=1)
     ema_start: int = field(0, "generator updates before averaging starts", lo=0)
     normaliser: str = field(
         "dmd", "dmd: divide the gradient by mean |x0 - x0_real|; none: do not", choices=("dmd", "none")
