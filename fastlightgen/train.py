@@ -110,12 +110,14 @@ def run_stage(cfg: Any, later: Sequence[StageConfig] = (), ratio: float | None =
     `later`: further stages whose memory is checked first, assuming that Stage I drops `ratio` of the blocks.
     """
     number, method = int(cfg.stage), method_for(cfg)
-    device, source = pick_device(cfg.device), open_source(cfg.data, cfg.seed)
+    device, source = pick_device(cfg.device), open_source(cfg.data, cfg.seed, cfg.negative)
     folder = open_folder(cfg)
     try:
         if folder.complete:
             say(f"stage {number}: {folder.result} exists, nothing to do (overwrite=true starts anew)")
             return
+        if source.description:
+            say(f"null prompt: {shortened(source.null_prompt)!r} (negative={cfg.negative})")
         engine = make_engine(cfg, device)
         check_fit(cfg, source, device)
         for other in later:
@@ -129,6 +131,10 @@ def run_stage(cfg: Any, later: Sequence[StageConfig] = (), ratio: float | None =
                 train_stage(cfg, builder, folder, engine, made)
     finally:
         folder.close()
+
+
+def shortened(text: str, length: int = 40) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def open_folder(cfg: StageConfig) -> StageFolder:

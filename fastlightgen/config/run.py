@@ -44,6 +44,12 @@ class Run(Checked):
         choices=("warn", "stop", "off"),
         numbers=False,
     )
+    negative: str = field(
+        "empty",
+        "the null prompt, of Eq. 9 and of dropped texts; empty: the cache's null_prompt; official: the negative prompt "
+        "that the model's authors publish, which a cache holds too",
+        choices=("empty", "official"),
+    )
     seed: int = field(0, "decides every random number of the run", lo=0, hi=MAX_SEED)
     device: str = field("auto", DEVICE, choices=DEVICES, numbers=False)
     dtype: str = field("float32", "type the networks compute in", choices=("float32", "bfloat16"))

@@ -63,8 +63,11 @@ class Builder:
         return self.source.held_out(0, HELD_OUT)
 
     def check_source(self, net: VideoDiT, card: dict[str, Any]) -> None:
-        """Raise if the cache was made for another network."""
+        """Raise if the cache was made for another network; warn if Stage II learned with another null prompt."""
         check_source(self.source, net, card, self.cfg.data)
+        learned, now = card.get("negative", "empty"), self.cfg.negative
+        if card.get("stage") == 2 and learned != now:
+            say(f"warning: negative={now}: Stage II learned with negative={learned}; its pruned path knows that one")
 
     def check_data(self, net: VideoDiT, card: dict[str, Any]) -> None:
         """Raise if the cache was made for another network; check that the teacher can reproduce its clips."""
@@ -90,6 +93,7 @@ class Builder:
         )
 
     def card(self, **values: Any) -> dict[str, Any]:
-        """Return a model card: the given values, and the VAE of the data, which later caches must use too."""
+        """Return a model card: the given values, the VAE of the data, which later caches must use too, `negative`."""
         made_with = self.source.description
+        values |= {"negative": "official"} if self.cfg.negative == "official" else {}
         return values | ({"vae": made_with["vae"]} if "vae" in made_with else {})

@@ -16,6 +16,7 @@ class BuiltIn:
     """Moving shapes. Clips are 20 x 20 pixels, so frames are enlarged 16 times."""
 
     fps, scale = 6, 16
+    official_negative = ""  # there is none
     defaults = {"steps": 50, "guidance": 1.5, "shift": 3.0}  # the values of the tiny presets
 
     def __init__(self, size: str = ""):
