@@ -1,6 +1,5 @@
 """python -m fastlightgen.evaluate model=DIR out=FILE.json ...: measures scores, speed and size on held-out prompts."""
 
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,42 +11,18 @@ from fastlightgen.atomic import write_json
 from fastlightgen.blocks import read_importance
 from fastlightgen.config import Evaluate, Run, for_evaluate, for_stage, main, method_for
 from fastlightgen.data.frames import to_uint8
-from fastlightgen.data.source import Batch
 from fastlightgen.engine.local import pick_device
 from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled, interval
-from fastlightgen.models.base import VideoDiT
-from fastlightgen.models.folder.weights import load_model, read_card, read_json, trained_folder
-from fastlightgen.models.sample import sample, sampling_plan
-from fastlightgen.parallel.log import bar, say
-from fastlightgen.rng import generator
-from fastlightgen.world.codec import Codec
+from fastlightgen.models.folder.weights import load_model, read_card, read_json, read_tensors, trained_folder
+from fastlightgen.models.sample import sampling_plan
+from fastlightgen.parallel.log import say
 from fastlightgen.world.diversity import redraw
 from fastlightgen.world.score import caption_spreads, clip_values, compared, resampled, scores_of
 from fastlightgen.world.shapes import Clips, Shapes
 from fastlightgen.world.source import shapes_batch
+from fastlightgen.world.subject import Subject, draw
 
-
-@dataclass
-class Subject:
-    """A network to evaluate, with its sampling plan."""
-
-    name: str  # of its files
-    title: str  # in reports
-    model: VideoDiT
-    folder: Path
-    plan: dict  # arguments of models.sample.sample
-    keep: list[int] | None = None  # the blocks that run; None: all
-
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations per clip: two per step with guidance, unless the network embeds the guidance."""
-        single = self.plan["guidance"] == 1.0 or self.model.embeds_guidance
-        return len(self.plan["times"]) * (1 if single else 2)
-
-    def block_flops(self, batch: Batch) -> list[int]:
-        """Floating-point operations of each running block in one evaluation."""
-        flops = self.model.block_flops(batch.x0, batch.cond)
-        return [f for i, f in enumerate(flops) if self.keep is None or i in self.keep]
+Values = dict[str, Tensor]  # of each clip
 
 
 @dataclass
@@ -56,7 +31,7 @@ class Result:
 
     record: dict
     shown: Tensor  # the clips to show
-    values: dict[str, Tensor]  # of each clip; empty if the scores came with the model
+    values: Values
     resampled: dict[str, Resampled]  # of each score
 
 
@@ -74,51 +49,16 @@ def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
     return Subject(name, title, net, folder, plan, keep)
 
 
-def draw(cfg: Evaluate, subject: Subject, count: int, noises: int = 1) -> tuple[Tensor, Clips, float]:
-    """Sample `count` clips: (clips [n,F,3,H,W], the real clips with their prompts, seconds per clip).
-
-    The noise depends on the seed and the clip's position only, so that all subjects start from the same noise. With
-    several noises per prompt, the clips of a prompt follow each other, and no first frame is given.
-    """
-    if cfg.data != "shapes":
-        raise ValueError(f"data={cfg.data}: only clips of data=shapes can be scored, because their truth is known")
-    world, made, asked, seconds = Shapes(seed=cfg.seed, split="test"), [], [], 0.0
-    purpose = 8  # of the random numbers
-    if noises > 1:
-        world.first_frame_prob, purpose = 0.0, 12
-    device = next(subject.model.parameters()).device
-    with bar(count, f"sampling {subject.title}", cfg.progress) as progress:
-        for start in range(0, count, cfg.batch):
-            clips = world.batch([i // noises for i in range(start, min(start + cfg.batch, count))])
-            batch = shapes_batch(clips).to(device)
-            noise = torch.randn(batch.x0.shape, generator=generator(cfg.seed, purpose, start)).to(device)
-            clock = time.perf_counter()
-            x0 = sample(
-                subject.model, batch.cond, batch.null, noise, **subject.plan, seed=cfg.seed + start, keep=subject.keep
-            )
-            made.append(Codec().decode(x0.float().cpu()))  # the copy to the CPU waits for the GPU
-            seconds += time.perf_counter() - clock
-            asked.append(clips)
-            progress.update(len(noise))
-    return torch.cat(made), join(asked), seconds / count
-
-
-def join(parts: list[Clips]) -> Clips:
-    """Concatenate clips; the truth, which no score reads, is that of the first part."""
-    captions = [c for part in parts for c in part.captions]
-    return Clips(torch.cat([p.video for p in parts]), captions, torch.cat([p.has_first for p in parts]), parts[0].truth)
-
-
-def measure(cfg: Evaluate, subject: Subject) -> Result:
-    """Measure a subject. A teacher with shipped scores samples only the clips to show."""
-    shipped = shipped_scores(cfg, subject)
+def measure(cfg: Evaluate, subject: Subject, teacher: Result | None = None) -> Result:
+    """Measure a subject, also against a teacher. A teacher with shipped values samples only the clips to show."""
+    shipped = shipped_values(cfg, subject)
     count = cfg.clips if shipped is None else min(cfg.show, cfg.clips)
     clips, asked, seconds = draw(cfg, subject, count)
     record = {
         "name": subject.name,
         "title": subject.title,
         "model": str(subject.folder),
-        "num_params": num_params(subject),
+        "num_params": subject.num_params,
         "num_blocks": len(subject.keep or range(subject.model.num_blocks)),
         "kept_blocks": subject.keep or read_card(subject.folder).get("kept_blocks"),
         "sampler": {
@@ -129,27 +69,39 @@ def measure(cfg: Evaluate, subject: Subject) -> Result:
         },
         "seconds_per_clip": seconds,
         "batch": min(cfg.batch, count),
+        "shown": shown(cfg, asked),
     }
-    if shipped is None:
-        spread = None
-        if cfg.noises > 1:
-            more, again, _ = draw(cfg, subject, cfg.clips // cfg.noises * cfg.noises, cfg.noises)
-            spread = caption_spreads(more, again, cfg.noises)
-        return measured(cfg, record, clips, asked, spread)
-    record |= {"scores": shipped["scores"], "attributes": shipped["attributes"], "clips": shipped["clips"]}
-    record |= {"seed": cfg.seed, "shown": shown(cfg, asked)}
-    record["note"] = "scores that ship with this model, measured when it was trained"
-    return Result(record, clips[: cfg.show], {}, {})
+    if shipped is not None:
+        record["note"] = "scores that ship with this model, measured when it was trained"
+        return scored(cfg, record, clips, *shipped, teacher)
+    spread = None
+    if cfg.noises > 1:
+        more, again, _ = draw(cfg, subject, cfg.clips // cfg.noises * cfg.noises, cfg.noises)
+        spread = caption_spreads(more, again, cfg.noises)
+    return measured(cfg, record, clips, asked, spread, teacher)
 
 
-def measured(cfg: Evaluate, record: dict, clips: Tensor, asked: Clips, spread: Tensor | None) -> Result:
-    """Add the scores of clips to a record, with their 95% intervals."""
+def measured(
+    cfg: Evaluate, record: dict, clips: Tensor, asked: Clips, spread: Tensor | None, teacher: Result | None = None
+) -> Result:
+    """Measure clips and add their scores to a record."""
     values, attributes = clip_values(clips, asked, cfg.seed)
     if spread is not None:
         values["spread"] = spread
-    found = resampled(values, cfg.seed)
-    record |= {"clips": cfg.clips, "seed": cfg.seed, "scores": scores_of(values, cfg.seed), "attributes": attributes}
-    record |= {"intervals": {name: interval(f) for name, f in found.items()}, "shown": shown(cfg, asked)}
+    return scored(cfg, record, clips, values, attributes, teacher)
+
+
+def scored(
+    cfg: Evaluate, record: dict, clips: Tensor, values: Values, attributes: dict, teacher: Result | None
+) -> Result:
+    """Add the scores of measured clips to a record, with their 95% intervals, and the differences to the teacher."""
+    theirs = teacher.values["features"] if teacher else None
+    found = resampled(values, cfg.seed, theirs)
+    scores = scores_of(values, cfg.seed, theirs)
+    record |= {"clips": cfg.clips, "seed": cfg.seed, "scores": scores, "attributes": attributes}
+    record |= {"intervals": {name: interval(f) for name, f in found.items()}}
+    if teacher:
+        record["against_teacher"] = compared(found, teacher.resampled, cfg.seed)
     if not found:
         record["note"] = f"{cfg.clips} clips are too few to rank models; wanted at least {MIN_CLIPS}"
     return Result(record, clips[: cfg.show], values, found)
@@ -161,33 +113,34 @@ def shown(cfg: Evaluate, asked: Clips) -> list[dict]:
     return [{"caption": caption, "has_first": first} for caption, first in prompts][: cfg.show]
 
 
-def num_params(subject: Subject) -> int:
-    """Parameters of the network without the blocks that do not run."""
-    model = subject.model
-    dropped = [b for i, b in enumerate(model.blocks) if subject.keep is not None and i not in subject.keep]
-    return sum(p.numel() for p in model.parameters()) - sum(p.numel() for b in dropped for p in b.parameters())
+def shipped_values(cfg: Evaluate, subject: Subject) -> tuple[Values, dict] | None:
+    """Return the values of the clips that ship with a model, and its adherence by attribute, if they fit `cfg`.
 
-
-def shipped_scores(cfg: Evaluate, subject: Subject) -> dict | None:
-    """Return the record in the model folder's scores.json that was measured with this plan, or None.
-
-    show=0 asks for a new measurement, so it ignores shipped scores.
+    They were measured with the subject's plan and this seed, of the same clips and noise, and perhaps of more of them.
+    show=0 asks for a new measurement.
     """
     path = subject.folder / "scores.json"
     if not path.is_file() or subject.keep is not None or cfg.show == 0:
         return None
-    found = [r for r in read_json(path)["records"] if r["plan"] == subject.plan]
-    return found[0] if found else None
+    for record in read_json(path)["records"]:
+        same = record["plan"] == subject.plan and record["seed"] == cfg.seed
+        if same and cfg.clips <= record["clips"] and cfg.noises in (1, record["noises"]):
+            values = {k: v.double() for k, v in read_tensors([subject.folder / record["values"]]).items()}
+            captions = values.pop("spread")[: cfg.clips // cfg.noises]
+            values = {k: v[: cfg.clips] for k, v in values.items()}
+            return values | ({"spread": captions} if cfg.noises > 1 else {}), record["attributes"]
+    return None
 
 
 def real_result(cfg: Evaluate) -> Result:
     """Measure the held-out real clips: the scores of a perfect model."""
     world = Shapes(seed=cfg.seed, split="test")
     asked, spread = world.batch(range(cfg.clips)), None
+    record = {"name": "real", "title": "Real clips", "shown": shown(cfg, asked)}
     if cfg.noises > 1:
         again = redraw(world, cfg.clips // cfg.noises, cfg.noises)
         spread = caption_spreads(again.video, again, cfg.noises)
-    return measured(cfg, {"name": "real", "title": "Real clips"}, asked.video, asked, spread)
+    return measured(cfg, record, asked.video, asked, spread)
 
 
 def write(path: Path, result: Result) -> None:
@@ -195,8 +148,7 @@ def write(path: Path, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = to_uint8(result.shown).permute(0, 1, 3, 4, 2).contiguous()
     save_file({"video": frames}, path.with_suffix(".safetensors"))
-    if result.values:
-        save_file(result.values, path.with_suffix(".values.safetensors"))
+    save_file(result.values, path.with_suffix(".values.safetensors"))
     write_json(path, result.record)
 
 
@@ -252,14 +204,11 @@ def evaluate_run(cfg: Run) -> None:
     )
 
     write(run / "evaluate" / "real.json", real_result(base))
-    resamples: dict[str, Resampled] = {}  # of the teacher, which is the first
+    best = None  # the teacher's result
     for subject in (teacher, shortened, pruned, stage2, student):
-        result = measure(base, subject)
+        result = measure(base, subject, best)
+        best = best or result
         record, s = result.record, result.record["scores"]
-        if subject is teacher:
-            resamples = result.resampled
-        else:
-            record["against_teacher"] = compared(result.resampled, resamples, base.seed)
         write(run / "evaluate" / f"{subject.name}.json", result)
         took = f"{record['seconds_per_clip']:.3f} s a clip"
         say(f"{record['title']}: adherence {s['adherence']:.3f}, Frechet distance {s['frechet']:.2f}, {took}")
@@ -275,15 +224,15 @@ def evaluate(cfg: Evaluate) -> None:
         torch.set_num_threads(cfg.threads)
     torch.set_flush_denormal(True)  # denormal numbers slow CPUs down
     out = Path(cfg.out)
-    subject = load_subject(cfg, cfg.model, out.stem, cfg.model)
-    result = measure(cfg, subject)
-    record = result.record | {"plan": subject.plan}
+    subject, best, speeds = load_subject(cfg, cfg.model, out.stem, cfg.model), None, None
     if cfg.teacher:
         own = replace(cfg, steps=0, guidance=-1.0, sampler="auto", path="full")
         teacher = load_subject(own, cfg.teacher, "teacher", cfg.teacher)
-        best = measure(cfg, teacher)
-        record |= {"teacher": best.record, "speed": speed(cfg, teacher, subject)}
-        record["against_teacher"] = compared(result.resampled, best.resampled, cfg.seed)
+        best, speeds = measure(cfg, teacher), speed(cfg, teacher, subject)
+    result = measure(cfg, subject, best)
+    record = result.record | {"plan": subject.plan}
+    if best:
+        record |= {"teacher": best.record, "speed": speeds}
     write(out, replace(result, record=record))
     say(f"{out}: " + ", ".join(f"{k} {v:.4g}" for k, v in record["scores"].items()))
 

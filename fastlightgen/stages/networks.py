@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlightgen.data.source import Batch
+from fastlightgen.guidance import guided
 from fastlightgen.models.base import Cond, Stream, VideoDiT
 from fastlightgen.models.lora import lora_on
 from fastlightgen.models.streams import TextKeys
@@ -42,3 +43,16 @@ class Networks:
         if self.original is None:
             return self.teacher.walk(x_t, t, [*streams, Stream(batch.cond)])
         return [*self.teacher.walk(x_t, t, streams), self.original(x_t, t, batch.cond)]
+
+
+@torch.no_grad()
+def guided_prediction(net: VideoDiT, x_t: Tensor, t: Tensor, cond: Cond, null: Cond, scale: float) -> Tensor:
+    """A frozen network's prediction with classifier-free guidance, as a target for a network that needs none.
+
+    Guidance distillation (Meng et al. 2022, arXiv 2210.03142, their first stage) for one fixed scale. A clip whose
+    prompt was dropped gets the plain prediction of the empty prompt, whatever the scale.
+    """
+    if scale == 1:
+        return net(x_t, t, cond)
+    v_cond, v_null = net.walk(x_t, t, [Stream(cond), Stream(null)])
+    return guided(v_cond, v_null, scale)

@@ -4,9 +4,9 @@ Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B].
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from fastlightgen.blocks import draw_keep, read_importance
 from fastlightgen.config import TIMES, ConfigError, Run, TrainingKeys, field
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.ema import follow
-from fastlightgen.engine.guard import held_out_mean
 from fastlightgen.engine.roles import Role, Update
 from fastlightgen.models.base import Stream, VideoDiT
 from fastlightgen.models.cost import Network
@@ -26,16 +25,16 @@ from fastlightgen.models.families import depth
 from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import digest, read_card, save_model
 from fastlightgen.models.sample import preview_plan
-from fastlightgen.parallel import ranks
 from fastlightgen.planner.step import Iteration, Net, Walk
 from fastlightgen.planner.walk import Route
-from fastlightgen.rng import generator, normal_like
+from fastlightgen.rng import generator
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.method import Guess, Method, Subject
-from fastlightgen.stages.rank import denoising_error
+from fastlightgen.stages.networks import guided_prediction
+from fastlightgen.stages.rank import held_out_error
 from fastlightgen.stages.teacher import noised
 
-DRAWS, COIN, GUARD = 2, 3, 4  # the purposes of this stage's random draws
+DRAWS, COIN = 2, 3  # the purposes of this stage's random draws
 
 
 @dataclass(kw_only=True)
@@ -59,6 +58,9 @@ class PruneKeys(TrainingKeys):
         choices=("frozen", "self", "ema"),
     )
     target_decay: float = field(0.999, "target=ema: decay of the average", lo=0, below=1)
+    guided: float = field(
+        1.0, "guidance of the target: both paths learn null + w (cond - null); 1: the plain prediction"
+    )
     kappa_unpruned: float = field(1.0, "weight of the unpruned path's distance to the target", lo=0)
     text_dropout: float = field(0.1, "probability of the empty prompt, which Eq. 9 needs", lo=0, hi=1)
     guard: float = field(
@@ -74,6 +76,10 @@ class PruneKeys(TrainingKeys):
         if self.estimator == "sampled" and self.drop == "independent":
             raise ConfigError(
                 "estimator=sampled: the coin belongs to drop=joint; with drop=independent use estimator=full"
+            )
+        if self.guided != 1 and self.target == "self":
+            raise ConfigError(
+                f"guided={self.guided}: target=self would guide its own guided prediction again; use target=frozen"
             )
         if self.estimator == "sampled" and not 0 < self.p < 1:
             raise ConfigError(f"p={self.p}: estimator=sampled divides by p and 1 - p; wanted > 0 and < 1")
@@ -156,7 +162,8 @@ class Prune:
         self.start_error = 0.0
 
     def begin(self) -> None:
-        self.start_error = self.error()
+        # A guided prediction is further from the data than the teacher's own, and its target cannot run away.
+        self.start_error = held_out_error(self.net, self.held_out(), self.cfg) if self.cfg.guided == 1 else math.inf
 
     def updates(self, step: int) -> list[Update]:
         # With alpha = 1 and target=self no term trains the unpruned path: a coin that picks it leaves nothing to do.
@@ -191,8 +198,10 @@ class Prune:
         if w_u or self.target is None:  # target=self needs the unpruned prediction even in steps that do not train it
             streams["unpruned"] = Stream(cond, grad=w_u > 0)
         v = dict(zip(streams, self.net.walk(x_t, t, list(streams.values())), strict=True))
-        with torch.no_grad():
-            v_target = v["unpruned"] if self.target is None else self.target(x_t, t, cond)
+        if self.target is None:
+            v_target = v["unpruned"]
+        else:
+            v_target = guided_prediction(self.target, x_t, t, cond, batch.null, cfg.guided)
         v_p, v_u = v.get("pruned"), v["unpruned"] if w_u else None
         loss = eq7(v_p, v_u, v_target, flow.velocity(batch.x0, noise), cfg.alpha, cfg.kappa, w_p, w_u)
         taken = {"distill_pruned": v_p, "distill_unpruned": v_u}
@@ -205,21 +214,14 @@ class Prune:
         if cfg.target == "ema":
             assert self.target is not None
             follow(self.target, self.net, 1 - cfg.target_decay)
-        if step % cfg.guard_every == 0 and not (error := self.error()) <= cfg.guard * self.start_error:
+        if step % cfg.guard_every:
+            return
+        error = held_out_error(self.net, self.held_out(), cfg)
+        if not error <= cfg.guard * self.start_error:  # also stops at nan
             raise ValueError(
                 f"step {step}: the x0 error of the full path is {error:.4g}, {error / self.start_error:.2f} times its "
                 f"start (guard={cfg.guard}); the run has diverged: use target=frozen, a lower lr, or alpha below 1"
             )
-
-    def error(self, keep: Sequence[int] | None = None) -> float:
-        """Return Stage I's error (Eq. 4) on the held-out clips, as many at a time as in training, for memory."""
-        cfg, batch = self.cfg, self.held_out()
-        times = flow.shift_time(torch.linspace(0.02, 0.98, len(batch.x0)), cfg.shift)
-        noise = normal_like(batch.x0, generator(cfg.seed, GUARD))
-        measure = partial(denoising_error, self.net, keep)
-        at_once = cfg.micro_batch or max(1, cfg.batch // ranks.shares(cfg.sequence_parallel)[1])
-        clips = batch.x0, times, noise
-        return held_out_mean(measure, clips, batch.cond, self.net.device, at_once, cfg.sequence_parallel)
 
     def sampler(self) -> dict[str, Any]:
         return {"model": self.net, "keep": self.keep} | preview_plan(self.card, self.cfg.shift, self.net.released)
@@ -243,7 +245,8 @@ def build(cfg: Config, with_: Builder) -> Prune:
     net = with_.load(folder)
     ranking = read_importance(ranking_of(cfg), net.num_blocks)
     theirs = read_card(folder)
-    card = with_.card(source=str(folder), steps=theirs.get("steps"), guidance=theirs.get("guidance"))
+    guidance = theirs.get("guidance") if cfg.guided == 1 else 1.0  # a guided target has it in the weights
+    card = with_.card(source=str(folder), steps=theirs.get("steps"), guidance=guidance)
     with_.check_data(net, theirs)
     with_.checkpoint(cfg, net)
     target = with_.copy(net, folder) if cfg.target != "self" else None
@@ -271,7 +274,7 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
         walked.append(Walk("student", routes, fraction))
         if not own_target:
             nets["target"] = Net()
-            walked.append(Walk("target", [Route()], fraction))
+            walked.append(Walk("target", [Route(), Route(1)] if cfg.guided != 1 else [Route()], fraction))
     return Iteration({"student": Net(updates=updates, still=held)} | nets, walked)
 
 

@@ -10,8 +10,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from tqdm import tqdm
 from fastlightgen import flow
 from fastlightgen.config import BatchKeys, Run, field
 from fastlightgen.data.source import Batch
+from fastlightgen.engine.guard import held_out_mean
 from fastlightgen.engine.shards import shape
 from fastlightgen.models.base import Cond, Stream, VideoDiT
 from fastlightgen.models.cost import Network
@@ -33,7 +36,7 @@ from fastlightgen.stages.build import Builder
 from fastlightgen.stages.method import Guess, Method, Subject
 from fastlightgen.stages.search import SEARCHES, counts_of, lists_of, without
 
-DRAWS = 1  # the purpose of this stage's random draws
+DRAWS, HELD_OUT = 1, 4  # the purposes of these random draws
 Sample = tuple[Tensor, Tensor, Tensor, Cond]  # x_t, t, x0, cond
 Bar = Callable[[int, str], AbstractContextManager[tqdm]]  # (total, title) -> a progress bar
 
@@ -85,6 +88,16 @@ def denoising_error(
     """Eq. 4 per sample, for a network that runs the blocks `keep`."""
     x_t = flow.add_noise(x0, noise, t)
     return x0_error(net(x_t, t, cond, keep), x_t, t, x0)
+
+
+def held_out_error(net: VideoDiT, batch: Batch, cfg: Any, keep: Sequence[int] | None = None) -> float:
+    """The mean of Eq. 4 over held-out clips, as many at a time as in training, for memory."""
+    times = flow.shift_time(torch.linspace(0.02, 0.98, len(batch.x0)), cfg.shift)
+    noise = normal_like(batch.x0, generator(cfg.seed, HELD_OUT))
+    measure = partial(denoising_error, net, keep)
+    at_once = cfg.micro_batch or max(1, cfg.batch // ranks.shares(cfg.sequence_parallel)[1])
+    clips = batch.x0, times, noise
+    return held_out_mean(measure, clips, batch.cond, net.device, at_once, cfg.sequence_parallel)
 
 
 def output_mse(v: Tensor, v_full: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor
 from fastlightgen.data.frames import read_image, to_uint8
 from fastlightgen.models.base import Cond
 from fastlightgen.models.sample import Wish
-from fastlightgen.world.codec import Codec, condition
 from fastlightgen.world.captions import pool, tokenise
+from fastlightgen.world.codec import Codec, condition
 from fastlightgen.world.shapes import Shapes
 
 

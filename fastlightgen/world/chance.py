@@ -1,4 +1,4 @@
-"""Random numbers of the built-in world: each is a hash of (seed, split, clip, slot), so that clips do not depend on order.
+"""Random numbers of the built-in world: hashes of (seed, split, clip, slot), so that a clip is the same in any order.
 
 B clips.
 """

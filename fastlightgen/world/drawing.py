@@ -76,7 +76,8 @@ def mosaic(bits: NDArray, offset: NDArray, margin: int, size: int) -> NDArray:
 
     The camera moves by whole pixels, at most `margin` of them, because a shift by half a pixel would blur the tiles.
     """
-    width, rest, whole = size + 2 * margin, bits, 0.0
+    width, rest = size + 2 * margin, bits
+    whole = np.zeros((len(bits), width, width))
     for side, level in MOSAIC:
         n = -(-width // side)
         own, rest = rest[:, : n * n].reshape(-1, n, n), rest[:, n * n :]

@@ -16,8 +16,8 @@ from fastlightgen.world.captions import CHANGES, DIRECTIONS, KINDS, SPEEDS, pars
 from fastlightgen.world.drawing import PALETTE, coverage
 from fastlightgen.world.shapes import PIXELS_PER_FRAME, SPEED_JITTER, TURN_FRAMES, main_path
 
-# Area in pixels from which a colour counts as present: the smallest shape has 12, an edge where two colours blend into a
-# third one about 1.5.
+# Area in pixels from which a colour counts as present: the smallest shape has 12, an edge where two colours blend into
+# a third one about 1.5.
 PRESENT = 4.0
 # A mask rises from 0 to 1 between these shares of a colour's full chroma. They are symmetric about 0.5, so that
 # anti-aliased edges do not shift the centroids.

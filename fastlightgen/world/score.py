@@ -78,12 +78,16 @@ def _true_spreads(seed: int, captions: int) -> Tensor:
     return true_spreads(Shapes(seed=seed, split="test"), captions)
 
 
-def statistics(values: Mapping[str, Tensor], seed: int) -> dict[str, tuple[Statistic, int]]:
-    """Each score as (statistic, number of clips or captions that it resamples)."""
+def statistics(
+    values: Mapping[str, Tensor], seed: int, teacher: Tensor | None = None
+) -> dict[str, tuple[Statistic, int]]:
+    """Each score as (statistic, number of clips or captions that it resamples); `teacher`: features of its clips."""
     feats, real = values["features"], reference(seed).features
     n = len(feats)
     found = {name: (mean_of(x), n) for name, x in values.items() if name not in SETS}
     found["frechet"] = frechet_statistic(real, feats), n
+    if teacher is not None and len(teacher) > 1:
+        found["to_teacher"] = frechet_statistic(teacher, feats), n
     found["kid"] = kernel_statistic(real, feats), n
     if n > COVERAGE_NEIGHBOURS:
         regions = Regions(real, feats)
@@ -95,13 +99,15 @@ def statistics(values: Mapping[str, Tensor], seed: int) -> dict[str, tuple[Stati
     return found
 
 
-def scores_of(values: Mapping[str, Tensor], seed: int) -> dict[str, float]:
-    return {name: value(statistic, n) for name, (statistic, n) in statistics(values, seed).items()}
+def scores_of(values: Mapping[str, Tensor], seed: int, teacher: Tensor | None = None) -> dict[str, float]:
+    return {name: value(statistic, n) for name, (statistic, n) in statistics(values, seed, teacher).items()}
 
 
-def resampled(values: Mapping[str, Tensor], seed: int) -> dict[str, Resampled]:
+def resampled(values: Mapping[str, Tensor], seed: int, teacher: Tensor | None = None) -> dict[str, Resampled]:
     """Resamples of each score, without scores that are nan or have too few clips or captions to rank models."""
-    enough = {name: (statistic, n) for name, (statistic, n) in statistics(values, seed).items() if n >= MIN_CLIPS}
+    enough = {
+        name: (statistic, n) for name, (statistic, n) in statistics(values, seed, teacher).items() if n >= MIN_CLIPS
+    }
     found = {name: resample(statistic, n, seed) for name, (statistic, n) in enough.items()}
     return {name: f for name, f in found.items() if math.isfinite(f.value)}
 

@@ -2,8 +2,8 @@
 
 A clip is a pure function of (seed, split, index): its random numbers come from a counter-based hash, so it is the same
 in every batch, order and process. The attributes that a caption states (colour, kind, direction, speed, change,
-companion) are uniform. The caption leaves open: background and its mosaic, camera, patterns of the shapes, sizes, start,
-turn frame, speed jitter, companion's motion. Few-step samplers fail at the mosaic and the patterns; see world/drawing.py.
+companion) are uniform. The caption leaves open: background and its mosaic, camera, patterns of the shapes, sizes,
+start, turn frame, speed jitter, companion's motion. Samplers of few steps fail at mosaic and patterns; see drawing.py.
 
 B clips, F frames, H = W = size; positions are (x, y) in pixels; pixel (row i, column j) has its centre at (j+.5, i+.5).
 """

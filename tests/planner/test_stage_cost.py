@@ -41,6 +41,7 @@ def planned_for(stage) -> StepCost:
         ["alpha=0.5", "target=self"],
         ["alpha=1", "target=frozen", "kappa_unpruned=0"],
         ["alpha=1", "target=frozen"],
+        ["alpha=1", "target=frozen", "guided=2"],
         ["alpha=0.5", "target=ema", "checkpointing=true", "keep_attention=2"],
     ],
     ids=" ".join,

@@ -13,6 +13,7 @@ from fastlightgen.engine.local import LocalEngine
 from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages import prune
 from fastlightgen.stages.prune import Prune
+from fastlightgen.stages.rank import held_out_error
 from fastlightgen.stages.teacher import noised
 
 DOUBLE = batches(2, torch.float64)
@@ -68,6 +69,30 @@ def test_loss_and_gradients_are_those_of_eq_7(target, alpha, kappa):
     assert all(torch.allclose(got[k], hand[k], rtol=1e-8, atol=1e-14) for k in hand)
     if alpha == 1:
         assert record["distill_pruned"] == pytest.approx(by_hand(stage, 3)[0].item(), rel=1e-10)
+
+
+def test_both_paths_follow_the_guided_target():
+    """guided=W: the target is null + W (cond - null) of the frozen network, from two separate forwards."""
+    stage = make("guided=2.5")
+    stage.target.block_calls = 0
+    loss, _ = stage.updates(2)[0].loss()
+    assert stage.target.block_calls == 2 * BLOCKS
+    cfg, batch = stage.cfg, DOUBLE(2)
+    x_t, t, _, cond = noised(batch, cfg, cfg.seed, 2, 2)
+    with torch.no_grad():
+        v_cond, v_null = stage.target(x_t, t, cond), stage.target(x_t, t, batch.null)
+    dropped = (v_cond - v_null).flatten(1).abs().amax(1) == 0
+    assert dropped.any() and not dropped.all()  # guidance changes nothing where the prompt was dropped
+    target = 2.5 * v_cond - 1.5 * v_null
+    wanted = sum(((v - target) ** 2).mean() for v in (stage.net(x_t, t, cond, KEPT), stage.net(x_t, t, cond)))
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-10)
+    got, hand = gradients(loss, stage.net), gradients(wanted, stage.net)
+    assert all(torch.allclose(got[k], hand[k], rtol=1e-8, atol=1e-14) for k in hand)
+
+
+def test_a_guided_target_must_not_be_the_network_itself():
+    with pytest.raises(ValueError, match="guided=2.0: target=self would guide its own guided prediction again"):
+        config(2, "guided=2", "target=self")
 
 
 def test_the_two_paths_take_one_walk():
@@ -190,7 +215,7 @@ def test_error_is_eq_4_on_the_held_out_clips():
     for keep in (None, KEPT):
         v = stage.net(x_t, t, batch.cond, keep)
         wanted = [((x_t[b] - t[b] * v[b] - batch.x0[b]) ** 2).mean().item() for b in range(2)]
-        assert stage.error(keep) == pytest.approx(sum(wanted) / 2, rel=1e-5)
+        assert held_out_error(stage.net, stage.held_out(), stage.cfg, keep) == pytest.approx(sum(wanted) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("together", [1, 2])
@@ -198,7 +223,7 @@ def test_ranks_share_the_held_out_clips(monkeypatch, together):
     """Five clips on three (groups of) ranks: all walk equally often, and their tables add up to one process's error."""
     stage, tables, walks = make("micro_batch=1"), [], []
     stage.held_out = lambda: batches(5, torch.float64)(99)
-    alone = stage.error()
+    alone = held_out_error(stage.net, stage.held_out(), stage.cfg)
     real = stage.net._walk
     monkeypatch.setattr(stage.net, "_walk", lambda *a: walks.append(len(a[0])) or real(*a))
     monkeypatch.setattr(prune.ranks, "summed", lambda table: tables.append(table) or table)
@@ -206,7 +231,7 @@ def test_ranks_share_the_held_out_clips(monkeypatch, together):
     monkeypatch.setattr(prune.ranks, "size", lambda: 3 * together)
     for rank in range(3 * together):
         monkeypatch.setattr(prune.ranks, "rank", lambda rank=rank: rank)
-        stage.error()
+        held_out_error(stage.net, stage.held_out(), stage.cfg)
     assert walks == [1, 1] * 3 * together
     assert sum(tables).mean().item() == pytest.approx(alone, rel=1e-6)
 

@@ -1,0 +1,84 @@
+"""A network that is evaluated in the built-in world, and the clips that it makes for held-out captions."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastlightgen.config import Evaluate
+from fastlightgen.data.source import Batch
+from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.sample import sample
+from fastlightgen.parallel.log import bar
+from fastlightgen.rng import generator
+from fastlightgen.world.codec import Codec
+from fastlightgen.world.shapes import Clips, Shapes
+from fastlightgen.world.source import shapes_batch
+
+
+@dataclass
+class Subject:
+    """A network to evaluate, with its sampling plan."""
+
+    name: str  # of its files
+    title: str  # in reports
+    model: VideoDiT
+    folder: Path
+    plan: dict  # arguments of models.sample.sample
+    keep: list[int] | None = None  # the blocks that run; None: all
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations per clip: two per step with guidance, unless the network embeds the guidance."""
+        single = self.plan["guidance"] == 1.0 or self.model.embeds_guidance
+        return len(self.plan["times"]) * (1 if single else 2)
+
+    def block_flops(self, batch: Batch) -> list[int]:
+        """Floating-point operations of each running block in one evaluation."""
+        flops = self.model.block_flops(batch.x0, batch.cond)
+        return [f for i, f in enumerate(flops) if self.keep is None or i in self.keep]
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the network without the blocks that do not run."""
+        dropped = [b for i, b in enumerate(self.model.blocks) if self.keep is not None and i not in self.keep]
+        return sum(p.numel() for p in self.model.parameters()) - sum(p.numel() for b in dropped for p in b.parameters())
+
+
+def draw(cfg: Evaluate, subject: Subject, count: int, noises: int = 1, first: int = 0) -> tuple[Tensor, Clips, float]:
+    """Sample clips first, first + 1, ...: (clips [n,F,3,H,W], the real clips with their prompts, seconds per clip).
+
+    The noise depends on the seed and the clip's position only, so that all subjects start from the same noise. With
+    several noises per prompt, the clips of a prompt follow each other, and no first frame is given.
+    """
+    if cfg.data != "shapes":
+        raise ValueError(f"data={cfg.data}: only clips of data=shapes can be scored, because their truth is known")
+    world, made, asked, seconds = Shapes(seed=cfg.seed, split="test"), [], [], 0.0
+    purpose = 8  # of the random numbers
+    if noises > 1:
+        world.first_frame_prob, purpose = 0.0, 12
+    device = next(subject.model.parameters()).device
+    with bar(count, f"sampling {subject.title}", cfg.progress) as progress:
+        for start in range(first, first + count, cfg.batch):
+            clips = world.batch([i // noises for i in range(start, min(start + cfg.batch, first + count))])
+            batch = shapes_batch(clips).to(device)
+            places = range(start, start + len(batch.x0))
+            each = [torch.randn(batch.x0.shape[1:], generator=generator(cfg.seed, purpose, i)) for i in places]
+            noise = torch.stack(each).to(device)
+            clock = time.perf_counter()
+            x0 = sample(
+                subject.model, batch.cond, batch.null, noise, **subject.plan, seed=cfg.seed + start, keep=subject.keep
+            )
+            made.append(Codec().decode(x0.float().cpu()))  # the copy to the CPU waits for the GPU
+            seconds += time.perf_counter() - clock
+            asked.append(clips)
+            progress.update(len(noise))
+    return torch.cat(made), join(asked), seconds / count
+
+
+def join(parts: list[Clips]) -> Clips:
+    """Concatenate clips; the truth, which no score reads, is that of the first part."""
+    captions = [c for part in parts for c in part.captions]
+    return Clips(torch.cat([p.video for p in parts]), captions, torch.cat([p.has_first for p in parts]), parts[0].truth)
