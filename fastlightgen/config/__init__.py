@@ -8,10 +8,12 @@ from fastlightgen.config.files import diff, find_preset_weights, fingerprint, nu
 from fastlightgen.config.plan import GPUS, Plan, another_stage, plan_for, plan_root
 from fastlightgen.config.run import Run
 from fastlightgen.config.stages import StageConfig, declared, for_stage, method_for, register, root
-from fastlightgen.config.training import TIMES, BatchKeys, TrainingKeys
+from fastlightgen.config.training import GUIDANCES, TEACHER_GUIDANCE, TIMES, BatchKeys, TrainingKeys
 
 __all__ = [
     "GPUS",
+    "GUIDANCES",
+    "TEACHER_GUIDANCE",
     "TIMES",
     "BatchKeys",
     "Checked",

@@ -6,6 +6,11 @@ from fastlightgen.config.fields import Checked, field
 
 TIMES = ("uniform", "logit_normal")
 SCHEDULE = "after the warm-up: hold the learning rate, or let it fall to 0"
+GUIDANCES = ("null", "embedded")
+TEACHER_GUIDANCE = (
+    "what guides the teacher; null: the null prompt; embedded: the scale that a guidance-distilled network reads, "
+    "without a null prompt and beta1"
+)
 
 
 @dataclass(kw_only=True)

@@ -32,6 +32,11 @@ class Batch:
 
         return Batch(move(self.x0), self.cond.map(move), self.null.map(move))
 
+    def with_guidance(self, scale: float) -> "Batch":
+        """Return the same clips for networks that read a guidance scale."""
+        guidance = torch.full((len(self.x0),), scale, device=self.x0.device)
+        return Batch(self.x0, replace(self.cond, guidance=guidance), replace(self.null, guidance=guidance))
+
     def drop_text(self, dropped: Tensor) -> Cond:
         """Return the condition, with the null prompt where `dropped` [B] is true: trains v(null) of Eq. 9."""
         dropped, changed = dropped.to(self.x0.device), {}

@@ -17,13 +17,15 @@ from fastlightgen.models.folder.weights import file_values, load_model
 from fastlightgen.parallel.clock import clock
 from fastlightgen.parallel.log import say
 from fastlightgen.rng import rows
-from fastlightgen.stages.check import check_source, check_teacher
+from fastlightgen.stages.check import check_source, check_teacher, require_embedded
 
 HELD_OUT = 32  # held-out clips on which a guard measures
 
 
 class Builder:
     """Gives a method its networks and batches."""
+
+    guidance: float | None = None  # teacher_guidance=embedded: the scale that the networks read in every batch
 
     def __init__(self, cfg: StageConfig, source: Source, device: torch.device):
         self.cfg, self.source, self.device = cfg, source, device
@@ -56,11 +58,28 @@ class Builder:
     def batches(self, step: int) -> Batch:
         """Return this process's clips of a step, on its device."""
         with clock.part("data"):
-            return self.source.batch(step, self.cfg.batch, rows(self.cfg.batch)).to(self.device)
+            return self.with_guidance(self.source.batch(step, self.cfg.batch, rows(self.cfg.batch)).to(self.device))
 
     def held_out(self) -> Batch:
         """Return clips that training never uses, on the CPU."""
-        return self.source.held_out(0, HELD_OUT)
+        return self.with_guidance(self.source.held_out(0, HELD_OUT))
+
+    def with_guidance(self, batch: Batch) -> Batch:
+        return batch if self.guidance is None else batch.with_guidance(self.guidance)
+
+    def read_guidance(self, kind: str, net: VideoDiT, card: dict[str, Any]) -> None:
+        """Follow the key teacher_guidance; with embedded, every batch carries the scale of the teacher from now on.
+
+        The card or the family names that scale. Without it, such a network reads 1: the plain prediction.
+        """
+        learned = card.get("teacher_guidance", "null")
+        if card.get("stage") == 2 and learned != kind:
+            raise ValueError(
+                f"teacher_guidance={kind}: Stage II learned with teacher_guidance={learned}; give both stages the same"
+            )
+        if kind == "embedded":
+            require_embedded(net.embeds_guidance)
+            self.guidance = float(card.get("guidance") or net.released["guidance"])
 
     def check_source(self, net: VideoDiT, card: dict[str, Any]) -> None:
         """Raise if the cache was made for another network; warn if Stage II learned with another null prompt."""
@@ -93,7 +112,8 @@ class Builder:
         )
 
     def card(self, **values: Any) -> dict[str, Any]:
-        """Return a model card: the given values, the VAE of the data, which later caches must use too, `negative`."""
+        """Return a model card: the given values, the VAE of the data, which later caches must use too, the guidance."""
         made_with = self.source.description
         values |= {"negative": "official"} if self.cfg.negative == "official" else {}
+        values |= {"teacher_guidance": "embedded"} if self.guidance is not None else {}
         return values | ({"vae": made_with["vae"]} if "vae" in made_with else {})

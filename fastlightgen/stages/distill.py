@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlightgen import flow
-from fastlightgen.config import Run, TrainingKeys, field, numbers, root
+from fastlightgen.config import GUIDANCES, TEACHER_GUIDANCE, Run, TrainingKeys, field, numbers, root
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.folder import read_run
 from fastlightgen.engine.roles import Role, Update
@@ -68,6 +68,7 @@ class DistillKeys(TrainingKeys):
     strong: str = field(
         "stage2", "the strong teacher in Eq. 9; original: before Stage II", choices=("stage2", "original")
     )
+    teacher_guidance: str = field("null", TEACHER_GUIDANCE, choices=GUIDANCES)
     sampler: str = field("stochastic", "how the student goes from step to step", choices=("stochastic", "ode"))
     ema: float = field(0.99, "decay of the generator's averaged weights; 0 keeps no average", lo=0, below=1)
     ema_start: int = field(0, "generator updates before averaging starts", lo=0)
@@ -177,12 +178,13 @@ class Distill:
         """Nothing to check beyond the loop's own checks."""
 
     def sampler(self) -> dict[str, Any]:
-        return {"model": self.nets.student, "times": self.times, "guidance": 1.0, "kind": self.cfg.sampler}
+        plan = {"times": self.times, "guidance": self.nets.guidance or 1.0, "kind": self.cfg.sampler}
+        return {"model": self.nets.student} | plan
 
     def save(self, folder: Path, write: Callable[..., Any] = save_model) -> None:
         cfg = self.cfg
-        card = {"stage": 3, "ladder": self.times, "shift": cfg.shift, "guidance": 1.0, "sampler": cfg.sampler}
-        write(self.nets.student, folder, **self.card | card)
+        card = {"stage": 3, "ladder": self.times, "shift": cfg.shift, "sampler": cfg.sampler}
+        write(self.nets.student, folder, **self.card | card | {"guidance": self.nets.guidance or 1.0})
 
 
 def stage2_folder(cfg: Config) -> Path:
@@ -204,6 +206,7 @@ def build(cfg: Config, with_: Builder) -> Distill:
         raise ValueError(f"{folder}/fastlightgen.json: names no pruned_path; wanted a model that stage=2 made")
     teacher = with_.load(folder).requires_grad_(False)
     with_.check_data(teacher, card)
+    with_.read_guidance(cfg.teacher_guidance, teacher, card)
     student = with_.copy(teacher, folder).requires_grad_(True).prune(keep)
     original = None
     if cfg.strong == "original":
@@ -217,6 +220,7 @@ def build(cfg: Config, with_: Builder) -> Distill:
         fake, fake_keep = (fake.prune(keep), None) if fake_keep is not None else (fake, None)
     with_.checkpoint(cfg, student, fake)
     nets = Networks(student, teacher, list(keep), fake, fake_keep, trained or fake, trained is not None, original)
+    nets.guidance = with_.guidance
     stage = Distill(cfg, nets, with_.batches, with_.card(source=card.get("source"), kept_blocks=list(keep)))
     stage.roles["student"].file_values = with_.file_values(folder, keep)
     if trained is None:  # adapters start from values of their own
@@ -237,7 +241,8 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     if lora:  # the critic is the full teacher with adapters, and skips blocks
         nets["fake"] = Net(updates=critics, adapters=cfg.lora_rank, adapted=fake_keep)
         fake_path = fake_keep
-    weak, strong = [Route(keep=keep), Route(1, keep, kept_text=True)], Route()
+    null = [] if cfg.teacher_guidance == "embedded" else [Route(1, keep, kept_text=True)]
+    weak, strong = [Route(keep=keep), *null], Route()
     early = (cfg.steps - 1) / 2 if cfg.rollout == "simulate" else 0  # mean number of steps before the exit
     walked = [
         Walk("student", [Route()], generators * early + critics * (early + 1)),
