@@ -76,6 +76,13 @@ class DistillKeys(TrainingKeys):
         "dmd", "dmd: divide the gradient by mean |x0 - x0_real|; none: do not", choices=("dmd", "none")
     )
     score_shift: float = field(0.0, "time shift of the score's time; 0: same as shift", lo=0)
+    choose: str = field(
+        "last",
+        "the weights that become the result; last; best: whose clips of held-out prompts come nearest to real ones",
+        choices=("last", "best"),
+    )
+    choose_every: int = field(50, "choose=best: generator updates between two looks", lo=1)
+    choose_clips: int = field(64, "choose=best: held-out prompts", lo=8)
     stage2_model: str = field("", "model folder that Stage II left; empty: RUN/stage2/model")
 
     def check(self) -> None:
