@@ -8,7 +8,7 @@ from fastlightgen.config.files import diff, find_preset_weights, fingerprint, nu
 from fastlightgen.config.plan import GPUS, Plan, another_stage, plan_for, plan_root
 from fastlightgen.config.run import Run
 from fastlightgen.config.stages import StageConfig, declared, for_stage, method_for, register, root
-from fastlightgen.config.training import GUIDANCES, TEACHER_GUIDANCE, TIMES, BatchKeys, TrainingKeys
+from fastlightgen.config.training import GUIDANCES, TEACHER_GUIDANCE, TIMES, BatchKeys, StudentKeys, TrainingKeys
 
 __all__ = [
     "GPUS",
@@ -25,6 +25,7 @@ __all__ = [
     "Report",
     "Run",
     "StageConfig",
+    "StudentKeys",
     "TrainingKeys",
     "UserError",
     "another_stage",

@@ -40,3 +40,16 @@ class TrainingKeys(BatchKeys):
     def check(self) -> None:
         super().check()
         self.check_ordered("betas")
+
+
+@dataclass(kw_only=True)
+class StudentKeys(TrainingKeys):
+    """Keys of methods of Stage III; they train a role named `student`."""
+
+    choose: str = field(
+        "last",
+        "the weights that become the result; last; best: whose clips of held-out prompts come nearest to real ones",
+        choices=("last", "best"),
+    )
+    choose_every: int = field(50, "choose=best: updates of the student between two looks", lo=1)
+    choose_clips: int = field(64, "choose=best: held-out prompts", lo=8)

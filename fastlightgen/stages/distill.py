@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlightgen import flow
-from fastlightgen.config import GUIDANCES, TEACHER_GUIDANCE, Run, TrainingKeys, field, numbers, root
+from fastlightgen.config import GUIDANCES, TEACHER_GUIDANCE, Run, StudentKeys, field, numbers, root
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.folder import read_run
 from fastlightgen.engine.roles import Role, Update
@@ -36,7 +36,7 @@ STUDENT, FAKE, ADAPTERS = 5, 6, 7  # the purposes of this stage's random draws
 
 
 @dataclass(kw_only=True)
-class DistillKeys(TrainingKeys):
+class DistillKeys(StudentKeys):
     """Keys of Stage III."""
 
     iters: int = field(3000, "iterations; see count", lo=1)
@@ -76,13 +76,6 @@ class DistillKeys(TrainingKeys):
         "dmd", "dmd: divide the gradient by mean |x0 - x0_real|; none: do not", choices=("dmd", "none")
     )
     score_shift: float = field(0.0, "time shift of the score's time; 0: same as shift", lo=0)
-    choose: str = field(
-        "last",
-        "the weights that become the result; last; best: whose clips of held-out prompts come nearest to real ones",
-        choices=("last", "best"),
-    )
-    choose_every: int = field(50, "choose=best: generator updates between two looks", lo=1)
-    choose_clips: int = field(64, "choose=best: held-out prompts", lo=8)
     stage2_model: str = field("", "model folder that Stage II left; empty: RUN/stage2/model")
 
     def check(self) -> None:

@@ -101,7 +101,7 @@ def test_the_planner_counts_the_walks_that_run(folder, kind):
     save_model(small_hunyuan(guidance_embeds=True), folder / kind, pruned_path=KEEP, stage=2, teacher_guidance=kind)
     words = [f"stage2_model={folder / kind}", f"teacher_guidance={kind}", "steps=1", "count=generator", "ratio=2"]
     stage = built(folder, 3, *words)
-    x0, cond = stage.batches(0).x0, stage.batches(0).cond
+    x0, cond = batches(2)(0).x0, batches(2)(0).cond
     net = network(stage.nets.teacher.config, tuple(x0.shape[2:]), cond.text.shape[1], fused=False)
     planned = step_cost(net, method_for(stage.cfg).walks(net, KEEP, stage.cfg), stage.cfg)
     nets = [stage.nets.student, stage.nets.teacher, stage.nets.fake_net]
