@@ -27,12 +27,13 @@ from fastlightgen.planner.step import Iteration, Net, Walk
 from fastlightgen.planner.walk import Route
 from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages.build import Builder
-from fastlightgen.stages.matching import dmd_loss, score_times, simulate, uniform
+from fastlightgen.stages.matching import dmd_loss, score_times, uniform
 from fastlightgen.stages.method import Guess, Method, Subject
 from fastlightgen.stages.networks import Networks
+from fastlightgen.stages.rollouts import FAKE, STUDENT, Order, Rollouts
 from fastlightgen.stages.teacher import flow_matching_loss
 
-STUDENT, FAKE, ADAPTERS = 5, 6, 7  # the purposes of this stage's random draws
+ADAPTERS = 7  # the purpose of this file's own random draws; those of the updates stand in rollouts.py
 
 
 @dataclass(kw_only=True)
@@ -55,6 +56,11 @@ class DistillKeys(TrainingKeys):
         "simulate",
         "the generator's inputs; simulate: its own steps from noise; data: noised clips",
         choices=("simulate", "data"),
+    )
+    rungs: str = field(
+        "cycled",
+        "the rung at which an update leaves the ladder; cycled: each rung once per `steps` updates; random: any",
+        choices=("cycled", "random"),
     )
     ratio: int = field(5, "critic updates per generator update", lo=1)
     count: str = field(
@@ -81,13 +87,19 @@ class DistillKeys(TrainingKeys):
         self.check_ordered("t_clamp")
 
     @property
-    def updates(self) -> tuple[float, float]:
-        """Return the mean numbers of generator and critic updates per iteration.
+    def order(self) -> Order:
+        """Return the order of the updates.
 
         count=outer (DMD2): the critic is updated at every iteration, the generator at every ratio-th.
         count=generator: the generator is updated at every iteration, followed by `ratio` critic updates.
         """
-        return (1 / self.ratio, 1) if self.count == "outer" else (1, self.ratio)
+        return Order(self.ratio, 1 if self.count == "outer" else self.ratio)
+
+    @property
+    def updates(self) -> tuple[float, float]:
+        """Return the mean numbers of generator and critic updates per iteration."""
+        critics = self.order.critics_per_step
+        return critics / self.ratio, critics
 
 
 class Config(DistillKeys, Run):
@@ -101,9 +113,11 @@ class Distill:
     loss_key, drifts = "fake_loss", True
 
     def __init__(self, cfg: Config, nets: Networks, batches: Callable[[int], Batch], card: dict[str, Any]):
-        self.cfg, self.nets, self.batches, self.card, self.iters = cfg, nets, batches, card, cfg.iters
+        self.cfg, self.nets, self.card, self.iters = cfg, nets, card, cfg.iters
         self.teacher = nets.teacher
         self.times = flow.ladder(cfg.steps, cfg.shift)
+        self.order = cfg.order
+        self.rollouts = Rollouts(cfg, self.order, nets.student, self.times, batches)
         self.roles = {
             "student": Role.of(nets.student, cfg, ema=cfg.ema, ema_start=cfg.ema_start),
             "fake": Role.of(nets.fake_trained, cfg, cfg.lr_fake, host=nets.teacher if nets.lora else None),
@@ -114,23 +128,16 @@ class Distill:
         """Nothing to measure before training."""
 
     def updates(self, step: int) -> list[Update]:
-        """Return the student's update, if it is due, then the critic's; see `DistillKeys.updates`."""
-        ratio = self.cfg.ratio
-        critics = 1 if self.cfg.count == "outer" else ratio
-        updates = [Update("fake", partial(self.critic_loss, step * critics + c)) for c in range(critics)]
-        if self.cfg.count == "generator" or step % ratio == 0:
-            updates.insert(0, Update("student", partial(self.student_loss, step)))
-        return updates
+        """Return the student's update, if it is due, then the critic's; see `Order`."""
+        g = self.order.student(step)
+        students = [] if g is None else [Update("student", partial(self.student_loss, g))]
+        return students + [Update("fake", partial(self.critic_loss, c)) for c in self.order.critics(step)]
 
-    def simulate(self, batch: Batch, gen: torch.Generator) -> tuple[Tensor, int]:
-        """Return the student's clips and the rung at which it left the ladder; see `matching.simulate`."""
-        return simulate(self.nets.student, batch, self.times, self.cfg.rollout, self.cfg.sampler, gen)
-
-    def student_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Eq. 8 and 9. No gradient flows through x_t into the two scores."""
-        cfg, batch = self.cfg, self.batches(step)
-        gen = generator(cfg.seed, STUDENT, step)
-        x_hat, rung = self.simulate(batch, gen)
+    def student_loss(self, g: int) -> tuple[Tensor, dict[str, float]]:
+        """Eq. 8 and 9, for the student's update g. No gradient flows through x_t into the two scores."""
+        cfg = self.cfg
+        gen = generator(cfg.seed, STUDENT, self.order.next_critic(g))
+        x_hat, batch, rung = self.rollouts.for_student(g, gen)
         with torch.no_grad():
             x0 = x_hat.detach()
             t, x_t = self.renoised(x0, gen)
@@ -162,12 +169,11 @@ class Distill:
         beta2 = uniform(size, cfg.beta2 - cfg.a2, cfg.beta2 + cfg.b2, gen).to(x0.device)
         return beta1, beta2
 
-    def critic_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Flow matching (Eq. 1) of the critic on the student's own clips, without guidance."""
-        cfg, batch = self.cfg, self.batches(step)
-        gen = generator(cfg.seed, FAKE, step)
-        with torch.no_grad():
-            x_hat, _ = self.simulate(batch, gen)
+    def critic_loss(self, c: int) -> tuple[Tensor, dict[str, float]]:
+        """Flow matching (Eq. 1) of the critic's update c on the student's own clips, without guidance."""
+        cfg = self.cfg
+        gen = generator(cfg.seed, FAKE, c)
+        x_hat, batch, _ = self.rollouts.for_critic(c, gen)
         t = score_times(len(x_hat), cfg.score_shift or cfg.shift, cfg.t_clamp, gen).to(x_hat.device)
         noise = normal_like(x_hat, gen)
         return flow_matching_loss(self.nets.fake(flow.add_noise(x_hat, noise, t), t, batch.cond), x_hat, noise), {}

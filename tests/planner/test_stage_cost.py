@@ -29,7 +29,7 @@ def one_batch():
 def planned_for(stage) -> StepCost:
     """Return the planned cost of a step, from the walks that the stage's method declares."""
     net = stage.nets.teacher if hasattr(stage, "nets") else stage.net
-    x0, cond = stage.batches(0).x0, stage.batches(0).cond
+    x0, cond = one_batch()(0).x0, one_batch()(0).cond
     cost = network(net.config, tuple(x0.shape[2:]), cond.text.shape[1])
     return step_cost(cost, method_for(stage.cfg).walks(cost, KEPT, stage.cfg), stage.cfg)
 
@@ -102,18 +102,27 @@ def test_operations_of_low_rank_critics():
     assert ran == pytest.approx(2 * (critic.flops + student.flops), rel=0.03)
 
 
-def test_a_rollout_exits_at_every_rung_alike():
-    stage = distillation("steps=2")
+def evaluations(stage, steps: range) -> tuple[int, int]:
+    """Run the updates of some iterations, without optimizer steps; return block evaluations, and those with gradient."""
+    nets = [n for n in (stage.nets.student, stage.nets.teacher, stage.nets.fake_net, stage.nets.original) if n]
+    for n in nets:
+        n.block_calls = n.grad_block_calls = 0
+    for step in steps:
+        for update in stage.updates(step):
+            update.loss()[0].backward()
+    return sum(n.block_calls for n in nets), sum(n.grad_block_calls for n in nets)
+
+
+@pytest.mark.parametrize("words", [[], ["steps=3", "ratio=2"], ["count=generator", "ratio=2"], ["rollout=data"]], ids=str)
+def test_block_evaluations_of_cycled_rungs(words):
+    """After `steps` cycles of updates, both networks have left the ladder equally often at each rung."""
+    stage = distillation(*words)
     planned = planned_for(stage)
-    seen = set()
-    for step in range(12):
-        stage.nets.student.block_calls = 0
-        stage.critic_loss(step)
-        seen.add(stage.nets.student.block_calls)
-    (rollout,) = [p for p in planned.passes if p.net == "student" and not p.cost.grad_calls]
-    assert seen == {2, 4}
-    # 2 blocks per step; 1.5 steps on average per critic update, 0.5 per student update, which is every 5th.
-    assert rollout.times * rollout.cost.calls == 3 + 0.5 * 2 / 5
+    cycle = stage.cfg.ratio if stage.cfg.count == "outer" else 1
+    steps = range(stage.cfg.steps * cycle)
+    calls, grad_calls = evaluations(stage, steps)
+    assert calls == pytest.approx(len(steps) * planned.total("calls"), rel=1e-12)
+    assert grad_calls == pytest.approx(len(steps) * planned.total("grad_calls"), rel=1e-12)
 
 
 def test_operations_and_evaluations_of_the_sweep():

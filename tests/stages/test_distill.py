@@ -63,11 +63,17 @@ def merged(nets):
     return net if nets.fake_keep is None else net.prune(nets.fake_keep)
 
 
-def roll(stage, batch, gen):
-    """Backward simulation by hand; only the last network call carries gradient."""
+def exit_rung(cfg, purpose, number, gen):
+    if cfg.rungs == "random":
+        return int(torch.randint(cfg.steps, (), generator=gen))
+    order = torch.randperm(cfg.steps, generator=generator(0, 12, purpose, number // cfg.steps))
+    return order.tolist()[number % cfg.steps]
+
+
+def roll(stage, batch, gen, j):
+    """Backward simulation by hand down to rung j; only the last network call carries gradient."""
     cfg, student = stage.cfg, stage.nets.student
     tau = [3 * u / (1 + 2 * u) for u in (1 - i / cfg.steps for i in range(cfg.steps))]
-    j = int(torch.randint(cfg.steps, (), generator=gen))
     noise = normal_like(batch.x0, gen)
     if cfg.rollout == "data":
         x = (1 - tau[j]) * batch.x0 + tau[j] * noise
@@ -90,8 +96,8 @@ def times(stage, gen):
 
 VARIANTS = [
     (),
-    ("rollout=data", "steps=3"),
-    ("sampler=ode", "normaliser=none"),
+    ("rollout=data", "steps=3", "rungs=random"),
+    ("sampler=ode", "normaliser=none", "rungs=random"),
     ("fake_mode=lora", "score_shift=7"),
     ("fake_mode=lora", "fake_arch=full"),
     ("fake_arch=full", "strong=original", "beta1=1.5", "beta2=0.8"),
@@ -103,9 +109,10 @@ def test_student_gradient_is_that_of_eq_8(folders, words):
     stage = make(folders, *words)
     cfg, nets, fake = stage.cfg, stage.nets, merged(stage.nets)
     strong, params = nets.original or nets.teacher, list(nets.student.parameters())
-    for step in (0, 5, 10):
-        batch, gen = DOUBLE(step), generator(0, 5, step)
-        x_hat = roll(stage, batch, gen)
+    for g in (0, 1, 2):  # the student's updates at iterations 0, 5, 10
+        batch, gen = DOUBLE(5 * g), generator(0, 5, 5 * g)
+        j = exit_rung(cfg, 5, g, gen)
+        x_hat = roll(stage, batch, gen, j)
         x, t = x_hat.detach(), times(stage, gen)
         noise = normal_like(x, gen)
         beta1 = cfg.beta1 - cfg.a1 + (cfg.a1 + cfg.b1) * torch.rand(2, generator=gen).double()
@@ -117,20 +124,19 @@ def test_student_gradient_is_that_of_eq_8(folders, words):
             weak, at = copy.deepcopy(nets.teacher).prune(KEPT), t[b : b + 1]
             v_p, v_null, v_u = weak(x_t, at, cond), weak(x_t, at, null), strong(x_t, at, cond)
             v_real = beta1[b] * (v_p - v_null) + beta2[b] * (v_u - v_p) + v_null
-            g = t[b].double() * (v_real - fake(x_t, at, cond))
+            d = t[b].double() * (v_real - fake(x_t, at, cond))
             gaps.append(((x[b] - (x_t - t[b].double() * v_real)[0]).abs().mean() + 1e-6).item())
             if cfg.normaliser == "dmd":
-                g = g / gaps[b]
-            wanted.append(g[0].detach())
-        g = torch.stack(wanted)
-        hand = torch.autograd.grad(x_hat, params, g / g.numel(), allow_unused=True)
-        loss, record = stage.student_loss(step)
-        assert loss.item() == pytest.approx(0.5 * g.square().mean().item(), rel=1e-6)
+                d = d / gaps[b]
+            wanted.append(d[0].detach())
+        d = torch.stack(wanted)
+        hand = torch.autograd.grad(x_hat, params, d / d.numel(), allow_unused=True)
+        loss, record = stage.student_loss(g)
+        assert loss.item() == pytest.approx(0.5 * d.square().mean().item(), rel=1e-6)
         assert record["contrast"] == pytest.approx(x.flatten(1).std(1).mean().item())
         assert record["contrast_data"] == pytest.approx(batch.x0.flatten(1).std(1).mean().item())
-        rung = 1 + int(torch.randint(cfg.steps, (), generator=generator(0, 5, step)))
         gap = pytest.approx(sum(gaps) / 2, rel=1e-6)
-        assert {k: v for k, v in record.items() if "gap" in k} == {"x0_gap": gap, f"x0_gap_rung{rung}": gap}
+        assert {k: v for k, v in record.items() if "gap" in k} == {"x0_gap": gap, f"x0_gap_rung{j + 1}": gap}
         loss.backward()
         for p, h in zip(params, hand, strict=True):
             assert torch.allclose(p.grad, h, rtol=1e-5, atol=1e-9 + 1e-6 * h.abs().max().item())
@@ -143,13 +149,13 @@ def test_student_gradient_is_that_of_eq_8(folders, words):
 def test_critic_loss_is_flow_matching_on_the_student_s_clips(folders, words):
     stage = make(folders, *words)
     fake = merged(stage.nets)
-    for step in (0, 3):
-        batch, gen = DOUBLE(step), generator(0, 6, step)
-        x, t = roll(stage, batch, gen).detach(), times(stage, gen)
+    for c in (0, 3):
+        batch, gen = DOUBLE(c), generator(0, 6, c)
+        x, t = roll(stage, batch, gen, exit_rung(stage.cfg, 6, c, gen)).detach(), times(stage, gen)
         noise = normal_like(x, gen)
         at = t.double().view(-1, 1, 1, 1, 1)
         v = fake((1 - at) * x + at * noise, t, batch.cond)
-        loss, _ = stage.critic_loss(step)
+        loss, _ = stage.critic_loss(c)
         assert loss.item() == pytest.approx(((v - (noise - x)) ** 2).mean().item(), rel=1e-6)
         loss.backward()
         assert any(p.grad is not None and p.grad.abs().max() > 0 for p in stage.nets.fake_trained.parameters())
@@ -196,7 +202,7 @@ def test_schedule_of_updates(folders):
     counted = make(folders, "ratio=3", "count=generator")
     assert roles(counted, 2) == [["student", "fake", "fake", "fake"]] * 2
     seen = []
-    counted.batches = lambda step: seen.append(step) or DOUBLE(0)
+    counted.rollouts.batches = lambda step: seen.append(step) or DOUBLE(0)
     for k in range(2):
         for update in counted.updates(k)[1:]:
             update.loss()
@@ -235,21 +241,39 @@ def test_what_the_networks_start_from(folders):
         assert (nets.fake_net is nets.teacher) == ("fake_mode=lora" in words)
 
 
-def test_exit_rung_depends_on_seed_and_step_alone(folders, monkeypatch):
-    def rungs(*words, moved=0.05, steps=200):
-        stage, seen = make(folders, *words, moved=moved), []
-        monkeypatch.setattr(distill.flow, "rollout", lambda predict, x, t, *a: seen.append(t) or x)
-        batch = batches(stage.cfg.batch)(0)
-        for step in range(steps):
-            stage.simulate(batch, generator(stage.cfg.seed, 5, step))
-        monkeypatch.undo()
-        return seen
+def rungs(folders, monkeypatch, count: int, *words: str, moved: float = 0.05) -> list[int]:
+    """Return the rungs at which `count` updates of the student leave the ladder, from the times of its network."""
+    stage = make(folders, *words, moved=moved)
+    batch, seen = batches(stage.cfg.batch)(0), []
+    stage.rollouts.batches = lambda step: batch
+    monkeypatch.setattr(flow, "rollout", lambda predict, x, times, *rest: seen.append(times[-1]) or x)
+    for g in range(count):
+        stage.rollouts.for_student(g, generator(stage.cfg.seed, 5, 5 * g))
+    monkeypatch.undo()
+    return [stage.times.index(t) for t in seen]
 
-    a = rungs()
-    assert a == rungs("batch=5", "fake_mode=lora", moved=0.5) and a != rungs("seed=1")
-    assert [t[-1:] for t in a] == rungs("rollout=data")
-    counts = [sum(len(t) == n for t in a) for n in (1, 2, 3, 4)]
-    assert all(abs(c - 50) < 3 * (200 * 3 / 16) ** 0.5 for c in counts), counts  # uniform, three standard deviations
+
+def test_cycled_rungs_get_equally_many_updates(folders, monkeypatch):
+    """Every cycle of 4 updates has each rung once, in changing orders."""
+    found = rungs(folders, monkeypatch, 48)
+    cycles = [tuple(found[i : i + 4]) for i in range(0, 48, 4)]
+    assert all(sorted(cycle) == [0, 1, 2, 3] for cycle in cycles) and len(set(cycles)) > 4
+    assert {rung for g, rung in enumerate(found) if g % 2 == 0} == {0, 1, 2, 3}  # the log may show every second update
+    assert sorted(rungs(folders, monkeypatch, 3, "steps=3")) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["cycled", "random"])
+def test_exit_rung_depends_on_seed_and_update_alone(folders, monkeypatch, kind):
+    a = rungs(folders, monkeypatch, 40, f"rungs={kind}")
+    assert a == rungs(folders, monkeypatch, 40, f"rungs={kind}", "batch=5", "fake_mode=lora", moved=0.5)
+    assert a == rungs(folders, monkeypatch, 40, f"rungs={kind}", "rollout=data")
+    assert a != rungs(folders, monkeypatch, 40, f"rungs={kind}", "seed=1")
+
+
+def test_random_rungs_are_uniform(folders, monkeypatch):
+    found = rungs(folders, monkeypatch, 200, "rungs=random")
+    counts = [found.count(j) for j in range(4)]
+    assert all(abs(c - 50) < 3 * (200 * 3 / 16) ** 0.5 for c in counts), counts  # three standard deviations
 
 
 @pytest.mark.parametrize("steps", range(1, 9))
