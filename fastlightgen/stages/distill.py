@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlightgen import flow
-from fastlightgen.config import Run, TrainingKeys, field, numbers, root
+from fastlightgen.config import ConfigError, Run, TrainingKeys, field, numbers, root
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.folder import read_run
 from fastlightgen.engine.roles import Role, Update
@@ -62,9 +62,18 @@ class DistillKeys(TrainingKeys):
         "the rung at which an update leaves the ladder; cycled: each rung once per `steps` updates; random: any",
         choices=("cycled", "random"),
     )
+    rollouts: str = field(
+        "fresh",
+        "fresh: each update has its own prompts and rollout; shared: `ratio` critic updates and the next generator "
+        "update share prompts and one rollout of all rungs",
+        choices=("fresh", "shared"),
+    )
     ratio: int = field(5, "critic updates per generator update", lo=1)
     count: str = field(
         "outer", "what iters counts; outer: critic updates; generator: its updates", choices=("outer", "generator")
+    )
+    critic_start: int = field(
+        0, "critic updates before the first generator update, a multiple of ratio; iters counts them too", lo=0
     )
     t_clamp: list[float] = field([0.02, 0.98], "range of the score's time after the shift", lo=0, hi=1)
     fake_arch: str = field("pruned", "blocks of the critic", choices=("pruned", "full"))
@@ -85,6 +94,14 @@ class DistillKeys(TrainingKeys):
     def check(self) -> None:
         super().check()
         self.check_ordered("t_clamp")
+        critics = self.iters * self.order.critics_per_step
+        if self.critic_start % self.ratio:  # then updates of the student would fall between the lines of the log
+            raise ConfigError(f"critic_start={self.critic_start}: wanted a multiple of ratio={self.ratio}")
+        if self.critic_start >= critics:
+            raise ConfigError(
+                f"critic_start={self.critic_start}: iters={self.iters} leaves no update of the student; "
+                f"wanted below {critics}"
+            )
 
     @property
     def order(self) -> Order:
@@ -93,13 +110,14 @@ class DistillKeys(TrainingKeys):
         count=outer (DMD2): the critic is updated at every iteration, the generator at every ratio-th.
         count=generator: the generator is updated at every iteration, followed by `ratio` critic updates.
         """
-        return Order(self.ratio, 1 if self.count == "outer" else self.ratio)
+        return Order(self.ratio, 1 if self.count == "outer" else self.ratio, self.critic_start)
 
     @property
     def updates(self) -> tuple[float, float]:
         """Return the mean numbers of generator and critic updates per iteration."""
         critics = self.order.critics_per_step
-        return critics / self.ratio, critics
+        start = self.critic_start / (self.iters * critics)  # share of the iterations without the generator
+        return (1 - start) * critics / self.ratio, critics
 
 
 class Config(DistillKeys, Run):
@@ -230,7 +248,7 @@ def build(cfg: Config, with_: Builder) -> Distill:
 
 
 def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
-    """Count the rollouts with early exit, the student's update (Eq. 9) and the critic's."""
+    """Count the rollouts, the student's update (Eq. 9) and the critic's."""
     generators, critics = cfg.updates
     lora, fake_keep = cfg.fake_mode == "lora", keep if cfg.fake_arch == "pruned" else None
     nets = {
@@ -244,8 +262,11 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
         fake_path = fake_keep
     weak, strong = [Route(keep=keep), Route(1, keep, kept_text=True)], Route()
     early = (cfg.steps - 1) / 2 if cfg.rollout == "simulate" else 0  # mean number of steps before the exit
+    simulated = generators * early + critics * (early + 1)
+    if cfg.rollouts == "shared":  # one walk of the ladder for `ratio` critic updates
+        simulated = cfg.steps * critics / cfg.ratio
     walked = [
-        Walk("student", [Route()], generators * early + critics * (early + 1)),
+        Walk("student", [Route()], simulated),
         Walk("student", [Route(grad=True)], generators),
         Walk("fake", [Route(keep=fake_path)], generators),
         Walk("teacher", [*weak, strong] if cfg.strong == "stage2" else weak, generators),

@@ -7,6 +7,7 @@ import torch
 from helpers import KEPT, batches, config, small_wan
 
 from fastlightgen import flow
+from fastlightgen.config import ConfigError
 from fastlightgen.engine.local import LocalEngine
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.models.lora import LoraLinear
@@ -88,6 +89,11 @@ def roll(stage, batch, gen, j):
     return x - tau[j] * student(x, tau[j], batch.cond)
 
 
+def source(cfg, c: int, number: int, gen):
+    """Return the clips and the draws of a rollout: those of critic update c, or of the shared walk `number`."""
+    return (DOUBLE(number), generator(0, 13, number)) if cfg.rollouts == "shared" else (DOUBLE(c), gen)
+
+
 def times(stage, gen):
     u = torch.rand(2, generator=gen).clamp(1e-4, 1)
     shift = stage.cfg.score_shift or 3.0
@@ -98,6 +104,8 @@ VARIANTS = [
     (),
     ("rollout=data", "steps=3", "rungs=random"),
     ("sampler=ode", "normaliser=none", "rungs=random"),
+    ("rollouts=shared", "sampler=ode"),
+    ("rollouts=shared", "rollout=data", "rungs=random"),
     ("fake_mode=lora", "score_shift=7"),
     ("fake_mode=lora", "fake_arch=full"),
     ("fake_arch=full", "strong=original", "beta1=1.5", "beta2=0.8"),
@@ -110,9 +118,10 @@ def test_student_gradient_is_that_of_eq_8(folders, words):
     cfg, nets, fake = stage.cfg, stage.nets, merged(stage.nets)
     strong, params = nets.original or nets.teacher, list(nets.student.parameters())
     for g in (0, 1, 2):  # the student's updates at iterations 0, 5, 10
-        batch, gen = DOUBLE(5 * g), generator(0, 5, 5 * g)
+        gen = generator(0, 5, 5 * g)
         j = exit_rung(cfg, 5, g, gen)
-        x_hat = roll(stage, batch, gen, j)
+        batch, draws = source(cfg, 5 * g, g, gen)
+        x_hat = roll(stage, batch, draws, j)
         x, t = x_hat.detach(), times(stage, gen)
         noise = normal_like(x, gen)
         beta1 = cfg.beta1 - cfg.a1 + (cfg.a1 + cfg.b1) * torch.rand(2, generator=gen).double()
@@ -145,13 +154,15 @@ def test_student_gradient_is_that_of_eq_8(folders, words):
         nets.student.zero_grad()
 
 
-@pytest.mark.parametrize("words", VARIANTS[:5], ids=" ".join)
+@pytest.mark.parametrize("words", VARIANTS[:-1], ids=" ".join)
 def test_critic_loss_is_flow_matching_on_the_student_s_clips(folders, words):
     stage = make(folders, *words)
     fake = merged(stage.nets)
     for c in (0, 3):
-        batch, gen = DOUBLE(c), generator(0, 6, c)
-        x, t = roll(stage, batch, gen, exit_rung(stage.cfg, 6, c, gen)).detach(), times(stage, gen)
+        gen = generator(0, 6, c)
+        j = exit_rung(stage.cfg, 6, c, gen)
+        batch, draws = source(stage.cfg, c, 1, gen)
+        x, t = roll(stage, batch, draws, j).detach(), times(stage, gen)
         noise = normal_like(x, gen)
         at = t.double().view(-1, 1, 1, 1, 1)
         v = fake((1 - at) * x + at * noise, t, batch.cond)
@@ -207,6 +218,66 @@ def test_schedule_of_updates(folders):
         for update in counted.updates(k)[1:]:
             update.loss()
     assert seen == list(range(6))  # every critic update has its own clips
+
+
+@pytest.mark.parametrize("count", ["outer", "generator"])
+def test_critic_only_start(folders, count):
+    """critic_start updates of the critic come before the student's first; the iterations that they take count."""
+    stage = make(folders, "ratio=3", "critic_start=6", f"count={count}")
+    made = [[u.role for u in stage.updates(k)] for k in range(12)]
+    each = 1 if count == "outer" else 3
+    assert made[: 6 // each] == [["fake"] * each] * (6 // each)
+    rest = [role for roles in made[6 // each :] for role in roles]
+    assert rest == (["student", "fake", "fake", "fake"] * 12)[: len(rest)]
+    numbers = [u.loss.args[0] for k in range(12) for u in stage.updates(k) if u.role == "student"]
+    assert numbers == list(range(len(numbers))) and len(numbers) >= 2  # the student's updates count from 0
+
+
+def test_a_start_that_never_ends_is_refused(folders):
+    for words, message in (
+        (["critic_start=7"], "critic_start=7: wanted a multiple of ratio=5"),
+        (["critic_start=20", "iters=20"], "critic_start=20: iters=20 leaves no update of the student; wanted below 20"),
+        (
+            ["critic_start=20", "iters=4", "count=generator"],
+            "critic_start=20: iters=4 leaves no update of the student; wanted below 20",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=f"^{message}$"):
+            config(3, *folders, *words)
+    config(3, *folders, "critic_start=20", "iters=21")
+
+
+@pytest.mark.parametrize("words", [[], ["critic_start=4"], ["count=generator", "critic_start=4"]], ids=" ".join)
+def test_shared_clips_are_those_of_the_current_student(folders, words):
+    """While student and critic train, every update sees what the student makes now; a cycle has one batch."""
+    stage = make(folders, "rollouts=shared", "ratio=2", "lr=0.01", "lr_fake=0.01", *words)
+    rollouts, prompts, seen = stage.rollouts, [], []
+    rollouts.batches = lambda step: prompts.append(step) or DOUBLE(step)
+    made = rollouts.for_student, rollouts.for_critic
+
+    def spy(which, purpose):
+        def clips(number, gen):
+            got, j = made[which](number, gen), exit_rung(stage.cfg, purpose, number, gen)
+            wanted = roll(stage, DOUBLE(prompts[-1]), generator(0, 13, prompts[-1]), j)
+            assert torch.equal(got.x_hat, wanted) and got.x_hat.requires_grad == (purpose == 5)
+            seen.append((purpose, prompts[-1]))
+            return got
+
+        return clips
+
+    rollouts.for_student, rollouts.for_critic = spy(0, 5), spy(1, 6)
+    engine = LocalEngine(CPU, "float32")
+    engine.prepare(stage)
+    for step in range(4 if "count=generator" in words else 8):
+        for update in stage.updates(step):
+            engine.apply(update, step)
+    start = [(5, 0)] if not words else []  # the first student has a walk of its own if no critic came before it
+    first = 0 if words else 1
+    cycles = [(role, k) for k in range(first, 4 + first) for role in (6, 6, 5)]
+    if words:  # 4 updates of the critic first: two walks, the student takes the second one
+        cycles.remove((5, 0))
+    assert seen == (start + cycles)[: len(seen)] and len(seen) >= 9
+    assert prompts == sorted(set(prompts))  # each walk reads its batch once
 
 
 @pytest.mark.parametrize("mode", ["copy", "lora"])
