@@ -31,6 +31,7 @@ from fastlightgen.stages.matching import dmd_loss, score_times, uniform
 from fastlightgen.stages.method import Guess, Method, Subject
 from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.rollouts import FAKE, STUDENT, Order, Rollouts
+from fastlightgen.stages.start import pruned_path, stage2_folder, student_folder
 from fastlightgen.stages.teacher import flow_matching_loss
 
 ADAPTERS = 7  # the purpose of this file's own random draws; those of the updates stand in rollouts.py
@@ -90,6 +91,9 @@ class DistillKeys(TrainingKeys):
     )
     score_shift: float = field(0.0, "time shift of the score's time; 0: same as shift", lo=0)
     stage2_model: str = field("", "model folder that Stage II left; empty: RUN/stage2/model")
+    start_model: str = field(
+        "", "model folder whose pruned path the student starts from; empty: the Stage II network itself"
+    )
 
     def check(self) -> None:
         super().check()
@@ -208,26 +212,15 @@ class Distill:
         write(self.nets.student, folder, **self.card | card)
 
 
-def stage2_folder(cfg: Config) -> Path:
-    """Return the model folder of Stage II; raise if it does not exist."""
-    folder = Path(cfg.stage2_model or Path(cfg.run) / "stage2" / "model")
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder}: there is no Stage II model; run stage=2 with the same run= first, or give stage2_model="
-        )
-    return folder
-
-
 def build(cfg: Config, with_: Builder) -> Distill:
     """Build teacher, student and critic from Stage II's folder, and with strong=original the original teacher."""
     folder = stage2_folder(cfg)
-    card = read_card(folder)
-    keep: Sequence[int] | None = card.get("pruned_path")
-    if keep is None:
-        raise ValueError(f"{folder}/fastlightgen.json: names no pruned_path; wanted a model that stage=2 made")
+    keep = pruned_path(folder)
+    start, card = student_folder(cfg.start_model, folder, keep), read_card(folder)
     teacher = with_.load(folder).requires_grad_(False)
     with_.check_data(teacher, card)
-    student = with_.copy(teacher, folder).requires_grad_(True).prune(keep)
+    student = with_.load(start) if cfg.start_model else with_.copy(teacher, folder)
+    student = student.requires_grad_(True).prune(keep)
     original = None
     if cfg.strong == "original":
         original = with_.load(trained_folder(cfg.model)).requires_grad_(False)
@@ -239,9 +232,9 @@ def build(cfg: Config, with_: Builder) -> Distill:
         fake = with_.copy(teacher, folder).requires_grad_(True)
         fake, fake_keep = (fake.prune(keep), None) if fake_keep is not None else (fake, None)
     with_.checkpoint(cfg, student, fake)
-    nets = Networks(student, teacher, list(keep), fake, fake_keep, trained or fake, trained is not None, original)
-    stage = Distill(cfg, nets, with_.batches, with_.card(source=card.get("source"), kept_blocks=list(keep)))
-    stage.roles["student"].file_values = with_.file_values(folder, keep)
+    nets = Networks(student, teacher, keep, fake, fake_keep, trained or fake, trained is not None, original)
+    stage = Distill(cfg, nets, with_.batches, with_.card(source=card.get("source"), kept_blocks=keep))
+    stage.roles["student"].file_values = with_.file_values(start, keep)
     if trained is None:  # adapters start from values of their own
         stage.roles["fake"].file_values = with_.file_values(folder, keep if cfg.fake_arch == "pruned" else None)
     return stage

@@ -1,6 +1,7 @@
 """Stage III against Eq. 8 and 9 written out sample by sample in float64; the schedule of its updates."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -379,3 +380,37 @@ def test_build_says_what_is_missing(folders, tmp_path):
         built(config(3, folders[1], f"run={tmp_path}"))
     with pytest.raises(ValueError, match="names no pruned_path; wanted a model that stage=2 made"):
         built(config(3, folders[1], folders[1].replace("model=", "stage2_model=")))
+
+
+def test_the_student_starts_from_another_model_of_the_same_network(folders, tmp_path):
+    stage2 = Path(folders[0].split("=")[1])
+
+    def saved(name: str, net, keep) -> Path:
+        return save_model(net, tmp_path / name, pruned_path=keep)
+
+    other = saved("other", small_wan(seed=3), KEPT)
+    stage, (x_t, t, cond, _) = built(config(3, *folders, f"start_model={other}")), small_wan().example_inputs(2)
+    with torch.no_grad():
+        for net, seed in ((stage.nets.student, 3), (stage.nets.fake_net, 1)):
+            assert torch.equal(net(x_t, t, cond), small_wan(seed=seed)(x_t, t, cond, KEPT))
+        assert torch.equal(stage.nets.teacher(x_t, t, cond), small_wan(seed=1)(x_t, t, cond))
+    values = dict(stage.roles["student"].file_values())  # masters of a bfloat16 run
+    wanted = small_wan(seed=3).prune(KEPT).state_dict()
+    assert values.keys() == wanted.keys() and all(torch.equal(values[k], wanted[k]) for k in wanted)
+
+    for start, message in (
+        (tmp_path / "none", "start_model=.*none: there is no model folder; give one that stage=2 made"),
+        (
+            saved("deep", small_wan(blocks=5), KEPT),
+            f"start_model=.*deep: num_layers is 5, wanted 4 as in {stage2}; give a model of the same network",
+        ),
+        (
+            saved("path", small_wan(), [0, 1]),
+            r"start_model=.*path: its pruned path keeps blocks \[0, 1\], wanted \[0, 3\] as in .*stage2; "
+            "give a model that was made with the same importance=",
+        ),
+        (saved("teacher", small_wan(), None), "teacher/fastlightgen.json: names no pruned_path"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            built(config(3, *folders, f"start_model={start}"))
+        assert "\n" not in str(error.value)
