@@ -23,6 +23,7 @@ from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import read_card, save_model
 from fastlightgen.models.lora import attach_lora
 from fastlightgen.ops import dmd_gradient
+from fastlightgen.parallel.log import say
 from fastlightgen.planner.step import Iteration, Net, Walk
 from fastlightgen.planner.walk import Route
 from fastlightgen.rng import generator, normal_like
@@ -42,7 +43,9 @@ class DistillKeys(TrainingKeys):
     """Keys of Stage III."""
 
     lr: float = field(5e-7, "learning rate of the generator", lo=0)
-    lr_fake: float = field(5e-7, "learning rate of the fake score network (critic)", lo=0)
+    lr_fake: float = field(
+        0.0, "learning rate of the fake score network (critic); 0: 5e-7 for fake_mode=copy, 5e-5 for lora (DMD2)", lo=0
+    )
     betas: list[float] = field([0.0, 0.999], "AdamW's two decay rates", lo=0, below=1)
     clip: float = field(10.0, "largest gradient norm", above=0)
     warmup: int = field(0, "steps over which the learning rates rise from 0", lo=0)
@@ -108,6 +111,11 @@ class DistillKeys(TrainingKeys):
             )
 
     @property
+    def critic_lr(self) -> float:
+        """Return the critic's learning rate: adapters take 100 times that of full weights, as in DMD2's recipes."""
+        return self.lr_fake or (5e-5 if self.fake_mode == "lora" else 5e-7)
+
+    @property
     def order(self) -> Order:
         """Return the order of the updates.
 
@@ -142,7 +150,7 @@ class Distill:
         self.rollouts = Rollouts(cfg, self.order, nets.student, self.times, batches)
         self.roles = {
             "student": Role.of(nets.student, cfg, ema=cfg.ema, ema_start=cfg.ema_start),
-            "fake": Role.of(nets.fake_trained, cfg, cfg.lr_fake, host=nets.teacher if nets.lora else None),
+            "fake": Role.of(nets.fake_trained, cfg, cfg.critic_lr, host=nets.teacher if nets.lora else None),
         }
         self.frozen = [net for net in ((None if nets.lora else nets.teacher), nets.original) if net is not None]
 
@@ -232,6 +240,7 @@ def build(cfg: Config, with_: Builder) -> Distill:
         fake = with_.copy(teacher, folder).requires_grad_(True)
         fake, fake_keep = (fake.prune(keep), None) if fake_keep is not None else (fake, None)
     with_.checkpoint(cfg, student, fake)
+    say(f"learning rates: student {cfg.lr:g}, critic {cfg.critic_lr:g}")
     nets = Networks(student, teacher, keep, fake, fake_keep, trained or fake, trained is not None, original)
     stage = Distill(cfg, nets, with_.batches, with_.card(source=card.get("source"), kept_blocks=keep))
     stage.roles["student"].file_values = with_.file_values(start, keep)

@@ -281,6 +281,20 @@ def test_shared_clips_are_those_of_the_current_student(folders, words):
     assert prompts == sorted(set(prompts))  # each walk reads its batch once
 
 
+@pytest.mark.parametrize(
+    "words, lr",
+    [([], 5e-7), (["fake_mode=lora"], 5e-5), (["lr_fake=3e-6"], 3e-6), (["fake_mode=lora", "lr_fake=3e-6"], 3e-6)],
+    ids=str,
+)
+def test_the_critic_has_the_learning_rate_of_its_mode(folders, words, lr, capsys):
+    stage = make(folders, *words, "lr=1e-6")
+    assert (stage.roles["student"].lr, stage.roles["fake"].lr) == (1e-6, lr)
+    assert f"learning rates: student 1e-06, critic {lr:g}\n" in capsys.readouterr().out
+    engine = LocalEngine(CPU, "float32")
+    engine.prepare(stage)
+    assert engine.apply(stage.updates(1)[0], 1)["fake_lr"] == lr
+
+
 @pytest.mark.parametrize("mode", ["copy", "lora"])
 def test_training_moves_only_the_trained(folders, mode):
     stage = make(
