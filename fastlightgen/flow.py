@@ -40,6 +40,11 @@ def shift_time(t, shift: float):
     return shift * t / (1 + (shift - 1) * t)
 
 
+def unshift_time(t, shift: float):
+    """The inverse of shift_time: t / (s - (s - 1) t)."""
+    return t / (shift - (shift - 1) * t)
+
+
 def ladder(num_steps: int, shift: float) -> list[float]:
     """The N sampling times shift_time(1 - i/N), i < N: from 1 down, without the final 0."""
     if num_steps < 1:

@@ -1,6 +1,6 @@
 """Stage III: distribution matching under a well-guided teacher (Eq. 8 and 9); trains a pruned few-step student.
 
-Shapes: x0, x_hat, x_t, v [B, C, F, H, W]; t, beta [B].
+Shapes: x0, x_hat, x_t, noise [B, C, F, H, W]; t [B].
 """
 
 from collections.abc import Callable, Sequence
@@ -22,13 +22,13 @@ from fastlightgen.models.families import depth
 from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import read_card, save_model
 from fastlightgen.models.lora import attach_lora
-from fastlightgen.ops import dmd_gradient
 from fastlightgen.parallel.log import say
 from fastlightgen.planner.step import Iteration, Net, Walk
 from fastlightgen.planner.walk import Route
-from fastlightgen.rng import generator, normal_like
+from fastlightgen.rng import generator
 from fastlightgen.stages.build import Builder
-from fastlightgen.stages.matching import dmd_loss, score_times, uniform
+from fastlightgen.stages.guided import renoised, student_gradient
+from fastlightgen.stages.matching import dmd_loss
 from fastlightgen.stages.method import Guess, Method, Subject
 from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.rollouts import FAKE, STUDENT, Order, Rollouts
@@ -83,6 +83,12 @@ class DistillKeys(TrainingKeys):
     fake_arch: str = field("pruned", "blocks of the critic", choices=("pruned", "full"))
     fake_mode: str = field("copy", "copy: own weights; lora: low-rank change of Stage II's", choices=("copy", "lora"))
     lora_rank: int = field(16, "fake_mode=lora: rank", lo=1)
+    guidance_times: str = field(
+        "same",
+        "when Eq. 9's guidance part (beta1 - 1) (v_pc - v_pn) is taken; same: at the time of the other part; below: at "
+        "cleaner times than the rung that the student left (Decoupled DMD); above: at noisier ones",
+        choices=("same", "below", "above"),
+    )
     strong: str = field(
         "stage2", "the strong teacher in Eq. 9; original: before Stage II", choices=("stage2", "original")
     )
@@ -168,16 +174,9 @@ class Distill:
         cfg = self.cfg
         gen = generator(cfg.seed, STUDENT, self.order.next_critic(g))
         x_hat, batch, rung = self.rollouts.for_student(g, gen)
+        x0 = x_hat.detach()
         with torch.no_grad():
-            x0 = x_hat.detach()
-            t, x_t = self.renoised(x0, gen)
-            beta1, beta2 = self.betas(x0, gen)
-            v_fake = self.nets.fake(x_t, t, batch.cond)
-            v_pc, v_pn, v_uc = self.nets.real(x_t, t, batch)
-            # Eq. 9 mixes v_pc, v_pn and v_uc into v_real; Eq. 8 is the difference of the two scores, as x0 estimates.
-            gradient, normaliser = dmd_gradient(x0, x_t, t, v_fake, v_pc, v_pn, v_uc, beta1, beta2)
-            if cfg.normaliser == "none":
-                gradient = gradient * flow.per_sample(normaliser, gradient)
+            gradient, normaliser = student_gradient(cfg, self.nets, x0, batch, self.times[rung], gen)
         gap = normaliser.mean().item()  # mean |x - x0_real|
         return dmd_loss(x_hat, gradient), {
             "x0_gap": gap,
@@ -186,27 +185,13 @@ class Distill:
             "contrast_data": batch.x0.flatten(1).std(1).mean().item(),
         }
 
-    def renoised(self, x0: Tensor, gen: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return (t, x_t): the student's clips, noised to the time at which the two scores are compared."""
-        cfg = self.cfg
-        t = score_times(len(x0), cfg.score_shift or cfg.shift, cfg.t_clamp, gen).to(x0.device)
-        return t, flow.add_noise(x0, normal_like(x0, gen), t)
-
-    def betas(self, x0: Tensor, gen: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Eq. 9: beta1 ~ U[beta1 - a1, beta1 + b1], beta2 ~ U[beta2 - a2, beta2 + b2], one of each per clip."""
-        cfg, size = self.cfg, len(x0)
-        beta1 = uniform(size, cfg.beta1 - cfg.a1, cfg.beta1 + cfg.b1, gen).to(x0.device)
-        beta2 = uniform(size, cfg.beta2 - cfg.a2, cfg.beta2 + cfg.b2, gen).to(x0.device)
-        return beta1, beta2
-
     def critic_loss(self, c: int) -> tuple[Tensor, dict[str, float]]:
         """Flow matching (Eq. 1) of the critic's update c on the student's own clips, without guidance."""
         cfg = self.cfg
         gen = generator(cfg.seed, FAKE, c)
         x_hat, batch, _ = self.rollouts.for_critic(c, gen)
-        t = score_times(len(x_hat), cfg.score_shift or cfg.shift, cfg.t_clamp, gen).to(x_hat.device)
-        noise = normal_like(x_hat, gen)
-        return flow_matching_loss(self.nets.fake(flow.add_noise(x_hat, noise, t), t, batch.cond), x_hat, noise), {}
+        t, x_t, noise = renoised(cfg, x_hat, gen)
+        return flow_matching_loss(self.nets.fake(x_t, t, batch.cond), x_hat, noise), {}
 
     def check(self, step: int) -> None:
         """Nothing to check beyond the loop's own checks."""
@@ -262,7 +247,8 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     if lora:  # the critic is the full teacher with adapters, and skips blocks
         nets["fake"] = Net(updates=critics, adapters=cfg.lora_rank, adapted=fake_keep)
         fake_path = fake_keep
-    weak, strong = [Route(keep=keep), Route(1, keep, kept_text=True)], Route()
+    v_pc, v_pn, v_uc = Route(keep=keep), Route(1, keep, kept_text=True), Route()
+    predicted = [[v_pc, v_pn, v_uc]] if cfg.guidance_times == "same" else [[v_pc, v_uc], [v_pc, v_pn]]
     early = (cfg.steps - 1) / 2 if cfg.rollout == "simulate" else 0  # mean number of steps before the exit
     simulated = generators * early + critics * (early + 1)
     if cfg.rollouts == "shared":  # one walk of the ladder for `ratio` critic updates
@@ -271,12 +257,14 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
         Walk("student", [Route()], simulated),
         Walk("student", [Route(grad=True)], generators),
         Walk("fake", [Route(keep=fake_path)], generators),
-        Walk("teacher", [*weak, strong] if cfg.strong == "stage2" else weak, generators),
         Walk("fake", [Route(keep=fake_path, grad=True)], critics),
     ]
+    for routes in predicted:
+        own = [r for r in routes if cfg.strong == "stage2" or r is not v_uc]
+        walked.append(Walk("teacher", own, generators))
     if cfg.strong == "original":
         nets["original"] = Net()
-        walked.append(Walk("original", [strong], generators))
+        walked.append(Walk("original", [v_uc], generators))
     return Iteration(nets, walked)
 
 

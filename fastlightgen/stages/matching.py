@@ -22,6 +22,12 @@ def uniform(size: int, low: float, high: float, gen: torch.Generator) -> Tensor:
     return low + (high - low) * rand(size, gen)
 
 
-def score_times(size: int, shift: float, clamp: Sequence[float], gen: torch.Generator) -> Tensor:
-    """Draw the times at which the two scores are compared: t ~ U(0, 1), shifted, clamped."""
-    return flow.draw_times(size, shift, "uniform", gen).clamp(*clamp)
+def score_times(
+    size: int, shift: float, clamp: Sequence[float], gen: torch.Generator, between: Sequence[float] = (0.0, 1.0)
+) -> Tensor:
+    """Draw the times at which two scores are compared: t ~ U(0, 1), shifted, clamped.
+
+    `between` bounds the shifted times. The uniform draw then covers what the shift maps to this range.
+    """
+    low, high = (flow.unshift_time(t, shift) for t in between)
+    return flow.shift_time(uniform(size, low, high, gen).clamp(1e-4, 1.0), shift).clamp(*clamp)

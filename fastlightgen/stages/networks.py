@@ -42,3 +42,17 @@ class Networks:
         if self.original is None:
             return self.teacher.walk(x_t, t, [*streams, Stream(batch.cond)])
         return [*self.teacher.walk(x_t, t, streams), self.original(x_t, t, batch.cond)]
+
+    @torch.no_grad()
+    def matching(self, x_t: Tensor, t: Tensor, batch: Batch) -> list[Tensor]:
+        """Return v_p(c), v_u(c)."""
+        weak = Stream(batch.cond, self.keep)
+        if self.original is None:
+            return self.teacher.walk(x_t, t, [weak, Stream(batch.cond)])
+        return [*self.teacher.walk(x_t, t, [weak]), self.original(x_t, t, batch.cond)]
+
+    @torch.no_grad()
+    def guidance(self, x_t: Tensor, t: Tensor, batch: Batch) -> list[Tensor]:
+        """Return v_p(c), v_p(null)."""
+        null = Stream(batch.null, self.keep, text_keys=self.null_keys)
+        return self.teacher.walk(x_t, t, [Stream(batch.cond, self.keep), null])

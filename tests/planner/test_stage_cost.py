@@ -72,7 +72,16 @@ def distillation(*words: str, keep: list[int] = KEPT) -> Distill:
     return Distill(cfg, nets, one_batch(), {})
 
 
-@pytest.mark.parametrize("words", [["strong=stage2"], ["strong=original", "checkpointing=true"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["strong=stage2"],
+        ["strong=original", "checkpointing=true"],
+        ["guidance_times=below"],
+        ["guidance_times=above", "strong=original"],
+    ],
+    ids=" ".join,
+)
 def test_operations_of_a_stage_3_iteration(words):
     stage = distillation("steps=1", "count=generator", "ratio=2", *words)
     planned = planned_for(stage)
