@@ -28,7 +28,7 @@ def calls(file: Path, folder: Path, **env: str) -> tuple[int, list[list[str]]]:
     return done.returncode, [line.split() for line in (folder / "calls").read_text().splitlines()]
 
 
-# iters, lr and lr_fake of Stage III
+# iters, lr and critic_lr of Stage III
 RECIPES = {"default": (3000, 2e-6, 4e-7), "paper": (1000, 5e-7, 5e-7)}
 
 
@@ -46,7 +46,7 @@ def test_both_presets_on_two_nodes(file, preset, tmp_path):
         assert (cfg.engine, cfg.zero, cfg.offload, cfg.dtype) == ("deepspeed", 3, "optimizer", "bfloat16")
         assert cfg.batch == 16 and cfg.checkpointing
     assert (prune.iters, prune.lr, prune.alpha, prune.p) == (4000, 1e-5, 1.0, 0.5)
-    assert (distill.iters, distill.lr, distill.lr_fake) == RECIPES[preset]
+    assert (distill.iters, distill.lr, distill.critic_lr) == RECIPES[preset]
     assert (distill.steps, distill.ratio, distill.beta2) == (4, 5, 0.25)
     assert (distill.beta1, distill.shift) == {"wan": (3.5, 5.0), "hun": (2.0, 7.0)}[file.stem[:3]]
 

@@ -46,7 +46,16 @@ def test_precedence(tmp_path):
 PAPER = {
     "1": {"ratio": 0.3},
     "2": {"batch": 16, "iters": 4000, "lr": 1e-5, "alpha": 1.0, "p": 0.5},
-    "3": {"batch": 16, "iters": 1000, "lr": 5e-7, "lr_fake": 5e-7, "ema": 0.0, "count": "outer", "ratio": 5}
+    "3": {
+        "batch": 16,
+        "iters": 1000,
+        "lr": 5e-7,
+        "lr_fake": 5e-7,
+        "critic_start": 0,
+        "ema": 0.0,
+        "count": "outer",
+        "ratio": 5,
+    }
     | {"steps": 4, "beta2": 0.25, "a1": 1.0, "a2": 0.1, "b1": 1.0, "b2": 0.1},
 }
 
@@ -73,9 +82,10 @@ def test_the_student_moves_as_far_as_in_published_recipes():
         return cfg.lr * cfg.iters * cfg.updates[0]
 
     assert path("preset=paper") == pytest.approx(1e-4)
-    assert path() == pytest.approx(1.2e-3)  # between the two
+    assert path() == pytest.approx(1.16e-3)  # between the two
     cfg = load([*S3, "model=tests"])
-    assert cfg.save_every * cfg.updates[0] == 50  # student updates between two checkpoints
+    assert cfg.save_every / cfg.ratio == 50  # student updates between two checkpoints
+    assert (cfg.critic_lr, load([*S3, "model=tests", "fake_mode=lora"]).critic_lr) == (4e-7, 5e-5)
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-hunyuan"])
@@ -85,7 +95,8 @@ def test_the_built_in_world_keeps_its_own_settings(model):
         words = [f"stage={stage}", "run=r", f"model={model}"]
         assert config.numbers(load(words)) == config.numbers(load([*words, "preset=paper"]))
     cfg = load([*S3, f"model={model}"])
-    assert (cfg.iters, cfg.batch, cfg.lr, cfg.lr_fake, cfg.ema, cfg.shift) == (125, 16, 1e-4, 4e-4, 0.0, 3.0)
+    assert (cfg.iters, cfg.batch, cfg.lr, cfg.lr_fake, cfg.shift) == (125, 16, 1e-4, 4e-4, 3.0)
+    assert (cfg.ema, cfg.critic_start) == (0.0, 0)
 
 
 # The shifts of the teachers' own sampling: Wan2.1, generate.py (5, image to video at 480p 3); HunyuanVideo,

@@ -314,14 +314,15 @@ def test_the_stages_train_from_it(finished, pipeline, tmp_path, capsys):
     assert "or go on with data_check=warn" in capsys.readouterr().err
     small = ["save_every=3", "log_every=1", "iters=3", "data_check=off"]
     run_train(*common, *small, "stage=2")
-    run_train(*common, *small, "stage=3", "ratio=2")
+    run_train(*common, *small, "stage=3", "ratio=2", "critic_start=0")
     assert "the teacher" not in capsys.readouterr().out
     official = [*common, *small, f"run={tmp_path / 'official'}", "negative=official"]
     run_train(*official, "stage=2", f"importance={tmp_path}/run/stage1/importance.json")
     assert "null prompt: '色调艳丽，过曝，静态" in capsys.readouterr().out
-    run_train(*official, "stage=3", "ratio=2")
+    run_train(*official, "stage=3", "ratio=2", "critic_start=0")
     assert "warning" not in capsys.readouterr().out
-    run_train(*common, *small, f"run={tmp_path / 'mixed'}", f"stage2_model={tmp_path}/official/stage2/model", "stage=3")
+    third = ["stage=3", "critic_start=0"]
+    run_train(*common, *small, *third, f"run={tmp_path / 'mixed'}", f"stage2_model={tmp_path}/official/stage2/model")
     out = capsys.readouterr().out
     assert "null prompt: ''" in out and "warning: negative=empty: Stage II learned with negative=official" in out
     for stage in (2, 3):
@@ -340,7 +341,7 @@ def test_the_stages_train_from_it(finished, pipeline, tmp_path, capsys):
         changed = index | {"description": index["description"] | {key: value}}
         (finished / "index.json").write_text(json.dumps(changed))
         with pytest.raises(SystemExit):
-            run_train(*common, *small, "stage=3", f"run={tmp_path / key}", f"stage2_model={tmp_path}/run/stage2/model")
+            run_train(*common, *small, *third, f"run={tmp_path / key}", f"stage2_model={tmp_path}/run/stage2/model")
         error = capsys.readouterr().err
         assert said in error and "encode the videos again" in error and error.count("\n") == 1
 

@@ -17,6 +17,7 @@ from fastlightgen.pipelines.export import call_of
 from fastlightgen.plan import one
 from fastlightgen.planner.step import step_cost
 from fastlightgen.stages import distill, prune
+from fastlightgen.stages import guided as guided_part
 from fastlightgen.stages.build import Builder
 
 KEEP, PRUNED, N = [0, 2, 3], [1, 4], 5  # of 2 double and 3 single blocks
@@ -65,7 +66,7 @@ def test_the_real_prediction_is_eq_9_without_the_null_term(folder, strong, monke
     """v_p + beta2 (v_u - v_p), from separate forwards at the released scale; the null prompt is never read."""
     stage, seen = built(folder, 3, EMBEDDED, f"strong={strong}", "beta1=2.5", "beta2=0.4"), []
     nets, cond = stage.nets, batches(2)(0).cond
-    monkeypatch.setattr(distill, "dmd_gradient", lambda *given: seen.append(given) or dmd_gradient(*given))
+    monkeypatch.setattr(guided_part, "dmd_gradient", lambda *given: seen.append(given) or dmd_gradient(*given))
     calls = nets.teacher.block_calls
     loss, _ = stage.student_loss(0)
     calls = nets.teacher.block_calls - calls
@@ -119,13 +120,13 @@ def test_both_stages_as_commands(folder, tmp_path, capsys):
     words += ["iters=2", "log_every=1", "sample_every=2", EMBEDDED]
     run_train("stage=2", f"importance={folder}/importance.json", *words)
     assert read_card(tmp_path / "stage2/model")["teacher_guidance"] == "embedded"
-    run_train("stage=3", "ratio=1", *words)
+    run_train("stage=3", "ratio=1", "critic_start=0", *words)
     card = read_card(tmp_path / "stage3/model")
     assert (card["guidance"], card["teacher_guidance"]) == (SCALE, "embedded")
     made = json.loads((tmp_path / "stage3/model/config.json").read_text())
     assert call_of(card, made) == {"num_inference_steps": 4, "guidance_scale": SCALE, "true_cfg_scale": 1.0}
     with pytest.raises(SystemExit):
-        run_train("stage=3", *words, "teacher_guidance=null", "overwrite=true")
+        run_train("stage=3", "critic_start=0", *words, "teacher_guidance=null", "overwrite=true")
     error = capsys.readouterr().err
     assert "teacher_guidance=null: Stage II learned with teacher_guidance=embedded; give both stages" in error
 
@@ -136,9 +137,13 @@ def test_models_without_embedded_guidance_are_refused(folder):
     with pytest.raises(ValueError, match="^teacher_guidance=embedded: no guidance was distilled into this model"):
         one(load(["stage=3", "model=wan2.1-t2v-14b", EMBEDDED], "plan"))
     null, embedded = (
-        one(load(["stage=3", "model=hunyuanvideo-t2v", f"teacher_guidance={kind}"], "plan"))[1]["plan"]["calls"]
+        one(load(["stage=3", "model=hunyuanvideo-t2v", f"teacher_guidance={kind}", "critic_start=0"], "plan"))[1][
+            "plan"
+        ]["calls"]
         for kind in ("null", "embedded")
     )
     assert null - embedded == pytest.approx(42 / 5)  # 42 of 60 blocks are kept, the student trains at every fifth step
     with pytest.raises(ConfigError, match="guided=2.0: teacher_guidance=embedded guides the target too; use guided=1"):
         load(["stage=2", "run=r", EMBEDDED, "guided=2"])
+    with pytest.raises(ConfigError, match="guidance_times=below: teacher_guidance=embedded has no guidance part"):
+        load(["stage=3", "run=r", EMBEDDED, "guidance_times=below"])
