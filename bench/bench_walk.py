@@ -4,6 +4,8 @@ A network has N blocks and keeps K; p is the first dropped block. The backward o
 FLG_BENCH_BLOCKS=40 takes the large model's depth (minutes on a CPU).
 """
 
+import copy
+import itertools
 import os
 import statistics
 from dataclasses import replace
@@ -13,6 +15,7 @@ import pytest
 import torch
 from timing import seconds
 
+from fastlightgen.config import load
 from fastlightgen.data.source import Batch
 from fastlightgen.models.base import Job, Stream
 from fastlightgen.models.wan.model import WanConfig, WanModel
@@ -114,44 +117,47 @@ def first_self_attention(w) -> float:
 @pytest.mark.benchmark(group="walk")
 def bench_stage3_cycle(benchmark, world):
     """Five critic updates, one student update (loss, backward); the teacher's predictions in one walk or in three."""
-    import copy
-
-    w = world
-    cfg = SimpleNamespace(
-        iters=5, seed=0, steps=4, shift=5.0, score_shift=0.0, t_clamp=[0.02, 0.98], ratio=5, count="outer",
-        rollout="simulate", sampler="stochastic", normaliser="dmd", beta1=3.5, beta2=0.25, a1=1.0, b1=1.0, a2=0.1,
-        b2=0.1, lr=0.0, lr_fake=0.0, betas=(0.0, 0.999), weight_decay=0.0, clip=1.0, warmup=0,
-        lr_schedule="constant", ema=0.0, ema_start=0,
-    )  # fmt: skip
-    student, fake = (copy.deepcopy(w.net).prune(KEEP) for _ in range(2))
-    teacher = copy.deepcopy(w.net).requires_grad_(False)
-    null = replace(w.null, text=w.null.text[:1].expand_as(w.null.text))
-    batch = Batch(w.x_t, w.cond, null)
 
     class OneByOne(Networks):
         @torch.no_grad()
         def real(self, x_t, t, batch):
             return [self.teacher(x_t, t, c, k) for c, k in ((batch.cond, KEEP), (batch.null, KEEP), (batch.cond, None))]
 
-    def cycle(kind):
-        stage = Distill(cfg, kind(student, teacher, KEEP, fake, None, fake, False, None), lambda step: batch, {})
-
-        def run():
-            for step in range(5):
-                for update in stage.updates(step):
-                    update.loss()[0].backward()
-            student.zero_grad(), fake.zero_grad()
-
-        return run
-
     # The exit rungs of these five steps decide how long the rollouts are: count them instead of assuming the mean.
-    counts = []
-    for kind in (OneByOne, Networks):
-        for net in (student, fake, teacher):
-            net.block_calls = net.grad_block_calls = 0
-        cycle(kind)()
-        counts.append(sum(n.block_calls + 2 * n.grad_block_calls for n in (student, fake, teacher)))
-    compare(benchmark, cycle(OneByOne), cycle(Networks), counts[0] / (counts[1] - first_self_attention(w)), rounds=3)
+    (naive, forwards), (shared, fewer) = (cycles(world, kind, "fresh", 1) for kind in (OneByOne, Networks))
+    compare(benchmark, naive, shared, forwards / (fewer - first_self_attention(world)), rounds=3)
+
+
+@pytest.mark.benchmark(group="walk")
+def bench_stage3_rollouts(benchmark, world):
+    """Four cycles of five critic updates and one student update: fresh rollouts against one per cycle."""
+    (fresh, forwards), (shared, fewer) = (cycles(world, Networks, kind, 4) for kind in ("fresh", "shared"))
+    compare(benchmark, fresh, shared, forwards / fewer, rounds=3)
+
+
+def cycles(w, kind: type[Networks], rollouts: str, count: int):
+    """Return a function that runs the next `count` cycles of Stage III, and the block forwards that it took."""
+    cfg = load(["stage=3", "run=unused", f"rollouts={rollouts}", "steps=4", "ratio=5", "count=outer"])
+    student, fake = (copy.deepcopy(w.net).prune(KEEP) for _ in range(2))
+    teacher = copy.deepcopy(w.net).requires_grad_(False)
+    null = replace(w.null, text=w.null.text[:1].expand_as(w.null.text))
+    batch = Batch(w.x_t, w.cond, null)
+    stage = Distill(cfg, kind(student, teacher, KEEP, fake, None, fake, False, None), lambda step: batch, {})
+    steps = 5 * count
+    starts = itertools.count(0, steps) if rollouts == "shared" else itertools.repeat(0)
+
+    def run() -> None:
+        first = next(starts)  # a shared rollout is used up in the first step of the next cycle
+        for step in range(first, first + steps):
+            for update in stage.updates(step):
+                update.loss()[0].backward()
+        student.zero_grad(), fake.zero_grad()
+
+    run()  # the first student's update needs a shared rollout of its own
+    for net in (student, fake, teacher):
+        net.block_calls = net.grad_block_calls = 0
+    run()
+    return run, sum(n.block_calls + 2 * n.grad_block_calls for n in (student, fake, teacher))
 
 
 @pytest.mark.benchmark(group="walk")

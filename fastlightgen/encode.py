@@ -28,6 +28,7 @@ Read = Callable[[Row], tuple[NDArray | None, str]]
 
 def encode(cfg: Encode) -> None:
     """Encode this process's share of the clips; the process that finishes last also writes the cache's index."""
+    from fastlightgen.data.cache import NEGATIVE, NULL
     from fastlightgen.data.writer import Writer, free_bytes
     from fastlightgen.parallel.log import say
     from fastlightgen.pipelines.encoders import family_of_folder
@@ -54,11 +55,17 @@ def encode(cfg: Encode) -> None:
         f"{free_bytes(out) / 1e9:.3g} GB are free"
     )
     writer = Writer(out, settings, rows, cfg.shard, rank)
+
+    def write_prompt(name: str, text: str) -> None:
+        if writer.lacks(name):
+            fields = stored(encoders.null(text, buckets[0]), cfg.save_dtype, family.cond.text_fields)
+            writer.write_prompt(name, fields, text)
+
     with writer.opened():
+        if encoders.official_negative:  # a complete cache without it gets it too
+            write_prompt(NEGATIVE, encoders.official_negative)
         if not writer.complete:
-            if not (out / "null.safetensors").is_file():
-                null = encoders.null(cfg.null_prompt, buckets[0])
-                writer.write_null(stored(null, cfg.save_dtype, family.cond.text_fields))
+            write_prompt(NULL, cfg.null_prompt)
             read = partial(read_row, fps=fps, frames=frames, buckets=buckets)
             # Rank r of n writes the parts r, r + n, r + 2 n, ...
             make_parts(cfg, writer, encoders, rows, range(rank, len(writer.parts), ranks), read)

@@ -191,7 +191,7 @@ def evaluate_run(cfg: Run) -> None:
     base = for_evaluate(cfg, model=student_folder, teacher=cfg.model, out=str(run / "evaluate" / "student.json"))
     card = read_card(student_folder)
     # The student's sampling plan, for the models that it is compared with.
-    few = replace(base, steps=len(card["ladder"]), guidance=1.0, sampler=card["sampler"])
+    few = replace(base, steps=len(card["ladder"]), guidance=card["guidance"], sampler=card["sampler"])
     n, kept = len(card["ladder"]), len(card["kept_blocks"])
     steps = "1 step" if n == 1 else f"{n} steps"
 

@@ -6,6 +6,7 @@ sign (x0 - x1); Eq. 4, Eq. 8 and the published checkpoints all need the sign use
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ def shift_time(t, shift: float):
     return shift * t / (1 + (shift - 1) * t)
 
 
+def unshift_time(t, shift: float):
+    """The inverse of shift_time: t / (s - (s - 1) t)."""
+    return t / (shift - (shift - 1) * t)
+
+
 def ladder(num_steps: int, shift: float) -> list[float]:
     """The N sampling times shift_time(1 - i/N), i < N: from 1 down, without the final 0."""
     if num_steps < 1:
@@ -57,16 +63,23 @@ def draw_times(batch: int, shift: float, kind: str, generator: torch.Generator) 
 Predict = Callable[[Tensor, float], Tensor]  # (x_t, t) -> v
 
 
+def descend(x: Tensor, v: Tensor, t: float, t_next: float, kind: str, noise: Callable[[], Tensor]) -> Tensor:
+    """Go from t down to t_next < t: return the network's next input, from its input x and prediction v at t.
+
+    `ode` takes an Euler step x + (t' - t) v. `stochastic` (the DMD sampler) re-noises the x0 estimate with fresh noise.
+    """
+    if kind == "ode":
+        return x + (t_next - t) * v
+    return add_noise(x - t * v, noise(), t_next)  # x - t v is the x0 estimate (Eq. 4)
+
+
 def rollout(predict: Predict, x: Tensor, times: list[float], kind: str, renoise: Callable[[int], Tensor]) -> Tensor:
     """Walk x from noise at times[0] down the ladder; return the x0 estimate x - t v at the last time.
 
-    `ode` takes Euler steps x + (t' - t) v. `stochastic` (the DMD sampler) re-noises the x0 estimate with fresh noise
-    `renoise(i)`. Only the last evaluation keeps gradients. Sampling and Stage III's backward simulation are therefore
-    the same function: an early exit is a shorter `times`.
+    Step i goes as in `descend`, with the noise `renoise(i)`. Only the last evaluation keeps gradients. Sampling and
+    Stage III's backward simulation are therefore the same function: an early exit is a shorter `times`.
     """
     for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
         with torch.no_grad():
-            v = predict(x, t)
-            # x - t v is the x0 estimate (Eq. 4); t_next < t, so the Euler step goes towards the data.
-            x = x + (t_next - t) * v if kind == "ode" else add_noise(x - t * v, renoise(i), t_next)
+            x = descend(x, predict(x, t), t, t_next, kind, partial(renoise, i))
     return x - times[-1] * predict(x, times[-1])

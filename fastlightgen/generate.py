@@ -37,7 +37,7 @@ def generate(cfg: Generate) -> None:
     with clock("load"):
         world = Pipeline(pipeline, device, dtype, cfg.size) if pipeline else BuiltIn(cfg.size)
     plan = sampling_plan(read_card(folder), cfg.steps, cfg.guidance, cfg.sampler, world.defaults)
-    negative = cfg.negative if plan["guidance"] != 1.0 else None  # without guidance nothing reads it
+    negative = negative_of(cfg, world) if plan["guidance"] != 1.0 else None  # without guidance nothing reads it
     with clock("text"):
         wishes = [world.wish(prompt, negative, image, cfg.count) for prompt, image in asked]
         world.release()
@@ -59,6 +59,15 @@ def generate(cfg: Generate) -> None:
                 write_clips(file, frames, world.fps)
     where = f"{out.with_stem(f'{out.stem}-000')} ... {len(wishes)} files" if cfg.prompts else str(out)
     say(f"{where}: {cfg.count} clip(s), {len(plan['times'])} steps, guidance {plan['guidance']:g}; {clock}")
+
+
+def negative_of(cfg: Generate, world: Pipeline | BuiltIn) -> str:
+    """The prompt to steer away from; for `official` the text that the model's authors publish."""
+    if cfg.negative != "official":
+        return cfg.negative
+    if not world.official_negative:
+        raise ValueError("negative=official: nobody publishes one for this model; give a text, or leave negative= out")
+    return world.official_negative
 
 
 def read_prompts(cfg: Generate) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from fastlightgen.models.cost import Network
 from fastlightgen.models.families import family_of
 from fastlightgen.planner.budget import GPU, Budget, budget, load_network
 from fastlightgen.planner.remedies import price, remedies, words
+from fastlightgen.stages.check import require_embedded
 
 
 def plan(cfg: Plan) -> None:
@@ -43,7 +44,10 @@ def room_of(cfg: Plan) -> float:
 
 def one(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
     """Return the plan of one run, as lines and as a record."""
-    net = load_network(config_of(cfg.model), cfg.size, cfg.text_tokens, cfg.gpu in GPU)
+    config = config_of(cfg.model)
+    if vars(cfg).get("teacher_guidance") == "embedded":
+        require_embedded(family_of(config).settings(config).embeds_guidance)
+    net = load_network(config, cfg.size, cfg.text_tokens, cfg.gpu in GPU)
     b, room = budget(net, cfg), room_of(cfg)
     fits = b.peak < room
     verdict = "" if room == math.inf else "fits" if fits else "DOES NOT FIT"

@@ -13,6 +13,7 @@ import torch
 from fastlightgen.atomic import write_json
 from fastlightgen.config import Run, StageConfig, exit_code, for_stage, main, method_for, numbers, report
 from fastlightgen.data.source import Source
+from fastlightgen.engine.choice import Choice
 from fastlightgen.engine.folder import StageFolder
 from fastlightgen.engine.hang import HangWatch
 from fastlightgen.engine.local import LocalEngine, pick_device
@@ -22,7 +23,9 @@ from fastlightgen.engine.preview import Preview, World, turns
 from fastlightgen.engine.roles import Stage
 from fastlightgen.engine.writers import check_installed
 from fastlightgen.evaluate import evaluate_run
+from fastlightgen.metrics.frechet import features
 from fastlightgen.metrics.importance import plot_importance
+from fastlightgen.metrics.latent import latent_features
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.ops import attention, describe
 from fastlightgen.parallel import ranks
@@ -36,6 +39,7 @@ from fastlightgen.stages.build import Builder
 from fastlightgen.stages.rank import Config as RankConfig
 from fastlightgen.stages.rank import rank
 from fastlightgen.world.builtin import BuiltIn
+from fastlightgen.world.codec import Codec
 from fastlightgen.world.shapes import WORLD
 from fastlightgen.world.source import open_source
 
@@ -111,13 +115,16 @@ def run_stage(cfg: Any, later: Sequence[StageConfig] = (), ratio: float | None =
     `later`: further stages whose memory is checked first, assuming that Stage I drops `ratio` of the blocks.
     """
     number, method = int(cfg.stage), method_for(cfg)
-    device, source = pick_device(cfg.device), open_source(cfg.data, cfg.seed)
+    device, source = pick_device(cfg.device), open_source(cfg.data, cfg.seed, cfg.negative)
     folder = open_folder(cfg)
     try:
         if folder.complete:
             say(f"stage {number}: {folder.result} exists, nothing to do (overwrite=true starts anew)")
             return
+        if source.description:
+            say(f"null prompt: {shortened(source.null_prompt)!r} (negative={cfg.negative})")
         engine = make_engine(cfg, device)
+        choice = choice_of(cfg, engine, source, folder)
         check_fit(cfg, source, device)
         for other in later:
             check_fit(other, source, device, ratio)
@@ -127,9 +134,13 @@ def run_stage(cfg: Any, later: Sequence[StageConfig] = (), ratio: float | None =
             if number == 1:
                 rank_blocks(cfg, builder, folder, engine, *made)
             else:
-                train_stage(cfg, builder, folder, engine, made)
+                train_stage(cfg, builder, folder, engine, made, choice)
     finally:
         folder.close()
+
+
+def shortened(text: str, length: int = 40) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def open_folder(cfg: StageConfig) -> StageFolder:
@@ -144,12 +155,14 @@ def made_on(cfg: Run) -> dict[str, int]:
     return {"world": WORLD} if cfg.data == "shapes" else {}
 
 
-def train_stage(cfg: StageConfig, with_: Builder, folder: StageFolder, engine: Engine, stage: Stage) -> None:
+def train_stage(
+    cfg: StageConfig, with_: Builder, folder: StageFolder, engine: Engine, stage: Stage, choice: Choice | None
+) -> None:
     """Train a stage. With engine=deepspeed the teacher is checked after it is placed, because it is sharded."""
     look = None
     if cfg.engine == "deepspeed" and stage.teacher is not None:
         look = partial(with_.check_teacher, stage.teacher)
-    train_loop(stage, engine, folder, cfg, preview_of(cfg, with_.source, engine.device), look)
+    train_loop(stage, engine, folder, cfg, preview_of(cfg, with_.source, engine.device), look, choice)
     say(f"stage {stage.number}: {folder.result}")
 
 
@@ -160,6 +173,19 @@ def make_engine(cfg: StageConfig, device: torch.device) -> Engine:
     from fastlightgen.engine.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(device, cfg)
+
+
+def choice_of(cfg: Any, engine: Engine, source: Source, folder: StageFolder) -> Choice | None:
+    """Return what chooses the weights that become the result (choose=best), or None."""
+    if vars(cfg).get("choose") != "best":
+        return None
+    if not isinstance(engine, LocalEngine):
+        raise ValueError(
+            "choose=best: works with engine=local only; use choose=last, and keep_every= to choose among checkpoints"
+        )
+    in_pixels = source.name == "shapes"
+    measure = (lambda x0: features(Codec().decode(x0))) if in_pixels else latent_features
+    return Choice(cfg, engine, source, folder.path, measure)
 
 
 def preview_of(cfg: StageConfig, source: Source, device: torch.device) -> Preview | None:

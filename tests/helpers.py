@@ -46,7 +46,8 @@ def small_hunyuan(double: int = 2, single: int = 3, seed: int = 0, **changes) ->
 
 def config(stage: int, *words: str):
     """The configuration of a stage for the small model; a later word replaces an earlier one with the same key."""
-    given = dict(w.split("=", 1) for w in ("run=unused", "batch=2", "shift=3", "progress=false", *words))
+    own = ["critic_start=0"] if stage == 3 else []
+    given = dict(w.split("=", 1) for w in ("run=unused", "batch=2", "shift=3", "progress=false", *own, *words))
     return load([f"stage={stage}", *(f"{k}={v}" for k, v in given.items())])
 
 
@@ -90,7 +91,7 @@ def write_inputs(folder: Path) -> dict[int, list[str]]:
     return {
         0: [*common, f"init={folder / 'teacher'}"],
         2: [*common, f"importance={ranking}", "warmup=3", "lr=1e-3"],
-        3: [*common, f"stage2_model={folder / 'stage2model'}", "ratio=2", "lr=1e-3", "lr_fake=1e-3"],
+        3: [*common, f"stage2_model={folder / 'stage2model'}", "ratio=2", "lr=1e-3", "lr_fake=1e-3", "critic_start=0"],
     }
 
 

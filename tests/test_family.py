@@ -410,7 +410,7 @@ def folder(tmp_path_factory) -> Path:
     common += [f"model={root}/run/stage0/model", "log_every=1"]
     run_train(*common, "stage=1", "clips=1", "timesteps=2")
     run_train(*common, "stage=2", "iters=3")
-    run_train(*common, "stage=3", "iters=4", "ratio=2", "steps=3", "sampler=ode")
+    run_train(*common, "stage=3", "iters=4", "ratio=2", "critic_start=0", "steps=3", "sampler=ode")
     main(export, "export", [
         f"model={root}/run/stage3/model", f"pipeline={root}/pipeline", f"out={root}/out", "dtype=float32",
         "original=true", *WORDS,

@@ -71,6 +71,8 @@ def test_ladder_and_shift():
     for t, s in [(0.1, 5.0), (0.5, 3.0), (0.9, 17.0)]:
         u = flow.shift_time(t, s)
         assert u / (1 - u) == pytest.approx(s * t / (1 - t))
+        assert flow.unshift_time(u, s) == pytest.approx(t)
+    assert [flow.unshift_time(t, 5.0) for t in (0.0, 1.0)] == [0.0, 1.0]
     with pytest.raises(ValueError, match="num_steps is 0"):
         flow.ladder(0, 5.0)
 

@@ -4,14 +4,16 @@
 from fastlightgen.config.cli import exit_code, load, main, report
 from fastlightgen.config.commands import Encode, Evaluate, Generate, Report, for_evaluate, parse_buckets
 from fastlightgen.config.fields import Checked, ConfigError, UserError, field
-from fastlightgen.config.files import diff, find_preset_weights, fingerprint, numbers, preset, presets, to_yaml
+from fastlightgen.config.files import diff, find_preset_weights, fingerprint, numbers, preset, presets, recipe, to_yaml
 from fastlightgen.config.plan import GPUS, Plan, another_stage, plan_for, plan_root
 from fastlightgen.config.run import Run
 from fastlightgen.config.stages import StageConfig, declared, for_stage, method_for, register, root
-from fastlightgen.config.training import TIMES, BatchKeys, TrainingKeys
+from fastlightgen.config.training import GUIDANCES, TEACHER_GUIDANCE, TIMES, BatchKeys, StudentKeys, TrainingKeys
 
 __all__ = [
     "GPUS",
+    "GUIDANCES",
+    "TEACHER_GUIDANCE",
     "TIMES",
     "BatchKeys",
     "Checked",
@@ -23,6 +25,7 @@ __all__ = [
     "Report",
     "Run",
     "StageConfig",
+    "StudentKeys",
     "TrainingKeys",
     "UserError",
     "another_stage",
@@ -43,6 +46,7 @@ __all__ = [
     "plan_root",
     "preset",
     "presets",
+    "recipe",
     "register",
     "report",
     "root",

@@ -1,7 +1,7 @@
 """From a command line to a checked configuration; how a command starts, and how it reports an error.
 
-Later layers win: dataclass defaults, configs/stageN.yaml, configs/method/NAME.yaml, the model preset's section,
-config=FILE, the command line.
+Later layers win: dataclass defaults, configs/stageN.yaml, configs/preset/NAME.yaml (preset=NAME),
+configs/method/NAME.yaml, the model preset's section, config=FILE, the command line.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ def load(argv: Sequence[str], command: str = "train") -> Any:
     from_file = flatten(read_yaml(file)) if file is not None else {}
     cls = pick_root(command, from_file | given)
     node = OmegaConf.structured(cls)
-    for where, values in shipped_layers(cls, (from_file | given).get("model")):
+    for where, values in shipped_layers(cls, from_file | given):
         assign(node, cls, values, f" (in {where})")
     assign(node, cls, from_file, f" (in {file})")
     assign(node, cls, given, "")

@@ -65,7 +65,9 @@ class Generate(Checked):
     out: str = field(REQUIRED, "file to write: .mp4, .gif or .png")
     pipeline: str = field("", "pipeline folder with VAE and encoders for a model folder; empty: the built-in world")
     image: str = field("", "picture to start from; empty: text only")
-    negative: str = field("", "prompt to steer away from, where guidance is not 1")
+    negative: str = field(
+        "", "prompt to steer away from, where guidance is not 1; official: the one that the model's authors publish"
+    )
     size: str = field("", "HEIGHTxWIDTHxFRAMES, for example 480x832x81; empty: the family's own")
     count: int = field(1, "number of clips", lo=1)
     steps: int = field(0, STEPS, lo=0)

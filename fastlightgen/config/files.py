@@ -31,6 +31,11 @@ def preset(name: str, kind: str = "model") -> dict[str, Any]:
     return read_yaml(config_root() / kind / f"{name}.yaml")
 
 
+def recipe(name: str) -> dict[str, Any]:
+    """The settings per stage of preset=NAME; {} for the default, whose settings are those of configs/stageN.yaml."""
+    return preset(name, "preset") if name in presets("preset") else {}
+
+
 def find_preset_weights(name: str) -> Path | None:
     """The folder with trained weights that ships with a model preset, if there is one."""
     folder = config_root() / "model" / name

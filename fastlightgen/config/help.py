@@ -1,6 +1,6 @@
 """The text of --help: every key with its type, default and meaning."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from omegaconf import OmegaConf
 
@@ -19,20 +19,20 @@ def help_text(command: str, argv: Sequence[str]) -> str:
     head = [usage, "", "Also config=FILE.yaml: keys from a file; the command line wins."]
     stage, method = given.get("stage", ""), given.get("method", DEFAULT)
     if command == "plan":
-        return "\n".join([*head, *plan_keys(stage or "3", method, given.get("model"))])
+        return "\n".join([*head, *plan_keys(stage or "3", method, given)])
     if command != "train":
         about = COMMANDS[command].__doc__
-        return "\n".join([*head, "", f"Keys ({about}):", *describe(COMMANDS[command], None)])
-    model = given.get("model", default_of(leaves(Run)["model"]))
-    text = [*head, f"The defaults are those of model={model}.", ""]
+        return "\n".join([*head, "", f"Keys ({about}):", *describe(COMMANDS[command], {})])
+    model, preset = (given.get(key, default_of(leaves(Run)[key])) for key in ("model", "preset"))
+    text = [*head, f"The defaults are those of model={model} preset={preset}.", ""]
     text += [f"stage={name:<4} {about}" for name, about in STAGES.items()]
-    text += ["", "Keys of every stage:", *describe(Run, None)]
+    text += ["", "Keys of every stage:", *describe(Run, {})]
     for name, about in STAGES.items():
         if stage not in (name, "") and stage in STAGES:
             continue
         chosen = {name: method} if name in CHOOSES and method in METHODS[name] else {}
         text += ["", f"Keys of stage={name} ({about}):"]
-        lines, common = describe(root(name, chosen), model), len(leaves(Run))
+        lines, common = describe(root(name, chosen), given), len(leaves(Run))
         # without a stage the sections of stage=all would repeat what stands above
         short = name == "all" and stage != "all"
         text += ["  stage1.KEY, stage2.KEY, stage3.KEY: the keys above"] if short else []
@@ -47,18 +47,18 @@ def methods(stage: str) -> list[str]:
     return [f"  Methods of stage={stage}; --help stage={stage} method=NAME lists the keys of another one:", *lines]
 
 
-def plan_keys(stage: str, method: str, model: str | None) -> list[str]:
+def plan_keys(stage: str, method: str, given: Mapping[str, str]) -> list[str]:
     """The keys of the machine, then those of the stage that is planned."""
     cls = plan_root(stage, method)
-    lines = dict(zip(leaves(cls), describe(cls, model), strict=True))
+    lines = dict(zip(leaves(cls), describe(cls, given), strict=True))
     machine = [lines.pop(key) for key in leaves(Machine)]
     return ["", f"Keys ({Plan.__doc__}):", *machine, "", f"Keys of stage={stage}, as of train:", *lines.values()]
 
 
-def describe(cls: type, model: str | None) -> list[str]:
+def describe(cls: type, given: Mapping[str, str]) -> list[str]:
     """One line per key, with the default that holds before config=FILE and the command line."""
     node = OmegaConf.structured(cls)
-    for where, values in shipped_layers(cls, model) if cls is not Run else ():
+    for where, values in shipped_layers(cls, given) if cls is not Run else ():
         assign(node, cls, values, f" (in {where})")
     lines = []
     for key, f in leaves(cls).items():

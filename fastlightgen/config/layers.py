@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -10,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastlightgen.config.fields import REQUIRED, ConfigError, check_value, default_of, show, type_of
-from fastlightgen.config.files import config_root, flatten, preset, presets, read_yaml
+from fastlightgen.config.files import config_root, flatten, preset, presets, read_yaml, recipe
 from fastlightgen.config.stages import DEFAULT, METHODS, STAGES, keys_of, root
 
 TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", list[float]: "[number,number]"}
@@ -22,20 +23,21 @@ def sections(cls: type) -> dict[str, str]:
     return {n: f"stage{n}." for n in ("1", "2", "3")} if stage == "all" else {stage: ""} if stage else {}
 
 
-def shipped_layers(cls: type, model: Any) -> list[tuple[str, dict[str, Any]]]:
-    """(file, settings) that come with the package for the stages of a root class.
+def shipped_layers(cls: type, given: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(file, settings) that come with the package for the stages of a root class; later ones win.
 
-    A stage's and a preset's file hold the settings of the default method; another one takes those that it knows, and
-    has a file of its own.
+    `given` may hold the keys `model` and `preset`. The files hold the settings of the default method; another one takes
+    those that it knows, and has a file of its own.
     """
     known, out = leaves(cls), []
-    model = default_of(known["model"]) if model is None and "model" in known else str(model)
-    network = preset(model) if model in presets() else {}
+    model, chosen = (str(given.get(k, default_of(known[k]) if k in known else "")) for k in ("model", "preset"))
+    network, numbers = preset(model) if model in presets() else {}, recipe(chosen)
     for stage, prefix in sections(cls).items():
         method = default_of(known[f"{prefix}method"]) if f"{prefix}method" in known else DEFAULT
         own, file = f"configs/method/{method}.yaml", config_root() / "method" / f"{method}.yaml"
         layers = {
             f"configs/stage{stage}.yaml": read_yaml(config_root() / f"stage{stage}.yaml"),
+            f"configs/preset/{chosen}.yaml": numbers.get(f"stage{stage}", {}),
             own: read_yaml(file) if file.is_file() else {},
             f"configs/model/{model}.yaml": network.get(f"stage{stage}", {}),
         }

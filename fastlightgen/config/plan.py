@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from fastlightgen.config.fields import Checked, ConfigError, field, with_default
+from fastlightgen.config.files import recipe
 from fastlightgen.config.run import Run
 from fastlightgen.config.stages import DEFAULT, STAGES, keys_of, method_of
 
@@ -99,8 +100,8 @@ def plan_for(cfg: Any, **machine: Any) -> Plan:
 
 
 def another_stage(cfg: Plan, stage: str, **changes: Any) -> Plan:
-    """The plan of another stage, with its own defaults, on the same machine and with the same checkpointing."""
+    """The plan of another stage, with its own settings, on the same machine and with the same checkpointing."""
     cls = plan_root(stage)
     same = {f.name for f in fields(Plan)} - {"stage"} | {"checkpointing", "keep_attention"}
     common = {name: value for name, value in vars(cfg).items() if name in same & {f.name for f in fields(cls)}}
-    return cls(**common | changes)
+    return cls(**recipe(cfg.preset).get(f"stage{stage}", {}) | common | changes)

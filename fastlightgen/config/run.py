@@ -31,12 +31,24 @@ class Run(Checked):
     stage: str = field(REQUIRED, "which stage to run", choices=("0", "1", "2", "3", "all"))
     run: str = field(REQUIRED, "run folder: results, checkpoints, log", numbers=False)
     model: str = field("tiny", "a preset, or a model folder (diffusers' or the original repository's format)")
+    preset: str = field(
+        "default",
+        "settings of the stages, under those of the model; default: what this project recommends; paper: the paper's",
+        choices=("default", "paper"),
+        numbers=False,  # the settings themselves are compared
+    )
     data: str = field("shapes", "a preset, or a folder with a latent cache")
     data_check: str = field(
         "warn",
         "a cache that the teacher does not know, found before stages 1 to 3; warn, stop, or off: do not look",
         choices=("warn", "stop", "off"),
         numbers=False,
+    )
+    negative: str = field(
+        "empty",
+        "the null prompt, of Eq. 9 and of dropped texts; empty: the cache's null_prompt; official: the negative prompt "
+        "that the model's authors publish, which a cache holds too",
+        choices=("empty", "official"),
     )
     seed: int = field(0, "decides every random number of the run", lo=0, hi=MAX_SEED)
     device: str = field("auto", DEVICE, choices=DEVICES, numbers=False)
@@ -84,7 +96,7 @@ class Run(Checked):
         numbers=False,
     )
     log_every: int = field(10, "steps between two lines of metrics.jsonl", lo=1, numbers=False)
-    save_every: int = field(200, "steps between two checkpoints", lo=1, numbers=False)
+    save_every: int = field(250, "steps between two checkpoints", lo=1, numbers=False)
     keep: int = field(2, "how many of the latest checkpoints stay on disk", lo=1, numbers=False)
     keep_every: int = field(0, "besides them the checkpoints of every so many steps; 0: none", lo=0, numbers=False)
     sample_every: int = field(

@@ -6,13 +6,18 @@ from fastlightgen.config.fields import Checked, field
 
 TIMES = ("uniform", "logit_normal")
 SCHEDULE = "after the warm-up: hold the learning rate, or let it fall to 0"
+GUIDANCES = ("null", "embedded")
+TEACHER_GUIDANCE = (
+    "what guides the teacher; null: the null prompt; embedded: the scale that a guidance-distilled network reads, "
+    "without a null prompt and beta1"
+)
 
 
 @dataclass(kw_only=True)
 class BatchKeys(Checked):
     """Keys of every stage that draws clips."""
 
-    batch: int = field(1, "clips per step", lo=1)
+    batch: int = field(16, "clips per step, of all processes together", lo=1)
     shift: float = field(5.0, "time shift s: t -> s t / (1 + (s - 1) t)", above=0)
 
 
@@ -35,3 +40,16 @@ class TrainingKeys(BatchKeys):
     def check(self) -> None:
         super().check()
         self.check_ordered("betas")
+
+
+@dataclass(kw_only=True)
+class StudentKeys(TrainingKeys):
+    """Keys of methods of Stage III; they train a role named `student`."""
+
+    choose: str = field(
+        "last",
+        "the weights that become the result; last; best: whose clips of held-out prompts come nearest to real ones",
+        choices=("last", "best"),
+    )
+    choose_every: int = field(50, "choose=best: updates of the student between two looks", lo=1)
+    choose_clips: int = field(64, "choose=best: held-out prompts", lo=8)

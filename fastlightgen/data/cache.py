@@ -1,7 +1,9 @@
 """Latent caches: safetensors shards, an index, and the null prompt. Files appear complete; reading verifies checksums.
 
-A cache folder holds index.json {format, description, shards: [{file, clips, size, sha256}]}, null.safetensors and the
-shards. A shard holds n clips of equal size, one stacked tensor per field: `latents` [n, C, F, H, W], normalised, and
+A cache folder holds index.json {format, description, shards: [{file, clips, size, sha256}]}, null.safetensors, the
+shards, and, if the model's authors publish a negative prompt, negative.safetensors.
+
+A shard holds n clips of equal size, one stacked tensor per field: `latents` [n, C, F, H, W], normalised, and
 fields of the family's Cond. A shard's metadata holds the description and, for every clip, its origin and a checksum. A
 text may be stored with fewer tokens than description.text_tokens; reading pads it with zeros.
 """
@@ -16,13 +18,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastlightgen.atomic import write_json
 from fastlightgen.models.families import cond_fields
 
 FORMAT, READS = 2, (1, 2)  # written, readable; format 1 has no sizes and no checksums of clips
+NULL, NEGATIVE = "null.safetensors", "negative.safetensors"
 META = "fastlightgen"  # the only metadata key of a shard: safetensors writes several keys in random order
 
 
@@ -38,7 +41,7 @@ def write_cache(
     for number, shard in enumerate(shards):
         about: list[dict] = [{}] * len(shard["latents"])
         entries.append(write_shard(folder / f"shard-{number:05d}.safetensors", shard, about, description))
-    save_tensors(folder / "null.safetensors", null)
+    save_tensors(folder / NULL, null)
     write_index(folder, entries, description)
 
 
@@ -81,10 +84,7 @@ class Cache:
         self.sizes = [size for _, clips, size in shards for _ in range(clips)]
         self._samples: dict[Path, list[dict]] = {}  # metadata of the shards read so far
         self._checked: set[int] = set()  # clips with a verified checksum
-        try:
-            self.null = self._fill(load_file(self.folder / "null.safetensors"))
-        except (OSError, SafetensorError) as err:
-            raise ValueError(f"{self.folder}/null.safetensors: cannot be read ({err})") from None
+        self.null, _ = self.prompt(NULL)
 
     def __len__(self) -> int:
         return len(self.where)
@@ -105,6 +105,21 @@ class Cache:
             got = sorted({key for clip in clips for key in clip})
             raise ValueError(f"{self.folder}: fields {got}; wanted latents and fields among {', '.join(known)}")
         return {key: torch.stack([clip[key] for clip in clips]) for key in clips[0]}
+
+    def prompt(self, name: str) -> tuple[dict[str, Tensor], str]:
+        """The fields for one clip and the text of a prompt: of NULL or of NEGATIVE."""
+        if name == NEGATIVE and not (self.folder / name).is_file():
+            raise ValueError(
+                f"negative=official: {self.folder} holds no {name}; run the same encode command again, which adds the "
+                "prompt that the model's authors publish, or leave negative= out"
+            )
+        try:
+            with safe_open(self.folder / name, framework="pt") as file:
+                fields = {key: file.get_tensor(key) for key in file.keys()}
+                about = json.loads((file.metadata() or {}).get(META, "{}"))
+        except (OSError, SafetensorError) as err:
+            raise ValueError(f"{self.folder}/{name}: cannot be read ({err})") from None
+        return self._fill(fields), about.get("prompt", self.description.get("null_prompt", ""))
 
     def sample(self, index: int) -> dict:
         """The origin of a clip: file, source, caption, start, end, as far as its shard records them."""

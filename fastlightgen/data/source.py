@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastlightgen.data.cache import Cache
+from fastlightgen.data.cache import NEGATIVE, NULL, Cache
 from fastlightgen.models.base import Cond
 from fastlightgen.models.families import cond_of
 from fastlightgen.rng import generator
@@ -32,6 +32,11 @@ class Batch:
 
         return Batch(move(self.x0), self.cond.map(move), self.null.map(move))
 
+    def with_guidance(self, scale: float) -> "Batch":
+        """Return the same clips for networks that read a guidance scale."""
+        guidance = torch.full((len(self.x0),), scale, device=self.x0.device)
+        return Batch(self.x0, replace(self.cond, guidance=guidance), replace(self.null, guidance=guidance))
+
     def drop_text(self, dropped: Tensor) -> Cond:
         """Return the condition, with the null prompt where `dropped` [B] is true: trains v(null) of Eq. 9."""
         dropped, changed = dropped.to(self.x0.device), {}
@@ -47,11 +52,13 @@ class Source(Protocol):
 
     `batch(step, size)` draws training clips; `rows` selects a part of the batch. `held_out(start, size)` returns fixed
     clips that training never uses. `largest()` returns one clip of the largest size. `description` records how the
-    clips were encoded; that of the built-in world names its version, "world".
+    clips were encoded; that of the built-in world names its version, "world". `null_prompt` is
+    the text of the null prompt.
     """
 
     name: str
     description: dict
+    null_prompt: str
 
     def batch(self, step: int, size: int, rows: range | None = None) -> Batch: ...
 
@@ -67,7 +74,9 @@ class CacheSource:
     order. The last tenth of the clips of the most frequent size is held out.
     """
 
-    def __init__(self, cache: Cache, seed: int):
+    def __init__(self, cache: Cache, seed: int, negative: str = "empty"):
+        """`negative`: empty takes the cache's null prompt, official the negative prompt that it holds beside it."""
+        self.null, self.null_prompt = cache.prompt(NEGATIVE if negative == "official" else NULL)
         self.cache, self.seed, self.name, self.description = cache, seed, cache.digest, cache.description
         self.groups, self.cond = cache.groups(), cond_of(cache.description)
         clips = self.groups[0] if self.groups else []
@@ -114,5 +123,5 @@ class CacheSource:
         x0 = clips.pop("latents")
         cond = self.cond(**clips)
         # The null prompt replaces the text only; images and first frames stay those of the clip.
-        null = {k: v.to(clips[k]).expand_as(clips[k]) for k, v in self.cache.null.items()}
+        null = {k: v.to(clips[k]).expand_as(clips[k]) for k, v in self.null.items()}
         return Batch(x0, cond, self.cond(**clips | null))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastlightgen.atomic import write_json
 from fastlightgen.config import diff
-from fastlightgen.data.cache import save_tensors, sha256, write_index, write_shard
+from fastlightgen.data.cache import META, NULL, save_tensors, sha256, write_index, write_shard
 from fastlightgen.data.lists import Row
 
 Clip = tuple[dict[str, Tensor], dict]  # the fields, and the clip's origin for the shard's metadata
@@ -92,15 +92,20 @@ class Writer:
             shards.append(write_shard(file, stack([fields for fields, _ in group]), about, self.description))
         write_json(self.part_file(number), {"shards": shards, "skipped": skipped})
 
-    def write_null(self, null: dict[str, Tensor]) -> None:
+    def lacks(self, name: str) -> bool:
+        return not (self.folder / name).is_file()
+
+    def write_prompt(self, name: str, fields: dict[str, Tensor], text: str) -> None:
+        """Write the null prompt (NULL) or the official negative one (NEGATIVE), with its text."""
         with locked(self.folder / ".lock", wait=True):  # every process writes the same file
-            save_tensors(self.folder / "null.safetensors", trim(null, int(null["text_len"])))
+            fields = trim(fields, int(fields["text_len"]))
+            save_tensors(self.folder / name, fields, {META: json.dumps({"prompt": text})})
 
     def finish(self) -> dict | None:
         """Write the index if all parts are done and return the counts of clips and skipped rows; else return None."""
         with locked(self.folder / ".lock", wait=True):
             records = [r for number in range(len(self.parts)) if (r := self._record(number)) is not None]
-            if len(records) < len(self.parts) or not (self.folder / "null.safetensors").is_file():
+            if len(records) < len(self.parts) or self.lacks(NULL):
                 return None
             # In the order of the parts, so that the index does not depend on who finished first.
             shards = [s for r in records for s in r["shards"]]

@@ -41,6 +41,15 @@ class Ema:
                 self.shadow[name].lerp_(p, rate)
 
     @torch.no_grad()
+    def swap(self, net: nn.Module) -> None:
+        """Exchange the average and the network's weights."""
+        for name, p in net.named_parameters():
+            if name in self.shadow:
+                weights = p.clone()
+                p.copy_(self.shadow[name])
+                self.shadow[name].copy_(weights)
+
+    @torch.no_grad()
     def copy_to(self, net: nn.Module) -> None:
         """Put the averaged weights into the network."""
         for name, p in net.named_parameters():

@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -178,6 +180,19 @@ class LocalEngine:
                 ema = self.emas[name]
                 ema.count = count[name]
                 ema.shadow = {k: v.to(self.device) for k, v in files[f"{name}-ema"].items()}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Context in which the roles that keep an average have it in place of their weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, ema in self.emas.items():
+            ema.swap(self.roles[name].net)
 
     def finish(self) -> None:
         """Replace the weights by their average, in roles that keep one."""

@@ -29,10 +29,13 @@ class Lines:
 
 
 class Metrics:
-    """Appends a record to metrics.jsonl or samples.jsonl (the look of clips) and hands it to the writers."""
+    """Appends a record to metrics.jsonl, samples.jsonl (the look of clips) or choices.jsonl (see `choice`).
+
+    The writers get every record too.
+    """
 
     def __init__(self, folder: Path, start: int, writers: Sequence[Writer] = ()):
-        self.files = {name: Lines(folder / f"{name}.jsonl", start) for name in ("metrics", "samples")}
+        self.files = {name: Lines(folder / f"{name}.jsonl", start) for name in ("metrics", "samples", "choices")}
         self.writers = writers
 
     def write(self, record: dict, file: str = "metrics") -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from fastlightgen.engine import checkpoint
+from fastlightgen.engine.choice import Choice
 from fastlightgen.engine.folder import StageFolder
 from fastlightgen.engine.hang import HERE
 from fastlightgen.engine.log import Metrics
@@ -106,11 +107,18 @@ class Show(Protocol):
 
 
 def train(
-    stage: Stage, engine: Engine, folder: StageFolder, cfg, show: Show | None = None, look: Callable | None = None
+    stage: Stage,
+    engine: Engine,
+    folder: StageFolder,
+    cfg,
+    show: Show | None = None,
+    look: Callable | None = None,
+    choice: Choice | None = None,
 ) -> None:
     """Run or continue a stage to its end and write its model folder.
 
-    `show` makes clips during training. `look` is called once, after the networks are placed.
+    `show` makes clips during training. `look` is called once, after the networks are placed. `choice` picks the
+    weights that become the result; without it they are the last ones.
     """
     engine.prepare(stage)
     say(f"stage {stage.number}: {engine.estimate()}")
@@ -119,6 +127,8 @@ def train(
     stage.begin()
     if start := engine.load(folder.checkpoints):
         say(f"stage {stage.number}: continues at step {start} of {stage.iters}")
+    if choice:
+        choice.start(start)
 
     metrics = Metrics(folder.path, start, open_writers(cfg, folder.path, start)) if ranks.rank() == 0 else None
     saves = checkpoint.Background()
@@ -174,6 +184,8 @@ def train(
             progress.update()
             HERE.at("the stage's check", role="")
             stage.check(done)
+            if choice and (measured := choice.look(stage, done)) and metrics:
+                metrics.write(measured, "choices")
             # One collective per step for two facts. The lowest bit says that this rank got a signal, the other bits are
             # the status of its save. So all ranks stop after the same step; a later signal waits for the next one.
             flags = ranks.gathered(bool(signals) | saves.status())
@@ -190,7 +202,10 @@ def train(
                 raise stopped(done)
         saves.wait()
     engine.finish()
-    stage.save(folder.path / "model", engine.save_model)
+    if choice:
+        choice.save(stage, folder.path / "model")
+    else:
+        stage.save(folder.path / "model", engine.save_model)
 
 
 def gathered_names(signals: list[str]) -> list[str]:

@@ -59,6 +59,7 @@ class Family:
     geometry: Geometry
     clips: Clips
     pipelines: Mapping[str, bool]  # pipeline class -> True if it starts from a first frame
+    negatives: Mapping[str, str] = field(default_factory=dict)  # pipeline class -> negative prompt that is published
     encoding: type[Encoding]
     packages: Mapping[str, str] = field(default_factory=dict)  # extra packages of the pipelines -> reason, for errors
     interface: tuple[str, ...]  # keys of config.json that must match the pipeline's other parts

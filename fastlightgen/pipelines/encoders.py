@@ -47,6 +47,7 @@ class Encoders:
         self.folder, self.device = Path(folder), torch.device(device)
         self.name, self.family = family_of_folder(folder)
         self.from_image = self.family.pipelines[self.name]
+        self.official_negative = self.family.negatives.get(self.name, "")  # "": none is published
         self.network = read_config(self.folder / "transformer")
         if "in_channels" not in self.network:
             raise ValueError(f"pipeline={folder}: has no transformer/config.json; copy the folder again")

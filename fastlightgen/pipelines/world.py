@@ -25,6 +25,7 @@ class Pipeline:
         self.family, self.size = family, read_size(size or family.clips.size, family.geometry)
         # Training decodes previews and has little memory left: decode in tiles, and leave out the encoders.
         self.encoders = Encoders(folder, device, dtype, tiling=decode_only, without=ENCODERS if decode_only else ())
+        self.official_negative = self.encoders.official_negative
         self.nulls: dict[str, dict[str, Tensor]] = {}
         self.fps, self.defaults = round(family.clips.fps), defaults_of(folder, self.encoders.cfg)
 

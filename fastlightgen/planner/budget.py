@@ -6,9 +6,8 @@ This is arithmetic: nothing here was measured on a cluster.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from fastlightgen.config import Plan, plan_root, preset
+from fastlightgen.config import Plan, plan_root, preset, recipe
 from fastlightgen.models.cost import Network
 from fastlightgen.models.families import FAMILIES, family_of, network
 from fastlightgen.parallel.shares import Part, divisors, token_shares
@@ -86,11 +85,11 @@ def paper_efficiency(stage: str) -> float:
     """The share of an H100's peak speed at which the planned operations of a stage take the GPU-days of the paper.
 
     64 days x 86400 s / 16 GPUs / 4000 iterations = 86.4 s per iteration, and 16 days / 16 / 1000 the same. Stages 0 and
-    1 take Stage II's share. The paper is silent on the critic's settings, which are DMD2's, the defaults here.
+    1 take Stage II's share. The paper is silent on the critic's settings, which are DMD2's.
     """
-    days, iters = PAPER.stage3 if stage == "3" else PAPER.stage2
-    eq6: dict[str, Any] = {"target": "self"}  # as printed
-    as_printed = plan_root("3")() if stage == "3" else plan_root("2")(**eq6)
+    settings, (days, iters) = recipe("paper"), PAPER.stage3 if stage == "3" else PAPER.stage2
+    eq6 = settings["stage2"] | {"target": "self"}  # as printed
+    as_printed = plan_root("3")(**settings["stage3"]) if stage == "3" else plan_root("2")(**eq6)
     net = load_network(preset(PAPER.model)["network"], PAPER.size, 0)
     step = planned_step(net, as_printed, undropped(len(net.blocks), 0.3))
     seconds = days * 86400 / PAPER.gpus / iters

@@ -19,13 +19,15 @@ from fastlightgen.models.folder.weights import file_values, load_model
 from fastlightgen.parallel.clock import clock
 from fastlightgen.parallel.log import say
 from fastlightgen.rng import rows
-from fastlightgen.stages.check import check_source, check_teacher
+from fastlightgen.stages.check import check_source, check_teacher, require_embedded
 
 HELD_OUT = 32  # held-out clips on which a guard measures
 
 
 class Builder:
     """Gives a method its networks and batches."""
+
+    guidance: float | None = None  # teacher_guidance=embedded: the scale that the networks read in every batch
 
     def __init__(self, cfg: StageConfig, source: Source, device: torch.device):
         self.cfg, self.source, self.device = cfg, source, device
@@ -60,11 +62,28 @@ class Builder:
     def batches(self, step: int) -> Batch:
         """Return this process's clips of a step, on its device."""
         with clock.part("data"):
-            return self.source.batch(step, self.cfg.batch, rows(self.cfg.batch)).to(self.device)
+            return self.with_guidance(self.source.batch(step, self.cfg.batch, rows(self.cfg.batch)).to(self.device))
 
     def held_out(self) -> Batch:
         """Return clips that training never uses, on the CPU."""
-        return self.source.held_out(0, HELD_OUT)
+        return self.with_guidance(self.source.held_out(0, HELD_OUT))
+
+    def with_guidance(self, batch: Batch) -> Batch:
+        return batch if self.guidance is None else batch.with_guidance(self.guidance)
+
+    def read_guidance(self, kind: str, net: VideoDiT, card: dict[str, Any]) -> None:
+        """Follow the key teacher_guidance; with embedded, every batch carries the scale of the teacher from now on.
+
+        The card or the family names that scale. Without it, such a network reads 1: the plain prediction.
+        """
+        learned = card.get("teacher_guidance", "null")
+        if card.get("stage") == 2 and learned != kind:
+            raise ValueError(
+                f"teacher_guidance={kind}: Stage II learned with teacher_guidance={learned}; give both stages the same"
+            )
+        if kind == "embedded":
+            require_embedded(net.embeds_guidance)
+            self.guidance = float(card.get("guidance") or net.released["guidance"])
 
     def ranking(self, path: Path, num_blocks: int) -> dict[str, Any]:
         """Read Stage I's ranking; raise if it was made for other blocks or on another version of the built-in world."""
@@ -74,8 +93,11 @@ class Builder:
         return record
 
     def check_source(self, net: VideoDiT, card: dict[str, Any]) -> None:
-        """Raise if the cache was made for another network."""
+        """Raise if the cache was made for another network; warn if Stage II learned with another null prompt."""
         check_source(self.source, net, card, self.cfg.data)
+        learned, now = card.get("negative", "empty"), self.cfg.negative
+        if card.get("stage") == 2 and learned != now:
+            say(f"warning: negative={now}: Stage II learned with negative={learned}; its pruned path knows that one")
 
     def check_data(self, net: VideoDiT, card: dict[str, Any]) -> None:
         """Raise if the cache was made for another network; check that the teacher can reproduce its clips."""
@@ -101,9 +123,11 @@ class Builder:
         )
 
     def card(self, **values: Any) -> dict[str, Any]:
-        """Return a model card: the given values, and what later data must have in common with this data.
+        """Return a model card: the given values, and what later data and stages must have in common with this run.
 
-        That is the VAE of a cache, or the version of the built-in world.
+        That is the VAE of a cache or the version of the built-in world, the null prompt, and the teacher's guidance.
         """
         made_with = self.source.description
-        return values | {key: made_with[key] for key in ("vae", "world") if key in made_with}
+        values |= {key: made_with[key] for key in ("vae", "world") if key in made_with}
+        values |= {"negative": "official"} if self.cfg.negative == "official" else {}
+        return values | ({"teacher_guidance": "embedded"} if self.guidance is not None else {})

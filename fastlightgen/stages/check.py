@@ -39,6 +39,15 @@ def check_source(source: Source, model: VideoDiT, card: dict, data: str) -> None
             )
 
 
+def require_embedded(embeds: bool) -> None:
+    """Raise if a network for teacher_guidance=embedded reads no guidance scale."""
+    if not embeds:
+        raise ValueError(
+            "teacher_guidance=embedded: no guidance was distilled into this model, it reads no scale; "
+            "use teacher_guidance=null"
+        )
+
+
 def relative_error(x0_hat: Tensor, x0: Tensor) -> float:
     """Return mean |x0_hat - x0|^2 / variance of x0: 0 if exact, 1 for the best constant x0_hat."""
     return float((x0_hat - x0).square().mean() / x0.var())

@@ -1,6 +1,6 @@
 """Stage III: distribution matching under a well-guided teacher (Eq. 8 and 9); trains a pruned few-step student.
 
-Shapes: x0, x_hat, x_t, v [B, C, F, H, W]; t, beta [B].
+Shapes: x0, x_hat, x_t, noise [B, C, F, H, W]; t [B].
 """
 
 from collections.abc import Callable, Sequence
@@ -13,34 +13,38 @@ import torch
 from torch import Tensor
 
 from fastlightgen import flow
-from fastlightgen.config import Run, TrainingKeys, field, numbers, root
+from fastlightgen.config import GUIDANCES, TEACHER_GUIDANCE, ConfigError, Run, StudentKeys, field
 from fastlightgen.data.source import Batch
-from fastlightgen.engine.folder import read_run
 from fastlightgen.engine.roles import Role, Update
 from fastlightgen.models.cost import Network
-from fastlightgen.models.families import depth
-from fastlightgen.models.folder.networks import config_of, trained_folder
+from fastlightgen.models.folder.networks import trained_folder
 from fastlightgen.models.folder.weights import read_card, save_model
 from fastlightgen.models.lora import attach_lora
-from fastlightgen.ops import dmd_gradient
+from fastlightgen.parallel.log import say
 from fastlightgen.planner.step import Iteration, Net, Walk
 from fastlightgen.planner.walk import Route
-from fastlightgen.rng import generator, normal_like
+from fastlightgen.rng import generator
 from fastlightgen.stages.build import Builder
-from fastlightgen.stages.matching import dmd_loss, score_times, simulate, uniform
-from fastlightgen.stages.method import Guess, Method, Subject
+from fastlightgen.stages.guided import renoised, student_gradient
+from fastlightgen.stages.matching import dmd_loss
+from fastlightgen.stages.method import Method
 from fastlightgen.stages.networks import Networks
+from fastlightgen.stages.rollouts import FAKE, STUDENT, Order, Rollouts
+from fastlightgen.stages.start import inputs, pruned_path, stage2_folder, student_folder, subject
 from fastlightgen.stages.teacher import flow_matching_loss
 
-STUDENT, FAKE, ADAPTERS = 5, 6, 7  # the purposes of this stage's random draws
+ADAPTERS = 7  # the purpose of this file's own random draws; those of the updates stand in rollouts.py
 
 
 @dataclass(kw_only=True)
-class DistillKeys(TrainingKeys):
+class DistillKeys(StudentKeys):
     """Keys of Stage III."""
 
-    lr: float = field(5e-7, "learning rate of the generator", lo=0)
-    lr_fake: float = field(5e-7, "learning rate of the fake score network (critic)", lo=0)
+    iters: int = field(3000, "iterations; see count", lo=1)
+    lr: float = field(2e-6, "learning rate of the generator", lo=0)
+    lr_fake: float = field(
+        0.0, "learning rate of the fake score network (critic); 0: 4e-7 for fake_mode=copy, 5e-5 for lora", lo=0
+    )
     betas: list[float] = field([0.0, 0.999], "AdamW's two decay rates", lo=0, below=1)
     clip: float = field(10.0, "largest gradient norm", above=0)
     warmup: int = field(0, "steps over which the learning rates rise from 0", lo=0)
@@ -56,38 +60,86 @@ class DistillKeys(TrainingKeys):
         "the generator's inputs; simulate: its own steps from noise; data: noised clips",
         choices=("simulate", "data"),
     )
+    rungs: str = field(
+        "cycled",
+        "the rung at which an update leaves the ladder; cycled: each rung once per `steps` updates; random: any",
+        choices=("cycled", "random"),
+    )
+    rollouts: str = field(
+        "fresh",
+        "fresh: each update has its own prompts and rollout; shared: `ratio` critic updates and the next generator "
+        "update share prompts and one rollout of all rungs",
+        choices=("fresh", "shared"),
+    )
     ratio: int = field(5, "critic updates per generator update", lo=1)
     count: str = field(
         "outer", "what iters counts; outer: critic updates; generator: its updates", choices=("outer", "generator")
+    )
+    critic_start: int = field(
+        100, "critic updates before the first generator update, a multiple of ratio; iters counts them too", lo=0
     )
     t_clamp: list[float] = field([0.02, 0.98], "range of the score's time after the shift", lo=0, hi=1)
     fake_arch: str = field("pruned", "blocks of the critic", choices=("pruned", "full"))
     fake_mode: str = field("copy", "copy: own weights; lora: low-rank change of Stage II's", choices=("copy", "lora"))
     lora_rank: int = field(16, "fake_mode=lora: rank", lo=1)
+    guidance_times: str = field(
+        "same",
+        "when Eq. 9's guidance part (beta1 - 1) (v_pc - v_pn) is taken; same: at the time of the other part; below: at "
+        "cleaner times than the rung that the student left (Decoupled DMD); above: at noisier ones",
+        choices=("same", "below", "above"),
+    )
     strong: str = field(
         "stage2", "the strong teacher in Eq. 9; original: before Stage II", choices=("stage2", "original")
     )
+    teacher_guidance: str = field("null", TEACHER_GUIDANCE, choices=GUIDANCES)
     sampler: str = field("stochastic", "how the student goes from step to step", choices=("stochastic", "ode"))
-    ema: float = field(0.0, "decay of the generator's averaged weights; 0 keeps no average", lo=0, below=1)
+    ema: float = field(0.99, "decay of the generator's averaged weights; 0 keeps no average", lo=0, below=1)
     ema_start: int = field(0, "generator updates before averaging starts", lo=0)
     normaliser: str = field(
         "dmd", "dmd: divide the gradient by mean |x0 - x0_real|; none: do not", choices=("dmd", "none")
     )
     score_shift: float = field(0.0, "time shift of the score's time; 0: same as shift", lo=0)
     stage2_model: str = field("", "model folder that Stage II left; empty: RUN/stage2/model")
+    start_model: str = field(
+        "", "model folder whose pruned path the student starts from; empty: the Stage II network itself"
+    )
 
     def check(self) -> None:
         super().check()
         self.check_ordered("t_clamp")
+        if self.guidance_times != "same" and self.teacher_guidance == "embedded":
+            raise ConfigError(
+                f"guidance_times={self.guidance_times}: teacher_guidance=embedded has no guidance part; use same"
+            )
+        critics = self.iters * self.order.critics_per_step
+        if self.critic_start % self.ratio:  # then updates of the student would fall between the lines of the log
+            raise ConfigError(f"critic_start={self.critic_start}: wanted a multiple of ratio={self.ratio}")
+        if self.critic_start >= critics:
+            raise ConfigError(
+                f"critic_start={self.critic_start}: iters={self.iters} leaves no update of the student; "
+                f"wanted below {critics}"
+            )
 
     @property
-    def updates(self) -> tuple[float, float]:
-        """Return the mean numbers of generator and critic updates per iteration.
+    def critic_lr(self) -> float:
+        """Return the critic's learning rate: that of Self-Forcing-Plus, or for adapters that of DMD2's recipe."""
+        return self.lr_fake or (5e-5 if self.fake_mode == "lora" else 4e-7)
+
+    @property
+    def order(self) -> Order:
+        """Return the order of the updates.
 
         count=outer (DMD2): the critic is updated at every iteration, the generator at every ratio-th.
         count=generator: the generator is updated at every iteration, followed by `ratio` critic updates.
         """
-        return (1 / self.ratio, 1) if self.count == "outer" else (1, self.ratio)
+        return Order(self.ratio, 1 if self.count == "outer" else self.ratio, self.critic_start)
+
+    @property
+    def updates(self) -> tuple[float, float]:
+        """Return the mean numbers of generator and critic updates per iteration."""
+        critics = self.order.critics_per_step
+        start = self.critic_start / (self.iters * critics)  # share of the iterations without the generator
+        return (1 - start) * critics / self.ratio, critics
 
 
 class Config(DistillKeys, Run):
@@ -101,12 +153,14 @@ class Distill:
     loss_key, drifts = "fake_loss", True
 
     def __init__(self, cfg: Config, nets: Networks, batches: Callable[[int], Batch], card: dict[str, Any]):
-        self.cfg, self.nets, self.batches, self.card, self.iters = cfg, nets, batches, card, cfg.iters
+        self.cfg, self.nets, self.card, self.iters = cfg, nets, card, cfg.iters
         self.teacher = nets.teacher
         self.times = flow.ladder(cfg.steps, cfg.shift)
+        self.order = cfg.order
+        self.rollouts = Rollouts(cfg, self.order, nets.student, self.times, batches)
         self.roles = {
             "student": Role.of(nets.student, cfg, ema=cfg.ema, ema_start=cfg.ema_start),
-            "fake": Role.of(nets.fake_trained, cfg, cfg.lr_fake, host=nets.teacher if nets.lora else None),
+            "fake": Role.of(nets.fake_trained, cfg, cfg.critic_lr, host=nets.teacher if nets.lora else None),
         }
         self.frozen = [net for net in ((None if nets.lora else nets.teacher), nets.original) if net is not None]
 
@@ -114,33 +168,19 @@ class Distill:
         """Nothing to measure before training."""
 
     def updates(self, step: int) -> list[Update]:
-        """Return the student's update, if it is due, then the critic's; see `DistillKeys.updates`."""
-        ratio = self.cfg.ratio
-        critics = 1 if self.cfg.count == "outer" else ratio
-        updates = [Update("fake", partial(self.critic_loss, step * critics + c)) for c in range(critics)]
-        if self.cfg.count == "generator" or step % ratio == 0:
-            updates.insert(0, Update("student", partial(self.student_loss, step)))
-        return updates
+        """Return the student's update, if it is due, then the critic's; see `Order`."""
+        g = self.order.student(step)
+        students = [] if g is None else [Update("student", partial(self.student_loss, g))]
+        return students + [Update("fake", partial(self.critic_loss, c)) for c in self.order.critics(step)]
 
-    def simulate(self, batch: Batch, gen: torch.Generator) -> tuple[Tensor, int]:
-        """Return the student's clips and the rung at which it left the ladder; see `matching.simulate`."""
-        return simulate(self.nets.student, batch, self.times, self.cfg.rollout, self.cfg.sampler, gen)
-
-    def student_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Eq. 8 and 9. No gradient flows through x_t into the two scores."""
-        cfg, batch = self.cfg, self.batches(step)
-        gen = generator(cfg.seed, STUDENT, step)
-        x_hat, rung = self.simulate(batch, gen)
+    def student_loss(self, g: int) -> tuple[Tensor, dict[str, float]]:
+        """Eq. 8 and 9, for the student's update g. No gradient flows through x_t into the two scores."""
+        cfg = self.cfg
+        gen = generator(cfg.seed, STUDENT, self.order.next_critic(g))
+        x_hat, batch, rung = self.rollouts.for_student(g, gen)
+        x0 = x_hat.detach()
         with torch.no_grad():
-            x0 = x_hat.detach()
-            t, x_t = self.renoised(x0, gen)
-            beta1, beta2 = self.betas(x0, gen)
-            v_fake = self.nets.fake(x_t, t, batch.cond)
-            v_pc, v_pn, v_uc = self.nets.real(x_t, t, batch)
-            # Eq. 9 mixes v_pc, v_pn and v_uc into v_real; Eq. 8 is the difference of the two scores, as x0 estimates.
-            gradient, normaliser = dmd_gradient(x0, x_t, t, v_fake, v_pc, v_pn, v_uc, beta1, beta2)
-            if cfg.normaliser == "none":
-                gradient = gradient * flow.per_sample(normaliser, gradient)
+            gradient, normaliser = student_gradient(cfg, self.nets, x0, batch, self.times[rung], gen)
         gap = normaliser.mean().item()  # mean |x - x0_real|
         return dmd_loss(x_hat, gradient), {
             "x0_gap": gap,
@@ -149,61 +189,37 @@ class Distill:
             "contrast_data": batch.x0.flatten(1).std(1).mean().item(),
         }
 
-    def renoised(self, x0: Tensor, gen: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return (t, x_t): the student's clips, noised to the time at which the two scores are compared."""
+    def critic_loss(self, c: int) -> tuple[Tensor, dict[str, float]]:
+        """Flow matching (Eq. 1) of the critic's update c on the student's own clips, without guidance."""
         cfg = self.cfg
-        t = score_times(len(x0), cfg.score_shift or cfg.shift, cfg.t_clamp, gen).to(x0.device)
-        return t, flow.add_noise(x0, normal_like(x0, gen), t)
-
-    def betas(self, x0: Tensor, gen: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Eq. 9: beta1 ~ U[beta1 - a1, beta1 + b1], beta2 ~ U[beta2 - a2, beta2 + b2], one of each per clip."""
-        cfg, size = self.cfg, len(x0)
-        beta1 = uniform(size, cfg.beta1 - cfg.a1, cfg.beta1 + cfg.b1, gen).to(x0.device)
-        beta2 = uniform(size, cfg.beta2 - cfg.a2, cfg.beta2 + cfg.b2, gen).to(x0.device)
-        return beta1, beta2
-
-    def critic_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Flow matching (Eq. 1) of the critic on the student's own clips, without guidance."""
-        cfg, batch = self.cfg, self.batches(step)
-        gen = generator(cfg.seed, FAKE, step)
-        with torch.no_grad():
-            x_hat, _ = self.simulate(batch, gen)
-        t = score_times(len(x_hat), cfg.score_shift or cfg.shift, cfg.t_clamp, gen).to(x_hat.device)
-        noise = normal_like(x_hat, gen)
-        return flow_matching_loss(self.nets.fake(flow.add_noise(x_hat, noise, t), t, batch.cond), x_hat, noise), {}
+        gen = generator(cfg.seed, FAKE, c)
+        x_hat, batch, _ = self.rollouts.for_critic(c, gen)
+        t, x_t, noise = renoised(cfg, x_hat, gen)
+        return flow_matching_loss(self.nets.fake(x_t, t, batch.cond), x_hat, noise), {}
 
     def check(self, step: int) -> None:
         """Nothing to check beyond the loop's own checks."""
 
     def sampler(self) -> dict[str, Any]:
-        return {"model": self.nets.student, "times": self.times, "guidance": 1.0, "kind": self.cfg.sampler}
+        plan = {"times": self.times, "guidance": self.nets.scale or 1.0, "kind": self.cfg.sampler}
+        return {"model": self.nets.student} | plan
 
     def save(self, folder: Path, write: Callable[..., Any] = save_model) -> None:
         cfg = self.cfg
-        card = {"stage": 3, "ladder": self.times, "shift": cfg.shift, "guidance": 1.0, "sampler": cfg.sampler}
-        write(self.nets.student, folder, **self.card | card)
-
-
-def stage2_folder(cfg: Config) -> Path:
-    """Return the model folder of Stage II; raise if it does not exist."""
-    folder = Path(cfg.stage2_model or Path(cfg.run) / "stage2" / "model")
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder}: there is no Stage II model; run stage=2 with the same run= first, or give stage2_model="
-        )
-    return folder
+        card = {"stage": 3, "ladder": self.times, "shift": cfg.shift, "sampler": cfg.sampler}
+        write(self.nets.student, folder, **self.card | card | {"guidance": self.nets.scale or 1.0})
 
 
 def build(cfg: Config, with_: Builder) -> Distill:
     """Build teacher, student and critic from Stage II's folder, and with strong=original the original teacher."""
     folder = stage2_folder(cfg)
-    card = read_card(folder)
-    keep: Sequence[int] | None = card.get("pruned_path")
-    if keep is None:
-        raise ValueError(f"{folder}/fastlightgen.json: names no pruned_path; wanted a model that stage=2 made")
+    keep = pruned_path(folder)
+    start, card = student_folder(cfg.start_model, folder, keep), read_card(folder)
     teacher = with_.load(folder).requires_grad_(False)
     with_.check_data(teacher, card)
-    student = with_.copy(teacher, folder).requires_grad_(True).prune(keep)
+    with_.read_guidance(cfg.teacher_guidance, teacher, card)
+    student = with_.load(start) if cfg.start_model else with_.copy(teacher, folder)
+    student = student.requires_grad_(True).prune(keep)
     original = None
     if cfg.strong == "original":
         original = with_.load(trained_folder(cfg.model)).requires_grad_(False)
@@ -215,16 +231,18 @@ def build(cfg: Config, with_: Builder) -> Distill:
         fake = with_.copy(teacher, folder).requires_grad_(True)
         fake, fake_keep = (fake.prune(keep), None) if fake_keep is not None else (fake, None)
     with_.checkpoint(cfg, student, fake)
-    nets = Networks(student, teacher, list(keep), fake, fake_keep, trained or fake, trained is not None, original)
-    stage = Distill(cfg, nets, with_.batches, with_.card(source=card.get("source"), kept_blocks=list(keep)))
-    stage.roles["student"].file_values = with_.file_values(folder, keep)
+    say(f"learning rates: student {cfg.lr:g}, critic {cfg.critic_lr:g}")
+    nets = Networks(student, teacher, keep, fake, fake_keep, trained or fake, trained is not None, original)
+    nets.scale = with_.guidance
+    stage = Distill(cfg, nets, with_.batches, with_.card(source=card.get("source"), kept_blocks=keep))
+    stage.roles["student"].file_values = with_.file_values(start, keep)
     if trained is None:  # adapters start from values of their own
         stage.roles["fake"].file_values = with_.file_values(folder, keep if cfg.fake_arch == "pruned" else None)
     return stage
 
 
 def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
-    """Count the rollouts with early exit, the student's update (Eq. 9) and the critic's."""
+    """Count the rollouts, the student's update (Eq. 9) and the critic's."""
     generators, critics = cfg.updates
     lora, fake_keep = cfg.fake_mode == "lora", keep if cfg.fake_arch == "pruned" else None
     nets = {
@@ -236,36 +254,27 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     if lora:  # the critic is the full teacher with adapters, and skips blocks
         nets["fake"] = Net(updates=critics, adapters=cfg.lora_rank, adapted=fake_keep)
         fake_path = fake_keep
-    weak, strong = [Route(keep=keep), Route(1, keep, kept_text=True)], Route()
+    v_pc, v_pn, v_uc = Route(keep=keep), Route(1, keep, kept_text=True), Route()
+    predicted = [[v_pc, v_pn, v_uc]] if cfg.guidance_times == "same" else [[v_pc, v_uc], [v_pc, v_pn]]
+    if cfg.teacher_guidance == "embedded":
+        predicted = [[v_pc, v_uc]]
     early = (cfg.steps - 1) / 2 if cfg.rollout == "simulate" else 0  # mean number of steps before the exit
+    simulated = generators * early + critics * (early + 1)
+    if cfg.rollouts == "shared":  # one walk of the ladder for `ratio` critic updates
+        simulated = cfg.steps * critics / cfg.ratio
     walked = [
-        Walk("student", [Route()], generators * early + critics * (early + 1)),
+        Walk("student", [Route()], simulated),
         Walk("student", [Route(grad=True)], generators),
         Walk("fake", [Route(keep=fake_path)], generators),
-        Walk("teacher", [*weak, strong] if cfg.strong == "stage2" else weak, generators),
         Walk("fake", [Route(keep=fake_path, grad=True)], critics),
     ]
+    for routes in predicted:
+        own = [r for r in routes if cfg.strong == "stage2" or r is not v_uc]
+        walked.append(Walk("teacher", own, generators))
     if cfg.strong == "original":
         nets["original"] = Net()
-        walked.append(Walk("original", [strong], generators))
+        walked.append(Walk("original", [v_uc], generators))
     return Iteration(nets, walked)
-
-
-def subject(cfg: Config, guess: Guess | None = None) -> Subject:
-    if guess and not cfg.stage2_model:
-        config = config_of(trained_folder(cfg.model))
-        return config, guess(depth(config))
-    folder = stage2_folder(cfg)
-    config, keep = config_of(folder), read_card(folder).get("pruned_path")
-    return config, list(range(depth(config))) if keep is None else keep
-
-
-def inputs(cfg: Config) -> dict[str, Any]:
-    if cfg.stage2_model:
-        return {}
-    made = read_run(Path(cfg.run)).get("stage2") or {}
-    keys = numbers(root("2", {"2": made.get("method", "fastlightgen")})(run=cfg.run))
-    return {"stage2_made_with": {k: made[k] for k in [*keys, "ranking_used"] if k in made}}
 
 
 METHOD = Method(

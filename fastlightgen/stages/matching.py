@@ -1,6 +1,6 @@
-"""Common parts of distribution matching methods: backward simulation, times of the scores, loss of a gradient.
+"""Common parts of distribution matching methods: times of the scores, loss of a gradient.
 
-Shapes: x0, x_hat, x_t, v [B, C, F, H, W]; t [B].
+Shapes: x_hat, gradient [B, C, F, H, W]; t [B].
 """
 
 from collections.abc import Sequence
@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlightgen import flow
-from fastlightgen.data.source import Batch
-from fastlightgen.models.base import VideoDiT
-from fastlightgen.rng import normal_like, rand
+from fastlightgen.rng import rand
 
 
 def dmd_loss(x_hat: Tensor, gradient: Tensor) -> Tensor:
@@ -24,23 +22,12 @@ def uniform(size: int, low: float, high: float, gen: torch.Generator) -> Tensor:
     return low + (high - low) * rand(size, gen)
 
 
-def score_times(size: int, shift: float, clamp: Sequence[float], gen: torch.Generator) -> Tensor:
-    """Draw the times at which the two scores are compared: t ~ U(0, 1), shifted, clamped."""
-    return flow.draw_times(size, shift, "uniform", gen).clamp(*clamp)
+def score_times(
+    size: int, shift: float, clamp: Sequence[float], gen: torch.Generator, between: Sequence[float] = (0.0, 1.0)
+) -> Tensor:
+    """Draw the times at which two scores are compared: t ~ U(0, 1), shifted, clamped.
 
-
-def simulate(
-    student: VideoDiT, batch: Batch, times: Sequence[float], start: str, sampler: str, gen: torch.Generator
-) -> tuple[Tensor, int]:
-    """Backward simulation with early exit: return the student's x0 at a random rung of `times`, and the rung.
-
-    With start=simulate the student itself walks from noise down to that rung; with start=data it starts there from
-    noised clips of the data. `times` is the ladder; rungs count from 0. Only the last step carries gradient.
+    `between` bounds the shifted times. The uniform draw then covers what the shift maps to this range.
     """
-    exit_rung = int(torch.randint(len(times), (), generator=gen))  # one for the whole batch, the same on every rank
-    noise = normal_like(batch.x0, gen)
-    walked, x = list(times[: exit_rung + 1]), noise
-    if start == "data":
-        walked, x = walked[-1:], flow.add_noise(batch.x0, noise, times[exit_rung])
-    x_hat = flow.rollout(lambda x, t: student(x, t, batch.cond), x, walked, sampler, lambda _: normal_like(x, gen))
-    return x_hat, exit_rung
+    low, high = (flow.unshift_time(t, shift) for t in between)
+    return flow.shift_time(uniform(size, low, high, gen).clamp(1e-4, 1.0), shift).clamp(*clamp)

@@ -29,6 +29,7 @@ class Networks:
     fake_trained: nn.Module  # the module that the critic's optimizer trains
     lora: bool
     original: VideoDiT | None  # the strong teacher, if it is not the Stage II network
+    scale: float | None = None  # teacher_guidance=embedded: the scale that all of them read; None: the null prompt
     null_keys: TextKeys = field(default_factory=dict)  # the frozen teacher's keys and values of the null prompt
 
     def fake(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -38,11 +39,32 @@ class Networks:
 
     @torch.no_grad()
     def real(self, x_t: Tensor, t: Tensor, batch: Batch) -> list[Tensor]:
-        """Return v_p(c), v_p(null), v_u(c), from one walk of the Stage II network."""
+        """Return v_p(c), v_p(null), v_u(c), from one walk of the Stage II network.
+
+        With embedded guidance v_p(c) is guided already and stands for v_p(null) too, so that Eq. 9 becomes
+        v_p(c) + beta2 (v_u(c) - v_p(c)), whatever beta1.
+        """
+        if self.scale is not None:
+            v_pc, v_uc = self.matching(x_t, t, batch)
+            return [v_pc, v_pc, v_uc]
         streams = [Stream(batch.cond, self.keep), Stream(batch.null, self.keep, text_keys=self.null_keys)]
         if self.original is None:
             return self.teacher.walk(x_t, t, [*streams, Stream(batch.cond)])
         return [*self.teacher.walk(x_t, t, streams), self.original(x_t, t, batch.cond)]
+
+    @torch.no_grad()
+    def matching(self, x_t: Tensor, t: Tensor, batch: Batch) -> list[Tensor]:
+        """Return v_p(c), v_u(c)."""
+        weak = Stream(batch.cond, self.keep)
+        if self.original is None:
+            return self.teacher.walk(x_t, t, [weak, Stream(batch.cond)])
+        return [*self.teacher.walk(x_t, t, [weak]), self.original(x_t, t, batch.cond)]
+
+    @torch.no_grad()
+    def guidance(self, x_t: Tensor, t: Tensor, batch: Batch) -> list[Tensor]:
+        """Return v_p(c), v_p(null)."""
+        null = Stream(batch.null, self.keep, text_keys=self.null_keys)
+        return self.teacher.walk(x_t, t, [Stream(batch.cond, self.keep), null])
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastlightgen import flow
 from fastlightgen.blocks import draw_keep, read_importance
-from fastlightgen.config import TIMES, ConfigError, Run, TrainingKeys, field
+from fastlightgen.config import GUIDANCES, TEACHER_GUIDANCE, TIMES, ConfigError, Run, TrainingKeys, field
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.ema import follow
 from fastlightgen.engine.roles import Role, Update
@@ -61,6 +61,7 @@ class PruneKeys(TrainingKeys):
     guided: float = field(
         1.0, "guidance of the target: both paths learn null + w (cond - null); 1: the plain prediction"
     )
+    teacher_guidance: str = field("null", TEACHER_GUIDANCE, choices=GUIDANCES)
     kappa_unpruned: float = field(1.0, "weight of the unpruned path's distance to the target", lo=0)
     text_dropout: float = field(0.1, "probability of the empty prompt, which Eq. 9 needs", lo=0, hi=1)
     guard: float = field(
@@ -81,6 +82,8 @@ class PruneKeys(TrainingKeys):
             raise ConfigError(
                 f"guided={self.guided}: target=self would guide its own guided prediction again; use target=frozen"
             )
+        if self.guided != 1 and self.teacher_guidance == "embedded":
+            raise ConfigError(f"guided={self.guided}: teacher_guidance=embedded guides the target too; use guided=1")
         if self.estimator == "sampled" and not 0 < self.p < 1:
             raise ConfigError(f"p={self.p}: estimator=sampled divides by p and 1 - p; wanted > 0 and < 1")
 
@@ -245,6 +248,7 @@ def build(cfg: Config, with_: Builder) -> Prune:
     net = with_.load(folder)
     ranking = with_.ranking(ranking_of(cfg), net.num_blocks)
     theirs = read_card(folder)
+    with_.read_guidance(cfg.teacher_guidance, net, theirs)
     guidance = theirs.get("guidance") if cfg.guided == 1 else 1.0  # a guided target has it in the weights
     card = with_.card(source=str(folder), steps=theirs.get("steps"), guidance=guidance)
     with_.check_data(net, theirs)

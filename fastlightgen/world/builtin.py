@@ -16,7 +16,8 @@ class BuiltIn:
     """Moving shapes. Clips are 20 x 20 pixels, so frames are enlarged 16 times."""
 
     fps, scale = 6, 16
-    defaults = {"steps": 50, "guidance": 1.5, "shift": 3.0}  # those of model=tiny
+    official_negative = ""  # there is none
+    defaults = {"steps": 50, "guidance": 1.5, "shift": 3.0}  # the values of the tiny presets
 
     def __init__(self, size: str = ""):
         if size:

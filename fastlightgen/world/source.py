@@ -15,6 +15,7 @@ class ShapesSource:
 
     name = "shapes"
     description: dict = {"world": shapes.WORLD, "out_channels": Codec.channels}
+    null_prompt = ""
 
     def __init__(self, seed: int):
         self.train, self.test = (shapes.Shapes(seed=seed, split=s) for s in SPLITS)
@@ -40,10 +41,12 @@ def shapes_batch(clips: shapes.Clips) -> Batch:
     return Batch(x0, prompt, Cond(*blank, image, pooled=captions.pool(*blank)))
 
 
-def open_source(data: str, seed: int) -> Source:
-    """Open `data`: the built-in world for "shapes", else the folder of a latent cache."""
+def open_source(data: str, seed: int, negative: str = "empty") -> Source:
+    """Open `data`: the built-in world for "shapes", else the folder of a latent cache. `negative`: see CacheSource."""
+    if data == "shapes" and negative == "official":
+        raise ValueError("negative=official: the built-in world has no official negative prompt; leave negative= out")
     if data == "shapes":
         return ShapesSource(seed)
     if (Path(data) / "index.json").is_file():
-        return CacheSource(Cache(data), seed)
+        return CacheSource(Cache(data), seed, negative)
     raise ValueError(f"data={data}: neither `shapes` nor a folder with a latent cache (it has no index.json)")

@@ -36,6 +36,9 @@ CASES = {
     "stage 3, zero 2, offloaded": {"stage": 3, "zero": 2, "offload": "optimizer", "words": THREE},
     "stage 3, zero 3": {"stage": 3, "words": THREE},
     "stage 3, zero 3, lora": {"stage": 3, "words": [*THREE, "fake_mode=lora", "lora_rank=2", "ema=0.9"]},
+    "stage 3, zero 3, shared rollouts": {"stage": 3, "words": [*THREE, "rollouts=shared"]},
+    "stage 3, zero 2, shared rollouts, accumulated": {"stage": 3, "zero": 2, "micro_batch": 1}
+    | {"words": [*THREE, "rollouts=shared", "critic_start=2"]},
     "stage 3, zero 3, one rung": {"stage": 3, "words": ["steps=1", "count=generator", "ratio=2"]},
 }
 SHARED = {  # both ranks work on every clip, each on half of the tokens
@@ -47,6 +50,7 @@ SHARED = {  # both ranks work on every clip, each on half of the tokens
     "stage 2, zero 2": {"stage": 2, "zero": 2, "words": ["target=ema", "alpha=0.7"]},
     "stage 3, zero 2": {"stage": 3, "zero": 2, "words": THREE},
     "stage 3, zero 3, uneven": {"stage": 3, "size": 6, "words": THREE},
+    "stage 3, zero 3, shared rollouts": {"stage": 3, "words": [*THREE, "rollouts=shared"]},
     "stage 3, zero 3, lora": {"stage": 3, "words": [*THREE, "fake_mode=lora", "lora_rank=2"]},
 }
 CASES |= {f"{name}, shared tokens": case | {"sequence_parallel": 2} for name, case in SHARED.items()}
@@ -58,6 +62,7 @@ SAVED = {
     "stage 2, saved, bfloat16": {"stage": 2, "zero": 2, "dtype": "bfloat16", "micro_batch": 1},
     "stage 3, saved, lora": {"stage": 3, "words": LORA},
     "stage 3, saved, lora, shared tokens": {"stage": 3, "words": LORA, "sequence_parallel": 2},
+    "stage 3, saved, shared rollouts": {"stage": 3, "words": ["ratio=3", "rollouts=shared"]},  # inside a cycle
     "stage 3, saved, bfloat16, offloaded": {"stage": 3, "dtype": "bfloat16", "offload": "optimizer", "words": THREE},
 }
 # Built from files of random float32 weights, with learning rates that move a weight by less than a step of bfloat16.

@@ -28,9 +28,14 @@ def calls(file: Path, folder: Path, **env: str) -> tuple[int, list[list[str]]]:
     return done.returncode, [line.split() for line in (folder / "calls").read_text().splitlines()]
 
 
+# iters, lr and critic_lr of Stage III
+RECIPES = {"default": (3000, 2e-6, 4e-7), "paper": (1000, 5e-7, 5e-7)}
+
+
+@pytest.mark.parametrize("preset", RECIPES)
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.sbatch")), ids=lambda f: f.stem)
-def test_the_paper_on_two_nodes(file, tmp_path):
-    code, made = calls(file, tmp_path)
+def test_both_presets_on_two_nodes(file, preset, tmp_path):
+    code, made = calls(file, tmp_path, **{"PRESET": preset} if preset == "paper" else {})
     runs = [words for words in made if "torchrun" in words]
     assert code == 0 and len(runs) == 3
     settings = [load(words[words.index("fastlightgen.train") + 1 :]) for words in runs]
@@ -41,8 +46,9 @@ def test_the_paper_on_two_nodes(file, tmp_path):
         assert (cfg.engine, cfg.zero, cfg.offload, cfg.dtype) == ("deepspeed", 3, "optimizer", "bfloat16")
         assert cfg.batch == 16 and cfg.checkpointing
     assert (prune.iters, prune.lr, prune.alpha, prune.p) == (4000, 1e-5, 1.0, 0.5)
-    assert (distill.iters, distill.lr, distill.lr_fake, distill.steps, distill.ratio) == (1000, 5e-7, 5e-7, 4, 5)
-    assert distill.beta2 == 0.25 and distill.beta1 == {"wan": 3.5, "hun": 2.0}[file.stem[:3]]
+    assert (distill.iters, distill.lr, distill.critic_lr) == RECIPES[preset]
+    assert (distill.steps, distill.ratio, distill.beta2) == (4, 5, 0.25)
+    assert (distill.beta1, distill.shift) == {"wan": (3.5, 5.0), "hun": (2.0, 7.0)}[file.stem[:3]]
 
 
 def test_a_failed_stage_ends_the_job(tmp_path):

@@ -16,7 +16,7 @@ EVALUATE = ["model=tiny", "out=e.json"]
 
 
 def test_precedence(tmp_path):
-    """Defaults < configs/stageN.yaml < the preset's section < config=FILE < the command line."""
+    """Defaults < configs/stageN.yaml < preset=NAME < the model preset's section < config=FILE < the command line."""
     preset = config.preset("tiny")["stage2"]
     assert (preset["iters"], preset["shift"]) != (config.root("2").iters, config.root("2").shift)
     cfg = load(S2)
@@ -26,14 +26,92 @@ def test_precedence(tmp_path):
     file.write_text("iters: 77\nshift: 2\n")
     cfg = load([*S2, f"config={file}", "shift=9"])
     assert (cfg.iters, cfg.shift, cfg.batch) == (77, 9.0, preset["batch"])
-    # another network, such as a folder: the paper's settings
+    # another network, such as a folder: the stage's settings
     for model in ("wan2.1-t2v-14b", "tests"):
         cfg = load([*S2, f"model={model}"])
-        assert (cfg.alpha, cfg.lr, cfg.iters, cfg.batch, cfg.shift) == (1.0, 1e-5, 4000, 1, 5.0)
+        assert (cfg.alpha, cfg.lr, cfg.iters, cfg.batch, cfg.shift) == (1.0, 1e-5, 4000, 16, 5.0)
     # the file may name the preset, whose settings it still overrides
     file.write_text("model: wan2.1-i2v-14b\nstage: 3\nlr: 1\nrun: r\n")
     cfg = load([f"config={file}"])
-    assert (cfg.stage, cfg.beta1, cfg.beta2, cfg.shift, cfg.lr) == ("3", 3.5, 0.25, 3.0, 1.0)
+    assert (cfg.stage, cfg.beta1, cfg.beta2, cfg.shift, cfg.lr) == ("3", 3.5, 0.25, 5.0, 1.0)
+    file.write_text("model: tests\nstage: 3\npreset: paper\nema: 0.5\nrun: r\n")
+    cfg = load([f"config={file}", "iters=7"])
+    assert (cfg.lr, cfg.ema, cfg.iters) == (5e-7, 0.5, 7)
+    assert load([f"config={file}", "preset=default"]).lr == 2e-6
+
+
+# App. A: 16 GPUs with one clip each; Stage II 4000 iterations at 1e-5, Stage III 1000 at 5e-7; (alpha, beta1, beta2) is
+# (1, 3.5, 0.25) for Wan, (1, 2.0, 0.25) for HunyuanVideo. Sec. 3.3: p is 0.5. Sec. 3.4: a1, a2, b1, b2 are 1, 0.1, 1,
+# 0.1. Sec. 4: 30% are pruned, four steps.
+PAPER = {
+    "1": {"ratio": 0.3},
+    "2": {"batch": 16, "iters": 4000, "lr": 1e-5, "alpha": 1.0, "p": 0.5},
+    "3": {
+        "batch": 16,
+        "iters": 1000,
+        "lr": 5e-7,
+        "lr_fake": 5e-7,
+        "critic_start": 0,
+        "ema": 0.0,
+        "count": "outer",
+        "ratio": 5,
+    }
+    | {"steps": 4, "beta2": 0.25, "a1": 1.0, "a2": 0.1, "b1": 1.0, "b2": 0.1},
+}
+
+
+@pytest.mark.parametrize("model", ["tests", "wan2.1-i2v-14b", "hunyuanvideo-i2v"])
+def test_preset_paper_has_the_papers_numbers(model):
+    beta1 = 2.0 if model.startswith("hunyuan") else 3.5
+    for stage, wanted in PAPER.items():
+        cfg = load([f"stage={stage}", "run=r", f"model={model}", "preset=paper"])
+        assert {key: getattr(cfg, key) for key in wanted} == wanted
+        planned = load([f"stage={stage}", "preset=paper"], "plan")
+        assert {key: getattr(planned, key) for key in wanted} == wanted
+    assert cfg.beta1 == beta1
+    whole = load(["stage=all", "run=r", f"model={model}", "preset=paper"])
+    assert (whole.stage2.iters, whole.stage3.iters, whole.stage3.lr, whole.stage3.beta1) == (4000, 1000, 5e-7, beta1)
+    assert config.for_stage(whole, 3) == cfg
+
+
+def test_the_student_moves_as_far_as_in_published_recipes():
+    """lr x student updates: 4e-4 in Self-Forcing-Plus, 1.6e-3 in FastVideo; the paper's numbers give 1e-4."""
+
+    def path(*words):
+        cfg = load([*S3, "model=tests", *words])
+        return cfg.lr * cfg.iters * cfg.updates[0]
+
+    assert path("preset=paper") == pytest.approx(1e-4)
+    assert path() == pytest.approx(1.16e-3)  # between the two
+    cfg = load([*S3, "model=tests"])
+    assert cfg.save_every / cfg.ratio == 50  # student updates between two checkpoints
+    assert (cfg.critic_lr, load([*S3, "model=tests", "fake_mode=lora"]).critic_lr) == (4e-7, 5e-5)
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-hunyuan"])
+def test_the_built_in_world_keeps_its_own_settings(model):
+    """A tiny preset states every number in which the presets differ, so that none of them changes it."""
+    for stage in "0123":
+        words = [f"stage={stage}", "run=r", f"model={model}"]
+        assert config.numbers(load(words)) == config.numbers(load([*words, "preset=paper"]))
+    cfg = load([*S3, f"model={model}"])
+    assert (cfg.iters, cfg.batch, cfg.lr, cfg.lr_fake, cfg.shift) == (125, 16, 1e-4, 4e-4, 3.0)
+    assert (cfg.ema, cfg.critic_start) == (0.0, 0)
+
+
+# The shifts of the teachers' own sampling: Wan2.1, generate.py (5, image to video at 480p 3); HunyuanVideo,
+# hyvideo/config.py (7). Training takes the same, but for 480p image to video: 5, as Self-Forcing-Plus.
+SHIFTS = {
+    "wan2.1-t2v-1.3b": (5.0, 5.0),
+    "wan2.1-t2v-14b": (5.0, 5.0),
+    "wan2.1-i2v-14b": (3.0, 5.0),
+    "wan2.1-i2v-14b-720p": (5.0, 5.0),
+    "hunyuanvideo-t2v": (7.0, 7.0),
+    "hunyuanvideo-i2v": (7.0, 7.0),
+    "hunyuanvideo-i2v-token-replace": (7.0, 7.0),
+    "tiny": (3.0, 3.0),
+    "tiny-hunyuan": (3.0, 3.0),
+}
 
 
 def test_stage_layer_lies_between_defaults_and_preset(tmp_path, monkeypatch):
@@ -52,7 +130,7 @@ def test_stage_layer_lies_between_defaults_and_preset(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["0", "1", "2", "3"])
 def test_stage_files_agree_with_the_defaults(name):
-    """configs/stageN.yaml repeats the paper's recipe for readers and must equal the dataclass, the only source."""
+    """configs/stageN.yaml repeats the recommended recipe for readers and must equal the dataclass, the only source."""
     cls, recipe = config.root(name), yaml.safe_load((config_root() / f"stage{name}.yaml").read_text())
     assert {key: getattr(cls, key) for key in recipe} == recipe
 
@@ -61,8 +139,10 @@ def test_stage_files_agree_with_the_defaults(name):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_preset_loads(name, stage):
     cfg = load([f"stage={stage}", "run=r", f"model={name}"])
-    section = cfg.stage3 if stage == "all" else cfg
-    assert section.shift == config.preset(name)["inference"]["shift"]
+    sections = [cfg.stage1, cfg.stage2, cfg.stage3] if stage == "all" else [cfg]
+    teacher, trained = SHIFTS[name]
+    assert config.preset(name)["inference"]["shift"] == teacher
+    assert {section.shift for section in sections} == {teacher if stage == "0" else trained}
 
 
 @pytest.mark.parametrize(("word", "why"), [("zero=2", "shards nothing"), ("timeout=60", "waits for no other process")])

@@ -1,5 +1,6 @@
 """The encode command end to end: cache contents, skipped clips, resuming after SIGKILL, ranks, workers, training."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from safetensors import safe_open
 
 from fastlightgen import encode as command
 from fastlightgen.config import load, main
-from fastlightgen.data.cache import Cache
+from fastlightgen.data.cache import NEGATIVE, NULL, Cache
 from fastlightgen.data.lists import read_list
 from fastlightgen.data.video import read_clip, source_hash
 from fastlightgen.pipelines.encoders import Encoders
@@ -123,6 +124,26 @@ def test_a_cache_holds_what_the_encoders_make(finished, videos, shared_encoders,
     assert [len(group) for group in cache.groups()] == [4, 1]
 
 
+@torch.no_grad()
+def test_a_cache_holds_the_official_negative_prompt(run, finished, shared_encoders, tmp_path, capsys):
+    """Its embedding is the stock pipeline's; a complete cache without it gets it, and nothing else changes."""
+    fields, text = Cache(finished).prompt(NEGATIVE)
+    # sample_neg_prompt of wan/configs/shared_config.py, Wan2.1: 137 characters
+    assert len(text) == 137 and hashlib.sha256(text.encode()).hexdigest().startswith("ce96e0324e4b54ce")
+    _, stock = shared_encoders.pipe.encode_prompt("x", negative_prompt=text, max_sequence_length=512)
+    assert torch.equal(fields["text"], stock[0]) and Cache(finished).prompt(NULL)[1] == ""
+
+    wanted = files(finished)
+    batch, null = (open_source(str(finished), 0, which).batch(0, 1) for which in ("official", "empty"))
+    assert torch.equal(batch.null.text, stock) and torch.equal(batch.cond.text, null.cond.text)
+    assert torch.equal(null.null.text[0], Cache(finished).null["text"]) and not torch.equal(null.null.text, stock)
+    (finished / NEGATIVE).unlink()
+    with pytest.raises(ValueError, match="holds no negative.safetensors; run the same encode command again"):
+        open_source(str(finished), 0, "official")
+    run(finished)
+    assert files(finished) == wanted
+
+
 def test_said_before_and_after(run, tmp_path, capsys):
     run(tmp_path / "out")
     out = capsys.readouterr().out
@@ -163,8 +184,8 @@ def test_another_configuration_is_refused(run, finished, capsys, word, said):
 def test_killed_at_any_moment_and_continued(made, videos, pipeline, tmp_path):
     """A run that was killed at any file ends, when continued, with the same bytes as an uninterrupted run.
 
-    SIGKILL strikes at one of the 14 files (settings, null, 5 shards, 5 records, skipped.json, index.json), before or
-    after the file gets its name.
+    SIGKILL strikes at one of the 15 files (settings, two prompts, 5 shards, 5 records, skipped.json, index.json),
+    before or after the file gets its name.
     """
     words = [f"videos={videos / 'list.csv'}", f"pipeline={pipeline('wan_i2v')}", "shard=2", *SIZES]
     words += ["workers=0", "progress=false", "threads=1", "device=cpu"]
@@ -172,14 +193,14 @@ def test_killed_at_any_moment_and_continued(made, videos, pipeline, tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     script = Path(__file__).with_name("kill_encode.py")
     done = subprocess.run(
-        [sys.executable, script, tmp_path, "3,6,12,13", *words], env=env, capture_output=True, text=True, timeout=280
+        [sys.executable, script, tmp_path, "3,6,13,14", *words], env=env, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout.splitlines()[-1])
-    assert outcome == {str(n): [True, False, n % 2] for n in (3, 6, 12, 13)}
+    assert outcome == {str(n): [True, False, n % 2] for n in (3, 6, 13, 14)}
     wanted = files(tmp_path / "undisturbed")
     assert wanted.keys() == files(made).keys()
-    for n in (3, 6, 12, 13):
+    for n in (3, 6, 13, 14):
         assert files(tmp_path / str(n)) == wanted
 
 
@@ -293,9 +314,20 @@ def test_the_stages_train_from_it(finished, pipeline, tmp_path, capsys):
     assert "or go on with data_check=warn" in capsys.readouterr().err
     small = ["save_every=3", "log_every=1", "iters=3", "data_check=off"]
     run_train(*common, *small, "stage=2")
-    run_train(*common, *small, "stage=3", "ratio=2")
+    run_train(*common, *small, "stage=3", "ratio=2", "critic_start=0")
     assert "the teacher" not in capsys.readouterr().out
+    official = [*common, *small, f"run={tmp_path / 'official'}", "negative=official"]
+    run_train(*official, "stage=2", f"importance={tmp_path}/run/stage1/importance.json")
+    assert "null prompt: '色调艳丽，过曝，静态" in capsys.readouterr().out
+    run_train(*official, "stage=3", "ratio=2", "critic_start=0")
+    assert "warning" not in capsys.readouterr().out
+    third = ["stage=3", "critic_start=0"]
+    run_train(*common, *small, *third, f"run={tmp_path / 'mixed'}", f"stage2_model={tmp_path}/official/stage2/model")
+    out = capsys.readouterr().out
+    assert "null prompt: ''" in out and "warning: negative=empty: Stage II learned with negative=official" in out
     for stage in (2, 3):
+        card = json.loads((tmp_path / "official" / f"stage{stage}" / "model" / "fastlightgen.json").read_text())
+        assert card["negative"] == "official"
         card = json.loads((tmp_path / "run" / f"stage{stage}" / "model" / "fastlightgen.json").read_text())
         assert card["vae"] == Cache(finished).description["vae"]
 
@@ -309,7 +341,7 @@ def test_the_stages_train_from_it(finished, pipeline, tmp_path, capsys):
         changed = index | {"description": index["description"] | {key: value}}
         (finished / "index.json").write_text(json.dumps(changed))
         with pytest.raises(SystemExit):
-            run_train(*common, *small, "stage=3", f"run={tmp_path / key}", f"stage2_model={tmp_path}/run/stage2/model")
+            run_train(*common, *small, *third, f"run={tmp_path / key}", f"stage2_model={tmp_path}/run/stage2/model")
         error = capsys.readouterr().err
         assert said in error and "encode the videos again" in error and error.count("\n") == 1
 

@@ -147,6 +147,12 @@ def test_a_picture_becomes_the_first_frame_condition(folders, tmp_path):
     [
         ("a.avi", [], PROMPT, "the suffix is '.avi'; wanted one of .mp4, .gif, .png"),
         ("a.png", [], "a green elephant", "unknown word 'elephant'"),
+        (
+            "a.png",
+            ["negative=official", "guidance=2"],
+            PROMPT,
+            "negative=official: nobody publishes one for this model",
+        ),
         ("a.png", ["image=nowhere.png"], PROMPT, "image=nowhere.png: cannot be read as a picture"),
     ],
 )

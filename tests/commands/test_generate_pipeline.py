@@ -11,6 +11,7 @@ from students import STEPS, make_student, same_noise, stock
 from fastlightgen.config import main
 from fastlightgen.export import export
 from fastlightgen.generate import generate
+from fastlightgen.pipelines.encoders import Encoders
 from fastlightgen.rng import generator
 
 H, W, F = 32, 48, 9
@@ -132,6 +133,10 @@ def test_teacher_with_guidance(pipeline, tmp_path):
     assert difference(tmp_path / "a.png", frames) <= 1
     run(*(w.replace("negative=a blue cat", "negative=a red ball") for w in words), f"out={tmp_path / 'b.png'}")
     assert (sheet(tmp_path / "a.png") != sheet(tmp_path / "b.png")).any()
+    official = Encoders(folder).official_negative
+    for name, negative in (("c", "official"), ("d", official)):
+        run(*(w.replace("a blue cat", negative) for w in words), f"out={tmp_path / f'{name}.png'}")
+    assert (tmp_path / "c.png").read_bytes() == (tmp_path / "d.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
 def test_many_prompts(exported, tmp_path, capsys):

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from fastlightgen.config import Plan, load, main, plan_root, preset, root
+from fastlightgen.config import Plan, load, main, plan_root, preset, recipe, root
 from fastlightgen.config.fields import default_of
 from fastlightgen.plan import one, plan
 from fastlightgen.planner.budget import PAPER as PRINTED
@@ -16,7 +16,7 @@ def make(stage: str = "3", **keys) -> Plan:
     return plan_root(stage)(**keys)
 
 
-PAPER = make(offload="optimizer")  # 16 H100, ZeRO-3, AdamW in host memory, batch 1: the other defaults
+PAPER = make(offload="optimizer", **recipe("paper")["stage3"])  # and 16 H100, ZeRO-3: the machine's defaults
 P, STUDENT = 16_394_878_784, 16_394_878_784 - 12 * 403_838_464  # parameters of the teacher and of 28 of its 40 blocks
 
 
@@ -77,10 +77,11 @@ def test_zero_as_deepspeed_documents_it():
 
 def test_host_memory_of_what_is_read_and_written():
     """Each of a host's 8 ranks reads one tensor at a time, at most a block; random weights of Stage 0 are drawn whole.
-    A checkpoint is 12 bytes per trained parameter over all hosts."""
-    b = planned(make())
+    A checkpoint is 12 bytes per trained parameter over all hosts, and 4 more of the student with an average."""
+    b = planned(make(ema=0.0))
     assert b.host["networks while they are read"] == 8 * 2 * 403_838_464
     assert b.host["a checkpoint while it is written"] == b.host_peak == 12 * 2 * STUDENT / 2
+    assert planned(make()).host["a checkpoint while it is written"] == (12 * 2 + 4) * STUDENT / 2
     drawn = planned(make("0"))
     assert drawn.host["networks while they are read"] == drawn.host_peak == 8 * 2 * P
     alone = planned(make("0", engine="local", gpus=1, gpu="cpu", dtype="float32", model="wan2.1-t2v-1.3b"))
@@ -114,7 +115,7 @@ def test_traffic_by_hand():
 
 def test_shared_tokens_by_hand():
     """Of 8 GPUs the one with the most has 4 of 30 rows of patches, and all of the text."""
-    cfg, share = make("2", target="self"), 4 / 30
+    cfg, share = make("2", target="self", batch=1), 4 / 30
     whole, b = planned(cfg), planned(replace(cfg, sequence_parallel=8))
     # Four tensors change their split around each attention: 54 forward, 28 again, 28 backward; 7 of 8 shares travel.
     hidden = 2 * 32760 * 5120 * share
@@ -150,12 +151,12 @@ def test_a_plan_has_the_keys_and_the_defaults_of_its_stage():
         assert {k for k in own if own[k] != planned_[k]} == differs & own.keys()
     words = ["stage=3", "ratio=2", "beta1=1", "fake_mode=lora", "gpus=8", "sequence_parallel=2"]
     cfg = load(words, "plan")
-    assert (cfg.ratio, cfg.beta1, cfg.fake_mode, cfg.groups, cfg.micro) == (2, 1.0, "lora", 4, 1)
-    assert (PRINTED.stage2[1], PRINTED.stage3[1]) == (root("2").iters, root("3").iters)
+    assert (cfg.ratio, cfg.beta1, cfg.fake_mode, cfg.groups, cfg.micro) == (2, 1.0, "lora", 4, 4)
+    assert [PRINTED.stage2[1], PRINTED.stage3[1]] == [recipe("paper")[stage]["iters"] for stage in ("stage2", "stage3")]
 
 
 def test_what_is_printed_adds_up_and_is_not_called_measured(capsys, tmp_path):
-    run("offload=optimizer", f"out={tmp_path / 'plan.json'}")
+    run("offload=optimizer", "preset=paper", f"out={tmp_path / 'plan.json'}")
     text, record = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
     lines = text.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("memory per GPU")) + 1

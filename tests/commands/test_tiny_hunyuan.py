@@ -19,7 +19,14 @@ def run(tmp_path_factory):
     run_train("stage=0", f"run={root / 'teacher'}", "model=tiny-hunyuan", "iters=2", "batch=2", *common)
     words = ["stage=all", f"run={root / 'run'}", f"model={root / 'teacher/stage0/model'}", *common]
     words += ["stage1.clips=2", "stage1.batch=2", "stage1.timesteps=1", "stage1.units=per_list"]
-    words += ["stage2.iters=2", "stage2.batch=2", "stage2.checkpointing=true", "stage3.iters=2", "stage3.batch=2"]
+    words += [
+        "stage2.iters=2",
+        "stage2.batch=2",
+        "stage2.checkpointing=true",
+        "stage3.iters=2",
+        "stage3.batch=2",
+        "stage3.critic_start=0",
+    ]
     words += ["stage3.steps=2", "stage3.ratio=1", "evaluate.clips=8", "evaluate.batch=8", "evaluate.show=2"]
     run_train(*words, "evaluate.steps=2")
     return root / "run"
@@ -61,6 +68,14 @@ def test_the_student_makes_clips(run, tmp_path):
 def test_lora_critic(run):
     """The critic as adapters on the linear layers of both kinds of blocks."""
     words = ["stage=3", f"run={run.parent / 'lora'}", f"stage2_model={run / 'stage2/model'}", "fake_mode=lora"]
-    words += [f"model={run.parent / 'teacher/stage0/model'}", "iters=1", "batch=1", "ratio=1", "steps=1", "threads=1"]
+    words += [
+        f"model={run.parent / 'teacher/stage0/model'}",
+        "iters=1",
+        "batch=1",
+        "ratio=1",
+        "steps=1",
+        "threads=1",
+        "critic_start=0",
+    ]
     run_train(*words, "progress=false")
     assert (run.parent / "lora/stage3/model/config.json").is_file()

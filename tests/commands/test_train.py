@@ -78,7 +78,14 @@ def everything(tmp_path_factory):
     teacher = save_model(small_wan(), root / "teacher", steps=2, guidance=2.0, shift=3.0)
     words = ["stage=all", f"run={root / 'run'}", f"model={teacher}", "progress=false", "threads=1", "log_every=1"]
     words += ["stage1.clips=2", "stage1.batch=2", "stage1.timesteps=2", "stage1.ratio=0.5"]
-    words += ["stage2.iters=2", "stage2.batch=2", "stage3.iters=3", "stage3.batch=2", "stage3.steps=2"]
+    words += [
+        "stage2.iters=2",
+        "stage2.batch=2",
+        "stage3.iters=3",
+        "stage3.batch=2",
+        "stage3.critic_start=0",
+        "stage3.steps=2",
+    ]
     words += ["evaluate.clips=8", "evaluate.batch=8", "evaluate.show=2"]
     run_train(*words)
     return root / "run", words

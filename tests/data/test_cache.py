@@ -120,6 +120,8 @@ def test_an_interrupted_write_is_no_cache_and_can_be_repeated(tmp_path):
         Cache(tmp_path)
     with pytest.raises(ValueError, match="neither `shapes` nor a folder with a latent cache"):
         open_source(str(tmp_path), 0)
+    with pytest.raises(ValueError, match="negative=official: the built-in world has no official negative prompt"):
+        open_source("shapes", 0, "official")
     write_cache(tmp_path, [fields(ShapesSource(0).batch(0, 2))], {"text": torch.zeros(16, 48)})
     assert len(Cache(tmp_path)) == 2
 

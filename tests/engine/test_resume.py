@@ -21,6 +21,7 @@ RUNS = {
     "averaged target": (2, ["target=ema", "target_decay=0.9", "alpha=0.7"]),
     "critic copy with ema": (3, ["ema=0.9"]),
     "critic lora": (3, ["fake_mode=lora", "lora_rank=2"]),
+    "shared rollouts": (3, ["rollouts=shared", "critic_start=2", "micro_batch=1"]),  # step 3 is inside a cycle
 }
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from helpers import KEPT, config, small_wan, write_ranking
 
-from fastlightgen.config import load, main, method_for, plan_for
+from fastlightgen.config import load, main, method_for, plan_for, preset
 from fastlightgen.models.families import network
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.planner import fit
-from fastlightgen.planner.budget import budget
+from fastlightgen.planner.budget import budget, load_network
 from fastlightgen.planner.step import undropped
 from fastlightgen.train import train
 from fastlightgen.world.source import ShapesSource
@@ -74,6 +74,19 @@ def test_a_stage_that_does_not_fit(models, monkeypatch, capsys):
     monkeypatch.setattr(fit, "host_free", lambda: int(0.2e9))  # less than an empty process takes
     with pytest.raises(ValueError, match="still too much: more or larger devices|no key makes it smaller"):
         fit.check_fit(cfg, SOURCE, CPU)
+
+
+@pytest.mark.parametrize("stage", ["0", "2", "3"])
+def test_one_process_with_the_whole_batch_is_told_of_micro_batch(stage):
+    """The default batch counts the clips of all processes; one 80 GB GPU has room for one of the 16 at a time."""
+    model = "wan2.1-t2v-1.3b"
+    cfg = load([f"stage={stage}", "run=r", f"model={model}", "checkpointing=true"])
+    net, plan = load_network(preset(model)["network"], "480x832x81", 0), fit.plan_of(cfg, 1, 1, "h100-80gb")
+    keep = undropped(30, 0.3)
+    message = fit.misfit(cfg, net, plan, keep, budget(net, plan, keep), int(80e9), int(2e12))
+    assert plan.micro == cfg.batch == 16 and "; use micro_batch=1, which makes it " in message
+    one = replace(plan, micro_batch=1)
+    assert one.accumulation == 16 and budget(net, one, keep).peak < 80e9  # 16 passes, one optimizer step
 
 
 def test_a_gpu_that_is_too_small(models, monkeypatch):

@@ -29,9 +29,10 @@ def one_batch():
 def planned_for(stage) -> StepCost:
     """Return the planned cost of a step, from the walks that the stage's method declares."""
     net = stage.nets.teacher if hasattr(stage, "nets") else stage.net
-    x0, cond = stage.batches(0).x0, stage.batches(0).cond
+    x0, cond = one_batch()(0).x0, one_batch()(0).cond
     cost = network(net.config, tuple(x0.shape[2:]), cond.text.shape[1])
-    return step_cost(cost, method_for(stage.cfg).walks(cost, KEPT, stage.cfg), stage.cfg)
+    keep = stage.nets.keep if hasattr(stage, "nets") else KEPT
+    return step_cost(cost, method_for(stage.cfg).walks(cost, keep, stage.cfg), stage.cfg)
 
 
 @pytest.mark.parametrize(
@@ -59,20 +60,29 @@ def test_operations_and_evaluations_of_a_stage_2_step(words):
     assert sum(n.grad_block_calls for n in nets) == planned.total("grad_calls")
 
 
-def distillation(*words: str) -> Distill:
+def distillation(*words: str, keep: list[int] = KEPT) -> Distill:
     cfg = config(3, *words)
-    teacher, student, fake = small_wan().requires_grad_(False), small_wan().prune(KEPT), small_wan().prune(KEPT)
+    teacher, student, fake = small_wan().requires_grad_(False), small_wan().prune(keep), small_wan().prune(keep)
     original = small_wan(seed=1).requires_grad_(False) if cfg.strong == "original" else None
     fake_keep, trained = None, fake
     if cfg.fake_mode == "lora":
-        fake, fake_keep = teacher, KEPT
+        fake, fake_keep = teacher, keep
         trained = attach_lora(teacher, cfg.lora_rank, torch.Generator())
     student.checkpointing = fake.checkpointing = cfg.checkpointing
-    nets = Networks(student, teacher, KEPT, fake, fake_keep, trained, cfg.fake_mode == "lora", original)
+    nets = Networks(student, teacher, keep, fake, fake_keep, trained, cfg.fake_mode == "lora", original)
     return Distill(cfg, nets, one_batch(), {})
 
 
-@pytest.mark.parametrize("words", [["strong=stage2"], ["strong=original", "checkpointing=true"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["strong=stage2"],
+        ["strong=original", "checkpointing=true"],
+        ["guidance_times=below"],
+        ["guidance_times=above", "strong=original"],
+    ],
+    ids=" ".join,
+)
 def test_operations_of_a_stage_3_iteration(words):
     stage = distillation("steps=1", "count=generator", "ratio=2", *words)
     planned = planned_for(stage)
@@ -103,18 +113,75 @@ def test_operations_of_low_rank_critics():
     assert ran == pytest.approx(2 * (critic.flops + student.flops), rel=0.03)
 
 
-def test_a_rollout_exits_at_every_rung_alike():
-    stage = distillation("steps=2")
+def evaluations(stage, steps: range) -> tuple[int, int]:
+    """Run the updates of some iterations without optimizer; return block evaluations, and those with gradient."""
+    nets = [n for n in (stage.nets.student, stage.nets.teacher, stage.nets.fake_net, stage.nets.original) if n]
+    for n in nets:
+        n.block_calls = n.grad_block_calls = 0
+    for step in steps:
+        for update in stage.updates(step):
+            update.loss()[0].backward()
+    return sum(n.block_calls for n in nets), sum(n.grad_block_calls for n in nets)
+
+
+@pytest.mark.parametrize("rollouts", ["fresh", "shared"])
+@pytest.mark.parametrize(
+    "words", [[], ["steps=3", "ratio=2"], ["count=generator", "ratio=2"], ["rollout=data"]], ids=" ".join
+)
+def test_block_evaluations_of_rollouts(words, rollouts):
+    """Over `steps` cycles of updates, both networks leave the ladder equally often at each rung."""
+    stage = distillation(*words, f"rollouts={rollouts}")
     planned = planned_for(stage)
-    seen = set()
-    for step in range(12):
-        stage.nets.student.block_calls = 0
-        stage.critic_loss(step)
-        seen.add(stage.nets.student.block_calls)
-    (rollout,) = [p for p in planned.passes if p.net == "student" and not p.cost.grad_calls]
-    assert seen == {2, 4}
-    # 2 blocks per step; 1.5 steps on average per critic update, 0.5 per student update, which is every 5th.
-    assert rollout.times * rollout.cost.calls == 3 + 0.5 * 2 / 5
+    cycle = stage.cfg.ratio if stage.cfg.count == "outer" else 1
+    if rollouts == "shared":
+        evaluations(stage, range(cycle))  # the student's first update needs a walk of its own
+    first = cycle if rollouts == "shared" else 0
+    steps = range(first, first + stage.cfg.steps * cycle)
+    calls, grad_calls = evaluations(stage, steps)
+    assert calls == pytest.approx(len(steps) * planned.total("calls"), rel=1e-12)
+    assert grad_calls == pytest.approx(len(steps) * planned.total("grad_calls"), rel=1e-12)
+
+
+@pytest.mark.parametrize("count", ["outer", "generator"])
+@pytest.mark.parametrize("rollouts", ["fresh", "shared"])
+def test_block_evaluations_of_a_run_with_a_critic_only_start(rollouts, count):
+    """12 critic updates alone, then 6 cycles of 2; the ladder has 2 rungs."""
+    iters = 24 if count == "outer" else 12
+    words = ["steps=2", "ratio=2", "critic_start=12", f"iters={iters}"]
+    stage = distillation(*words, f"count={count}", f"rollouts={rollouts}")
+    planned = planned_for(stage)
+    calls, grad_calls = evaluations(stage, range(iters))
+    assert calls == pytest.approx(iters * planned.total("calls"), rel=1e-12)
+    assert grad_calls == pytest.approx(iters * planned.total("grad_calls"), rel=1e-12)
+
+
+@pytest.mark.parametrize("keep", [[0, 3], [0, 1], [0, 1, 2]], ids=str)
+def test_a_cycle_takes_26_k_block_forwards_instead_of_36_k(keep):
+    """Ladder of n rungs, r critic updates, K of N blocks kept, p the first dropped; a backward counts as 2 forwards.
+
+    Student: (n - 1) / 2 + 3 K for its update (half the ladder before its exit, then a step with gradient), (n + 1) / 2
+    K for each of the critic's. Critic: K in the student's update, 3 K in each of its own. Teacher: 2 K + N - p.
+    Shared: the student walks n K once and 3 K with gradient. With N - p = K the sums are 36 K and 26 K.
+    """
+    n, r, blocks, kept = 4, 5, BLOCKS, len(keep)
+    p = next(i for i in range(blocks) if i not in keep)
+    teacher = 2 * kept + blocks - p
+    wanted = {
+        "fresh": ((n - 1) / 2 + 3 + r * (n + 1) / 2 + 1 + 3 * r) * kept + teacher,
+        "shared": (n + 3 + 1 + 3 * r) * kept + teacher,
+    }
+    if keep == [0, 1]:  # N - p = K
+        assert wanted == {"fresh": 36 * kept, "shared": 26 * kept}
+    for rollouts, forwards in wanted.items():
+        stage = distillation(f"rollouts={rollouts}", keep=keep)
+        planned = planned_for(stage)
+        assert r * (planned.total("calls") + 2 * planned.total("grad_calls")) == pytest.approx(forwards, rel=1e-12)
+        if rollouts == "shared":
+            evaluations(stage, range(r))  # the student's first update needs a walk of its own
+        # Fresh rollouts have their mean length over n cycles.
+        cycles, first = (1, r) if rollouts == "shared" else (n, 0)
+        calls, grad_calls = evaluations(stage, range(first, first + cycles * r))
+        assert calls + 2 * grad_calls == cycles * forwards
 
 
 def test_operations_and_evaluations_of_the_sweep():

@@ -13,6 +13,14 @@ from fastlightgen.models.hunyuan.layers import HunyuanConfig
 from fastlightgen.models.hunyuan.model import HunyuanModel
 from fastlightgen.models.hunyuan.original import ORIGINAL
 
+# NEGATIVE_PROMPT and NEGATIVE_PROMPT_I2V in hyvideo/constants.py of HunyuanVideo and HunyuanVideo-I2V, whose commands
+# read them only where classifier-free guidance is switched on.
+NEGATIVE = (
+    "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
+    "bad eyes, bad limbs, distortion"
+)
+NEGATIVE_I2V = "deformation, a poor composition and deformed video, bad teeth, bad eyes, bad limbs"
+
 
 def stock_inputs(cfg: HunyuanConfig, x_t: Tensor, t: Tensor, cond: Cond) -> dict[str, Any]:
     """Arguments of diffusers' HunyuanVideoTransformer3DModel, which takes 1000 t and 1000 times the guidance."""
@@ -45,6 +53,7 @@ HUNYUAN = Family(
     geometry=GEOMETRY,
     clips=Clips(fps=24, frames=129, buckets=((720, 1280), (1280, 720))),
     pipelines={"HunyuanVideoPipeline": False, "HunyuanVideoImageToVideoPipeline": True},
+    negatives={"HunyuanVideoPipeline": NEGATIVE, "HunyuanVideoImageToVideoPipeline": NEGATIVE_I2V},
     encoding=HunyuanEncoding,
     interface=(
         "in_channels",

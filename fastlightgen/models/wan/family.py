@@ -14,6 +14,17 @@ from fastlightgen.models.wan.layers import TEXT_TOKENS, WanConfig
 from fastlightgen.models.wan.model import WanModel
 from fastlightgen.models.wan.original import ORIGINAL
 
+# sample_neg_prompt in wan/configs/shared_config.py of Wan2.1. In English: garish colours, overexposed, static, blurred
+# details, subtitles, style, artwork, painting, picture, still, greyish overall, worst quality, low quality, JPEG
+# artefacts, ugly, incomplete, extra fingers, badly drawn hands, badly drawn face, deformed, disfigured, malformed
+# limbs, fused fingers, motionless picture, cluttered background, three legs, many people in the background, walking
+# backwards.
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，"
+    "倒着走"
+)
+
 
 def stock_inputs(cfg: WanConfig, x_t: Tensor, t: Tensor, cond: Cond) -> dict[str, Any]:
     """Arguments of diffusers' WanTransformer3DModel: 1000 t, and the latent and condition channels as one tensor."""
@@ -39,6 +50,7 @@ WAN = Family(
     geometry=GEOMETRY,
     clips=Clips(fps=16, frames=81, buckets=((480, 832), (832, 480))),
     pipelines={"WanPipeline": False, "WanImageToVideoPipeline": True},
+    negatives={"WanPipeline": NEGATIVE, "WanImageToVideoPipeline": NEGATIVE},
     encoding=WanEncoding,
     packages={"ftfy": "Wan's pipelines clean prompts with ftfy"},
     interface=("in_channels", "out_channels", "patch_size", "text_dim", "image_dim"),

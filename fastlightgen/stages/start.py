@@ -1,0 +1,79 @@
+"""What Stage III starts from: the model folders, and the settings with which Stage II made them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastlightgen.config import numbers, root
+from fastlightgen.engine.folder import read_run
+from fastlightgen.models.families import depth
+from fastlightgen.models.folder.networks import config_of, trained_folder
+from fastlightgen.models.folder.weights import read_card
+from fastlightgen.stages.method import Guess, Subject
+
+
+class Keys(Protocol):
+    """The keys of a method that name Stage II's folder and the teacher."""
+
+    run: str
+    model: str
+    stage2_model: str
+
+
+def stage2_folder(cfg: Keys) -> Path:
+    """Return the model folder of Stage II; raise if it does not exist."""
+    folder = Path(cfg.stage2_model or Path(cfg.run) / "stage2" / "model")
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder}: there is no Stage II model; run stage=2 with the same run= first, or give stage2_model="
+        )
+    return folder
+
+
+def pruned_path(folder: Path) -> list[int]:
+    """Return the blocks that Stage II's pruned path keeps; raise if the folder names none."""
+    keep: list[int] | None = read_card(folder).get("pruned_path")
+    if keep is None:
+        raise ValueError(f"{folder}/fastlightgen.json: names no pruned_path; wanted a model that stage=2 made")
+    return keep
+
+
+def student_folder(start_model: str, stage2: Path, keep: Sequence[int]) -> Path:
+    """Return the folder whose pruned path the student starts from; raise unless it has Stage II's network and path."""
+    if not start_model:
+        return stage2
+    start = Path(start_model)
+    if not (start / "config.json").is_file():
+        raise ValueError(f"start_model={start}: there is no model folder; give one that stage=2 made")
+    found, wanted = config_of(start), config_of(stage2)
+    for key in wanted | found:
+        if found.get(key) != wanted.get(key):
+            raise ValueError(
+                f"start_model={start}: {key} is {found.get(key)}, wanted {wanted.get(key)} as in {stage2}; "
+                "give a model of the same network"
+            )
+    if (path := pruned_path(start)) != list(keep):
+        raise ValueError(
+            f"start_model={start}: its pruned path keeps blocks {path}, wanted {list(keep)} as in {stage2}; "
+            "give a model that was made with the same importance="
+        )
+    return start
+
+
+def subject(cfg: Keys, guess: Guess | None = None) -> Subject:
+    """Return config.json of the network that Stage III starts from, and the blocks of its pruned path."""
+    if guess and not cfg.stage2_model:
+        config = config_of(trained_folder(cfg.model))
+        return config, guess(depth(config))
+    folder = stage2_folder(cfg)
+    config, keep = config_of(folder), read_card(folder).get("pruned_path")
+    return config, list(range(depth(config))) if keep is None else keep
+
+
+def inputs(cfg: Keys) -> dict[str, Any]:
+    """Return the settings of the run's own Stage II: another Stage II makes another student."""
+    if cfg.stage2_model:
+        return {}
+    made = read_run(Path(cfg.run)).get("stage2") or {}
+    keys = numbers(root("2", {"2": made.get("method", "fastlightgen")})(run=cfg.run))
+    return {"stage2_made_with": {k: made[k] for k in [*keys, "ranking_used"] if k in made}}
