@@ -1,28 +1,32 @@
 """Draw the README's picture from a finished run: python docs/picture.py runs/demo docs/demo.gif."""
 
+import json
 import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.numpy import load_file
 
-COLUMNS = {
+COLUMNS = {  # titles; {name} stands for the number of blocks of that model
     "real": "real",
     "teacher": "teacher\n50 steps, guided",
-    "pruned": "8 of 12 blocks\nuntrained, 4 steps",
+    "pruned": "{pruned} of {teacher} blocks\nuntrained, 4 steps",
     "stage2-few": "after Stage II\n4 steps",
-    "student": "student\n4 steps, 8 blocks",
+    "student": "student\n4 steps, {student} blocks",
 }
 ROWS, SIDE, GAP, HEAD = 4, 112, 6, 40
 
 
 def main(run: Path, out: Path) -> None:
     clips = {name: load_file(run / "evaluate" / f"{name}.safetensors")["video"] for name in COLUMNS}
+    records = {name: json.loads((run / "evaluate" / f"{name}.json").read_text()) for name in COLUMNS if name != "real"}
+    blocks = {name: record["num_blocks"] for name, record in records.items()}
+    titles = {name: title.format(**blocks) for name, title in COLUMNS.items()}
     pictures = []
     for frame in range(next(iter(clips.values())).shape[1]):
         page = Image.new("RGB", (len(COLUMNS) * (SIDE + GAP) - GAP, HEAD + ROWS * (SIDE + GAP) - GAP), "white")
         draw = ImageDraw.Draw(page)
-        for column, (name, title) in enumerate(COLUMNS.items()):
+        for column, (name, title) in enumerate(titles.items()):
             left = column * (SIDE + GAP)
             middle = (left + SIDE / 2, HEAD / 2)
             draw.multiline_text(middle, title, "black", ImageFont.load_default(12), anchor="mm", align="center")

@@ -11,6 +11,7 @@ from fastlightgen.atomic import write_json
 from fastlightgen.blocks import read_importance
 from fastlightgen.config import Evaluate, Run, for_evaluate, for_stage, main, method_for
 from fastlightgen.data.frames import to_uint8
+from fastlightgen.data.version import check_model, check_version
 from fastlightgen.engine.local import pick_device
 from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled, interval
 from fastlightgen.models.folder.weights import load_model, read_card, read_json, read_tensors, trained_folder
@@ -18,8 +19,8 @@ from fastlightgen.models.sample import sampling_plan
 from fastlightgen.parallel.log import say
 from fastlightgen.world.diversity import redraw
 from fastlightgen.world.score import caption_spreads, clip_values, compared, resampled, scores_of
-from fastlightgen.world.shapes import Clips, Shapes
-from fastlightgen.world.source import shapes_batch
+from fastlightgen.world.shapes import WORLD, Clips, Shapes
+from fastlightgen.world.source import ShapesSource, shapes_batch
 from fastlightgen.world.subject import Subject, draw
 
 Values = dict[str, Tensor]  # of each clip
@@ -38,6 +39,7 @@ class Result:
 def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
     """Load a model folder and make its sampling plan from its card and the configuration."""
     folder = trained_folder(model)
+    check_model(folder, ShapesSource.description)
     card = read_card(folder)
     keep = None
     if cfg.path == "pruned":
@@ -58,6 +60,7 @@ def measure(cfg: Evaluate, subject: Subject, teacher: Result | None = None) -> R
         "name": subject.name,
         "title": subject.title,
         "model": str(subject.folder),
+        "world": WORLD,
         "num_params": subject.num_params,
         "num_blocks": len(subject.keep or range(subject.model.num_blocks)),
         "kept_blocks": subject.keep or read_card(subject.folder).get("kept_blocks"),
@@ -122,7 +125,10 @@ def shipped_values(cfg: Evaluate, subject: Subject) -> tuple[Values, dict] | Non
     path = subject.folder / "scores.json"
     if not path.is_file() or subject.keep is not None or cfg.show == 0:
         return None
-    for record in read_json(path)["records"]:
+    found = read_json(path)
+    remedy = "delete the file, or measure again with show=0"
+    check_version(path, "measured", found, ShapesSource.description, remedy)
+    for record in found["records"]:
         same = record["plan"] == subject.plan and record["seed"] == cfg.seed
         if same and cfg.clips <= record["clips"] and cfg.noises in (1, record["noises"]):
             values = {k: v.double() for k, v in read_tensors([subject.folder / record["values"]]).items()}
@@ -136,7 +142,7 @@ def real_result(cfg: Evaluate) -> Result:
     """Measure the held-out real clips: the scores of a perfect model."""
     world = Shapes(seed=cfg.seed, split="test")
     asked, spread = world.batch(range(cfg.clips)), None
-    record = {"name": "real", "title": "Real clips", "shown": shown(cfg, asked)}
+    record = {"name": "real", "title": "Real clips", "world": WORLD, "shown": shown(cfg, asked)}
     if cfg.noises > 1:
         again = redraw(world, cfg.clips // cfg.noises, cfg.noises)
         spread = caption_spreads(again.video, again, cfg.noises)
@@ -148,7 +154,7 @@ def write(path: Path, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = to_uint8(result.shown).permute(0, 1, 3, 4, 2).contiguous()
     save_file({"video": frames}, path.with_suffix(".safetensors"))
-    save_file(result.values, path.with_suffix(".values.safetensors"))
+    save_file(result.values, path.with_suffix(".values.safetensors"), {"world": str(WORLD)})
     write_json(path, result.record)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from fastlightgen.config import Generate, main
 from fastlightgen.data.frames import check_suffix, write_clips
+from fastlightgen.data.version import check_model
 from fastlightgen.engine.local import pick_device
 from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
 from fastlightgen.models.sample import sample, sampling_plan
@@ -16,6 +17,7 @@ from fastlightgen.parallel.log import bar, say
 from fastlightgen.pipelines.export import check_fits, is_pipeline
 from fastlightgen.pipelines.world import Pipeline
 from fastlightgen.world.builtin import BuiltIn
+from fastlightgen.world.source import ShapesSource
 
 
 def generate(cfg: Generate) -> None:
@@ -29,6 +31,8 @@ def generate(cfg: Generate) -> None:
     device, clock = pick_device(cfg.device), Clock()
     folder = trained_folder(cfg.model)
     pipeline = Path(cfg.pipeline) if cfg.pipeline else folder if is_pipeline(folder) else None
+    if pipeline is None:
+        check_model(folder, ShapesSource.description)
     dtype = compute_type(cfg.dtype, device, pipeline is not None)
     with clock("load"):
         world = Pipeline(pipeline, device, dtype, cfg.size) if pipeline else BuiltIn(cfg.size)

@@ -16,7 +16,7 @@ from fastlightgen.config.fields import show
 from fastlightgen.config.files import flatten, read_yaml
 from fastlightgen.config.stages import DEFAULT, METHODS
 from fastlightgen.metrics.importance import is_log
-from fastlightgen.metrics.scores import GOALS, SAME, SCORES, best, is_number, like_teacher, score
+from fastlightgen.metrics.scores import GOALS, SAME, SCORES, best, check_versions, is_number, like_teacher, score
 
 ORDER = ("real", "teacher", "teacher-few", "pruned", "stage2-few", "student")  # of the columns; others follow by name
 
@@ -57,6 +57,10 @@ def read_run(run: Path) -> dict:
             f"run={run}: nothing to report; wanted config.yaml, stage1/importance.json, stageN/metrics.jsonl or "
             f"evaluate/*.json; make them with {command(run, 'all')}"
         )
+    made = {folder / f"{n}.json": e for n, e in found["evals"].items()}
+    if found["importance"].get("data_hash") == "shapes":
+        made[run / "stage1" / "importance.json"] = found["importance"]
+    check_versions(made, f"make it again with {command(run, 'all')} overwrite=true")
     blocks = [len(found["importance"].get("units", [])), *(e.get("num_blocks", 0) for e in found["evals"].values())]
     return found | {"blocks": max(blocks)}  # of the teacher
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from fastlightgen.atomic import write_json
-from fastlightgen.config import StageConfig, exit_code, for_stage, main, method_for, numbers, report
+from fastlightgen.config import Run, StageConfig, exit_code, for_stage, main, method_for, numbers, report
 from fastlightgen.data.source import Source
 from fastlightgen.engine.choice import Choice
 from fastlightgen.engine.folder import StageFolder
@@ -40,6 +40,7 @@ from fastlightgen.stages.rank import Config as RankConfig
 from fastlightgen.stages.rank import rank
 from fastlightgen.world.builtin import BuiltIn
 from fastlightgen.world.codec import Codec
+from fastlightgen.world.shapes import WORLD
 from fastlightgen.world.source import open_source
 
 OWN = ("run", "device", "threads", "progress")  # keys that may differ between the processes of a run
@@ -144,9 +145,14 @@ def shortened(text: str, length: int = 40) -> str:
 
 def open_folder(cfg: StageConfig) -> StageFolder:
     """Open the stage's folder for this configuration and the results of earlier stages that it depends on."""
-    inputs = method_for(cfg).inputs(cfg)
+    inputs = dict(method_for(cfg).inputs(cfg)) | made_on(cfg)
     decisive = [*numbers(cfg), *inputs]
     return StageFolder(cfg.run, int(cfg.stage), asdict(cfg) | dict(inputs), decisive, cfg.overwrite)
+
+
+def made_on(cfg: Run) -> dict[str, int]:
+    """Return the version of the built-in world, on which a stage's results depend; {} with data=CACHE."""
+    return {"world": WORLD} if cfg.data == "shapes" else {}
 
 
 def train_stage(
@@ -211,7 +217,7 @@ def rank_blocks(
     if cfg.engine == "deepspeed":
         with_.check_teacher(model)
     source, batches = with_.source, with_.batches
-    record = {"model": cfg.model, "data_hash": source.name} | rank(
+    record = {"model": cfg.model, "data_hash": source.name, **made_on(cfg)} | rank(
         cfg, model, batches, costs, lambda total, title: bar(total, title, cfg.progress)
     )
     if ranks.rank():

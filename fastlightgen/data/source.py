@@ -52,7 +52,8 @@ class Source(Protocol):
 
     `batch(step, size)` draws training clips; `rows` selects a part of the batch. `held_out(start, size)` returns fixed
     clips that training never uses. `largest()` returns one clip of the largest size. `description` records how the
-    clips were encoded; it is empty for the built-in world. `null_prompt` is the text of the null prompt.
+    clips were encoded; that of the built-in world names its version, "world". `null_prompt` is
+    the text of the null prompt.
     """
 
     name: str

@@ -1,7 +1,11 @@
 """The scores of an evaluation, as a report shows them: title, format, goal and meaning of each; which model is best."""
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeGuard
+
+from fastlightgen.config import UserError
 
 SCORES = {  # key: (title, format, goal, meaning)
     "adherence": ("Adherence", "{:.1%}", "high", "share of the caption's statements that the clip fulfils"),
@@ -29,6 +33,18 @@ SCORES = {  # key: (title, format, goal, meaning)
 }
 BETTER, WORSE, SAME = "better", "worse", "no difference"  # verdicts on the difference of two models
 GOALS = {"high": "higher is better", "low": "lower is better", "one": "best near 1", "real": "best near the real clips"}
+
+
+def check_versions(files: Mapping[Path, dict], remedy: str) -> None:
+    """Raise if files were made on different versions of the built-in world. Files of version 1 name none."""
+    made = {file: record.get("world", 1) for file, record in files.items()}
+    newest = max(made.values(), default=1)
+    for file, version in made.items():
+        if version != newest:
+            raise UserError(
+                f"{file}: was made on version {version} of the built-in world, others on version {newest}; "
+                f"delete it, or {remedy}"
+            )
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from fastlightgen.blocks import read_importance
 from fastlightgen.config import StageConfig, TrainingKeys, presets
 from fastlightgen.data.source import Batch, Source
+from fastlightgen.data.version import check_model, check_version
 from fastlightgen.engine.roles import Values
 from fastlightgen.engine.shards import keeper
 from fastlightgen.models.base import VideoDiT
@@ -36,6 +38,8 @@ class Builder:
         With zero=3 each weight is sharded as it loads: the rank keeps its partition only.
         """
         cfg = self.cfg
+        if cfg.stage != "0":  # Stage 0 may adapt a network to another version of the built-in world
+            check_model(model, self.source.description)
         if cfg.engine == "local":
             return load_model(model, self.device, seed=cfg.seed, allow_pt=cfg.allow_pt)
         keep = keeper(cfg, self.device)
@@ -81,6 +85,13 @@ class Builder:
             require_embedded(net.embeds_guidance)
             self.guidance = float(card.get("guidance") or net.released["guidance"])
 
+    def ranking(self, path: Path, num_blocks: int) -> dict[str, Any]:
+        """Read Stage I's ranking; raise if it was made for other blocks or on another version of the built-in world."""
+        record = read_importance(path, num_blocks)
+        if record.get("data_hash") == "shapes":
+            check_version(path, "made", record, self.source.description, "run stage=1 again with overwrite=true")
+        return record
+
     def check_source(self, net: VideoDiT, card: dict[str, Any]) -> None:
         """Raise if the cache was made for another network; warn if Stage II learned with another null prompt."""
         check_source(self.source, net, card, self.cfg.data)
@@ -112,8 +123,11 @@ class Builder:
         )
 
     def card(self, **values: Any) -> dict[str, Any]:
-        """Return a model card: the given values, the VAE of the data, which later caches must use too, the guidance."""
+        """Return a model card: the given values, and what later data and stages must have in common with this run.
+
+        That is the VAE of a cache or the version of the built-in world, the null prompt, and the teacher's guidance.
+        """
         made_with = self.source.description
+        values |= {key: made_with[key] for key in ("vae", "world") if key in made_with}
         values |= {"negative": "official"} if self.cfg.negative == "official" else {}
-        values |= {"teacher_guidance": "embedded"} if self.guidance is not None else {}
-        return values | ({"vae": made_with["vae"]} if "vae" in made_with else {})
+        return values | ({"teacher_guidance": "embedded"} if self.guidance is not None else {})

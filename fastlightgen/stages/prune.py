@@ -246,7 +246,7 @@ def build(cfg: Config, with_: Builder) -> Prune:
     """Build the stage from the teacher's weights, Stage I's ranking, and a copy of the teacher as the target."""
     folder = trained_folder(cfg.teacher or cfg.model)
     net = with_.load(folder)
-    ranking = read_importance(ranking_of(cfg), net.num_blocks)
+    ranking = with_.ranking(ranking_of(cfg), net.num_blocks)
     theirs = read_card(folder)
     with_.read_guidance(cfg.teacher_guidance, net, theirs)
     guidance = theirs.get("guidance") if cfg.guided == 1 else 1.0  # a guided target has it in the weights

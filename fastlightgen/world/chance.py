@@ -1,4 +1,4 @@
-"""Random numbers of the built-in world: hashes of (seed, split, clip, slot), so that a clip is the same in any order.
+"""Random numbers of the built-in world: hashes of (seed, split, clip, slot), so clips do not depend on their order.
 
 B clips.
 """

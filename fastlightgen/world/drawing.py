@@ -17,13 +17,14 @@ PALETTE = np.array(  # RGB in [0, 1], one row per colour
     ]
 )
 
-# A few-step sampler decides a bit of the picture well only if the bit is strong. Let A be the energy of a bit in the
-# latents of a clip, where the noise has unit energy per number. The exact posterior keeps this share of the energy in 4
-# Euler steps at shift 5: A = 0.5: .08, 1: .25, 1.5: .42, 3: .77 (28 steps keep .94 or more). A tile of s x s pixels and
-# the levels +-a has A = 3 colours * F frames * (SCALE s a)^2: 0.6, 1.2 and 3 for the three sizes at F = 8.
+# A few-step sampler decides a bit of the picture well only if the bit is strong. Let the two values of a bit be +-d in
+# the latents of a clip, where the noise has variance 1; the bit's energy is A = |d|^2. A tile of s x s pixels with the
+# levels +-a has A = 3 colours * F frames * (SCALE s a)^2 where no shape hides it: 0.6, 1.2 and 3.0 at F = 8. In 4 Euler
+# steps even the exact posterior keeps only .35, .52 and .75 of that energy (shift 3; at shift 5 .17, .28, .50), in 28
+# steps .99 or more. A cell of a pattern has 0.8 on average, that of a companion 0.4.
 MOSAIC = ((1, 0.053), (2, 0.037), (4, 0.0295))  # (pixels per side, level) of the tiles
 CELLS = 4  # a shape's pattern has 4 x 4 cells
-DARK = 0.8  # brightness of a pattern's dark cells
+DARK = 0.8  # brightness of a pattern's dark cells; that of the bright ones is 1
 
 
 def overlap(d: NDArray, low: NDArray, high: NDArray) -> NDArray:
@@ -55,35 +56,36 @@ def coverage(kind: NDArray, centre: NDArray, radius: NDArray, size: int) -> NDAr
 def carried(pattern: NDArray, centre: NDArray, radius: NDArray, size: int) -> NDArray:
     """Brightness [B,F,size,size] of shapes whose cells are bright (1) or dark (-1): `pattern` [B,4,4], centre [B,F,2].
 
-    The cells divide the square of the shape's extent and move with it. A pixel takes the mean of the cells that it
-    covers.
+    The cells divide the square of the shape's extent and move with it. A pixel takes the mean brightness over its area;
+    outside the square that is (1 + DARK) / 2.
     """
     edges = np.linspace(-1, 1, CELLS + 1) * radius[:, None]  # [B,5]
     low, high = edges[:, None, None, :-1], edges[:, None, None, 1:]
     grid = (np.arange(size) + 0.5)[:, None]
     across, down = (overlap(grid - centre[:, :, None, None, k], low, high) for k in (0, 1))  # [B,F,size,4]
-    cells = np.einsum("bfhi,bij,bfwj->bfhw", down, pattern, across, optimize=True)
-    return (1 + DARK) / 2 + (1 - DARK) / 2 * cells
+    signs = np.einsum("bfhi,bij,bfwj->bfhw", down, pattern, across, optimize=True)
+    return (1 + DARK) / 2 + (1 - DARK) / 2 * signs
 
 
 def tiles(margin: int, size: int) -> int:
-    """How many tiles the mosaic of a picture has, with a margin on each side."""
+    """Number of tiles of the mosaic, which is larger than the picture by `margin` pixels on each side."""
     return sum((-(-(size + 2 * margin) // side)) ** 2 for side, _ in MOSAIC)
 
 
 def mosaic(bits: NDArray, offset: NDArray, margin: int, size: int) -> NDArray:
     """Levels [B,F,size,size] of tiles with the signs `bits` [B,tiles], seen by a camera at `offset` [B,F,2].
 
-    The camera moves by whole pixels, at most `margin` of them, because a shift by half a pixel would blur the tiles.
+    Each size of tiles covers the area by itself; the levels add up. The camera moves by whole pixels, at most `margin`
+    of them, because a shift by half a pixel would blur the tiles.
     """
     width, rest = size + 2 * margin, bits
-    whole = np.zeros((len(bits), width, width))
+    levels = np.zeros((width, width))
     for side, level in MOSAIC:
         n = -(-width // side)
         own, rest = rest[:, : n * n].reshape(-1, n, n), rest[:, n * n :]
-        whole = whole + level * own.repeat(side, 1).repeat(side, 2)[:, :width, :width]
+        levels = levels + level * own.repeat(side, 1).repeat(side, 2)[:, :width, :width]
     rows, columns = (offset[:, :, k, None] + margin + np.arange(size) for k in (1, 0))  # [B,F,size]
-    return whole[np.arange(len(bits))[:, None, None, None], rows[..., :, None], columns[..., None, :]]
+    return levels[np.arange(len(bits))[:, None, None, None], rows[..., :, None], columns[..., None, :]]
 
 
 def light(ends: NDArray, angle: NDArray, size: int) -> NDArray:

@@ -16,13 +16,13 @@ from fastlightgen.world.captions import CHANGES, DIRECTIONS, KINDS, SPEEDS, pars
 from fastlightgen.world.drawing import PALETTE, coverage
 from fastlightgen.world.shapes import PIXELS_PER_FRAME, SPEED_JITTER, TURN_FRAMES, main_path
 
-# Area in pixels from which a colour counts as present: the smallest shape has 12, an edge where two colours blend into
-# a third one about 1.5.
+# Visible area in pixels from which a colour counts as present: the smallest shape has 10, an edge where two colours
+# blend into a third one about 1.5.
 PRESENT = 4.0
 # A mask rises from 0 to 1 between these shares of a colour's full chroma. They are symmetric about 0.5, so that
 # anti-aliased edges do not shift the centroids.
 _LOW, _HIGH = 0.25, 0.75
-_RADII = np.arange(2.1, 3.91, 0.2)  # pixels: radii of the templates for recognising kinds
+_RADII = np.arange(2.1, 3.91, 0.2)  # pixels: radii of the templates for recognising kinds; shapes have 2.3 to 3.7
 
 
 @dataclass
@@ -61,7 +61,7 @@ def masks(video: Tensor) -> NDArray:
     length = np.linalg.norm(target, axis=-1)[:, None, :, None, None]
     cosine = along / length / (np.linalg.norm(chroma, axis=-1)[:, :, None] + 1e-6)
     # A softmax over colours assigns each pixel to its nearest hue; 20 is sharp enough, because neighbouring colours
-    # of the palette are at least 42 degrees apart.
+    # of the palette are at least 44 degrees apart.
     hue = np.exp(20 * (cosine - cosine.max(2, keepdims=True)))
     return _ramp(along / length**2) * hue / hue.sum(2, keepdims=True)
 

@@ -3,7 +3,8 @@
 A clip is a pure function of (seed, split, index): its random numbers come from a counter-based hash, so it is the same
 in every batch, order and process. The attributes that a caption states (colour, kind, direction, speed, change,
 companion) are uniform. The caption leaves open: background and its mosaic, camera, patterns of the shapes, sizes,
-start, turn frame, speed jitter, companion's motion. Samplers of few steps fail at mosaic and patterns; see drawing.py.
+start, turn frame, speed jitter, companion's motion. Few-step samplers fail at the mosaic and the patterns; see
+world/drawing.py.
 
 B clips, F frames, H = W = size; positions are (x, y) in pixels; pixel (row i, column j) has its centre at (j+.5, i+.5).
 """
@@ -19,7 +20,7 @@ from fastlightgen.world.captions import caption
 from fastlightgen.world.chance import SPLITS, signs, uniforms
 from fastlightgen.world.drawing import CELLS, PALETTE, carried, coverage, light, mosaic, tiles
 
-WORLD = 2  # version of the draw; what was made with another one is refused
+WORLD = 2  # version of pixels, captions, tokens and codec: raise it if any changes; files of another one are refused
 STEPS = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])  # unit (x, y) of DIRECTIONS; y points down
 PIXELS_PER_FRAME = np.array([0.75, 1.65])  # of SPEEDS
 SPEED_JITTER = 0.08  # a clip's speed differs from PIXELS_PER_FRAME by up to 8 %
@@ -92,7 +93,7 @@ class Shapes:
         pixels = PIXELS_PER_FRAME[speed] * (1 + SPEED_JITTER * (2 * u[:, 7] - 1))
         path = main_path(direction, pixels, change, turn, self.frames)
         low, high = path.min(1), path.max(1)
-        # The longest paths leave too little room for the largest shape, so the shape is then a little smaller.
+        # In small pictures the longest paths leave too little room for the largest shapes: these are then smaller.
         radius = np.minimum(SMALLEST + 0.7 * u[:, 8], (self.size - (high - low).max(1)) / 2)
         room = self.size - (high - low) - 2 * radius[:, None]  # free start positions, pixels in x and y
         path = path + (radius[:, None] - low + u[:, 9:11] * room)[:, None]
@@ -135,7 +136,7 @@ class Shapes:
         paths = np.where(late[:, None, None, None], entering, inside)
 
         # Take the first candidate that the main shape hides in at most a quarter of its frames and not in the last two;
-        # without such a candidate, the one hidden least.
+        # without such a candidate, the one hidden least. Hidden: more than a quarter of its width is covered.
         apart = np.linalg.norm(paths - path[:, None], axis=-1)
         seen = (f >= np.where(late, enters, 0)[:, None])[:, None]
         hidden = (apart < radius[:, None, None] + 0.5 * r) & seen
@@ -150,7 +151,8 @@ class Shapes:
         ends = (0.15 + 0.17 * u[:, 19:21])[..., None] + 0.05 * (2 * u[:, 21:27].reshape(b, 2, 3) - 1)
         ground = light(ends, 2 * np.pi * u[:, 27], self.size)[:, None]
         tiled = mosaic(bits[:, 2 * cells :], t["camera"], self.frames // 2, self.size)
-        video = np.clip(ground + tiled[..., None], 0.02, 0.5)
+        # The floor changes one value in a thousand: dark ground below dark tiles. The sum stays below 0.49.
+        video = np.maximum(ground + tiled[..., None], 0.02)
         ones = np.ones((1, self.frames), np.int64)
         shapes = [("companion", "companion_path", "companion_radius", 17), ("main", "path", "radius", 18)]
         for number, (name, path, radius, slot) in enumerate(shapes):  # the main shape is drawn last, on top

@@ -14,7 +14,7 @@ class ShapesSource:
     """Clips of the built-in world, rendered on demand."""
 
     name = "shapes"
-    description: dict = {}
+    description: dict = {"world": shapes.WORLD, "out_channels": Codec.channels}
     null_prompt = ""
 
     def __init__(self, seed: int):

@@ -158,7 +158,7 @@ def test_keys_of_many_processes_need_an_engine_that_has_them(word, why):
 def test_presets():
     wan = config.preset("wan2.1-t2v-1.3b")["network"]
     assert wan["num_attention_heads"] * wan["attention_head_dim"] == 1536 and isinstance(wan["eps"], float)
-    assert config.preset("shapes", "data") == {"frames": 8, "size": 16, "first_frame_prob": 0.5}
+    assert config.preset("shapes", "data") == {"frames": 8, "size": 20, "first_frame_prob": 0.5}
     with pytest.raises(ConfigError, match="model=huge: no such preset; there are hunyuanvideo-i2v, .*tiny, "):
         config.preset("huge")
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 from helpers import small_wan
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastlightgen.config import main
 from fastlightgen.evaluate import evaluate
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.world.score import scores_of
+from fastlightgen.world.shapes import WORLD
 
 SHIPPED = json.loads((Path(__file__).parents[2] / "configs/model/tiny/scores.json").read_text())["records"]
 
@@ -44,6 +46,13 @@ def test_the_values_of_the_clips_give_the_scores(measured):
     assert scores_of(values, 3) == pytest.approx(record["scores"], nan_ok=True)
     assert values["features"].shape[0] == 64 and values["spread"].shape == (32, 3)
     assert record["scores"]["adherence"] == pytest.approx(float(values["adherence"].mean()))
+
+
+def test_files_name_the_version_of_the_world(measured):
+    root, record, _ = measured
+    assert record["world"] == record["teacher"]["world"] == WORLD
+    with safe_open(root / "scores.values.safetensors", framework="pt") as file:
+        assert file.metadata() == {"world": str(WORLD)}
 
 
 def test_intervals_hold_their_scores(measured):

@@ -13,11 +13,12 @@ from fastlightgen.models.base import Cond
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.rng import generator
 from fastlightgen.world.builtin import BuiltIn
+from fastlightgen.world.captions import tokenise
 from fastlightgen.world.codec import Codec, condition
-from fastlightgen.world.shapes import tokenise
+from fastlightgen.world.shapes import WORLD
 
 PROMPT = "a red ball moves right fast then stops"
-FRAMES, SIZE = 8, 16
+FRAMES, SIZE = 8, 20
 FPS, SCALE = BuiltIn.fps, BuiltIn.scale
 
 
@@ -25,8 +26,9 @@ FPS, SCALE = BuiltIn.fps, BuiltIn.scale
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     student = small_wan().prune(KEPT)
-    save_model(student, root / "student", stage=3, ladder=[1.0, 0.75], guidance=1.0, shift=3.0, sampler="stochastic")
-    save_model(small_wan(), root / "teacher", stage=0, steps=2, guidance=2.0, shift=3.0)
+    few = {"ladder": [1.0, 0.75], "sampler": "stochastic", "guidance": 1.0}
+    save_model(student, root / "student", stage=3, shift=3.0, world=WORLD, **few)
+    save_model(small_wan(), root / "teacher", stage=0, steps=2, guidance=2.0, shift=3.0, world=WORLD)
     return root
 
 

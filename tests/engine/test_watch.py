@@ -167,8 +167,9 @@ def test_warn_reports_an_alarm_once_also_across_a_resume(words, tmp_path, monkey
         run_train(*command, "iters=12")
     run_train(*command, "iters=12")
     alarms = [line for line in capsys.readouterr().out.splitlines() if line.startswith("alarm: ")]
-    assert len(alarms) == 1 and alarms[0].startswith("alarm: step 6: divergence (")
-    [alarm] = read_metrics(tmp_path / "stage3/alarms.jsonl")
+    assert len([line for line in alarms if "divergence" in line]) == 1
+    assert alarms[0].startswith("alarm: step 6: divergence (")
+    alarm = read_metrics(tmp_path / "stage3/alarms.jsonl")[0]  # the random student's latents raise another one later
     losses = [r["fake_loss"] for r in read_metrics(tmp_path / "stage3/metrics.jsonl")]
     middle = sorted(losses[:3])[1]
     both = (losses[4] * losses[5]) ** 0.5  # the median of two logarithms
@@ -203,7 +204,8 @@ def test_a_short_distillation_of_the_tiny_model(tmp_path, capsys):
     At the preset's learning rate no alarm is raised. At a far higher one the clips degrade and raise an alarm.
     """
     folder = trained_folder("tiny")
-    save_model(load_model(folder), tmp_path / "stage2", **read_card(folder) | {"pruned_path": list(range(12))})
+    net = load_model(folder)
+    save_model(net, tmp_path / "stage2", **read_card(folder) | {"pruned_path": list(range(net.num_blocks))})
     words = ["stage=3", "model=tiny", "progress=false", "threads=1", "log_every=1", "batch=4", "ratio=2"]
     words += [f"stage2_model={tmp_path}/stage2", "iters=8", "sample_every=4"]
     run_train(*words, f"run={tmp_path}/a")

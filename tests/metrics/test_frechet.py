@@ -6,7 +6,7 @@ import torch
 from fastlightgen.metrics.frechet import features, frechet, gaussian_distance
 from fastlightgen.world.shapes import Shapes
 
-N = 512
+N = 320
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ DAMAGE = {
 
 
 def test_floor_is_low(sets):
-    # 512 against 512 of the same world: about D (D + 1) / 4N for the covariances, less where features are correlated
+    # N against N of the same world: about D (D + 1) / 4N for the covariances, less where features are correlated
     _, reference, floor = sets
     dims = reference.shape[1]
     print(f"\nfloor {floor:.2f} with {dims} features")

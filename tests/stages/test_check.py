@@ -83,5 +83,5 @@ def test_the_shipped_teacher_knows_its_world_and_no_other(capsys, monkeypatch):
         check_teacher(config(2, "data_check=stop"), model, World(lambda x: 3 * x))
     capsys.readouterr()
     check_teacher(config(2, "data_check=off"), model, World(lambda x: x.flip(1)))
-    check_teacher(cfg, model, ShapesSource(0))  # not checked: the built-in world has no description
+    check_teacher(cfg, model, ShapesSource(0))  # not checked: the built-in world is no cache
     assert capsys.readouterr().out == ""

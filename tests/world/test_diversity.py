@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastlightgen.metrics.intervals import compare, resample
+from fastlightgen.world.codec import Codec
 from fastlightgen.world.diversity import MEASURES, diversity, diversity_statistic, redraw, spreads, true_spreads
 from fastlightgen.world.shapes import Shapes
 
@@ -33,6 +34,14 @@ def test_redraws_keep_captions_and_nothing_else(world, clips):
     assert (path.std(1) > 0).all()
     turn = torch.from_numpy(clips.truth["turn_frame"]).view(CAPTIONS, DRAWS)
     assert 0.5 < turn.double().var(1).mean() < 0.9  # 2/3 for three equally likely frames
+    camera = torch.from_numpy(clips.truth["camera"])[:, -1].view(CAPTIONS, DRAWS, 2)
+    assert (camera.double().var(1).mean(0) > 4).all()  # -3.5, 0 and 3.5 pixels on average: 2/3 * 3.5^2 = 8.2
+    # The texture is another one: the diagonal bands of frame 0 of two clips are not correlated. A correlation of 100
+    # numbers has a standard deviation of 0.1, the mean of 288 pairs of 0.006.
+    texture = Codec().encode(clips.video)[:, 3::4, 0].mean(1).flatten(1).view(CAPTIONS, DRAWS, -1)
+    texture = texture / texture.norm(dim=-1, keepdim=True)
+    others = (texture @ texture.mT)[:, ~torch.eye(DRAWS, dtype=torch.bool)]
+    assert abs(others.mean()) < 4 * 0.006
 
 
 def test_the_true_spread(truth):

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from fastlightgen.world import reader
-from fastlightgen.world.shapes import Shapes, caption
+from fastlightgen.world.captions import caption, parse
+from fastlightgen.world.shapes import Shapes
 
-N = 512
+N = 384
 
 
 @pytest.fixture(scope="module")
@@ -27,27 +28,34 @@ def blur(video, sigma):
     return torch.nn.functional.conv2d(x, taps[:, None] @ taps[None, :] + torch.zeros(1, 1, 5, 5)).view_as(video)
 
 
-def test_parse_inverts_the_captions(clips):
-    assert all(caption(*reader.parse(text)) == text for text in clips.captions)
-    assert reader.parse("a red ball moves right fast then turns up with a blue cross") == (0, 0, 0, 1, 3, (2, 2))
-    for bad in ("a red ball", "a red ball moves right fast then turns right", "a mauve ball moves up fast then stops"):
-        with pytest.raises(ValueError, match="caption: got .*wanted a sentence like"):
-            reader.parse(bad)
-
-
 def test_real_clips(clips, reading):
     score, attributes = reader.adherence(reading, clips.captions)
     print(f"real: adherence {score.mean():.4f} {attributes}")
-    assert score.mean() >= 0.99 and min(attributes.values()) >= 0.98
+    assert score.mean() >= 0.999 and min(attributes.values()) >= 0.998
     there = clips.truth["companion_colour"] >= 0
-    assert (reading.present.sum(1) == 1 + there).mean() >= 0.99
+    assert (reading.present.sum(1) == 1 + there).mean() >= 0.999
+
+
+def test_two_thousand_training_clips():
+    world = Shapes()
+    parts = [world.batch(range(start, start + 250)) for start in range(0, 2000, 250)]
+    scores = np.concatenate([reader.adherence(reader.read(part.video), part.captions)[0] for part in parts])
+    assert len(scores) == 2000 and scores.mean() >= 0.999
+
+
+def test_texture_noise_is_ignored(clips):
+    """Grey levels that are off by 0.05 up or down in each pixel, about as much as the mosaic itself."""
+    gen = torch.Generator().manual_seed(0)
+    grey = 0.05 * (torch.randint(2, clips.video[:, :, :1].shape, generator=gen) * 2 - 1)
+    score, attributes = reader.adherence(reader.read(clips.video + grey), clips.captions)
+    assert score.mean() >= 0.999 and min(attributes.values()) >= 0.995
 
 
 def test_positions_of_real_clips(clips, reading):
     exact, allowed = reader.exact_error(reading, clips.truth), reader.tracking_error(reading, clips.captions)
     ratio = reader.motion(reading, clips.captions)
     print(f"exact {exact.mean():.3f} px, allowed {allowed.mean():.3f} px, motion {ratio.mean():.3f}")
-    assert exact.mean() < 0.25 and np.quantile(exact, 0.99) < 0.35
+    assert exact.mean() < 0.15 and np.quantile(exact, 0.99) < 0.35
     assert (allowed <= exact + 1e-6).all()  # the true path is one of the allowed paths, with equal weights
     assert abs(ratio.mean() - 1) < 0.03
 
@@ -79,12 +87,12 @@ def test_imperfect_clips(clips):
 def test_each_attribute_is_judged_on_its_own(clips, reading):
     # change one word of a caption: that statement fails in nearly every clip, the others stay
     for name, slot, classes in (("kind", 1, 3), ("direction", 2, 4), ("speed", 3, 2)):
-        said = [list(reader.parse(text)) for text in clips.captions]
+        said = [list(parse(text)) for text in clips.captions]
         for s in said:
             s[slot] = (s[slot] + 1) % classes
         _, attributes = reader.adherence(reading, [caption(*s) for s in said])
         assert attributes[name] < 0.02 and attributes["colour"] > 0.98 and attributes["cast"] > 0.98
-    said = [reader.parse(text)._replace(other=None) for text in clips.captions]
+    said = [parse(text)._replace(other=None) for text in clips.captions]
     _, attributes = reader.adherence(reading, [caption(*s) for s in said])
     assert abs(attributes["cast"] - 0.5) < 0.1 and np.isnan(attributes["companion"])
 
