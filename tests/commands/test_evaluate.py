@@ -1,33 +1,19 @@
 """The evaluate command: scores that ship with a teacher, values of each clip, intervals and paired differences."""
 
 import json
-from pathlib import Path
+import shutil
 
 import pytest
 from helpers import small_wan
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from fastlightgen.atomic import write_json
 from fastlightgen.config import main
 from fastlightgen.evaluate import evaluate
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.world.score import scores_of
 from fastlightgen.world.shapes import WORLD
-
-SHIPPED = json.loads((Path(__file__).parents[2] / "configs/model/tiny/scores.json").read_text())["records"]
-
-
-@pytest.mark.parametrize("show", [1, 0])
-def test_shipped_scores_stand_where_clips_are_only_shown(tmp_path, show):
-    record = SHIPPED[0]
-    words = ["model=tiny", f"steps={len(record['plan']['times'])}", f"guidance={record['plan']['guidance']}", "clips=2"]
-    words += [f"show={show}", f"out={tmp_path / 'scores.json'}", "threads=1", "progress=false"]
-    main(evaluate, "evaluate", words)
-    found = json.loads((tmp_path / "scores.json").read_text())
-    note = "scores that ship with this model, measured when it was trained"
-    few = "2 clips are too few to rank models; wanted at least 64"
-    assert found["clips"] == (record["clips"] if show else 2) and found["note"] == (note if show else few)
-    assert (found["scores"] == record["scores"]) == bool(show)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +29,8 @@ def measured(tmp_path_factory):
 
 def test_the_values_of_the_clips_give_the_scores(measured):
     _, record, values = measured
-    assert scores_of(values, 3) == pytest.approx(record["scores"], nan_ok=True)
+    own = {k: v for k, v in record["scores"].items() if k != "to_teacher"}
+    assert scores_of(values, 3) == pytest.approx(own, nan_ok=True)
     assert values["features"].shape[0] == 64 and values["spread"].shape == (32, 3)
     assert record["scores"]["adherence"] == pytest.approx(float(values["adherence"].mean()))
 
@@ -53,6 +40,47 @@ def test_files_name_the_version_of_the_world(measured):
     assert record["world"] == record["teacher"]["world"] == WORLD
     with safe_open(root / "scores.values.safetensors", framework="pt") as file:
         assert file.metadata() == {"world": str(WORLD)}
+
+
+@pytest.fixture
+def shipping(measured, tmp_path):
+    """The first network with the values of its 64 clips beside it, and the words of an evaluation that can use them."""
+    root, record, _ = measured
+    folder = tmp_path / "model"
+    shutil.copytree(root / "a", folder)
+    shutil.copy(root / "scores.values.safetensors", folder / "values.safetensors")
+    kept = {k: record[k] for k in ("plan", "seed", "clips", "attributes")}
+    write_json(
+        folder / "scores.json", {"world": WORLD, "records": [kept | {"noises": 2, "values": "values.safetensors"}]}
+    )
+    words = [f"model={folder}", "threads=1", "progress=false", f"out={tmp_path / 'again.json'}"]
+
+    def scores(*more: str) -> dict:
+        main(evaluate, "evaluate", [*words, *more])
+        return json.loads((tmp_path / "again.json").read_text())
+
+    return scores
+
+
+NOTE = "scores that ship with this model, measured when it was trained"
+
+
+def test_shipped_values_give_the_scores_of_as_many_clips_as_are_asked(measured, shipping):
+    _, record, values = measured
+    found = shipping("clips=64", "noises=2", "show=1", "seed=3")
+    own = {k: v for k, v in record["scores"].items() if k != "to_teacher"}
+    assert found["note"] == NOTE and found["scores"] == pytest.approx(own, nan_ok=True)
+    fewer = {k: v[:32] for k, v in values.items() if k != "spread"} | {"spread": values["spread"][:16]}
+    assert shipping("clips=32", "noises=2", "show=1", "seed=3")["scores"] == pytest.approx(
+        scores_of(fewer, 3), nan_ok=True
+    )
+    assert "diversity" not in shipping("clips=32", "show=1", "seed=3")["scores"]
+
+
+@pytest.mark.parametrize("word", ["clips=65", "seed=4", "steps=2", "show=0"])
+def test_clips_that_did_not_ship_are_measured(shipping, word):
+    words = {"clips": "clips=64", "seed": "seed=3", "show": "show=1"} | {word.split("=")[0]: word}
+    assert "note" not in shipping(*words.values())
 
 
 def test_intervals_hold_their_scores(measured):
