@@ -1,7 +1,7 @@
 """The evaluate command: scores that ship with a teacher, values of each clip, intervals and paired differences."""
 
 import json
-from pathlib import Path
+import shutil
 
 import pytest
 from helpers import small_wan
@@ -14,20 +14,7 @@ from fastlightgen.models.folder.weights import save_model
 from fastlightgen.world.score import scores_of
 from fastlightgen.world.shapes import WORLD
 
-SHIPPED = json.loads((Path(__file__).parents[2] / "configs/model/tiny/scores.json").read_text())["records"]
-
-
-@pytest.mark.parametrize("show", [1, 0])
-def test_shipped_scores_stand_where_clips_are_only_shown(tmp_path, show):
-    record = SHIPPED[0]
-    words = ["model=tiny", f"steps={len(record['plan']['times'])}", f"guidance={record['plan']['guidance']}", "clips=2"]
-    words += [f"show={show}", f"out={tmp_path / 'scores.json'}", "threads=1", "progress=false"]
-    main(evaluate, "evaluate", words)
-    found = json.loads((tmp_path / "scores.json").read_text())
-    note = "scores that ship with this model, measured when it was trained"
-    few = "2 clips are too few to rank models; wanted at least 64"
-    assert found["clips"] == (record["clips"] if show else 2) and found["note"] == (note if show else few)
-    assert (found["scores"] == record["scores"]) == bool(show)
+NOTE = "scores that ship with this model, measured when it was trained"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +30,8 @@ def measured(tmp_path_factory):
 
 def test_the_values_of_the_clips_give_the_scores(measured):
     _, record, values = measured
-    assert scores_of(values, 3) == pytest.approx(record["scores"], nan_ok=True)
+    own = {k: v for k, v in record["scores"].items() if k != "to_teacher"}  # which needs the teacher's features too
+    assert scores_of(values, 3) == pytest.approx(own, nan_ok=True)
     assert values["features"].shape[0] == 64 and values["spread"].shape == (32, 3)
     assert record["scores"]["adherence"] == pytest.approx(float(values["adherence"].mean()))
 
@@ -53,6 +41,37 @@ def test_files_name_the_version_of_the_world(measured):
     assert record["world"] == record["teacher"]["world"] == WORLD
     with safe_open(root / "scores.values.safetensors", framework="pt") as file:
         assert file.metadata() == {"world": str(WORLD)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "fits"),
+    [
+        (["clips=64", "noises=2"], True),
+        (["clips=32"], True),
+        (["clips=2", "show=0"], False),
+        (["clips=2", "noises=1", "steps=2"], False),
+        (["clips=4", "noises=4"], False),
+        (["clips=2", "seed=4"], False),
+    ],
+)
+def test_values_that_ship_with_a_model(measured, tmp_path, asked, fits):
+    """They stand for a measurement with the same plan, seed and noises, of as many clips or fewer."""
+    root, record, values = measured
+    shutil.copytree(root / "a", tmp_path / "a")
+    shutil.copy(root / "scores.values.safetensors", tmp_path / "a" / "values.safetensors")
+    shipped = {"plan": record["plan"], "seed": 3, "clips": 64, "noises": 2, "attributes": {"kind": 0.25}}
+    shipped = {"world": WORLD, "records": [shipped | {"values": "values.safetensors"}]}
+    (tmp_path / "a" / "scores.json").write_text(json.dumps(shipped))
+    words = [f"model={tmp_path / 'a'}", f"out={tmp_path / 'found.json'}", "threads=1", "progress=false"]
+    given = {"show": "1", "seed": "3"} | dict(word.split("=") for word in asked)
+    main(evaluate, "evaluate", [*words, *(f"{k}={v}" for k, v in given.items())])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["attributes"] == {"kind": 0.25}) == fits
+    if fits:
+        count = int(given["clips"])
+        cut = {k: v[:count] for k, v in values.items() if k != "spread" or count == 64}
+        assert found["scores"] == pytest.approx(scores_of(cut, 3), nan_ok=True)
+        assert found["note"] == NOTE if count == 64 else "too few" in found["note"]
 
 
 def test_intervals_hold_their_scores(measured):
