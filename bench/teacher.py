@@ -20,6 +20,7 @@ from fastlightgen.atomic import write_json
 from fastlightgen.config import Evaluate
 from fastlightgen.engine.folder import commit
 from fastlightgen.evaluate import load_subject
+from fastlightgen.models.folder.weights import read_json
 from fastlightgen.world.score import caption_spreads, clip_values, scores_of
 from fastlightgen.world.shapes import WORLD
 from fastlightgen.world.subject import Subject, draw
@@ -52,7 +53,7 @@ def measured(cfg: Evaluate, subject: Subject, name: str) -> tuple[dict[str, torc
 
 
 def sweep(model: str, given: dict[str, str]) -> None:
-    rows: list[dict[str, Any]] = []
+    out, rows = Path("bench/results/teacher-guidance.json"), list[dict[str, Any]]()
     for steps in map(int, given.get("steps", "4,28").split(",")):
         for guidance in map(float, given.get("guidance", "1,1.25,1.5,2,3").split(",")):
             cfg = Evaluate(
@@ -70,7 +71,11 @@ def sweep(model: str, given: dict[str, str]) -> None:
             row = {k: round(scores[k], 4) for k in KEPT}
             rows.append({"steps": steps, "guidance": guidance, "clips": cfg.clips, "seconds": round(seconds, 3)} | row)
             print(rows[-1], flush=True)
-    write_json(Path("bench/results/teacher-guidance.json"), {"rows": rows, "measured with": versions()})
+    asked = {(row["steps"], row["guidance"]) for row in rows}
+    others = read_json(out).get("rows", []) if out.is_file() else []
+    rows += [row for row in others if (row["steps"], row["guidance"]) not in asked]
+    rows.sort(key=lambda row: (row["steps"], row["guidance"]))
+    write_json(out, {"rows": rows, "measured with": versions()})
 
 
 def ship(model: str, given: dict[str, str]) -> None:

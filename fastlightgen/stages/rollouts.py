@@ -84,9 +84,9 @@ class Rollouts:
     down the whole ladder. The critic takes the x0 estimates at its rungs. The student takes its input at its exit rung
     and computes only this step again, with gradient.
 
-    The walk is that of the current student in all these updates, because the student changes only after the last of
-    them. The student at g is also the one that a checkpoint between them contains. So a resumed run repeats the walk
-    from the seed with the same bits, and no checkpoint has to store it.
+    All these updates see clips of the current student, because it changes only in the last of them. A checkpoint
+    between them contains the same student. So a resumed run repeats the walk with the same bits, from the seed, and no
+    checkpoint has to store it.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ class BuiltIn:
 
     fps, scale = 6, 16
     official_negative = ""  # there is none
-    defaults = {"steps": 50, "guidance": 1.5, "shift": 3.0}  # the values of the tiny presets
+    defaults = {"steps": 50, "guidance": 2.0, "shift": 3.0}  # the values of the tiny presets
 
     def __init__(self, size: str = ""):
         if size:
