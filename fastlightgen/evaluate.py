@@ -190,8 +190,8 @@ def evaluate_run(cfg: Run) -> None:
     student_folder, stage2_folder = str(run / "stage3" / "model"), str(run / "stage2" / "model")
     base = for_evaluate(cfg, model=student_folder, teacher=cfg.model, out=str(run / "evaluate" / "student.json"))
     card = read_card(student_folder)
-    # The student's sampling plan, for the models that it is compared with.
-    few = replace(base, steps=len(card["ladder"]), guidance=card["guidance"], sampler=card["sampler"])
+    # The models that the student is compared with take its ladder and sampler, and the guidance that is their own.
+    few = replace(base, steps=len(card["ladder"]), guidance=-1.0, sampler=card["sampler"])
     n, kept = len(card["ladder"]), len(card["kept_blocks"])
     steps = "1 step" if n == 1 else f"{n} steps"
 
@@ -199,8 +199,7 @@ def evaluate_run(cfg: Run) -> None:
     student = load_subject(base, student_folder, "student", f"{made_by[3]}, {steps}, {kept} blocks")
     teacher = load_subject(base, cfg.model, "teacher", "Teacher")
     teacher.title = f"Teacher, {len(teacher.plan['times'])} steps, guidance {teacher.plan['guidance']:g}"
-    guided = replace(few, guidance=-1.0, sampler="ode")  # -1: the model's own guidance
-    shortened = load_subject(guided, cfg.model, "teacher-few", f"Teacher, only {steps}")
+    shortened = load_subject(few, cfg.model, "teacher-few", f"Teacher, only {steps}")
     ranking = read_importance(run / "stage1" / "importance.json", teacher.model.num_blocks)
     pruned = replace(
         shortened, name="pruned", title=f"Pruned to {kept} blocks, untrained, {steps}", keep=ranking["kept"]
@@ -209,6 +208,8 @@ def evaluate_run(cfg: Run) -> None:
         replace(few, path="pruned"), stage2_folder, "stage2-few", f"{made_by[2]}, {steps}, {kept} blocks"
     )
 
+    for subject in (shortened, pruned, stage2):
+        subject.plan |= {"times": student.plan["times"]}
     write(run / "evaluate" / "real.json", real_result(base))
     best = None  # the teacher's result
     for subject in (teacher, shortened, pruned, stage2, student):

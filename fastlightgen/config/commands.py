@@ -22,7 +22,7 @@ from fastlightgen.config.run import (
 class EvaluateKeys(Checked):
     """Keys of an evaluation, alone or at the end of stage=all."""
 
-    clips: int = field(512, "held-out clips", lo=1, numbers=False)
+    clips: int = field(128, "held-out clips; more of them rank closer models", lo=1, numbers=False)
     batch: int = field(64, "clips per network call", lo=1, numbers=False)
     steps: int = field(0, STEPS, lo=0, numbers=False)
     guidance: float = field(-1.0, GUIDANCE, numbers=False)

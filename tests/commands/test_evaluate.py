@@ -8,13 +8,12 @@ from helpers import small_wan
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from fastlightgen.atomic import write_json
 from fastlightgen.config import main
 from fastlightgen.evaluate import evaluate
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.world.score import scores_of
 from fastlightgen.world.shapes import WORLD
-
-NOTE = "scores that ship with this model, measured when it was trained"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,7 @@ def measured(tmp_path_factory):
 
 def test_the_values_of_the_clips_give_the_scores(measured):
     _, record, values = measured
-    own = {k: v for k, v in record["scores"].items() if k != "to_teacher"}  # which needs the teacher's features too
+    own = {k: v for k, v in record["scores"].items() if k != "to_teacher"}
     assert scores_of(values, 3) == pytest.approx(own, nan_ok=True)
     assert values["features"].shape[0] == 64 and values["spread"].shape == (32, 3)
     assert record["scores"]["adherence"] == pytest.approx(float(values["adherence"].mean()))
@@ -43,35 +42,45 @@ def test_files_name_the_version_of_the_world(measured):
         assert file.metadata() == {"world": str(WORLD)}
 
 
-@pytest.mark.parametrize(
-    ("asked", "fits"),
-    [
-        (["clips=64", "noises=2"], True),
-        (["clips=32"], True),
-        (["clips=2", "show=0"], False),
-        (["clips=2", "noises=1", "steps=2"], False),
-        (["clips=4", "noises=4"], False),
-        (["clips=2", "seed=4"], False),
-    ],
-)
-def test_values_that_ship_with_a_model(measured, tmp_path, asked, fits):
-    """They stand for a measurement with the same plan, seed and noises, of as many clips or fewer."""
-    root, record, values = measured
-    shutil.copytree(root / "a", tmp_path / "a")
-    shutil.copy(root / "scores.values.safetensors", tmp_path / "a" / "values.safetensors")
-    shipped = {"plan": record["plan"], "seed": 3, "clips": 64, "noises": 2, "attributes": {"kind": 0.25}}
-    shipped = {"world": WORLD, "records": [shipped | {"values": "values.safetensors"}]}
-    (tmp_path / "a" / "scores.json").write_text(json.dumps(shipped))
-    words = [f"model={tmp_path / 'a'}", f"out={tmp_path / 'found.json'}", "threads=1", "progress=false"]
-    given = {"show": "1", "seed": "3"} | dict(word.split("=") for word in asked)
-    main(evaluate, "evaluate", [*words, *(f"{k}={v}" for k, v in given.items())])
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert (found["attributes"] == {"kind": 0.25}) == fits
-    if fits:
-        count = int(given["clips"])
-        cut = {k: v[:count] for k, v in values.items() if k != "spread" or count == 64}
-        assert found["scores"] == pytest.approx(scores_of(cut, 3), nan_ok=True)
-        assert found["note"] == NOTE if count == 64 else "too few" in found["note"]
+@pytest.fixture
+def shipping(measured, tmp_path):
+    """The first network with the values of its 64 clips beside it, and the words of an evaluation that can use them."""
+    root, record, _ = measured
+    folder = tmp_path / "model"
+    shutil.copytree(root / "a", folder)
+    shutil.copy(root / "scores.values.safetensors", folder / "values.safetensors")
+    kept = {k: record[k] for k in ("plan", "seed", "clips", "attributes")}
+    write_json(
+        folder / "scores.json", {"world": WORLD, "records": [kept | {"noises": 2, "values": "values.safetensors"}]}
+    )
+    words = [f"model={folder}", "threads=1", "progress=false", f"out={tmp_path / 'again.json'}"]
+
+    def scores(*more: str) -> dict:
+        main(evaluate, "evaluate", [*words, *more])
+        return json.loads((tmp_path / "again.json").read_text())
+
+    return scores
+
+
+NOTE = "scores that ship with this model, measured when it was trained"
+
+
+def test_shipped_values_give_the_scores_of_as_many_clips_as_are_asked(measured, shipping):
+    _, record, values = measured
+    found = shipping("clips=64", "noises=2", "show=1", "seed=3")
+    own = {k: v for k, v in record["scores"].items() if k != "to_teacher"}
+    assert found["note"] == NOTE and found["scores"] == pytest.approx(own, nan_ok=True)
+    fewer = {k: v[:32] for k, v in values.items() if k != "spread"} | {"spread": values["spread"][:16]}
+    assert shipping("clips=32", "noises=2", "show=1", "seed=3")["scores"] == pytest.approx(
+        scores_of(fewer, 3), nan_ok=True
+    )
+    assert "diversity" not in shipping("clips=32", "show=1", "seed=3")["scores"]
+
+
+@pytest.mark.parametrize("word", ["clips=65", "seed=4", "steps=2", "show=0"])
+def test_clips_that_did_not_ship_are_measured(shipping, word):
+    words = {"clips": "clips=64", "seed": "seed=3", "show": "show=1"} | {word.split("=")[0]: word}
+    assert "note" not in shipping(*words.values())
 
 
 def test_intervals_hold_their_scores(measured):

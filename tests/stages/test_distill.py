@@ -365,7 +365,7 @@ def test_shared_clips_are_those_of_the_current_student(folders, words):
 
 @pytest.mark.parametrize(
     "words, lr",
-    [([], 5e-7), (["fake_mode=lora"], 5e-5), (["lr_fake=3e-6"], 3e-6), (["fake_mode=lora", "lr_fake=3e-6"], 3e-6)],
+    [([], 4e-7), (["fake_mode=lora"], 5e-5), (["lr_fake=3e-6"], 3e-6), (["fake_mode=lora", "lr_fake=3e-6"], 3e-6)],
     ids=str,
 )
 def test_the_critic_has_the_learning_rate_of_its_mode(folders, words, lr, capsys):
