@@ -12,7 +12,7 @@ import torch
 from fastlightgen.config import preset
 from fastlightgen.models.folder.weights import build, load_model, save_model
 
-MODEL, BLOCKS = os.environ.get("FLG_LOAD_MODEL", "tiny"), int(os.environ.get("FLG_LOAD_BLOCKS", "16"))
+MODEL, BLOCKS = os.environ.get("FLG_LOAD_MODEL", "tiny"), int(os.environ.get("FLG_LOAD_BLOCKS", "12"))
 
 
 def resident(name: str) -> int:
