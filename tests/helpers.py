@@ -48,7 +48,7 @@ def small_hunyuan(double: int = 2, single: int = 3, seed: int = 0, **changes) ->
 # Plain settings of the stages for tests, whatever the tiny preset is tuned to.
 PLAIN = {
     "1": "clips=64",
-    "2": "guided=1 estimator=full p=0.5 lr=5e-4 lr_schedule=constant warmup=20 shift=3",
+    "2": "guided=1 estimator=full p=0.5 lr=5e-4 lr_schedule=constant warmup=20",
     "3": "critic_start=0 rollouts=fresh sampler=stochastic lr=1e-4 lr_fake=4e-4 beta1=2.5 a1=0.5 b1=0.5 shift=3",
 }
 
@@ -65,7 +65,8 @@ def plain(words: Sequence[str]) -> dict[str, str]:
 
 def config(stage: int, *words: str):
     """The configuration of a stage for the small model; a later word replaces an earlier one with the same key."""
-    given = plain([f"stage={stage}", "run=unused", "batch=2", "progress=false", *words])
+    own = ["critic_start=0"] if stage == 3 else []
+    given = plain([f"stage={stage}", "run=unused", "batch=2", "shift=3", "progress=false", *own, *words])
     return load([f"{k}={v}" for k, v in given.items()])
 
 

@@ -10,4 +10,4 @@ train() {
 }
 train stage=1 clips=4 batch=2 timesteps=2
 train stage=2 batch=4 iters=4
-train stage=3 batch=4 iters=4
+train stage=3 batch=4 iters=4 critic_start=0

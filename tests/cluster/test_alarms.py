@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import run_train, write_inputs
+from helpers import plain, run_train, write_inputs
 from launch import finish, launch
 from PIL import Image, ImageSequence
 
@@ -59,7 +59,7 @@ from fastlightgen.metrics import drift
 from fastlightgen.stages.distill import Distill
 from fastlightgen.train import train
 SHOWN = Path(os.environ["FLG_TEST"], "shown")
-drift.Limits = partial(drift.Limits, first=3, recent=2)
+drift.Limits = partial(drift.Limits, first=3, recent=2, contrast_high=99.0)
 critic_loss, write, say = Distill.critic_loss, checkpoint.write, watch.say
 def growing(self, step):
     loss, record = critic_loss(self, step)
@@ -81,7 +81,15 @@ def test_the_checkpoint_under_way_is_completed_and_named(tmp_path):
     (tmp_path / "train.py").write_text(SLOW_DISK)
     words = ["stage=3", *write_inputs(tmp_path)[3], "engine=deepspeed", f"run={tmp_path}/run", "alarms=stop"]
     words += ["iters=12", "log_every=1", "save_every=1", "keep=1", "sample_every=0"]
-    _, err = finish(launch(2, str(tmp_path / "train.py"), *words, module=False, FLG_TEST=str(tmp_path)))
+    _, err = finish(
+        launch(
+            2,
+            str(tmp_path / "train.py"),
+            *(f"{k}={v}" for k, v in plain(words).items()),
+            module=False,
+            FLG_TEST=str(tmp_path),
+        )
+    )
     (line,) = (line for line in err.splitlines() if line.startswith("error: "))
     folder = tmp_path / "run/stage3"
     assert "alarms=stop: step 6: divergence" in line
