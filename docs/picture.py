@@ -10,11 +10,12 @@ from safetensors.numpy import load_file
 COLUMNS = {  # titles; {name} stands for the number of blocks of that model
     "real": "real",
     "teacher": "teacher\n50 steps, guided",
+    "teacher-few": "teacher\n4 steps, guided",
     "pruned": "{pruned} of {teacher} blocks\nuntrained, 4 steps",
     "stage2-few": "after Stage II\n4 steps",
     "student": "student\n4 steps, {student} blocks",
 }
-ROWS, SIDE, GAP, HEAD = 4, 112, 6, 40
+ROWS, SIDE, GAP, HEAD = 4, 100, 6, 40  # a side of 100 shows each pixel of a clip as 5 x 5
 
 
 def main(run: Path, out: Path) -> None:
@@ -32,7 +33,7 @@ def main(run: Path, out: Path) -> None:
             draw.multiline_text(middle, title, "black", ImageFont.load_default(12), anchor="mm", align="center")
             for row in range(ROWS):
                 small = Image.fromarray(clips[name][row, frame])
-                page.paste(small.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (left, HEAD + row * (SIDE + GAP)))
+                page.paste(small.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, HEAD + row * (SIDE + GAP)))
         pictures.append(page.quantize(128, dither=Image.Dither.NONE))
     pictures[0].save(out, save_all=True, append_images=pictures[1:], duration=180, loop=0, optimize=True)
 
