@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 
 import torch
+from measured_with import versions
 
 from fastlightgen.atomic import write_json
 from fastlightgen.config import load
 from fastlightgen.data.source import Batch
-from fastlightgen.engine.folder import commit
 from fastlightgen.engine.local import LocalEngine
 from fastlightgen.models.base import Cond
 from fastlightgen.models.families import network
@@ -226,8 +226,7 @@ def write(found: dict[str, dict]) -> None:
     found = {name: found[name] | {"planned": planned(every[name])} for name in every if name in found}
     for record in found.values():
         record["ratio"] = record["planned"]["peak"] / record["measured"]["peak"]
-    versions = {"torch": str(torch.__version__), "deepspeed": deepspeed.__version__, "date": time.strftime("%Y-%m-%d")}
-    write_json(OUT, {"measured with": versions | {"commit": commit()}, "cases": found})
+    write_json(OUT, {"measured with": versions(deepspeed=deepspeed.__version__), "cases": found})
 
 
 def main() -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from bench_plan import CPU, stage_of
+from measured_with import versions
 
 from fastlightgen.atomic import write_json
 from fastlightgen.config import load
-from fastlightgen.engine.folder import commit
 from fastlightgen.engine.local import LocalEngine
 from fastlightgen.models.folder.weights import read_json
 
@@ -85,8 +85,7 @@ def main() -> None:
                 torch.set_num_threads(threads)
                 found[name] = measure(shape, int(given.get("rounds", 8)))
                 print(name, json.dumps({k: round(v, 4) for k, v in found[name].items()}), flush=True)
-                versions = {"torch": str(torch.__version__), "date": time.strftime("%Y-%m-%d")}
-                write_json(OUT, {"measured with": versions | {"commit": commit()}, "cases": found})
+                write_json(OUT, {"measured with": versions(), "cases": found})
     print("| case | step s | checkpoint MB | stall s | of it the copy | stall of a step |\n|---|---|---|---|---|---|")
     for name, r in found.items():
         size = r["checkpoint_bytes"] / 1e6

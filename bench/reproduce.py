@@ -12,18 +12,19 @@ seed 99 and the clips of evaluate.seed=1, which no row uses.
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from measured_with import versions
 from safetensors.torch import load_file
 
 from fastlightgen.atomic import write_json
 from fastlightgen.blocks import read_importance
 from fastlightgen.config import Evaluate
-from fastlightgen.engine.folder import commit
-from fastlightgen.evaluate import Result, load_subject, measure, write
+from fastlightgen.evaluate import load_subject, measure, write
 from fastlightgen.metrics.intervals import Resampled
 from fastlightgen.metrics.scores import BETTER, SAME, SCORES, WORSE
 from fastlightgen.models.folder.weights import read_json
@@ -114,29 +115,34 @@ def measure_row(name: str, seed: int, clips: int, threads: int) -> None:
     row, out = ROWS[name], RUNS / "measured" / f"{name}-{seed}.json"
     if out.is_file() and read_json(out)["clips"] >= clips:
         return
-    base = Evaluate(model="tiny", out=str(out), clips=clips, noises=NOISES, seed=EVAL_SEED, threads=threads)
-    cfg = replace(base, model=str(folder(row.model, seed)), show=0, **row.plan)
+    cfg = Evaluate(
+        model=str(folder(row.model, seed)),
+        out=str(out),
+        clips=clips,
+        noises=NOISES,
+        seed=EVAL_SEED,
+        threads=threads,
+        show=int(name == "teacher-50"),  # with show=0 the values that ship with the teacher would be measured again
+        **row.plan,
+    )
     subject = load_subject(cfg, cfg.model, name, row.title)
     if row.keep:
         subject.keep = read_importance(folder("rank", seed), subject.model.num_blocks)["kept"]
     start = time.time()
-    if name == "teacher-50":  # its values ship with it
-        cfg, best = replace(base, show=1), None
-    else:
-        best = measure(replace(base, show=1), load_subject(base, "tiny", "teacher", "teacher"))
-    result: Result = measure(cfg, subject, best)
+    result = measure(cfg, subject)
     result.record |= {"plan": subject.plan, "core_minutes": (time.time() - start) * threads / 60}
     write(out, result)
 
 
-def scores_of_row(name: str, seeds: list[int], seed: int) -> dict[str, Resampled]:
-    """The scores of a row and their resamples. A preset has been measured once, beside the first seed."""
+def values_of(name: str, seed: int) -> dict[str, torch.Tensor]:
+    return load_file(RUNS / "measured" / f"{name}-{seed}.values.safetensors")
 
-    def values(name: str, seed: int) -> dict[str, torch.Tensor]:
-        return load_file(RUNS / "measured" / f"{name}-{seed}.values.safetensors")
 
-    own = seed if seed in seeds_of(name, seeds) else seeds[0]
-    return resampled(values(name, own), EVAL_SEED, values("teacher-50", seeds[0])["features"])
+@cache
+def scores_of_row(name: str, seed: int, first: int) -> dict[str, Resampled]:
+    """The scores of a row and their resamples. A preset has been measured once, beside the `first` seed."""
+    own = seed if seed in seeds_of(name, [first, seed]) else first
+    return resampled(values_of(name, own), EVAL_SEED, values_of("teacher-50", first)["features"])
 
 
 def gap(score: Resampled, key: str) -> torch.Tensor:
@@ -152,7 +158,7 @@ def compared(one: str, other: str, seeds: list[int]) -> dict[str, dict]:
     Their variance is that between training seeds, divided by their number, plus that between sets of clips, which all
     seeds share. A difference counts if it exceeds two standard deviations.
     """
-    pairs = [(scores_of_row(one, seeds, s), scores_of_row(other, seeds, s)) for s in seeds]
+    pairs = [(scores_of_row(one, s, seeds[0]), scores_of_row(other, s, seeds[0])) for s in seeds]
     out = {}
     for key in SHOWN:
         if not all(key in a and key in b for a, b in pairs):
@@ -171,8 +177,9 @@ def table(names: list[str], seeds: list[int]) -> None:
     lines = ["| | " + " | ".join(SHOWN) + " |", "|---|" + "---|" * len(SHOWN)]
     for name in names:
         own = seeds_of(name, seeds)
-        records = [r for s in own if (r := read_json(RUNS / "measured" / f"{name}-{s}.json"))]
-        scores = {k: [r["scores"][k] for r in records] for k in SHOWN if k in records[0]["scores"]}
+        records = [read_json(RUNS / "measured" / f"{name}-{s}.json") for s in own]
+        found = [scores_of_row(name, s, seeds[0]) for s in own]
+        scores = {k: [f[k].value for f in found] for k in SHOWN if k in found[0]}
         rows[name] = {"title": ROWS[name].title, "seeds": own, "clips": records[0]["clips"], "scores": scores}
         rows[name] |= {"sampler": records[0]["sampler"], "core_minutes": [r["core_minutes"] for r in records]}
         cells = [f"{sum(scores[k]) / len(own):.4g}" if k in scores else "" for k in SHOWN]
@@ -180,8 +187,7 @@ def table(names: list[str], seeds: list[int]) -> None:
     pairs = [(a, b) for a, b in PAIRS if a in names and b in names]
     differences = {f"{a} against {b}": compared(a, b, seeds) for a, b in pairs}
     costs = {p.parent.name: read_json(p) for p in sorted(RUNS.glob("*/cost.json"))}
-    versions = {"torch": str(torch.__version__), "date": time.strftime("%Y-%m-%d"), "commit": commit()}
-    write_json(OUT, {"rows": rows, "differences": differences, "trainings": costs, "measured with": versions})
+    write_json(OUT, {"rows": rows, "differences": differences, "trainings": costs, "measured with": versions()})
     print("\n".join(lines))
     for pair, scores in differences.items():
         texts = [f"{k} {d['difference']:+.3g} +- {d['two_deviations']:.2g}" for k, d in scores.items()]

@@ -8,30 +8,35 @@ python bench/teacher.py part=ship model=DIR [clips=2048]
 A part that is interrupted, or asked for more clips, goes on where it stopped.
 """
 
+import hashlib
+import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from measured_with import versions
 from safetensors.torch import load_file, save_file
 
 from fastlightgen.atomic import write_json
 from fastlightgen.config import Evaluate
-from fastlightgen.engine.folder import commit
 from fastlightgen.evaluate import load_subject
-from fastlightgen.models.folder.weights import read_json
+from fastlightgen.models.folder.weights import digest, read_json
 from fastlightgen.world.score import caption_spreads, clip_values, scores_of
 from fastlightgen.world.shapes import WORLD
 from fastlightgen.world.subject import Subject, draw
 
-PARTS, RUNS, CHUNK = "sweep or ship", Path("runs/teacher"), 128  # clips that one file of values holds
+RUNS, CHUNK = Path("runs/teacher"), 128  # clips that one file of values holds
 SWEEP_SEED, SHIP_SEED, NOISES = 1, 0, 8  # the guidance is chosen on clips that no published score uses
 KEPT = ("adherence", "frechet", "kid", "recall", "texture", "persistence", "first_frame_psnr", "tracking_error")
 
 
-def measured(cfg: Evaluate, subject: Subject, name: str) -> tuple[dict[str, torch.Tensor], dict[str, float], float]:
+def measured(cfg: Evaluate, subject: Subject) -> tuple[dict[str, torch.Tensor], dict[str, float], float]:
     """Values of clips 0 .. cfg.clips - 1 and adherence by attribute, chunk by chunk; and the seconds of one clip."""
+    # Files of other weights or of another plan must not be taken for this teacher's.
+    weights = digest(subject.folder / "diffusion_pytorch_model.safetensors")
+    plan = hashlib.sha256(json.dumps(subject.plan).encode()).hexdigest()[:8]
+    name = f"{weights}-{plan}-seed{cfg.seed}-noises{cfg.noises}"
     parts, attributes, seconds = [], [], []
     for first in range(0, cfg.clips, CHUNK):
         path = RUNS / f"{name}-{first}.safetensors"
@@ -64,9 +69,7 @@ def sweep(model: str, given: dict[str, str]) -> None:
                 steps=steps,
                 guidance=guidance,
             )
-            values, _, seconds = measured(
-                cfg, load_subject(cfg, model, "teacher", "teacher"), f"s{steps}-g{guidance:g}"
-            )
+            values, _, seconds = measured(cfg, load_subject(cfg, model, "teacher", "teacher"))
             scores = scores_of(values, cfg.seed)
             row = {k: round(scores[k], 4) for k in KEPT}
             rows.append({"steps": steps, "guidance": guidance, "clips": cfg.clips, "seconds": round(seconds, 3)} | row)
@@ -81,7 +84,7 @@ def sweep(model: str, given: dict[str, str]) -> None:
 def ship(model: str, given: dict[str, str]) -> None:
     cfg = Evaluate(model=model, out="-", clips=int(given.get("clips", 2048)), seed=SHIP_SEED, noises=NOISES, show=0)
     subject = load_subject(cfg, model, "teacher", "teacher")
-    values, attributes, seconds = measured(cfg, subject, "ship")
+    values, attributes, seconds = measured(cfg, subject)
     save_file({k: v.float() for k, v in values.items()}, subject.folder / "values.safetensors")
     record = {
         "plan": subject.plan,
@@ -96,10 +99,6 @@ def ship(model: str, given: dict[str, str]) -> None:
     write_json(subject.folder / "scores.json", {"world": WORLD, "records": [record], "measured with": versions()})
 
 
-def versions() -> dict[str, str]:
-    return {"torch": str(torch.__version__), "date": time.strftime("%Y-%m-%d"), "commit": str(commit())}
-
-
 def main() -> None:
     given = dict(word.split("=", 1) for word in sys.argv[1:])
     RUNS.mkdir(parents=True, exist_ok=True)
@@ -107,7 +106,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     parts = {"sweep": sweep, "ship": ship}
     if given.get("part") not in parts or "model" not in given:
-        sys.exit(f"part, model: wanted part={PARTS} and model=DIR")
+        sys.exit(f"part, model: wanted part={' or '.join(parts)} and model=DIR")
     parts[given["part"]](given["model"], given)
 
 
