@@ -121,7 +121,7 @@ def run_stage(cfg: Any, later: Sequence[StageConfig] = (), ratio: float | None =
         if folder.complete:
             say(f"stage {number}: {folder.result} exists, nothing to do (overwrite=true starts anew)")
             return
-        if source.description:
+        if source.name != "shapes":
             say(f"null prompt: {shortened(source.null_prompt)!r} (negative={cfg.negative})")
         engine = make_engine(cfg, device)
         choice = choice_of(cfg, engine, source, folder)
