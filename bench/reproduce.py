@@ -23,11 +23,13 @@ from safetensors.torch import load_file
 
 from fastlightgen.atomic import write_json
 from fastlightgen.blocks import read_importance
-from fastlightgen.config import Evaluate
+from fastlightgen.config import Evaluate, preset
 from fastlightgen.evaluate import load_subject, measure, write
+from fastlightgen.flow import ladder
 from fastlightgen.metrics.intervals import Resampled
 from fastlightgen.metrics.scores import BETTER, SAME, SCORES, WORSE
 from fastlightgen.models.folder.weights import read_json
+from fastlightgen.stages.distill import DistillKeys
 from fastlightgen.world.score import reference, resampled
 
 OUT, RUNS = Path("bench/results/world.json"), Path("runs/reproduce")
@@ -52,34 +54,80 @@ class Row:
     title: str
     model: str  # a training, or a preset
     plan: dict[str, Any] = field(default_factory=dict)
+    few: bool = False  # take the student's ladder and sampler
     keep: bool = False  # run only the blocks that Stage I keeps
     group: str = "main"
+
+
+PRESET = preset("tiny")
+STUDENT = PRESET["stage3"]
+FIRST, RATIO = STUDENT["critic_start"], STUDENT["ratio"]
+HALF = (STUDENT["iters"] - FIRST) // RATIO // 2  # updates of the student in the ablations, half of the preset's
+REGRESSION = 2 * PRESET["stage2"]["iters"]  # steps of Stage II that take about the time of Stages II and III
+
+
+def updates(count: int, ratio: int = RATIO) -> tuple[str, ...]:
+    """The length of a Stage III with `count` updates of the student.
+
+    A cycle of shared rollouts costs 11.5 K + 3 K ratio block forwards (docs/method.md), K blocks kept: 14.5 K, 17.5 K
+    and 26.5 K for ratios 1, 2 and 5.
+    """
+    return (f"iters={FIRST + count * ratio}",)
 
 
 TRAININGS: dict[str, Training] = {
     "rank": Training(1),
     "stage2": Training(2, "rank"),
     "student": Training(3, "stage2"),
+    # The guided regression alone, for the time of Stages II and III: Stage II with more steps.
+    "regression": Training(2, "rank", (f"iters={REGRESSION}", "p=0.9")),
+    # The paper's order: Stage II follows the plain teacher, and all guidance comes from Eq. 9.
+    "stage2-plain": Training(2, "rank", ("guided=1",)),
+    "student-plain": Training(3, "stage2-plain", ("beta1=2",)),
+    # Ablations: one key of Stage III changed, and half of its steps.
+    "short": Training(3, "stage2", updates(HALF)),
+    "beta2-0": Training(3, "stage2", (*updates(HALF), "beta2=0", "a2=0", "b2=0")),
+    "beta2-.5": Training(3, "stage2", (*updates(HALF), "beta2=0.5")),
+    "beta2-1": Training(3, "stage2", (*updates(HALF), "beta2=1")),
+    "ratio-1": Training(3, "stage2", (*updates(round(HALF * 17.5 / 14.5), 1), "ratio=1")),
+    "ratio-5": Training(3, "stage2", (*updates(round(HALF * 17.5 / 26.5), 5), "ratio=5")),
+    "fresh": Training(3, "stage2", (*updates(HALF), "rollouts=fresh")),
 }
-FOUR = {"steps": 4, "sampler": "stochastic"}
 ROWS: dict[str, Row] = {
     "teacher-50": Row("teacher, 50 steps", "tiny"),
     "teacher-28": Row("teacher, 28 steps", "tiny", {"steps": 28}),
-    "teacher-4": Row("teacher, 4 steps", "tiny", {"steps": 4}),
-    "teacher-4-renoised": Row("teacher, 4 steps, noised again", "tiny", FOUR),
+    "teacher-4": Row("teacher, 4 steps", "tiny", few=True),
     "pruned-28": Row("blocks dropped, nothing trained, 28 steps", "tiny", {"steps": 28}, keep=True),
+    "pruned-4": Row("blocks dropped, nothing trained, 4 steps", "tiny", few=True, keep=True),
     "stage2-28": Row("Stage II, pruned path, 28 steps", "stage2", {"steps": 28, "path": "pruned"}),
-    "stage2-4": Row("Stage II, pruned path, 4 steps", "stage2", FOUR | {"path": "pruned"}),
+    "stage2-4": Row("Stage II, pruned path, 4 steps", "stage2", {"path": "pruned"}, few=True),
+    "regression": Row("guided regression alone, 4 steps", "regression", {"path": "pruned"}, few=True),
+    "student-plain": Row("student, Stage II without guidance", "student-plain"),
     "student": Row("student", "student"),
+    "short": Row("student, half the steps of Stage III", "short", group="ablations"),
+    "beta2-0": Row("beta2 = 0", "beta2-0", group="ablations"),
+    "beta2-.5": Row("beta2 = .5", "beta2-.5", group="ablations"),
+    "beta2-1": Row("beta2 = 1", "beta2-1", group="ablations"),
+    "ratio-1": Row("1 critic update per student update, the same time", "ratio-1", group="ablations"),
+    "ratio-5": Row("5 critic updates per student update, the same time", "ratio-5", group="ablations"),
+    "fresh": Row("fresh rollouts, the same updates", "fresh", group="ablations"),
 }
 PAIRS = (  # (row, the row that it is compared with)
     ("teacher-4", "teacher-50"),
-    ("pruned-28", "teacher-50"),
-    ("stage2-28", "teacher-50"),
-    ("stage2-4", "teacher-50"),
+    ("pruned-28", "teacher-28"),
+    ("stage2-28", "teacher-28"),
+    ("stage2-4", "teacher-28"),
     ("student", "teacher-50"),
     ("student", "teacher-4"),
     ("student", "stage2-4"),
+    ("student", "regression"),
+    ("student", "student-plain"),
+    ("beta2-0", "short"),
+    ("beta2-.5", "short"),
+    ("beta2-1", "short"),
+    ("ratio-1", "short"),
+    ("ratio-5", "short"),
+    ("fresh", "short"),
 )
 
 
@@ -104,7 +152,7 @@ def train(name: str, seed: int, threads: int) -> None:
     keys = [f"{before[what.stage]}={folder(what.after, seed)}"] if what.after else []
     keys += [f"{key}={folder(other, seed)}" for key, other in what.inputs.items()]
     words = [f"stage={what.stage}", f"run={run}", "model=tiny", "data=shapes", f"seed={seed}", f"threads={threads}"]
-    words += ["sample_every=0", *keys, *what.keys]
+    words += ["dtype=bfloat16", "sample_every=0", *keys, *what.keys]
     start = time.time()
     subprocess.run([sys.executable, "-m", "fastlightgen.train", *words], check=True)
     write_json(run / "cost.json", {"core_minutes": (time.time() - start) * threads / 60, "words": words})
@@ -126,6 +174,9 @@ def measure_row(name: str, seed: int, clips: int, threads: int) -> None:
         **row.plan,
     )
     subject = load_subject(cfg, cfg.model, name, row.title)
+    if row.few:
+        steps = DistillKeys().steps
+        subject.plan |= {"times": ladder(steps, STUDENT["shift"]), "kind": STUDENT["sampler"]}
     if row.keep:
         subject.keep = read_importance(folder("rank", seed), subject.model.num_blocks)["kept"]
     start = time.time()
