@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from numpy.typing import NDArray
 
-from fastlightgen.config import ConfigError, Encode, main, parse_buckets
+from fastlightgen.config import ConfigError, Encode, command, main, parse_buckets
 from fastlightgen.data.lists import Row, read_list
 from fastlightgen.data.video import Unusable, read_clip, source_hash
 
@@ -75,6 +75,7 @@ def encode(cfg: Encode) -> None:
     else:
         skipped = f", {counts['skipped']} skipped: {out / 'skipped.json'}" if counts["skipped"] else ""
         say(f"{out}: {counts['clips']} clips{skipped}")
+        say(f"next: {command('train', stage=1, model=cfg.pipeline, data=cfg.out)}")
 
 
 def sized(cfg: Encode, family: "Family") -> "Clips":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlightgen.atomic import write_json
 from fastlightgen.blocks import read_importance
-from fastlightgen.config import Evaluate, Run, for_evaluate, for_stage, main, method_for
+from fastlightgen.config import SHAPES_PROMPT, Evaluate, Run, command, for_evaluate, for_stage, main, method_for
 from fastlightgen.data.frames import to_uint8
 from fastlightgen.data.version import check_model, check_version
 from fastlightgen.engine.local import pick_device
@@ -242,6 +242,10 @@ def evaluate(cfg: Evaluate) -> None:
         record |= {"teacher": best.record, "speed": speeds}
     write(out, replace(result, record=record))
     say(f"{out}: " + ", ".join(f"{k} {v:.4g}" for k, v in record["scores"].items()))
+    if out.parent.name == "evaluate" and (run := out.parent.parent / "config.yaml").is_file():
+        say(f"next: {command('report', run=run.parent)}")
+    else:
+        say(f"next: {command('generate', model=cfg.model, prompt=SHAPES_PROMPT, out='clip.gif')}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fastlightgen.config import main
+from fastlightgen.config import PROMPT, command, main
 
 
 def export(cfg) -> None:
@@ -11,6 +11,7 @@ def export(cfg) -> None:
 
     from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
     from fastlightgen.parallel.log import say
+    from fastlightgen.pipelines.encoders import family_of_folder
     from fastlightgen.pipelines.export import check_out, parts_of, write_pipeline
     from fastlightgen.pipelines.stock import compare, need_diffusers
 
@@ -43,6 +44,9 @@ def export(cfg) -> None:
         f"{report['difference']:.2g} ({cfg.dtype}, random inputs)"
     )
     say(f"{out}: complete")
+    name, family = family_of_folder(pipeline)
+    picture = {"image": "first.png"} if family.pipelines[name] else {}
+    say(f"next: {command('generate', model=out, prompt=PROMPT, **picture, out='clip.mp4')}")
 
 
 if __name__ == "__main__":

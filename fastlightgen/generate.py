@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastlightgen.config import Generate, main
+from fastlightgen.config import Generate, command, main
 from fastlightgen.data.frames import check_suffix, write_clips
 from fastlightgen.data.version import check_model
 from fastlightgen.engine.local import pick_device
@@ -59,6 +59,16 @@ def generate(cfg: Generate) -> None:
                 write_clips(file, frames, world.fps)
     where = f"{out.with_stem(f'{out.stem}-000')} ... {len(wishes)} files" if cfg.prompts else str(out)
     say(f"{where}: {cfg.count} clip(s), {len(plan['times'])} steps, guidance {plan['guidance']:g}; {clock}")
+    say(f"next: {following(cfg, pipeline)}")
+
+
+def following(cfg: Generate, pipeline: Path | None) -> str:
+    """What to do after a clip: measure a model of the built-in world, export one for diffusers, use an exported one."""
+    if pipeline is None:
+        return command("evaluate", model=cfg.model, out="scores.json")
+    if cfg.pipeline:
+        return command("export", model=cfg.model, pipeline=cfg.pipeline, out="student")
+    return f"in Python, without this package: diffusers.DiffusionPipeline.from_pretrained({cfg.model!r})"
 
 
 def negative_of(cfg: Generate, world: Pipeline | BuiltIn) -> str:

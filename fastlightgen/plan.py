@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlightgen.atomic import write_json
-from fastlightgen.config import GPUS, Plan, another_stage, main, preset, presets
+from fastlightgen.config import GPUS, Plan, after_plan, another_stage, main, preset, presets
 from fastlightgen.config.plan import PLANNED
 from fastlightgen.models.cost import Network
 from fastlightgen.models.families import family_of
@@ -24,6 +24,8 @@ def plan(cfg: Plan) -> None:
     print("\n".join(lines))
     if cfg.out:
         write_json(Path(cfg.out), record)
+    if not cfg.table and record["plan"]["fits"]:
+        print(f"\nnext: {after_plan(cfg)}")
 
 
 def config_of(model: str) -> dict:

@@ -11,7 +11,7 @@ from string import Template
 from typing import Any
 
 from fastlightgen.atomic import write_text
-from fastlightgen.config import UserError, declared, main
+from fastlightgen.config import Report, UserError, after_report, declared, main
 from fastlightgen.config.fields import show
 from fastlightgen.config.files import flatten, read_yaml
 from fastlightgen.config.stages import DEFAULT, METHODS
@@ -291,5 +291,11 @@ def placeholder(run: Path, stage: int | str) -> str:
     return f'<p class="missing">Not there yet: <code>{escape(command(run, stage))}</code> makes it.</p>'
 
 
+def report(cfg: Report) -> None:
+    print(write_report(Path(cfg.run), Path(cfg.out) if cfg.out else None))
+    if following := after_report(Path(cfg.run)):
+        print(f"next: {following}")
+
+
 if __name__ == "__main__":
-    main(lambda cfg: print(write_report(Path(cfg.run), Path(cfg.out) if cfg.out else None)), "report")
+    main(report, "report")

@@ -11,7 +11,18 @@ from typing import Any, NoReturn
 import torch
 
 from fastlightgen.atomic import write_json
-from fastlightgen.config import Run, StageConfig, exit_code, for_stage, main, method_for, numbers, report
+from fastlightgen.config import (
+    Run,
+    StageConfig,
+    after_stage,
+    exit_code,
+    for_stage,
+    main,
+    method_for,
+    numbers,
+    report,
+    settings,
+)
 from fastlightgen.data.source import Source
 from fastlightgen.engine.choice import Choice
 from fastlightgen.engine.folder import StageFolder
@@ -36,6 +47,7 @@ from fastlightgen.planner.fit import check_fit
 from fastlightgen.report import write_report
 from fastlightgen.rng import generator, rand
 from fastlightgen.stages.build import Builder
+from fastlightgen.stages.earlier import announcement, missing
 from fastlightgen.stages.rank import Config as RankConfig
 from fastlightgen.stages.rank import rank
 from fastlightgen.world.builtin import BuiltIn
@@ -59,19 +71,21 @@ def train(cfg: Any) -> None:
 
 
 def run(cfg: Any) -> None:
-    """Run one stage, or all of them with the evaluation and the report."""
+    """Run one stage, after the earlier ones that it needs, or all of them with the evaluation and the report."""
+    say("\n".join(settings(cfg)))
     say(describe())
     say(attention.describe())
-    if cfg.stage != "all":
-        run_stage(cfg)
-        return
-    for number in (1, 2, 3):
+    stages = [for_stage(cfg, n) for n in (1, 2, 3)] if cfg.stage == "all" else [*missing(cfg), cfg]
+    if cfg.stage != "all" and len(stages) > 1:
+        source, device = open_source(cfg.data, cfg.seed, cfg.negative), pick_device(cfg.device)
+        say("\n".join(announcement(stages, source, device)))
+    for one in stages:
         # Check before Stage I, which is the first, that the later stages fit too.
-        later = [for_stage(cfg, n) for n in (2, 3) if number == 1]
-        run_stage(for_stage(cfg, number), later, cfg.stage1.ratio)
-    if ranks.rank() == 0:
+        run_stage(one, stages[1:] if one.stage == "1" else (), one.ratio if one.stage == "1" else None)
+    if cfg.stage == "all" and ranks.rank() == 0:
         evaluate_run(cfg)
         say(f"report: {write_report(Path(cfg.run))}")
+    say(f"next: {after_stage(cfg)}")
 
 
 def end(err: BaseException) -> NoReturn:

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastlightgen"
 ORDER = [  # from the top down; no two units share a level
+    "__main__",
     # commands: parse, build, call
     "train",
     "evaluate",

@@ -5,6 +5,18 @@ from fastlightgen.config.cli import exit_code, load, main, report
 from fastlightgen.config.commands import Encode, Evaluate, Generate, Report, for_evaluate, parse_buckets
 from fastlightgen.config.fields import Checked, ConfigError, UserError, field
 from fastlightgen.config.files import diff, find_preset_weights, fingerprint, numbers, preset, presets, recipe, to_yaml
+from fastlightgen.config.following import (
+    PROMPT,
+    SHAPES_PROMPT,
+    after_plan,
+    after_report,
+    after_stage,
+    command,
+    keys_for,
+    result_of,
+    settings,
+    words,
+)
 from fastlightgen.config.plan import GPUS, Plan, another_stage, plan_for, plan_root
 from fastlightgen.config.run import Run
 from fastlightgen.config.stages import StageConfig, declared, for_stage, method_for, register, root
@@ -13,6 +25,7 @@ from fastlightgen.config.training import GUIDANCES, TEACHER_GUIDANCE, TIMES, Bat
 __all__ = [
     "GPUS",
     "GUIDANCES",
+    "SHAPES_PROMPT",
     "TEACHER_GUIDANCE",
     "TIMES",
     "BatchKeys",
@@ -21,6 +34,7 @@ __all__ = [
     "Encode",
     "Evaluate",
     "Generate",
+    "PROMPT",
     "Plan",
     "Report",
     "Run",
@@ -28,7 +42,11 @@ __all__ = [
     "StudentKeys",
     "TrainingKeys",
     "UserError",
+    "after_plan",
+    "after_report",
+    "after_stage",
     "another_stage",
+    "command",
     "declared",
     "diff",
     "exit_code",
@@ -37,6 +55,7 @@ __all__ = [
     "fingerprint",
     "for_evaluate",
     "for_stage",
+    "keys_for",
     "load",
     "main",
     "method_for",
@@ -49,6 +68,9 @@ __all__ = [
     "recipe",
     "register",
     "report",
+    "result_of",
     "root",
+    "settings",
     "to_yaml",
+    "words",
 ]

@@ -6,46 +6,61 @@ configs/method/NAME.yaml, the model preset's section, config=FILE, the command l
 
 import dataclasses
 import difflib
-import os.path
+import json
+import os
+import re
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+import fastlightgen
 from fastlightgen.config.commands import COMMANDS
 from fastlightgen.config.fields import ConfigError
 from fastlightgen.config.files import flatten, presets, read_yaml, to_yaml
 from fastlightgen.config.help import help_text
-from fastlightgen.config.layers import assign, leaves, shipped_layers
+from fastlightgen.config.layers import COMMAND_LINE, CONFIG, assign, leaves, shipped_layers
 from fastlightgen.config.plan import PLANNED, plan_root
 from fastlightgen.config.stages import CHOOSES, DEFAULT, STAGES, root
 
 REQUEUE = 75  # exit code of a run that a scheduler stopped, to be started again (EX_TEMPFAIL)
+STOPPED_READING = 128 + signal.SIGPIPE  # exit code after `| head`, as a shell gives it
 MODELS = ("model", "teacher", "init", "stage2_model")  # keys that name a model: a preset or a folder
+TEXTS = ("prompt", "null_prompt", "negative")  # keys whose values may hold any words
 
 
 def load(argv: Sequence[str], command: str = "train") -> Any:
-    """The configuration that `key=value` words describe; a word that is wrong raises a ConfigError of one line."""
+    """The configuration that `key=value` words describe; a word that is wrong raises a ConfigError of one line.
+
+    `origins` of the result maps each key that is not at its default to what set it: a file, or COMMAND_LINE.
+    """
     if {"-h", "--help"} & set(argv):
-        print(help_text(command, argv))
+        print(help_text(command, argv), flush=True)
+        raise SystemExit(0)
+    if "--version" in argv:
+        print(f"fastlightgen {fastlightgen.__version__}", flush=True)
         raise SystemExit(0)
     given = parse(argv)
-    file = given.pop("config", None)
+    file = given.pop(CONFIG, None)
     if file == "":
         raise ConfigError("config= is empty; give the path of a YAML file")
     from_file = flatten(read_yaml(file)) if file is not None else {}
     cls = pick_root(command, from_file | given)
     node = OmegaConf.structured(cls)
-    for where, values in shipped_layers(cls, from_file | given):
-        assign(node, cls, values, f" (in {where})")
-    assign(node, cls, from_file, f" (in {file})")
-    assign(node, cls, given, "")
+    layers = [*shipped_layers(cls, from_file | given), (file or "", from_file), (COMMAND_LINE, given)]
+    for where, values in layers:
+        assign(node, cls, values, "" if where == COMMAND_LINE else f" (in {where})")
     cfg = build(node, cls)
     for key in leaves(cls):
         name, value = key.rpartition(".")[2], OmegaConf.select(node, key)
         if name in (*MODELS, "data") and value:
             check_place(key, value, "data" if name == "data" else "model")
+        if name == "pipeline" and value and not os.path.isdir(value) and (hint := download(value)):
+            raise ConfigError(f"{key}={value}: there is no such folder{hint}")
+    cfg.origins = {key: where for where, values in layers for key in values} | ({CONFIG: file} if file else {})
     return cfg
 
 
@@ -60,6 +75,11 @@ def parse(argv: Sequence[str]) -> dict[str, str]:
             )
         if not (key and equals):
             raise ConfigError(f"{word!r}: wanted key=value, for example seed=1 (--help lists the keys)")
+        if key not in TEXTS and (second := re.search(r"\s([a-z][\w.]*)=", value)):
+            raise ConfigError(
+                f"{key}={value!r}: holds {second[0]!r}: the shell passed several words as one, as zsh does with $T; "
+                f"write the words out, {key}=... {second[1]}=..."
+            )
         if key in given:
             raise ConfigError(f"{key} is given twice, as {key}={given[key]} and {key}={value}: keep one")
         given[key] = value
@@ -101,8 +121,16 @@ def check_place(key: str, value: str, kind: str) -> None:
     if value in presets(kind) or os.path.isdir(value):
         return
     near = difflib.get_close_matches(value, presets(kind), n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = download(value) or (f"; did you mean {near[0]}?" if near else "")
     raise ConfigError(f"{key}={value}: neither a folder nor a preset ({', '.join(presets(kind))}){hint}")
+
+
+def download(value: str) -> str:
+    """The hint for a value of the form owner/name, as models on the Hugging Face Hub have; else ""."""
+    owner, _, name = value.partition("/")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", value) or os.path.isdir(owner):
+        return ""
+    return f"; if it is a model of the Hugging Face Hub, download it first: hf download {value} --local-dir {name}"
 
 
 def main(fn: Callable[[Any], None], command: str = "train", argv: Sequence[str] | None = None) -> None:
@@ -118,6 +146,10 @@ def main(fn: Callable[[Any], None], command: str = "train", argv: Sequence[str] 
             print(to_yaml(cfg), end="")
         else:
             fn(cfg)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the program that reads the output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush succeeds
+        sys.exit(STOPPED_READING)
     except (ValueError, OSError) as err:  # ValueError is for users, `assert` for programmers
         if os.environ.get("FLG_DEBUG") == "1":
             raise
@@ -131,7 +163,11 @@ def report(err: BaseException) -> int:
     if isinstance(err, KeyboardInterrupt):
         print(str(err) or "interrupted", file=sys.stderr)
     else:
-        print(f"error: {' '.join(str(err).split())}", file=sys.stderr)
+        line = f"error: {' '.join(str(err).split())}"
+        print(line, file=sys.stderr)
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun repeats it at the end of its own report
+            with open(file, "w") as out:
+                json.dump({"message": line, "timestamp": int(time.time())}, out)
     return exit_code(err)
 
 

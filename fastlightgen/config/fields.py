@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -99,6 +100,8 @@ def show(value: Any) -> str:
 @dataclass(kw_only=True)
 class Checked:
     """A dataclass that checks its values whenever it is made: from a command line, a file or Python."""
+
+    origins: ClassVar[Mapping[str, str]] = {}  # key -> what set it, see `load`; a key that nothing set has its default
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -2,8 +2,10 @@
 
 import dataclasses
 import difflib
+import os.path
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,6 +16,7 @@ from fastlightgen.config.fields import REQUIRED, ConfigError, check_value, defau
 from fastlightgen.config.files import config_root, flatten, preset, presets, read_yaml, recipe
 from fastlightgen.config.stages import DEFAULT, METHODS, STAGES, keys_of, root
 
+COMMAND_LINE, CONFIG = "the command line", "config"  # in `origins`: the source of given words, the key of config=FILE
 TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", list[float]: "[number,number]"}
 
 
@@ -29,9 +32,11 @@ def shipped_layers(cls: type, given: Mapping[str, Any]) -> list[tuple[str, dict[
     `given` may hold the keys `model` and `preset`. The files hold the settings of the default method; another one takes
     those that it knows, and has a file of its own.
     """
-    known, out = leaves(cls), []
+    known, out = leaves(cls), list[tuple[str, dict[str, Any]]]()
     model, chosen = (str(given.get(k, default_of(known[k]) if k in known else "")) for k in ("model", "preset"))
     network, numbers = preset(model) if model in presets() else {}, recipe(chosen)
+    if "run" in known and "stage" in known and default_of(known["run"]) == REQUIRED:  # `report` must be given its run
+        out.append(("named after the model", {"run": default_run(model)}))
     for stage, prefix in sections(cls).items():
         method = default_of(known[f"{prefix}method"]) if f"{prefix}method" in known else DEFAULT
         own, file = f"configs/method/{method}.yaml", config_root() / "method" / f"{method}.yaml"
@@ -47,6 +52,14 @@ def shipped_layers(cls: type, given: Mapping[str, Any]) -> list[tuple[str, dict[
                 settings = {key: value for key, value in settings.items() if key in known}
             out.append((where, settings))
     return out
+
+
+def default_run(model: str) -> str:
+    """runs/NAME of a preset or a folder; a network inside a run or a pipeline has the name of that folder."""
+    folder = Path(os.path.abspath(model))
+    while re.fullmatch(r"model|transformer|stage\d", folder.name):
+        folder = folder.parent
+    return f"runs/{folder.name}"
 
 
 def leaves(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:

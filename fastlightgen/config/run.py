@@ -29,7 +29,7 @@ class Run(Checked):
     """Keys of every training stage."""
 
     stage: str = field(REQUIRED, "which stage to run", choices=("0", "1", "2", "3", "all"))
-    run: str = field(REQUIRED, "run folder: results, checkpoints, log", numbers=False)
+    run: str = field(REQUIRED, "run folder: results, checkpoints, log; default: runs/NAME of the model", numbers=False)
     model: str = field("tiny", "a preset, or a model folder (diffusers' or the original repository's format)")
     preset: str = field(
         "default",
@@ -49,6 +49,13 @@ class Run(Checked):
         "the null prompt, of Eq. 9 and of dropped texts; empty: the cache's null_prompt; official: the negative prompt "
         "that the model's authors publish, which a cache holds too",
         choices=("empty", "official"),
+    )
+    earlier: str = field(
+        "auto",
+        "what happens when the results of earlier stages are missing; run: run those first; refuse: name their "
+        "commands; auto: run for a model that ships with its weights and data=shapes, else refuse",
+        choices=("auto", "run", "refuse"),
+        numbers=False,
     )
     seed: int = field(0, "decides every random number of the run", lo=0, hi=MAX_SEED)
     device: str = field("auto", DEVICE, choices=DEVICES, numbers=False)

@@ -11,7 +11,7 @@ import yaml
 
 import fastlightgen
 from fastlightgen.atomic import write_text
-from fastlightgen.config import diff
+from fastlightgen.config import diff, result_of
 from fastlightgen.engine import checkpoint
 from fastlightgen.parallel import ranks
 
@@ -27,7 +27,7 @@ class StageFolder:
     def __init__(self, run: str, number: int, config: dict, numbers: Iterable[str], overwrite: bool = False):
         self.run, self.path = Path(run), Path(run) / f"stage{number}"
         self.checkpoints = self.path / "checkpoints"
-        self.result = self.path / ("importance.json" if number == 1 else "model")
+        self.result = result_of(run, number)
         error: str | None = None
         self.complete = False
         if ranks.rank() == 0:

@@ -161,7 +161,8 @@ def train(
         def stopped(done: int) -> Stopped:
             saves.wait()
             name = gathered_names(signals)[0]
-            return Stopped(f"{name}: saved step {done} of {stage.iters}; run the same command to continue", name)
+            same = "the same command" + " without overwrite=true" * cfg.overwrite
+            return Stopped(f"{name}: saved step {done} of {stage.iters}; run {same} to continue", name)
 
         # A signal may have ended the run between a checkpoint and the clips of the same step: make them now.
         if ranks.from_first(watch.shown) < start and not clips(start):
@@ -206,6 +207,7 @@ def train(
         choice.save(stage, folder.path / "model")
     else:
         stage.save(folder.path / "model", engine.save_model)
+    watch.remind()
 
 
 def gathered_names(signals: list[str]) -> list[str]:

@@ -76,6 +76,15 @@ class Watch:
             return self.kept or 0
         return self._newest(self.fine) if self.kept is None else self.kept
 
+    def remind(self) -> None:
+        """Repeat the first alarm at the end of the stage, where its own line may have scrolled away."""
+        if not self.metrics or not (alarms := read_metrics(self.file.path)):
+            return
+        first = alarms[0]
+        finding = drift.Finding(first["alarm"], first["value"], first["usual"])
+        count = "1 alarm" if len(alarms) == 1 else f"{len(alarms)} alarms, the first"
+        say(f"stage {self.stage.number}: {count} at step {first['step']}: {finding}; see {self.file.path}")
+
     def _in_log(self) -> list[drift.Finding]:
         """Return the alarms that the lines logged so far raise."""
         if not self.metrics or self.mode == "off":

@@ -30,7 +30,7 @@ from fastlightgen.stages.matching import dmd_loss
 from fastlightgen.stages.method import Method
 from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.rollouts import FAKE, STUDENT, Order, Rollouts
-from fastlightgen.stages.start import inputs, pruned_path, stage2_folder, student_folder, subject
+from fastlightgen.stages.start import inputs, needs, pruned_path, stage2_folder, student_folder, subject
 from fastlightgen.stages.teacher import flow_matching_loss
 
 ADAPTERS = 7  # the purpose of this file's own random draws; those of the updates stand in rollouts.py
@@ -287,5 +287,6 @@ METHOD = Method(
     walks=walks,
     subject=subject,
     inputs=inputs,
+    needs=needs,
     savings=({"fake_mode": "lora"},),
 )

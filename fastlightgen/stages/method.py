@@ -18,6 +18,11 @@ def nothing(cfg: Any) -> dict[str, Any]:
     return {}
 
 
+def no_stage(cfg: Any) -> str:
+    """Return no stage: this one reads no other stage's result."""
+    return ""
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to run a stage."""
@@ -31,4 +36,5 @@ class Method:
     walks: Callable[[Network, Sequence[int], Any], Iteration]  # the network calls of an iteration, for the planner
     subject: Callable[[Any, Guess | None], Subject]  # the network that the stage starts from
     inputs: Callable[[Any], Mapping[str, Any]] = nothing  # results of earlier stages that affect this one
+    needs: Callable[[Any], str] = no_stage  # the stage whose result in the run folder this one reads
     savings: Sequence[Mapping[str, Any]] = field(default=())  # values of its own keys that save memory

@@ -238,6 +238,10 @@ def still(cfg: PruneKeys) -> bool:
     return cfg.drop == "joint" and not cfg.trains_unpruned
 
 
+def needs(cfg: Config) -> str:
+    return "" if cfg.importance else "1"
+
+
 def ranking_of(cfg: Config) -> Path:
     return Path(cfg.importance or Path(cfg.run) / "stage1" / "importance.json")
 
@@ -304,4 +308,5 @@ METHOD = Method(
     walks=walks,
     subject=subject,
     inputs=inputs,
+    needs=needs,
 )

@@ -20,6 +20,11 @@ class Keys(Protocol):
     stage2_model: str
 
 
+def needs(cfg: Keys) -> str:
+    """Return the stage whose result in the run folder is read."""
+    return "" if cfg.stage2_model else "2"
+
+
 def stage2_folder(cfg: Keys) -> Path:
     """Return the model folder of Stage II; raise if it does not exist."""
     folder = Path(cfg.stage2_model or Path(cfg.run) / "stage2" / "model")

@@ -1,0 +1,53 @@
+"""fastlightgen COMMAND ..., python -m fastlightgen COMMAND ...: the same as python -m fastlightgen.COMMAND ..."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from fastlightgen import __version__
+from fastlightgen.config import UserError, report
+from fastlightgen.config import main as start
+from fastlightgen.config.commands import COMMANDS
+
+ABOUT = {  # in the order in which they are used
+    "train": "distil a model: run one stage, or all of them",
+    "plan": "count memory, operations, traffic and time of a run before it is started",
+    **{name: COMMANDS[name].__doc__ for name in ("encode", "export", "generate", "evaluate", "report")},
+    "ops": "show which compiled parts are installed and what computes the operators",
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<10} {about}" for name, about in ABOUT.items()]
+    return "\n".join(
+        [
+            "usage: fastlightgen COMMAND key=value ...     (also: python -m fastlightgen.COMMAND key=value ...)",
+            "",
+            *lines,
+            "",
+            "fastlightgen COMMAND --help lists the keys. To begin, without any download: fastlightgen train stage=3",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command that the first word names; without one, list the commands."""
+    name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+    elif name == "--version":
+        print(f"fastlightgen {__version__}")
+    elif name == "ops":
+        importlib.import_module("fastlightgen.ops.__main__").main()
+    elif name in ABOUT:
+        start(lambda cfg: getattr(importlib.import_module(f"fastlightgen.{name}"), name)(cfg), name, words)
+    else:
+        near = difflib.get_close_matches(name, ABOUT, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"wanted one of {', '.join(ABOUT)}"
+        hint = f"did you mean train {name}?" if "=" in name else hint
+        sys.exit(report(UserError(f"{name}: there is no such command; {hint}")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What a command says of itself: where its settings come from, and which command follows, ready to be pasted."""
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fastlightgen.config.cli import load
+from fastlightgen.config.fields import ConfigError, default_of, show
+from fastlightgen.config.files import find_preset_weights, presets, read_yaml
+from fastlightgen.config.layers import CONFIG, leaves
+from fastlightgen.config.plan import Plan
+from fastlightgen.config.run import Run
+from fastlightgen.config.stages import DEFAULT, STAGES, method_of
+
+SHAPES_PROMPT, PROMPT = "a red ball moves right fast then turns up", "A cat runs over wet sand."
+OF_ONE_START = {"stage", "overwrite", "earlier", "dry_run"}  # keys that the next command leaves out
+OF_ALL = ("device", "threads", "allow_pt")  # keys that train, evaluate and generate have
+
+
+def settings(cfg: Any) -> list[str]:
+    """The model, the data, the time shift and the run folder of a training run, and what set each."""
+    keys = ["model", "data", *(key for key in leaves(type(cfg)) if key.rpartition(".")[2] == "shift"), "run"]
+    rows = []
+    for key in keys:
+        value: Any = cfg
+        for name in key.split("."):
+            value = getattr(value, name)
+        rows.append((key, show(value), cfg.origins.get(key, "default")))
+    first, second = (max(len(row[n]) for row in rows) for n in (0, 1))
+    lines = [f"  {key:<{first}}  {value:<{second}}  ({origin})" for key, value, origin in rows]
+    return [f"stage={cfg.stage}: {STAGES[cfg.stage]}", *lines]
+
+
+def command(name: str, **keys: Any) -> str:
+    """`python -m fastlightgen.NAME key=value ...`, quoted for bash and zsh; train: with as many processes as now."""
+    torchrun = name == "train" and "TORCHELASTIC_RUN_ID" in os.environ
+    start = launcher(*(int(os.environ[k]) for k in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))) if torchrun else ["python"]
+    return shlex.join([*start, "-m", f"fastlightgen.{name}", *words(keys)])
+
+
+def launcher(per_host: int, processes: int) -> list[str]:
+    """The words that start one of `processes` equal processes on this host, and `per_host` of them on every host."""
+    hosts = [f"--nnodes={-(-processes // per_host)}"] if processes > per_host else []
+    return ["torchrun", *hosts, f"--nproc-per-node={min(per_host, processes)}"]
+
+
+def words(keys: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={show(value)}" for key, value in keys.items()]
+
+
+def keys_for(cfg: Any, stage: str, **others: Any) -> dict[str, Any]:
+    """The keys that start another stage of the run of `cfg` on the same machine; `others` replace some of them."""
+    given = [f for f in fields(Run) if f.name not in OF_ONE_START and getattr(cfg, f.name) != default_of(f)]
+    common = {f.name: getattr(cfg, f.name) for f in given}
+    if file := cfg.origins.get(CONFIG):  # a file for all stages stays; of one for this stage the common keys remain
+        short = {CONFIG: file, **{key: value for key, value in common.items() if cfg.origins.get(key) != file}}
+        try:
+            load(words({"stage": stage, **short, **others}))
+        except ConfigError:
+            pass
+        else:
+            common = short
+    return {"stage": stage, **common, **others}
+
+
+def result_of(run: str | Path, stage: int) -> Path:
+    """The file or folder that a stage leaves when it is complete."""
+    return Path(run) / f"stage{stage}" / ("importance.json" if stage == 1 else "model")
+
+
+def after_stage(cfg: Any) -> str:
+    """The command that follows a stage."""
+    run = Path(cfg.run)
+    if cfg.stage == "0":
+        return command("train", **keys_for(cfg, "1", model=result_of(run, 0)))
+    if cfg.stage in ("1", "2"):
+        return command("train", **keys_for(cfg, str(int(cfg.stage) + 1)))
+    student = result_of(run, 3)
+    if cfg.data != "shapes":
+        own = cfg.model if (Path(cfg.model) / "model_index.json").is_file() else "PIPELINE"
+        return command("export", model=student, pipeline=cfg.pipeline or own, out=run / "student")
+    rest = {f.name: value for f in fields(Run) if f.name in OF_ALL and (value := getattr(cfg, f.name)) != f.default}
+    if cfg.stage == "all":  # it was evaluated already
+        return command("generate", model=student, prompt=SHAPES_PROMPT, out=run / "clip.gif", **rest)
+    out = run / "evaluate" / "student.json"
+    return command("evaluate", model=student, teacher=cfg.model, out=out, **rest)
+
+
+def after_report(run: Path) -> str:
+    """The command that follows a report: that after the run's last complete stage; "" if none is complete."""
+    file = run / "config.yaml"
+    record = read_yaml(file) if file.is_file() else {}
+    done = [n for n in range(4) if f"stage{n}" in record and result_of(run, n).exists()]
+    if not done:
+        return ""
+    stage = "all" if done[-1] == 3 else str(done[-1])  # `all`: what follows an evaluation
+    keys = {f.name: default_of(f) for f in fields(Run)} | record[f"stage{done[-1]}"]
+    return after_stage(SimpleNamespace(**keys | {"stage": stage, "run": str(run), "origins": {}}))
+
+
+def after_plan(cfg: Plan) -> str:
+    """The training command that a plan is about. MODEL and CACHE stand for folders that the plan does not know."""
+    start = {"stage": cfg.stage, "model": cfg.model}
+    start |= {"method": method_of(cfg)} if method_of(cfg) != DEFAULT else {}
+    start |= {"preset": cfg.preset} if cfg.preset != default_of(leaves(Run)["preset"]) else {}
+    trained = load(words(start))
+    names = [f.name for f in fields(trained) if f.name not in {"run", *OF_ONE_START}]
+    keys = start | {n: getattr(cfg, n) for n in names if getattr(cfg, n) != getattr(trained, n)}
+    if find_preset_weights(cfg.model) is None:
+        keys |= {"model": "MODEL"} if cfg.model in presets() else {}
+        keys |= {"data": "CACHE"} if cfg.data == "shapes" else {}
+    program = launcher(cfg.gpus_per_node, cfg.gpus) if cfg.gpus > 1 else ["python"]
+    return shlex.join([*program, "-m", "fastlightgen.train", *words(keys)])

@@ -1,0 +1,102 @@
+"""Earlier stages: those whose results a stage needs and its run folder lacks, and the time that all will take."""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+from fastlightgen.config import command, find_preset_weights, keys_for, load, method_for, result_of, words
+from fastlightgen.data.source import Batch, Source
+from fastlightgen.models.cost import Network
+from fastlightgen.models.families import network
+from fastlightgen.models.folder.networks import trained_folder
+from fastlightgen.models.folder.weights import load_model
+from fastlightgen.parallel import ranks
+from fastlightgen.planner.budget import budget
+from fastlightgen.planner.fit import plan_of
+from fastlightgen.planner.step import undropped
+from fastlightgen.planner.walk import Route, walk
+
+STEPS = 3  # training steps whose median time gives the speed of this machine
+
+
+def missing(cfg: Any) -> list[Any]:
+    """The configurations of the stages to run before `cfg`, in order; raise if the key `earlier` refuses to run them.
+
+    They have the keys of `cfg` that all stages share, and their own defaults.
+    """
+    before = chain(cfg)
+    shipped = find_preset_weights(cfg.model) is not None and cfg.data == "shapes"
+    if before and not (cfg.earlier == "run" or (cfg.earlier == "auto" and shipped)):
+        commands = " && ".join(command("train", **keys_for(cfg, one.stage)) for one in before)
+        raise ValueError(
+            f"{result_of(cfg.run, int(before[-1].stage))}: does not exist, and stage={cfg.stage} needs it; "
+            f"first run: {commands} (earlier=run does it for you)"
+        )
+    return before
+
+
+def chain(cfg: Any) -> list[Any]:
+    stage = method_for(cfg).needs(cfg)
+    results = [result_of(cfg.run, int(number)) for number in (cfg.stage, stage) if number]
+    lacks = bool(stage) and not results[1].exists() and (cfg.overwrite or not results[0].exists())
+    if not ranks.from_first(lacks):
+        return []
+    before = load(words(keys_for(cfg, stage)))
+    return [*chain(before), before]
+
+
+def announcement(stages: Sequence[Any], source: Source, device: torch.device) -> list[str]:
+    """Say which stages run before the last one of `stages`, and how long all of them will take.
+
+    The time is an estimate: the operations that the planner counts, at the speed of a training step of the teacher that
+    is measured here and now. It leaves out the optimizer, checkpoints and clips.
+    """
+    *before, last = stages
+    ratio = load(words(keys_for(last, "1"))).ratio
+    speed = measured_speed(last, source, device)
+    seconds = [operations(one, source, ratio) / speed for one in stages]
+    names = " and ".join(f"stage {one.stage}" for one in before)
+    times = ", ".join(f"{span(s)} for stage {one.stage}" for one, s in zip(stages, seconds, strict=True))
+    return [
+        f"stage {last.stage} needs {names}: missing in {last.run}, so run first (earlier=refuse: stop instead)",
+        f"  about {span(sum(seconds))} in all: {times}; estimated from the operations, at the {speed / 1e9:.3g} "
+        "GFLOP/s that a training step reached just now",
+    ]
+
+
+def span(seconds: float) -> str:
+    """A time in words, rounded: an estimate has no more digits."""
+    if seconds < 90:
+        return f"{max(5, 5 * round(seconds / 5))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def operations(cfg: Any, source: Source, ratio: float) -> float:
+    """Floating-point operations of one process in a stage, if Stage I drops `ratio` of the blocks."""
+    config, keep = method_for(cfg).subject(cfg, partial(undropped, ratio=ratio))
+    planned = budget(cost_of(config, source.largest()), plan_of(cfg, ranks.size(), ranks.size(), "cpu"), keep)
+    return planned.flops * planned.iters
+
+
+def measured_speed(cfg: Any, source: Source, device: torch.device) -> float:
+    """Operations per second of one process in a training step (forward and backward pass) of the teacher."""
+    clips = max(1, cfg.batch * cfg.sequence_parallel // ranks.size())
+    net, batch = load_model(trained_folder(cfg.model), device), source.batch(0, clips).to(device)
+    seconds = []
+    for _ in range(1 + STEPS):
+        start = time.perf_counter()
+        net(batch.x0, torch.full((clips,), 0.5, device=device), batch.cond).square().mean().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    counted = walk(cost_of(net.config, batch), [Route(grad=True)]).flops  # of one clip
+    return clips * counted / median(seconds[1:])  # the first step also warms up
+
+
+def cost_of(config: dict[str, Any], batch: Batch) -> Network:
+    frames, height, width = batch.x0.shape[2:]
+    return network(config, (frames, height, width), batch.cond.text.shape[1])
