@@ -1,6 +1,8 @@
 """Helpers shared by the tests: very small networks with configurations (steps take milliseconds), videos, counters."""
 
 import json
+import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -196,3 +198,17 @@ def counted(fn) -> int:
     with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
         fn()
     return counter.get_total_flops()
+
+
+def typed(line: str) -> tuple[str, list[str]]:
+    """(command, words) of a command line after `-m fastlightgen.`, as bash and zsh read it where they are installed."""
+    read = [
+        subprocess.run([shell, "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True).stdout
+        for shell in ("bash", "zsh")
+        if shutil.which(shell)
+    ]
+    assert len(set(read)) == 1
+    words = read[0].splitlines()
+    at = words.index("-m") + 1
+    assert words[at].startswith("fastlightgen.")
+    return words[at].removeprefix("fastlightgen."), words[at + 1 :]

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -166,8 +167,8 @@ def report(err: BaseException) -> int:
         line = f"error: {' '.join(str(err).split())}"
         print(line, file=sys.stderr)
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun repeats it at the end of its own report
-            with open(file, "w") as out:
-                json.dump({"message": line, "timestamp": int(time.time())}, out)
+            message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(file).write_text(json.dumps({"message": message}))
     return exit_code(err)
 
 

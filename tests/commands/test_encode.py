@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import numbered, run_train, write_video
+from helpers import numbered, run_train, typed, write_video
 from PIL import Image
 from safetensors import safe_open
 
@@ -150,6 +150,9 @@ def test_said_before_and_after(run, tmp_path, capsys):
     # 7 clips of 4 bytes x (36 x 2 x 4 x 6 latents and condition + 5 x 8 image tokens + 512 x 32 text) = 72608 bytes
     assert "7 of 9 listed clips, 5 frames at 8 per second; at most 0.000508 GB, " in out
     assert f"{tmp_path / 'out'}: 5 clips, 4 skipped: {tmp_path / 'out' / 'skipped.json'}" in out
+    name, words = typed(out.splitlines()[-1].removeprefix("next: "))
+    cfg = load(words, name)
+    assert (cfg.stage, cfg.data, Path(cfg.model, "model_index.json").is_file()) == ("1", str(tmp_path / "out"), True)
 
 
 def test_the_same_command_again_changes_nothing(run, finished):

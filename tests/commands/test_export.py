@@ -6,10 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers import typed
 from safetensors.torch import load_file, save_file
 from students import KEEP, SHIFT, STEPS, make_student, same_noise, stock
 
-from fastlightgen.config import main
+from fastlightgen.config import load, main
 from fastlightgen.export import export
 from fastlightgen.flow import ladder
 from fastlightgen.models.base import Cond
@@ -142,6 +143,8 @@ def test_teacher_keeps_its_scheduler_and_parts_can_be_links(pipeline, tmp_path, 
     run(f"model={tmp_path / 'teacher'}", f"pipeline={source}", f"out={tmp_path / 'out'}", "link=true")
     out = capsys.readouterr().out
     assert "the same weights bit for bit and predicts the same v within" in out and "(bfloat16, random inputs)" in out
+    name, words = typed(out.splitlines()[-1].removeprefix("next: "))
+    assert name == "generate" and load(words, name).model == str(tmp_path / "out") and not load(words, name).image
     for name in ("scheduler", "vae", "text_encoder", "tokenizer"):
         assert (tmp_path / "out" / name).is_symlink() and (tmp_path / "out" / name).resolve() == (
             source / name

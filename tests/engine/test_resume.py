@@ -199,6 +199,7 @@ ShapesSource.batch = batch"""
 
 
 def test_sigterm_does_the_same(inputs, finished, tmp_path, monkeypatch, capsys):
+    """Also with overwrite=true, which the command that continues leaves out."""
     kind = "teacher with ema"
     stage, words = RUNS[kind]
     command = [f"stage={stage}", f"run={tmp_path}", *inputs[stage], *words, "keep=1"]
@@ -212,8 +213,9 @@ def test_sigterm_does_the_same(inputs, finished, tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(ShapesSource, "batch", batch)
-        run_train(*command)
-    assert stop.value.code == 75 and capsys.readouterr().err.strip() == SAVED.format("SIGTERM")
+        run_train(*command, "overwrite=true")
+    wanted = SAVED.format("SIGTERM").replace("the same command", "the same command without overwrite=true")
+    assert stop.value.code == 75 and capsys.readouterr().err.strip() == wanted
     assert signal.getsignal(signal.SIGTERM) is old
     run_train(*command)
     assert_same(result(tmp_path, stage), finished(kind))

@@ -86,7 +86,10 @@ def test_stop_keeps_the_last_good_checkpoint_and_says_how_to_go_on(words, whole,
     assert steps(folder / "checkpoints") == [3, 6]
 
     run_train(*command[:-1], "alarms=warn")
-    assert f"alarm: step 7: {FROZEN}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"alarm: step 7: {FROZEN}" in out
+    reminder = f"stage 3: 2 alarms, the first at step 6: {FROZEN} (0, usual {usual:.3g}); see {folder}/alarms.jsonl"
+    assert reminder in out.splitlines()[-3:]  # the folder of the model and the next command follow
     assert steps(folder / "checkpoints") == [3, 7]  # keep=1, and the good one
     assert [(a["step"], a["alarm"], a["good"]) for a in read_metrics(folder / "alarms.jsonl")] == [
         (6, FROZEN, 3), (7, FROZEN, 3),
