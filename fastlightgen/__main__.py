@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(usage())
-    elif name == "--version":
+    elif name == "--version" or (name == "ops" and "--version" in words):
         print(f"fastlightgen {__version__}")
     elif name == "ops":
         importlib.import_module("fastlightgen.ops.__main__").main()

@@ -39,7 +39,7 @@ def recipe(name: str) -> dict[str, Any]:
 def find_preset_weights(name: str) -> Path | None:
     """The folder with trained weights that ships with a model preset, if there is one."""
     folder = config_root() / "model" / name
-    return folder if (folder / "config.json").is_file() else None
+    return folder if name in presets() and (folder / "config.json").is_file() else None  # `name` may be a path
 
 
 class _Loader(yaml.SafeLoader):

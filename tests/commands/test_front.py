@@ -72,6 +72,8 @@ def test_other_models_get_the_commands_to_type(tmp_path, monkeypatch):
     found = [load(typed(line)[1]) for line in lines]
     assert [{key: vars(one)[key] for key in wanted[0]} for one in found] == wanted
     assert not any(one.overwrite for one in found)
+    with pytest.raises(ValueError, match="needs it"):
+        earlier.missing(load(["stage=3", f"model={tmp_path}/my teacher"]))  # an absolute path
     assert earlier.missing(load(["stage=3", "model=my teacher", "stage2_model=elsewhere"])) == []
     assert [one.stage for one in earlier.missing(load(["stage=3", "model=my teacher", "earlier=run"]))] == ["1", "2"]
     with pytest.raises(ValueError, match="stage=2 needs it"):
@@ -143,7 +145,7 @@ def test_it_runs_a_command_and_refuses_an_unknown_one(capsys):
         assert stop.value.code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [["--version"], *([name, "--version"] for name in ABOUT if name != "ops")])
+@pytest.mark.parametrize("words", [["--version"], *([name, "--version"] for name in ABOUT)])
 def test_version(words, capsys):
     try:
         front(words)

@@ -26,9 +26,7 @@ def test_stage_3_needs_stage_2(tmp_path):
     words = ["stage=3", f"run={tmp_path}/r", f"model={folder}"]
     done = subprocess.run([sys.executable, "-m", "fastlightgen.train", *words], env=env, capture_output=True, text=True)
     assert done.returncode == 2
-    wanted = (
-        f"error: {tmp_path}/r/stage2/model: does not exist, and stage=3 needs it; first run: python -m "
-    )
+    wanted = f"error: {tmp_path}/r/stage2/model: does not exist, and stage=3 needs it; first run: python -m "
     assert done.stderr.startswith(wanted) and done.stderr.count("\n") == 1
 
 
