@@ -17,7 +17,7 @@ import fastlightgen
 from fastlightgen import train
 from fastlightgen.__main__ import ABOUT
 from fastlightgen.__main__ import main as front
-from fastlightgen.config import ConfigError, load, report, settings
+from fastlightgen.config import ConfigError, load, preset, report, settings
 from fastlightgen.config.layers import default_run
 from fastlightgen.models.folder.weights import load_model, save_model
 from fastlightgen.stages import earlier
@@ -41,7 +41,8 @@ def test_stage_3_alone_runs_the_missing_stages_first(tmp_path, monkeypatch, caps
         [one.stage, two.stage, three.stage] == ["1", "2", "3"] and later == [two, three] and ratio == one.ratio == 0.3
     )
     assert {(c.run, c.model, c.data, c.threads) for c in (one, two, three)} == {("runs/tiny", "tiny", "shapes", 1)}
-    assert (two.batch, two.iters) == (16, 150)  # the preset's own, not those of stage 3
+    own = preset("tiny")["stage2"]
+    assert (two.batch, two.iters) == (own["batch"], own["iters"]) and two.batch != three.batch
     out = capsys.readouterr().out
     assert "run    runs/tiny  (named after the model)" in out
     assert "stage 3 needs stage 1 and stage 2: missing in runs/tiny, so run first" in out
@@ -113,7 +114,7 @@ def test_settings_say_where_they_come_from(tmp_path):
         ["shift", "4.0", f"({file})"],
         ["run", "runs/tiny", "(named", "after", "the", "model)"],
     ]
-    assert "stage3.shift  1.5        (configs/model/tiny.yaml)" in "\n".join(settings(load(["stage=all"])))
+    assert "  stage3.shift  1.5        (configs/model/tiny.yaml)" in "\n".join(settings(load(["stage=all"])))
 
 
 def test_the_list_of_commands(capsys):
