@@ -75,7 +75,7 @@ def test_other_models_get_the_commands_to_type(tmp_path, monkeypatch):
     assert not any(one.overwrite for one in found)
     with pytest.raises(ValueError, match="needs it"):
         earlier.missing(load(["stage=3", f"model={tmp_path}/my teacher"]))  # an absolute path
-    assert earlier.missing(load(["stage=3", "model=my teacher", "stage2_model=elsewhere"])) == []
+    assert earlier.missing(load(["stage=3", "model=my teacher", "stage2_model=my teacher"])) == []
     assert [one.stage for one in earlier.missing(load(["stage=3", "model=my teacher", "earlier=run"]))] == ["1", "2"]
     with pytest.raises(ValueError, match="stage=2 needs it"):
         earlier.missing(load(["stage=2", "earlier=refuse"]))
