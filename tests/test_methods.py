@@ -150,11 +150,11 @@ def test_its_keys_are_its_own(words):
 
 
 def test_help_shows_it(capsys):
-    for given in (["--help"], ["--help", "stage=3"], ["--help", "stage=3", "method=toy"]):
+    for given in (["--help", "all"], ["--help", "stage=3"], ["--help", "stage=3", "method=toy"]):
         with pytest.raises(SystemExit):
             load(given)
         out = capsys.readouterr().out
-        assert f"method=toy                {TOY.about}" in out
+        assert f"method=toy           {TOY.about}" in out
         assert ("how strongly the student follows" in out) == ("method=toy" in given)
 
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from fastlightgen.config.commands import COMMANDS
 from fastlightgen.config.fields import ConfigError
 from fastlightgen.config.files import flatten, presets, read_yaml, to_yaml
-from fastlightgen.config.help import help_text
+from fastlightgen.config.help import ALL, front_page, help_text
 from fastlightgen.config.layers import assign, leaves, shipped_layers
 from fastlightgen.config.plan import PLANNED, plan_root
 from fastlightgen.config.stages import CHOOSES, DEFAULT, STAGES, root
@@ -28,18 +28,11 @@ MODELS = ("model", "teacher", "init", "stage2_model")  # keys that name a model:
 def load(argv: Sequence[str], command: str = "train") -> Any:
     """The configuration that `key=value` words describe; a word that is wrong raises a ConfigError of one line."""
     if {"-h", "--help"} & set(argv):
-        print(help_text(command, argv))
+        print(help_page(argv, command))
         raise SystemExit(0)
-    given = parse(argv)
-    file = given.pop("config", None)
-    if file == "":
-        raise ConfigError("config= is empty; give the path of a YAML file")
-    from_file = flatten(read_yaml(file)) if file is not None else {}
+    given, file, from_file = read_words(argv)
     cls = pick_root(command, from_file | given)
-    node = OmegaConf.structured(cls)
-    for where, values in shipped_layers(cls, from_file | given):
-        assign(node, cls, values, f" (in {where})")
-    assign(node, cls, from_file, f" (in {file})")
+    node = without_words(cls, from_file | given, file, from_file)
     assign(node, cls, given, "")
     cfg = build(node, cls)
     for key in leaves(cls):
@@ -47,6 +40,39 @@ def load(argv: Sequence[str], command: str = "train") -> Any:
         if name in (*MODELS, "data") and value:
             check_place(key, value, "data" if name == "data" else "model")
     return cfg
+
+
+def help_page(argv: Sequence[str], command: str) -> str:
+    """The text of --help; keys beside it choose the stage, the method, the model and the file of the defaults."""
+    given, file, from_file = read_words([word for word in argv if "=" in word])
+    chosen, everything = from_file | given, ALL in argv
+    if command == "train" and "stage" not in chosen:
+        roots = {name: root(name) for name in STAGES if everything}
+        return front_page({name: (cls, without_words(cls, chosen, None, {})) for name, cls in roots.items()})
+    cls = pick_root(command, chosen)
+    node = without_words(cls, chosen, file, from_file)
+    if "model" in leaves(cls) and chosen.get("model"):
+        check_place("model", chosen["model"], "model")
+    assign(node, cls, {key: given[key] for key in ("model", "preset") if key in given}, "")
+    return help_text(command, (cls, node), chosen, everything)
+
+
+def read_words(argv: Sequence[str]) -> tuple[dict[str, str], str | None, dict[str, Any]]:
+    """The keys of a command line, and the name and the keys of its config=FILE."""
+    given = parse(argv)
+    file = given.pop("config", None)
+    if file == "":
+        raise ConfigError("config= is empty; give the path of a YAML file")
+    return given, file, flatten(read_yaml(file)) if file is not None else {}
+
+
+def without_words(cls: type, chosen: dict[str, Any], file: str | None, from_file: dict[str, Any]) -> DictConfig:
+    """The values of all keys before the command line's; `chosen` names model, preset and method."""
+    node = OmegaConf.structured(cls)
+    for where, values in shipped_layers(cls, chosen):
+        assign(node, cls, values, f" (in {where})")
+    assign(node, cls, from_file, f" (in {file})")
+    return node
 
 
 def parse(argv: Sequence[str]) -> dict[str, str]:
@@ -75,6 +101,9 @@ def pick_root(command: str, given: dict[str, Any]) -> type:
         return plan_root(stage, str(given.get("method", DEFAULT))) if stage in PLANNED else plan_root()
     choices = "; ".join(f"stage={name}: {about}" for name, about in STAGES.items())
     if "stage" not in given:
+        known = dict.fromkeys(k for name in STAGES for k in leaves(root(name)))
+        if near := difflib.get_close_matches("stage", [key for key in given if key not in known], n=1):
+            raise ConfigError(f"{near[0]}={given[near[0]]}: unknown key; did you mean stage?")
         raise ConfigError(f"stage is required; {choices}")
     stage = str(given["stage"])
     if stage not in STAGES:

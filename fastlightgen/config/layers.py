@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
@@ -47,6 +47,18 @@ def shipped_layers(cls: type, given: Mapping[str, Any]) -> list[tuple[str, dict[
                 settings = {key: value for key, value in settings.items() if key in known}
             out.append((where, settings))
     return out
+
+
+def settings_from(cls: type, given: Mapping[str, Any]) -> str:
+    """The shipped files that set a root class's keys, the strongest first; says so if no preset fits the model."""
+    layers = shipped_layers(cls, given)
+    files = [where for where, values in reversed(layers) if values and where.startswith("configs/")]
+    if len(sections(cls)) > 1:
+        files = [re.sub(r"/stage\d", "/stageN", file) for file in files]
+    models = [where.removeprefix("configs/model/").removesuffix(".yaml") for where, _ in layers]
+    fits = any(name in presets() for name in models)
+    model = given.get("model", default_of(leaves(cls)["model"]))
+    return " over ".join(dict.fromkeys(files)) + ("" if fits else f"; no preset fits model={model}")
 
 
 def leaves(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:
@@ -110,8 +122,34 @@ def unknown_key(key: str, value: Any, cls: type) -> str:
         methods = [f"method={name}" for name in METHODS[own] if key in leaves(keys_of(own, name))]
         if methods:
             return f"{shown}: {key} is a key of {', '.join(methods)}, not of method={default_of(known['method'])}"
-    others = [f"stage={name}" for name in STAGES if key in leaves(root(name))] if here else []
-    if others:
-        return f"{shown}: {key} is a key of {', '.join(others)}, not of stage={stage}"
-    near = difflib.get_close_matches(key.lower(), known, n=1)
-    return f"{shown}: unknown key; " + (f"did you mean {near[0]}?" if near else "--help lists the keys")
+    section, _, name = key.rpartition(".")
+    if stage == "all" and name in known:
+        return f"{shown}: {name} is one key for all stages; give {name}=..."
+    if stage == "all" and section in ("stage1", "stage2", "stage3", "evaluate"):
+        if parts := [k for k in known if k.endswith(f".{name}")]:
+            return f"{shown}: {section} has no {name}; give {' or '.join(f'{k}=...' for k in parts)}"
+    if others := stages_with(key) if here else []:
+        remedy = f"; give {name}=..." if section == f"stage{stage}" else ""
+        return f"{shown}: {key} is a key of {', '.join(others)}, not of stage={stage}{remedy}"
+    return f"{shown}: unknown key; {suggestion(key, known, stage)}"
+
+
+def stages_with(key: str) -> list[str]:
+    return [f"stage={name}" for name in STAGES if key in leaves(root(name))]
+
+
+def suggestion(key: str, known: Iterable[str], stage: str) -> str:
+    """The remedy for a mistyped key: the known key nearest to it, or that of another stage, if one is near.
+
+    The names behind the dots are compared, because a section would make all of its keys look alike.
+    """
+    elsewhere = dict.fromkeys(k for n in STAGES for k in leaves(root(n)) if "." not in k) if stage else {}
+    last = {k: k.rpartition(".")[2] for k in [*known, *elsewhere]}
+    near = difflib.get_close_matches(key.lower().rpartition(".")[2], set(last.values()), n=1)
+    own = [k for k in known if last[k] in near] or difflib.get_close_matches(key, known if not near else [], n=1)
+    if own:  # of several sections the one that was meant, if that can be seen
+        likeness = {k: difflib.SequenceMatcher(None, key.lower(), k).ratio() for k in own}
+        return f"did you mean {' or '.join(k for k in own if likeness[k] == max(likeness.values()))}?"
+    if near:
+        return f"did you mean {near[0]}, a key of {', '.join(stages_with(near[0]))}?"
+    return "--help lists the keys"
