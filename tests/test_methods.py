@@ -37,7 +37,7 @@ class ToyKeys(TrainingKeys):
     """The configuration keys of the toy method."""
 
     steps: int = field(2, "sampling steps of the student", lo=1)
-    pull: float = field(0.5, "how strongly the student follows the whole network", above=0)
+    pull: float = field(0.5, "how strongly the student follows the whole network", above=0, everyday=True)
     stage2_model: str = field("", "model folder that Stage II left; empty: RUN/stage2/model")
 
 

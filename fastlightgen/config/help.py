@@ -31,14 +31,14 @@ def front_page(stages: Mapping[str, Page]) -> str:
     """`train --help`: the stages, and the keys that all of them share; all keys of `stages`, if any are given."""
     more = {"stage=3 --help": "the keys of a stage", "stage=3 model=DIR --help": "with the defaults for that model"}
     more |= {} if stages else {f"--help {ALL}": "all keys of all stages"}
-    lines = [usage("train", "stage=STAGE"), "", "Stages:"]
+    lines = [*usage("train", "stage=STAGE"), "", "Stages:"]
     lines += table([(f"stage={name}", about) for name, about in STAGES.items()])
     lines += listing("train", leaves(Run), OmegaConf.structured(Run), bool(stages))
     for name, (cls, node) in stages.items():
         others = ("stage1.", "stage2.", "stage3.")  # of stage=all: they stand under their own stages
         own = {key: f for key, f in leaves(cls).items() if key not in leaves(Run) and not key.startswith(others)}
         lines += listing("train", own, node, True, f"stage={name}") + methods(name)
-    lines += ["", "More pages, after python -m fastlightgen.train:", *table(list(more.items()))]
+    lines += ["", *wrapped("More pages, after python -m fastlightgen.train:"), *table(list(more.items()))]
     return "\n".join([*lines, "", *wrapped(ALSO)])
 
 
@@ -47,7 +47,7 @@ def help_text(command: str, page: Page, given: Mapping[str, Any], everything: bo
     cls, node = page
     known, about = leaves(cls), str(cls.__doc__)
     stage = str(default_of(known["stage"])) if "stage" in known and command in ("train", "plan") else ""
-    lines = [usage(command, f"stage={stage}" if stage else ""), "", *wrapped(f"{about[0].upper()}{about[1:]}.")]
+    lines = [*usage(command, f"stage={stage}" if stage else ""), "", *wrapped(f"{about[0].upper()}{about[1:]}.")]
     lines += wrapped(f"Defaults: {settings_from(cls, given)}.") if stage else []
     lines += listing(command, known, node, everything) + methods(stage)
     if hidden := sum(not is_everyday(command, key, f) for key, f in known.items() if key != "stage"):
@@ -56,8 +56,8 @@ def help_text(command: str, page: Page, given: Mapping[str, Any], everything: bo
     return "\n".join([*lines, "", *wrapped(ALSO)])
 
 
-def usage(command: str, stage: str) -> str:
-    return " ".join(f"usage: python -m fastlightgen.{command} {stage} KEY=VALUE ...".split())
+def usage(command: str, stage: str) -> list[str]:
+    return wrapped(f"usage: python -m fastlightgen.{command} {stage} KEY=VALUE ...".replace("  ", " "), "", "  ")
 
 
 def is_everyday(command: str, key: str, f: Field) -> bool:
@@ -90,7 +90,7 @@ def listing(
                 title = group(command, key, stage)
                 title = title if wanted else f"Expert {title[0].lower()}{title[1:]}"
                 titled.setdefault(title, []).append(row(key, f, plain(OmegaConf.select(node, key))))
-    return [line for title, rows in titled.items() for line in ["", f"{title}:", *table(rows)]]
+    return [line for title, rows in titled.items() for line in ["", *wrapped(f"{title}:"), *table(rows)]]
 
 
 def row(key: str, f: Field, value: Any) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import yaml
@@ -138,15 +138,18 @@ def stages_with(key: str) -> list[str]:
     return [f"stage={name}" for name in STAGES if key in leaves(root(name))]
 
 
-def suggestion(key: str, known: Iterable[str], stage: str) -> str:
+def suggestion(key: str, known: Collection[str], stage: str) -> str:
     """The remedy for a mistyped key: the known key nearest to it, or that of another stage, if one is near.
 
     The names behind the dots are compared, because a section would make all of its keys look alike.
     """
+    section, _, name = key.lower().rpartition(".")
+    if section in known:
+        return f"did you mean {section}?"
     elsewhere = dict.fromkeys(k for n in STAGES for k in leaves(root(n)) if "." not in k) if stage else {}
     last = {k: k.rpartition(".")[2] for k in [*known, *elsewhere]}
-    near = difflib.get_close_matches(key.lower().rpartition(".")[2], set(last.values()), n=1)
-    own = [k for k in known if last[k] in near] or difflib.get_close_matches(key, known if not near else [], n=1)
+    near = difflib.get_close_matches(name, set(last.values()), n=1)
+    own = [k for k in known if last[k] in near]
     if own:  # of several sections the one that was meant, if that can be seen
         likeness = {k: difflib.SequenceMatcher(None, key.lower(), k).ratio() for k in own}
         return f"did you mean {' or '.join(k for k in own if likeness[k] == max(likeness.values()))}?"

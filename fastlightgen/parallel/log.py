@@ -1,7 +1,6 @@
 """Output on screen: lines, progress bars, and sizes for people to read. Only rank 0 prints."""
 
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,16 +32,20 @@ class Lines(tqdm):
     """A bar that prints lines, ever more rarely: a run of hours fills no log."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        self.mininterval = max(EVERY, (time.time() - self.start_t) / 60)
+        self.mininterval = max(EVERY, (self._time() - self.start_t) / 60)
         super().display(msg, pos)
 
 
 class OwnLines:
     """A file for tqdm that gives every state of a bar a line of its own, and leaves out carriage returns."""
 
+    last = ""
+
     def write(self, text: str) -> None:
-        if line := text.strip():
+        line = text.strip()
+        if line and line != self.last:
             sys.stderr.write(f"{line}\n")
+            self.last = line
 
     def flush(self) -> None:
         sys.stderr.flush()
