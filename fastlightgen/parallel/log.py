@@ -32,7 +32,7 @@ class Lines(tqdm):
     """A bar that prints lines, ever more rarely: a run of hours fills no log."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        self.mininterval = max(EVERY, (self._time() - self.start_t) / 60)
+        self.mininterval = max(EVERY, self.format_dict["elapsed"] / 60)
         super().display(msg, pos)
 
 
