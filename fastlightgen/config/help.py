@@ -17,7 +17,7 @@ from fastlightgen.config.stages import CHOOSES, METHODS, STAGES, declared
 ALL = "all"  # the word after --help that asks for every key
 WIDEST, MARGIN = 100, 28  # columns: of a line, and of the keys beside their meanings
 # Keys of a stage that change its plan most: the everyday ones of `plan`, with those of the machine.
-PLAN = "method model preset dtype engine zero offload sequence_parallel micro_batch batch checkpointing fake_mode iters"
+PLAN = "model preset method dtype engine zero offload sequence_parallel micro_batch batch checkpointing iters fake_mode"
 UNBROKEN = "\xa0"  # a space at which no line ends
 ALSO = (
     "Values are text where no type is given. config=FILE.yaml reads keys from a file; the command line wins. "
@@ -49,7 +49,8 @@ def help_text(command: str, page: Page, given: Mapping[str, Any], everything: bo
     stage = str(default_of(known["stage"])) if "stage" in known and command in ("train", "plan") else ""
     lines = [*usage(command, f"stage={stage}" if stage else ""), "", *wrapped(f"{about[0].upper()}{about[1:]}.")]
     lines += wrapped(f"Defaults: {settings_from(cls, given)}.") if stage else []
-    lines += listing(command, known, node, everything) + methods(stage)
+    ordered = leaves(Machine) | known if command == "plan" else known  # the machine's keys first
+    lines += listing(command, ordered, node, everything) + methods(stage)
     if hidden := sum(not is_everyday(command, key, f) for key, f in known.items() if key != "stage"):
         words = " ".join([f"python -m fastlightgen.{command}", *[f"stage={stage}"] * bool(stage), "--help", ALL])
         lines += [] if everything else ["", *wrapped(f"{hidden} more keys: {words}")]

@@ -99,7 +99,7 @@ class DeepSpeedEngine:
             if role.carried is not None and self.dtype != torch.float32:
                 # The change per step, (1 - decay) x difference, is below bfloat16's resolution.
                 raise ValueError("target=ema: an average does not move in bfloat16; use dtype=float32 or target=frozen")
-        engines = {name: self._trained(role, name) for name, role in stage.roles.items()}
+        engines = {name: self._trained(role, title(name, stage.roles)) for name, role in stage.roles.items()}
         averages = {
             name: [m.detach().clone() for m in shards.masters(engines[name].optimizer)]
             for name, role in stage.roles.items()
