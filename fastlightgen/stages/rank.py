@@ -8,10 +8,10 @@ Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B]; errors [clips x timesteps].
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import itemgetter
 from typing import Any
 
@@ -133,6 +133,7 @@ def score_sets(
 
     All single skips and the full pass take N (N + 1) / 2 block evaluations instead of N^2. A walk holds two hidden
     tensors per candidate, so candidates are walked in groups of at most `memory` GB. The ranks divide the samples.
+    `tick` gets the number of new scores, block by block.
     """
     together = model.sequence.size if model.sequence else 1  # ranks that share a clip's tokens
     _, groups = ranks.shares(together)
@@ -145,14 +146,32 @@ def score_sets(
         for start in range(0, len(keeps), size):
             first = kind == "output_mse" and v_full is None  # the full pass joins the first group
             streams = [Stream(cond)] * first + [Stream(cond, keep) for keep in keeps[start : start + size]]
-            out = model.walk(x_t, t, streams)
+            with ticking(model, len(keeps[start : start + size]) * len(t) * groups, tick):
+                out = model.walk(x_t, t, streams)
             if first:
                 v_full = out.pop(0)
             column += [x0_error(v, x_t, t, x0) if v_full is None else output_mse(v, v_full) for v in out]
         if reports:
             table[:, offsets[index] : offsets[index + 1]] = torch.stack(column)
-        tick(len(t) * groups)
     return ranks.summed(table)
+
+
+@contextmanager
+def ticking(model: VideoDiT, scores: int, tick: Callable[[int], object]) -> Iterator[None]:
+    """During one walk, tick `scores` in all, a part after each block: a walk of a large model takes minutes."""
+    ends = [scores * (i + 1) // model.num_blocks for i in range(model.num_blocks)]
+    parts = (end - start for start, end in pairwise([0, *ends]))
+
+    def after(*_: Any) -> None:
+        tick(next(parts, 0))
+
+    hooks = [block.register_forward_hook(after) for block in model.blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tick(sum(parts))  # blocks that no stream ran
 
 
 def rank(cfg: Config, model: VideoDiT, batches: Callable[[int], Batch], costs: Sequence[float], bar: Bar) -> dict:
@@ -169,7 +188,7 @@ def rank(cfg: Config, model: VideoDiT, batches: Callable[[int], Batch], costs: S
     samples = list(evaluation_set(cfg, batches))
 
     def scores(keeps: Sequence[Sequence[int] | None], title: str) -> Tensor:
-        with bar(sum(len(s[1]) for s in samples), title) as progress:
+        with bar(len(keeps) * sum(len(s[1]) for s in samples), title) as progress:
             return score_sets(model, samples, keeps, cfg.score, cfg.memory, progress.update)
 
     # Single skips: the paper's ranking, and the start of the other searches.

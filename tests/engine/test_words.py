@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from helpers import run_train, write_inputs
+from helpers import run_train, small_wan, write_inputs
 
 from fastlightgen.engine.local import LocalEngine
 from fastlightgen.engine.roles import Role, Update, in_words, title
+from fastlightgen.stages.rank import score_sets
+from fastlightgen.stages.search import without
 
 
 class Two:
@@ -40,6 +42,19 @@ def test_the_critic_has_one_name():
     weight = roles["fake"].net.weight
     with pytest.raises(ValueError, match="^step 1, critic: loss is nan"):
         engine.apply(Update("fake", lambda: (weight.sum() * torch.nan, {})), 0)
+
+
+def test_stage_1_counts_scores_block_by_block():
+    """Two clips at one time, the 4 single skips and the full pass: 10 scores, in parts after each of 4 blocks."""
+    model, ticks = small_wan(), []
+    x_t, t, cond, _ = model.example_inputs(batch=2, size=(1, 4, 4))
+    keeps = [without(4, i) for i in range(4)] + [None]
+    whole = score_sets(model, [(x_t, t, x_t, cond)], keeps, "elbo", 4.0, ticks.append)
+    assert ticks == [2, 3, 2, 3, 0] and whole.shape == (5, 2)
+    ticks.clear()
+    tight = 1.1 * 2 * model.hidden_bytes(x_t) / 1e9  # GB: one candidate at a time
+    assert torch.equal(score_sets(model, [(x_t, t, x_t, cond)], keeps, "elbo", tight, ticks.append), whole)
+    assert sum(ticks) == 10 and ticks[:4] == [0, 1, 0, 1]  # a walk that skips block 0: three blocks, then the rest
 
 
 def test_a_run_without_a_terminal(tmp_path, capsys):
