@@ -93,7 +93,7 @@ def test_the_defaults_are_those_of_a_run(page, tmp_path, stage, words, source):
     words = [f"stage={stage}", *(word.format(file) for word in words)]
     text = page(*words, "--help", "all")
     cfg, shown = load([*words, "run=r"]), listed(text)
-    assert shown.pop("run") == "..." and len(shown) > 50
+    assert shown.pop("run") and len(shown) > 50
     assert shown == {key: show(getattr(cfg, key)) or '""' for key in shown}
     assert " ".join(f"Defaults: {source.format(stage)}".split()) in " ".join(text.split())
 
