@@ -30,7 +30,7 @@ def encode(cfg: Encode) -> None:
     """Encode this process's share of the clips; the process that finishes last also writes the cache's index."""
     from fastlightgen.data.cache import NEGATIVE, NULL
     from fastlightgen.data.writer import Writer, free_bytes
-    from fastlightgen.parallel.log import say
+    from fastlightgen.parallel.log import say, size
     from fastlightgen.pipelines.encoders import family_of_folder
 
     rank, ranks = place(cfg)
@@ -51,8 +51,8 @@ def encode(cfg: Encode) -> None:
     # Before the long part starts, show whether the cache fits on the disk.
     say(
         f"{usable} of {len(rows)} listed clips, {frames} frames at {fps:g} per second; at most "
-        f"{usable * clip_bytes(encoders, max(h * w for h, w in buckets), frames, cfg) / 1e9:.3g} GB, "
-        f"{free_bytes(out) / 1e9:.3g} GB are free"
+        f"{size(usable * clip_bytes(encoders, max(h * w for h, w in buckets), frames, cfg))}, "
+        f"{size(free_bytes(out))} are free"
     )
     writer = Writer(out, settings, rows, cfg.shard, rank)
 
@@ -126,8 +126,7 @@ def make_parts(cfg: Encode, writer, encoders, rows: Sequence[Row], numbers: Sequ
             progress.update()
     total = sum(len(writer.parts[number]) for number in unfinished)
     clips = decoded([rows[i] for number in unfinished for i in writer.parts[number]], cfg.workers, read)
-    with bar(total, "encoding", cfg.progress) as progress:
-        progress.unit = "clip"
+    with bar(total, "encoding", cfg.progress, unit="clip") as progress:
         for number in unfinished:
             made, skipped = [], []
             for i in writer.parts[number]:

@@ -37,7 +37,7 @@ class ToyKeys(TrainingKeys):
     """The configuration keys of the toy method."""
 
     steps: int = field(2, "sampling steps of the student", lo=1)
-    pull: float = field(0.5, "how strongly the student follows the whole network", above=0)
+    pull: float = field(0.5, "how strongly the student follows the whole network", above=0, everyday=True)
     stage2_model: str = field("", "model folder that Stage II left; empty: RUN/stage2/model")
 
 
@@ -150,11 +150,11 @@ def test_its_keys_are_its_own(words):
 
 
 def test_help_shows_it(capsys):
-    for given in (["--help"], ["--help", "stage=3"], ["--help", "stage=3", "method=toy"]):
+    for given in (["--help", "all"], ["--help", "stage=3"], ["--help", "stage=3", "method=toy"]):
         with pytest.raises(SystemExit):
             load(given)
         out = capsys.readouterr().out
-        assert f"method=toy                {TOY.about}" in out
+        assert f"method=toy           {TOY.about}" in out
         assert ("how strongly the student follows" in out) == ("method=toy" in given)
 
 

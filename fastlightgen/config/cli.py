@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import fastlightgen
 from fastlightgen.config.commands import COMMANDS
 from fastlightgen.config.fields import ConfigError
 from fastlightgen.config.files import flatten, presets, read_yaml, to_yaml
-from fastlightgen.config.help import help_text
+from fastlightgen.config.help import ALL, front_page, help_text
 from fastlightgen.config.layers import COMMAND_LINE, CONFIG, assign, leaves, shipped_layers
 from fastlightgen.config.plan import PLANNED, plan_root
 from fastlightgen.config.stages import CHOOSES, DEFAULT, STAGES, root
@@ -39,21 +39,16 @@ def load(argv: Sequence[str], command: str = "train") -> Any:
     `origins` of the result maps each key that is not at its default to what set it: a file, or COMMAND_LINE.
     """
     if {"-h", "--help"} & set(argv):
-        print(help_text(command, argv), flush=True)
+        print(help_page(argv, command), flush=True)
         raise SystemExit(0)
     if "--version" in argv:
         print(f"fastlightgen {fastlightgen.__version__}", flush=True)
         raise SystemExit(0)
-    given = parse(argv)
-    file = given.pop(CONFIG, None)
-    if file == "":
-        raise ConfigError("config= is empty; give the path of a YAML file")
-    from_file = flatten(read_yaml(file)) if file is not None else {}
+    given, file, from_file = read_words(argv)
     cls = pick_root(command, from_file | given)
-    node = OmegaConf.structured(cls)
-    layers = [*shipped_layers(cls, from_file | given), (file or "", from_file), (COMMAND_LINE, given)]
-    for where, values in layers:
-        assign(node, cls, values, "" if where == COMMAND_LINE else f" (in {where})")
+    layers = layers_of(cls, from_file | given, file, from_file)
+    node = assigned(cls, layers)
+    assign(node, cls, given, "")
     cfg = build(node, cls)
     for key in leaves(cls):
         name, value = key.rpartition(".")[2], OmegaConf.select(node, key)
@@ -61,8 +56,49 @@ def load(argv: Sequence[str], command: str = "train") -> Any:
             check_place(key, value, "data" if name == "data" else "model")
         if name == "pipeline" and value and not os.path.isdir(value) and (hint := download(value)):
             raise ConfigError(f"{key}={value}: there is no such folder{hint}")
-    cfg.origins = {key: where for where, values in layers for key in values} | ({CONFIG: file} if file else {})
+    cfg.origins = {key: where for where, values in [*layers, (COMMAND_LINE, given)] for key in values} | (
+        {CONFIG: file} if file else {}
+    )
     return cfg
+
+
+def help_page(argv: Sequence[str], command: str) -> str:
+    """The text of --help; keys beside it choose the stage, the method, the model and the file of the defaults."""
+    given, file, from_file = read_words([word for word in argv if "=" in word])
+    chosen, everything = from_file | given, ALL in argv
+    if command == "train" and "stage" not in chosen:
+        roots = {name: root(name) for name in STAGES if everything}
+        return front_page({name: (cls, assigned(cls, layers_of(cls, chosen, None, {}))) for name, cls in roots.items()})
+    cls = pick_root(command, chosen)
+    node = assigned(cls, layers_of(cls, chosen, file, from_file))
+    if "model" in leaves(cls) and chosen.get("model"):
+        check_place("model", chosen["model"], "model")
+    assign(node, cls, {key: given[key] for key in ("model", "preset") if key in given}, "")
+    return help_text(command, (cls, node), chosen, everything)
+
+
+def read_words(argv: Sequence[str]) -> tuple[dict[str, str], str | None, dict[str, Any]]:
+    """The keys of a command line, and the name and the keys of its config=FILE."""
+    given = parse(argv)
+    file = given.pop(CONFIG, None)
+    if file == "":
+        raise ConfigError("config= is empty; give the path of a YAML file")
+    return given, file, flatten(read_yaml(file)) if file is not None else {}
+
+
+def layers_of(
+    cls: type, chosen: dict[str, Any], file: str | None, from_file: dict[str, Any]
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """(file, its keys), the weakest first, without the command line; `chosen` names model, preset and method."""
+    return [*shipped_layers(cls, chosen), (file or "", from_file)]
+
+
+def assigned(cls: type, layers: Iterable[tuple[str, Mapping[str, Any]]]) -> DictConfig:
+    """The values of all keys that the layers set."""
+    node = OmegaConf.structured(cls)
+    for where, values in layers:
+        assign(node, cls, values, f" (in {where})")
+    return node
 
 
 def parse(argv: Sequence[str]) -> dict[str, str]:
@@ -96,6 +132,9 @@ def pick_root(command: str, given: dict[str, Any]) -> type:
         return plan_root(stage, str(given.get("method", DEFAULT))) if stage in PLANNED else plan_root()
     choices = "; ".join(f"stage={name}: {about}" for name, about in STAGES.items())
     if "stage" not in given:
+        known = dict.fromkeys(k for name in STAGES for k in leaves(root(name)))
+        if near := difflib.get_close_matches("stage", [key for key in given if key not in known], n=1):
+            raise ConfigError(f"{near[0]}={given[near[0]]}: unknown key; did you mean stage?")
         raise ConfigError(f"stage is required; {choices}")
     stage = str(given["stage"])
     if stage not in STAGES:

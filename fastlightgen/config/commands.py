@@ -22,14 +22,14 @@ from fastlightgen.config.run import (
 class EvaluateKeys(Checked):
     """Keys of an evaluation, alone or at the end of stage=all."""
 
-    clips: int = field(128, "held-out clips; more of them rank closer models", lo=1, numbers=False)
+    clips: int = field(128, "held-out clips; more of them rank closer models", lo=1, numbers=False, everyday=True)
     batch: int = field(64, "clips per network call", lo=1, numbers=False)
-    steps: int = field(0, STEPS, lo=0, numbers=False)
-    guidance: float = field(-1.0, GUIDANCE, numbers=False)
+    steps: int = field(0, STEPS, lo=0, numbers=False, everyday=True)
+    guidance: float = field(-1.0, GUIDANCE, numbers=False, everyday=True)
     sampler: str = field("auto", SAMPLER, choices=SAMPLERS, numbers=False)
     show: int = field(8, "clips kept for the report", lo=0, numbers=False)
     noises: int = field(1, "clips per caption, of `clips` more, to measure diversity; 1: do not", lo=1, numbers=False)
-    seed: int = field(0, "decides held-out clips, reference and noise", lo=0, hi=MAX_SEED, numbers=False)
+    seed: int = field(0, "decides held-out clips, reference and noise", lo=0, hi=MAX_SEED, numbers=False, everyday=True)
 
     def check(self) -> None:
         if self.clips < self.noises:
@@ -40,13 +40,13 @@ class EvaluateKeys(Checked):
 class Evaluate(EvaluateKeys):
     """measure a model: quality, speed, size"""
 
-    model: str = field(REQUIRED, "a preset or a model folder")
-    out: str = field(REQUIRED, "JSON file to write")
-    teacher: str = field("", "model folder to compare with; empty: none")
+    model: str = field(REQUIRED, "a preset or a model folder", everyday=True)
+    out: str = field(REQUIRED, "JSON file to write", everyday=True)
+    teacher: str = field("", "model folder to compare with; empty: none", everyday=True)
     path: str = field("full", "which blocks of a Stage II model run", choices=("full", "pruned"))
     allow_pt: bool = field(False, ALLOW_PT)
-    data: str = field("shapes", "a preset, or a folder with a latent cache")
-    device: str = field("auto", DEVICE, choices=DEVICES)
+    data: str = field("shapes", "a preset, or a folder with a latent cache", everyday=True)
+    device: str = field("auto", DEVICE, choices=DEVICES, everyday=True)
     threads: int = field(0, THREADS, lo=0)
     progress: bool = field(True, "show a progress bar")
     dry_run: bool = field(False, DRY_RUN)
@@ -56,25 +56,29 @@ class Evaluate(EvaluateKeys):
 class Generate(Checked):
     """sample clips from a prompt"""
 
-    model: str = field(REQUIRED, "a preset, a model folder or a pipeline folder")
+    model: str = field(REQUIRED, "a preset, a model folder or a pipeline folder", everyday=True)
     allow_pt: bool = field(False, ALLOW_PT)
-    prompt: str = field("", "what the clip shows")
+    prompt: str = field("", "what the clip shows", everyday=True)
     prompts: str = field(
-        "", "instead of prompt: a file with one per line, or .jsonl with prompt and image; out-000 ..."
+        "", "instead of prompt: a file with one per line, or .jsonl with prompt and image; out-000 ...", everyday=True
     )
-    out: str = field(REQUIRED, "file to write: .mp4, .gif or .png")
-    pipeline: str = field("", "pipeline folder with VAE and encoders for a model folder; empty: the built-in world")
-    image: str = field("", "picture to start from; empty: text only")
+    out: str = field(REQUIRED, "file to write: .mp4, .gif or .png", everyday=True)
+    pipeline: str = field(
+        "", "pipeline folder with VAE and encoders for a model folder; empty: the built-in world", everyday=True
+    )
+    image: str = field("", "picture to start from; empty: text only", everyday=True)
     negative: str = field(
-        "", "prompt to steer away from, where guidance is not 1; official: the one that the model's authors publish"
+        "",
+        "prompt to steer away from, where guidance is not 1; official: the one that the model's authors publish",
+        everyday=True,
     )
-    size: str = field("", "HEIGHTxWIDTHxFRAMES, for example 480x832x81; empty: the family's own")
-    count: int = field(1, "number of clips", lo=1)
-    steps: int = field(0, STEPS, lo=0)
-    guidance: float = field(-1.0, GUIDANCE)
+    size: str = field("", "HEIGHTxWIDTHxFRAMES, for example 480x832x81; empty: the family's own", everyday=True)
+    count: int = field(1, "number of clips", lo=1, everyday=True)
+    steps: int = field(0, STEPS, lo=0, everyday=True)
+    guidance: float = field(-1.0, GUIDANCE, everyday=True)
     sampler: str = field("auto", SAMPLER, choices=SAMPLERS)
-    seed: int = field(0, "decides the noise", lo=0, hi=MAX_SEED)
-    device: str = field("auto", DEVICE, choices=DEVICES)
+    seed: int = field(0, "decides the noise", lo=0, hi=MAX_SEED, everyday=True)
+    device: str = field("auto", DEVICE, choices=DEVICES, everyday=True)
     dtype: str = field("auto", "auto: bfloat16 for a real network on a GPU", choices=("auto", "float32", "bfloat16"))
     threads: int = field(0, THREADS, lo=0)
     progress: bool = field(True, "show a progress bar")
@@ -89,13 +93,17 @@ class Generate(Checked):
 class Export(Checked):
     """write a pipeline folder that stock diffusers loads"""
 
-    model: str = field(REQUIRED, "a model folder")
-    pipeline: str = field(REQUIRED, "pipeline folder of the teacher: VAE, encoders and tokenizers come from it")
-    out: str = field(REQUIRED, "folder to write")
-    dtype: str = field("bfloat16", "type of the written network", choices=("bfloat16", "float32"))
-    link: bool = field(False, "link the parts that stay as they are instead of copying them")
-    lora: str = field("", "LoRA file trained on the teacher, to renumber for the model; empty: none")
-    original: bool = field(False, "also write the network in the format of the family's original repository")
+    model: str = field(REQUIRED, "a model folder", everyday=True)
+    pipeline: str = field(
+        REQUIRED, "pipeline folder of the teacher: VAE, encoders and tokenizers come from it", everyday=True
+    )
+    out: str = field(REQUIRED, "folder to write", everyday=True)
+    dtype: str = field("bfloat16", "type of the written network", choices=("bfloat16", "float32"), everyday=True)
+    link: bool = field(False, "link the parts that stay as they are instead of copying them", everyday=True)
+    lora: str = field("", "LoRA file trained on the teacher, to renumber for the model; empty: none", everyday=True)
+    original: bool = field(
+        False, "also write the network in the format of the family's original repository", everyday=True
+    )
     threads: int = field(0, THREADS, lo=0)
     progress: bool = field(True, "show a progress bar")
     dry_run: bool = field(False, DRY_RUN)
@@ -105,14 +113,24 @@ class Export(Checked):
 class Encode(Checked):
     """turn videos and captions into a latent cache"""
 
-    videos: str = field(REQUIRED, "folder of videos with NAME.txt captions, or a .csv or .jsonl list of clips")
-    pipeline: str = field(REQUIRED, "folder of a diffusers pipeline, whose VAE, text and image encoders are used")
-    out: str = field(REQUIRED, "folder of the cache; an interrupted one is continued")
-    buckets: str = field("", "sizes that clips are cropped to, as [480x832,832x480]; empty: the pipeline's own")
-    frames: int = field(0, "frames per clip, for Wan and HunyuanVideo 4 k + 1; 0: the pipeline's own, 81 or 129", lo=0)
-    fps: float = field(0.0, "frames per second; 0: the pipeline's own, 16 for Wan, 24 for HunyuanVideo", lo=0)
+    videos: str = field(
+        REQUIRED, "folder of videos with NAME.txt captions, or a .csv or .jsonl list of clips", everyday=True
+    )
+    pipeline: str = field(
+        REQUIRED, "folder of a diffusers pipeline, whose VAE, text and image encoders are used", everyday=True
+    )
+    out: str = field(REQUIRED, "folder of the cache; an interrupted one is continued", everyday=True)
+    buckets: str = field(
+        "", "sizes that clips are cropped to, as [480x832,832x480]; empty: the pipeline's own", everyday=True
+    )
+    frames: int = field(
+        0, "frames per clip, for Wan and HunyuanVideo 4 k + 1; 0: the pipeline's own, 81 or 129", lo=0, everyday=True
+    )
+    fps: float = field(
+        0.0, "frames per second; 0: the pipeline's own, 16 for Wan, 24 for HunyuanVideo", lo=0, everyday=True
+    )
     min_dover: float = field(80.0, "lists with a column dover: skip the clips whose score is below this")
-    null_prompt: str = field("", "prompt of the null prediction, which guidance needs")
+    null_prompt: str = field("", "prompt of the null prediction, which guidance needs", everyday=True)
     dtype: str = field("bfloat16", "type that text encoders compute in", choices=("bfloat16", "float32"))
     save_dtype: str = field("float16", "type of saved latents", choices=("float16", "bfloat16", "float32"))
     tiling: bool = field(False, "VAE in overlapping tiles: less memory, slightly other latents")
@@ -120,7 +138,7 @@ class Encode(Checked):
     workers: int = field(2, "processes that decode videos; 0: none beside this one", lo=0)
     rank: int = field(-1, "number of this process, of `ranks` that share the work; -1: RANK of torchrun, or 0", lo=-1)
     ranks: int = field(0, "processes that share the work; 0: WORLD_SIZE of torchrun, or 1", lo=0)
-    device: str = field("auto", DEVICE, choices=DEVICES)
+    device: str = field("auto", DEVICE, choices=DEVICES, everyday=True)
     threads: int = field(0, THREADS, lo=0)
     progress: bool = field(True, "show a progress bar")
     dry_run: bool = field(False, DRY_RUN)
@@ -145,8 +163,8 @@ def parse_buckets(text: str) -> list[tuple[int, int]]:
 class Report(Checked):
     """write one self-contained HTML page about a run"""
 
-    run: str = field(REQUIRED, "run folder")
-    out: str = field("", "HTML file to write; empty: RUN/report.html")
+    run: str = field(REQUIRED, "run folder", everyday=True)
+    out: str = field("", "HTML file to write; empty: RUN/report.html", everyday=True)
     dry_run: bool = field(False, DRY_RUN)
 
 

@@ -33,9 +33,10 @@ def field(
     above: float | None = None,  # above < value
     below: float | None = None,  # value < below
     numbers: bool = True,  # False: changing it does not change what a run computes, see `fingerprint`
+    everyday: bool = False,  # True: --help shows it; False: --help all
 ) -> Any:
     """A dataclass field that documents and checks itself. A range holds for every number of a list."""
-    meta: dict[str, Any] = {"help": help, "choices": choices, "numbers": numbers}
+    meta: dict[str, Any] = {"help": help, "choices": choices, "numbers": numbers, "everyday": everyday}
     meta["range"] = {"lo": lo, "hi": hi, "above": above, "below": below}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=meta)

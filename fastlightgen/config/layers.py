@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import os.path
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,18 @@ def default_run(model: str) -> str:
     while re.fullmatch(r"model|transformer|stage\d", folder.name):
         folder = folder.parent
     return f"runs/{folder.name}"
+
+
+def settings_from(cls: type, given: Mapping[str, Any]) -> str:
+    """The shipped files that set a root class's keys, the strongest first; says so if no preset fits the model."""
+    layers = shipped_layers(cls, given)
+    files = [where for where, values in reversed(layers) if values and where.startswith("configs/")]
+    if len(sections(cls)) > 1:
+        files = [re.sub(r"/stage\d", "/stageN", file) for file in files]
+    models = [where.removeprefix("configs/model/").removesuffix(".yaml") for where, _ in layers]
+    fits = any(name in presets() for name in models)
+    model = given.get("model", default_of(leaves(cls)["model"]))
+    return " over ".join(dict.fromkeys(files)) + ("" if fits else f"; no preset fits model={model}")
 
 
 def leaves(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:
@@ -123,8 +135,37 @@ def unknown_key(key: str, value: Any, cls: type) -> str:
         methods = [f"method={name}" for name in METHODS[own] if key in leaves(keys_of(own, name))]
         if methods:
             return f"{shown}: {key} is a key of {', '.join(methods)}, not of method={default_of(known['method'])}"
-    others = [f"stage={name}" for name in STAGES if key in leaves(root(name))] if here else []
-    if others:
-        return f"{shown}: {key} is a key of {', '.join(others)}, not of stage={stage}"
-    near = difflib.get_close_matches(key.lower(), known, n=1)
-    return f"{shown}: unknown key; " + (f"did you mean {near[0]}?" if near else "--help lists the keys")
+    section, _, name = key.rpartition(".")
+    if stage == "all" and name in known:
+        return f"{shown}: {name} is one key for all stages; give {name}=..."
+    if stage == "all" and section in ("stage1", "stage2", "stage3", "evaluate"):
+        if parts := [k for k in known if k.endswith(f".{name}")]:
+            return f"{shown}: {section} has no {name}; give {' or '.join(f'{k}=...' for k in parts)}"
+    if others := stages_with(key) if here else []:
+        remedy = f"; give {name}=..." if section == f"stage{stage}" else ""
+        return f"{shown}: {key} is a key of {', '.join(others)}, not of stage={stage}{remedy}"
+    return f"{shown}: unknown key; {suggestion(key, known, stage)}"
+
+
+def stages_with(key: str) -> list[str]:
+    return [f"stage={name}" for name in STAGES if key in leaves(root(name))]
+
+
+def suggestion(key: str, known: Collection[str], stage: str) -> str:
+    """The remedy for a mistyped key: the known key nearest to it, or that of another stage, if one is near.
+
+    The names behind the dots are compared, because a section would make all of its keys look alike.
+    """
+    section, _, name = key.lower().rpartition(".")
+    if section in known:
+        return f"did you mean {section}?"
+    elsewhere = dict.fromkeys(k for n in STAGES for k in leaves(root(n)) if "." not in k) if stage else {}
+    last = {k: k.rpartition(".")[2] for k in [*known, *elsewhere]}
+    near = difflib.get_close_matches(name, set(last.values()), n=1)
+    own = [k for k in known if last[k] in near]
+    if own:  # of several sections the one that was meant, if that can be seen
+        likeness = {k: difflib.SequenceMatcher(None, key.lower(), k).ratio() for k in own}
+        return f"did you mean {' or '.join(k for k in own if likeness[k] == max(likeness.values()))}?"
+    if near:
+        return f"did you mean {near[0]}, a key of {', '.join(stages_with(near[0]))}?"
+    return "--help lists the keys"

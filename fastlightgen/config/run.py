@@ -29,15 +29,24 @@ class Run(Checked):
     """Keys of every training stage."""
 
     stage: str = field(REQUIRED, "which stage to run", choices=("0", "1", "2", "3", "all"))
-    run: str = field(REQUIRED, "run folder: results, checkpoints, log; default: runs/NAME of the model", numbers=False)
-    model: str = field("tiny", "a preset, or a model folder (diffusers' or the original repository's format)")
+    run: str = field(
+        REQUIRED,
+        "run folder: results, checkpoints, log; default: runs/NAME of the model",
+        numbers=False,
+        everyday=True,
+    )
+    model: str = field(
+        "tiny", "a preset, or a model folder (diffusers' or the original repository's format)", everyday=True
+    )
     preset: str = field(
         "default",
-        "settings of the stages, under those of the model; default: what this project recommends; paper: the paper's",
+        "settings of the stages; default: what this project recommends; paper: the paper's. Those of the model's own "
+        "preset win",
         choices=("default", "paper"),
         numbers=False,  # the settings themselves are compared
+        everyday=True,
     )
-    data: str = field("shapes", "a preset, or a folder with a latent cache")
+    data: str = field("shapes", "a preset, or a folder with a latent cache", everyday=True)
     data_check: str = field(
         "warn",
         "a cache that the teacher does not know, found before stages 1 to 3; warn, stop, or off: do not look",
@@ -57,15 +66,16 @@ class Run(Checked):
         choices=("auto", "run", "refuse"),
         numbers=False,
     )
-    seed: int = field(0, "decides every random number of the run", lo=0, hi=MAX_SEED)
-    device: str = field("auto", DEVICE, choices=DEVICES, numbers=False)
-    dtype: str = field("float32", "type the networks compute in", choices=("float32", "bfloat16"))
+    seed: int = field(0, "decides every random number of the run", lo=0, hi=MAX_SEED, everyday=True)
+    device: str = field("auto", DEVICE, choices=DEVICES, numbers=False, everyday=True)
+    dtype: str = field("float32", "type the networks compute in", choices=("float32", "bfloat16"), everyday=True)
     allow_pt: bool = field(False, ALLOW_PT, numbers=False)
     engine: str = field(
         "local",
         "what runs the steps; local: one process; deepspeed: one process per GPU, started by torchrun",
         choices=("local", "deepspeed"),
         numbers=False,
+        everyday=True,
     )
     zero: int = field(
         3, "engine=deepspeed shards: 1 optimizer states, 2 and gradients, 3 and weights", lo=1, hi=3, numbers=False
@@ -107,10 +117,17 @@ class Run(Checked):
     keep: int = field(2, "how many of the latest checkpoints stay on disk", lo=1, numbers=False)
     keep_every: int = field(0, "besides them the checkpoints of every so many steps; 0: none", lo=0, numbers=False)
     sample_every: int = field(
-        200, "steps between two sets of clips in samples/, and a last one at the end; 0: none", lo=0, numbers=False
+        200,
+        "steps between two sets of clips in samples/, and a last one at the end; 0: none",
+        lo=0,
+        numbers=False,
+        everyday=True,
     )
     pipeline: str = field(
-        "", "pipeline folder whose VAE shows the clips of a cache; empty: model, if it is one", numbers=False
+        "",
+        "pipeline folder whose VAE shows the clips of a cache; empty: model, if it is one",
+        numbers=False,
+        everyday=True,
     )
     alarms: str = field(
         "warn",
@@ -120,8 +137,8 @@ class Run(Checked):
     )
     tensorboard: bool = field(False, "log to RUN/stageN/tensorboard as well", numbers=False)
     wandb: str = field("", "log to this Weights & Biases project as well; empty: do not", numbers=False)
-    overwrite: bool = field(False, "start anew in a run folder that is in use", numbers=False)
-    threads: int = field(0, THREADS, lo=0, numbers=False)
+    overwrite: bool = field(False, "start anew in a run folder that is in use", numbers=False, everyday=True)
+    threads: int = field(0, THREADS, lo=0, numbers=False, everyday=True)
     progress: bool = field(True, "show a progress bar", numbers=False)
     dry_run: bool = field(False, DRY_RUN, numbers=False)
 

@@ -24,7 +24,7 @@ STAGES = {
 }
 CHOOSES = ("2", "3")  # stages with a key `method`
 DEFAULT = "fastlightgen"
-METHOD_HELP = "which method the stage follows; --help lists them"
+METHOD_HELP = "which method the stage follows"
 
 
 class Declared(Protocol):
@@ -73,7 +73,7 @@ def keys_of(stage: str, name: str = DEFAULT) -> type[Checked]:
 
 @cache  # one class for equal arguments: configurations compare equal only within a class
 def with_method(keys: type[Checked], name: str, names: tuple[str, ...]) -> type[Checked]:
-    chosen = ("method", str, field(name, METHOD_HELP, choices=names))
+    chosen = ("method", str, field(name, METHOD_HELP, choices=names, everyday=True))
     return make_dataclass(keys.__name__, [chosen], bases=(keys,), kw_only=True)
 
 

@@ -51,14 +51,15 @@ class Source(Protocol):
     """A source of batches that depend on the step alone, so that a resumed run draws the same ones.
 
     `batch(step, size)` draws training clips; `rows` selects a part of the batch. `held_out(start, size)` returns fixed
-    clips that training never uses. `largest()` returns one clip of the largest size. `description` records how the
-    clips were encoded; that of the built-in world names its version, "world". `null_prompt` is
-    the text of the null prompt.
+    clips that training never uses; after `num_held_out` of them they repeat. `largest()` returns one clip of the
+    largest size. `description` records how the clips were encoded; that of the built-in world names its version,
+    "world". `null_prompt` is the text of the null prompt.
     """
 
     name: str
     description: dict
     null_prompt: str
+    num_held_out: float  # math.inf: no end
 
     def batch(self, step: int, size: int, rows: range | None = None) -> Batch: ...
 
@@ -86,6 +87,7 @@ class CacheSource:
                 f"data={cache.folder}: {len(clips)} clips; at least 2 of equal size are needed, one of them held out"
             )
         self.groups[0], self.rest = clips[:cut], clips[cut:]
+        self.num_held_out: float = len(self.rest)
 
     def batch(self, step: int, size: int, rows: range | None = None) -> Batch:
         """Draw a batch: the epochs of a size, each in its own seeded order, form a sequence that is cut in batches."""

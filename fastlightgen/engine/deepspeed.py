@@ -18,12 +18,12 @@ from fastlightgen.engine import checkpoint, shards
 from fastlightgen.engine.hang import HERE, keeps_of, note_walks
 from fastlightgen.engine.local import require_finite, schedule
 from fastlightgen.engine.movement import Movement, realised
-from fastlightgen.engine.roles import Role, Stage, Update, Values, named
+from fastlightgen.engine.roles import Role, Stage, Update, Values, named, title
 from fastlightgen.engine.sharded_state import ShardedState
 from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.clock import clock
-from fastlightgen.parallel.log import say
+from fastlightgen.parallel.log import count, say
 from fastlightgen.rng import share
 
 BUCKET = 5e8  # elements per gradient reduction; DeepSpeed's default
@@ -99,7 +99,7 @@ class DeepSpeedEngine:
             if role.carried is not None and self.dtype != torch.float32:
                 # The change per step, (1 - decay) x difference, is below bfloat16's resolution.
                 raise ValueError("target=ema: an average does not move in bfloat16; use dtype=float32 or target=frozen")
-        engines = {name: self._trained(role, name) for name, role in stage.roles.items()}
+        engines = {name: self._trained(role, title(name, stage.roles)) for name, role in stage.roles.items()}
         averages = {
             name: [m.detach().clone() for m in shards.masters(engines[name].optimizer)]
             for name, role in stage.roles.items()
@@ -205,8 +205,8 @@ class DeepSpeedEngine:
         """Describe the trained parameters and how they are sharded, in one line."""
         parts = []
         for name, role in self.state.roles.items():
-            count = sum(shards.shape(p).numel() for p in role.net.parameters() if p.requires_grad)
-            parts.append(f"{name} {count / 1e6:.1f}M parameters")
+            trained = sum(shards.shape(p).numel() for p in role.net.parameters() if p.requires_grad)
+            parts.append(f"{title(name, self.state.roles)} {count(trained)} parameters")
         cfg = self.cfg
         return f"trains {', '.join(parts)} with DeepSpeed, {ranks.size()} ranks, zero={cfg.zero}, offload={cfg.offload}"
 
@@ -216,17 +216,17 @@ class DeepSpeedEngine:
         A loss or gradient norm that is not finite raises before the weights are saved. Returns the numbers to log.
         """
         state, name = self.state, update.role
-        role, engine = state.roles[name], state.engines[name]
+        role, engine, said = state.roles[name], state.engines[name], title(name, state.roles)
         records: list[dict[str, float]] = []
         losses: list[float] = []
         for k in range(self.accumulation):
-            HERE.at("forward", role=name)
+            HERE.at("forward", role=said)
             with clock.part("forward"), share(k * self.shares + self.share, self.shares * self.accumulation):
                 loss = engine(lambda: self._loss(update, records))
                 HERE.at("mean of the loss")
                 losses.append(loss.item())
             value = ranks.mean([losses[-1]])[0]
-            require_finite(value, "loss", name, step + 1)
+            require_finite(value, "loss", said, step + 1)
             HERE.at("backward")
             with clock.part("backward"):
                 engine.backward(loss)
@@ -241,7 +241,7 @@ class DeepSpeedEngine:
             norm = engine.get_global_grad_norm()
         if getattr(engine.optimizer, "overflow", False):
             norm = float("inf")
-        require_finite(float(norm), "gradient norm", name, step + 1)
+        require_finite(float(norm), "gradient norm", said, step + 1)
         state.count[name] += 1
         if name in state.averages:
             state.average(name)

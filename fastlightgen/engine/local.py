@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastlightgen.engine import checkpoint
 from fastlightgen.engine.ema import Ema
-from fastlightgen.engine.roles import Role, Stage, Update, named
+from fastlightgen.engine.roles import Role, Stage, Update, named, title
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.parallel.clock import clock
+from fastlightgen.parallel.log import count, size
 from fastlightgen.parallel.ranks import accumulation
 from fastlightgen.rng import share
 
@@ -84,14 +85,14 @@ class LocalEngine:
         """
         parts, total, saved = [], 0, 0
         for name, role in self.roles.items():
-            count = sum(p.numel() for p in role.net.parameters() if p.requires_grad)
-            total += count * 4 * (4 + (name in self.emas))
+            trained = sum(p.numel() for p in role.net.parameters() if p.requires_grad)
+            total += trained * 4 * (4 + (name in self.emas))
             stored = sum(p.numel() for net in (role.net, role.carried) if net is not None for p in net.parameters())
-            saved += 4 * (stored + count * (2 + (name in self.emas)))
-            parts.append(f"{name} {count / 1e6:.1f}M parameters")
+            saved += 4 * (stored + trained * (2 + (name in self.emas)))
+            parts.append(f"{title(name, self.roles)} {count(trained)} parameters")
         return (
-            f"trains {', '.join(parts)}; {total / 2**30:.2f} GiB for weights, gradients and AdamW, plus activations; "
-            f"while a checkpoint is written a copy of it, {saved / 2**30:.2f} GiB, waits in host memory"
+            f"trains {', '.join(parts)}; {size(total)} for weights, gradients and AdamW, plus activations; "
+            f"while a checkpoint is written a copy of it, {size(saved)}, waits in host memory"
         )
 
     def apply(self, update: Update, step: int) -> dict[str, float]:
@@ -106,7 +107,7 @@ class LocalEngine:
             with clock.part("forward"), share(k, self.micro_batches), self.autocast():
                 part, numbers = update.loss()
                 value = part.item()
-            require_finite(value, "loss", update.role, step + 1)
+            require_finite(value, "loss", title(update.role, self.roles), step + 1)
             with clock.part("backward"):
                 (part / self.micro_batches).backward()
             loss += value / self.micro_batches
@@ -114,7 +115,7 @@ class LocalEngine:
         params = optimizer.param_groups[0]["params"]
         with clock.part("backward"):
             norm = torch.nn.utils.clip_grad_norm_(params, role.clip).item()
-        require_finite(norm, "gradient norm", update.role, step + 1)
+        require_finite(norm, "gradient norm", title(update.role, self.roles), step + 1)
         lr = role.lr * schedule(role, self.count[update.role], step, self.iters)
         optimizer.param_groups[0]["lr"] = lr
         with clock.part("optimizer"):

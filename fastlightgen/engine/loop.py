@@ -17,13 +17,13 @@ from fastlightgen.engine.choice import Choice
 from fastlightgen.engine.folder import StageFolder
 from fastlightgen.engine.hang import HERE
 from fastlightgen.engine.log import Metrics
-from fastlightgen.engine.roles import Stage, Update
+from fastlightgen.engine.roles import Stage, Update, in_words
 from fastlightgen.engine.watch import Watch
 from fastlightgen.engine.writers import open_writers
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.clock import clock
-from fastlightgen.parallel.log import bar, say
+from fastlightgen.parallel.log import bar, meanwhile, say
 
 REQUEUE = (signal.SIGTERM, signal.SIGUSR1)  # sent by a scheduler that will start the run again
 
@@ -147,15 +147,19 @@ def train(
             saves.wait()  # one save at a time: each holds a full copy in host memory
             saves.saving = engine.save(folder.checkpoints, done, cfg.keep, cfg.keep_every, watch.good())
 
+        def signalled() -> bool:
+            return ranks.anyone(bool(signals))
+
         def clips(done: int) -> bool:
             """Make the clips of step `done`, if they are due; return False if a signal came before the last one."""
             if not show or not done or (done % cfg.sample_every and done < stage.iters):
                 return True
             HERE.at("the clips")
-            with engine.autocast():
-                looks = show.write(folder.path / "samples", done, stage.sampler(), lambda: ranks.anyone(bool(signals)))
-            if looks is not None:
-                watch.clips(done, looks, show.real)
+            with meanwhile(progress, title, "making clips"):
+                with engine.autocast():
+                    looks = show.write(folder.path / "samples", done, stage.sampler(), signalled)
+                if looks is not None:
+                    watch.clips(done, looks, show.real)
             return looks is not None
 
         def stopped(done: int) -> Stopped:
@@ -180,8 +184,8 @@ def train(
                 if metrics:
                     metrics.write(line)
                 watch.log(line)
-                shown = {k: f"{v:.4g}" for k, v in record.items() if k.endswith("loss") and math.isfinite(v)}
-                progress.set_postfix(shown, refresh=False)
+                losses = {k: f"{v:.4g}" for k, v in record.items() if k.endswith("loss") and math.isfinite(v)}
+                progress.set_postfix({in_words(k, stage.roles): v for k, v in losses.items()}, refresh=False)
             progress.update()
             HERE.at("the stage's check", role="")
             stage.check(done)

@@ -25,6 +25,7 @@ class Role:
     clip: float
     warmup: int = 0
     cosine: bool = False  # decay the learning rate to 0 over the run
+    title: str = ""  # its name in sentences; empty: its name in files and logs
     ema: float = 0.0  # decay of the averaged weights; 0: none
     ema_start: int = 0  # update at which averaging starts
     carried: VideoDiT | None = None  # a network that changes without an optimizer; checkpoints contain it too
@@ -58,6 +59,17 @@ class Update:
 def named(record: dict[str, float], role: str, roles: dict[str, Role]) -> dict[str, float]:
     """Prefix the keys of a record with the role's name, if the stage has several roles."""
     return record if len(roles) == 1 else {f"{role}_{key}": value for key, value in record.items()}
+
+
+def title(role: str, roles: dict[str, Role]) -> str:
+    """The name of a role in sentences."""
+    return roles[role].title or role
+
+
+def in_words(key: str, roles: dict[str, Role]) -> str:
+    """A key of the log with the role's name in sentences: critic_loss for fake_loss."""
+    role, _, rest = key.partition("_")
+    return f"{title(role, roles)}_{rest}" if role in roles else key
 
 
 class Stage(Protocol):

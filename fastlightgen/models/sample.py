@@ -43,7 +43,7 @@ def sample(
     keep: Sequence[int] | None = None,
     tick: Callable[[], object] = bool,
 ) -> Tensor:
-    """Sample x0 latents [B, C, F, H, W] from noise down the ladder `times`; `tick` is called before every step.
+    """Sample x0 latents [B, C, F, H, W] from noise down the ladder `times`; `tick` is called after every step.
 
     Guidance 1 needs one prediction per step, other scales need two. A network that reads the scale always needs one.
     """
@@ -52,12 +52,14 @@ def sample(
         cond = replace(cond, guidance=noise.new_full((len(noise),), guidance))
 
     def predict(x: Tensor, t: float) -> Tensor:
-        tick()
         if single:
-            return model(x, t, cond, keep)
-        assert null is not None, "guidance needs the null prompt"
-        v_c, v_n = model.walk(x, t, [Stream(cond, keep), Stream(null, keep)])
-        return guided(v_c, v_n, guidance)
+            v = model(x, t, cond, keep)
+        else:
+            assert null is not None, "guidance needs the null prompt"
+            v_c, v_n = model.walk(x, t, [Stream(cond, keep), Stream(null, keep)])
+            v = guided(v_c, v_n, guidance)
+        tick()
+        return v
 
     def renoise(i: int) -> Tensor:
         return normal_like(noise, generator(seed, i))

@@ -18,7 +18,7 @@ from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import block_counts, family_of
 from fastlightgen.models.folder.original import format_of
 from fastlightgen.models.folder.weights import read_json, save_model, save_original
-from fastlightgen.parallel.log import bar
+from fastlightgen.parallel.log import bar, size
 from fastlightgen.pipelines.lora_file import BlockMap, remap_lora
 from fastlightgen.pipelines.modelcard import model_card
 from fastlightgen.pipelines.scheduler import CLASS, scheduler_config
@@ -177,14 +177,12 @@ def check_room(
     model: VideoDiT, pipeline: Path, names: list[str], out: Path, dtype: torch.dtype | None, original: bool
 ) -> None:
     """Raise ValueError if the disk has too little room for the export."""
-    size = dtype.itemsize if dtype else 4  # bytes per parameter
-    need = sum(p.numel() for p in model.parameters()) * size * (1 + original)
+    each = dtype.itemsize if dtype else 4  # bytes per parameter
+    need = sum(p.numel() for p in model.parameters()) * each * (1 + original)
     need += sum(f.stat().st_size for n in names for f in (pipeline / n).rglob("*") if f.is_file())
     where = next(p for p in out.absolute().parents if p.is_dir())
     if need > (free := shutil.disk_usage(where).free):
-        raise ValueError(
-            f"out={out}: needs {need / 1e9:.1f} GB and {where} has {free / 1e9:.1f} GB free; make room, or link=true"
-        )
+        raise ValueError(f"out={out}: needs {size(need)} and {where} has {size(free)} free; make room, or link=true")
 
 
 def copy_parts(pipeline: Path, folder: Path, names: list[str], link: bool, progress: bool) -> None:
@@ -194,11 +192,11 @@ def copy_parts(pipeline: Path, folder: Path, names: list[str], link: bool, progr
             (folder / name).symlink_to((pipeline / name).resolve(), target_is_directory=True)
     else:
         total = sum(f.stat().st_size for n in names for f in (pipeline / n).rglob("*") if f.is_file())
-        with bar(total // 2**20, "copying parts (MiB)", progress) as shown:
+        with bar(total, "copying parts", progress, unit="B", scale=True) as shown:
 
             def copy(source: str, target: str) -> None:
                 shutil.copyfile(source, target)  # follows the links of a download cache
-                shown.update(os.path.getsize(target) / 2**20)
+                shown.update(os.path.getsize(target))
 
             for name in names:
                 shutil.copytree(pipeline / name, folder / name, copy_function=copy)

@@ -64,7 +64,7 @@ def filter_error(x0: Tensor, t: float) -> float:
 
 @torch.no_grad()
 def teacher_errors(model: VideoDiT, source: Source, seed: int) -> dict[float, tuple[float, float]]:
-    """Return t -> (relative error of the teacher, of the filter): means over CLIPS held-out clips."""
+    """Return t -> (relative error of the teacher, of the filter): means over CLIPS held-out clips, or repeated ones."""
     out = {}
     for k, t in enumerate(TIMES):
         errors = []
@@ -85,7 +85,8 @@ def check_teacher(cfg: StageConfig, model: VideoDiT, source: Source) -> None:
     with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
         errors = teacher_errors(model, source, cfg.seed)
     shown = "; ".join(f"t={t:g}: {e:.3f} (a plain filter: {f:.3f})" for t, (e, f) in errors.items())
-    say(f"the teacher's x0 error on {CLIPS} held-out clips, relative to their variance: {shown}")
+    clips = min(CLIPS, source.num_held_out)  # a short list is repeated, with other noise
+    say(f"the teacher's x0 error on {clips} held-out clip{'s' * (clips != 1)}, relative to their variance: {shown}")
     # The geometric mean over t of the teacher's error, relative to the filter's.
     ratio = math.exp(sum(math.log(max(e, 1e-12) / f) for e, f in errors.values()) / len(errors))
     if ratio < SUSPECT:

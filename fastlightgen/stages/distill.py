@@ -40,24 +40,29 @@ ADAPTERS = 7  # the purpose of this file's own random draws; those of the update
 class DistillKeys(StudentKeys):
     """Keys of Stage III."""
 
-    iters: int = field(3000, "iterations; see count", lo=1)
-    lr: float = field(2e-6, "learning rate of the generator", lo=0)
+    iters: int = field(3000, "iterations; see count", lo=1, everyday=True)
+    lr: float = field(2e-6, "learning rate of the student", lo=0, everyday=True)
     lr_fake: float = field(
-        0.0, "learning rate of the fake score network (critic); 0: 4e-7 for fake_mode=copy, 5e-5 for lora", lo=0
+        0.0,
+        "learning rate of the critic; 0: 4e-7 for fake_mode=copy, 5e-5 for lora",
+        lo=0,
+        everyday=True,
     )
     betas: list[float] = field([0.0, 0.999], "AdamW's two decay rates", lo=0, below=1)
     clip: float = field(10.0, "largest gradient norm", above=0)
     warmup: int = field(0, "steps over which the learning rates rise from 0", lo=0)
-    beta1: float = field(3.5, "Eq. 9: weight of the prompt, v_pc - v_pn; the centre of its interval")
-    beta2: float = field(0.25, "Eq. 9: weight of the strong teacher, v_uc - v_pc; the centre of its interval")
+    beta1: float = field(3.5, "Eq. 9: weight of the prompt, v_pc - v_pn; the centre of its interval", everyday=True)
+    beta2: float = field(
+        0.25, "Eq. 9: weight of the strong teacher, v_uc - v_pc; the centre of its interval", everyday=True
+    )
     a1: float = field(1.0, "beta1 is drawn from [beta1 - a1, beta1 + b1]", lo=0)
     b1: float = field(1.0, "see a1", lo=0)
     a2: float = field(0.1, "beta2 is drawn from [beta2 - a2, beta2 + b2]", lo=0)
     b2: float = field(0.1, "see a2", lo=0)
-    steps: int = field(4, "sampling steps of the student", lo=1, hi=8)
+    steps: int = field(4, "sampling steps of the student", lo=1, hi=8, everyday=True)
     rollout: str = field(
         "simulate",
-        "the generator's inputs; simulate: its own steps from noise; data: noised clips",
+        "the student's inputs; simulate: its own steps from noise; data: noised clips",
         choices=("simulate", "data"),
     )
     rungs: str = field(
@@ -67,21 +72,26 @@ class DistillKeys(StudentKeys):
     )
     rollouts: str = field(
         "fresh",
-        "fresh: each update has its own prompts and rollout; shared: `ratio` critic updates and the next generator "
+        "fresh: each update has its own prompts and rollout; shared: `ratio` critic updates and the next student "
         "update share prompts and one rollout of all rungs",
         choices=("fresh", "shared"),
     )
-    ratio: int = field(5, "critic updates per generator update", lo=1)
+    ratio: int = field(5, "critic updates per student update", lo=1, everyday=True)
     count: str = field(
-        "outer", "what iters counts; outer: critic updates; generator: its updates", choices=("outer", "generator")
+        "outer", "what iters counts; outer: critic updates; generator: student updates", choices=("outer", "generator")
     )
     critic_start: int = field(
-        100, "critic updates before the first generator update, a multiple of ratio; iters counts them too", lo=0
+        100, "critic updates before the first student update, a multiple of ratio; iters counts them too", lo=0
     )
     t_clamp: list[float] = field([0.02, 0.98], "range of the score's time after the shift", lo=0, hi=1)
     fake_arch: str = field("pruned", "blocks of the critic", choices=("pruned", "full"))
-    fake_mode: str = field("copy", "copy: own weights; lora: low-rank change of Stage II's", choices=("copy", "lora"))
-    lora_rank: int = field(16, "fake_mode=lora: rank", lo=1)
+    fake_mode: str = field(
+        "copy",
+        "the critic's weights; copy: its own; lora: low-rank adapters on those of Stage II",
+        choices=("copy", "lora"),
+        everyday=True,
+    )
+    lora_rank: int = field(16, "fake_mode=lora: rank of the critic's adapters", lo=1)
     guidance_times: str = field(
         "same",
         "when Eq. 9's guidance part (beta1 - 1) (v_pc - v_pn) is taken; same: at the time of the other part; below: at "
@@ -93,8 +103,10 @@ class DistillKeys(StudentKeys):
     )
     teacher_guidance: str = field("null", TEACHER_GUIDANCE, choices=GUIDANCES)
     sampler: str = field("stochastic", "how the student goes from step to step", choices=("stochastic", "ode"))
-    ema: float = field(0.99, "decay of the generator's averaged weights; 0 keeps no average", lo=0, below=1)
-    ema_start: int = field(0, "generator updates before averaging starts", lo=0)
+    ema: float = field(
+        0.99, "decay of the student's averaged weights; 0 keeps no average", lo=0, below=1, everyday=True
+    )
+    ema_start: int = field(0, "student updates before averaging starts", lo=0)
     normaliser: str = field(
         "dmd", "dmd: divide the gradient by mean |x0 - x0_real|; none: do not", choices=("dmd", "none")
     )
@@ -160,7 +172,9 @@ class Distill:
         self.rollouts = Rollouts(cfg, self.order, nets.student, self.times, batches)
         self.roles = {
             "student": Role.of(nets.student, cfg, ema=cfg.ema, ema_start=cfg.ema_start),
-            "fake": Role.of(nets.fake_trained, cfg, cfg.critic_lr, host=nets.teacher if nets.lora else None),
+            "fake": Role.of(
+                nets.fake_trained, cfg, cfg.critic_lr, title="critic", host=nets.teacher if nets.lora else None
+            ),
         }
         self.frozen = [net for net in ((None if nets.lora else nets.teacher), nets.original) if net is not None]
 

@@ -41,8 +41,8 @@ DRAWS, COIN = 2, 3  # the purposes of this stage's random draws
 class PruneKeys(TrainingKeys):
     """Keys of Stage II."""
 
-    iters: int = field(4000, "optimizer steps", lo=1)
-    lr: float = field(1e-5, "learning rate", lo=0)
+    iters: int = field(4000, "optimizer steps", lo=1, everyday=True)
+    lr: float = field(1e-5, "learning rate", lo=0, everyday=True)
     alpha: float = field(1.0, "weight of distillation; 1 - alpha weighs the data (Eq. 7)", lo=0, hi=1)
     drop: str = field(
         "joint", "joint: one coin for all pruned blocks; independent: one each", choices=("joint", "independent")
@@ -59,7 +59,7 @@ class PruneKeys(TrainingKeys):
     )
     target_decay: float = field(0.999, "target=ema: decay of the average", lo=0, below=1)
     guided: float = field(
-        1.0, "guidance of the target: both paths learn null + w (cond - null); 1: the plain prediction"
+        1.0, "guidance of the target: both paths learn null + w (cond - null); 1: the plain prediction", everyday=True
     )
     teacher_guidance: str = field("null", TEACHER_GUIDANCE, choices=GUIDANCES)
     kappa_unpruned: float = field(1.0, "weight of the unpruned path's distance to the target", lo=0)

@@ -8,10 +8,10 @@ Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B]; errors [clips x timesteps].
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import itemgetter
 from typing import Any
 
@@ -45,8 +45,8 @@ Bar = Callable[[int, str], AbstractContextManager[tqdm]]  # (total, title) -> a 
 class RankKeys(BatchKeys):
     """Keys of Stage I."""
 
-    batch: int = field(16, "clips per network call", lo=1)
-    ratio: float = field(0.3, "share of the network to drop", above=0, below=1)
+    batch: int = field(16, "clips per network call", lo=1, everyday=True)
+    ratio: float = field(0.3, "share of the network to drop", above=0, below=1, everyday=True)
     ratio_unit: str = field("blocks", "what `ratio` counts", choices=("blocks", "params", "flops"))
     units: str = field(
         "all",
@@ -57,15 +57,16 @@ class RankKeys(BatchKeys):
         "single_skip",
         "single_skip: each block alone; iterative: least harmful first, then again; exhaustive: all subsets (tests)",
         choices=("single_skip", "iterative", "exhaustive"),
+        everyday=True,
     )
     score: str = field("elbo", "elbo: error against the data; output_mse: change of v", choices=("elbo", "output_mse"))
-    clips: int = field(64, "clips of the evaluation set", lo=1)
-    timesteps: int = field(8, "stratified times per clip", lo=1)
+    clips: int = field(64, "clips of the evaluation set", lo=1, everyday=True)
+    timesteps: int = field(8, "stratified times per clip", lo=1, everyday=True)
     t_range: list[float] = field([0.02, 0.98], "range of the times before the shift", lo=0, hi=1)
     protect_first: int = field(0, "blocks at the start that are never dropped", lo=0)
     protect_last: int = field(0, "blocks at the end that are never dropped", lo=0)
     memory: float = field(
-        4.0, "GiB for the hidden states of candidates that are walked together", above=0, numbers=False
+        4.0, "GB for the hidden states of candidates that are walked together", above=0, numbers=False
     )
 
     def check(self) -> None:
@@ -131,7 +132,8 @@ def score_sets(
     """Return the errors [candidates, samples] of the block sets `keeps`, from walks that share prefixes.
 
     All single skips and the full pass take N (N + 1) / 2 block evaluations instead of N^2. A walk holds two hidden
-    tensors per candidate, so candidates are walked in groups of at most `memory` GiB. The ranks divide the samples.
+    tensors per candidate, so candidates are walked in groups of at most `memory` GB. The ranks divide the samples.
+    `tick` gets the number of new scores, block by block.
     """
     together = model.sequence.size if model.sequence else 1  # ranks that share a clip's tokens
     _, groups = ranks.shares(together)
@@ -139,19 +141,37 @@ def score_sets(
     table = samples[0][0].new_zeros(len(keeps), offsets[-1], dtype=torch.float32)
     for index, reports in ranks.turns(len(samples), together):
         x_t, t, x0, cond = samples[index]
-        size = max(1, int(memory * 2**30 * together / (2 * model.hidden_bytes(x_t))))
+        size = max(1, int(memory * 1e9 * together / (2 * model.hidden_bytes(x_t))))
         column, v_full = [], None
         for start in range(0, len(keeps), size):
             first = kind == "output_mse" and v_full is None  # the full pass joins the first group
             streams = [Stream(cond)] * first + [Stream(cond, keep) for keep in keeps[start : start + size]]
-            out = model.walk(x_t, t, streams)
+            with ticking(model, len(keeps[start : start + size]) * len(t) * groups, tick):
+                out = model.walk(x_t, t, streams)
             if first:
                 v_full = out.pop(0)
             column += [x0_error(v, x_t, t, x0) if v_full is None else output_mse(v, v_full) for v in out]
         if reports:
             table[:, offsets[index] : offsets[index + 1]] = torch.stack(column)
-        tick(len(t) * groups)
     return ranks.summed(table)
+
+
+@contextmanager
+def ticking(model: VideoDiT, scores: int, tick: Callable[[int], object]) -> Iterator[None]:
+    """During one walk, tick `scores` in all, a part after each block: a walk of a large model takes minutes."""
+    ends = [scores * (i + 1) // model.num_blocks for i in range(model.num_blocks)]
+    parts = (end - start for start, end in pairwise([0, *ends]))
+
+    def after(*_: Any) -> None:
+        tick(next(parts, 0))
+
+    hooks = [block.register_forward_hook(after) for block in model.blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tick(sum(parts))  # blocks that no stream ran
 
 
 def rank(cfg: Config, model: VideoDiT, batches: Callable[[int], Batch], costs: Sequence[float], bar: Bar) -> dict:
@@ -168,7 +188,7 @@ def rank(cfg: Config, model: VideoDiT, batches: Callable[[int], Batch], costs: S
     samples = list(evaluation_set(cfg, batches))
 
     def scores(keeps: Sequence[Sequence[int] | None], title: str) -> Tensor:
-        with bar(sum(len(s[1]) for s in samples), title) as progress:
+        with bar(len(keeps) * sum(len(s[1]) for s in samples), title) as progress:
             return score_sets(model, samples, keeps, cfg.score, cfg.memory, progress.update)
 
     # Single skips: the paper's ranking, and the start of the other searches.
@@ -220,7 +240,7 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     """Count one batch of clips at one time: all single skips and the full pass, in groups of `memory` GiB."""
     n, clips = len(net.blocks), min(cfg.batch, cfg.clips)
     size = 4 if cfg.engine == "local" or cfg.dtype == "float32" else 2  # bytes of a weight
-    group = max(1, int(cfg.memory * 2**30 / (2 * clips * net.hidden * size)))
+    group = max(1, int(cfg.memory * 1e9 / (2 * clips * net.hidden * size)))
     routes = [Route(keep=without(n, i)) for i in range(n)] + [Route()]
     sweep = [Walk("model", routes[i : i + group]) for i in range(0, n + 1, group)]
     return Iteration({"model": Net()}, sweep, clips=clips, count=math.ceil(cfg.clips / clips) * cfg.timesteps)

@@ -34,12 +34,12 @@ DRAWS = 0  # the purpose of this stage's random draws
 class TeacherKeys(TrainingKeys):
     """Keys of Stage 0."""
 
-    iters: int = field(2000, "optimizer steps", lo=1)
+    iters: int = field(2000, "optimizer steps", lo=1, everyday=True)
     lr_schedule: str = field("cosine", SCHEDULE, choices=("constant", "cosine"))
     text_dropout: float = field(0.1, "probability of the empty prompt, which guidance needs", lo=0, hi=1)
-    ema: float = field(0.0, "decay of the averaged weights; 0 keeps no average", lo=0, below=1)
+    ema: float = field(0.0, "decay of the averaged weights; 0 keeps no average", lo=0, below=1, everyday=True)
     time: str = field("uniform", "how t is drawn before the shift", choices=TIMES)
-    init: str = field("", "model folder to start from; empty: random weights of the preset")
+    init: str = field("", "model folder to start from; empty: random weights of the preset", everyday=True)
     save_dtype: str = field("float32", "type of the saved weights", choices=("float32", "bfloat16"))
 
 

@@ -1,5 +1,6 @@
 """Training batches of the built-in world, rendered on demand, and `open_source`, which opens any `data=`."""
 
+import math
 from pathlib import Path
 
 from fastlightgen.data.cache import Cache
@@ -16,6 +17,7 @@ class ShapesSource:
     name = "shapes"
     description: dict = {"world": shapes.WORLD, "out_channels": Codec.channels}
     null_prompt = ""
+    num_held_out = math.inf
 
     def __init__(self, seed: int):
         self.train, self.test = (shapes.Shapes(seed=seed, split=s) for s in SPLITS)

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,7 +61,8 @@ def draw(cfg: Evaluate, subject: Subject, count: int, noises: int = 1, first: in
     if noises > 1:
         world.first_frame_prob, purpose = 0.0, 12
     device = next(subject.model.parameters()).device
-    with bar(count, f"sampling {subject.title}", cfg.progress) as progress:
+    plan = subject.plan
+    with bar(count * len(plan["times"]), f"sampling {subject.title}", cfg.progress, unit="step") as progress:
         for start in range(first, first + count, cfg.batch):
             clips = world.batch([i // noises for i in range(start, min(start + cfg.batch, first + count))])
             batch = shapes_batch(clips).to(device)
@@ -68,13 +70,12 @@ def draw(cfg: Evaluate, subject: Subject, count: int, noises: int = 1, first: in
             each = [torch.randn(batch.x0.shape[1:], generator=generator(cfg.seed, purpose, i)) for i in places]
             noise = torch.stack(each).to(device)
             clock = time.perf_counter()
-            x0 = sample(
-                subject.model, batch.cond, batch.null, noise, **subject.plan, seed=cfg.seed + start, keep=subject.keep
-            )
+            tick = partial(progress.update, len(noise))
+            seed, keep = cfg.seed + start, subject.keep
+            x0 = sample(subject.model, batch.cond, batch.null, noise, **plan, seed=seed, keep=keep, tick=tick)
             made.append(Codec().decode(x0.float().cpu()))  # the copy to the CPU waits for the GPU
             seconds += time.perf_counter() - clock
             asked.append(clips)
-            progress.update(len(noise))
     return torch.cat(made), join(asked), seconds / count
 
 

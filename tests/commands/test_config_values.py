@@ -1,13 +1,10 @@
 """Sources of configuration values, and how values are shown, compared and passed on."""
 
-import dataclasses
-
 import pytest
 import yaml
 
 from fastlightgen import config
 from fastlightgen.config import ConfigError, load
-from fastlightgen.config.commands import COMMANDS
 from fastlightgen.config.files import config_root
 from fastlightgen.config.stages import STAGES
 
@@ -95,7 +92,7 @@ def test_the_built_in_world_keeps_its_own_settings(model):
         words = [f"stage={stage}", "run=r", f"model={model}"]
         assert config.numbers(load(words)) == config.numbers(load([*words, "preset=paper"]))
     cfg = load([*S3, f"model={model}"])
-    wanted = {"tiny": (200, 16, 4e-4, 8e-4, 1.5, 20), "tiny-hunyuan": (125, 16, 1e-4, 4e-4, 3.0, 0)}
+    wanted = {"tiny": (240, 16, 4e-4, 8e-4, 1.5, 20), "tiny-hunyuan": (125, 16, 1e-4, 4e-4, 3.0, 0)}
     assert (cfg.iters, cfg.batch, cfg.lr, cfg.lr_fake, cfg.shift, cfg.critic_start) == wanted[model]
     assert cfg.ema == 0.0
 
@@ -176,37 +173,6 @@ def test_wan_presets_have_the_published_sizes():
         attention = 4 * (d * d + d) + 2 * d  # q, k, v, o and two RMS norms
         image = 2 * (n["added_kv_proj_dim"] * d + d) + d if n["added_kv_proj_dim"] else 0
         assert 2 * attention + image + (2 * d * f + d + f) + 2 * d + 6 * d == published, name
-
-
-@pytest.mark.parametrize("words", [["--help"], ["stage=all", "-h"], ["help=1", "stage=3", "--help"]])
-def test_help_lists_every_key(words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        load(words)
-    assert stop.value.code == 0
-    blocks = capsys.readouterr().out.split("\n\n")
-    keys = {b.splitlines()[0]: {line.split()[0]: line for line in b.splitlines()[1:]} for b in blocks if "Keys" in b}
-    common = keys.pop("Keys of every stage:")
-    shown = {title.split("=")[1].split()[0]: lines for title, lines in keys.items()}
-    assert set(shown) == ({"0", "1", "2", "3", "all"} if words == ["--help"] else {"all"} if "-h" in words else {"3"})
-    for stage, lines in shown.items():
-        for f in dataclasses.fields(config.root(stage)):
-            if dataclasses.is_dataclass(f.type):
-                inner = [f"{f.name}.{g.name}" for g in dataclasses.fields(f.type)]
-                assert words == ["--help"] and f.name != "evaluate" or set(inner) <= set(lines)
-            else:
-                line = lines.get(f.name) or common[f.name]
-                assert f.metadata["help"] in line
-    if "3" in shown:
-        wanted = config.preset("tiny")["stage3"]["lr"]  # the preset's, not the dataclass's
-        assert shown["3"]["lr"].split()[1] == "number" and float(shown["3"]["lr"].split()[2]) == wanted
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_the_other_commands(command, capsys):
-    with pytest.raises(SystemExit):
-        load(["--help"], command)
-    out = capsys.readouterr().out
-    assert all(f"  {f.name} " in out and f.metadata["help"] in out for f in dataclasses.fields(COMMANDS[command]))
 
 
 PROMPTS = ("yes", "${x}", "a: 'b' # é", r"\${", r"\\${y}", "1e5", "a red ball, {fast}", "2024-01-01")

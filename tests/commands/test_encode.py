@@ -19,6 +19,7 @@ from fastlightgen import encode as command
 from fastlightgen.config import load, main
 from fastlightgen.data.cache import NEGATIVE, NULL, Cache
 from fastlightgen.data.lists import read_list
+from fastlightgen.data.source import CacheSource
 from fastlightgen.data.video import read_clip, source_hash
 from fastlightgen.pipelines.encoders import Encoders
 from fastlightgen.world.source import open_source
@@ -310,7 +311,8 @@ def test_the_stages_train_from_it(finished, pipeline, tmp_path, capsys):
     common += ["progress=false", "threads=1"]
     run_train(*common, "stage=1", "clips=1", "timesteps=1")
     out = capsys.readouterr().out
-    assert "the teacher's x0 error on 4 held-out clips" in out
+    held = CacheSource(Cache(finished), 0).rest  # fewer than the 4 that a large cache gives
+    assert len(held) < 4 and f"the teacher's x0 error on {len(held)} held-out clip" in out
     assert "warning: " in out and "the teacher does not know these latents" in out  # the teacher's weights are random
     with pytest.raises(SystemExit):
         run_train(*common, "stage=2", "iters=3", "data_check=stop")

@@ -16,7 +16,7 @@ from fastlightgen.flow import ladder
 from fastlightgen.models.base import Cond
 from fastlightgen.models.folder.weights import load_model, save_model
 from fastlightgen.models.sample import sample
-from fastlightgen.pipelines.export import block_map, call_of
+from fastlightgen.pipelines.export import block_map, call_of, copy_parts
 
 SIZE = {"height": 32, "width": 32, "num_frames": 9}
 LATENT = (1, 16, 3, 4, 4)
@@ -164,6 +164,15 @@ def lora_of(network: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         out[f"{head}.lora_A.weight"] = torch.randn(2, dim, generator=g)
         out[f"{head}.lora_B.weight"] = torch.randn(dim, 2, generator=g)
     return out
+
+
+def test_copied_parts_are_counted_in_bytes(tmp_path, capsys):
+    for name, size in (("vae", 1500), ("text_encoder", 1_000_000)):
+        (tmp_path / "from" / name).mkdir(parents=True)
+        (tmp_path / "from" / name / "weights").write_bytes(bytes(size))
+    copy_parts(tmp_path / "from", tmp_path / "to", ["vae", "text_encoder"], False, True)
+    assert (tmp_path / "to" / "vae" / "weights").stat().st_size == 1500
+    assert capsys.readouterr().err.startswith("copying parts: 100% 1.00M/1.00M [")
 
 
 def test_lora_of_the_teacher(exported, tmp_path, capsys):

@@ -44,6 +44,15 @@ def test_guidance_1_takes_one_prediction_per_step(case):
         assert model.block_calls == calls and not out.requires_grad
 
 
+def test_ticks_come_after_the_steps(case):
+    """A progress bar stands at 100% when the last step is done, not when it begins."""
+    model, noise, cond, null = case
+    for guidance, per_step in ((1.0, 3), (3.0, 6)):
+        model.block_calls, seen = 0, []
+        sample(model, cond, null, noise, TIMES, guidance, "ode", tick=lambda: seen.append(model.block_calls))  # noqa: B023
+        assert seen == [per_step * (i + 1) for i in range(len(TIMES))]
+
+
 def test_the_seed_decides_the_fresh_noise(case):
     model, noise, cond, _ = case
     a, b, c = (sample(model, cond, None, noise, TIMES, 1.0, "stochastic", seed=s) for s in (0, 0, 1))

@@ -18,8 +18,8 @@ class World:
 
     description = {"family": "wan"}
 
-    def __init__(self, change=lambda x: x):
-        self.source, self.change = ShapesSource(0), change
+    def __init__(self, change=lambda x: x, clips: int = 9):
+        self.source, self.change, self.num_held_out = ShapesSource(0), change, clips
 
     def held_out(self, start: int, size: int) -> Batch:
         batch = self.source.held_out(start, size)
@@ -76,7 +76,7 @@ def test_the_shipped_teacher_knows_its_world_and_no_other(capsys, monkeypatch):
     model = load_model(trained_folder("tiny")).requires_grad_(False)
     check_teacher(cfg, model, World())
     out = capsys.readouterr().out
-    assert "x0 error on 1 held-out clips" in out and "warning" not in out
+    assert "x0 error on 1 held-out clip," in out and "warning" not in out
     check_teacher(cfg, model, World(lambda x: x.flip(1)))
     assert "warning: data=shapes: the teacher does not know these latents" in capsys.readouterr().out
     with pytest.raises(ValueError, match="check that the cache was made with its pipeline, or go on with"):

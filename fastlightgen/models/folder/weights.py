@@ -5,14 +5,12 @@ shapes with the network, built without memory (meta device). The second copies o
 mapped files into the wanted type and device. Memory beside the network: one tensor, and the mapped window around it.
 """
 
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
 
 from fastlightgen.atomic import write_json
 from fastlightgen.config import preset, presets
@@ -32,6 +30,7 @@ from fastlightgen.models.folder.files import (
 from fastlightgen.models.folder.networks import config_of, model_folder, read_config, trained_folder
 from fastlightgen.models.folder.original import SHARD_BYTES, key_table, save_original, to_original
 from fastlightgen.models.keys import Source, Table
+from fastlightgen.parallel.log import bar
 
 __all__ = [
     "WEIGHTS",
@@ -158,19 +157,14 @@ def stored_tensors(
     for key, source in table.items():
         if wanted is None or key in wanted:
             takers.setdefault(source.key, []).append(key)
-    with loading_bar(sum(v.numel() * v.element_size() for _, v in headers.values())) as progress:
+    total = sum(v.numel() * v.element_size() for _, v in headers.values())
+    with bar(total, "loading weights", True, unit="B", scale=True, delay=5) as progress:
         for group in windows(headers):
             with mapped(headers[group[0]][0]) as (_, get):
                 for name in group:
                     for key in takers.get(name, []):
                         yield key, get(name), table[key]
                     progress.update(headers[name][1].numel() * headers[name][1].element_size())
-
-
-def loading_bar(total: int) -> tqdm:
-    """A progress bar in bytes for loads of more than 5 seconds; in a log file it prints four lines a minute."""
-    every = 0.5 if sys.stderr.isatty() else 15.0
-    return tqdm(desc="loading weights", total=total, unit="B", unit_scale=True, delay=5, mininterval=every)
 
 
 def check_fit(
