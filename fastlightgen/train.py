@@ -3,7 +3,7 @@
 import os
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from fastlightgen.atomic import write_json
-from fastlightgen.config import Run, StageConfig, exit_code, for_stage, main, method_for, numbers, report
+from fastlightgen.config import Run, StageConfig, compute_type, exit_code, for_stage, main, method_for, numbers, report
 from fastlightgen.data.source import Source
 from fastlightgen.engine.choice import Choice
 from fastlightgen.engine.folder import StageFolder
@@ -49,6 +49,7 @@ OWN = ("run", "device", "threads", "progress")  # keys that may differ between t
 def train(cfg: Any) -> None:
     """Run the command. With several ranks this function ends the process and does not return."""
     try:
+        cfg = settled(cfg)
         set_up(cfg)
         run(cfg)
     except (Exception, KeyboardInterrupt) as err:
@@ -56,6 +57,12 @@ def train(cfg: Any) -> None:
             raise
         end(err)
     ranks.leave()
+
+
+def settled(cfg: Any) -> Any:
+    """Return the configuration with the type that dtype=auto stands for on this device."""
+    on_gpu = pick_device(cfg.device).type == "cuda"
+    return replace(cfg, dtype=compute_type(cfg.dtype, on_gpu, cfg.data != "shapes"))
 
 
 def run(cfg: Any) -> None:

@@ -4,9 +4,22 @@
 from fastlightgen.config.cli import exit_code, load, main, report
 from fastlightgen.config.commands import Encode, Evaluate, Generate, Report, for_evaluate, parse_buckets
 from fastlightgen.config.fields import Checked, ConfigError, UserError, field
-from fastlightgen.config.files import diff, find_preset_weights, fingerprint, numbers, preset, presets, recipe, to_yaml
-from fastlightgen.config.plan import GPUS, Plan, another_stage, plan_for, plan_root
-from fastlightgen.config.run import Run
+from fastlightgen.config.files import (
+    built_in,
+    diff,
+    find_preset_weights,
+    fingerprint,
+    numbers,
+    preset,
+    presets,
+    recipe,
+    to_yaml,
+)
+from fastlightgen.config.gpus import GPUS, chip
+from fastlightgen.config.layers import source_of
+from fastlightgen.config.plan import Plan, another_stage, plan_for, plan_root
+from fastlightgen.config.recipes import Recipe, recipes
+from fastlightgen.config.run import Run, compute_type
 from fastlightgen.config.stages import StageConfig, declared, for_stage, method_for, register, root
 from fastlightgen.config.training import GUIDANCES, TEACHER_GUIDANCE, TIMES, BatchKeys, StudentKeys, TrainingKeys
 
@@ -22,6 +35,7 @@ __all__ = [
     "Evaluate",
     "Generate",
     "Plan",
+    "Recipe",
     "Report",
     "Run",
     "StageConfig",
@@ -29,6 +43,9 @@ __all__ = [
     "TrainingKeys",
     "UserError",
     "another_stage",
+    "built_in",
+    "chip",
+    "compute_type",
     "declared",
     "diff",
     "exit_code",
@@ -47,8 +64,10 @@ __all__ = [
     "preset",
     "presets",
     "recipe",
+    "recipes",
     "register",
     "report",
     "root",
+    "source_of",
     "to_yaml",
 ]

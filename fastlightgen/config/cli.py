@@ -15,10 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastlightgen.config.commands import COMMANDS
 from fastlightgen.config.fields import ConfigError
-from fastlightgen.config.files import flatten, presets, read_yaml, to_yaml
+from fastlightgen.config.files import presets, to_yaml
 from fastlightgen.config.help import help_text
 from fastlightgen.config.layers import assign, leaves, shipped_layers
 from fastlightgen.config.plan import PLANNED, plan_root
+from fastlightgen.config.recipes import file_keys
 from fastlightgen.config.stages import CHOOSES, DEFAULT, STAGES, root
 
 REQUEUE = 75  # exit code of a run that a scheduler stopped, to be started again (EX_TEMPFAIL)
@@ -34,7 +35,7 @@ def load(argv: Sequence[str], command: str = "train") -> Any:
     file = given.pop("config", None)
     if file == "":
         raise ConfigError("config= is empty; give the path of a YAML file")
-    from_file = flatten(read_yaml(file)) if file is not None else {}
+    from_file = file_keys(file, command, given) if file is not None else {}
     cls = pick_root(command, from_file | given)
     node = OmegaConf.structured(cls)
     for where, values in shipped_layers(cls, from_file | given):

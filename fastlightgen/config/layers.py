@@ -2,6 +2,9 @@
 
 import dataclasses
 import difflib
+import importlib
+import operator
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +17,7 @@ from fastlightgen.config.fields import REQUIRED, ConfigError, check_value, defau
 from fastlightgen.config.files import config_root, flatten, preset, presets, read_yaml, recipe
 from fastlightgen.config.stages import DEFAULT, METHODS, STAGES, keys_of, root
 
+RELEASED = "fastlightgen.models.folder.released"
 TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", list[float]: "[number,number]"}
 
 
@@ -31,7 +35,7 @@ def shipped_layers(cls: type, given: Mapping[str, Any]) -> list[tuple[str, dict[
     """
     known, out = leaves(cls), []
     model, chosen = (str(given.get(k, default_of(known[k]) if k in known else "")) for k in ("model", "preset"))
-    network, numbers = preset(model) if model in presets() else {}, recipe(chosen)
+    numbers, networks = recipe(chosen), model_layers(model)
     for stage, prefix in sections(cls).items():
         method = default_of(known[f"{prefix}method"]) if f"{prefix}method" in known else DEFAULT
         own, file = f"configs/method/{method}.yaml", config_root() / "method" / f"{method}.yaml"
@@ -39,14 +43,30 @@ def shipped_layers(cls: type, given: Mapping[str, Any]) -> list[tuple[str, dict[
             f"configs/stage{stage}.yaml": read_yaml(config_root() / f"stage{stage}.yaml"),
             f"configs/preset/{chosen}.yaml": numbers.get(f"stage{stage}", {}),
             own: read_yaml(file) if file.is_file() else {},
-            f"configs/model/{model}.yaml": network.get(f"stage{stage}", {}),
-        }
+        } | {where: content.get(f"stage{stage}", {}) for where, content in networks}
         for where, values in layers.items():
             settings = flatten(values, prefix)
             if method != DEFAULT and where != own:
                 settings = {key: value for key, value in settings.items() if key in known}
             out.append((where, settings))
     return out
+
+
+def model_layers(model: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """(file, content with sections "stageN") of `model=`: its preset's; for a folder see models/folder/released.py."""
+    if model in presets():
+        return [(f"configs/model/{model}.yaml", preset(model))]
+    # By name, because the registry of families stands above this file and loads torch.
+    return importlib.import_module(RELEASED).training(model) if os.path.isdir(model) else []
+
+
+def source_of(cfg: Any, key: str) -> str:
+    """Where the value of a key comes from: the file that sets it, the program's default, or the user."""
+    value = operator.attrgetter(key)(cfg)
+    layers = shipped_layers(type(cfg), {"model": cfg.model, "preset": cfg.preset})
+    found = next(((where, values[key]) for where, values in reversed(layers) if key in values), None)
+    where, shipped = found or ("the default", default_of(leaves(type(cfg))[key]))
+    return where if value == shipped else "given"
 
 
 def leaves(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:
