@@ -26,10 +26,12 @@ class Recipe:
     models: tuple[str, ...]
     gpu: str
     gpus: int
+    size: str = ""  # of the clips, if it is not the model's own
 
     @property
     def machine(self) -> str:
-        return f"{self.gpus} x {self.gpu}"
+        """The machine in words."""
+        return f"{self.gpus} x {self.gpu}" + (f" with clips of {self.size}" if self.size else "")
 
     @property
     def word(self) -> str:
@@ -42,8 +44,8 @@ def recipes() -> list[Recipe]:
     found = []
     for path in sorted((config_root() / "recipes").glob("*.yaml")):
         content = read_yaml(path)
-        machine = content["machine"]
-        found.append(Recipe(path.stem, tuple(content["models"]), str(machine["gpu"]), machine["gpus"]))
+        gpu, gpus, size = (content["machine"].get(key, "") for key in ("gpu", "gpus", "size"))
+        found.append(Recipe(path.stem, tuple(content["models"]), str(gpu), gpus, size))
     return found
 
 
