@@ -17,6 +17,7 @@ from fastlightgen.config.fields import REQUIRED, ConfigError, check_value, defau
 from fastlightgen.config.files import config_root, flatten, preset, presets, read_yaml, recipe
 from fastlightgen.config.stages import DEFAULT, METHODS, STAGES, keys_of, root
 
+STARTS = ("init", "teacher", "model")  # keys that name the network a stage starts from; the first one given does
 RELEASED = "fastlightgen.models.folder.released"
 TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", list[float]: "[number,number]"}
 
@@ -30,11 +31,12 @@ def sections(cls: type) -> dict[str, str]:
 def shipped_layers(cls: type, given: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(file, settings) that come with the package for the stages of a root class; later ones win.
 
-    `given` may hold the keys `model` and `preset`. The files hold the settings of the default method; another one takes
-    those that it knows, and has a file of its own.
+    `given` may hold the keys of STARTS and `preset`. The files hold the settings of the default method; another one
+    takes those that it knows, and has a file of its own.
     """
     known, out = leaves(cls), []
     model, chosen = (str(given.get(k, default_of(known[k]) if k in known else "")) for k in ("model", "preset"))
+    model = next((str(given[key]) for key in STARTS if key in known and given.get(key)), model)
     numbers, networks = recipe(chosen), model_layers(model)
     for stage, prefix in sections(cls).items():
         method = default_of(known[f"{prefix}method"]) if f"{prefix}method" in known else DEFAULT
@@ -63,7 +65,7 @@ def model_layers(model: str) -> list[tuple[str, Mapping[str, Any]]]:
 def source_of(cfg: Any, key: str) -> str:
     """Where the value of a key comes from: the file that sets it, the program's default, or the user."""
     value = operator.attrgetter(key)(cfg)
-    layers = shipped_layers(type(cfg), {"model": cfg.model, "preset": cfg.preset})
+    layers = shipped_layers(type(cfg), {k: v for k, v in vars(cfg).items() if k in (*STARTS, "preset")})
     found = next(((where, values[key]) for where, values in reversed(layers) if key in values), None)
     where, shipped = found or ("the default", default_of(leaves(type(cfg))[key]))
     return where if value == shipped else "given"

@@ -135,7 +135,9 @@ def gpu_memory(step: StepCost, plan: Plan) -> tuple[dict[str, float], str]:
         "clips on their way out": {"clips on their way out": shown},
     }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    return {name: value for name, value in (steady | moments[moment]).items() if value}, moment
+    for name, value in moments[moment].items():
+        steady[name] = steady.get(name, 0.0) + value
+    return {name: value for name, value in steady.items() if value}, moment
 
 
 def loaded(step: StepCost, plan: Plan) -> float:

@@ -108,6 +108,9 @@ def test_the_parts_are_those_of_one_moment():
     assert small.moment == "an optimizer step" and "activations kept" not in small.gpu
     steady = small.gpu["weights"] + small.gpu["optimizer states"] + small.gpu["buffers"]
     assert small.peak == pytest.approx(steady + small.gpu["gradients"] + small.gpu["optimizer step"])
+    # Under ZeRO-3 the room for gradients, 4 bytes of each on two GPUs, is there at every moment.
+    sharded = planned(make("0", gpus=2, model="wan2.1-t2v-1.3b", size="16x16x1", dtype="float32"))
+    assert sharded.moment != "a forward pass" and sharded.gpu["gradients"] == 4 * 1_418_996_800 / 2
 
 
 def test_traffic_by_hand():
