@@ -52,16 +52,8 @@ def teacher(tmp_path) -> Path:
 
 def test_a_run_records_the_type_that_it_used(teacher, tmp_path):
     """So that a run begun with dtype=float32, the default of earlier versions, continues."""
-    words = [
-        f"model={teacher}",
-        f"run={tmp_path / 'r'}",
-        "clips=2",
-        "timesteps=1",
-        "batch=2",
-        "progress=false",
-        "threads=1",
-    ]
-    words += ["data_check=off"]
+    words = [f"model={teacher}", f"run={tmp_path / 'r'}", "clips=2", "timesteps=1", "batch=2", "threads=1"]
+    words += ["data_check=off", "progress=false"]
     run_train("stage=1", "dtype=float32", *words)
     run_train("stage=1", *words)  # complete: nothing to do
     assert yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())["stage1"]["dtype"] == "float32"

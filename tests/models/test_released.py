@@ -7,6 +7,7 @@ import pytest
 from folders import CONFIG
 
 from fastlightgen.config import load, source_of
+from fastlightgen.models.families import FAMILIES
 from fastlightgen.models.folder.networks import config_of
 from fastlightgen.models.folder.original import original_config
 from fastlightgen.models.folder.released import sampling
@@ -64,6 +65,13 @@ def test_the_sizes_and_steps_of_image_to_video_differ_from_text_to_video(tmp_pat
     assert (text["steps"], text["size"], text["shift"]) == (50, "480x832x81", 3.0)
 
 
+def test_clips_are_encoded_at_the_models_size():
+    """Lying and standing, at the family's frame rate."""
+    clips = FAMILIES["wan"].clips.at("720x1280x41")
+    assert (clips.fps, clips.frames, clips.buckets) == (16, 41, ((720, 1280), (1280, 720)))
+    assert clips.size == "720x1280x41"
+
+
 def test_an_original_folder_has_the_settings_of_its_preset(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(original_config(config_of("hunyuanvideo-t2v"))))
     assert sampling(tmp_path).preset == "hunyuanvideo-t2v"
@@ -114,3 +122,13 @@ def test_where_a_value_comes_from(tmp_path):
 
 def test_a_folder_without_a_network_is_left_to_the_stage(tmp_path):
     assert load(["stage=3", "run=r", f"model={tmp_path}"]).shift == 5.0
+
+
+def test_the_network_that_a_stage_starts_from_decides(tmp_path):
+    """`init` and `teacher` stand in the place of `model`, whose default is the built-in world's."""
+    wan = pipeline(tmp_path, config_of("wan2.1-i2v-14b"), flow_shift=3.0)
+    tiny, adapted = (load(["stage=0", "run=r", *words]) for words in ([], [f"init={wan}"]))
+    assert (tiny.lr, tiny.iters) == (2e-3, 6500)
+    assert (adapted.lr, adapted.iters, adapted.shift, adapted.checkpointing) == (1e-3, 2000, 3.0, True)
+    assert source_of(adapted, "shift") == "configs/model/wan2.1-i2v-14b.yaml"
+    assert load(["stage=2", "run=r", f"teacher={wan}"]).shift == 5.0
