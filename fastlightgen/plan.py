@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -44,29 +45,31 @@ def one(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
         require_embedded(family_of(config).settings(config).embeds_guidance)
     net = load_network(config, cfg.size, cfg.text_tokens, cfg.gpu in GPUS)
     b, room = budget(net, cfg), room_of(cfg)
-    fits = b.peak < room
-    lines = [*title(net, cfg), "", *memory(cfg, b, room), "", *iteration(net, cfg, b)]
-    changes, before = [], b
+    changes, before = list[tuple[str, Budget, str]](), b
     for change, after in remedies(net, cfg, room):
         changes.append((words(change), after, price(before, after)))
         before = after
-    if not fits:
-        lines += [""] + ["to make it fit, cheapest first, each on top of those before:"] * bool(changes)
-        lines += [f"  {what:<44}{after.peak / 1e9:8.1f} GB   {cost}" for what, after, cost in changes]
-    if before.peak >= room:
-        found = list(machines(net, cfg))
-        lines += [
-            f"  no key makes it fit into {room / 1e9:.0f} GB; " + ("it fits with" if found else "use smaller clips")
-        ]
-        lines += [f"  {machine}" for machine in found]
-    if recipe := "" if fits else recipe_for(cfg.model, cfg):
-        lines += [f"recipe: {recipe}"]
-    if shorter := list(faster(net, cfg, b, cfg.model)) if fits else []:
-        lines += ["", f"{b.days:.0f} days are long. Shorter:", *(f"  {way}" for way in shorter)]
-    record = asdict(cfg) | {"plan": asdict(b) | {"peak": b.peak, "host_peak": b.host_peak, "fits": fits}}
-    record |= {"measured": False}
+    lines = [*title(net, cfg), "", *memory(cfg, b, room), "", *iteration(net, cfg, b), *advice(net, cfg, b, changes)]
+    totals = {"peak": b.peak, "host_peak": b.host_peak, "fits": b.peak < room}
+    record = asdict(cfg) | {"plan": asdict(b) | totals, "measured": False}
     record["changes"] = [{"change": what, "peak": after.peak, "cost": cost} for what, after, cost in changes]
     return lines, record
+
+
+def advice(net: Network, cfg: Plan, b: Budget, changes: Sequence[tuple[str, Budget, str]]) -> list[str]:
+    """Return the lines about a run that does not fit or takes weeks; `changes` as (keys, plan with them, price)."""
+    room = room_of(cfg)
+    if b.peak < room:
+        ways = [f"  {way}" for way in faster(net, cfg, b, cfg.model)]
+        return ["", f"{b.days:.0f} days are long. Shorter:", *ways] if ways else []
+    lines = [""] + ["to make it fit, cheapest first, each on top of those before:"] * bool(changes)
+    lines += [f"  {what:<44}{after.peak / 1e9:8.1f} GB   {cost}" for what, after, cost in changes]
+    if (changes[-1][1] if changes else b).peak >= room:
+        found = [f"  {machine}" for machine in machines(net, cfg)]
+        lines += [f"  no key makes it fit into {room / 1e9:.0f} GB; {'it fits with' if found else 'use smaller clips'}"]
+        lines += found
+    recipe = recipe_for(cfg.model, cfg)
+    return [*lines, *([f"recipe: {recipe}"] if recipe else [])]
 
 
 def title(net: Network, cfg: Plan) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastlightgen.config import GPUS, Plan, Recipe, load, preset, recipes
 from fastlightgen.models.cost import Network
-from fastlightgen.models.folder.released import sampling
+from fastlightgen.models.folder.released import preset_of, sampling
 from fastlightgen.planner.budget import Budget, budget, load_network
 from fastlightgen.planner.remedies import remedies, words
 
@@ -24,7 +24,7 @@ def recipe_plan(recipe: Recipe, model: str, stage: str) -> tuple[Plan, Budget]:
 def recipes_of(model: str) -> list[Recipe]:
     """The recipes for a preset, or for the preset with the network of a folder."""
     try:
-        name = sampling(model).preset
+        name = preset_of(model)
     except ValueError:  # no network; whoever loads it says so
         return []
     return [r for r in recipes() if name in r.models]
@@ -74,7 +74,7 @@ def faster(net: Network, plan: Plan, b: Budget, model: str) -> Iterator[str]:
     if b.days <= WEEK:
         return
     for recipe in recipes_of(model):
-        days = recipe_plan(recipe, sampling(model).preset, plan.stage)[1].days
+        days = recipe_plan(recipe, preset_of(model), plan.stage)[1].days
         if days < 0.9 * b.days:
             yield f"{recipe.word}: {days:.1f} days on {recipe.machine}"
     gpus = plan.gpus

@@ -88,12 +88,14 @@ def test_an_unknown_network_takes_its_scheduler_then_its_family(tmp_path):
     assert shifts(pipeline(tmp_path / "short", short))["3"] == 7.0
 
 
-def test_a_trained_folder_keeps_the_shift_of_its_card(tmp_path):
-    """An exported student's scheduler holds a stretched shift; its card holds the one that it was trained with."""
+def test_a_trained_folder_samples_with_the_shift_of_its_card(tmp_path):
+    """An exported student's scheduler holds a stretched shift; its card holds the one that it was trained with. A
+    further training has the family's."""
     model = pipeline(tmp_path / "pipe", UNKNOWN, shift=1.7)
     (model / "fastlightgen.json").write_text(json.dumps({"shift": 6.0}))
     known = sampling(model)
     assert known.values["shift"] == 6.0 and known.sources["shift"] == str(model / "fastlightgen.json")
+    assert shifts(model)["3"] == 5.0
 
 
 def test_a_folder_of_the_tiny_network_trains_as_the_preset_does(tmp_path):

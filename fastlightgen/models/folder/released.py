@@ -20,6 +20,9 @@ from fastlightgen.models.folder.weights import read_card
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
+Layer = tuple[str, Mapping[str, Any]]  # settings, after the place that they come from
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Settings of a model's own sampling, each with the place that it comes from."""
@@ -32,36 +35,50 @@ class Sampling:
 def sampling(model: str | Path) -> Sampling:
     """The settings of a preset or a model folder; those of its own files win over its preset's, these over its
     family's."""
-    config, name = config_of(model), str(model)
-    family = family_of(config)
+    name, found = str(model), preset_of(model)
+    layers = [family_default(model)]
+    layers += [(preset_file(found), preset(found)["inference"])] if found else []
     where, own = ("", None) if name in presets() else own_shift(Path(model))
-    same = [name] if name in presets() else [p for p in presets() if comparable(config) == network_of(p)]
-    same.sort(key=lambda p: preset(p)["inference"]["shift"] != own)
-    default = family.settings(config).released | {"size": family.clips.size}
-    layers: list[tuple[str, Mapping[str, Any]]] = [(f"the default of {family.title}", default)]
-    layers += [(preset_file(p), preset(p)["inference"]) for p in same[:1]]
     layers += [(where, {"shift": own})] if own is not None else []
     values = {key: value for _, settings in layers for key, value in settings.items()}
     sources = {key: source for source, settings in layers for key in settings}
-    return Sampling(same[0] if same else "", values, sources)
+    return Sampling(found, values, sources)
 
 
-def training(model: str) -> list[tuple[str, Mapping[str, Any]]]:
+def training(model: str) -> list[Layer]:
     """(file, settings by section "stageN") that hold for training with a model folder; later ones win.
 
-    They are those of its preset. The folder's own shift replaces the preset's unless the preset was made for it: then
+    They are those of its preset. The scheduler's shift replaces the preset's unless the preset was made for it: then
     the preset also knows the shift that suits a student. [] for a folder that holds no known network.
     """
     try:
-        known = sampling(model)
+        found, (default, settings) = preset_of(model), family_default(model)
     except ValueError:  # the stage reports it
         return []
-    settings = preset(known.preset) if known.preset else {}
-    layers: list[tuple[str, Mapping[str, Any]]] = [(preset_file(known.preset), settings)] if settings else []
-    shift = known.values["shift"]
-    if not settings or settings["inference"]["shift"] != shift:
-        layers.append((known.sources["shift"], {f"stage{n}": {"shift": shift} for n in range(4)}))
+    known = preset(found) if found else {}
+    where, shift = own_shift(Path(model))
+    if shift is None or not where.endswith(SCHEDULER):  # the shift in a card is that of an earlier training
+        where, shift = (default, settings["shift"]) if not known else ("", known["inference"]["shift"])
+    layers: list[Layer] = [(preset_file(found), known)] if known else []
+    if not known or shift != known["inference"]["shift"]:
+        layers.append((where, {f"stage{n}": {"shift": shift} for n in range(4)}))
     return layers
+
+
+def preset_of(model: str | Path) -> str:
+    """The preset with the network of a preset or a model folder; "" if there is none."""
+    if str(model) in presets():
+        return str(model)
+    network, (_, own) = comparable(config_of(model)), own_shift(Path(model))
+    same = [name for name in presets() if network == network_of(name)]
+    return min(same, key=lambda name: preset(name)["inference"]["shift"] != own, default="")
+
+
+def family_default(model: str | Path) -> Layer:
+    """The settings of the family of a preset or a model folder."""
+    config = config_of(model)
+    family = family_of(config)
+    return f"the default of {family.title}", family.settings(config).released | {"size": family.clips.size}
 
 
 def own_shift(folder: Path) -> tuple[str, float | None]:
