@@ -20,7 +20,8 @@ from fastlightgen.data.lists import Row, read_list
 from fastlightgen.data.video import Unusable, read_clip, source_hash
 
 if TYPE_CHECKING:  # the import takes a second, too long for --help
-    from fastlightgen.models.family import Clips, Family
+    from fastlightgen.models.family import Clips
+    from fastlightgen.models.geometry import Geometry
 
 # Reads a row: (frames, hash of the video), or (None, reason) for a clip that is skipped.
 Read = Callable[[Row], tuple[NDArray | None, str]]
@@ -30,12 +31,13 @@ def encode(cfg: Encode) -> None:
     """Encode this process's share of the clips; the process that finishes last also writes the cache's index."""
     from fastlightgen.data.cache import NEGATIVE, NULL
     from fastlightgen.data.writer import Writer, free_bytes
+    from fastlightgen.models.folder.released import sampling
     from fastlightgen.parallel.log import say, size
     from fastlightgen.pipelines.encoders import family_of_folder
 
     rank, ranks = place(cfg)
     _, family = family_of_folder(cfg.pipeline)
-    clips = sized(cfg, family)
+    clips = sized(cfg, family.geometry, family.clips.at(sampling(cfg.pipeline).values["size"]))
     rows = read_list(cfg.videos, cfg.min_dover)
     fps, frames, buckets = clips.fps, clips.frames, clips.buckets
     encoders = load_encoders(cfg, rank)
@@ -78,9 +80,8 @@ def encode(cfg: Encode) -> None:
         say(f"next: {command('train', stage=1, model=cfg.pipeline, data=cfg.out)}")
 
 
-def sized(cfg: Encode, family: "Family") -> "Clips":
-    """Rate, length and sizes of the clips: the family's defaults, replaced by fps=, frames= and buckets= if given."""
-    geometry, own = family.geometry, family.clips
+def sized(cfg: Encode, geometry: "Geometry", own: "Clips") -> "Clips":
+    """Rate, length and sizes of the clips: the pipeline's own, replaced by fps=, frames= and buckets= if given."""
     if cfg.frames and not geometry.takes_frames(cfg.frames):
         raise ConfigError(
             f"frames={cfg.frames}: wanted {geometry.frame_stride} k + 1, for example {geometry.below(cfg.frames)}"

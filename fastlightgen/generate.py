@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastlightgen.config import Generate, command, main
+from fastlightgen.config import Generate, command, compute_type, main
 from fastlightgen.data.frames import check_suffix, write_clips
 from fastlightgen.data.version import check_model
 from fastlightgen.engine.local import pick_device
@@ -33,7 +33,7 @@ def generate(cfg: Generate) -> None:
     pipeline = Path(cfg.pipeline) if cfg.pipeline else folder if is_pipeline(folder) else None
     if pipeline is None:
         check_model(folder, ShapesSource.description)
-    dtype = compute_type(cfg.dtype, device, pipeline is not None)
+    dtype = getattr(torch, compute_type(cfg.dtype, device.type == "cuda", pipeline is not None))
     with clock("load"):
         world = Pipeline(pipeline, device, dtype, cfg.size) if pipeline else BuiltIn(cfg.size)
     plan = sampling_plan(read_card(folder), cfg.steps, cfg.guidance, cfg.sampler, world.defaults)
@@ -109,13 +109,6 @@ def read_prompts(cfg: Generate) -> list[tuple[str, str]]:
     if not asked:
         raise ValueError(f"prompts={path}: is empty; write one prompt per line")
     return asked
-
-
-def compute_type(name: str, device: torch.device, real: bool) -> torch.dtype:
-    """The type to compute in; "auto" is bfloat16 for a network with a pipeline on a GPU, else float32."""
-    if name == "auto":
-        name = "bfloat16" if real and device.type == "cuda" else "float32"
-    return getattr(torch, name)
 
 
 class Clock:

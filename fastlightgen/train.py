@@ -3,7 +3,7 @@
 import os
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +15,7 @@ from fastlightgen.config import (
     Run,
     StageConfig,
     after_stage,
+    compute_type,
     exit_code,
     for_stage,
     main,
@@ -61,6 +62,7 @@ OWN = ("run", "device", "threads", "progress")  # keys that may differ between t
 def train(cfg: Any) -> None:
     """Run the command. With several ranks this function ends the process and does not return."""
     try:
+        cfg = settled(cfg)
         set_up(cfg)
         run(cfg)
     except (Exception, KeyboardInterrupt) as err:
@@ -68,6 +70,14 @@ def train(cfg: Any) -> None:
             raise
         end(err)
     ranks.leave()
+
+
+def settled(cfg: Any) -> Any:
+    """Return the configuration with the type that dtype=auto stands for on this device."""
+    on_gpu = pick_device(cfg.device).type == "cuda"
+    out = replace(cfg, dtype=compute_type(cfg.dtype, on_gpu, cfg.data != "shapes"))
+    out.origins = cfg.origins
+    return out
 
 
 def run(cfg: Any) -> None:

@@ -169,7 +169,7 @@ def test_it_is_planned_as_it_runs(words, capsys, tmp_path):
     assert counted(lambda: stage.loss(0)[0].backward()) == b.flops
     assert stage.student.block_calls + stage.teacher.block_calls == b.calls == 4 + len(KEPT)
     assert b.iters == 9
-    main(plan, "plan", ["stage=3", "method=toy", "pull=2", "gpus=8", f"out={tmp_path / 'p.json'}"])
+    main(plan, "plan", ["stage=3", "method=toy", "pull=2", "gpus=16", f"out={tmp_path / 'p.json'}"])
     record = json.loads((tmp_path / "p.json").read_text())
     assert (record["pull"], record["plan"]["calls"]) == (2.0, 40 + 28)  # Wan 14B with all blocks, and pruned by 30%
     assert "block evaluations" in capsys.readouterr().out

@@ -4,7 +4,17 @@
 from fastlightgen.config.cli import exit_code, load, main, report
 from fastlightgen.config.commands import Encode, Evaluate, Generate, Report, for_evaluate, parse_buckets
 from fastlightgen.config.fields import Checked, ConfigError, UserError, field
-from fastlightgen.config.files import diff, find_preset_weights, fingerprint, numbers, preset, presets, recipe, to_yaml
+from fastlightgen.config.files import (
+    built_in,
+    diff,
+    find_preset_weights,
+    fingerprint,
+    numbers,
+    preset,
+    presets,
+    recipe,
+    to_yaml,
+)
 from fastlightgen.config.following import (
     PROMPT,
     SHAPES_PROMPT,
@@ -17,8 +27,10 @@ from fastlightgen.config.following import (
     settings,
     words,
 )
-from fastlightgen.config.plan import GPUS, Plan, another_stage, plan_for, plan_root
-from fastlightgen.config.run import Run
+from fastlightgen.config.gpus import GPUS, chip
+from fastlightgen.config.plan import Plan, another_stage, plan_for, plan_root
+from fastlightgen.config.recipes import Recipe, recipes
+from fastlightgen.config.run import Run, compute_type
 from fastlightgen.config.stages import StageConfig, declared, for_stage, method_for, register, root
 from fastlightgen.config.training import GUIDANCES, TEACHER_GUIDANCE, TIMES, BatchKeys, StudentKeys, TrainingKeys
 
@@ -36,6 +48,7 @@ __all__ = [
     "Generate",
     "PROMPT",
     "Plan",
+    "Recipe",
     "Report",
     "Run",
     "StageConfig",
@@ -46,7 +59,10 @@ __all__ = [
     "after_report",
     "after_stage",
     "another_stage",
+    "built_in",
+    "chip",
     "command",
+    "compute_type",
     "declared",
     "diff",
     "exit_code",
@@ -66,6 +82,7 @@ __all__ = [
     "preset",
     "presets",
     "recipe",
+    "recipes",
     "register",
     "report",
     "result_of",

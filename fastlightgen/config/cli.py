@@ -21,10 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 import fastlightgen
 from fastlightgen.config.commands import COMMANDS
 from fastlightgen.config.fields import ConfigError
-from fastlightgen.config.files import flatten, presets, read_yaml, to_yaml
+from fastlightgen.config.files import presets, to_yaml
 from fastlightgen.config.help import ALL, front_page, help_text
 from fastlightgen.config.layers import COMMAND_LINE, CONFIG, assign, leaves, shipped_layers
 from fastlightgen.config.plan import PLANNED, plan_root
+from fastlightgen.config.recipes import file_keys
 from fastlightgen.config.stages import CHOOSES, DEFAULT, STAGES, root
 
 REQUEUE = 75  # exit code of a run that a scheduler stopped, to be started again (EX_TEMPFAIL)
@@ -44,7 +45,7 @@ def load(argv: Sequence[str], command: str = "train") -> Any:
     if "--version" in argv:
         print(f"fastlightgen {fastlightgen.__version__}", flush=True)
         raise SystemExit(0)
-    given, file, from_file = read_words(argv)
+    given, file, from_file = read_words(argv, command)
     cls = pick_root(command, from_file | given)
     layers = layers_of(cls, from_file | given, file, from_file)
     node = assigned(cls, layers)
@@ -64,7 +65,7 @@ def load(argv: Sequence[str], command: str = "train") -> Any:
 
 def help_page(argv: Sequence[str], command: str) -> str:
     """The text of --help; keys beside it choose the stage, the method, the model and the file of the defaults."""
-    given, file, from_file = read_words([word for word in argv if "=" in word])
+    given, file, from_file = read_words([word for word in argv if "=" in word], command)
     chosen, everything = from_file | given, ALL in argv
     if command == "train" and "stage" not in chosen:
         roots = {name: root(name) for name in STAGES if everything}
@@ -77,13 +78,13 @@ def help_page(argv: Sequence[str], command: str) -> str:
     return help_text(command, (cls, node), chosen, everything)
 
 
-def read_words(argv: Sequence[str]) -> tuple[dict[str, str], str | None, dict[str, Any]]:
+def read_words(argv: Sequence[str], command: str) -> tuple[dict[str, str], str | None, dict[str, Any]]:
     """The keys of a command line, and the name and the keys of its config=FILE."""
     given = parse(argv)
     file = given.pop(CONFIG, None)
     if file == "":
         raise ConfigError("config= is empty; give the path of a YAML file")
-    return given, file, flatten(read_yaml(file)) if file is not None else {}
+    return given, file, file_keys(file, command, given) if file is not None else {}
 
 
 def layers_of(

@@ -9,6 +9,8 @@ from fastlightgen.config.run import (
     DEVICE,
     DEVICES,
     DRY_RUN,
+    DTYPE,
+    DTYPES,
     GUIDANCE,
     MAX_SEED,
     SAMPLER,
@@ -79,7 +81,7 @@ class Generate(Checked):
     sampler: str = field("auto", SAMPLER, choices=SAMPLERS)
     seed: int = field(0, "decides the noise", lo=0, hi=MAX_SEED, everyday=True)
     device: str = field("auto", DEVICE, choices=DEVICES, everyday=True)
-    dtype: str = field("auto", "auto: bfloat16 for a real network on a GPU", choices=("auto", "float32", "bfloat16"))
+    dtype: str = field("auto", DTYPE, choices=DTYPES)
     threads: int = field(0, THREADS, lo=0)
     progress: bool = field(True, "show a progress bar")
     dry_run: bool = field(False, DRY_RUN)

@@ -31,6 +31,11 @@ def preset(name: str, kind: str = "model") -> dict[str, Any]:
     return read_yaml(config_root() / kind / f"{name}.yaml")
 
 
+def built_in(model: str) -> bool:
+    """True for the presets of the built-in world's networks, False for those of released networks and for folders."""
+    return model in presets() and model.startswith("tiny")
+
+
 def recipe(name: str) -> dict[str, Any]:
     """The settings per stage of preset=NAME; {} for the default, whose settings are those of configs/stageN.yaml."""
     return preset(name, "preset") if name in presets("preset") else {}

@@ -2,7 +2,8 @@
 
 import dataclasses
 import difflib
-import os.path
+import importlib
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from fastlightgen.config.files import config_root, flatten, preset, presets, rea
 from fastlightgen.config.stages import DEFAULT, METHODS, STAGES, keys_of, root
 
 COMMAND_LINE, CONFIG = "the command line", "config"  # in `origins`: the source of given words, the key of config=FILE
+STARTS = ("init", "teacher", "model")  # keys that name the network a stage starts from; the first one given does
+RELEASED = "fastlightgen.models.folder.released"
 TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", list[float]: "[number,number]"}
 
 
@@ -29,14 +32,15 @@ def sections(cls: type) -> dict[str, str]:
 def shipped_layers(cls: type, given: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(file, settings) that come with the package for the stages of a root class; later ones win.
 
-    `given` may hold the keys `model` and `preset`. The files hold the settings of the default method; another one takes
-    those that it knows, and has a file of its own.
+    `given` may hold the keys of STARTS and `preset`. The files hold the settings of the default method; another one
+    takes those that it knows, and has a file of its own.
     """
     known, out = leaves(cls), list[tuple[str, dict[str, Any]]]()
     model, chosen = (str(given.get(k, default_of(known[k]) if k in known else "")) for k in ("model", "preset"))
-    network, numbers = preset(model) if model in presets() else {}, recipe(chosen)
     if "run" in known and "stage" in known and default_of(known["run"]) == REQUIRED:  # `report` must be given its run
         out.append(("named after the model", {"run": default_run(model)}))
+    model = next((str(given[key]) for key in STARTS if key in known and given.get(key)), model)
+    numbers, networks = recipe(chosen), model_layers(model)
     for stage, prefix in sections(cls).items():
         method = default_of(known[f"{prefix}method"]) if f"{prefix}method" in known else DEFAULT
         own, file = f"configs/method/{method}.yaml", config_root() / "method" / f"{method}.yaml"
@@ -44,8 +48,7 @@ def shipped_layers(cls: type, given: Mapping[str, Any]) -> list[tuple[str, dict[
             f"configs/stage{stage}.yaml": read_yaml(config_root() / f"stage{stage}.yaml"),
             f"configs/preset/{chosen}.yaml": numbers.get(f"stage{stage}", {}),
             own: read_yaml(file) if file.is_file() else {},
-            f"configs/model/{model}.yaml": network.get(f"stage{stage}", {}),
-        }
+        } | {where: content.get(f"stage{stage}", {}) for where, content in networks}
         for where, values in layers.items():
             settings = flatten(values, prefix)
             if method != DEFAULT and where != own:
@@ -72,6 +75,14 @@ def settings_from(cls: type, given: Mapping[str, Any]) -> str:
     fits = any(name in presets() for name in models)
     model = given.get("model", default_of(leaves(cls)["model"]))
     return " over ".join(dict.fromkeys(files)) + ("" if fits else f"; no preset fits model={model}")
+
+
+def model_layers(model: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """(file, content with sections "stageN") of `model=`: its preset's; for a folder see models/folder/released.py."""
+    if model in presets():
+        return [(f"configs/model/{model}.yaml", preset(model))]
+    # By name, because the registry of families stands above this file and loads torch.
+    return importlib.import_module(RELEASED).training(model) if os.path.isdir(model) else []
 
 
 def leaves(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:

@@ -9,40 +9,40 @@ from functools import cache
 from typing import Any
 
 from fastlightgen.config.fields import Checked, ConfigError, field, with_default
-from fastlightgen.config.files import recipe
-from fastlightgen.config.run import Run
+from fastlightgen.config.files import built_in
+from fastlightgen.config.gpus import GPUS, known_gpu
+from fastlightgen.config.layers import shipped_layers
+from fastlightgen.config.run import Run, compute_type
 from fastlightgen.config.stages import DEFAULT, STAGES, keys_of, method_of
 
-GPUS = ("h100-80gb", "h200", "a100-80gb", "4090")
 PLANNED = tuple(stage for stage in STAGES if stage != "all")
-DEFAULTS = {  # in place of those of train
-    "run": "",
-    "model": "wan2.1-i2v-14b",
-    "engine": "deepspeed",
-    "dtype": "bfloat16",
-    "checkpointing": True,
-}
+DEFAULTS = {"run": "", "model": "wan2.1-i2v-14b", "engine": "deepspeed"}  # in place of those of train
 
 
 @dataclass(kw_only=True)
 class Machine(Checked):
     """Keys of the machine, and guesses at the result of Stage I."""
 
-    gpu: str = field(
-        "h100-80gb", "kind of GPU; cpu: processes on a CPU in place of GPUs", choices=(*GPUS, "cpu"), everyday=True
-    )
+    gpu: str = field("h100", f"kind of GPU: {', '.join(GPUS)}; cpu: processes on a CPU in place of GPUs", everyday=True)
     gpus: int = field(16, "GPUs in all", lo=1, everyday=True)
     gpus_per_node: int = field(8, "GPUs in one host", lo=1, everyday=True)
     efficiency: float = field(
-        0.0, "share of the GPU's peak that the run reaches; 0: what the paper's figures imply", lo=0, hi=1
+        0.0, "share of the GPU's peak that the run reaches; 0: what the paper's 80 GPU-days imply", lo=0, hi=1
     )
-    size: str = field("480x832x81", "height x width x frames of the clips, in pixels", everyday=True)
+    size: str = field("", "height x width x frames of the clips, in pixels; empty: the model's own", everyday=True)
     text_tokens: int = field(0, "tokens of a prompt; 0: what the family is used with", lo=0)
     previews: bool = field(True, "a pipeline's VAE shows clips during training (pipeline= and sample_every= of train)")
     dropped: float = field(0.3, "share of the blocks that Stage I drops", above=0, below=1)
     prefix: int = field(-1, "first dropped block (they are taken to be adjacent); -1: in the middle", lo=-1)
     table: bool = field(False, "instead: what fits on each kind of GPU, for every preset and stage", everyday=True)
     out: str = field("", "JSON file to write as well; empty: none", everyday=True)
+
+    def check(self) -> None:
+        super().check()
+        kind = self.gpu if self.gpu == "cpu" else known_gpu(self.gpu)
+        if kind is None:
+            raise ConfigError(f"gpu={self.gpu}: wanted one of {', '.join(GPUS)}, cpu")
+        self.gpu, self.gpus_per_node = kind, min(self.gpus_per_node, self.gpus)
 
 
 @dataclass(kw_only=True)
@@ -57,6 +57,7 @@ class Plan(Machine, Run):
             raise ConfigError(
                 f"sequence_parallel={self.sequence_parallel}: gpus={self.gpus} is not a multiple of it; change one"
             )
+        self.dtype = compute_type(self.dtype, self.gpu != "cpu", not built_in(self.model))
 
     @property
     def groups(self) -> int:
@@ -106,4 +107,6 @@ def another_stage(cfg: Plan, stage: str, **changes: Any) -> Plan:
     cls = plan_root(stage)
     same = {f.name for f in fields(Plan)} - {"stage"} | {"checkpointing", "keep_attention"}
     common = {name: value for name, value in vars(cfg).items() if name in same & {f.name for f in fields(cls)}}
-    return cls(**recipe(cfg.preset).get(f"stage{stage}", {}) | common | changes)
+    shipped = shipped_layers(cls, {key: (common | changes)[key] for key in ("model", "preset")})
+    settings = {key: value for _, layer in shipped for key, value in layer.items()}
+    return cls(**settings | common | changes)

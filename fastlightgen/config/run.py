@@ -9,6 +9,11 @@ DEVICES, SAMPLERS = ("auto", "cpu", "cuda"), ("auto", "ode", "stochastic")
 DEVICE = "where to compute; auto takes the GPU if there is one"
 THREADS = "CPU threads; 0 leaves the choice to torch"
 ALLOW_PT = "also read weights from .pt, .pth and .bin files, as plain tensors"
+DTYPES = ("auto", "float32", "bfloat16")
+DTYPE = (
+    "type the networks compute in; auto: bfloat16 for a released network on a GPU, float32 on a CPU and for the "
+    "built-in world"
+)
 DRY_RUN = "print the resolved configuration and exit"
 STEPS = "network evaluations per clip; 0: the model's own (a student's ladder, the preset's steps for a teacher)"
 GUIDANCE = "classifier-free guidance; 1 turns it off, a negative number takes the model's own"
@@ -22,6 +27,11 @@ ONE_PROCESS = {
     "use sequence_parallel=1 or engine=deepspeed",
     "timeout": "waits for no other process; leave it out or use engine=deepspeed",
 }
+
+
+def compute_type(dtype: str, gpu: bool, real: bool) -> str:
+    """The type that `dtype` stands for; `real`: the network is not one of the built-in world."""
+    return dtype if dtype != "auto" else "bfloat16" if gpu and real else "float32"
 
 
 @dataclass(kw_only=True)
@@ -68,7 +78,7 @@ class Run(Checked):
     )
     seed: int = field(0, "decides every random number of the run", lo=0, hi=MAX_SEED, everyday=True)
     device: str = field("auto", DEVICE, choices=DEVICES, numbers=False, everyday=True)
-    dtype: str = field("float32", "type the networks compute in", choices=("float32", "bfloat16"), everyday=True)
+    dtype: str = field("auto", DTYPE, choices=DTYPES, everyday=True)
     allow_pt: bool = field(False, ALLOW_PT, numbers=False)
     engine: str = field(
         "local",

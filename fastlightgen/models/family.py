@@ -1,7 +1,7 @@
 """The record of a model family: the classes, functions and constants that the rest of the program needs to know."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +33,11 @@ class Clips:
         """The default size as commands write it: HEIGHTxWIDTHxFRAMES."""
         height, width = self.buckets[0]
         return f"{height}x{width}x{self.frames}"
+
+    def at(self, size: str) -> "Clips":
+        """The same clips at another size, lying and standing."""
+        height, width, frames = map(int, size.split("x"))
+        return replace(self, frames=frames, buckets=((height, width), (width, height)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastlightgen.data.frames import read_image, to_uint8
-from fastlightgen.models.config import NetworkConfig
-from fastlightgen.models.folder.weights import read_json
+from fastlightgen.models.folder.released import sampling
 from fastlightgen.models.geometry import Geometry
 from fastlightgen.models.sample import Wish
 from fastlightgen.pipelines.encoders import Encoders, family_of_folder
@@ -22,12 +21,13 @@ class Pipeline:
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, size: str = "", decode_only=False):
         _, family = family_of_folder(folder)
-        self.family, self.size = family, read_size(size or family.clips.size, family.geometry)
+        self.defaults = dict(sampling(folder).values)
+        self.family, self.size = family, read_size(size or self.defaults["size"], family.geometry)
         # Training decodes previews and has little memory left: decode in tiles, and leave out the encoders.
         self.encoders = Encoders(folder, device, dtype, tiling=decode_only, without=ENCODERS if decode_only else ())
         self.official_negative = self.encoders.official_negative
         self.nulls: dict[str, dict[str, Tensor]] = {}
-        self.fps, self.defaults = round(family.clips.fps), defaults_of(folder, self.encoders.cfg)
+        self.fps = round(family.clips.fps)
 
     def wish(self, prompt: str, negative: str | None, image: str, count: int) -> Wish:
         """Encode a request for `count` clips. `negative`: the null prompt; None if there is no second prediction."""
@@ -76,11 +76,3 @@ def read_size(text: str, geometry: Geometry) -> tuple[int, int, int]:
             f"frames {n}k+1 ({n + 1}, {2 * n + 1}, ... {20 * n + 1})"
         )
     return height, width, frames
-
-
-def defaults_of(folder: Path, cfg: NetworkConfig) -> dict:
-    """Steps, guidance and shift for a network without fastlightgen.json; the scheduler's settings give the shift."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    shift = settings.get("flow_shift") or settings.get("shift")
-    return cfg.released | ({"shift": shift} if shift else {})

@@ -6,30 +6,14 @@ This is arithmetic: nothing here was measured on a cluster.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
-from fastlightgen.config import Plan, plan_root, preset, recipe
+from fastlightgen.config import GPUS, Plan, plan_root, preset, recipe
 from fastlightgen.models.cost import Network
 from fastlightgen.models.families import FAMILIES, family_of, network
 from fastlightgen.parallel.shares import Part, divisors, token_shares
 from fastlightgen.planner.memory import gpu_memory, host_memory, host_peak, number
 from fastlightgen.planner.step import StepCost, planned_step, undropped
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Bytes of memory and dense operations per second, from the makers' data sheets."""
-
-    memory: float
-    bfloat16: float
-    float32: float
-
-
-GPU = {
-    "h100-80gb": Gpu(80e9, 989e12, 67e12),
-    "h200": Gpu(141e9, 989e12, 67e12),
-    "a100-80gb": Gpu(80e9, 312e12, 19.5e12),
-    "4090": Gpu(24e9, 165e12, 82.6e12),
-}
 
 
 @dataclass(frozen=True)
@@ -50,7 +34,8 @@ PAPER = Paper()
 class Budget:
     """A plan in bytes, operations and seconds; each number is for one GPU unless its comment says otherwise."""
 
-    gpu: dict[str, float]  # bytes by part
+    gpu: dict[str, float]  # bytes by part, at the moment of the peak
+    moment: str  # the name of that moment
     host: dict[str, float]  # bytes in one host's memory by part
     flops: float  # per iteration
     recomputed: float  # the part of `flops` that a backward pass computes a second time
@@ -71,6 +56,11 @@ class Budget:
     def host_peak(self) -> float:
         return host_peak(self.host)
 
+    @property
+    def days(self) -> float:
+        """Duration of the run, by the clock."""
+        return self.seconds * self.iters / 86400
+
 
 def load_network(config: dict, size: str, text_tokens: int, fused: bool = True) -> Network:
     """The network of a config.json at the size "HEIGHTxWIDTHxFRAMES"."""
@@ -81,19 +71,32 @@ def load_network(config: dict, size: str, text_tokens: int, fused: bool = True) 
     return network(config, latent, text_tokens, fused)
 
 
-def paper_efficiency(stage: str) -> float:
-    """The share of an H100's peak speed at which the planned operations of a stage take the GPU-days of the paper.
+@cache
+def paper_operations() -> dict[str, float]:
+    """The planned operations of one of the paper's 16 GPUs in all iterations of a stage, by stage.
 
-    64 days x 86400 s / 16 GPUs / 4000 iterations = 86.4 s per iteration, and 16 days / 16 / 1000 the same. Stages 0 and
-    1 take Stage II's share. The paper is silent on the critic's settings, which are DMD2's.
+    Stage II is Eq. 6 as printed. The paper is silent on the critic's settings in Stage III, which are DMD2's, and on
+    recomputation, which its network needs at this size.
     """
-    settings, (days, iters) = recipe("paper"), PAPER.stage3 if stage == "3" else PAPER.stage2
-    eq6 = settings["stage2"] | {"target": "self"}  # as printed
-    as_printed = plan_root("3")(**settings["stage3"]) if stage == "3" else plan_root("2")(**eq6)
+    settings = recipe("paper")
+    eq6 = plan_root("2")(**settings["stage2"] | {"target": "self", "checkpointing": True})
+    eq8 = plan_root("3")(**settings["stage3"] | {"checkpointing": True})
     net = load_network(preset(PAPER.model)["network"], PAPER.size, 0)
-    step = planned_step(net, as_printed, undropped(len(net.blocks), 0.3))
-    seconds = days * 86400 / PAPER.gpus / iters
-    return step.total("flops") / seconds / GPU["h100-80gb"].bfloat16
+    keep = undropped(len(net.blocks), 0.3)
+    return {
+        "2": planned_step(net, eq6, keep).total("flops") * PAPER.stage2[1],
+        "3": planned_step(net, eq8, keep).total("flops") * PAPER.stage3[1],
+    }
+
+
+def paper_efficiency() -> float:
+    """The share of an H100's peak at which both stages of the paper together take its 64 + 16 GPU-days.
+
+    The paper gives 86.4 s per iteration for both stages, although Stage III computes more. So one share for all stages
+    can only match their sum.
+    """
+    seconds = (PAPER.stage2[0] + PAPER.stage3[0]) * 86400 / PAPER.gpus
+    return sum(paper_operations().values()) / seconds / GPUS["h100"].bfloat16
 
 
 def busiest(net: Network, plan: Plan) -> float:
@@ -116,14 +119,15 @@ def budget(net: Network, plan: Plan, keep: Sequence[int] | None = None) -> Budge
     samples = step.clips * step.accumulation
     flops = step.total("flops") * samples
     efficiency = seconds = 0.0
-    if plan.gpu in GPU:
-        efficiency = plan.efficiency or paper_efficiency(plan.stage)
-        seconds = flops / (efficiency * getattr(GPU[plan.gpu], plan.dtype))
+    if plan.gpu in GPUS:
+        efficiency = plan.efficiency or paper_efficiency()
+        seconds = flops / (efficiency * getattr(GPUS[plan.gpu], plan.dtype))
     iters = math.ceil(step.count / plan.groups) if step.count else int(vars(plan)["iters"])
     gathers, wire, bus = traffic(step, plan)
-    gpu = gpu_memory(step, plan)
+    gpu, moment = gpu_memory(step, plan)
     return Budget(
         gpu=gpu,
+        moment=moment,
         host=host_memory(step, plan, sum(gpu.values())),
         flops=flops,
         recomputed=step.total("recompute") * samples,

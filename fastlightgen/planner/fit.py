@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from fastlightgen.config import Plan, Run, method_for, plan_for
+from fastlightgen.config import GPUS, Plan, Run, chip, method_for, plan_for
 from fastlightgen.data.source import Source
 from fastlightgen.models.cost import Network
 from fastlightgen.models.families import network
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
 from fastlightgen.pipelines.export import vae_folder
+from fastlightgen.planner.advice import faster, recipe_for
 from fastlightgen.planner.budget import Budget, budget
 from fastlightgen.planner.remedies import remedies, words
 from fastlightgen.planner.step import undropped
@@ -23,7 +24,6 @@ from fastlightgen.planner.step import undropped
 CGROUP, MEMINFO, SELF = Path("/sys/fs/cgroup"), Path("/proc/meminfo"), Path("/proc/self/cgroup")
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 UNKNOWN = 2**62  # bytes
-KINDS = {"H100": "h100-80gb", "H200": "h200", "A100": "a100-80gb", "4090": "4090"}  # in the names that torch reports
 
 
 def check_fit(cfg: Run, source: Source, device: torch.device, ratio: float | None = None) -> None:
@@ -46,16 +46,18 @@ def check_fit(cfg: Run, source: Source, device: torch.device, ratio: float | Non
         return
     frames, height, width = clip.x0.shape[2:]
     net = network(config, (frames, height, width), clip.cond.text.shape[1], fused=device.type == "cuda")
-    plan = plan_of(cfg, ranks.size(), local_ranks(), kind or "h100-80gb")
+    plan = plan_of(cfg, ranks.size(), local_ranks(), kind or "h100")
     b = budget(net, plan, keep)
     room, host = (min(ranks.gathered(have)) for have in (gpu_free(device), host_free()))
     ahead = "" if ratio is None else " ahead, with blocks yet to be chosen"
     say(f"stage {cfg.stage}, planned{ahead}: {told(b, plan, room, host)}")
     if kind and b.seconds:
         say(
-            f"  {b.flops / 1e15:.3g} PFLOP per GPU and iteration; {b.seconds:.3g} s, and {b.gpu_days:.3g} GPU-days in "
-            f"all, at the {b.efficiency:.1%} of the peak that the paper's time implies (not measured here)"
+            f"  {b.flops / 1e15:.3g} PFLOP per GPU and iteration; {b.seconds:.3g} s, and {b.days:.3g} days in all, at "
+            f"the {b.efficiency:.1%} of the peak that the paper's time implies (not measured here)"
         )
+        for way in faster(net, plan, b, cfg.model):
+            say(f"  shorter: {way}")
     if message := misfit(cfg, net, plan, keep, b, room, host):
         if cfg.fit == "refuse":
             raise ValueError(message)
@@ -78,16 +80,17 @@ def size(value: float) -> str:
 
 def misfit(cfg: Run, net: Network, plan: Plan, keep: Sequence[int], b: Budget, room: int, host: int) -> str:
     """One line that names the memory that is too small and a change that helps; "" if everything fits."""
-    on_gpu = plan.gpu != "cpu"
+    on_gpu, recipe = plan.gpu != "cpu", recipe_for(cfg.model, plan)
+    otherwise = f"{recipe}; {ANYWAY}" if recipe else ANYWAY
     if on_gpu and b.peak >= room:
         start = f"fit: the plan is {size(b.peak)} GB per GPU, {size(room)} GB are free"
-        return f"{start}; {smaller(cfg, net, plan, keep, room)}; {ANYWAY}"
+        return f"{start}; {smaller(cfg, net, plan, keep, room)}; {otherwise}"
     if b.host_peak < host:
         return ""
     start = f"fit: the plan is {size(b.host_peak)} GB of host memory, {size(host)} GB are free"
     if on_gpu:
         change = "fewer processes per host" + (" or offload=none" if plan.offload != "none" else "")
-        return f"{start}; use a larger host or {change}; {ANYWAY}"
+        return f"{start}; use a larger host or {change}; {otherwise}"
     return f"{start}; {smaller(cfg, net, plan, keep, host * b.peak / b.host_peak)}; {ANYWAY}"
 
 
@@ -125,8 +128,9 @@ def kind_of(device: torch.device) -> str | None:
     """The planner's name for a device; None for a GPU that the planner does not know."""
     if device.type != "cuda":
         return "cpu"
-    name = torch.cuda.get_device_name(device)
-    return next((kind for part, kind in KINDS.items() if part in name), None)
+    name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    kinds = [kind for kind in GPUS if chip(kind) in name.lower()]
+    return min(kinds, key=lambda kind: abs(GPUS[kind].memory - memory), default=None)
 
 
 def gpu_free(device: torch.device) -> int:

@@ -36,7 +36,12 @@ def model_states(step: StepCost, plan: Plan) -> dict[str, float]:
     largest = max(step.trained.values(), default=0)  # roles are updated one after the other
     if plan.engine == "local":  # autocast keeps its bfloat16 copies until the step ends
         copies = 2 * largest if plan.dtype == "bfloat16" else 0
-        return {"weights": 4 * (trained + frozen) + copies, "gradients": 4 * largest, "optimizer states": 8 * trained}
+        size = 4 if trained else number(plan)  # Stage I trains nothing and loads the weights in the compute type
+        return {
+            "weights": size * (trained + frozen) + copies,
+            "gradients": 4 * largest,
+            "optimizer states": 8 * trained,
+        }
     size = number(plan)
     weights = size * (trained + frozen) / (plan.gpus if plan.zero == 3 else 1)
     # zero=3 reserves room for all gradients for the whole run. zero=1 keeps an unsharded float32 copy of bfloat16
@@ -96,41 +101,43 @@ def previews(step: StepCost, plan: Plan) -> tuple[float, float]:
     return weights, max(tile + 1.4 * clip, 4.7 * clip)  # the second: the tiles of a large picture while they are joined
 
 
-def gpu_memory(step: StepCost, plan: Plan) -> dict[str, float]:
-    """GPU memory by part; a final negative entry removes parts that never coexist, so that the sum is the peak."""
+def gpu_memory(step: StepCost, plan: Plan) -> tuple[dict[str, float], str]:
+    """Memory of one GPU, part by part, at the moment of its peak; and the name of that moment."""
     deepspeed, acts = plan.engine == "deepspeed", step.activations(number(plan))
     kept, block, working, forks = (step.clips * part for part in (acts.kept, acts.block, acts.working, acts.forks))
     always, backward, update = passing(step, plan)
-    whole, frozen = gathered(step, plan)
+    trains, frozen = gathered(step, plan)
     vae, shown = previews(step, plan)
-    parts = model_states(step, plan) | {"averaged weights": averaged(step, plan), "VAE": vae}
     reserved = PROGRAM[plan.engine, bool(step.trained)] if on_cpu(plan) else RESERVED
-    steady = sum(parts.values()) + always + reserved
+    steady = model_states(step, plan) | {"averaged weights": averaged(step, plan), "VAE": vae}
+    steady["buffers"] = always + reserved
 
     # Under ZeRO-3 all gradients are there from the start. Otherwise they grow while the activations are freed.
-    gradients = 0.0 if deepspeed and plan.zero == 3 else parts["gradients"]
+    gradients = 0.0 if deepspeed and plan.zero == 3 else steady.pop("gradients")
     # A CPU's buffers grow in the same way, because their pages come with the first write. Under ZeRO-3 a bucket that
     # holds all gradients is scattered at the end of the backward pass, when the activations are gone.
     late = max(step.trained.values(), default=0) <= BUCKET if plan.zero == 3 else on_cpu(plan)
-    growing, at_once = (gradients + backward, 0.0) if deepspeed and late else (gradients, backward)
-    moments = (
-        kept + working + forks + whole + frozen,  # a forward pass, or a walk without gradient after it
-        max(kept, growing) + block + whole + at_once,  # the backward pass, from its start to its end
-        update + (0.0 if deepspeed else gradients),  # DeepSpeed's flat gradients replace the others
-        shown,
-    )
-    parts |= {
-        "activations kept": kept,
-        "one block, backward": block,
-        "one block, no gradient": working,
-        "fork states": forks,
-        "gathered blocks": whole + frozen,
-        "optimizer step": update,
-        "clips on their way out": shown,
-        "buffers": always + backward + reserved,
+    last = deepspeed and late  # the bucket comes with the last gradients
+    flat = 0.0 if deepspeed else gradients  # DeepSpeed's flat gradients, which `update` counts, replace the others
+    start = {"activations kept": kept, "gradient bucket": 0.0 if last else backward}
+    end = {"gradients": gradients, "gradient bucket": backward}
+    backwards = {"one block, backward": block, "gathered blocks": trains}
+    moments = {
+        "a forward pass": {
+            "activations kept": kept,
+            "one block, no gradient": working,
+            "fork states": forks,
+            "gathered blocks": trains + frozen,
+        },
+        "the start of a backward pass": start | backwards,
+        "the end of a backward pass": end | backwards,
+        "an optimizer step": {"gradients": flat, "optimizer step": update},
+        "clips on their way out": {"clips on their way out": shown},
     }
-    rest = steady - gradients + max(moments) - sum(parts.values())
-    return {name: value for name, value in parts.items() if value} | {"not at one moment": rest}
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    for name, value in moments[moment].items():
+        steady[name] = steady.get(name, 0.0) + value
+    return {name: value for name, value in steady.items() if value}, moment
 
 
 def loaded(step: StepCost, plan: Plan) -> float:

@@ -29,12 +29,15 @@ def candidates(net: Network, plan: Plan) -> Iterator[Mapping[str, Any]]:
         yield {"batch": 1}
     if sharded and plan.offload == "none":
         yield {"offload": "optimizer", "zero": 3}
+    alone = not sharded and plan.gpu != "cpu"  # one GPU can move to DeepSpeed, which has a place for AdamW's states
+    if alone:
+        yield {"engine": "deepspeed", "offload": "optimizer"}
     for n in (2, 4, 8):
         if sharded and n > plan.sequence_parallel and net.heads % n == 0 and plan.gpus % n == 0:
-            yield {"sequence_parallel": n}
+            yield {"sequence_parallel": n} | ({"micro_batch": 1} if plan.stage != "1" else {})
     yield from (saving for saving in own if saving.keys() & computes)
-    if sharded and plan.offload != "all":
-        yield {"offload": "all", "zero": 3}
+    if (sharded or alone) and plan.offload != "all":
+        yield {"engine": "deepspeed", "offload": "all", "zero": 3}
 
 
 def remedies(
@@ -45,16 +48,17 @@ def remedies(
     Changes that save under 1% are passed over, and those of other keys than `keys` where these are given.
     """
     before = budget(net, plan, keep)
-    for change in candidates(net, plan):
+    for wanted in candidates(net, plan):
+        change = {k: v for k, v in wanted.items() if getattr(plan, k) != v}
         if keys is not None and not keys >= change.keys():
             continue
         if before.peak < room:
             return
-        plan = replace(plan, **{k: v for k, v in change.items() if getattr(plan, k) != v})
-        after = budget(net, plan, keep)
+        changed = replace(plan, **change)
+        after = budget(net, changed, keep)
         if after.peak < 0.99 * before.peak:
             yield change, after
-            before = after
+            plan, before = changed, after
 
 
 def words(change: Mapping[str, Any]) -> str:

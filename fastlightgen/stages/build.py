@@ -33,7 +33,7 @@ class Builder:
         self.cfg, self.source, self.device = cfg, source, device
 
     def load(self, model: str | Path) -> VideoDiT:
-        """Load a network: in float32 with engine=local, in `dtype` with engine=deepspeed.
+        """Load a network: in `dtype`; in float32 with engine=local, except in Stage I, which trains nothing.
 
         With zero=3 each weight is sharded as it loads: the rank keeps its partition only.
         """
@@ -41,7 +41,8 @@ class Builder:
         if cfg.stage != "0":  # Stage 0 may adapt a network to another version of the built-in world
             check_model(model, self.source.description)
         if cfg.engine == "local":
-            return load_model(model, self.device, seed=cfg.seed, allow_pt=cfg.allow_pt)
+            dtype = torch.bfloat16 if cfg.stage == "1" and cfg.dtype == "bfloat16" else torch.float32
+            return load_model(model, self.device, dtype, cfg.seed, cfg.allow_pt)
         keep = keeper(cfg, self.device)
         return load_model(
             model, "cpu" if keep else self.device, getattr(torch, cfg.dtype), cfg.seed, cfg.allow_pt, keep

@@ -239,7 +239,7 @@ def build(cfg: Config, with_: Builder) -> tuple[VideoDiT, list[float]]:
 def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     """Count one batch of clips at one time: all single skips and the full pass, in groups of `memory` GiB."""
     n, clips = len(net.blocks), min(cfg.batch, cfg.clips)
-    size = 4 if cfg.engine == "local" or cfg.dtype == "float32" else 2  # bytes of a weight
+    size = 4 if cfg.dtype == "float32" else 2  # bytes of a number
     group = max(1, int(cfg.memory * 1e9 / (2 * clips * net.hidden * size)))
     routes = [Route(keep=without(n, i)) for i in range(n)] + [Route()]
     sweep = [Walk("model", routes[i : i + group]) for i in range(0, n + 1, group)]

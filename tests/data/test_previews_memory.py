@@ -9,7 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastlightgen.config import plan_root, preset
-from fastlightgen.planner.budget import budget, load_network
+from fastlightgen.planner.budget import load_network
+from fastlightgen.planner.memory import previews
+from fastlightgen.planner.step import planned_step, undropped
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -47,6 +49,7 @@ def test_decoding_in_tiles(model, kind, size):
         with torch.no_grad(), Peak() as found:
             vae.decode(torch.empty(1, 16, (frames + 3) // 4, height // 8, width // 8))
     cfg = plan_root()(model=model, size=size)
-    gpu = budget(load_network(preset(model)["network"], size, 0), cfg).gpu
-    assert gpu["VAE"] == pytest.approx(4 * sum(p.numel() for p in vae.parameters()), rel=0.01)
-    assert gpu["clips on their way out"] == pytest.approx(found.peak, rel=0.1)
+    net = load_network(preset(model)["network"], size, 0)
+    weights, clips = previews(planned_step(net, cfg, undropped(len(net.blocks), 0.3)), cfg)
+    assert weights == pytest.approx(4 * sum(p.numel() for p in vae.parameters()), rel=0.01)
+    assert clips == pytest.approx(found.peak, rel=0.1)

@@ -52,7 +52,7 @@ def test_the_plan_of_a_stage_is_the_planners(stage, models, capsys):
 
 def test_a_batch_is_divided_as_the_engine_divides_it():
     cfg = config(3, "engine=deepspeed", "zero=2", "batch=32", "micro_batch=2", "ratio=3")
-    plan = fit.plan_of(cfg, 8, 4, "h100-80gb")
+    plan = fit.plan_of(cfg, 8, 4, "h100")
     assert (plan.gpus, plan.gpus_per_node, plan.micro, plan.accumulation) == (8, 4, 2, 2)
     assert (plan.ratio, plan.zero, plan.dropped) == (3, 2, 0.3)
     assert fit.plan_of(config(2, "engine=deepspeed", "batch=32", "p=1"), 8, 8, "cpu").micro == 4
@@ -80,11 +80,13 @@ def test_a_stage_that_does_not_fit(models, monkeypatch, capsys):
 def test_one_process_with_the_whole_batch_is_told_of_micro_batch(stage):
     """The default batch counts the clips of all processes; one 80 GB GPU has room for one of the 16 at a time."""
     model = "wan2.1-t2v-1.3b"
-    cfg = load([f"stage={stage}", "run=r", f"model={model}", "checkpointing=true"])
-    net, plan = load_network(preset(model)["network"], "480x832x81", 0), fit.plan_of(cfg, 1, 1, "h100-80gb")
+    cfg = load([f"stage={stage}", "run=r", f"model={model}"])
+    net, plan = load_network(preset(model)["network"], "480x832x81", 0), fit.plan_of(cfg, 1, 1, "h100")
     keep = undropped(30, 0.3)
+    assert (plan.dtype, plan.checkpointing) == ("bfloat16", True)
     message = fit.misfit(cfg, net, plan, keep, budget(net, plan, keep), int(80e9), int(2e12))
     assert plan.micro == cfg.batch == 16 and "; use micro_batch=1, which makes it " in message
+    assert "GB per process; config=configs/recipes/wan2.1-1.3b-1x80gb.yaml is made for 1 x h100; or start" in message
     one = replace(plan, micro_batch=1)
     assert one.accumulation == 16 and budget(net, one, keep).peak < 80e9  # 16 passes, one optimizer step
 

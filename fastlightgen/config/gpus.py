@@ -1,0 +1,42 @@
+"""The kinds of GPU that the planner knows, from the makers' data sheets."""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Bytes of memory and dense operations per second."""
+
+    memory: float
+    bfloat16: float
+    float32: float
+
+
+GPUS = {
+    "h100": Gpu(80e9, 989e12, 67e12),
+    "h200": Gpu(141e9, 989e12, 67e12),
+    "b200": Gpu(180e9, 2250e12, 75e12),
+    "a100-40": Gpu(40e9, 312e12, 19.5e12),
+    "a100-80": Gpu(80e9, 312e12, 19.5e12),
+    "l40s": Gpu(48e9, 362e12, 91.6e12),
+    "4090": Gpu(24e9, 165e12, 82.6e12),
+    "5090": Gpu(32e9, 209e12, 104.8e12),
+    "mi300x": Gpu(192e9, 1307e12, 163.4e12),
+}
+MAKERS = "nvidia|geforce|rtx|amd|instinct"
+
+
+def chip(kind: str) -> str:
+    """The name of a kind without its memory: a100 of a100-80."""
+    return kind.partition("-")[0]
+
+
+def known_gpu(text: str) -> str | None:
+    """The kind that a user names, as h100, H100-80GB or rtx4090; None if it is unknown. The larger a100 is the a100."""
+    chips = "|".join(map(chip, GPUS))
+    found = re.fullmatch(rf"(?:{MAKERS})*({chips})(\d+)?(?:gb?)?", re.sub("[^a-z0-9]", "", text.lower()))
+    if not found:
+        return None
+    kinds = [k for k, gpu in GPUS.items() if chip(k) == found[1] and found[2] in (None, f"{gpu.memory / 1e9:.0f}")]
+    return kinds[-1] if kinds else None
