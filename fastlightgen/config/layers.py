@@ -94,7 +94,7 @@ def leaves(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:
     return out
 
 
-def assign(node: DictConfig, cls: type, values: dict[str, Any], where: str) -> None:
+def assign(node: DictConfig, cls: type, values: Mapping[str, Any], where: str) -> None:
     """Put one layer's values into the configuration, each checked by itself."""
     known = leaves(cls)
     for key, value in values.items():
