@@ -185,7 +185,7 @@ def not_saved(folder: Path, step: int, error: object) -> ValueError:
     state = f"the last one is {path(folder, last[-1])}" if last else "there is none yet"
     return ValueError(
         f"{path(folder, step)}: the checkpoint could not be saved ({error}); {state}; "
-        "make room and run the same command to continue"
+        "make room and run the same command (without overwrite=true) to continue"
     )
 
 

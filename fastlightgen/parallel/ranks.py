@@ -22,7 +22,7 @@ from fastlightgen.parallel.clock import count_collectives
 from fastlightgen.parallel.sequence import SequenceGroup
 from fastlightgen.parallel.shares import divisors
 
-GO_ON = "run the same command to continue from the last checkpoint, if there is one"
+GO_ON = "run the same command (without overwrite=true) to continue from the last checkpoint, if there is one"
 # Messages of the RuntimeErrors that gloo and NCCL raise when another rank has ended or is late.
 LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe", re.IGNORECASE)
 
