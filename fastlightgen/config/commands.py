@@ -105,9 +105,11 @@ class Export(Checked):
 class Encode(Checked):
     """turn videos and captions into a latent cache"""
 
-    videos: str = field(REQUIRED, "folder of videos with NAME.txt captions, or a .csv or .jsonl list of clips")
+    videos: str = field(
+        REQUIRED, "a .csv or .jsonl list of clips, or a folder of videos with a list or NAME.txt captions"
+    )
     pipeline: str = field(REQUIRED, "folder of a diffusers pipeline, whose VAE, text and image encoders are used")
-    out: str = field(REQUIRED, "folder of the cache; an interrupted one is continued")
+    out: str = field(REQUIRED, "folder of the cache; an interrupted one is continued, new clips are added")
     buckets: str = field("", "sizes that clips are cropped to, as [480x832,832x480]; empty: the pipeline's own")
     frames: int = field(0, "frames per clip, for Wan and HunyuanVideo 4 k + 1; 0: the pipeline's own, 81 or 129", lo=0)
     fps: float = field(0.0, "frames per second; 0: the pipeline's own, 16 for Wan, 24 for HunyuanVideo", lo=0)
