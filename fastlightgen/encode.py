@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -16,29 +16,43 @@ from typing import TYPE_CHECKING
 from numpy.typing import NDArray
 
 from fastlightgen.config import ConfigError, Encode, command, main, parse_buckets
-from fastlightgen.data.lists import Row, read_list
-from fastlightgen.data.video import Unusable, read_clip, source_hash
+from fastlightgen.data.lists import Row, list_in, read_list
+from fastlightgen.data.video import TooShort, Unusable, read_clip, source_hash
 
 if TYPE_CHECKING:  # the import takes a second, too long for --help
+    from fastlightgen.data.writer import Writer
     from fastlightgen.models.family import Clips
     from fastlightgen.models.geometry import Geometry
 
-# Reads a row: (frames, hash of the video), or (None, reason) for a clip that is skipped.
-Read = Callable[[Row], tuple[NDArray | None, str]]
+
+@dataclass(frozen=True)
+class Skip:
+    """Why a clip is skipped; `frames`: a length that it could have, if it is only too short."""
+
+    reason: str
+    frames: int = 0
+
+
+Clip = tuple[NDArray, str] | Skip  # frames and the hash of the video
+Read = Callable[[Row], Clip]
 
 
 def encode(cfg: Encode) -> None:
     """Encode this process's share of the clips; the process that finishes last also writes the cache's index."""
     from fastlightgen.data.cache import NEGATIVE, NULL
-    from fastlightgen.data.writer import Writer, free_bytes
+    from fastlightgen.data.writer import Writer
     from fastlightgen.models.folder.released import sampling
-    from fastlightgen.parallel.log import say, size
+    from fastlightgen.parallel.log import say
     from fastlightgen.pipelines.encoders import family_of_folder
 
     rank, ranks = place(cfg)
     _, family = family_of_folder(cfg.pipeline)
     clips = sized(cfg, family.geometry, family.clips.at(sampling(cfg.pipeline).values["size"]))
-    rows = read_list(cfg.videos, cfg.min_dover)
+    videos = Path(cfg.videos)
+    if videos.is_dir() and (found := list_in(videos)):
+        say(f"videos={videos}: takes the list in it, {found.name}")
+        videos = found
+    rows = read_list(videos, cfg.min_dover)
     fps, frames, buckets = clips.fps, clips.frames, clips.buckets
     encoders = load_encoders(cfg, rank)
     made_with = {"fps": fps, "frames": frames, "null_prompt": cfg.null_prompt, "latents": "mode"}
@@ -49,14 +63,7 @@ def encode(cfg: Encode) -> None:
         "min_dover": cfg.min_dover,
     }
     out = Path(cfg.out)
-    usable = sum(not row.problem for row in rows)
-    # Before the long part starts, show whether the cache fits on the disk.
-    say(
-        f"{usable} of {len(rows)} listed clips, {frames} frames at {fps:g} per second; at most "
-        f"{size(usable * clip_bytes(encoders, max(h * w for h, w in buckets), frames, cfg))}, "
-        f"{size(free_bytes(out))} are free"
-    )
-    writer = Writer(out, settings, rows, cfg.shard, rank)
+    writer = Writer(out, settings, rows, cfg.shard, rank, cfg.progress)
 
     def write_prompt(name: str, text: str) -> None:
         if writer.lacks(name):
@@ -64,20 +71,36 @@ def encode(cfg: Encode) -> None:
             writer.write_prompt(name, fields, text)
 
     with writer.opened():
+        say(outlook(writer, rows, encoders, clips, cfg))
         if encoders.official_negative:  # a complete cache without it gets it too
             write_prompt(NEGATIVE, encoders.official_negative)
         if not writer.complete:
             write_prompt(NULL, cfg.null_prompt)
-            read = partial(read_row, fps=fps, frames=frames, buckets=buckets)
+            stride = family.geometry.frame_stride
+            read = partial(read_row, fps=fps, frames=frames, buckets=buckets, stride=stride)
             # Rank r of n writes the parts r, r + n, r + 2 n, ...
-            make_parts(cfg, writer, encoders, rows, range(rank, len(writer.parts), ranks), read)
+            make_parts(cfg, writer, encoders, rows, list(writer.parts)[rank::ranks], read)
         counts = writer.finish()
     if counts is None:
         say(f"rank {rank} of {ranks} is done; the last rank to finish writes the index")
     else:
         skipped = f", {counts['skipped']} skipped: {out / 'skipped.json'}" if counts["skipped"] else ""
-        say(f"{out}: {counts['clips']} clips{skipped}")
+        say(f"{out}: {counts['clips']} clips{skipped}{counts['hint']}")
         say(f"next: {command('train', stage=1, model=cfg.pipeline, data=cfg.out)}")
+
+
+def outlook(writer: "Writer", rows: Sequence[Row], encoders, clips: "Clips", cfg: Encode) -> str:
+    """Say before the long part how many clips there are to encode, and whether they fit on the disk."""
+    from fastlightgen.data.writer import free_bytes
+    from fastlightgen.parallel.log import size
+
+    usable = sum(not rows[i].problem for part in writer.parts.values() for i in part)
+    needed = usable * clip_bytes(encoders, max(h * w for h, w in clips.buckets), clips.frames, cfg)
+    return (
+        f"{usable} {'new ' * bool(writer.earlier)}of {len(rows)} listed clips, "
+        f"{clips.frames} frames at {clips.fps:g} per second; at most {size(needed)}, "
+        f"{size(free_bytes(writer.folder))} are free"
+    )
 
 
 def sized(cfg: Encode, geometry: "Geometry", own: "Clips") -> "Clips":
@@ -127,17 +150,23 @@ def make_parts(cfg: Encode, writer, encoders, rows: Sequence[Row], numbers: Sequ
             progress.update()
     total = sum(len(writer.parts[number]) for number in unfinished)
     clips = decoded([rows[i] for number in unfinished for i in writer.parts[number]], cfg.workers, read)
+    lost = 0
     with bar(total, "encoding", cfg.progress, unit="clip") as progress:
         for number in unfinished:
             made, skipped = [], []
             for i in writer.parts[number]:
-                frames, hash_or_reason = next(clips)
-                if frames is None:
-                    skipped.append({"row": i, "file": rows[i].name, "reason": hash_or_reason})
-                else:
-                    fields = encoders.clip(frames, rows[i].caption)
-                    fields = stored(fields, cfg.save_dtype, encoders.family.cond.text_fields)
-                    made.append((fields, about(rows[i], hash_or_reason, frames)))
+                clip = next(clips)
+                if isinstance(clip, Skip):
+                    record = {"row": i, "file": rows[i].name, "reason": clip.reason}
+                    skipped.append(record | ({"frames": clip.frames} if clip.frames else {}))
+                    lost += 1
+                    progress.total = total - lost  # the bar counts encoded clips
+                    progress.set_postfix_str(f"{lost} skipped", refresh=False)
+                    continue
+                frames, source = clip
+                fields = encoders.clip(frames, rows[i].caption)
+                fields = stored(fields, cfg.save_dtype, encoders.family.cond.text_fields)
+                made.append((fields, about(rows[i], source, frames)))
                 progress.update()
             writer.write_part(number, made, skipped)
 
@@ -149,15 +178,18 @@ def about(row: Row, source: str, frames: NDArray) -> dict:
     return {"file": row.name, "source": source, "caption": row.caption, **times, "resolution": size}
 
 
-def read_row(row: Row, fps: float, frames: int, buckets: Sequence[tuple[int, int]]) -> tuple[NDArray | None, str]:
-    """Return (frames, hash of the video), or (None, reason) if the clip is skipped."""
+def read_row(row: Row, fps: float, frames: int, buckets: Sequence[tuple[int, int]], stride: int) -> Clip:
+    """Read a row's clip; `stride`: frames per latent frame, of which a clip has a whole number and one frame more."""
     try:
         return read_clip(row, fps, frames, buckets), source_hash(row.file)
+    except TooShort as err:
+        possible = (err.frames - 1) // stride * stride + 1
+        return Skip(f"{err}; frames={possible} takes it", possible) if possible > 1 else Skip(str(err))
     except Unusable as err:
-        return None, str(err)
+        return Skip(str(err))
 
 
-def decoded(rows: Sequence[Row], workers: int, read: Read) -> Iterator[tuple[NDArray | None, str]]:
+def decoded(rows: Sequence[Row], workers: int, read: Read) -> Iterator[Clip]:
     """Yield read(row) for every row, in order; a video that crashes its worker process costs only its own row."""
     if not workers:
         yield from map(read, rows)
@@ -174,10 +206,10 @@ def decoded(rows: Sequence[Row], workers: int, read: Read) -> Iterator[tuple[NDA
             try:
                 yield from ahead([row], 1, read)
             except BrokenProcessPool:
-                yield None, "crashes the decoder"
+                yield Skip("crashes the decoder")
 
 
-def ahead(rows: Sequence[Row], workers: int, read: Read) -> Iterator[tuple[NDArray | None, str]]:
+def ahead(rows: Sequence[Row], workers: int, read: Read) -> Iterator[Clip]:
     """Yield read(row) for every row, in order, from worker processes; at most two rows per worker are in memory."""
     # spawn, because a fork of a process with CUDA and threads can deadlock.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=follow_parent)

@@ -11,10 +11,10 @@ from fastlightgen.atomic import write_json
 from fastlightgen.blocks import read_importance
 from fastlightgen.config import SHAPES_PROMPT, Evaluate, Run, command, for_evaluate, for_stage, main, method_for
 from fastlightgen.data.frames import to_uint8
-from fastlightgen.data.version import check_model, check_version
+from fastlightgen.data.version import check_model, check_version, same_latents
 from fastlightgen.engine.local import pick_device
 from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled, interval
-from fastlightgen.models.folder.weights import load_model, read_card, read_json, read_tensors, trained_folder
+from fastlightgen.models.folder.weights import config_of, load_model, read_card, read_json, read_tensors, trained_folder
 from fastlightgen.models.sample import sampling_plan
 from fastlightgen.parallel.log import say
 from fastlightgen.world.diversity import redraw
@@ -39,6 +39,11 @@ class Result:
 def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
     """Load a model folder and make its sampling plan from its card and the configuration."""
     folder = trained_folder(model)
+    if not same_latents(config_of(folder), ShapesSource.description):
+        raise ValueError(
+            f"model={model}: makes latents of real videos; evaluate scores clips of the built-in world only, as their "
+            "truth is known"
+        )
     check_model(folder, ShapesSource.description)
     card = read_card(folder)
     keep = None
@@ -182,6 +187,13 @@ def speed(cfg: Evaluate, teacher: Subject, student: Subject) -> dict:
         "student_seconds": seconds[1],
         "batch": count,
     }
+
+
+def can_score(cfg: Run) -> bool:
+    """Return whether stage=all can evaluate its models; say so if it cannot."""
+    if cfg.data != "shapes":
+        say(f"data={cfg.data}: no evaluation at the end: only clips of data=shapes can be scored; their truth is known")
+    return cfg.data == "shapes"
 
 
 def evaluate_run(cfg: Run) -> None:

@@ -9,9 +9,9 @@ import torch
 
 from fastlightgen.config import Generate, command, compute_type, main
 from fastlightgen.data.frames import check_suffix, write_clips
-from fastlightgen.data.version import check_model
+from fastlightgen.data.version import check_model, same_latents
 from fastlightgen.engine.local import pick_device
-from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
+from fastlightgen.models.folder.weights import config_of, load_model, read_card, trained_folder
 from fastlightgen.models.sample import sample, sampling_plan
 from fastlightgen.parallel.log import bar, say
 from fastlightgen.pipelines.export import check_fits, is_pipeline
@@ -32,11 +32,18 @@ def generate(cfg: Generate) -> None:
     folder = trained_folder(cfg.model)
     pipeline = Path(cfg.pipeline) if cfg.pipeline else folder if is_pipeline(folder) else None
     if pipeline is None:
+        if not same_latents(config_of(folder), ShapesSource.description):
+            raise ValueError(
+                f"pipeline is required: model={cfg.model} makes latents of real videos; give pipeline=FOLDER, the "
+                "pipeline of its teacher with VAE and encoders, or model=FOLDER of a pipeline that `export` wrote"
+            )
         check_model(folder, ShapesSource.description)
     dtype = getattr(torch, compute_type(cfg.dtype, device.type == "cuda", pipeline is not None))
     with clock("load"):
         world = Pipeline(pipeline, device, dtype, cfg.size) if pipeline else BuiltIn(cfg.size)
-    plan = sampling_plan(read_card(folder), cfg.steps, cfg.guidance, cfg.sampler, world.defaults)
+    card = read_card(folder)
+    plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler, world.defaults)
+    warn_of_changes(cfg, card)
     negative = negative_of(cfg, world) if plan["guidance"] != 1.0 else None  # without guidance nothing reads it
     with clock("text"):
         wishes = [world.wish(prompt, negative, image, cfg.count) for prompt, image in asked]
@@ -69,6 +76,20 @@ def following(cfg: Generate, pipeline: Path | None) -> str:
     if cfg.pipeline:
         return command("export", model=cfg.model, pipeline=cfg.pipeline, out="student")
     return f"in Python, without this package: diffusers.DiffusionPipeline.from_pretrained({cfg.model!r})"
+
+
+def warn_of_changes(cfg: Generate, card: dict) -> None:
+    """Warn if a student is asked for steps or a guidance that it was not trained for."""
+    if not (ladder := card.get("ladder")):
+        return
+    steps, guidance = len(ladder), float(card.get("guidance") or 1)
+    changed = [f"steps={cfg.steps}"] * (cfg.steps not in (0, steps))
+    changed += [f"guidance={cfg.guidance:g}"] * (cfg.guidance >= 0 and cfg.guidance != guidance)
+    if changed:
+        say(
+            f"warning: {' '.join(changed)}: this student was trained for {steps} steps and guidance {guidance:g}; "
+            "leave the words out for its own"
+        )
 
 
 def negative_of(cfg: Generate, world: Pipeline | BuiltIn) -> str:

@@ -25,23 +25,25 @@ from fastlightgen.config import (
     settings,
 )
 from fastlightgen.data.source import Source
+from fastlightgen.data.version import check_latents
 from fastlightgen.engine.choice import Choice
-from fastlightgen.engine.folder import StageFolder
+from fastlightgen.engine.folder import CLIPS, StageFolder
 from fastlightgen.engine.hang import HangWatch
 from fastlightgen.engine.local import LocalEngine, pick_device
-from fastlightgen.engine.loop import Engine
+from fastlightgen.engine.loop import Engine, interruptible
 from fastlightgen.engine.loop import train as train_loop
 from fastlightgen.engine.preview import Preview, World, turns
 from fastlightgen.engine.roles import Stage
+from fastlightgen.engine.scores import Scores
 from fastlightgen.engine.writers import check_installed
-from fastlightgen.evaluate import evaluate_run
+from fastlightgen.evaluate import can_score, evaluate_run
 from fastlightgen.metrics.frechet import features
 from fastlightgen.metrics.importance import plot_importance
 from fastlightgen.metrics.latent import latent_features
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.ops import attention, describe
 from fastlightgen.parallel import ranks
-from fastlightgen.parallel.log import bar, say
+from fastlightgen.parallel.log import say
 from fastlightgen.pipelines.export import vae_folder
 from fastlightgen.pipelines.world import Pipeline
 from fastlightgen.planner.fit import check_fit
@@ -85,6 +87,7 @@ def run(cfg: Any) -> None:
     say("\n".join(settings(cfg)))
     say(describe())
     say(attention.describe())
+    scored = cfg.stage != "all" or can_score(cfg)  # says now, before three stages, that there will be no evaluation
     stages = [for_stage(cfg, n) for n in (1, 2, 3)] if cfg.stage == "all" else [*missing(cfg), cfg]
     if cfg.stage != "all" and len(stages) > 1:
         source, device = open_source(cfg.data, cfg.seed, cfg.negative), pick_device(cfg.device)
@@ -93,7 +96,8 @@ def run(cfg: Any) -> None:
         # Check before Stage I, which is the first, that the later stages fit too.
         run_stage(one, stages[1:] if one.stage == "1" else (), one.ratio if one.stage == "1" else None)
     if cfg.stage == "all" and ranks.rank() == 0:
-        evaluate_run(cfg)
+        if scored:
+            evaluate_run(cfg)
         say(f"report: {write_report(Path(cfg.run))}")
     say(f"next: {after_stage(cfg)}")
 
@@ -140,11 +144,12 @@ def run_stage(cfg: Any, later: Sequence[StageConfig] = (), ratio: float | None =
     """
     number, method = int(cfg.stage), method_for(cfg)
     device, source = pick_device(cfg.device), open_source(cfg.data, cfg.seed, cfg.negative)
-    folder = open_folder(cfg)
+    folder = open_folder(cfg, source)
     try:
         if folder.complete:
             say(f"stage {number}: {folder.result} exists, nothing to do (overwrite=true starts anew)")
             return
+        check_latents(method.subject(cfg, None)[0], source.description)
         if source.name != "shapes":
             say(f"null prompt: {shortened(source.null_prompt)!r} (negative={cfg.negative})")
         engine = make_engine(cfg, device)
@@ -167,11 +172,12 @@ def shortened(text: str, length: int = 40) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def open_folder(cfg: StageConfig) -> StageFolder:
+def open_folder(cfg: StageConfig, source: Source) -> StageFolder:
     """Open the stage's folder for this configuration and the results of earlier stages that it depends on."""
     inputs = dict(method_for(cfg).inputs(cfg)) | made_on(cfg)
     decisive = [*numbers(cfg), *inputs]
-    return StageFolder(cfg.run, int(cfg.stage), asdict(cfg) | dict(inputs), decisive, cfg.overwrite)
+    config = asdict(cfg) | inputs | {CLIPS: source.name}
+    return StageFolder(cfg.run, int(cfg.stage), config, decisive, cfg.overwrite)
 
 
 def made_on(cfg: Run) -> dict[str, int]:
@@ -241,13 +247,15 @@ def rank_blocks(
     if cfg.engine == "deepspeed":
         with_.check_teacher(model)
     source, batches = with_.source, with_.batches
-    record = {"model": cfg.model, "data_hash": source.name, **made_on(cfg)} | rank(
-        cfg, model, batches, costs, lambda total, title: bar(total, title, cfg.progress)
-    )
+    with interruptible() as signals:
+        scores = Scores(folder, source.name, signals, cfg.overwrite, cfg.progress)
+        found = rank(cfg, model, batches, costs, scores.sweep)
     if ranks.rank():
         return
+    record = {"model": cfg.model, "data_hash": source.name, **made_on(cfg)} | found
     plot_importance(record, folder.path / "importance.png")
     write_json(folder.result, record)
+    scores.clear()
     say(f"stage 1: keeps blocks {record['kept']}, drops {record['pruned']}: {folder.result}")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -92,6 +93,12 @@ def batches(size: int = 2, dtype: torch.dtype = torch.float32):
         )
 
     return batch
+
+
+def empty_sweep(sets: int, samples: int) -> SimpleNamespace:
+    """A sweep of Stage I that stands in no file and has no bar."""
+    table = torch.full((sets, samples), torch.nan)
+    return SimpleNamespace(table=table, tick=lambda scores: None, note=lambda: None)
 
 
 def write_ranking(path: Path, pruned=PRUNED, blocks: int = BLOCKS) -> Path:

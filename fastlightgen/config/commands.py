@@ -116,12 +116,16 @@ class Encode(Checked):
     """turn videos and captions into a latent cache"""
 
     videos: str = field(
-        REQUIRED, "folder of videos with NAME.txt captions, or a .csv or .jsonl list of clips", everyday=True
+        REQUIRED,
+        "a .csv or .jsonl list of clips, or a folder of videos with a list or NAME.txt captions",
+        everyday=True,
     )
     pipeline: str = field(
         REQUIRED, "folder of a diffusers pipeline, whose VAE, text and image encoders are used", everyday=True
     )
-    out: str = field(REQUIRED, "folder of the cache; an interrupted one is continued", everyday=True)
+    out: str = field(
+        REQUIRED, "folder of the cache; an interrupted one is continued, new clips are added", everyday=True
+    )
     buckets: str = field(
         "", "sizes that clips are cropped to, as [480x832,832x480]; empty: the pipeline's own", everyday=True
     )

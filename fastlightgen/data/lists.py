@@ -27,17 +27,16 @@ class Row:
 
 
 def read_list(videos: str | Path, min_dover: float) -> list[Row]:
-    """Read the rows of a .csv or .jsonl file, or of a folder."""
+    """Read the rows of a .csv or .jsonl file, or of a folder with captions beside the videos (see also `list_in`)."""
     path = Path(videos)
     if path.is_dir():
         rows = folder_rows(path)
         wanted = f"a folder with {', '.join(VIDEOS)} files or folders of pictures, each with a .txt of the same name"
     else:
-        readers = {".csv": csv_records, ".jsonl": json_records}
-        if path.suffix not in readers:
-            raise ValueError(f"videos={path}: neither a folder nor a {' or '.join(readers)} file")
+        if path.suffix not in READERS:
+            raise ValueError(f"videos={path}: neither a folder nor a {' or '.join(READERS)} file")
         try:
-            records = readers[path.suffix](path)
+            records = READERS[path.suffix](path)
         except OSError as err:
             raise ValueError(f"videos={path}: cannot be read ({err.strerror})") from None
         except UnicodeDecodeError:
@@ -47,6 +46,26 @@ def read_list(videos: str | Path, min_dover: float) -> list[Row]:
     if not rows:
         raise ValueError(f"videos={path}: lists no clips; wanted {wanted}")
     return rows
+
+
+def list_in(folder: Path) -> Path | None:
+    """Return the list of clips that stands in a folder of videos, if there is one.
+
+    Other tables pass, unless no video has a caption beside it: then the mistake in the table is the error to report.
+    """
+    found, mistakes = [], []
+    for path in sorted(p for p in folder.iterdir() if p.suffix in READERS and p.is_file()):
+        try:
+            READERS[path.suffix](path)
+            found.append(path)
+        except (OSError, ValueError) as err:  # UnicodeDecodeError is a ValueError
+            mistakes.append(err)
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"videos={folder}: holds several lists ({names}); give one of them as videos=")
+    if not found and mistakes and not any(row.caption for row in folder_rows(folder)):
+        raise mistakes[0]
+    return found[0] if found else None
 
 
 def folder_rows(folder: Path) -> list[Row]:
@@ -94,6 +113,9 @@ def json_records(path: Path) -> list[dict]:
             )
         records.append(record)
     return records
+
+
+READERS = {".csv": csv_records, ".jsonl": json_records}
 
 
 def list_row(record: dict, base: Path, min_dover: float) -> Row:

@@ -23,6 +23,21 @@ def check_version(
         )
 
 
+def same_latents(config: Mapping[str, Any], description: Mapping[str, Any]) -> bool:
+    """Return False if the data is the built-in world's and a network predicts latents of other channels: real ones."""
+    return "world" not in description or config["out_channels"] == description["out_channels"]
+
+
+def check_latents(config: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+    """Raise if a network for real videos is about to train on the built-in world."""
+    if not same_latents(config, description):
+        raise ValueError(
+            f"data=shapes: is the toy's data, with latents of {description['out_channels']} channels; this network has "
+            f"{config['out_channels']}. Encode videos for it (python -m fastlightgen.encode videos=FOLDER "
+            "pipeline=FOLDER out=CACHE) and give data=CACHE"
+        )
+
+
 def check_model(model: str | Path, description: Mapping[str, Any]) -> None:
     """Raise if a stage trained the model on another version of the built-in world.
 
@@ -32,7 +47,7 @@ def check_model(model: str | Path, description: Mapping[str, Any]) -> None:
     if "world" not in description or str(model) in presets():
         return
     card = read_card(model)
-    if (stage := card.get("stage")) is None or config_of(model)["out_channels"] != description["out_channels"]:
+    if (stage := card.get("stage")) is None or not same_latents(config_of(model), description):
         return
     remedy = f"train it again (stage={stage}) or use the release that made it"
     check_version(model, "trained", card, description, remedy)

@@ -28,6 +28,14 @@ class Unusable(ValueError):
     """The reason why a clip is skipped."""
 
 
+class TooShort(Unusable):
+    """A clip that ends too early; it has `frames` frames at the wanted rate."""
+
+    def __init__(self, reason: str, frames: int):
+        super().__init__(reason)
+        self.frames = frames
+
+
 @dataclass(frozen=True)
 class Shown:
     """A picture, and the seconds between which a player shows it; read() returns it as RGB uint8 [h, w, 3]."""
@@ -51,7 +59,9 @@ def read_clip(row: Row, fps: float, frames: int, buckets: Sequence[Size]) -> NDA
         out += [fit(picture, bucket, item.aspect)] * times
     if len(out) < frames:
         got, wanted = len(out) / fps, frames / fps
-        raise Unusable(f"too short: {got:.2f} s from {row.start:g} s on, wanted {wanted:.2f} s ({frames} frames)")
+        raise TooShort(
+            f"too short: {got:.2f} s from {row.start:g} s on, wanted {wanted:.2f} s ({frames} frames)", len(out)
+        )
     return np.stack(out)
 
 

@@ -2,7 +2,8 @@
 
 Every so many updates the student, or its average, samples the same held-out prompts from the same noise with its own
 ladder. The score is the kernel distance between features of these clips and of real held-out clips. It needs no picture
-of the prompts. The best weights so far stand in RUN/stage3/best.safetensors with their step and score.
+of the prompts. The best weights so far stand in RUN/stage3/best.safetensors with their step and score. They stay there,
+so that a finished stage can go on to more steps.
 """
 
 import json
@@ -131,4 +132,3 @@ class Choice:
             self.engine.save_model(*args, **card, chosen=self.best)
 
         stage.save(folder, write)
-        self.file.unlink()

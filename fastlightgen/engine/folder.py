@@ -1,6 +1,7 @@
 """The run folder: it records the configuration of each stage, and a lock keeps a second process out."""
 
 import fcntl
+import math
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -14,6 +15,11 @@ from fastlightgen.atomic import write_text
 from fastlightgen.config import diff, result_of
 from fastlightgen.engine import checkpoint
 from fastlightgen.parallel import ranks
+from fastlightgen.parallel.log import say
+
+LENGTH = "iters"  # the key that may change between two starts of a stage
+CLIPS = "data_hash"  # names the clips of a cache, which may grow between two starts
+ANEW = "use another run=, or overwrite=true to delete it and start anew"
 
 
 class StageFolder:
@@ -27,6 +33,7 @@ class StageFolder:
     def __init__(self, run: str, number: int, config: dict, numbers: Iterable[str], overwrite: bool = False):
         self.run, self.path = Path(run), Path(run) / f"stage{number}"
         self.checkpoints = self.path / "checkpoints"
+        self.scores = self.path / "scores.safetensors"  # of Stage I, while it is not finished
         self.result = result_of(run, number)
         error: str | None = None
         self.complete = False
@@ -37,6 +44,7 @@ class StageFolder:
                 error = str(err)
         error, self.complete = ranks.from_first([error, self.complete])
         if error:
+            self.close()
             raise ValueError(error)
 
     def _open(self, number: int, config: dict, numbers: Iterable[str], overwrite: bool) -> None:
@@ -50,8 +58,8 @@ class StageFolder:
             ) from None
         if overwrite:
             shutil.rmtree(self.path, ignore_errors=True)
-        elif self.result.exists() or checkpoint.steps(self.checkpoints):  # else nothing was computed yet
-            self._check(number, config, numbers)
+        elif self.result.exists() or self.scores.exists() or checkpoint.steps(self.checkpoints):
+            self._check(number, config, numbers)  # else nothing was computed yet
         self.complete = self.result.exists()
         if not self.complete:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -62,14 +70,45 @@ class StageFolder:
             self._lock.close()
 
     def _check(self, number: int, config: dict, numbers: Iterable[str]) -> None:
-        """Raise if the folder was made with another configuration."""
+        """Raise if the folder was made with another configuration. Only the length of training may change."""
         made_with = read_run(self.run).get(f"stage{number}", {})
-        changes = diff({k: made_with.get(k) for k in numbers}, {k: config[k] for k in numbers})
+        before, now = made_with.get(LENGTH), config.get(LENGTH)
+        compared = [k for k in numbers if k != LENGTH or before is None]
+        changes = diff({k: made_with.get(k) for k in compared}, {k: config[k] for k in compared})
         if changes:
-            self.close()
+            raise ValueError(f"{self.path} was made with another configuration ({'; '.join(changes[:4])}); {ANEW}")
+        if now is not None and before not in (None, now):
+            self._lengthen(before, now, config.get("lr_schedule") == "cosine")
+        if made_with.get(CLIPS) not in (None, config.get(CLIPS)):
+            how = "its result is of the earlier ones" if self.result.exists() else "it goes on with the new ones"
+            say(f"warning: the clips of data= have changed since {self.path} was begun; {how}")
+
+    def _lengthen(self, before: int, iters: int, cosine: bool) -> None:
+        """Let a stage, finished or not, go on to another number of steps; raise if that is not possible."""
+        steps = checkpoint.steps(self.checkpoints)
+        if not steps:
             raise ValueError(
-                f"{self.path} was made with another configuration ({'; '.join(changes[:4])}); "
-                "use another run=, or overwrite=true to delete it and start anew"
+                f"{LENGTH}={iters}: {self.path} was finished with {LENGTH}={before}, and {self.checkpoints} holds no "
+                f"checkpoint to go on from; {ANEW}"
+            )
+        if iters < (reached := steps[-1]):
+            raise ValueError(
+                f"{LENGTH}={iters}: {self.path} has reached step {reached} already; "
+                f"give {LENGTH}={reached} or more, or {ANEW}"
+            )
+        kept = ""
+        if self.result.exists():
+            # Rename it before the new length is recorded: a stage with a result of another length would count as done.
+            older = self.path / f"{self.result.name}-{before:06d}"
+            shutil.rmtree(older, ignore_errors=True)
+            self.result.rename(older)
+            kept = f"; the result of {before} steps is now {older}"
+        say(f"{self.path}: {LENGTH} was {before}, is now {iters}: goes on from step {reached}{kept}")
+        if cosine:
+            rate = 0.5 + 0.5 * math.cos(math.pi * reached / iters)
+            say(
+                f"warning: lr_schedule=cosine: the fall to 0 now ends at step {iters}, not {before}, so the learning "
+                f"rate goes on at {rate:.2f} of lr; the result is not that of {iters} steps from the beginning"
             )
 
     def _record(self, number: int, config: dict) -> None:

@@ -5,7 +5,7 @@ A signal ends it after the current step and a save. A resumed run computes bit f
 
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -164,9 +164,7 @@ def train(
 
         def stopped(done: int) -> Stopped:
             saves.wait()
-            name = gathered_names(signals)[0]
-            same = "the same command" + " without overwrite=true" * cfg.overwrite
-            return Stopped(f"{name}: saved step {done} of {stage.iters}; run {same} to continue", name)
+            return saved_and_stopped(f"step {done} of {stage.iters}", signals, cfg.overwrite)
 
         # A signal may have ended the run between a checkpoint and the clips of the same step: make them now.
         if ranks.from_first(watch.shown) < start and not clips(start):
@@ -211,10 +209,19 @@ def train(
         choice.save(stage, folder.path / "model")
     else:
         stage.save(folder.path / "model", engine.save_model)
+    if ranks.rank() == 0:  # the checkpoint that waited for an alarm is not needed any more
+        checkpoint.thin(folder.checkpoints, cfg.keep, cfg.keep_every, watch.kept or 0)
     watch.remind()
 
 
-def gathered_names(signals: list[str]) -> list[str]:
+def saved_and_stopped(what: str, signals: Sequence[str], overwrite: bool) -> Stopped:
+    """Return the end of a run that a signal stopped after it had saved `what`. All ranks call this together."""
+    name = gathered_names(signals)[0]
+    command = "the same command" + " without overwrite=true" * overwrite
+    return Stopped(f"{name}: saved {what}; run {command} to continue", name)
+
+
+def gathered_names(signals: Sequence[str]) -> list[str]:
     """Return the name of the first signal of each rank that got one."""
     numbers = ranks.gathered(int(signal.Signals[signals[0]]) if signals else 0)
     return [signal.Signals(n).name for n in numbers if n]

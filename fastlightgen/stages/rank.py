@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 from operator import itemgetter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastlightgen import flow
 from fastlightgen.config import BatchKeys, Run, field
@@ -38,7 +37,21 @@ from fastlightgen.stages.search import SEARCHES, counts_of, lists_of, without
 
 DRAWS, HELD_OUT = 1, 4  # the purposes of these random draws
 Sample = tuple[Tensor, Tensor, Tensor, Cond]  # x_t, t, x0, cond
-Bar = Callable[[int, str], AbstractContextManager[tqdm]]  # (total, title) -> a progress bar
+
+
+class Sweep(Protocol):
+    """The errors [block sets, samples] of one sweep: NaN where they are not known yet; float32, on the CPU."""
+
+    table: Tensor
+
+    def tick(self, scores: int) -> object:
+        """Called during a walk: so many more scores are nearly known."""
+
+    def note(self) -> None:
+        """Called on all ranks after every walk: `table` holds its errors now. May end the run after a signal."""
+
+
+Sweeps = Callable[[int, int, str], AbstractContextManager[Sweep]]  # (block sets, samples, title) -> the next sweep
 
 
 @dataclass(kw_only=True)
@@ -127,33 +140,42 @@ def score_sets(
     keeps: Sequence[Sequence[int] | None],
     kind: str,
     memory: float,
-    tick: Callable[[int], object],
+    sweep: Sweep,
 ) -> Tensor:
-    """Return the errors [candidates, samples] of the block sets `keeps`, from walks that share prefixes.
+    """Return the errors [block sets, samples] of the block sets `keeps`, from walks that share prefixes.
 
     All single skips and the full pass take N (N + 1) / 2 block evaluations instead of N^2. A walk holds two hidden
-    tensors per candidate, so candidates are walked in groups of at most `memory` GB. The ranks divide the samples.
-    `tick` gets the number of new scores, block by block.
+    tensors per block set, so they are walked in groups of at most `memory` GB. The ranks divide the samples. What the
+    sweep knows already is not measured again; it learns the new errors after every walk.
     """
     together = model.sequence.size if model.sequence else 1  # ranks that share a clip's tokens
     _, groups = ranks.shares(together)
     offsets = [0, *accumulate(len(t) for _, t, _, _ in samples)]
-    table = samples[0][0].new_zeros(len(keeps), offsets[-1], dtype=torch.float32)
-    for index, reports in ranks.turns(len(samples), together):
+    table = sweep.table
+    for turn, (index, reports) in enumerate(ranks.turns(len(samples), together)):
         x_t, t, x0, cond = samples[index]
+        own = slice(offsets[index], offsets[index + 1])
+        # The samples of this turn, of all ranks: every rank walks the same block sets, for the sake of sharded weights.
+        first, last = turn * groups, min((turn + 1) * groups, len(samples))
+        columns = slice(offsets[first], offsets[last])
+        left = table[:, columns].isnan().any(1).nonzero().flatten().tolist()
         size = max(1, int(memory * 1e9 * together / (2 * model.hidden_bytes(x_t))))
-        column, v_full = [], None
-        for start in range(0, len(keeps), size):
-            first = kind == "output_mse" and v_full is None  # the full pass joins the first group
-            streams = [Stream(cond)] * first + [Stream(cond, keep) for keep in keeps[start : start + size]]
-            with ticking(model, len(keeps[start : start + size]) * len(t) * groups, tick):
+        v_full = None
+        for start in range(0, len(left), size):
+            group = left[start : start + size]
+            whole = kind == "output_mse" and v_full is None  # the full pass joins the first group
+            streams = [Stream(cond)] * whole + [Stream(cond, keeps[row]) for row in group]
+            with ticking(model, len(group) * (offsets[last] - offsets[first]), sweep.tick):
                 out = model.walk(x_t, t, streams)
-            if first:
+            if whole:
                 v_full = out.pop(0)
-            column += [x0_error(v, x_t, t, x0) if v_full is None else output_mse(v, v_full) for v in out]
-        if reports:
-            table[:, offsets[index] : offsets[index + 1]] = torch.stack(column)
-    return ranks.summed(table)
+            found = table.new_zeros(len(group), table.shape[1])
+            if reports:
+                errors = [x0_error(v, x_t, t, x0) if v_full is None else output_mse(v, v_full) for v in out]
+                found[:, own] = torch.stack(errors).cpu()
+            table[group, columns] = ranks.summed(found)[:, columns]
+            sweep.note()
+    return table
 
 
 @contextmanager
@@ -174,7 +196,9 @@ def ticking(model: VideoDiT, scores: int, tick: Callable[[int], object]) -> Iter
     tick(sum(parts))  # blocks that no stream ran
 
 
-def rank(cfg: Config, model: VideoDiT, batches: Callable[[int], Batch], costs: Sequence[float], bar: Bar) -> dict:
+def rank(
+    cfg: Config, model: VideoDiT, batches: Callable[[int], Batch], costs: Sequence[float], sweeps: Sweeps
+) -> dict[str, Any]:
     """Return the contents of importance.json: scores, kept and pruned blocks, and how they were measured."""
     n, units = model.num_blocks, model.units()
     lists = lists_of(units, cfg.units)
@@ -188,8 +212,8 @@ def rank(cfg: Config, model: VideoDiT, batches: Callable[[int], Batch], costs: S
     samples = list(evaluation_set(cfg, batches))
 
     def scores(keeps: Sequence[Sequence[int] | None], title: str) -> Tensor:
-        with bar(len(keeps) * sum(len(s[1]) for s in samples), title) as progress:
-            return score_sets(model, samples, keeps, cfg.score, cfg.memory, progress.update)
+        with sweeps(len(keeps), sum(len(t) for _, t, _, _ in samples), title) as sweep:
+            return score_sets(model, samples, keeps, cfg.score, cfg.memory, sweep)
 
     # Single skips: the paper's ranking, and the start of the other searches.
     table = scores([without(n, i) for i in range(n)] + [None], "stage 1: skip each block")

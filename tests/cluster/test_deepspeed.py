@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from launch import WORKER, finish, launch
 from safetensors.torch import load_file
 
 from fastlightgen.config import method_for
+from fastlightgen.engine.scores import Scores
 from fastlightgen.models.families import network
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.planner.step import step_cost
@@ -79,6 +81,7 @@ FILES = {
 FILES = {f"from files, {name}": case | {"start": "file"} for name, case in FILES.items()}
 ROUNDED = {f"rounded, zero {z}": SLOW3 | {"zero": z, "start": "rounded"} for z in (1, 2, 3)}
 RESUMED = "stage 3, saved, from files"
+SCORES = "stage 1, interrupted"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,7 @@ def results(folder) -> dict:
     save_model(small_wan(), folder / "network")
     read = {f"read, {t}": {"stage": 0, "load": str(folder / "network"), "words": [f"dtype={t}"]} for t in DTYPES}
     read["drawn"] = {"stage": 0, "load": "tiny", "words": ["offload=all"]}
-    late = {"late": {"stage": 2, "late": 0.3}}
+    late = {"late": {"stage": 2, "late": 0.3}, SCORES: {"stage": 1, "save": str(folder / "scores")}}
     return on_ranks(2, CASES | saved | read | late | from_files(folder), folder)
 
 
@@ -138,6 +141,24 @@ def test_losses_are_those_of_one_process(results, name):
 def test_stage_1_scores_are_those_of_one_process(results, name):
     one, two = torch.tensor(worker.run(CASES[name])["table"]), torch.tensor(results[name]["table"])
     assert torch.allclose(two, one, rtol=1e-5, atol=0)
+
+
+def test_stage_1_goes_on_after_a_signal(results, folder):
+    """Two ranks, a signal on one of them after 3 of the 8 walks that each makes: both stop, no score is lost."""
+    done = results[SCORES]
+    # 4 batches (of 2, 2, 1 and 1 clips) on 2 ranks: a walk of both gives 4 scores in the first turn, 2 in the second.
+    assert done["message"] == "SIGTERM: saved 12 of 24 scores (skip); run the same command to continue"
+    assert done["walks"] == 8 - 3 and done["again"] == done["whole"]  # bit-equal
+    # One process goes on from the two ranks' file: their scores stay, to the bit; the rest is that of one process.
+    kept = load_file(folder / "scores/interrupted.safetensors")["sweep-0000"]
+    (folder / "one").mkdir()
+    (folder / "one/scores.safetensors").write_bytes((folder / "scores/interrupted.safetensors").read_bytes())
+    place = SimpleNamespace(scores=folder / "one/scores.safetensors")
+    with Scores(place, "shapes", [], False, False).sweep(*kept.shape, "skip") as sweep:
+        table = worker.scored(small_wan(), sweep)
+    known = ~kept.isnan()
+    assert known.sum() == 12 and torch.equal(table[known], torch.tensor(done["whole"])[known])
+    assert torch.allclose(table, torch.tensor(done["whole"]), rtol=1e-5, atol=0)
 
 
 def test_blocks_are_gathered_once_per_walk(results):

@@ -4,6 +4,7 @@ python -m torch.distributed.run --nproc-per-node 2 worker.py CASES.json RESULTS.
 """
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -18,14 +19,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gathers import count_gathers, gathers
-from helpers import BLOCKS, KEPT, PRUNED, config, crop, small_hunyuan, small_wan
+from helpers import BLOCKS, KEPT, PRUNED, config, crop, empty_sweep, small_hunyuan, small_wan
 
 from fastlightgen.data.source import Batch
 from fastlightgen.engine import shards
 from fastlightgen.engine.folder import StageFolder
 from fastlightgen.engine.local import LocalEngine
 from fastlightgen.engine.log import read_metrics
-from fastlightgen.engine.loop import train
+from fastlightgen.engine.loop import Stopped, train
+from fastlightgen.engine.scores import Scores
 from fastlightgen.models.folder.weights import load_model
 from fastlightgen.models.lora import attach_lora
 from fastlightgen.parallel import ranks
@@ -41,6 +43,7 @@ from fastlightgen.stages.teacher import Teacher
 from fastlightgen.world.source import ShapesSource
 
 BATCH = 4
+CLIPS, TIMES = 3, 2  # of Stage I
 CPU = torch.device("cpu")
 
 
@@ -121,9 +124,9 @@ def run(case: dict) -> dict:
         model = small_wan()
         engine.place(model)
         count_gathers(gathered)
-        samples = list(evaluation_set(config(1, "clips=3", "timesteps=2", "batch=2"), batches))
-        keeps = [[j for j in range(BLOCKS) if j != i] for i in range(BLOCKS)]
-        table = score_sets(model, samples, keeps, "elbo", 4.0, lambda n: None)
+        if "save" in case:
+            return interrupted_scores(model, Path(case["save"]))
+        table = scored(model, empty_sweep(BLOCKS, CLIPS * TIMES))
         return {"table": table.tolist(), "gathers": gathers(gathered, [model])}
     if "load" in case:
         return loaded(case)
@@ -159,6 +162,44 @@ def run(case: dict) -> dict:
     engine.finish()
     stage.save(folder / "continued", engine.save_model)
     return {"records": records, "again": again}
+
+
+def scored(model, sweep, memory: float = 4.0) -> torch.Tensor:
+    """Return Stage I's table: each block skipped alone, 3 clips in batches of 2 at 2 times each."""
+    samples = list(evaluation_set(config(1, f"clips={CLIPS}", f"timesteps={TIMES}", "batch=2"), batches))
+    keeps = [[j for j in range(BLOCKS) if j != i] for i in range(BLOCKS)]
+    return score_sets(model, samples, keeps, "elbo", memory, sweep)
+
+
+def interrupted_scores(model, folder: Path) -> dict:
+    """Measure the table once undisturbed, and once interrupted and continued; with little memory: a walk per block.
+
+    The last rank gets a signal in its third walk. Returns both tables, the message, and the walks that were left to do.
+    """
+    folder.mkdir(exist_ok=True)
+    whole = scored(model, empty_sweep(BLOCKS, CLIPS * TIMES), memory=1e-9)
+    signals: list[str] = []
+    walks: list[int] = []
+
+    def walked(*_) -> None:
+        walks.append(1)
+        if len(walks) == 3 and ranks.rank() == ranks.size() - 1:
+            signals.append("SIGTERM")
+
+    model.register_forward_hook(walked)
+    place = SimpleNamespace(scores=folder / "scores.safetensors")
+    message = ""
+    try:
+        with Scores(place, "shapes", signals, False, False).sweep(BLOCKS, CLIPS * TIMES, "skip") as sweep:
+            scored(model, sweep, memory=1e-9)
+    except Stopped as stop:
+        message = str(stop)
+    if ranks.rank() == 0:
+        shutil.copy(place.scores, folder / "interrupted.safetensors")
+    walks.clear()
+    with Scores(place, "shapes", [], False, False).sweep(BLOCKS, CLIPS * TIMES, "skip") as sweep:
+        again = scored(model, sweep, memory=1e-9)
+    return {"whole": whole.tolist(), "again": again.tolist(), "message": message, "walks": len(walks)}
 
 
 def waited(case: dict) -> dict:

@@ -157,13 +157,12 @@ def test_said_before_and_after(run, tmp_path, capsys):
 
 
 def test_the_same_command_again_changes_nothing(run, finished):
-    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} | {
-        "index": (finished / "index.json").stat()
-    }
+    def written() -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for p in (*finished.rglob("*.safetensors"), finished / "index.json")}
+
+    before = written()
     run(finished)
-    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} | {
-        "index": (finished / "index.json").stat()
-    }
+    assert before == written()
 
 
 @pytest.mark.parametrize(
@@ -249,17 +248,18 @@ def test_nothing_usable_fails(run, videos, tmp_path, capsys):
     assert "not one of 2 clips could be encoded; first " in error and "broken.mp4: cannot be decoded" in error
     assert not (tmp_path / "out" / "index.json").exists()
     assert len(json.loads((tmp_path / "out" / "skipped.json").read_text())) == 2
+    assert not list((tmp_path / "out").rglob("*.safetensors")) and not (tmp_path / "out" / "encode.json").exists()
 
 
 def read_or_die(row):
     if row == "deadly":
         os._exit(3)
-    return None, f"read {row}"
+    return command.Skip(f"read {row}")
 
 
 def test_decoding_processes_keep_the_order_and_survive_a_crash():
     rows = ["a", "b", "deadly", "c", "d", "e"]
-    wanted = [(None, "crashes the decoder" if row == "deadly" else f"read {row}") for row in rows]
+    wanted = [command.Skip("crashes the decoder" if row == "deadly" else f"read {row}") for row in rows]
     assert list(command.decoded(rows, 1, read_or_die)) == wanted
 
 

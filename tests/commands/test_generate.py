@@ -78,8 +78,12 @@ def sheet(clips: torch.Tensor) -> np.ndarray:
     ],
 )
 @torch.no_grad()
-def test_the_sheet_shows_the_clips_sampled_by_hand(folders, tmp_path, model, words, times, guidance, stochastic):
+def test_the_sheet_shows_the_clips_sampled_by_hand(
+    folders, tmp_path, model, words, times, guidance, stochastic, capsys
+):
     got = run(folders, tmp_path / "new" / "a.png", *words, "seed=3", "count=2", model=model)
+    said = "warning: steps=3 guidance=1.5: this student was trained for 2 steps and guidance 1; leave the words out"
+    assert (said in capsys.readouterr().out) == ("steps=3" in words)
     net = small_wan() if model == "teacher" else small_wan().prune(KEPT)
     wanted = sheet(by_hand(net, 3, 2, times, guidance, stochastic))
     assert got.shape == (2 * SIZE * SCALE, FRAMES * SIZE * SCALE, 3)

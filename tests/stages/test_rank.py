@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from helpers import batches, config, counted_flops, run_train, small_hunyuan, small_wan
+from helpers import batches, config, counted_flops, empty_sweep, run_train, small_hunyuan, small_wan
 from safetensors.torch import load_file
 
 from fastlightgen.models.folder.weights import save_model
@@ -23,20 +23,17 @@ CONTRACT = {
 }  # fmt: skip
 
 
-class Bar:
-    """Stands in for a progress bar and counts its updates."""
+class Sweeps:
+    """Stands in for the scores on disk: keeps the table of each sweep."""
 
     def __init__(self):
-        self.calls = []
+        self.tables = []
 
     @contextmanager
-    def __call__(self, total: int, title: str):
-        self.done = 0
-        yield self
-        self.calls.append((title, total, self.done))
-
-    def update(self, n: int) -> None:
-        self.done += n
+    def __call__(self, sets: int, samples: int, title: str):
+        sweep = empty_sweep(sets, samples)
+        self.tables.append(sweep.table)
+        yield sweep
 
 
 def built(cfg):
@@ -48,8 +45,8 @@ def words(**keys) -> list[str]:
     return [f"{k}={v}" for k, v in ({"clips": 3, "timesteps": 2, "batch": 2} | keys).items()]
 
 
-def run(cfg, model, costs=None, bar=None) -> dict:
-    return rank(cfg, model, batches(cfg.batch), costs or [1.0] * model.num_blocks, bar or Bar())
+def run(cfg, model, costs=None, sweeps=None) -> dict:
+    return rank(cfg, model, batches(cfg.batch), costs or [1.0] * model.num_blocks, sweeps or Sweeps())
 
 
 def shorter(model, keep):
@@ -142,22 +139,20 @@ def test_block_calls_of_the_sweep():
     model, cfg = small_wan(5), config(1, *words(clips=2, timesteps=1))
     model.block_calls = 0
     samples = list(evaluation_set(cfg, batches(cfg.batch)))
-    score_sets(model, samples, [without(5, i) for i in range(5)] + [None], "elbo", 4.0, lambda n: None)
+    score_sets(model, samples, [without(5, i) for i in range(5)] + [None], "elbo", 4.0, empty_sweep(6, 2))
     assert model.block_calls == 5 * 6 // 2
-    whole = score_sets(model, samples, [without(5, i) for i in range(5)], "output_mse", 4.0, lambda n: None)
-    few = score_sets(model, samples, [without(5, i) for i in range(5)], "output_mse", 1e-9, lambda n: None)
+    whole = score_sets(model, samples, [without(5, i) for i in range(5)], "output_mse", 4.0, empty_sweep(5, 2))
+    few = score_sets(model, samples, [without(5, i) for i in range(5)], "output_mse", 1e-9, empty_sweep(5, 2))
     assert torch.equal(whole, few)  # little memory: one candidate at a time gives the same numbers
 
 
-def test_protected_blocks_stay_and_the_bar_is_filled():
-    model, bar = small_wan(5, seed=3), Bar()
+def test_protected_blocks_stay_and_every_score_is_measured():
+    model, sweeps = small_wan(5, seed=3), Sweeps()
     for search in ("single_skip", "iterative", "exhaustive"):
         cfg = config(1, *words(search=search, ratio=0.8, protect_first=1, protect_last=1))
-        record = run(cfg, model, bar=bar)
+        record = run(cfg, model, sweeps=sweeps)
         assert {0, 4} <= set(record["kept"]) and len(record["pruned"]) == 2  # one of blocks 1, 2, 3 must stay
-    # 6 samples of 5 single skips and the full pass; 3 and 2 blocks to choose from, or 3 pairs; the chosen ones together
-    assert [total // 6 for _, total, _ in bar.calls] == [6, 1, 6, 3, 2, 1, 6, 3, 1]
-    assert all(total == done for _, total, done in bar.calls)
+    assert all(table.shape[1] == 6 and not table.isnan().any() for table in sweeps.tables)
     with pytest.raises(ValueError, match="protect_first, protect_last: leave 1 of 5 blocks"):
         run(config(1, *words(protect_first=2, protect_last=2)), model)
 

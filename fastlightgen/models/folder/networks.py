@@ -45,7 +45,12 @@ def trained_folder(path_or_preset: str) -> Path:
         return Path(path_or_preset)
     folder = find_preset_weights(path_or_preset)
     if folder is None:
-        raise ValueError(
-            f"model={path_or_preset}: this preset has no weights here; give a model folder or train one with stage=0"
-        )
+        run = f"runs/{path_or_preset}-teacher"
+        how = "give model=FOLDER, a folder with its released weights"
+        if "iters" in preset(path_or_preset).get("stage0", {}):  # a network that Stage 0 trains from random weights
+            how = (
+                f"make them with: python -m fastlightgen.train stage=0 model={path_or_preset} run={run}; "
+                f"then give model={run}/stage0/model"
+            )
+        raise ValueError(f"model={path_or_preset}: this preset has no weights here; {how}")
     return folder

@@ -1,0 +1,114 @@
+"""The scores of Stage I on disk, so that an interrupted sweep goes on where it stopped.
+
+A sweep measures a table [block sets, samples]. RUN/stage1/scores.safetensors holds the tables of all sweeps so far,
+with NaN where nothing is computed yet. It is written after every walk. A finished stage removes it.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from fastlightgen.data.cache import META, save_tensors
+from fastlightgen.engine.folder import StageFolder
+from fastlightgen.engine.hang import HERE
+from fastlightgen.engine.loop import saved_and_stopped
+from fastlightgen.parallel import ranks
+from fastlightgen.parallel.log import bar, say
+
+
+class Scores:
+    """Keeps the tables of Stage I. All ranks create one together; rank 0 reads and writes the file."""
+
+    def __init__(self, folder: StageFolder, data: str, signals: Sequence[str], overwrite: bool, progress: bool):
+        """`data`: the name of the source, which changes with its clips. `signals`: see `interruptible`."""
+        self.file, self.data = folder.scores, data
+        self.signals, self.overwrite, self.bar = signals, overwrite, partial(bar, shown=progress)
+        self.tables: dict[str, Tensor] = {}  # number of the sweep -> its table; filled from the file on rank 0 only
+        self.sweeps = 0  # sweeps begun by this process
+        error = ""
+        if ranks.rank() == 0:
+            try:
+                self._read()
+            except ValueError as err:
+                error = str(err)
+        if error := ranks.from_first(error):
+            raise ValueError(error)
+
+    @contextmanager
+    def sweep(self, sets: int, samples: int, title: str) -> Iterator["Sweep"]:
+        """Open the next sweep, with a progress bar that counts scores."""
+        name = f"sweep-{self.sweeps:04d}"
+        self.sweeps += 1
+        table = torch.full((sets, samples), torch.nan)
+        if ranks.size() > 1 and ranks.rank():
+            table.zero_()  # the sum below is then rank 0's table
+        elif name in self.tables:
+            if self.tables[name].shape != table.shape:
+                raise damaged(self.file, f"its table {name} is {tuple(self.tables[name].shape)}")
+            table = self.tables[name]
+        self.tables[name] = table = ranks.summed(table)
+        done = count(table)
+        if done:
+            say(f"{title}: continues with {done} of {table.numel()} scores")
+        with self.bar(table.numel(), title, start=done) as progress:
+            yield Sweep(self, table, title, progress)
+
+    def save(self) -> None:
+        """Write all tables."""
+        if ranks.rank() == 0:
+            save_tensors(self.file, self.tables, {META: json.dumps({"data": self.data})})
+
+    def clear(self) -> None:
+        """Remove the file, once the result is written."""
+        self.file.unlink(missing_ok=True)
+
+    def _read(self) -> None:
+        if not self.file.exists():
+            return
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                data = json.loads(file.metadata()[META])["data"]
+                self.tables = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as err:
+            raise damaged(self.file, str(err)) from None
+        if data != self.data:
+            raise ValueError(
+                f"{self.file}: holds scores of other clips (data_hash {data}, the clips now have {self.data}); "
+                "delete it to start Stage I anew"
+            )
+
+
+class Sweep:
+    """The table of a sweep that is open: `table` holds the scores so far, NaN where they are missing."""
+
+    def __init__(self, scores: Scores, table: Tensor, title: str, progress: tqdm):
+        self.scores, self.table, self.title, self.progress = scores, table, title, progress
+
+    def tick(self, scores: int) -> None:
+        """Show scores of a walk that has not ended."""
+        self.progress.update(scores)
+
+    def note(self) -> None:
+        """Save the table after a walk. If a rank got a signal, end the run. All ranks call this."""
+        HERE.at("saving the scores of a walk")
+        self.scores.save()
+        done = count(self.table)
+        self.progress.update(done - self.progress.n)
+        if ranks.anyone(bool(self.scores.signals)):
+            what = f"{done} of {self.table.numel()} scores ({self.title})"
+            raise saved_and_stopped(what, self.scores.signals, self.scores.overwrite)
+
+
+def count(table: Tensor) -> int:
+    """Return how many scores of a table are known."""
+    return int((~table.isnan()).sum())
+
+
+def damaged(file: object, why: str) -> ValueError:
+    return ValueError(f"{file}: cannot be read ({why}); delete it to start Stage I anew")

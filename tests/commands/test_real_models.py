@@ -1,0 +1,88 @@
+"""Commands that meet a network for real videos, a cache, or a preset without weights: one line that says what to do."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers import run_train, small_wan
+
+from fastlightgen.config import main
+from fastlightgen.data.cache import write_cache
+from fastlightgen.evaluate import evaluate
+from fastlightgen.generate import generate
+from fastlightgen.models.folder.weights import save_model
+from fastlightgen.world.source import ShapesSource
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that must fail with exit code 2 and one line; return what it printed and the line."""
+
+    def run(command, *words: str) -> tuple[str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            command(*words)
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+        return out, err
+
+    return run
+
+
+def test_all_stages_on_a_cache_end_with_a_report(tmp_path, capsys):
+    """Nobody can score the clips: the command says so before Stage I, and ends well."""
+    batch = ShapesSource(0).batch(0, 12)
+    shard = {"latents": batch.x0, "text": batch.cond.text, "text_len": batch.cond.text_len, "image": batch.cond.image}
+    null = {"text": batch.null.text[0], "text_len": batch.null.text_len[0]}
+    write_cache(tmp_path / "cache", [shard], null)
+    folder = save_model(small_wan(), tmp_path / "teacher", steps=2, guidance=2.0, shift=3.0)
+    words = ["stage=all", f"run={tmp_path}/run", f"model={folder}", f"data={tmp_path}/cache", "progress=false"]
+    words += ["threads=1", "stage1.clips=2", "stage1.batch=2", "stage1.timesteps=1", "stage1.ratio=0.5"]
+    words += ["stage2.iters=2", "stage2.batch=2", "stage3.iters=2", "stage3.batch=2", "stage3.critic_start=0"]
+    run_train(*words)
+    out = capsys.readouterr().out
+    said = f"data={tmp_path}/cache: no evaluation at the end: only clips of data=shapes can be scored"
+    assert said in out and out.index(said) < out.index("stage 1: keeps blocks")
+    assert f"report: {tmp_path}/run/report.html" in out and (tmp_path / "run/report.html").is_file()
+    assert (tmp_path / "run/stage3/model/config.json").is_file() and not (tmp_path / "run/evaluate").exists()
+
+
+@pytest.mark.parametrize("kind", ["wan_t2v", "hunyuan_i2v"])
+def test_a_real_network_without_data(pipeline, tmp_path, fails, kind):
+    out, line = fails(run_train, "stage=1", f"run={tmp_path}/run", f"model={pipeline(kind)}")
+    assert "data=shapes: is the toy's data, with latents of 12 channels; this network has 16. Encode videos" in line
+    assert "python -m fastlightgen.encode videos=FOLDER pipeline=FOLDER out=CACHE) and give data=CACHE" in line
+    assert "planned" not in out  # before anything is planned or read
+
+
+def test_a_real_network_without_pipeline(pipeline, tmp_path, fails):
+    def run(*words: str) -> None:
+        main(generate, "generate", words)
+
+    model = pipeline("wan_t2v") / "transformer"
+    _, line = fails(run, f"model={model}", "prompt=A cat runs.", f"out={tmp_path}/a.png")
+    assert line.startswith(f"error: pipeline is required: model={model} makes latents of real videos; give pipeline=")
+
+    def measure(*words: str) -> None:
+        main(evaluate, "evaluate", words)
+
+    _, line = fails(measure, f"model={model}", f"out={tmp_path}/a.json")
+    assert f"model={model}: makes latents of real videos; evaluate scores clips of the built-in world only" in line
+
+
+@pytest.mark.parametrize("stage", ["all", "1", "2"])
+def test_a_preset_without_weights(tmp_path, fails, stage):
+    """One line with a command that exists; the same line is not printed once for each later stage."""
+    words = [] if stage != "2" else [f"importance={tmp_path}/none.json"]
+    out, line = fails(run_train, f"stage={stage}", f"run={tmp_path}/run", "model=tiny-hunyuan", *words)
+    made = "stage=0 model=tiny-hunyuan run=runs/tiny-hunyuan-teacher"
+    assert f"this preset has no weights here; make them with: python -m fastlightgen.train {made}; " in line
+    assert "then give model=runs/tiny-hunyuan-teacher/stage0/model" in line and "no weights" not in out
+    command = [sys.executable, "-m", "fastlightgen.train", *made.split(), "dry_run=true"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "model: tiny-hunyuan" in done.stdout
+
+
+def test_a_real_preset_without_weights(tmp_path, fails):
+    _, line = fails(run_train, "stage=1", f"run={tmp_path}/run", "model=wan2.1-t2v-1.3b")
+    assert "model=wan2.1-t2v-1.3b: this preset has no weights here; give model=FOLDER, a folder with its" in line
