@@ -108,7 +108,8 @@ def after_plan(cfg: Plan) -> str:
     start |= {"method": method_of(cfg)} if method_of(cfg) != DEFAULT else {}
     start |= {"preset": cfg.preset} if cfg.preset != default_of(leaves(Run)["preset"]) else {}
     trained = load(words(start))
-    names = [f.name for f in fields(trained) if f.name not in {"run", *OF_ONE_START}]
+    left = {"run", *OF_ONE_START} | ({"dtype"} if "dtype" not in cfg.origins else set())  # auto means the same there
+    names = [f.name for f in fields(trained) if f.name not in left]
     keys = start | {n: getattr(cfg, n) for n in names if getattr(cfg, n) != getattr(trained, n)}
     if find_preset_weights(cfg.model) is None:
         keys |= {"model": "MODEL"} if cfg.model in presets() else {}

@@ -47,9 +47,9 @@ def test_the_next_command_after_a_plan():
     line = after_plan(load(words, "plan"))
     assert line.startswith("torchrun --nnodes=2 --nproc-per-node=8 -m fastlightgen.train stage=2 model=MODEL ")
     given = dict(word.split("=", 1) for word in line.split() if "=" in word and not word.startswith("-"))
-    wanted = {"data": "CACHE", "engine": "deepspeed", "dtype": "bfloat16", "offload": "optimizer", "lr": "2e-05"}
+    wanted = {"data": "CACHE", "engine": "deepspeed", "offload": "optimizer", "lr": "2e-05"}
     assert given == wanted | {"stage": "2", "model": "MODEL"}
-    assert after_plan(load("model=tiny gpus=1 engine=local dtype=float32 checkpointing=false".split(), "plan")) == (
+    assert after_plan(load("model=tiny gpus=1 engine=local checkpointing=false".split(), "plan")) == (
         "python -m fastlightgen.train stage=3 model=tiny"
     )
 
