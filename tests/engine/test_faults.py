@@ -141,9 +141,9 @@ def test_a_ranking_that_does_not_fit(inputs, tmp_path, fails, text, said):
 
 
 def test_a_stage_that_failed_before_it_began_can_be_run_with_other_settings(inputs, tmp_path, fails):
-    """Stage 2 before stage 1 fails before it computes anything. The folder must then accept another configuration."""
+    """Stage 2 without a ranking fails before it computes anything. The folder must then accept other settings."""
     words = ["stage=2", f"run={tmp_path}", *inputs[2], "iters=1"]
-    words = [w for w in words if not w.startswith("importance=")]
+    words = [w for w in words if not w.startswith("importance=")] + [f"importance={tmp_path}/stage1/importance.json"]
     assert "run stage=1 with the same run= first" in fails(*words)
     write_ranking(tmp_path / "stage1/importance.json")
     run_train(*words, "lr=0.01")
