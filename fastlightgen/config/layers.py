@@ -68,7 +68,7 @@ def default_run(model: str) -> str:
 def settings_from(cls: type, given: Mapping[str, Any]) -> str:
     """The shipped files that set a root class's keys, the strongest first; says so if no preset fits the model."""
     layers = shipped_layers(cls, given)
-    files = [where for where, values in reversed(layers) if values and where.startswith("configs/")]
+    files = [where for where, values in reversed(layers) if values and set(values) != {"run"}]
     if len(sections(cls)) > 1:
         files = [re.sub(r"/stage\d", "/stageN", file) for file in files]
     models = [where.removeprefix("configs/model/").removesuffix(".yaml") for where, _ in layers]
