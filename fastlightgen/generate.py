@@ -40,8 +40,8 @@ def generate(cfg: Generate) -> None:
         world = Pipeline(pipeline, device, dtype, cfg.size) if pipeline else BuiltIn(cfg.size)
     card = read_card(folder)
     plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler, world.defaults)
-    if text := doubt(cfg, folder, pipeline, card, plan):
-        say(f"warning: {text}")
+    if not card:
+        warn_without_card(cfg, folder, pipeline, plan)
     negative = negative_of(cfg, world) if plan["guidance"] != 1.0 else None  # without guidance nothing reads it
     with clock("text"):
         wishes = [world.wish(prompt, negative, image, cfg.count) for prompt, image in asked]
@@ -66,26 +66,15 @@ def generate(cfg: Generate) -> None:
     say(f"{where}: {cfg.count} clip(s), {len(plan['times'])} steps, guidance {plan['guidance']:g}; {clock}")
 
 
-def doubt(cfg: Generate, folder: Path, pipeline: Path | None, card: dict, plan: dict) -> str:
-    """A warning if steps and guidance may not be those that the model was made for, or ""."""
-    steps, guidance = len(plan["times"]), plan["guidance"]
-    if ladder := card.get("ladder"):
-        own = card.get("guidance", guidance)
-        if (steps, guidance) == (len(ladder), own):
-            return ""
-        return (
-            f"{folder} was distilled to {len(ladder)} steps with guidance {own:g}; {steps} steps with guidance "
-            f"{guidance:g} are not what it learned; leave steps= and guidance= out"
-        )
-    if card or (cfg.steps and cfg.guidance >= 0):
-        return ""
+def warn_without_card(cfg: Generate, folder: Path, pipeline: Path | None, plan: dict) -> None:
+    """Warn if a pruned network has no fastlightgen.json, so that its own steps and guidance are unknown."""
     blocks, full = depth(config_of(folder)), full_depth(folder, pipeline)
-    if blocks == full:
-        return ""
-    return (
-        f"{folder} has {blocks} of {full} blocks and no fastlightgen.json, so it is sampled as a teacher: {steps} "
-        f"steps, guidance {guidance:g}; copy the student's fastlightgen.json into it, or give steps= and guidance="
-    )
+    if blocks < full and not (cfg.steps and cfg.guidance >= 0):
+        say(
+            f"warning: {folder} has {blocks} of {full} blocks and no fastlightgen.json, so it is sampled as a teacher: "
+            f"{len(plan['times'])} steps, guidance {plan['guidance']:g}; copy the student's fastlightgen.json into it, "
+            "or give steps= and guidance="
+        )
 
 
 def negative_of(cfg: Generate, world: Pipeline | BuiltIn) -> str:

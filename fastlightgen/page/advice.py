@@ -10,7 +10,7 @@ from fastlightgen.config.fields import show
 from fastlightgen.config.stages import DEFAULT
 
 RESULTS = {0: "model", 1: "importance.json", 2: "model", 3: "model"}  # of each stage, in RUN/stageN
-OWN = ("stage", "run", "overwrite", "dry_run", "progress", "threads", "device")  # keys that are not repeated
+OWN = ("stage", "run", "overwrite", "earlier", "dry_run", "progress", "threads", "device")  # keys that are not repeated
 
 
 def made(run: Path, stage: int) -> bool:

@@ -1,5 +1,6 @@
 """The README of an export: its program runs as it stands, its head names licence and teacher, it leaks no path."""
 
+import json
 import re
 import sys
 
@@ -55,19 +56,17 @@ def test_the_program_runs(exported, tmp_path, monkeypatch, kind):
     exec(compile(code, "README.md", "exec"), {})
     with Image.open("clip.webp") as clip:
         assert (clip.n_frames, clip.size) == (9, (48, 32))
-        seen = [np.asarray(clip.convert("RGB")).astype(int) for _ in [clip.seek(i) for i in range(9)]]
-        assert len(np.unique(seen[-1])) > 10
-        if kind == "wan_i2v":  # the given frame comes first, as far as a random VAE shows it
-            assert "load_image" in code
+        clip.seek(8)
+        assert len(np.unique(np.asarray(clip.convert("RGB")))) > 10
+    assert ("load_image" in code) == (kind == "wan_i2v")
 
 
 def test_sizes_are_those_of_the_family(exported):
     text = (exported("wan_i2v") / "README.md").read_text()
     assert "    height=480,\n    width=832,\n    num_frames=81,\n    num_inference_steps=4,\n" in text
     assert "duration=round(1000 / 16)" in text and "guidance_scale=1.0," in text
-    assert (
-        "    height=720,\n    width=1280,\n    num_frames=129,\n" in (exported("hunyuan_t2v") / "README.md").read_text()
-    )
+    text = (exported("hunyuan_t2v") / "README.md").read_text()
+    assert "    height=720,\n    width=1280,\n    num_frames=129,\n" in text
 
 
 def test_no_path_leaks(exported, pipeline):
@@ -132,9 +131,7 @@ def test_licences(tmp_path, text, wanted):
     assert licence(tmp_path) == wanted
 
 
-@pytest.mark.parametrize(
-    "said, wanted", [("Lab/Video", "Lab/Video"), ("/data/Video", None), ("Video", None), (None, None)]
-)
-def test_hub_id_of_a_pipeline(tmp_path, said, wanted):
-    (tmp_path / "model_index.json").write_text('{"_name_or_path": %s}' % ("null" if said is None else f'"{said}"'))
-    assert hub_id(tmp_path) == wanted
+@pytest.mark.parametrize("said", ["Lab/Video", "/data/Video", "Video", None])
+def test_hub_id_of_a_pipeline(tmp_path, said):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_name_or_path": said}))
+    assert hub_id(tmp_path) == ("Lab/Video" if said == "Lab/Video" else None)
