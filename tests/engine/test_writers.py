@@ -84,6 +84,11 @@ def numbers(run) -> dict[str, list]:
     return out
 
 
+def untimed(record: dict) -> dict:
+    """A record without its times: a step that is computed again takes another time."""
+    return {k: v for k, v in record.items() if not k.startswith(("sec_", "share_"))}
+
+
 def test_tensorboard_shows_every_step_once(words, tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     crash(monkeypatch, 5, *words, f"run={tmp_path}", "tensorboard=true")  # step 5 is logged, step 3 is saved
@@ -129,7 +134,7 @@ def test_trackio_gets_every_step_once(words, tmp_path, monkeypatch, modules):
     assert [step for step, _ in logged] == [1, 3, 4, 4, 5, 7, 7, 7]  # the crash came after 5, the checkpoint before 4
     want = [line for name in ("metrics", "samples") for line in read_metrics(tmp_path / f"run/stage0/{name}.jsonl")]
     got = [{"step": step, **values} for step, values in logged if "clips" not in values]
-    assert sorted(got, key=str) == sorted(want, key=str)
+    assert sorted(map(untimed, got), key=str) == sorted(map(untimed, want), key=str)
     assert [v["clips"][:2] for _, v in logged if "clips" in v] == [["GIF", f"step-{n:06d}.gif"] for n in (4, 7)]
 
 
