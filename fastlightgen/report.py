@@ -16,6 +16,7 @@ from fastlightgen.page.advice import next_step
 
 # Columns: what the student can be weighed against at its own number of steps stands beside it; others follow by name.
 ORDER = ("real", "teacher", "pruned", "stage2-few", "teacher-few", "student")
+STAGES = (0, 2, 3)  # that train
 PAGE = Path(fastlightgen.page.__file__).parent
 
 
@@ -25,8 +26,9 @@ def read(path: Path) -> dict:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Read a JSON lines file; a missing file counts as empty."""
-    return [parsed(path, line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """Read a JSON lines file; a missing file counts as empty. A last line that is half written is left out."""
+    lines = path.read_text().split("\n") if path.is_file() else [""]
+    return [parsed(path, line) for line in lines[:-1]]
 
 
 def parsed(path: Path, text: str) -> Any:
@@ -38,18 +40,19 @@ def parsed(path: Path, text: str) -> Any:
 
 def read_run(run: Path) -> dict:
     """Read the configuration, logs, alarms, rankings and evaluations of a run folder, keyed by section."""
-    logs = {n: read_lines(run / f"stage{n}" / "metrics.jsonl") for n in (0, 2, 3)}
+    logs = {n: read_lines(run / f"stage{n}" / "metrics.jsonl") for n in STAGES}
     evals = read_evaluations(run / "evaluate")
     found: dict[str, dict] = {
         "config": read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {},
         "importance": read(run / "stage1" / "importance.json"),
         "logs": {n: lines for n, lines in logs.items() if lines},
-        "alarms": {n: lines for n in (0, 2, 3) if (lines := read_lines(run / f"stage{n}" / "alarms.jsonl"))},
+        "alarms": {n: lines for n in STAGES if (lines := read_lines(run / f"stage{n}" / "alarms.jsonl"))},
+        "looks": {n: read_lines(run / f"stage{n}" / "samples.jsonl") for n in STAGES},
         "card": read(run / "stage3" / "model" / "fastlightgen.json"),
         "evals": evals,
         "speed": read(run / "evaluate" / "speed.json") or evals.get("student", {}).get("speed") or {},
     }
-    if not any(found.values()):
+    if not any(value for key, value in found.items() if key != "looks"):
         raise UserError(
             f"run={run}: nothing to report; wanted config.yaml, stage1/importance.json, stageN/metrics.jsonl or "
             "evaluate/*.json; give the folder that was run= of a training"
@@ -77,7 +80,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     sections = {
         "Clips": clips.evaluated(run, evals),
         "Scores": evals and scores.scores(evals),
-        "Previews": clips.during_training(run, len(evals)),
+        "Previews": clips.during_training(run, found["looks"], len(evals)),
         "Block importance": ranking and training.importance(ranking),
         "Training": '<div id="curves"></div>' * bool(logs) + training.followed(found) + training.watched(found),
         "Size and speed": scores.sizes(found),

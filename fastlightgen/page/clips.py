@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -68,21 +67,22 @@ def evaluated(run: Path, evals: dict[str, dict]) -> str:
     return f'<div class="clips" style="--n:{len(evals)}">{grid}</div>{sheets}'
 
 
-def during_training(run: Path, first: int) -> str:
-    """Clips of RUN/stageN/samples, at most STEPS sets per stage; `first`: the number of the first picture."""
+def during_training(run: Path, looks: dict[int, list[dict]], first: int) -> str:
+    """Clips of RUN/stageN/samples, at most STEPS sets per stage.
+
+    `looks`: stage -> the lines of samples.jsonl; `first`: the number of the first picture.
+    """
     out, number = "", first
-    for stage in (0, 2, 3):
-        folder = run / f"stage{stage}"
-        files = spread(sorted((folder / "samples").glob("step-*.gif")), STEPS)
-        looks = look_of(folder / "samples.jsonl")
+    for stage, lines in looks.items():
+        files = spread(sorted((run / f"stage{stage}" / "samples").glob("step-*.gif")), STEPS)
+        of_step = {line["step"]: line for line in lines}
         shown = ""
         for file in files:
             if (video := read_gif(file)) is None:
                 continue
             step = int(file.stem.removeprefix("step-"))
-            text = ", ".join(
-                f"{name} {looks[step][key]:.3g}" for key, name in LOOKS.items() if key in looks.get(step, {})
-            )
+            numbers = of_step.get(step, {})
+            text = ", ".join(f"{name} {numbers[key]:.3g}" for key, name in LOOKS.items() if key in numbers)
             label = (
                 f"Stage {ROMAN[stage]}, step {step}: clips of held-out prompts side by side{'; ' * bool(text)}{text}"
             )
@@ -102,18 +102,6 @@ def spread(items: list[Any], most: int) -> list[Any]:
     """At most `most` of the items, evenly spread, the last one among them."""
     count = min(most, len(items))
     return [items[round((i + 1) * len(items) / count) - 1] for i in range(count)]
-
-
-def look_of(path: Path) -> dict[int, dict]:
-    """Step -> the record of samples.jsonl; a line that a crash cut short is skipped."""
-    out = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-            out[record["step"]] = record
-        except (json.JSONDecodeError, KeyError):
-            continue
-    return out
 
 
 def read_gif(path: Path) -> NDArray[np.uint8] | None:

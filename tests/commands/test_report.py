@@ -41,6 +41,9 @@ def test_numbers_of_the_run_are_on_the_page(run):
     # five digits; nan is left out
     wanted = {"2": {"loss": [[1, 0.12346]], "distill_pruned": [[1, 0.25]]}, "3": {"fake_loss": [[1, 0.5]]}}
     assert data["curves"] == wanted
+    with open(run / "stage2" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')  # a run that is writing at this moment
+    assert json.loads(Page(write_report(run)).scripts[0])["curves"] == wanted
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
