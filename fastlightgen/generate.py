@@ -11,6 +11,8 @@ from fastlightgen.config import Generate, command, compute_type, main
 from fastlightgen.data.frames import check_suffix, write_clips
 from fastlightgen.data.version import check_model, same_latents
 from fastlightgen.engine.local import pick_device
+from fastlightgen.models.families import depth
+from fastlightgen.models.folder.networks import full_depth
 from fastlightgen.models.folder.weights import config_of, load_model, read_card, trained_folder
 from fastlightgen.models.sample import sample, sampling_plan
 from fastlightgen.parallel.log import bar, say
@@ -44,6 +46,8 @@ def generate(cfg: Generate) -> None:
     card = read_card(folder)
     plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler, world.defaults)
     warn_of_changes(cfg, card)
+    if not card:
+        warn_without_card(cfg, folder, pipeline, plan)
     negative = negative_of(cfg, world) if plan["guidance"] != 1.0 else None  # without guidance nothing reads it
     with clock("text"):
         wishes = [world.wish(prompt, negative, image, cfg.count) for prompt, image in asked]
@@ -89,6 +93,17 @@ def warn_of_changes(cfg: Generate, card: dict) -> None:
         say(
             f"warning: {' '.join(changed)}: this student was trained for {steps} steps and guidance {guidance:g}; "
             "leave the words out for its own"
+        )
+
+
+def warn_without_card(cfg: Generate, folder: Path, pipeline: Path | None, plan: dict) -> None:
+    """Warn if a pruned network has no fastlightgen.json, so that its own steps and guidance are unknown."""
+    blocks, full = depth(config_of(folder)), full_depth(folder, pipeline)
+    if blocks < full and not (cfg.steps and cfg.guidance >= 0):
+        say(
+            f"warning: {folder} has {blocks} of {full} blocks and no fastlightgen.json, so it is sampled as a teacher: "
+            f"{len(plan['times'])} steps, guidance {plan['guidance']:g}; copy the student's fastlightgen.json into it, "
+            "or give steps= and guidance="
         )
 
 

@@ -27,6 +27,7 @@ ORDER = [  # from the top down; no two units share a level
     "engine",
     "pipelines",
     "world",
+    "page",
     "metrics",
     "data",
     "models",
