@@ -5,9 +5,12 @@
 
 import kernels
 import pytest
+from device_time import sampled
 from kernels import GPU, draw
 
 from fastlightgen.ops import attend, attention
+
+pytestmark = kernels.RECORDED
 
 # tokens, heads of 128 channels
 SIZES = {"wan-14b-480p": (32760, 40), "wan-1.3b-480p": (32760, 12)} if GPU else {"small (no GPU)": (96, 2)}
@@ -24,10 +27,10 @@ def bench_attention(benchmark, monkeypatch, shape: str, way: str, name: str):
     try:
         cases = [{n: draw(1, tokens, heads, 128) for n in "qkv"}]
         calls = kernels.backward(attend, cases) if way == "backward" else [lambda: attend(**cases[0])]
-        seconds = kernels.times(calls, rounds=10)
+        samples = sampled(calls, 10 if GPU else 3)
     finally:
         if name in attention.NEWER:
             attention.switch.restore_flash_attention_impl()
     flops = (10 if way == "backward" else 4) * tokens**2 * heads * 128
-    kernels.record(benchmark, f"attention {way} {shape}", name, seconds, **{"TFLOP/s": flops / seconds / 1e12})
-    benchmark.pedantic(lambda: None, rounds=1, iterations=1)
+    speed = {"TFLOP/s": flops / samples.median / 1e12}
+    kernels.record(benchmark, f"attention {way} {shape}", name, samples, **speed)

@@ -5,16 +5,18 @@ to the next block. That is as much work as diffusers' block does. Both must agre
 diffusers only our block is timed; without a GPU the sizes are small.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 
 import kernels
 import pytest
 import torch
 import torch.nn.functional as F
+from device_time import sampled
 from kernels import DEVICE, DTYPE, GPU, draw
+from peers import failing, imported
 from torch import Tensor, nn
 
 from fastlightgen.models.base import Block, Cond, Job, Prompt, State, Tables
@@ -22,11 +24,12 @@ from fastlightgen.models.hunyuan.blocks import DoubleBlock, HunyuanPrompt, Singl
 from fastlightgen.models.hunyuan.layers import HunyuanConfig
 from fastlightgen.models.wan.layers import WanConfig, rope_axes
 from fastlightgen.models.wan.model import WanBlock, WanPrompt, WanTables
-from fastlightgen.ops import dispatch, rope_factors
+from fastlightgen.ops import rope_factors
 
-OURS = ["reference", "triton", "cuda"]
-CONTENDERS = ["eager", "torch.compile", *OURS]  # the first two run diffusers' block
-ROUNDS = 10 if GPU else 3
+pytestmark = kernels.RECORDED
+OURS = ["cuda", "triton", "reference"]
+CONTENDERS = ["cuda", "eager", "triton", "torch.compile", "reference"]  # eager, torch.compile: diffusers' block
+ROUNDS = 10 if GPU else 2
 
 
 @dataclass
@@ -60,20 +63,27 @@ class Pair:
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
+THEIRS = "diffusers.models.transformers.transformer_"
+
+
 def diffusers(name: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(f"diffusers.models.transformers.{name}")
-    except ImportError:
-        return None
+    """A module of diffusers, or None if it cannot be imported, for whatever reason."""
+    return None if failing(THEIRS + name) else imported(THEIRS + name)
+
+
+def made(block: Callable[..., nn.Module], *args: object) -> nn.Module:
+    """A block with random weights, made on the device: the host would take seconds for 350M numbers."""
+    with torch.device(DEVICE):
+        return block(*args).to(DTYPE)
 
 
 def wan() -> Pair:
-    theirs = diffusers("transformer_wan")
+    theirs = diffusers("wan")
     cfg = WanConfig() if GPU else WanConfig(num_attention_heads=4, attention_head_dim=32, ffn_dim=352)
-    grid, tokens = ((21, 30, 52), 512) if GPU else ((2, 4, 6), 16)
-    block = WanBlock(cfg).to(DEVICE, DTYPE)
+    grid, tokens = ((21, 30, 52), 512) if GPU else ((1, 2, 3), 4)
+    block = made(WanBlock, cfg)
     args = cfg.dim, cfg.ffn_dim, cfg.num_attention_heads, cfg.qk_norm, cfg.cross_attn_norm, cfg.eps
-    peer = theirs and theirs.WanTransformerBlock(*args).to(DEVICE, DTYPE)
+    peer = theirs and made(theirs.WanTransformerBlock, *args)
     x, text, mod = draw(1, grid[0] * grid[1] * grid[2], cfg.dim), draw(1, tokens, cfg.dim), draw(1, 6, cfg.dim)
     rope = rope_factors(grid, rope_axes(cfg.attention_head_dim), device=torch.device(DEVICE))
     latent = torch.empty(1, 1, grid[0], 2 * grid[1], 2 * grid[2], device=DEVICE)
@@ -83,13 +93,13 @@ def wan() -> Pair:
 
 
 def hunyuan(double: bool) -> Pair:
-    module = diffusers("transformer_hunyuan_video")
+    module = diffusers("hunyuan_video")
     small = {"num_attention_heads": 4, "attention_head_dim": 32, "rope_axes_dim": (8, 12, 12)}
     cfg = HunyuanConfig() if GPU else HunyuanConfig(**small)
-    grid, tokens = ((33, 34, 60), 256) if GPU else ((2, 4, 6), 16)
-    block = (DoubleBlock if double else SingleBlock)(cfg).to(DEVICE, DTYPE)
+    grid, tokens = ((33, 34, 60), 256) if GPU else ((1, 2, 3), 4)
+    block = made(DoubleBlock if double else SingleBlock, cfg)
     kind = module and (module.HunyuanVideoTransformerBlock if double else module.HunyuanVideoSingleTransformerBlock)
-    peer = kind and kind(cfg.num_attention_heads, cfg.attention_head_dim, cfg.mlp_ratio).to(DEVICE, DTYPE)
+    peer = kind and made(kind, cfg.num_attention_heads, cfg.attention_head_dim, cfg.mlp_ratio)
     x, text, emb = draw(1, grid[0] * grid[1] * grid[2], cfg.dim), draw(1, tokens, cfg.dim), draw(1, cfg.dim)
     rope = rope_factors(grid, cfg.rope_axes_dim, cfg.rope_theta, torch.device(DEVICE))
     latent = torch.empty(1, 1, grid[0], 2 * grid[1], 2 * grid[2], device=DEVICE)
@@ -102,10 +112,19 @@ def hunyuan(double: bool) -> Pair:
 PAIRS = {"wan-14b": wan, "hunyuan-double": lambda: hunyuan(True), "hunyuan-single": lambda: hunyuan(False)}
 
 
+@lru_cache(1)  # one pair at a time: the benches of a network follow each other
+def pair_of(network: str) -> Pair:
+    torch.manual_seed(0)
+    pair = PAIRS[network]()
+    if pair.peer is not None:
+        pair.peer.load_state_dict(pair.block.state_dict())
+    return pair
+
+
 def timed(pair: Pair, name: str, backward: bool) -> Callable[[], object]:
     """One call of one contender."""
     ours = name in OURS
-    inputs = [x.requires_grad_(backward) for x in (pair.inputs() if ours else pair.x)]
+    inputs = [x.detach().requires_grad_(backward) for x in (pair.inputs() if ours else pair.x)]
     if ours:
         y, gate = [torch.randn_like(x).requires_grad_(backward) for x in inputs], draw(1, inputs[0].shape[-1])
         wanted = [*inputs, *y, *pair.block.parameters()]
@@ -132,21 +151,15 @@ def timed(pair: Pair, name: str, backward: bool) -> Callable[[], object]:
 @pytest.mark.parametrize("network", PAIRS)
 def bench_block(benchmark, monkeypatch, network: str, way: str, name: str):
     if name in OURS:
-        if reason := dispatch._why_not(name):
-            pytest.skip(reason)
-        monkeypatch.setattr(dispatch, "backend_for", lambda device: name)
-    torch.manual_seed(0)
-    pair = PAIRS[network]()
+        kernels.use(monkeypatch, name)
+    pair = pair_of(network)
     if pair.peer is None and name not in OURS:
-        pytest.skip("diffusers is not installed")
-    if pair.peer is not None:
-        pair.peer.load_state_dict(pair.block.state_dict())
-        if name in OURS:
-            pair.agree()
+        pytest.skip(failing(THEIRS + ("wan" if network.startswith("wan") else "hunyuan_video")))
+    if pair.peer is not None and name in OURS:
+        pair.agree()
     try:
         call = timed(pair, name, way != "forward")
-        seconds = kernels.times([call], ROUNDS)
+        samples = sampled([call], ROUNDS)
     except torch.OutOfMemoryError:
         pytest.skip("the block does not fit this GPU's memory")
-    kernels.record(benchmark, f"{network} block {way}", name, seconds)
-    benchmark.pedantic(call, rounds=1, iterations=1)
+    kernels.record(benchmark, f"{network} block {way}", name, samples)

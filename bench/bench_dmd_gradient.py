@@ -6,8 +6,9 @@ import pytest
 from fastlightgen.ops import dmd_gradient
 from fastlightgen.ops.dmd_gradient import reference
 
+pytestmark = kernels.RECORDED
 GPU_SIZES = {"wan-480p": (1, 16, 21, 60, 104), "wan-720p": (1, 16, 21, 90, 160)}
-SIZES = GPU_SIZES if kernels.GPU else {"small (no GPU)": (2, 16, 3, 8, 8)}
+SIZES = GPU_SIZES if kernels.GPU else {"small (no GPU)": (2, 16, 1, 8, 8)}
 NAMES = ("x0", "x_t", "v_fake", "v_weak_cond", "v_weak_null", "v_strong_cond")
 
 

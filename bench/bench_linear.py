@@ -5,12 +5,14 @@
 
 import kernels
 import pytest
+from device_time import sampled
 from kernels import GPU, draw
 
 from fastlightgen.ops import dispatch, linear_gate_residual, linear_gelu_tanh
 from fastlightgen.ops.linear_gate_residual import reference as residual
 from fastlightgen.ops.linear_gelu_tanh import reference as gelu
 
+pytestmark = kernels.RECORDED
 # rows, K, N of the two layers of a feed-forward and of an attention's output layer
 GPU_SIZES = {
     "linear_gelu_tanh": {"wan-14b-480p": (32760, 5120, 13824), "wan-1.3b-480p": (32760, 1536, 8960)},
@@ -23,7 +25,7 @@ OPS = {
 }
 
 
-@pytest.mark.parametrize("name", ["eager", "torch.compile", "cuda"])
+@pytest.mark.parametrize("name", ["cuda", "eager", "torch.compile"])
 @pytest.mark.parametrize("way", ["forward", "backward"])
 @pytest.mark.parametrize(("op", "shape"), [(op, shape) for op, shapes in SIZES.items() for shape in shapes])
 def bench_linear(benchmark, monkeypatch, op: str, shape: str, way: str, name: str):
@@ -37,7 +39,6 @@ def bench_linear(benchmark, monkeypatch, op: str, shape: str, way: str, name: st
 
     run, cases = kernels.contender(monkeypatch, name, *OPS[op]), kernels.rotate(make)
     calls = kernels.backward(run, cases) if way == "backward" else [lambda c=c: run(**c) for c in cases]
-    seconds = kernels.times(calls)
+    samples = sampled(calls, kernels.ROUNDS)
     flops = (4 if way == "backward" else 2) * rows * inner * dim
-    kernels.record(benchmark, f"{op} {way} {shape}", name, seconds, **{"TFLOP/s": flops / seconds / 1e12})
-    benchmark.pedantic(calls[0], rounds=3, iterations=1)
+    kernels.record(benchmark, f"{op} {way} {shape}", name, samples, **{"TFLOP/s": flops / samples.median / 1e12})

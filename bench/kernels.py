@@ -1,28 +1,34 @@
-"""Helpers that the kernel benches share: rotating inputs, GPU clocks, the copy of the same bytes, the contenders.
+"""Helpers that the kernel benches share: rotating inputs, the copy of the same bytes, the contenders, the record.
 
-FLG_BENCH_ROWS and `--benchmark-json` hold the columns. `us` is the median by GPU events, because a host clock would
-measure launches. `of_copy` is the bandwidth (`GB/s`) divided by that of a copy of the same bytes in the same process.
+A row holds `us`, the median time on the GPU alone (device_time.py), its spread, and `host_us`, what the call costs the
+host. `of_copy` is the bandwidth (`GB/s`) divided by that of a copy of the same bytes in the same process. The same
+samples go to pytest-benchmark, so that its table and `--benchmark-json` show them.
 Without a GPU the shapes are small, and the bench only checks that everything runs.
 """
 
-import json
+import importlib
+import itertools
 import os
-import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from device_time import Samples, sampled
 from torch import Tensor
 
 from fastlightgen.ops import dispatch
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+SIMT = not GPU and os.environ.get("FLG_BENCH_SIMT") == "1"  # the CUDA sources run on the CPU, as in the tests
 L2_BYTES = 64 << 20  # bytes; inputs rotate through more memory than the cache holds
-CONTENDERS = ["copy", "eager", "torch.compile", "triton", "cuda"]
-PEERS = ["liger layer_norm", "quack rmsnorm"]  # norms without modulation that move the same bytes, if installed
+ROUNDS = 30 if GPU else 5
+CONTENDERS = ["copy", "cuda", "eager", "triton", "torch.compile"]
 
 
 def draw(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -36,33 +42,12 @@ def rotate(make: Callable[[], dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     return [first] + [make() for _ in range(L2_BYTES // size if GPU else 0)]
 
 
-def times(calls: list[Callable[[], object]], rounds: int = 30) -> float:
-    """Median seconds of one call; `calls` do the same on different memory."""
-    for call in calls[:3]:
-        call()
-    taken = []
-    for i in range(rounds):
-        call = calls[i % len(calls)]
-        if GPU:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            taken.append(start.elapsed_time(end) / 1e3)
-        else:
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
-
-
 @lru_cache
-def copy_seconds(moved: int) -> float:
-    """A copy that reads and writes `moved` bytes in all."""
+def copied(moved: int) -> Samples:
+    """The time of a copy that reads and writes `moved` bytes in all."""
     source = torch.empty(moved // 2, dtype=torch.uint8, device=DEVICE).fill_(1)
     pairs = [(torch.empty_like(source), source.clone()) for _ in range(1 + (L2_BYTES // moved if GPU else 0))]
-    return times([lambda to=to, of=of: to.copy_(of) for to, of in pairs])
+    return sampled([lambda to=to, of=of: to.copy_(of) for to, of in pairs], ROUNDS)
 
 
 def contender(monkeypatch: pytest.MonkeyPatch, name: str, op: Callable, reference: Callable) -> Callable:
@@ -71,36 +56,31 @@ def contender(monkeypatch: pytest.MonkeyPatch, name: str, op: Callable, referenc
         return reference
     if name == "torch.compile":
         return compiled(reference)
-    if reason := dispatch._why_not(name):
-        pytest.skip(reason)
-    monkeypatch.setattr(dispatch, "backend_for", lambda device: name)
+    use(monkeypatch, name)
     return op
+
+
+def use(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Let the operators of this bench use one backend, or skip the bench."""
+    if SIMT and backend == "cuda":
+        extension = simt().extension()
+        monkeypatch.setattr(dispatch, "extension", lambda: extension)
+        monkeypatch.setattr(dispatch, "queue", lambda x: (0, 0))
+    elif reason := dispatch._why_not(backend):
+        pytest.skip(reason)
+    monkeypatch.setattr(dispatch, "backend_for", lambda device: backend)
+
+
+def simt() -> ModuleType:
+    """The shim of the tests, which builds the CUDA sources for the CPU."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    return importlib.import_module("simt")
 
 
 def compiled(function: Callable) -> Callable:
     """Compile for these shapes alone, without the limit on recompilations that earlier shapes would count for."""
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
-
-
-def peer(name: str, cases: list[dict[str, Tensor]]) -> tuple[Callable, list[dict[str, Tensor]]]:
-    """A public norm and its inputs, in place of norm_modulate."""
-    if not GPU:
-        pytest.skip("it needs a GPU")
-    if name.startswith("liger"):
-        norm = pytest.importorskip("liger_kernel.ops.layer_norm").LigerLayerNormFunction
-
-        def op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return norm.apply(x, weight, bias, 1e-6)
-    else:
-        rmsnorm = pytest.importorskip("quack").rmsnorm
-
-        def op(x: Tensor, weight: Tensor) -> Tensor:
-            return rmsnorm(x.flatten(0, -2), weight, eps=1e-6).view_as(x)
-
-    dim = cases[0]["x"].shape[-1]
-    names = ("weight", "bias") if name.startswith("liger") else ("weight",)
-    return op, [{"x": case["x"]} | {n: draw(dim) for n in names} for case in cases]
 
 
 def backward(op: Callable, cases: list[dict[str, Tensor]]) -> list[Callable[[], object]]:
@@ -116,19 +96,53 @@ def backward(op: Callable, cases: list[dict[str, Tensor]]) -> list[Callable[[], 
     return calls
 
 
-def record(benchmark, group: str, name: str, seconds: float, **columns: float) -> None:
-    """Add a row to the record, and at once to the file FLG_BENCH_ROWS, so that a bench that is killed keeps it."""
+_fed: list[float] = []  # the clock's time while samples are fed
+
+
+def clock() -> float:
+    """pytest-benchmark's clock: the host's, except while `record` feeds it samples that were taken before."""
+    return _fed[0] if _fed else time.perf_counter()
+
+
+RECORDED = pytest.mark.benchmark(timer=clock)  # the mark of benches that call `record`
+
+
+def feed(benchmark, seconds: Iterable[float]) -> None:
+    """Give pytest-benchmark the samples, one per round."""
+    seconds = list(seconds)
+    left = itertools.cycle(seconds)  # more than one round per sample only if the command line asks for a profile
+
+    def advance() -> None:
+        _fed[0] += next(left)
+
+    _fed.append(0.0)
+    try:
+        benchmark.pedantic(advance, rounds=len(seconds))
+    finally:
+        _fed.clear()
+
+
+def record(benchmark, group: str, name: str, samples: Samples, **columns: float) -> None:
+    """Add a row to the record; conftest.py writes it to the results folder."""
     benchmark.group = f"{group} {DTYPE}".replace("torch.", "")
-    row = {"us": seconds * 1e6, **columns, "contender": name}
-    benchmark.extra_info.update(row)
-    if file := os.environ.get("FLG_BENCH_ROWS"):
-        with open(file, "a") as rows:
-            rows.write(json.dumps({"group": benchmark.group, **row}) + "\n")
+    name = f"{name} on the CPU shim" if SIMT and name == "cuda" else name
+    benchmark.extra_info |= samples.columns() | columns | {"contender": name}
+    if GPU:
+        benchmark.extra_info["mhz"] = megahertz()
+    feed(benchmark, samples.seconds)
+
+
+def megahertz() -> int | None:
+    """The clock of the multiprocessors now, right after the samples; None where it cannot be read."""
+    try:
+        return torch.cuda.clock_rate()
+    except Exception:  # also errors of pynvml, which torch imports
+        return None
 
 
 def report(benchmark, group: str, name: str, calls: list[Callable[[], object]] | None, moved: int) -> None:
     """Time the calls (None: the copy itself) and write the columns into the record."""
-    copied = copy_seconds(moved)
-    seconds = copied if calls is None else times(calls)
-    record(benchmark, group, name, seconds, **{"GB/s": moved / seconds / 1e9, "of_copy": copied / seconds})
-    benchmark.pedantic((calls or [lambda: None])[0], rounds=3, iterations=1)
+    copy = copied(moved)
+    samples = copy if calls is None else sampled(calls, ROUNDS)
+    speed = {"GB/s": moved / samples.median / 1e9, "of_copy": copy.median / samples.median}
+    record(benchmark, group, name, samples, **speed)

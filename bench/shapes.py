@@ -7,4 +7,4 @@ SHAPES = {
     "wan-1.3b-480p-b2": (2, 32760, 1536),
     "hunyuan-720p": (1, 119056, 3072),
 }
-CPU_SHAPES = {"small (no GPU)": (4, 240, 192)}
+CPU_SHAPES = {"small (no GPU)": (2, 12, 192)}

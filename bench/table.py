@@ -1,45 +1,41 @@
-"""`python bench/table.py FILE`: print the rows of FLG_BENCH_ROWS as one table, and write bench/results/<gpu>.json."""
+"""`python bench/table.py RUN..`: print the rows of one run, or those of several runs side by side.
+
+A run is a folder that bench/gpu.sh left. Several runs have one column of microseconds each, and the last run's time as
+a share of the first's.
+"""
 
 import json
 import sys
 from pathlib import Path
 
-import torch
-
-COLUMNS = ("GB/s", "of_copy", "TFLOP/s", "goal_us")
+import rows
 
 
-def rows(file: Path) -> list[dict]:
-    """One row per contender; skip a line that was cut short."""
-    found = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            found.append({k: _short(v) for k, v in json.loads(line).items()})
-        except json.JSONDecodeError:
-            print("left out:", line[:80])
-    return found
+def title(run: Path) -> str:
+    """The GPU, date and commit of a run, from its machine.json."""
+    try:
+        found = json.loads((run / "machine.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return run.name
+    gpu = (found["torch"].get("gpu") or {}).get("name", "a CPU: these are no measurements of kernels")
+    version = found["torch"].get("version")
+    return f"{gpu}, {found['date']}, commit {found['commit'] or 'unknown'}, sources {found['sources']}, torch {version}"
 
 
-def _short(value):
-    return round(value, 3) if isinstance(value, float) else value
-
-
-def main(file: Path, results: Path = Path(__file__).parent / "results") -> None:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    table = rows(file)
-    for row in table:
-        more = "  ".join(f"{row[name]:.6g} {name}" for name in COLUMNS if name in row)
-        print(f"{row['group']:<60} {row['contender']:<28} {row['us']:11.1f} us  {more}")
-    if not torch.cuda.is_available() or not table:
-        return print("no GPU: nothing is kept" if table else "no row: nothing is kept")
-    results.mkdir(exist_ok=True)
-    out = results / f"{gpu.replace(' ', '-').lower()}.json"
-    part = out.with_suffix(".part")
-    machine = {"gpu": gpu, "torch": torch.__version__, "cuda": torch.version.cuda}
-    part.write_text(json.dumps({"machine": machine, "rows": table}, indent=1) + "\n")
-    part.rename(out)
-    print("written to", out)
+def show(runs: list[Path]) -> None:
+    measured = [[row for row in rows.read(run) if row["outcome"] == "measured"] for run in runs]
+    for number, run in enumerate(runs):
+        print(f"[{number + 1}] {title(run)}" if len(runs) > 1 else title(run))
+    if len(runs) == 1:
+        print("\n".join(rows.lines(measured[0])))
+        return
+    times = [{(row["group"], row["contender"]): row["us"] for row in found if "us" in row} for found in measured]
+    for key in dict.fromkeys(key for found in times for key in found):
+        each = [found.get(key) for found in times]
+        cells = "".join(f"{'-' if t is None else f'{t:.1f}':>12}" for t in each)
+        ratio = f"{each[-1] / each[0]:8.3f}" if each[0] and each[-1] else ""
+        print(f"{key[0]:<60} {key[1]:<28}{cells} us {ratio}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    show([Path(word) for word in sys.argv[1:]])

@@ -23,7 +23,7 @@ def test_under_sanitizers():
         if not Path(libraries[-1]).is_absolute():
             pytest.skip(f"{name} is not installed")
     env = os.environ | {
-        "FLG_SIMT": str(shim.build(sanitize=True)),
+        "FLG_SIMT": str(shim.build("sanitized")),
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep their memory until the end
         "UBSAN_OPTIONS": "print_stacktrace=1",

@@ -24,13 +24,14 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 COMPILER = shutil.which("g++")
 
 
-def _compile(source: Path, flags: list[str], sanitize: bool) -> Path:
+def _compile(source: Path, flags: list[str], kind: str) -> Path:
     """Compile an object file, named by a hash of its inputs so that nothing is compiled twice."""
     binding = source.parent.name == "bindings"
     folders = ("bindings", "csrc") if binding else ("bindings", "csrc", "tests/simt")
     headers = [p for f in folders for p in sorted((ROOT / f).rglob("*.h" if binding else "*.*h"))]
-    command = [COMPILER, "-O0" if binding else "-O1", "-std=c++17", "-fPIC", "-DNDEBUG", "-Wall", *flags]
-    command += SANITIZE if sanitize and not binding else []
+    speed = ["-O2", "-DFLG_LAUNCHERS"] if kind == "launchers" else ["-O0" if binding else "-O1"]
+    command = [COMPILER, *speed, "-std=c++17", "-fPIC", "-DNDEBUG", "-Wall", *flags]
+    command += SANITIZE if kind == "sanitized" and not binding else []
     parts = [" ".join(map(str, command)).encode(), *(p.read_bytes() for p in [source, *headers])]
     out = CACHE / f"{source.stem}-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.o"
     if not out.exists():
@@ -41,14 +42,17 @@ def _compile(source: Path, flags: list[str], sanitize: bool) -> Path:
     return out
 
 
-def build(sanitize: bool = False) -> Path:
-    """The shared library, from bindings/, csrc/ and the shim; one process builds it, the others wait."""
+def build(kind: str = "kernels") -> Path:
+    """The shared library, from bindings/, csrc/ and the shim; one process builds it, the others wait.
+
+    kind `kernels`, `sanitized`, or `launchers`: optimised host code, which launches nothing.
+    """
     CACHE.mkdir(parents=True, exist_ok=True)
     with alone(CACHE / "lock"):
-        return _build(sanitize)
+        return _build(kind)
 
 
-def _build(sanitize: bool) -> Path:
+def _build(kind: str) -> Path:
     import pybind11
 
     folders = ["tests/simt/include", "csrc/include", *sorted(p.relative_to(ROOT) for p in ROOT.glob("csrc/ops/*"))]
@@ -57,11 +61,11 @@ def _build(sanitize: bool) -> Path:
     patterns = ("csrc/ops/*/*.cu", "bindings/*.cpp", "csrc/*.cu", "tests/simt/*.cpp")
     sources = [p for pattern in patterns for p in sorted(ROOT.glob(pattern))]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda source: _compile(source, flags, sanitize), sources))
+        objects = list(pool.map(lambda source: _compile(source, flags, kind), sources))
     out = CACHE / f"_C-{hashlib.sha256(''.join(map(str, objects)).encode()).hexdigest()[:16]}.so"
     if not out.exists():
         part = out.with_suffix(f".{os.getpid()}.so")
-        link = [COMPILER, "-shared", *(SANITIZE if sanitize else []), "-o", part, *objects]
+        link = [COMPILER, "-shared", *(SANITIZE if kind == "sanitized" else []), "-o", part, *objects]
         subprocess.run(link, check=True)
         part.rename(out)
     return out
@@ -75,7 +79,18 @@ def path() -> str:
 
 @lru_cache
 def extension() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_C", path())
+    return _loaded("_C", path())
+
+
+@lru_cache
+def launchers() -> ModuleType:
+    """The launchers for an H100, without kernels: what a call costs the host."""
+    return _loaded("launchers._C", str(build("launchers")))
+
+
+def _loaded(name: str, file: str) -> ModuleType:
+    """Load a library under a name of its own: pybind11 returns an earlier module for a name that it knows."""
+    spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
