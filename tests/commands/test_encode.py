@@ -149,7 +149,7 @@ def test_said_before_and_after(run, tmp_path, capsys):
     run(tmp_path / "out")
     out = capsys.readouterr().out
     # 7 clips of 4 bytes x (36 x 2 x 4 x 6 latents and condition + 5 x 8 image tokens + 512 x 32 text) = 72608 bytes
-    assert "7 of 9 listed clips, 5 frames at 8 per second; at most 0.000508 GB, " in out
+    assert "7 of 9 listed clips, 5 frames at 8 per second; at most 508 kB, " in out
     assert f"{tmp_path / 'out'}: 5 clips, 4 skipped: {tmp_path / 'out' / 'skipped.json'}" in out
 
 
