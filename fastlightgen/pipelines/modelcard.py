@@ -64,7 +64,7 @@ def model_card(
         "time shift": card.get("shift"),
         "sampling times": ", ".join(f"{t:.4f}" for t in card["ladder"]) if card.get("ladder") else None,
         "sampler": card.get("sampler") if card.get("ladder") else None,
-        "trained from": name_of(card["source"]) if card.get("source") else None,
+        "trained from": card.get("source"),
         "stage": card.get("stage"),
         "LoRA": lora_row(name, *lora) if lora is not None else None,
     }
