@@ -1,7 +1,10 @@
 """python -m fastlightgen.evaluate model=DIR out=FILE.json ...: measures scores, speed and size on held-out prompts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,14 +17,16 @@ from fastlightgen.data.frames import to_uint8
 from fastlightgen.data.version import check_model, check_version
 from fastlightgen.engine.local import pick_device
 from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled, interval
+from fastlightgen.metrics.speed import Speed, clocked, counted, warning
 from fastlightgen.models.folder.weights import load_model, read_card, read_json, read_tensors, trained_folder
 from fastlightgen.models.sample import sampling_plan
 from fastlightgen.parallel.log import say
 from fastlightgen.world.diversity import redraw
 from fastlightgen.world.score import caption_spreads, clip_values, compared, resampled, scores_of
 from fastlightgen.world.shapes import WORLD, Clips, Shapes
-from fastlightgen.world.source import ShapesSource, shapes_batch
+from fastlightgen.world.source import ShapesSource
 from fastlightgen.world.subject import Subject, draw
+from fastlightgen.world.timing import batch_of, speedup, timed
 
 Values = dict[str, Tensor]  # of each clip
 
@@ -55,7 +60,7 @@ def measure(cfg: Evaluate, subject: Subject, teacher: Result | None = None) -> R
     """Measure a subject, also against a teacher. A teacher with shipped values samples only the clips to show."""
     shipped = shipped_values(cfg, subject)
     count = cfg.clips if shipped is None else min(cfg.show, cfg.clips)
-    clips, asked, seconds = draw(cfg, subject, count)
+    clips, asked, _ = draw(cfg, subject, count)
     record = {
         "name": subject.name,
         "title": subject.title,
@@ -70,8 +75,6 @@ def measure(cfg: Evaluate, subject: Subject, teacher: Result | None = None) -> R
             "guidance": subject.plan["guidance"],
             "evaluations": subject.evaluations,
         },
-        "seconds_per_clip": seconds,
-        "batch": min(cfg.batch, count),
         "shown": shown(cfg, asked),
     }
     if shipped is not None:
@@ -158,30 +161,16 @@ def write(path: Path, result: Result) -> None:
     write_json(path, result.record)
 
 
-def speed(cfg: Evaluate, teacher: Subject, student: Subject) -> dict:
-    """Measure the seconds per clip of teacher and student, and predict the speedup from their blocks.
+def with_times(cfg: Evaluate, results: Sequence[Result], seconds: Sequence[Sequence[float]]) -> None:
+    """Add the median seconds per clip, and the batch that they were measured with, to the records."""
+    for result, times in zip(results, seconds, strict=True):
+        result.record |= {"seconds_per_clip": median(times), "batch": batch_of(cfg)}
 
-    Both run in this process with the same batch. The prediction counts blocks alone: the teacher's evaluations times
-    the operations of its blocks, divided by the same product for the student.
-    """
-    once = replace(cfg, progress=False)
-    count = min(cfg.show or 8, cfg.clips)
-    draw(once, student, count)  # warm-up
-    # A student's run is short and its time noisy: take the best of three.
-    seconds = [draw(once, teacher, count)[2], min(draw(once, student, count)[2] for _ in range(3))]
-    clip = shapes_batch(Shapes(seed=cfg.seed, split="test").batch(range(1)))
-    all_, kept = teacher.block_flops(clip), student.block_flops(clip)
-    alike = len({*all_, *kept}) == 1
-    size = len if alike else lambda flops: f"{sum(flops) / 1e9:.3g} GFLOP"  # equal blocks: count them
-    formula = f"{teacher.evaluations} x {size(all_)} / ({student.evaluations} x {size(kept)})"
-    return {
-        "theory": teacher.evaluations * sum(all_) / (student.evaluations * sum(kept)),
-        "theory_formula": formula,
-        "measured": seconds[0] / seconds[1],
-        "teacher_seconds": seconds[0],
-        "student_seconds": seconds[1],
-        "batch": count,
-    }
+
+def say_speed(speed: Speed) -> None:
+    say(f"speedup: {counted(speed)}; {clocked(speed)}")
+    if text := warning(speed):
+        say(f"warning: {text}")
 
 
 def evaluate_run(cfg: Run) -> None:
@@ -211,18 +200,21 @@ def evaluate_run(cfg: Run) -> None:
     for subject in (shortened, pruned, stage2):
         subject.plan |= {"times": student.plan["times"]}
     write(run / "evaluate" / "real.json", real_result(base))
-    best = None  # the teacher's result
-    for subject in (teacher, shortened, pruned, stage2, student):
-        result = measure(base, subject, best)
-        best = best or result
+    subjects = (teacher, shortened, pruned, stage2, student)
+    results: list[Result] = []
+    for subject in subjects:
+        results.append(result := measure(base, subject, results[0] if results else None))
         record, s = result.record, result.record["scores"]
+        say(f"{record['title']}: adherence {s['adherence']:.3f}, Frechet distance {s['frechet']:.2f}")
+    same_steps = compared(results[-1].resampled, results[1].resampled, base.seed)
+    results[-1].record["against"] = {"teacher-few": same_steps}
+    seconds = timed(base, subjects)
+    with_times(base, results, seconds)
+    for subject, result in zip(subjects, results, strict=True):
         write(run / "evaluate" / f"{subject.name}.json", result)
-        took = f"{record['seconds_per_clip']:.3f} s a clip"
-        say(f"{record['title']}: adherence {s['adherence']:.3f}, Frechet distance {s['frechet']:.2f}, {took}")
-    record = speed(base, teacher, student)
+    record = speedup(base, teacher, student, [seconds[0], seconds[-1]])
     write_json(run / "evaluate" / "speed.json", record)
-    theory = f"{record['theory']:.1f}x by counting blocks ({record['theory_formula']})"
-    say(f"speedup: {record['measured']:.1f}x measured, {theory}")
+    say_speed(record)
 
 
 def evaluate(cfg: Evaluate) -> None:
@@ -231,17 +223,22 @@ def evaluate(cfg: Evaluate) -> None:
         torch.set_num_threads(cfg.threads)
     torch.set_flush_denormal(True)  # denormal numbers slow CPUs down
     out = Path(cfg.out)
-    subject, best, speeds = load_subject(cfg, cfg.model, out.stem, cfg.model), None, None
+    subject, more = load_subject(cfg, cfg.model, out.stem, cfg.model), dict[str, Any]()
     if cfg.teacher:
         own = replace(cfg, steps=0, guidance=-1.0, sampler="auto", path="full")
         teacher = load_subject(own, cfg.teacher, "teacher", cfg.teacher)
-        best, speeds = measure(cfg, teacher), speed(cfg, teacher, subject)
-    result = measure(cfg, subject, best)
-    record = result.record | {"plan": subject.plan}
-    if best:
-        record |= {"teacher": best.record, "speed": speeds}
+        best = measure(cfg, teacher)
+        result, seconds = measure(cfg, subject, best), timed(cfg, [teacher, subject])
+        with_times(cfg, [best, result], seconds)
+        more = {"teacher": best.record, "speed": speedup(cfg, teacher, subject, seconds)}
+    else:
+        result = measure(cfg, subject)
+        with_times(cfg, [result], timed(cfg, [subject]))
+    record = result.record | {"plan": subject.plan} | more
     write(out, replace(result, record=record))
     say(f"{out}: " + ", ".join(f"{k} {v:.4g}" for k, v in record["scores"].items()))
+    if more:
+        say_speed(more["speed"])
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def everything(tmp_path_factory):
         "stage3.critic_start=0",
         "stage3.steps=2",
     ]
-    words += ["evaluate.clips=8", "evaluate.batch=8", "evaluate.show=2"]
+    words += ["evaluate.clips=64", "evaluate.batch=64", "evaluate.show=2"]
     run_train(*words)
     return root / "run", words
 
@@ -120,6 +120,20 @@ def test_the_cards_say_what_was_made(everything):
     assert three["stage"] == 3 and three["num_blocks"] == 2 and three["kept_blocks"] == ranking["kept"]
     assert three["ladder"] == pytest.approx([1.0, 5 * 0.5 / 3]) and three["guidance"] == 1.0 and three["shift"] == 5.0
     assert three["source"] == two["source"] == words[2].removeprefix("model=")
+
+
+def test_the_table_and_the_headline_come_from_the_same_times(everything):
+    folder = everything[0] / "evaluate"
+    names = ("teacher", "teacher-few", "pruned", "stage2-few", "student")
+    records = {n: json.loads((folder / f"{n}.json").read_text()) for n in names}
+    speed = json.loads((folder / "speed.json").read_text())
+    assert {r["batch"] for r in records.values()} == {speed["batch"]} == {4}
+    times = [records[n]["seconds_per_clip"] for n in ("teacher", "student")]
+    assert times == [speed["teacher_seconds"], speed["student_seconds"]]
+    assert speed["measured"] == times[0] / times[1] and speed["theory"] == 4 * 4 / (2 * 2)
+    student = records["student"]
+    wanted = student["scores"]["frechet"] - records["teacher-few"]["scores"]["frechet"]
+    assert student["against"]["teacher-few"]["frechet"]["difference"] == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("how", ["from_config", "from_pretrained"])
