@@ -105,7 +105,8 @@ setup(
     packages=[*find_namespace_packages(include=["fastlightgen*"], exclude=["*__pycache__*"]), "fastlightgen.configs"],
     package_dir={"fastlightgen.configs": "configs"},  # install the top-level folder configs/ inside the package
     package_data={
-        "fastlightgen": ["report_template.html", "py.typed"],
+        "fastlightgen": ["py.typed"],
+        "fastlightgen.page": ["*.html", "*.css", "*.js"],
         "fastlightgen.configs": ["**/*.yaml", "**/*.json", "**/*.safetensors", "cluster/*"],
     },
 )

@@ -26,6 +26,7 @@ ORDER = [  # from the top down; no two units share a level
     "engine",
     "pipelines",
     "world",
+    "page",
     "metrics",
     "data",
     "models",

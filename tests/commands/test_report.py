@@ -6,94 +6,25 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from runs import ADHERENCE, HOSTILE, RANKING, Page, make_run, record, video
 from safetensors.numpy import save_file
 
-from fastlightgen import config, report
+from fastlightgen import config
 from fastlightgen.config import UserError
+from fastlightgen.data.frames import write_clips
 from fastlightgen.metrics.importance import is_log, plot_importance
-from fastlightgen.report import best, write_report
-
-HOSTILE = """</script><img src=x onerror="alert('1')">&"""
-RANKING = {
-    "units": [
-        {"name": f"blocks.{i}", "kind": "block", "index": i, "score": s, "stderr": 0.01}
-        for i, s in enumerate((0.9, 0.2, 0.25))
-    ],
-    "baseline_score": 0.15,
-    "kept": [0, 2],
-    "pruned": [1],
-    "search": "single_skip",
-    "score_kind": "elbo",
-    "num_samples": 16,
-}
-KEPT = {"teacher": None, "student": [0, 2]}
-ADHERENCE = {"real": 0.991, "teacher": 0.874, "student": 0.912}
-
-
-def video(seed):
-    return np.random.default_rng(seed).integers(0, 256, (2, 3, 4, 5, 3), dtype=np.uint8)
-
-
-def record(name):
-    scores = {"adherence": ADHERENCE[name], "saturation": {"real": 0.4, "teacher": 0.43, "student": 0.5}[name]}
-    out = {"name": name, "title": name.title(), "clips": 32, "seed": 0, "attributes": {"colour": 0.5}}
-    out |= {"scores": scores | {"tracking_error": float("nan")}}
-    out |= {"shown": [{"caption": HOSTILE, "has_first": True}, {"caption": "a red ball", "has_first": False}]}
-    if name != "real":
-        kept = KEPT[name]
-        out |= {"num_params": 1_230_000, "num_blocks": len(kept or range(3)), "kept_blocks": kept, "batch": 8}
-        out |= {"sampler": {"kind": "ode", "steps": 50, "guidance": 2.0, "evaluations": 100}, "seconds_per_clip": 0.125}
-    return out
+from fastlightgen.metrics.scores import best
+from fastlightgen.report import PAGE, write_report
 
 
 @pytest.fixture
 def run(tmp_path):
-    folder = tmp_path / "my run"
-    for sub in ("stage1", "stage2", "stage3", "evaluate"):
-        (folder / sub).mkdir(parents=True)
-    (folder / "stage1" / "importance.json").write_text(json.dumps(RANKING))
-    lines = [{"step": 1, "loss": 0.123456, "distill_pruned": 0.25}, {"step": 2, "loss": float("nan")}]
-    (folder / "stage2" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "stage3" / "metrics.jsonl").write_text('{"step": 1, "fake_loss": 0.5}\n')
-    for i, name in enumerate(ADHERENCE):
-        (folder / "evaluate" / f"{name}.json").write_text(json.dumps(record(name)))
-        save_file({"video": video(i)}, folder / "evaluate" / f"{name}.safetensors")
-    speed = {"theory": 37.5, "measured": 36.1, "teacher_seconds": 0.9, "student_seconds": 0.025, "batch": 8}
-    (folder / "evaluate" / "speed.json").write_text(json.dumps(speed | {"theory_formula": "50 x 2 / (4 x 8/12)"}))
-    settings = {"stage2": {"lr": 0.0003, "betas": [0.9, 0.999]}, "seed": 7, "versions": {"torch": "9.8.7"}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings | {"git_commit": "abc123"}))
-    return folder
-
-
-class Page(HTMLParser):
-    """A page as a browser parses it: (tag, attributes), the text, the script elements."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.text, self.scripts, self.inside = [], "", [], ""
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        self.inside = tag
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag):
-        self.inside = ""
-
-    def handle_data(self, text):
-        if self.inside == "script":
-            self.scripts[-1] += text
-        elif self.inside != "style":
-            self.text += text + "|"
+    return make_run(tmp_path / "my run")
 
 
 def test_numbers_of_the_run_are_on_the_page(run):
@@ -110,12 +41,14 @@ def test_numbers_of_the_run_are_on_the_page(run):
     # five digits; nan is left out
     wanted = {"2": {"loss": [[1, 0.12346]], "distill_pruned": [[1, 0.25]]}, "3": {"fake_loss": [[1, 0.5]]}}
     assert data["curves"] == wanted
+    with open(run / "stage2" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')  # a run that is writing at this moment
+    assert json.loads(Page(write_report(run)).scripts[0])["curves"] == wanted
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_every_rung_that_occurs_has_a_curve():
-    template = (Path(report.__file__).parent / "report_template.html").read_text()
-    line = next(line for line in template.splitlines() if line.startswith("const rungs ="))
+    line = next(line for line in (PAGE / "script.js").read_text().splitlines() if line.startswith("const rungs ="))
     keys = ("fake_loss", "student_x0_gap", "student_x0_gap_rung8", "student_x0_gap_rung1")
     found = []
     for curves in ({"3": dict.fromkeys(keys, [[1, 0.5]])}, {}):
@@ -151,6 +84,37 @@ def test_clips_survive_as_sprites(run):
                 assert np.array_equal(pixels[4 * k : 4 * k + 4, 5 * f : 5 * f + 5], video(seed)[k, f])
     cells = [(a["data-s"], a["data-k"]) for tag, a in page.tags if tag == "canvas"]
     assert cells == [(str(s), str(k)) for k in range(2) for s in range(3)]
+
+
+def test_clips_say_what_they_are(run):
+    adherence = np.array([0.25, 1.0] + [0.5] * 30)
+    save_file({"adherence": adherence}, run / "evaluate" / "student.values.safetensors")
+    labels = [a["aria-label"] for tag, a in Page(write_report(run)).tags if tag == "canvas" and a["role"] == "img"]
+    assert labels[2] == f"Student: {HOSTILE}; adherence of this clip 25%" and labels[3] == "Real: a red ball"
+    assert labels[5] == "Student: a red ball; adherence of this clip 100%" and len(labels) == 6
+
+
+def test_clips_of_the_training_are_embedded(run):
+    """Four sets of a stage, the last one among them, with their numbers; a large one is made smaller."""
+    folder, red = run / "stage3" / "samples", np.zeros((2, 30, 64, 800, 3), np.uint8)
+    red[..., 0] = np.arange(30)[:, None, None] * 8
+    for step in range(1, 8):
+        write_clips(folder / f"step-{step:06d}.gif", red if step == 7 else red[:, :1, :, :80], fps=6)
+    (folder / "step-000006.gif").write_text("cut short")
+    lines = [{"step": n, "clips_motion": n / 2, "clips_contrast": 3.25} for n in (5, 7)]
+    (run / "stage3" / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step"')
+    page = Page(write_report(run))
+    labels = [a["aria-label"] for tag, a in page.tags if tag == "canvas"][6:]
+    shown = [label.partition(":")[0] for label in labels]
+    assert shown == ["Stage III, step 2", "Stage III, step 4", "Stage III, step 5", "Stage III, step 7"]
+    assert labels[3] == "Stage III, step 7: clips of held-out prompts side by side; motion 3.5, contrast 3.25"
+    assert "|step 7|" in page.text and " motion 2.5, contrast 3.25|" in page.text and "#previews" in str(page.tags)
+    last = [a for tag, a in page.tags if tag == "img" and a.get("class") == "sprite"][-1]
+    assert (last["data-frames"], last["data-w"], last["data-h"]) == ("24", "768", "32")  # of 30, 1600 and 64
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(last["src"].partition(",")[2])))).astype(int)
+    assert pixels.shape == (32, 24 * 768, 3)
+    for j, level in ((0, 0), (12, 15 * 8), (23, 28 * 8)):  # frame 30 j / 24 of the film
+        assert np.abs(pixels[:, 768 * j : 768 * (j + 1)] - [level, 0, 0]).max() <= 6  # JPEG and the palette of a GIF
 
 
 def test_best_scores():
@@ -215,23 +179,25 @@ def test_page_loads_nothing(run):
 
 
 @pytest.mark.parametrize("present", ["config.yaml", "stage1/importance.json", "stage2/metrics.jsonl", "evaluate"])
-def test_absent_parts_name_their_command(run, tmp_path, present):
+def test_absent_parts_have_no_section(run, tmp_path, present):
     part = tmp_path / "part"
     (part / present).parent.mkdir(parents=True, exist_ok=True)
     (run / present).rename(part / present)
     page = Page(write_report(part))
-    assert f"python -m fastlightgen.train stage=all run={part}" in page.text
-    assert (f"train stage=1 run={part}" in page.text) == (present != "stage1/importance.json")
-    for inside, words in {
-        "evaluate": "Adherence",
-        "stage1/importance.json": "single_skip",
-        "config.yaml": "abc123",
-    }.items():
-        assert (words in page.text) == (present == inside), words
+    wanted = {
+        "evaluate": ["Clips", "Scores", "Size and speed"],
+        "stage1/importance.json": ["Block importance"],
+        "stage2/metrics.jsonl": ["Training"],
+        "config.yaml": ["Configuration"],
+    }[present]
+    ids = [title.split()[0].lower() for title in wanted]
+    assert [a["href"] for tag, a in page.tags if tag == "a"] == [f"#{i}" for i in ids]
+    assert [a["id"] for tag, a in page.tags if tag == "section"] == ids
+    assert ("python -m" in page.text) == (present == "config.yaml")  # without it nobody knows the settings
 
 
 def test_empty_and_broken_folders(tmp_path, run, capsys):
-    with pytest.raises(UserError, match=r"nothing to report; wanted .*importance.json.* python -m fastlightgen.train"):
+    with pytest.raises(UserError, match=r"nothing to report; wanted .*importance.json.* give the folder that was run="):
         write_report(tmp_path / "empty")
     with pytest.raises(SystemExit) as stop:
         config.main(lambda cfg: write_report(tmp_path / cfg.run), "report", ["run=empty"])

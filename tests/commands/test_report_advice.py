@@ -1,0 +1,100 @@
+"""Every command on the page runs: it makes the next part of the run, and the page then names the one after it."""
+
+import html
+import re
+import shlex
+
+import pytest
+import torch
+import yaml
+from helpers import run_train, write_inputs
+
+from fastlightgen.config import main
+from fastlightgen.data.cache import write_cache
+from fastlightgen.evaluate import evaluate
+from fastlightgen.report import write_report
+from fastlightgen.stages.prune import Prune
+from fastlightgen.train import train
+from fastlightgen.world.source import ShapesSource
+
+QUICK = ["threads=1", "progress=false"]
+FEWER = {"stage=2": ["iters=2", "batch=2"], "stage=3": ["iters=2", "batch=2", "steps=2", "critic_start=0", "ratio=1"]}
+
+
+def advised(run) -> list[str]:
+    """The words of the only command on the page: ["stage=2", "run=...", ...]; [] if it names none."""
+    page = write_report(run).read_text()
+    found = re.findall(r"<code>(python [^<]*)</code>", page)
+    assert len(found) == page.count("python -m") <= 1
+    return shlex.split(html.unescape(found[0])) if found else []
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("some inputs"))  # a path with a space
+
+
+def cache(folder) -> str:
+    batch = ShapesSource(0).batch(0, 8)
+    shard = {"latents": batch.x0, "text": batch.cond.text, "text_len": batch.cond.text_len, "image": batch.cond.image}
+    write_cache(folder, [shard], {"text": batch.null.text[0], "text_len": batch.null.text_len[0]})
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["shapes", "cache"])
+def test_the_commands_lead_from_stage_1_to_the_end(inputs, tmp_path, kind):
+    run, model = tmp_path / "run", inputs[2][0]
+    data = "shapes" if kind == "shapes" else cache(tmp_path / "cache")
+    words = [f"data={data}", "seed=3", "clips=2", "batch=2", "timesteps=1", "ratio=0.5", *QUICK]
+    run_train("stage=1", f"run={run}", model, *words)
+    seen = []
+    while command := advised(run):
+        name, words = command[2], command[3:]
+        seen.append(words[0] if name.endswith("train") else name)
+        if name.endswith("train"):
+            assert {f"run={run}", model, f"data={data}", "seed=3"} <= set(words)
+            main(train, "train", [*words, *FEWER[words[0]], *QUICK])
+        else:
+            main(evaluate, "evaluate", [*words, "clips=8", "show=2", *QUICK])
+        assert len(seen) < 5
+    page = write_report(run).read_text()
+    if kind == "shapes":
+        assert seen == ["stage=2", "stage=3", "fastlightgen.evaluate"]
+        assert "against the teacher in 2 steps it is not ranked: 8 clips" in page and 'id="scores"' in page
+    else:
+        assert seen == ["stage=2", "stage=3"] and 'id="scores"' not in page
+        wanted = "The student makes a clip in 2 steps with 2 of 4 blocks. How good it is, this page cannot say: "
+        assert wanted + "only clips of the built-in world can be scored." in page
+
+
+def test_a_stage_that_stopped_is_continued_by_the_command_itself(inputs, tmp_path, monkeypatch):
+    """With all its settings, and no others: another configuration would be refused."""
+    run = tmp_path / "run"
+
+    def stop(self, done):
+        if done == 5:
+            raise ValueError("stopped by the test")
+
+    run_train("stage=1", f"run={run}", inputs[2][0], "clips=2", "batch=2", "timesteps=1", "ratio=0.5", *QUICK)
+    words = [w for w in inputs[2] if not w.startswith("importance=")]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Prune, "check", stop)
+        run_train("stage=2", f"run={run}", *words, "sample_every=0", "lr_schedule=cosine")
+    assert "Stage 2 is not finished" in write_report(run).read_text()
+    command = advised(run)
+    assert {"lr_schedule=cosine", "warmup=3", "iters=7", "sample_every=0"} <= set(command)
+    torch.set_num_threads(1)
+    main(train, "train", command[3:])
+    assert (run / "stage2" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("change", [{"model": "/moved/away"}, {"engine": "deepspeed"}, {"batch": -1}])
+def test_a_command_that_would_be_refused_is_not_shown(inputs, tmp_path, change):
+    run = tmp_path / "run"
+    run_train("stage=1", f"run={run}", inputs[2][0], "clips=2", "batch=2", "timesteps=1", *QUICK)
+    record = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "stage1" / "importance.json").unlink()
+    assert advised(run)[3] == "stage=1"
+    record["stage1"] |= change
+    (run / "config.yaml").write_text(yaml.safe_dump(record))
+    assert advised(run) == [] and "Stage 1 is not finished." in (run / "report.html").read_text()
