@@ -11,7 +11,9 @@ from fastlightgen.config import Generate, main
 from fastlightgen.data.frames import check_suffix, write_clips
 from fastlightgen.data.version import check_model
 from fastlightgen.engine.local import pick_device
-from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
+from fastlightgen.models.families import depth
+from fastlightgen.models.folder.networks import full_depth
+from fastlightgen.models.folder.weights import config_of, load_model, read_card, trained_folder
 from fastlightgen.models.sample import sample, sampling_plan
 from fastlightgen.parallel.log import bar, say
 from fastlightgen.pipelines.export import check_fits, is_pipeline
@@ -36,7 +38,10 @@ def generate(cfg: Generate) -> None:
     dtype = compute_type(cfg.dtype, device, pipeline is not None)
     with clock("load"):
         world = Pipeline(pipeline, device, dtype, cfg.size) if pipeline else BuiltIn(cfg.size)
-    plan = sampling_plan(read_card(folder), cfg.steps, cfg.guidance, cfg.sampler, world.defaults)
+    card = read_card(folder)
+    plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler, world.defaults)
+    if not card:
+        warn_without_card(cfg, folder, pipeline, plan)
     negative = negative_of(cfg, world) if plan["guidance"] != 1.0 else None  # without guidance nothing reads it
     with clock("text"):
         wishes = [world.wish(prompt, negative, image, cfg.count) for prompt, image in asked]
@@ -59,6 +64,17 @@ def generate(cfg: Generate) -> None:
                 write_clips(file, frames, world.fps)
     where = f"{out.with_stem(f'{out.stem}-000')} ... {len(wishes)} files" if cfg.prompts else str(out)
     say(f"{where}: {cfg.count} clip(s), {len(plan['times'])} steps, guidance {plan['guidance']:g}; {clock}")
+
+
+def warn_without_card(cfg: Generate, folder: Path, pipeline: Path | None, plan: dict) -> None:
+    """Warn if a pruned network has no fastlightgen.json, so that its own steps and guidance are unknown."""
+    blocks, full = depth(config_of(folder)), full_depth(folder, pipeline)
+    if blocks < full and not (cfg.steps and cfg.guidance >= 0):
+        say(
+            f"warning: {folder} has {blocks} of {full} blocks and no fastlightgen.json, so it is sampled as a teacher: "
+            f"{len(plan['times'])} steps, guidance {plan['guidance']:g}; copy the student's fastlightgen.json into it, "
+            "or give steps= and guidance="
+        )
 
 
 def negative_of(cfg: Generate, world: Pipeline | BuiltIn) -> str:

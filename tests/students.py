@@ -11,11 +11,11 @@ from fastlightgen.models.folder.weights import load_model, save_model
 KEEP, STEPS, SHIFT = [0, 2, 3], 4, 5.0
 
 
-def make_student(pipeline: Path, folder: Path, sampler: str = "stochastic") -> Path:
+def make_student(pipeline: Path, folder: Path, sampler: str = "stochastic", source: str = "a teacher") -> Path:
     """A model folder like that of Stage III, with the random weights of the pipeline's network."""
     card = {"ladder": ladder(STEPS, SHIFT), "shift": SHIFT, "guidance": 1.0, "sampler": sampler}
     student = load_model(pipeline / "transformer").prune(KEEP)
-    return save_model(student, folder, stage=3, kept_blocks=KEEP, source="a teacher", **card)
+    return save_model(student, folder, stage=3, kept_blocks=KEEP, source=source, **card)
 
 
 def stock(folder: Path):

@@ -16,11 +16,12 @@ from fastlightgen.atomic import write_json
 from fastlightgen.config import Run
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import block_counts, family_of
-from fastlightgen.models.folder.original import format_of
+from fastlightgen.models.folder.original import original_config
 from fastlightgen.models.folder.weights import read_json, save_model, save_original
 from fastlightgen.parallel.log import bar
 from fastlightgen.pipelines.lora_file import BlockMap, remap_lora
 from fastlightgen.pipelines.modelcard import model_card
+from fastlightgen.pipelines.origin import name_of
 from fastlightgen.pipelines.scheduler import CLASS, scheduler_config
 
 INDEX, NETWORK = "model_index.json", "transformer"
@@ -126,7 +127,7 @@ def write_pipeline(
     parts, config, family = parts_of(pipeline), model.config, family_of(model.config)
     check_fits(config, pipeline)
     if original:
-        format_of(config)  # raises for a family without an original format, before anything is written
+        original_config(config)  # raises before anything is written if that format cannot hold this network
     teacher = network_config(pipeline)
     counts = block_counts(teacher)
     blocks = block_map(config, card.get("kept_blocks"), teacher)
@@ -141,6 +142,8 @@ def write_pipeline(
     try:
         copy_parts(pipeline, temporary, names, link, progress)
         card = card | {"block_map": blocks, "call": call_of(card, config)}
+        if card.get("source"):
+            card["source"] = name_of(card["source"])  # an export goes to others, to whom a path here says nothing
         save_model(model, temporary / NETWORK, dtype, **card)
         shutil.copy(temporary / NETWORK / "fastlightgen.json", temporary)
         index = read_json(pipeline / INDEX)
@@ -153,9 +156,9 @@ def write_pipeline(
             file = temporary / "lora" / f"{lora.stem}.safetensors"
             report["lora"] = remap_lora(lora, file, blocks, counts)
         if original:
-            save_original(model, temporary / "original")
+            save_original(model, temporary / "original", **card)
         changed = None if lora is None else (f"{lora.stem}.safetensors", *report["lora"])
-        text = model_card(out.name, family, index["_class_name"], card, blocks, counts, changed)
+        text = model_card(out.name, family, index["_class_name"], pipeline, card, blocks, counts, changed)
         (temporary / "README.md").write_text(text)
         report |= verify(temporary)
         temporary.rename(out)

@@ -1,30 +1,21 @@
 """README.md of an export: how to load and call the student, and its origin."""
 
+from pathlib import Path
+
+import yaml
+
 from fastlightgen.models.family import Family
+from fastlightgen.pipelines.origin import hub_id, licence, name_of
 
 CARD = """---
-library_name: diffusers
-pipeline_tag: {task}
-tags:
-- fastlightgen
-- video-generation
-- distillation
----
+{head}---
 
 # {name}
 
 {summary}
 
 ```python
-import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import export_to_video
-
-pipe = DiffusionPipeline.from_pretrained("{name}", torch_dtype=torch.bfloat16).to("cuda")
-torch.manual_seed(0)
-frames = pipe({call}).frames[0]
-export_to_video(frames, "clip.mp4", fps={fps})
-```
+{code}```
 
 {calling}
 
@@ -35,11 +26,25 @@ export_to_video(frames, "clip.mp4", fps={fps})
 {facts}
 """
 
+CODE = """import torch
+from diffusers import DiffusionPipeline
+{imports}
+pipe = DiffusionPipeline.from_pretrained("{name}", torch_dtype=torch.bfloat16)
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+torch.manual_seed(0)
+frames = pipe(
+{arguments}
+).frames[0]
+# An animation in full colour. For mp4: diffusers.utils.export_to_video, which needs imageio and imageio-ffmpeg.
+frames[0].save("clip.webp", save_all=True, append_images=frames[1:], duration=round(1000 / {fps}), loop=0, quality=90)
+"""
+
 
 def model_card(
     name: str,
     family: Family,
     pipeline: str,
+    teacher_folder: Path,
     card: dict,
     blocks: dict[str, dict[int, int]],
     teacher: dict[str, int],
@@ -47,12 +52,12 @@ def model_card(
 ) -> str:
     """Compose the text of README.md.
 
-    `blocks`: per block list {teacher's index: student's}; `teacher`: number of the teacher's blocks per list; `lora`:
-    file name of the renumbered LoRA, number of blocks that it still changes, number that it lost.
+    `pipeline`: its class; `teacher_folder`: the folder that the other parts come from; `blocks`: per block list
+    {teacher's index: student's}; `teacher`: number of the teacher's blocks per list; `lora`: file name of the
+    renumbered LoRA, number of blocks that it still changes, number that it lost.
     """
     # The family may not list the pipeline class; diffusers puts ImageToVideo into the names of such classes.
     pictured = family.pipelines.get(pipeline, "ImageToVideo" in pipeline)
-    call = ['prompt="..."', *["image=image"] * pictured, *(f"{k}={v}" for k, v in card["call"].items())]
     facts = {
         "network": ", ".join(f"{len(blocks[k])} of {n} `{k}`" for k, n in teacher.items()),
         "dropped": "; ".join(f"`{k}` {dropped(blocks[k], n)}" for k, n in teacher.items() if len(blocks[k]) < n),
@@ -65,13 +70,44 @@ def model_card(
     }
     facts |= {f"score: {k}": v for k, v in (card.get("scores") or {}).items()}
     return CARD.format(
-        task="image-to-video" if pictured else "text-to-video",
+        head=head("image-to-video" if pictured else "text-to-video", teacher_folder),
         name=name,
         summary=summary(card, teacher, blocks),
-        call=", ".join(call),
-        fps=f"{family.clips.fps:g}",
+        code=code(name, family, pictured, card["call"]),
         calling=calling(card, family),
         facts="\n".join(f"| {k} | {v} |" for k, v in facts.items() if v not in (None, "")),
+    )
+
+
+def head(task: str, teacher: Path) -> str:
+    """The YAML head: what a hub shows and searches. What the teacher's folder does not tell stays a comment."""
+    known = {
+        "library_name": "diffusers",
+        "pipeline_tag": task,
+        "tags": ["fastlightgen", "video-generation", "distillation"],
+    }
+    text = yaml.safe_dump(known, sort_keys=False)
+    if found := licence(teacher):
+        text += yaml.safe_dump(found, sort_keys=False)
+    else:
+        text += "# license: the teacher's folder names none; write the one of its model page here\n"
+    owner = hub_id(teacher)
+    text += yaml.safe_dump({"base_model": owner or name_of(teacher.resolve())})
+    return text if owner else text + "# base_model: this is the name of the teacher's folder; give its owner/name\n"
+
+
+def code(name: str, family: Family, pictured: bool, call: dict) -> str:
+    """A program that makes a clip with stock diffusers and Pillow, which diffusers needs anyway."""
+    height, width = family.clips.buckets[0]
+    arguments: dict[str, object] = {"prompt": '"a cat runs over wet sand at sunset"'}
+    if pictured:
+        arguments["image"] = 'load_image("first.png")'
+    arguments |= {"height": height, "width": width, "num_frames": family.clips.frames, **call, "output_type": '"pil"'}
+    return CODE.format(
+        imports="from diffusers.utils import load_image\n" * pictured,
+        name=name,
+        arguments="\n".join(f"    {k}={v}," for k, v in arguments.items()),
+        fps=f"{family.clips.fps:g}",
     )
 
 

@@ -125,14 +125,7 @@ def test_what_is_written(exported):
     assert card["ladder"] == [1.0, 0.9375, pytest.approx(5 / 6), 0.625]
     text = (out / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: diffusers\npipeline_tag: text-to-video\n")
-    for part in (
-        "3 of 4 `blocks`",
-        "| dropped | `blocks` 1 |",
-        "guidance_scale=1.0).frames[0]",
-        "num_inference_steps=4",
-    ):
-        assert part in text
-    compile(text.split("```python\n")[1].split("```")[0], "README", "exec")
+    assert "3 of 4 `blocks`" in text and "| dropped | `blocks` 1 |" in text
 
 
 def test_teacher_keeps_its_scheduler_and_parts_can_be_links(pipeline, tmp_path, capsys):
@@ -182,13 +175,6 @@ def test_lora_of_the_teacher(exported, tmp_path, capsys):
         x_t, t, cond, _ = inputs
         got = pipe.transformer(x_t, t * 1000, cond.text).sample
         torch.testing.assert_close(got, wanted.prune(KEEP)(x_t, t, cond), rtol=1e-5, atol=1e-5)
-
-
-def test_original_format_goes_beside(exported, tmp_path):
-    source, model, _ = exported("wan_t2v")
-    run(f"model={model}", f"pipeline={source}", f"out={tmp_path / 'out'}", "original=true", "dtype=float32")
-    a, b = load_model(model), load_model(tmp_path / "out" / "original")
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def test_refusals(exported, pipeline, tmp_path, capsys):

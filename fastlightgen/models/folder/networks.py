@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fastlightgen.config import find_preset_weights, preset, presets
-from fastlightgen.models.families import family_of, family_of_original
+from fastlightgen.models.families import depth, family_of, family_of_original
 from fastlightgen.models.folder.files import read_json
 from fastlightgen.models.folder.original import from_original
 
@@ -15,6 +15,20 @@ def config_of(path_or_preset: str | Path) -> dict:
     config = preset(name)["network"] if name in presets() else read_config(model_folder(path_or_preset))
     family = family_of(config)
     return {"_class_name": family.config_class} | asdict(family.settings(config))
+
+
+def full_depth(folder: Path, pipeline: Path | None = None) -> int:
+    """Blocks of the deepest network that differs from the folder's in its number of blocks alone.
+
+    The pipeline's own network and the presets are compared; without such a network it is the folder's own depth.
+    """
+    own = config_of(folder)
+    others = [config_of(name) for name in presets()]
+    if pipeline and (pipeline / "transformer" / "config.json").is_file():
+        others.append(config_of(pipeline))
+    counts = family_of(own).lists.values()
+    alike = [c for c in others if c | {k: 0 for k in counts} == own | {k: 0 for k in counts}]
+    return max(depth(c) for c in [own, *alike])
 
 
 def model_folder(path: str | Path) -> Path:

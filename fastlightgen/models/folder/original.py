@@ -1,6 +1,7 @@
 """Model folders of the original repositories: convert their configurations both ways, and write their format."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from fastlightgen.atomic import write_json
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import family_of, family_of_original
+from fastlightgen.models.folder.card import write_card
 from fastlightgen.models.folder.files import replacing, write_tensors
 from fastlightgen.models.keys import Format, Piece, Table, inverse
 
@@ -38,11 +40,23 @@ def from_original(config: Mapping) -> dict:
 
 
 def original_config(config: Mapping) -> dict:
-    """Convert a diffusers configuration to the original repository's config.json."""
+    """Convert a diffusers configuration to the original repository's config.json.
+
+    Raises ValueError if that file, which has no key for some settings, would be read back as another network.
+    """
     form = format_of(config)
     out = {"_class_name": form.network, form.width: config["num_attention_heads"] * config["attention_head_dim"]}
     out |= {original: config[key] for original, key in form.same.items()} | form.write(config)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in out.items()}
+    out = {key: list(value) if isinstance(value, tuple) else value for key, value in out.items()}
+    family = family_of(config)
+    own, read = (asdict(family.settings(c)) for c in (config, from_original(out)))
+    for key, value in own.items():
+        if read[key] != value:
+            raise ValueError(
+                f"{form.network}: {key} is {value!r}, and the original format has {read[key]!r} there and no key for "
+                "it; leave original= out"
+            )
+    return out
 
 
 def format_of(config: Mapping) -> Format:
@@ -70,8 +84,11 @@ def assembled(state: Mapping[str, Tensor], pieces: list[Piece]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def save_original(model: VideoDiT, dir: Path, dtype: torch.dtype | None = None) -> Path:
-    """Write the model in the original repository's format, completely or not at all; returns the folder."""
+def save_original(model: VideoDiT, dir: Path, dtype: torch.dtype | None = None, **card) -> Path:
+    """Write the model in the original repository's format, completely or not at all; returns the folder.
+
+    `card`: keys for fastlightgen.json, which tells `generate` how to sample a student in this format too.
+    """
     folder, config, state = Path(dir), original_config(model.config), model.state_dict()
     parts = inverse(key_table(model.config))
 
@@ -85,4 +102,5 @@ def save_original(model: VideoDiT, dir: Path, dtype: torch.dtype | None = None) 
     with replacing(folder) as temporary:
         write_tensors(temporary, sizes, get, SHARD_BYTES)
         write_json(temporary / "config.json", config)
+        write_card(temporary, model, card)
     return folder

@@ -18,6 +18,7 @@ from fastlightgen.atomic import write_json
 from fastlightgen.config import preset, presets
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import build, family_of, family_of_original, original_files, recognise
+from fastlightgen.models.folder.card import read_card, write_card
 from fastlightgen.models.folder.files import (
     WEIGHTS,
     digest,
@@ -232,12 +233,6 @@ def assign(model: nn.Module, key: str, value: Tensor) -> Tensor:
     return new
 
 
-def read_card(folder: str | Path) -> dict:
-    """Read fastlightgen.json of a model or pipeline folder; {} for a folder that another program wrote."""
-    places = [Path(folder) / "fastlightgen.json", Path(folder) / "transformer" / "fastlightgen.json"]
-    return next((read_json(path) for path in places if path.is_file()), {})
-
-
 def save_model(
     model: VideoDiT,
     dir: str | Path,
@@ -255,18 +250,8 @@ def save_model(
     folder, state = Path(dir), model.state_dict() if state is None else state
     get = get or (lambda key: state[key].detach().to("cpu", dtype).contiguous())
     sizes = {key: v.numel() * (dtype or v.dtype).itemsize for key, v in state.items()}
-    defaults = {
-        "family": model.family,
-        "stage": None,
-        "num_blocks": model.num_blocks,
-        "kept_blocks": list(range(model.num_blocks)),
-        "ladder": None,
-        "shift": None,
-        "guidance": None,
-        "source": None,
-    }
     with replacing(folder) as temporary:
         write_tensors(temporary, sizes, get, max_shard_bytes)
         write_json(temporary / "config.json", model.config)
-        write_json(temporary / "fastlightgen.json", defaults | card)
+        write_card(temporary, model, card)
     return folder

@@ -21,7 +21,9 @@ def write(config: Mapping) -> dict[str, Any]:
     """Further original fields: the model type, and the fixed length of the text."""
     image = config["image_dim"]
     if image not in (None, IMAGE_DIM):
-        raise ValueError(f"{ORIGINAL.network}: image_dim is {image}; the original network's is {IMAGE_DIM}")
+        raise ValueError(
+            f"{ORIGINAL.network}: image_dim is {image}; the original network's is {IMAGE_DIM}; leave original= out"
+        )
     return {"model_type": "t2v" if image is None else "i2v", "text_len": TEXT_TOKENS}
 
 
