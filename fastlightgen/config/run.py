@@ -113,6 +113,7 @@ class Run(Checked):
     )
     tensorboard: bool = field(False, "log to RUN/stageN/tensorboard as well", numbers=False)
     wandb: str = field("", "log to this Weights & Biases project as well; empty: do not", numbers=False)
+    trackio: str = field("", "log to this Trackio project as well; empty: do not", numbers=False)
     overwrite: bool = field(False, "start anew in a run folder that is in use", numbers=False)
     threads: int = field(0, THREADS, lo=0, numbers=False)
     progress: bool = field(True, "show a progress bar", numbers=False)

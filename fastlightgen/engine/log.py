@@ -1,4 +1,4 @@
-"""The log of a run: files of JSON lines, and the writers for TensorBoard and Weights & Biases."""
+"""The log of a run: files of JSON lines, and the writers that get a copy of every record."""
 
 import json
 from collections.abc import Sequence
@@ -42,6 +42,11 @@ class Metrics:
         self.files[file].write(record)
         for writer in self.writers:
             writer.write(record)
+
+    def clips(self, step: int, file: Path) -> None:
+        """Give the clips of a step to the writers; the disk may have been full."""
+        for writer in self.writers if file.is_file() else ():
+            writer.clips(step, file)
 
     def close(self) -> None:
         for writer in self.writers:

@@ -155,6 +155,8 @@ def train(
             with engine.autocast():
                 looks = show.write(folder.path / "samples", done, stage.sampler(), lambda: ranks.anyone(bool(signals)))
             if looks is not None:
+                if metrics:
+                    metrics.clips(done, folder.path / "samples" / f"step-{done:06d}.gif")
                 watch.clips(done, looks, show.real)
             return looks is not None
 

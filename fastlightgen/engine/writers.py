@@ -1,4 +1,4 @@
-"""Writers that copy the log to TensorBoard and Weights & Biases."""
+"""Writers that copy the log to TensorBoard, Weights & Biases and Trackio."""
 
 import importlib.util
 import uuid
@@ -15,12 +15,15 @@ class Writer(Protocol):
     def write(self, record: dict) -> None:
         """Log the numbers of a record under its `step`."""
 
+    def clips(self, step: int, file: Path) -> None:
+        """Log the clips made at a step, a .gif."""
+
     def close(self) -> None: ...
 
 
 def check_installed(cfg: Run) -> None:
     """Raise if a requested writer is not installed. Called before the networks are loaded, which takes long."""
-    for key, value in {"tensorboard": "true" * cfg.tensorboard, "wandb": cfg.wandb}.items():
+    for key, value in {"tensorboard": "true" * cfg.tensorboard, "wandb": cfg.wandb, "trackio": cfg.trackio}.items():
         spec = importlib.util.find_spec(key)
         if value and (spec is None or spec.origin is None):  # a folder of that name has no origin: not the package
             raise ValueError(
@@ -42,6 +45,9 @@ class TensorBoard:
                 self.writer.add_scalar(key, value, record["step"])
         self.writer.flush()
 
+    def clips(self, step: int, file: Path) -> None:
+        """TensorBoard encodes videos itself, with a package that is not required here; the file stays in samples/."""
+
     def close(self) -> None:
         self.writer.close()
 
@@ -55,14 +61,10 @@ class WandB:
     def __init__(self, project: str, folder: Path, config: dict):
         import wandb
 
-        file = folder / "wandb-id"
-        if not file.exists():
-            file.write_text(uuid.uuid4().hex[:12])
-        name = f"{folder.parent.name} {folder.name}"
+        name, key = f"{folder.parent.name} {folder.name}", own_id(folder / "wandb-id")
+        self.video = wandb.Video
         try:
-            self.run = wandb.init(
-                project=project, id=file.read_text(), name=name, resume="allow", dir=str(folder), config=config
-            )
+            self.run = wandb.init(project=project, id=key, name=name, resume="allow", dir=str(folder), config=config)
         except wandb.Error as err:
             raise ValueError(
                 f"wandb={project}: cannot start ({err}); run `wandb login`, set WANDB_MODE=offline or leave wandb= out"
@@ -71,11 +73,60 @@ class WandB:
     def write(self, record: dict) -> None:
         self.run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
+    def clips(self, step: int, file: Path) -> None:
+        self.run.log({"clips": self.video(str(file), format="gif")}, step=step)
+
     def close(self) -> None:
         self.run.finish()
+
+
+class Trackio:
+    """One Trackio run per stage folder, found again by its name, which ends in an id that is kept in the folder.
+
+    Trackio keeps what it is given twice. So the folder also keeps the last step that it was given, and a resumed stage
+    leaves out the steps up to it, which are computed again with the same numbers.
+    """
+
+    def __init__(self, project: str, folder: Path, config: dict):
+        import trackio
+
+        self.file, self.video = folder / "trackio-step", trackio.Video
+        self.known = int(self.file.read_text()) if self.file.exists() else 0
+        name = f"{folder.parent.name} {folder.name} {own_id(folder / 'trackio-id')}"
+        try:
+            self.run = trackio.init(project=project, name=name, resume="allow", config=config, embed=False)
+        except Exception as err:  # it has no base class of its own errors
+            raise ValueError(
+                f"trackio={project}: cannot start ({err}); try another name, or leave trackio= out"
+            ) from None
+
+    def write(self, record: dict) -> None:
+        self._log({k: v for k, v in record.items() if k != "step"}, record["step"])
+
+    def clips(self, step: int, file: Path) -> None:
+        self._log({"clips": self.video(str(file))}, step)
+
+    def _log(self, values: dict, step: int) -> None:
+        if step > self.known:
+            self.run.log(values, step=step)
+            self.file.write_text(str(step))
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def own_id(file: Path) -> str:
+    """The id in a file, drawn when it is first asked for."""
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:12])
+    return file.read_text()
 
 
 def open_writers(cfg: Run, folder: Path, start: int) -> list[Writer]:
     """Open the writers that the configuration asks for."""
     writers: list[Writer] = [TensorBoard(folder / "tensorboard", start)] if cfg.tensorboard else []
-    return [*writers, WandB(cfg.wandb, folder, asdict(cfg))] if cfg.wandb else writers
+    if cfg.wandb:
+        writers.append(WandB(cfg.wandb, folder, asdict(cfg)))
+    if cfg.trackio:
+        writers.append(Trackio(cfg.trackio, folder, asdict(cfg)))
+    return writers

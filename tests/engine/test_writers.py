@@ -1,4 +1,4 @@
-"""TensorBoard and W&B get every line once, also after a crash; a missing package is reported at the start."""
+"""TensorBoard, W&B and Trackio get every line once, also after a crash; a missing package is an error."""
 
 import importlib.util
 import json
@@ -14,6 +14,9 @@ FAKE = """
 import json
 from pathlib import Path
 class Error(Exception): pass
+class Video:
+    def __init__(self, data, caption=None, fps=None, format=None):
+        with open(data, "rb") as f: self.shown = [f.read(3).decode(), Path(data).name, format]
 def init(**keys):
     if keys["project"] == "refused": raise Error("not logged in")
     return Run(keys)
@@ -24,9 +27,12 @@ class Run:
         self.note("init", shown | {"iters": keys["config"]["iters"]})
     def note(self, *what):
         with open(self.file, "a") as f: f.write(json.dumps(what) + "\\n")
-    def log(self, record, step): self.note("log", step, record)
+    def log(self, record, step):
+        self.note("log", step, {k: getattr(v, "shown", v) for k, v in record.items()})
     def finish(self): self.note("finish")
 """
+# Trackio has no `id` and no `dir`; it finds a run again by its name.
+TRACKIO = FAKE.replace('keys["dir"]', 'os.environ["TRACKIO_DIR"]').replace('"id", ', "") + "import os\n"
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +41,25 @@ def words(tmp_path_factory):
 
 
 @pytest.fixture
-def wandb(tmp_path, monkeypatch):
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules/wandb.py").write_text(FAKE)
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    yield
-    sys.modules.pop("wandb", None)
+def modules(tmp_path, monkeypatch):
+    """`modules(name, text)` makes a module that can be imported during the test."""
+    folder, made = tmp_path / "modules", []
+
+    def make(name: str, text: str) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        made.append(name)
+
+    yield make
+    for name in made:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def wandb(modules):
+    modules("wandb", FAKE)
 
 
 def crash(monkeypatch, step: int, *words: str) -> None:
@@ -66,6 +84,11 @@ def numbers(run) -> dict[str, list]:
     return out
 
 
+def untimed(record: dict) -> dict:
+    """A record without its times: a step that is computed again takes another time."""
+    return {k: v for k, v in record.items() if not k.startswith(("sec_", "share_"))}
+
+
 def test_tensorboard_shows_every_step_once(words, tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     crash(monkeypatch, 5, *words, f"run={tmp_path}", "tensorboard=true")  # step 5 is logged, step 3 is saved
@@ -88,12 +111,34 @@ def test_wandb_gets_the_log(words, tmp_path, monkeypatch, wandb):
     wanted = {"project": "films", "id": name, "name": f"{tmp_path.name} stage0", "resume": "allow", "iters": 7}
     assert starts == [wanted, wanted] and len(name) == 12  # the same W&B run, continued
     second = calls[[i for i, c in enumerate(calls) if c[0] == "init"][1] + 1 :]
-    assert [c[:2] for c in second] == [["log", 4], ["log", 5], ["log", 7], ["log", 7], ["finish"]]
+    assert [c[:2] for c in second] == [["log", n] for n in (4, 4, 5, 7, 7, 7)] + [["finish"]]
     last = read_metrics(tmp_path / "stage0/metrics.jsonl")[-1]
-    assert second[2][2] == {k: v for k, v in last.items() if k != "step"}
+    assert second[3][2] == {k: v for k, v in last.items() if k != "step"}
+    assert [c[2] for c in second if c[0] == "log" and "clips" in c[2]] == [
+        {"clips": ["GIF", f"step-{n:06d}.gif", "gif"]} for n in (4, 7)
+    ]
 
 
-@pytest.mark.parametrize("word", ["tensorboard=true", "wandb=films"])
+def test_trackio_gets_every_step_once(words, tmp_path, monkeypatch, modules):
+    """It keeps repeated steps, so that a resumed stage leaves out those that it already has."""
+    modules("trackio", TRACKIO)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    command = [*words, f"run={tmp_path}/run", "trackio=films"]
+    crash(monkeypatch, 5, *command)
+    run_train(*command)
+    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    starts = [c[1] for c in calls if c[0] == "init"]
+    name = f"run stage0 {(tmp_path / 'run/stage0/trackio-id').read_text()}"
+    assert starts == [{"project": "films", "name": name, "resume": "allow", "iters": 7}] * 2
+    logged = [c[1:] for c in calls if c[0] == "log"]
+    assert [step for step, _ in logged] == [1, 3, 4, 4, 5, 7, 7, 7]  # the crash came after 5, the checkpoint before 4
+    want = [line for name in ("metrics", "samples") for line in read_metrics(tmp_path / f"run/stage0/{name}.jsonl")]
+    got = [{"step": step, **values} for step, values in logged if "clips" not in values]
+    assert sorted(map(untimed, got), key=str) == sorted(map(untimed, want), key=str)
+    assert [v["clips"][:2] for _, v in logged if "clips" in v] == [["GIF", f"step-{n:06d}.gif"] for n in (4, 7)]
+
+
+@pytest.mark.parametrize("word", ["tensorboard=true", "wandb=films", "trackio=films"])
 def test_a_missing_package_is_reported_at_the_start(words, tmp_path, monkeypatch, capsys, word):
     key = word.split("=")[0]
     find = importlib.util.find_spec
@@ -120,3 +165,12 @@ def test_wandb_that_refuses_is_one_line(words, tmp_path, wandb, capsys):
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1
     assert "wandb=refused: cannot start (not logged in); run `wandb login`" in err
+
+
+def test_trackio_that_refuses_is_one_line(words, tmp_path, monkeypatch, modules, capsys):
+    modules("trackio", TRACKIO)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        run_train(*words, f"run={tmp_path}/run", "trackio=refused")
+    assert stop.value.code == 2
+    assert "trackio=refused: cannot start (not logged in); try another name" in capsys.readouterr().err
