@@ -19,9 +19,7 @@ def cached(path: Path) -> str | None:
 
 
 def name_of(path: str | Path) -> str:
-    """A model's name without the folders that hold it; a name of the hub stays."""
-    if HUB_ID.fullmatch(str(path)) and not Path(path).exists():
-        return str(path)
+    """A model's name without the folders that hold it."""
     parts = Path(path).parts
     inner = len(parts) > 1 and parts[-1] in ("model", "transformer")  # names that every run and pipeline has
     return cached(Path(path)) or "/".join(parts[-2 if inner else -1 :])
