@@ -60,19 +60,22 @@ def announcement(stages: Sequence[Any], source: Source, device: torch.device) ->
     speed = measured_speed(last, source, device)
     seconds = [operations(one, source, ratio) / speed for one in stages]
     names = " and ".join(f"stage {one.stage}" for one in before)
+    first = "it runs" if len(before) == 1 else "they run"
     times = ", ".join(f"{span(s)} for stage {one.stage}" for one, s in zip(stages, seconds, strict=True))
     return [
-        f"stage {last.stage} needs {names}: missing in {last.run}, so run first (earlier=refuse: stop instead)",
-        f"  about {span(sum(seconds))} in all: {times}; estimated from the operations, at the {speed / 1e9:.3g} "
+        f"stage {last.stage} needs {names}, which {last.run} lacks: {first} first (earlier=refuse: stop instead)",
+        f"  {span(sum(seconds))} in all: {times}; estimated from the operations, at the {speed / 1e9:.3g} "
         "GFLOP/s that a training step reached just now",
     ]
 
 
 def span(seconds: float) -> str:
     """A time in words, rounded: an estimate has no more digits."""
+    if seconds < 10:
+        return "less than 10 s"
     if seconds < 90:
-        return f"{max(5, 5 * round(seconds / 5))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        return f"about {5 * round(seconds / 5)} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 def operations(cfg: Any, source: Source, ratio: float) -> float:

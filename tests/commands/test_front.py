@@ -45,7 +45,7 @@ def test_stage_3_alone_runs_the_missing_stages_first(tmp_path, monkeypatch, caps
     assert (two.batch, two.iters) == (own["batch"], own["iters"]) and two.batch != three.batch
     out = capsys.readouterr().out
     assert "run    runs/tiny  (named after the model)" in out
-    assert "stage 3 needs stage 1 and stage 2: missing in runs/tiny, so run first" in out
+    assert "stage 3 needs stage 1 and stage 2, which runs/tiny lacks: they run first" in out
     assert "for stage 1, " in out and "GFLOP/s that a training step reached" in out
 
 
@@ -53,7 +53,7 @@ def test_an_earlier_stage_is_the_one_that_its_own_command_runs(tmp_path, capsys)
     words = [write_inputs(tmp_path)[2][0], "threads=1", "progress=false", f"run={tmp_path}/r"]
     small = ["stage=2", "iters=1", "batch=2", "sample_every=0"]
     run_train(*words, *small, "earlier=run")
-    assert "stage 2 needs stage 1: missing" in capsys.readouterr().out
+    assert "stage 2 needs stage 1, which" in capsys.readouterr().out
     assert (tmp_path / "r/stage2/model/config.json").is_file()
     before = (tmp_path / "r/stage1/importance.json").read_bytes()
     run_train(*words, "stage=1")  # would be refused, had the stage run with other settings
@@ -89,6 +89,12 @@ def test_the_speed_is_counted_operations_over_measured_seconds(tmp_path, monkeyp
     monkeypatch.setattr(earlier.time, "perf_counter", lambda: next(clock))
     cfg = load(["stage=3", f"model={tmp_path / 'm'}", "batch=2"])
     assert earlier.measured_speed(cfg, ShapesSource(0), torch.device("cpu")) == pytest.approx(operations / 4, rel=0.01)
+
+
+def test_a_time_in_words():
+    seconds = (0.1, 9.9, 43.0, 89.0, 91.0, 600.0, 5399.0, 9000.0)
+    wanted = ("less than 10 s", "less than 10 s", "about 45 s", "about 90 s", "about 2 min", "about 10 min")
+    assert tuple(map(earlier.span, seconds)) == (*wanted, "about 90 min", "about 2.5 h")
 
 
 @pytest.mark.parametrize(
