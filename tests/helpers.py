@@ -69,7 +69,8 @@ def plain(words: Sequence[str]) -> dict[str, str]:
 def config(stage: int, *words: str):
     """The configuration of a stage for the small model; a later word replaces an earlier one with the same key."""
     own = ["critic_start=0"] if stage == 3 else []
-    given = plain([f"stage={stage}", "run=unused", "batch=2", "shift=3", "progress=false", *own, *words])
+    usual = ["run=unused", "batch=2", "shift=3", "dtype=float32", "progress=false"]
+    given = plain([f"stage={stage}", *usual, *own, *words])
     return load([f"{k}={v}" for k, v in given.items()])
 
 

@@ -184,7 +184,7 @@ def test_mistakes_of_folders_and_lists(exported, pipeline, tmp_path, capsys):
         ([f"model={out}", f"prompts={tmp_path / 'none.txt'}"], "is empty; write one prompt per line"),
         ([f"model={out}", f"prompts={tmp_path / 'absent.txt'}"], "absent.txt: cannot be read"),
         ([f"model={model}", f"prompt={PROMPT}"], "makes latents of real videos; give pipeline=FOLDER"),
-            (["model=tiny", f"prompt={PROMPT}"], "size=32x48x9: clips of the built-in world have one size"),
+        (["model=tiny", f"prompt={PROMPT}"], "size=32x48x9: clips of the built-in world have one size"),
         (["model=tiny", f"pipeline={out}", f"prompt={PROMPT}"], "its network has in_channels 16, the model 25"),
         ([f"model={out}", f"pipeline={pipeline('wan_i2v')}", f"prompt={PROMPT}"], "this pipeline needs a picture"),
     ):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import run_train, small_wan, write_inputs
+from helpers import empty_sweep, run_train, small_wan, write_inputs
 
 from fastlightgen.engine.local import LocalEngine
 from fastlightgen.engine.roles import Role, Update, in_words, title
@@ -49,11 +49,17 @@ def test_stage_1_counts_scores_block_by_block():
     model, ticks = small_wan(), []
     x_t, t, cond, _ = model.example_inputs(batch=2, size=(1, 4, 4))
     keeps = [without(4, i) for i in range(4)] + [None]
-    whole = score_sets(model, [(x_t, t, x_t, cond)], keeps, "elbo", 4.0, ticks.append)
+
+    def scores(memory: float) -> torch.Tensor:
+        sweep = empty_sweep(5, 2)
+        sweep.tick = ticks.append
+        return score_sets(model, [(x_t, t, x_t, cond)], keeps, "elbo", memory, sweep)
+
+    whole = scores(4.0)
     assert ticks == [2, 3, 2, 3, 0] and whole.shape == (5, 2)
     ticks.clear()
     tight = 1.1 * 2 * model.hidden_bytes(x_t) / 1e9  # GB: one candidate at a time
-    assert torch.equal(score_sets(model, [(x_t, t, x_t, cond)], keeps, "elbo", tight, ticks.append), whole)
+    assert torch.equal(scores(tight), whole)
     assert sum(ticks) == 10 and ticks[:4] == [0, 1, 0, 1]  # a walk that skips block 0: three blocks, then the rest
 
 

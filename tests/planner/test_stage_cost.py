@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import BLOCKS, KEPT, PRUNED, batches, config, counted, small_wan
+from helpers import BLOCKS, KEPT, PRUNED, batches, config, counted, empty_sweep, small_wan
 
 from fastlightgen.config import method_for, plan_for
 from fastlightgen.engine.local import LocalEngine
@@ -191,7 +191,8 @@ def test_operations_and_evaluations_of_the_sweep():
     planned = step_cost(cost, method_for(cfg).walks(cost, KEPT, cfg), cfg)
     keeps = [[j for j in range(BLOCKS) if j != i] for i in range(BLOCKS)] + [None]
     net.block_calls = 0
-    ran = counted(lambda: score_sets(net, [(x_t, t, x_t, cond)], keeps, "elbo", cfg.memory, lambda n: None))
+    sweep = empty_sweep(len(keeps), 2)
+    ran = counted(lambda: score_sets(net, [(x_t, t, x_t, cond)], keeps, "elbo", cfg.memory, sweep))
     assert ran == 2 * planned.total("flops")
     assert net.block_calls == planned.total("calls") == BLOCKS * (BLOCKS + 1) // 2
 
