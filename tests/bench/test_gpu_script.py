@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import gpu
@@ -136,7 +137,7 @@ def test_bad_words_are_refused_in_one_line(tmp_path: Path):
     assert (done.returncode, done.stdout) == (2, wanted)
 
 
-def test_results_lie_side_by_side(tmp_path: Path, capsys):
+def test_results_lie_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """A second run of the same second gets a folder of its own; a place that cannot be written is replaced."""
     found = H100 | {"date": "2026-11-26T10:18:39Z", "commit": "5d8cb3f", "sources": "501c6e8bab69"}
     first, second = (folder_for(found, tmp_path / "out", Run(60)) for _ in range(2))
@@ -144,8 +145,9 @@ def test_results_lie_side_by_side(tmp_path: Path, capsys):
     assert folder_for(found | {"commit": None}, tmp_path / "out", Run(60)).name.endswith("-501c6e8bab69")
     assert capsys.readouterr().out == ""
     (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     run = Run(60)
-    assert folder_for(found, tmp_path / "file", run).is_dir() and run.failed
+    assert folder_for(found, tmp_path / "file", run).parent == tmp_path and run.failed
     said = f"OUT={tmp_path / 'file'}: Not a directory; the results go to a temporary folder and to this output\n"
     assert capsys.readouterr().out == said
 
