@@ -1,9 +1,11 @@
 """The order of the benches, one line of results per bench as soon as it ends, limits of time, and a summary.
 
+bench/gpu.py sets these variables:
 FLG_BENCH_OUT=DIR: append each bench's line to DIR/<part>.jsonl. Benches that already have a line there do not run
-again: after a crash, a second process goes on behind the bench that crashed. FLG_BENCH_RUNNING=FILE holds the name of
-the running bench. FLG_BENCH_CAP=SECONDS: skip the remaining benches after this time. FLG_BENCH_LONGEST=SECONDS: end the
-process when one bench takes longer. bench/gpu.py sets these variables.
+again: after a crash, a second process goes on behind the bench that crashed.
+FLG_BENCH_RUNNING=FILE: holds the name of the running bench; it is gone when the process has come to its end.
+FLG_BENCH_CAP=SECONDS: skip the remaining benches after this time.
+FLG_BENCH_LONGEST=SECONDS: end the process when one bench takes longer.
 """
 
 import faulthandler
@@ -54,6 +56,11 @@ def pytest_runtest_protocol(item: pytest.Item):
     out = yield
     faulthandler.cancel_dump_traceback_later()
     return out
+
+
+def pytest_sessionfinish() -> None:
+    if RUNNING:
+        RUNNING.unlink(missing_ok=True)
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ from table import show
 ROOT, PY = machine.ROOT, sys.executable
 WORDS = ("tests", *PARTS, "ncu", "sanitizer")
 FIRST = "tests,kernels,blocks,ncu"  # the parts of a first run; a second one takes the others
-RESERVED = {"ncu": 60, "sanitizer": 90}  # seconds that the benches leave to the parts after them
+RESERVED = {"ncu": 60, "sanitizer": 100}  # seconds that the benches leave to the parts after them
 LONGEST = os.environ.get("FLG_BENCH_LONGEST", "90")  # seconds of one bench, compilation included
 SITE, STAMP = ROOT / "build" / "bench-site", ROOT / "build" / "bench-stamp"
 
@@ -114,15 +114,14 @@ def benches(run: Run, parts: list[str]) -> None:
             env = {"FLG_BENCH_OUT": str(run.folder), "FLG_BENCH_RUNNING": str(running), "FLG_BENCH_LONGEST": LONGEST}
             code = run.call(command, "run.log", limit + 10, FLG_BENCH_CAP=str(max(limit, 0)), **env)
             part, _, case = running.read_text().partition(" ") if running.exists() else ("", "", "")
-        lost = case and case not in {row["case"] for row in rows.read(run.folder)}
-        # pytest ends with 1 only after its last bench, the watchdog of conftest.py in the middle of one.
+        # The watchdog of conftest.py ends a process with 1 in the middle of a bench, pytest only after its last one.
         hung = f"it took longer than {LONGEST} s" if code == 1 else f"the process ended with {ending(code)}"
         reason = "it was out of time" if code == 124 else hung
-        if lost:
+        if case and case not in {row["case"] for row in rows.read(run.folder)}:
             rows.append(run.folder / f"{part}.jsonl", {"case": case, "outcome": "failed", "reason": reason})
-        if code == 124 or not (lost or code == BROKEN_GPU):
+        if code == 124 or not (case or code == BROKEN_GPU):  # out of time, or at the end
             break
-        run.say(f"{case}: {reason}; the next process goes on behind it", bad=True)
+        run.say(f"{case or 'the GPU is lost'}: {reason}; another process goes on behind it", bad=True)
     measured = rows.read(run.folder)
     for part in chosen:
         how = [row["outcome"] for row in measured if row["case"].startswith(files_of(part))]
@@ -147,7 +146,7 @@ def ncu(run: Run, found: dict) -> None:
     sections = [w for s in ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats")
                 for w in ("--section", s)]  # fmt: skip
     tool = ["ncu", "--clock-control", "none", "--kernel-name-base", "demangled", "-k", "regex:flg::", *sections]
-    codes = {op: run.call([*tool, PY, "bench/once.py", op], "ncu.log", 30) for op in OPERATORS}
+    codes = {op: run.call([*tool, PY, "bench/once.py", op], "ncu.log", 40) for op in OPERATORS}
     report(run, "ncu", codes)
 
 

@@ -10,6 +10,8 @@
 #   PYTHON=python3       needs torch, pybind11, setuptools, cmake, ninja, pytest, pytest-benchmark
 # Packages that the machine lacks travel as wheels: bench/wheels.sh fetches them, this script installs them.
 set -uo pipefail
+[[ -z ${OUT:-} ]] || OUT=$(realpath -m "$OUT") || exit # relative to the caller's folder
+export OUT=${OUT:-}
 cd "$(dirname "$0")/.." || exit
 PY=${PYTHON:-python3}
 command -v "$PY" >/dev/null || { echo "$PY was not found; set PYTHON"; exit 2; }

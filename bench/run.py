@@ -75,8 +75,9 @@ class Run:
         return text.rpartition("\n")[2] or "it printed nothing"
 
     def _copy(self, pipe: int, log: str) -> None:
-        while chunk := os.read(pipe, 1 << 16):
-            self.write(log, chunk)
+        with contextlib.suppress(OSError):  # a process that was left behind: the pipe is closed under it
+            while chunk := os.read(pipe, 1 << 16):
+                self.write(log, chunk)
 
     def stop(self) -> None:
         """End the running command: ask, and after five seconds kill it and what it started."""

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Fetches into bench/wheels the packages that a GPU machine without network lacks, and says their size. bench/gpu.sh
-# installs them there. The machine has torch, Triton, numpy, pytest and the rest; TARGET is its version of Python.
-# setuptools is installed only where the machine's is older than 77, which cannot build this package.
+# installs them there. git ignores the folder, so copy it along. The machine has torch, Triton, numpy, pytest and the
+# rest; TARGET is its version of Python. setuptools is installed only where the machine's is older than 77, which cannot
+# build this package.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import gpu
@@ -13,9 +14,15 @@ import pytest
 import rehearsal
 import simt
 from order import OPERATORS, PARTS
-from run import Run
+from run import Run, folder_for
 
 ROOT = rehearsal.ROOT
+H100 = {
+    "torch": {"gpu": {"name": "NVIDIA H100", "capability": [9, 0]}},
+    "nvcc": "13.0",
+    "cutlass": None,
+    "python": "3.12",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,8 +37,7 @@ def shim() -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess, Path]:
     """A rehearsal of all parts: what it said, and its folder."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    parts = ",".join(["tests", *PARTS, "ncu", "sanitizer"])
-    done = rehearsal.rehearse(folder, PARTS=parts, TESTS="tests/ops/test_dmd_gradient.py")
+    done = rehearsal.rehearse(folder, PARTS=rehearsal.ALL, TESTS="tests/ops/test_dmd_gradient.py")
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = rehearsal.runs(folder)
     return done, run
@@ -131,13 +137,19 @@ def test_bad_words_are_refused_in_one_line(tmp_path: Path):
     assert (done.returncode, done.stdout) == (2, wanted)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path):
-    """The run goes on in a temporary folder, and prints its table."""
-    (tmp_path / "out").write_text("a file")
-    done = rehearsal.rehearse(tmp_path, PARTS="kernels", CASES="ceilings", TMPDIR=str(tmp_path))
-    assert done.returncode == 1
-    assert f"OUT={tmp_path / 'out'}: Not a directory; the results go to a temporary folder" in done.stdout
-    assert "kernels: 3 measured, 0 skipped, 0 failed" in done.stdout
+def test_results_lie_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """A second run of the same second gets a folder of its own; a place that cannot be written is replaced."""
+    found = H100 | {"date": "2026-11-26T10:18:39Z", "commit": "5d8cb3f", "sources": "501c6e8bab69"}
+    first, second = (folder_for(found, tmp_path / "out", Run(60)) for _ in range(2))
+    assert (first.name, second.name) == ("20261126T101839Z-nvidia-h100-5d8cb3f", f"{first.name}-2")
+    assert folder_for(found | {"commit": None}, tmp_path / "out", Run(60)).name.endswith("-501c6e8bab69")
+    assert capsys.readouterr().out == ""
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run = Run(60)
+    assert folder_for(found, tmp_path / "file", run).parent == tmp_path and run.failed
+    said = f"OUT={tmp_path / 'file'}: Not a directory; the results go to a temporary folder and to this output\n"
+    assert capsys.readouterr().out == said
 
 
 def test_output_for_a_full_disk_is_printed(tmp_path: Path, capfd):
@@ -157,14 +169,6 @@ def test_a_command_is_stopped_at_its_limit(tmp_path: Path):
     started = int((tmp_path / "run.log").read_text().splitlines()[-1])
     stat = Path(f"/proc/{started}/stat")  # an orphan whose new parent has not yet taken its exit code is a zombie
     assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
-
-
-H100 = {
-    "torch": {"gpu": {"name": "NVIDIA H100", "capability": [9, 0]}},
-    "nvcc": "13.0",
-    "cutlass": None,
-    "python": "3.12",
-}
 
 
 def test_a_failed_build_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

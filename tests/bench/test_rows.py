@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import rows
+import table
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,3 +58,24 @@ def test_pytest_benchmark_gets_the_samples(tmp_path: Path):
     assert all(written[case]["us"] > 5 for case in written if "attention" in case)
     assert "on a CPU, which says nothing about a GPU's speed" in done.stdout
     assert "no CUDA device is visible" in done.stdout  # the reason of the skipped row
+
+
+def test_runs_are_compared_row_by_row(tmp_path: Path, capsys):
+    """Microseconds of each run, and the last one as a share of the first; a row of one run alone stays."""
+    machine = {"date": "2026-11-26", "commit": "5d8cb3f", "sources": "501c6e8bab69"}
+    machine |= {"torch": {"version": "2.11.0+cu130", "gpu": {"name": "NVIDIA H100"}}}
+    times = {"old": {"cuda": 200.0, "eager": 900.0}, "new": {"cuda": 150.0, "triton": 170.0}}
+    for run, found in times.items():
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "machine.json").write_text(json.dumps(machine))
+        for name, us in found.items():
+            row = {"case": name, "outcome": "measured", "group": "norm", "contender": name, "us": us}
+            rows.append(tmp_path / run / "kernels.jsonl", row)
+    table.show([tmp_path / "old", tmp_path / "new"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "[1] NVIDIA H100, 2026-11-26, commit 5d8cb3f, sources 501c6e8bab69, torch 2.11.0+cu130"
+    assert [line.split() for line in said[2:]] == [
+        ["norm", "cuda", "200.0", "150.0", "us", "0.750"],
+        ["norm", "eager", "900.0", "-", "us"],
+        ["norm", "triton", "-", "170.0", "us"],
+    ]
