@@ -3,8 +3,9 @@
 A fenced block without a language holds commands. Placeholders such as TEACHER are names of stand-ins in the folder
 where the tests run (`place`), so the lines stay as they are printed.
 
-Parsed only: `make`, `pip`, `hf download`, the commands of the built-in world (test_front.py, test_train.py and others run
-them) and torchrun's processes. The stories run in this process, the stages on one CPU without torchrun and recipe.
+Executed: the stories of real videos, in this process. Their stages run on the CPU without torchrun and without the recipe,
+which needs 8 GPUs. All else is parsed only: `make`, `pip`, `hf download`, and the commands of the built-in world, which
+test_front.py, test_train.py and others run.
 """
 
 import re
@@ -23,8 +24,8 @@ from students import make_student, stock
 from fastlightgen.__main__ import ABOUT
 from fastlightgen.__main__ import main as front
 from fastlightgen.config import load
-from fastlightgen.data.video import read_clip
 from fastlightgen.data.lists import Row
+from fastlightgen.data.video import read_clip
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,7 +33,7 @@ RECIPE = ROOT / "configs/recipes/wan2.1-14b-480p-8x80gb.yaml"
 PIPELINES = ("TEACHER", "Wan2.1-I2V-14B-480P-Diffusers")
 MODELS = ("MODEL", "STUDENT", "VERSION_1", "student", "DIR/stage3/model", "runs/wan/stage3/model")
 CACHES = ("CACHE", "cache")
-INLINE = ("python -m fastlightgen.", "fastlightgen ", "torchrun ", "train stage=", "... stage=")
+INLINE = ("python -m fastlightgen.", "fastlightgen ", "train stage=", "... stage=")
 SMALL = {  # words that replace or follow those of the page; "" takes a word away
     "plan": "",
     "encode": "buckets=[32x48,48x32] frames=5 fps=8 workers=0 progress=false threads=1",
@@ -58,7 +59,7 @@ def lines(block: str) -> list[str]:
 
 
 def inline(page: Path) -> list[str]:
-    """Commands in the text and in tables. `... stage=1` follows the command above it; stage=N is a manner of speaking."""
+    """Commands in the text and in tables. `... stage=1` continues the command above it; stage=N stands for all of them."""
     text = re.sub(r"^```[\s\S]*?^```$", "", page.read_text(), flags=re.MULTILINE)
     found = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
     found = [code for code in found if code.startswith(INLINE) and "=" in code and "stage=N" not in code]
@@ -199,7 +200,7 @@ def write_clips(page: Path) -> None:
 def smaller(name: str, words: list[str]) -> list[str]:
     """The words of a command for a tiny pipeline."""
     given = dict(word.split("=", 1) for word in words)
-    small = f"{SMALL[name]} {SMALL.get(f'{name} {given.get("stage")}', '')}"
+    small = " ".join((SMALL[name], SMALL.get(f"{name} {given.get('stage')}", "")))
     given |= dict(word.split("=", 1) for word in small.split())
     return [f"{key}={value}" for key, value in given.items() if value]
 
