@@ -3,9 +3,9 @@
 A fenced block without a language holds commands. Placeholders such as TEACHER are names of stand-ins in the folder
 where the tests run (`place`), so the lines stay as they are printed.
 
-Executed: the stories of real videos, in this process. Their stages run on the CPU without torchrun and without the recipe,
-which needs 8 GPUs. All else is parsed only: `make`, `pip`, `hf download`, and the commands of the built-in world, which
-test_front.py, test_train.py and others run.
+Executed: the stories of real videos, in this process. Their stages run on the CPU, without torchrun and without the
+recipe, which needs 8 GPUs. All else is parsed only: `make`, `pip`, `hf download`, and the commands of the built-in
+world, which test_front.py, test_train.py and others run.
 """
 
 import re
@@ -16,7 +16,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import numbered, typed, write_video
 from PIL import Image
 from students import make_student, stock
@@ -59,7 +58,7 @@ def lines(block: str) -> list[str]:
 
 
 def inline(page: Path) -> list[str]:
-    """Commands in the text and in tables. `... stage=1` continues the command above it; stage=N stands for all of them."""
+    """Commands in the text and in tables. `... stage=1` continues the command above it; stage=N is any stage."""
     text = re.sub(r"^```[\s\S]*?^```$", "", page.read_text(), flags=re.MULTILINE)
     found = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
     found = [code for code in found if code.startswith(INLINE) and "=" in code and "stage=N" not in code]
@@ -67,6 +66,7 @@ def inline(page: Path) -> list[str]:
 
 
 FENCED = [(page.name, line) for page in PAGES for block in blocks(page) for line in lines(block)]
+PROGRAMS = [(page.name, program) for page in PAGES for program in blocks(page, "python")]
 COMMANDS = FENCED + [(page.name, line) for page in PAGES for line in inline(page)]
 
 
@@ -121,6 +121,7 @@ def test_the_commands_are_found():
     assert ("watching.md", "python -m fastlightgen.report run=RUN") in COMMANDS
     assert ("clusters.md", "pip install -e '.[cluster]'") in COMMANDS
     assert sum(page == "real-models.md" for page, _ in FENCED) >= 11
+    assert "README.md" in dict(PROGRAMS)
     assert any(line.startswith("torchrun ") and "stage=3 run=DIR" in line for _, line in FENCED)
 
 
@@ -176,11 +177,9 @@ def test_the_first_command_of_the_readme(place):
     assert says and all(str(getattr(cfg, key)) == value for key, value in (w.split("=") for w in says[1].split()))
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_programs_run(page, results):
-    for text in blocks(page, "python"):
-        exec(compile(text, page.name, "exec"), {})
+@pytest.mark.parametrize(("page", "program"), PROGRAMS, ids=[page for page, _ in PROGRAMS])
+def test_a_program_runs(page, program, results):
+    exec(compile(program, page, "exec"), {})
 
 
 def write_clips(page: Path) -> None:
@@ -205,17 +204,15 @@ def smaller(name: str, words: list[str]) -> list[str]:
     return [f"{key}={value}" for key, value in given.items() if value]
 
 
-@pytest.mark.parametrize(
-    ("page", "start"), [("docs/real-models.md", "plan"), ("README.md", "plan")], ids=["real-models", "readme"]
-)
-def test_the_story_of_real_videos(page, start, place, capsys):
+@pytest.mark.parametrize("page", ["docs/real-models.md", "README.md"])
+def test_the_story_of_real_videos(page, place, capsys):
     """From two videos to a student and its clip, in the page's order; each command names the page's next one."""
     write_clips(ROOT / "docs/real-models.md")
     text = (ROOT / page).read_text().partition("\n# Details\n")[0].partition("## The built-in world")[0]
     Path("page.md").write_text(text)
     story = [of_package(line) for block in blocks(Path("page.md")) for line in lines(block)]
+    story = story[[name for name, _ in story].index("plan") :]
     story = [(name, words) for name, words in story if name]
-    story = story[[name for name, _ in story].index(start) :]
     assert [name for name, _ in story if name != "report"] == [
         "plan", "encode", "train", "train", "train", "export", "generate",
     ]  # fmt: skip
