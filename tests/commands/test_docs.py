@@ -177,6 +177,20 @@ def test_the_first_command_of_the_readme(place):
     assert says and all(str(getattr(cfg, key)) == value for key, value in (w.split("=") for w in says[1].split()))
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_files(page):
+    """Links inside the repository lead to a file and to a heading of it; recipes that the text names exist."""
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        assert path.is_file(), target
+        headings = re.findall(r"^#+ (.+)$", path.read_text(), flags=re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, target
+    for file in re.findall(r"`(configs/recipes/[\w.-]+\.yaml)`", text):
+        assert file == "configs/recipes/NAME.yaml" or (ROOT / file).is_file(), file
+
+
 @pytest.mark.parametrize(("page", "program"), PROGRAMS, ids=[page for page, _ in PROGRAMS])
 def test_a_program_runs(page, program, results):
     exec(compile(program, page, "exec"), {})
