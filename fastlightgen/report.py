@@ -116,8 +116,11 @@ def missing(run: Path, found: dict) -> str:
 
 
 def report(cfg: Report) -> None:
-    print(write_report(Path(cfg.run), Path(cfg.out) if cfg.out else None))
-    if following := after_report(Path(cfg.run)):
+    run = Path(cfg.run)
+    print(write_report(run, Path(cfg.out) if cfg.out else None))
+    found = read_run(run)
+    _, lacking = next_step(run, found["config"], "student" in found["evals"])  # the page shows the same
+    if following := lacking or after_report(run):
         print(f"next: {following}")
 
 

@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +106,10 @@ def after_report(run: Path) -> str:
 def after_plan(cfg: Plan) -> str:
     """The training command that a plan is about. MODEL and CACHE stand for folders that the plan does not know."""
     start = {"stage": cfg.stage, "model": cfg.model}
+    if file := cfg.origins.get(CONFIG):  # a recipe; a file with keys of `plan` alone is written out instead
+        with suppress(ConfigError):
+            load(words({CONFIG: file, **start}))
+            start = {CONFIG: file, **start}
     start |= {"method": method_of(cfg)} if method_of(cfg) != DEFAULT else {}
     start |= {"preset": cfg.preset} if cfg.preset != default_of(leaves(Run)["preset"]) else {}
     trained = load(words(start))

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from fastlightgen.config.fields import default_of, limits, show, type_of
-from fastlightgen.config.layers import TYPES, leaves, plain, settings_from
+from fastlightgen.config.layers import TYPES, default_run, leaves, plain, settings_from
 from fastlightgen.config.plan import Machine
 from fastlightgen.config.run import Run
 from fastlightgen.config.stages import CHOOSES, METHODS, STAGES, declared
@@ -33,7 +33,8 @@ def front_page(stages: Mapping[str, Page]) -> str:
     more |= {} if stages else {f"--help {ALL}": "all keys of all stages"}
     lines = [*usage("train", "stage=STAGE"), "", "Stages:"]
     lines += table([(f"stage={name}", about) for name, about in STAGES.items()])
-    lines += listing("train", leaves(Run), OmegaConf.structured(Run), bool(stages))
+    shared = OmegaConf.structured(Run(stage="all", run=default_run(default_of(leaves(Run)["model"]))))
+    lines += listing("train", leaves(Run), shared, bool(stages))
     for name, (cls, node) in stages.items():
         others = ("stage1.", "stage2.", "stage3.")  # of stage=all: they stand under their own stages
         own = {key: f for key, f in leaves(cls).items() if key not in leaves(Run) and not key.startswith(others)}

@@ -4,6 +4,7 @@ A recipe is a file for config= with three kinds of entries more. `models` lists 
 holds keys of `plan`. `stage1`, `stage2` and `stage3` hold the keys of one stage.
 """
 
+import difflib
 import os.path
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,16 @@ def check_keys(section: Any, cls: type, file: str) -> None:
 
 
 def find(file: str) -> str | Path:
-    """The file itself, or, where the package is installed without its checkout, the recipe of this path."""
-    shipped = config_root() / "recipes" / os.path.basename(file)
-    return shipped if not os.path.exists(file) and os.path.dirname(file) == FOLDER and shipped.is_file() else file
+    """The file itself; if there is none, the shipped recipe of this name, or of this path as in a checkout."""
+    if os.path.exists(file):
+        return file
+    folder, name = os.path.split(file)
+    shipped = {path.stem: path for path in (config_root() / "recipes").glob("*.yaml")}
+    stem = name.removesuffix(".yaml")
+    if folder not in ("", FOLDER):
+        return file
+    if stem in shipped:
+        return shipped[stem]
+    if near := difflib.get_close_matches(stem, shipped, n=1):
+        raise ConfigError(f"config={file}: there is no such file; did you mean config={FOLDER}/{near[0]}.yaml?")
+    return file

@@ -38,7 +38,9 @@ def recipe_for(model: str, plan: Plan) -> str:
     here = [r for r in known if r.gpus <= plan.gpus and GPUS[r.gpu].memory <= room]
     if here:
         best = max(here, key=lambda r: (r.gpus, GPUS[r.gpu].memory))
-        return f"{best.word} is made for {best.machine}"
+        own = best.size or sampling(model).values["size"]
+        size = own if plan.size and plan.size != own else best.size  # the model's own size goes without saying
+        return f"{best.word} is made for {replace(best, size=size).machine}"
     if not known:
         return ""
     least = min(known, key=lambda r: (r.gpus, GPUS[r.gpu].memory))

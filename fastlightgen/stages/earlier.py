@@ -29,6 +29,8 @@ def missing(cfg: Any) -> list[Any]:
     They have the keys of `cfg` that all stages share, and their own defaults.
     """
     before = chain(cfg)
+    if before:
+        trained_folder(cfg.model)  # a preset without weights is refused before any command is named
     shipped = find_preset_weights(cfg.model) is not None and cfg.data == "shapes"
     if before and not (cfg.earlier == "run" or (cfg.earlier == "auto" and shipped)):
         commands = " && ".join(command("train", **keys_for(cfg, one.stage)) for one in before)

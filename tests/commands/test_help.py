@@ -103,6 +103,7 @@ def test_the_front_page_is_short(page):
     assert len(text.splitlines()) <= 50
     assert all(f"  stage={name}" in text for name in STAGES)
     assert set(listed(text)) == everyday(Run)
+    assert listed(text)["run"] == "runs/tiny" and "required" not in text
 
 
 def test_all_keys_of_all_stages(page):

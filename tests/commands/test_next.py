@@ -54,6 +54,18 @@ def test_the_next_command_after_a_plan():
     )
 
 
+def test_the_next_command_after_the_plan_of_a_recipe(tmp_path):
+    """It names the recipe and the keys that differ from it; a file with a key of `plan` alone is written out."""
+    recipe = "config=configs/recipes/wan2.1-14b-480p-8x80gb.yaml"
+    for words, others in ([], []), (["lr=2e-5"], ["lr=2e-05"]):
+        line = after_plan(load([recipe, "stage=2", *words], "plan"))
+        start = "torchrun --nproc-per-node=8 -m fastlightgen.train"
+        assert line == " ".join([start, recipe, "stage=2 model=MODEL", *others, "data=CACHE"])
+    (tmp_path / "c.yaml").write_text("gpus: 8\noffload: all\nmodel: wan2.1-i2v-14b")
+    line = after_plan(load([f"config={tmp_path}/c.yaml"], "plan"))
+    assert "config=" not in line and "offload=all" in line
+
+
 def test_the_next_command_after_a_report(tmp_path):
     assert after_report(tmp_path) == ""
     (tmp_path / "config.yaml").write_text(

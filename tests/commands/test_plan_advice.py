@@ -43,6 +43,13 @@ def test_one_card_is_told_of_host_memory_not_of_a_larger_card(capsys):
     assert "recipe: config=configs/recipes/wan2.1-1.3b-1x24gb.yaml is made for 1 x 4090" in out
 
 
+def test_a_recipe_for_clips_of_another_size_says_so(capsys):
+    with pytest.raises(SystemExit):
+        run("gpus=8", "size=720x1280x81")
+    out = capsys.readouterr().out
+    assert out.endswith("configs/recipes/wan2.1-14b-480p-8x80gb.yaml is made for 8 x h100 with clips of 480x832x81\n")
+
+
 def test_a_run_of_weeks_names_shorter_ones(capsys):
     """Stage II of Wan 14B on 8 GPUs: the recipe for 16 takes half the time, and a week holds 7/13 of the iterations."""
     run("stage=2", "gpus=8", "offload=optimizer", "micro_batch=1")

@@ -60,6 +60,22 @@ def test_the_command_line_wins_over_a_recipe(tmp_path):
     assert (cfg.offload, cfg.batch, cfg.iters, cfg.model) == ("none", 8, 1000, str(tmp_path))
 
 
+def test_the_name_of_a_recipe_is_enough(tmp_path, monkeypatch):
+    """A file of that name wins; a name or a path that is nearly a recipe's is told which one."""
+    monkeypatch.chdir(tmp_path)
+    name = "wan2.1-14b-480p-8x80gb"
+    for file in (name, f"{name}.yaml", f"configs/recipes/{name}.yaml"):
+        assert load(["stage=3", f"config={file}"], "plan").offload == "optimizer"
+    for file in ("wan2.1-14b-480-8x80gb", "configs/recipes/wan2.1-14b-480p-8x80.yaml"):
+        wanted = f"^config={file}: there is no such file; did you mean config=configs/recipes/{name}.yaml[?]$"
+        with pytest.raises(ConfigError, match=wanted):
+            load(["stage=3", f"config={file}"], "plan")
+    (tmp_path / name).write_text("offload: all")
+    assert load(["stage=3", f"config={name}"], "plan").offload == "all"
+    with pytest.raises(ConfigError, match="^mine/a.yaml: cannot be read"):
+        load(["stage=3", "config=mine/a.yaml"], "plan")
+
+
 def test_a_recipe_for_8_gpus_works_on_16():
     for recipe in (r for r in recipes() if r.gpus == 8):
         for stage in "123":

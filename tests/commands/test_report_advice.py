@@ -12,7 +12,7 @@ from helpers import run_train, write_inputs
 from fastlightgen.config import main
 from fastlightgen.data.cache import write_cache
 from fastlightgen.evaluate import evaluate
-from fastlightgen.report import write_report
+from fastlightgen.report import report, write_report
 from fastlightgen.stages.prune import Prune
 from fastlightgen.train import train
 from fastlightgen.world.source import ShapesSource
@@ -67,8 +67,8 @@ def test_the_commands_lead_from_stage_1_to_the_end(inputs, tmp_path, kind):
         assert wanted + "only clips of the built-in world can be scored." in page
 
 
-def test_a_stage_that_stopped_is_continued_by_the_command_itself(inputs, tmp_path, monkeypatch):
-    """With all its settings, and no others: another configuration would be refused."""
+def test_a_stage_that_stopped_is_continued_by_the_command_itself(inputs, tmp_path, monkeypatch, capsys):
+    """With all its settings, and no others: another configuration would be refused. The terminal shows it too."""
     run = tmp_path / "run"
 
     def stop(self, done):
@@ -83,6 +83,8 @@ def test_a_stage_that_stopped_is_continued_by_the_command_itself(inputs, tmp_pat
     assert "Stage 2 is not finished" in write_report(run).read_text()
     command = advised(run)
     assert {"lr_schedule=cosine", "warmup=3", "iters=7", "sample_every=0"} <= set(command)
+    main(report, "report", [f"run={run}"])
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: {shlex.join(command)}"
     torch.set_num_threads(1)
     main(train, "train", command[3:])
     assert (run / "stage2" / "model" / "config.json").is_file()
