@@ -65,6 +65,7 @@ class StageFolder:
         """Raise if the folder was made with another configuration."""
         made_with = read_run(self.run).get(f"stage{number}", {})
         changes = diff({k: made_with.get(k) for k in numbers}, {k: config[k] for k in numbers})
+        changes.sort(key=lambda change: not change.startswith("method:"))  # another method explains the other changes
         if changes:
             self.close()
             raise ValueError(

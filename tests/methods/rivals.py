@@ -1,0 +1,98 @@
+"""Helpers for tests of the rivals: model folders of very small networks, stages built from them, planned costs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from helpers import KEPT, batches, small_hunyuan, small_wan
+
+from fastlightgen.config import load, method_for
+from fastlightgen.data.source import Batch
+from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.families import network
+from fastlightgen.models.folder.weights import save_model
+from fastlightgen.planner.step import StepCost, step_cost
+from fastlightgen.stages.build import Builder
+
+CPU = torch.device("cpu")
+OWN = 2.0  # the teacher's own guidance, in its card
+TEACHER, STAGE2 = 2, 1  # the seeds of the networks' weights
+COMMON = ["stage=3", "run=unused", "batch=2", "shift=3", "progress=false"]
+
+
+class Source:
+    """Cropped clips of the built-in world."""
+
+    name, description = "test", {}
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def batch(self, step: int, size: int, rows=None) -> Batch:
+        batch = batches(size, self.dtype)(step)
+        return replace(batch, null=replace(batch.null, image=batch.cond.image))  # a clip's prompts share its image
+
+
+def write_models(root: Path, make=small_wan, keep=KEPT) -> list[str]:
+    """Write a teacher and a Stage II model; return the words that name them."""
+    save_model(make(seed=TEACHER), root / "teacher", guidance=OWN, shift=3.0)
+    save_model(make(seed=STAGE2), root / "stage2", pruned_path=list(keep), guidance=1.0, shift=3.0)
+    return [f"model={root / 'teacher'}", f"stage2_model={root / 'stage2'}"]
+
+
+def write_hunyuan(root: Path) -> list[str]:
+    return write_models(root, small_hunyuan, [0, 2, 3])  # of 2 double and 3 single blocks
+
+
+def configured(*words: str):
+    """The configuration of a method; a later word replaces an earlier one with the same key."""
+    given = dict(w.split("=", 1) for w in (*COMMON, *words))
+    if given.get("student") == "full":
+        given.pop("stage2_model", None)
+    return load([f"{k}={v}" for k, v in given.items()])
+
+
+def built(*words: str, dtype: torch.dtype = torch.float64):
+    """Build a stage as the train command does, with networks of this type."""
+    cfg = configured(*words)
+    stage = method_for(cfg).build(cfg, Builder(cfg, Source(dtype), CPU))
+    for net in networks(stage):
+        net.to(dtype)
+    return stage
+
+
+def networks(stage) -> list[VideoDiT]:
+    """All networks of a stage."""
+    roles = list(stage.roles.values())
+    found = [*(r.network for r in roles), *(r.carried for r in roles if r.carried is not None), *stage.frozen]
+    return list({id(net): net for net in found}.values())
+
+
+def moved(module: torch.nn.Module, by: float = 0.05, seed: int = 1) -> None:
+    """Move all parameters of a module a little, so that no two networks are equal."""
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p += by * torch.randn(p.shape, generator=gen, dtype=p.dtype)
+
+
+def planned(stage, keep=KEPT) -> StepCost:
+    """The planned cost of an iteration for one clip, from the walks that the method declares."""
+    batch = stage.batches(0)
+    teacher = stage.teacher
+    net = network(teacher.config, tuple(batch.x0.shape[2:]), batch.cond.text.shape[1], fused=False)
+    return step_cost(net, method_for(stage.cfg).walks(net, keep, stage.cfg), stage.cfg)
+
+
+def cleared(stage) -> None:
+    """Set the counters of block evaluations to 0."""
+    for net in networks(stage):
+        net.block_calls = net.grad_block_calls = 0
+
+
+def without_gradient(*modules: torch.nn.Module) -> bool:
+    return all(p.grad is None for module in modules for p in module.parameters())
+
+
+def with_gradient(module: torch.nn.Module) -> bool:
+    return all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
