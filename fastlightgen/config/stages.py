@@ -49,6 +49,8 @@ METHODS: dict[str, dict[str, str | Declared]] = {  # stage -> name -> the module
     "2": {DEFAULT: "fastlightgen.stages.prune"},
     "3": {
         DEFAULT: "fastlightgen.stages.distill",
+        "dmd2": "fastlightgen.methods.dmd2",
+        "lcm": "fastlightgen.methods.lcm",
         "regression": "fastlightgen.methods.regression",
     },
 }

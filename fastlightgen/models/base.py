@@ -23,10 +23,10 @@ from fastlightgen.models.config import NetworkConfig
 from fastlightgen.models.plumbing import FlatModule, flat_call
 from fastlightgen.models.recompute import recomputed
 from fastlightgen.models.schedule import Fork, Group, Step, read_once, schedule
-from fastlightgen.models.streams import AnyPrompt, AnyTables, Cond, Job, Prompt, State, Stream, Tables
+from fastlightgen.models.streams import AnyPrompt, AnyTables, Cond, Features, Job, Prompt, State, Stream, Tables
 from fastlightgen.parallel.sequence import SequenceGroup
 
-__all__ = ["Block", "Cond", "Job", "Prompt", "State", "Stream", "Tables", "VideoDiT", "gradient"]
+__all__ = ["Block", "Cond", "Features", "Job", "Prompt", "State", "Stream", "Tables", "VideoDiT", "gradient"]
 
 
 def gradient(on: bool) -> AbstractContextManager:
@@ -149,6 +149,7 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
             for fork in step.forks:
                 self._fork(fork, states)
             self._run(blocks[step.block], step, states, prompts, tables)
+            self._keep_features(step.block, streams, states, tables)
 
         # Unembed: one prediction for each prompt of a group. Its streams without gradient are detached here.
         out: dict[int, Tensor] = {}
@@ -195,6 +196,19 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
         self.block_calls += len(grads)
         self.grad_block_calls += sum(grads) * torch.is_grad_enabled()  # a caller under no_grad has no backward pass
 
+    def _keep_features(
+        self, block: int, streams: Sequence[Stream], states: dict[Group, State], tables: AnyTables
+    ) -> None:
+        """Keep the hidden states after a block for the streams that ask for them, with the tokens of all processes."""
+        for i, stream in enumerate(streams):
+            if stream.features is None or block not in stream.features.blocks:
+                continue
+            state = next(state for group, state in states.items() if i in group.members)
+            with gradient(stream.grad):
+                x = self.image_tokens(state, tables)
+                x = x if tables.cut is None else tables.cut.joined(x)
+            stream.features[block] = x if stream.grad else x.detach()
+
     def units(self) -> list[dict]:
         """Name, kind and index of every block, as importance.json lists them."""
         return [{"name": f"blocks.{i}", "kind": "block", "index": i} for i in range(self.num_blocks)]
@@ -222,6 +236,10 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
     def embed(self, x_t: Tensor, prompt: AnyPrompt) -> State:
         """Turn the latent, and the image condition of the prompt, into hidden states."""
         raise NotImplementedError
+
+    def image_tokens(self, state: State, tables: AnyTables) -> Tensor:
+        """The hidden states [B, L, D] of this process's image tokens, with their deferred residual added."""
+        return state.settled().x
 
     def unembed(self, state: State, prompt: AnyPrompt, tables: AnyTables) -> Tensor:
         """Turn the hidden states after the last block into v; under a sequence group, into this process's part of v."""

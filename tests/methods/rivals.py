@@ -1,10 +1,11 @@
 """Helpers for tests of the rivals: model folders of very small networks, stages built from them, planned costs."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from helpers import KEPT, batches, small_hunyuan, small_wan
+from helpers import KEPT, batches, counted, small_hunyuan, small_wan
 
 from fastlightgen.config import load, method_for
 from fastlightgen.data.source import Batch
@@ -76,18 +77,47 @@ def moved(module: torch.nn.Module, by: float = 0.05, seed: int = 1) -> None:
             p += by * torch.randn(p.shape, generator=gen, dtype=p.dtype)
 
 
+def fixed(stage) -> Batch:
+    """Give a stage the same batch at every step: drawing clips in a step would add matrix products to its count."""
+    owner = getattr(stage, "rollouts", stage)
+    batch = owner.batches(0)
+    owner.batches = lambda step: batch
+    return batch
+
+
 def planned(stage, keep=KEPT) -> StepCost:
     """The planned cost of an iteration for one clip, from the walks that the method declares."""
-    batch = stage.batches(0)
-    teacher = stage.teacher
-    net = network(teacher.config, tuple(batch.x0.shape[2:]), batch.cond.text.shape[1], fused=False)
+    batch = fixed(stage)
+    net = network(stage.teacher.config, tuple(batch.x0.shape[2:]), batch.cond.text.shape[1], fused=False)
     return step_cost(net, method_for(stage.cfg).walks(net, keep, stage.cfg), stage.cfg)
 
 
-def cleared(stage) -> None:
-    """Set the counters of block evaluations to 0."""
+def compare_with_plan(stage, keep=KEPT, operations: bool = True) -> StepCost:
+    """Assert that an iteration has the planned operations, block evaluations (of clips) and trained parameters.
+
+    It must be an iteration with an update of every role, and a ladder of one step. Return the plan.
+    """
+    cost, ran = planned(stage, keep), Counter()
+
+    def iteration() -> None:
+        for update in stage.updates(0):
+            update.loss()[0].backward()
+
+    def note(net, args, out) -> None:  # a walk may have the clips of two batches
+        ran["calls"] += net.block_calls * len(args[0]) // 2
+        ran["grad_calls"] += net.grad_block_calls * len(args[0]) // 2
+        net.block_calls = net.grad_block_calls = 0
+
+    iteration()  # computes the null prompt's keys and values, which are then reused
     for net in networks(stage):
         net.block_calls = net.grad_block_calls = 0
+        net.register_forward_hook(note)
+    flops = counted(iteration)
+    assert not operations or flops == 2 * cost.total("flops")
+    assert ran["calls"] == cost.total("calls") and ran["grad_calls"] == cost.total("grad_calls")
+    for name, role in stage.roles.items():
+        assert cost.trained[name] == sum(p.numel() for p in role.net.parameters())
+    return cost
 
 
 def without_gradient(*modules: torch.nn.Module) -> bool:

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from helpers import BLOCKS, KEPT, batches, counted, small_wan
+from helpers import BLOCKS, KEPT, batches, small_wan
 from rivals import (
     OWN,
     STAGE2,
     TEACHER,
     built,
-    cleared,
-    networks,
-    planned,
+    compare_with_plan,
     with_gradient,
     without_gradient,
     write_models,
@@ -73,17 +71,7 @@ def test_the_student_follows_the_guided_teacher(words, more):
 )
 def test_the_planner_counts_a_real_step(words, more):
     stage = built(*words, *more, dtype=torch.float32)
-    batch = stage.batches(0)  # drawing clips in the step would add matrix products
-    stage.batches = lambda step: batch
-    cost = planned(stage)
-    cleared(stage)
-    assert counted(lambda: stage.loss(0)[0].backward()) == 2 * cost.total("flops")
-    nets = networks(stage)
-    assert sum(n.block_calls for n in nets) == cost.total("calls")
-    assert sum(n.grad_block_calls for n in nets) == cost.total("grad_calls")
-    kept = BLOCKS if "student=full" in more else len(KEPT)
-    assert cost.total("grad_calls") == kept and cost.total("calls") == kept + BLOCKS * (
-        1 if "guidance=1" in more else 2
-    )
-    assert cost.trained["student"] == sum(p.numel() for p in stage.student.parameters())
+    cost = compare_with_plan(stage)
+    kept, predictions = stage.student.num_blocks, 1 if "guidance=1" in more else 2
+    assert cost.total("grad_calls") == kept and cost.total("calls") == kept + predictions * BLOCKS
     assert cost.frozen["teacher"] == sum(p.numel() for p in stage.teacher.parameters())
