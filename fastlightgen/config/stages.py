@@ -51,6 +51,7 @@ METHODS: dict[str, dict[str, str | Declared]] = {  # stage -> name -> the module
         DEFAULT: "fastlightgen.stages.distill",
         "dmd2": "fastlightgen.methods.dmd2",
         "lcm": "fastlightgen.methods.lcm",
+        "magicdistillation": "fastlightgen.methods.magicdistillation",
         "regression": "fastlightgen.methods.regression",
     },
 }

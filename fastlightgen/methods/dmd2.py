@@ -4,28 +4,23 @@ The real score is that of the unpruned teacher with one guidance scale w. Eq. 8 
 a copy of the teacher. Shapes: x0, x_hat, x_t, noise, v [B, C, F, H, W]; t [B].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from fastlightgen.config import field
-from fastlightgen.data.source import Batch
 from fastlightgen.models.cost import Network
 from fastlightgen.parallel.log import say
 from fastlightgen.planner.step import Iteration, Net, Walk
 from fastlightgen.planner.walk import Route
 from fastlightgen.rng import generator
 from fastlightgen.stages import discriminator, rival
-from fastlightgen.stages.adversarial import Adversarial, AdversarialConfig, AdversarialKeys, critic_walks, pushed
+from fastlightgen.stages.adversarial import Adversarial, AdversarialConfig, AdversarialKeys, critic_walks
 from fastlightgen.stages.build import Builder
-from fastlightgen.stages.guided import eq8, renoised
-from fastlightgen.stages.matching import dmd_loss
 from fastlightgen.stages.method import Method
 from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.rollouts import STUDENT
-from fastlightgen.stages.student import look
 
 HEADS = 16  # the purpose of the discriminator's first values
 
@@ -50,27 +45,10 @@ class Dmd2(Adversarial):
 
     cfg: Config
 
-    def __init__(
-        self, cfg: Config, nets: Networks, scale: float, batches: Callable[[int], Batch], card: dict[str, Any]
-    ):
-        super().__init__(cfg, nets, batches, card)
-        self.scale = scale
-
     def student_loss(self, g: int) -> tuple[Tensor, dict[str, float]]:
-        """Eq. 8 with v_real = v(null) + w (v(c) - v(null)): Eq. 9 with beta1 = w, beta2 = 0. Plus gan times -log D."""
-        cfg = self.cfg
-        gen = generator(cfg.seed, STUDENT, self.order.next_critic(g))
-        x_hat, batch, rung = self.rollouts.for_student(g, gen)
-        x0 = x_hat.detach()
-        t, x_t, noise = renoised(cfg, x0, gen)
-        v_fake, adversarial, push = self.scored(x0, t, noise, batch.cond)
-        v_c, v_n = self.nets.plain(x_t, t, batch, self.scale)
-        gradient, normaliser = eq8(cfg, x0, x_t, t, v_fake, v_c, v_n, v_c, self.scale, 0.0)
-        loss, record = dmd_loss(x_hat, gradient), look(x0, batch, normaliser, rung)
-        if cfg.gan:
-            loss = loss + cfg.gan * pushed(x_hat, adversarial, push)
-            record["gan"] = adversarial.item()
-        return loss, record
+        """Eq. 8 on clips that the student's own steps make (DMD2, Sec. 4.5), plus the GAN (Sec. 4.3)."""
+        gen = generator(self.cfg.seed, STUDENT, self.order.next_critic(g))
+        return self.matched(*self.rollouts.for_student(g, gen), gen)
 
 
 def build(cfg: Config, with_: Builder) -> Dmd2:
@@ -83,7 +61,7 @@ def build(cfg: Config, with_: Builder) -> Dmd2:
     with_.checkpoint(cfg, pair.student, fake)
     say(f"learning rates: student {cfg.lr:g}, critic {cfg.critic_lr:g}; guidance of the teacher {pair.scale:g}")
     nets = Networks(pair.student, pair.teacher, None, fake, None, fake, False, None, pair.read, discriminator=judge)
-    stage = Dmd2(cfg, nets, pair.scale, with_.batches, pair.card(with_))
+    stage = Dmd2(cfg, nets, pair, with_.batches, pair.card(with_))
     stage.roles["student"].file_values = pair.values(with_)
     stage.roles["fake"].file_values = discriminator.with_heads(with_.file_values(start, keep), judge)
     return stage

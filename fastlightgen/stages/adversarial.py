@@ -4,23 +4,29 @@ The student's clips and real ones of the same prompts are noised with the same n
 Shapes: x0, x_hat, x_t, noise, v [B, C, F, H, W]; t [B]; logits [heads, B].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlightgen import flow
 from fastlightgen.config import field
+from fastlightgen.data.source import Batch
 from fastlightgen.models.base import Cond
 from fastlightgen.models.constant import constant
 from fastlightgen.planner.step import Walk
 from fastlightgen.planner.walk import Route
 from fastlightgen.rng import generator
 from fastlightgen.stages.discriminator import discriminator_loss, generator_loss
-from fastlightgen.stages.guided import renoised
+from fastlightgen.stages.guided import eq8, renoised
 from fastlightgen.stages.keys import MatchingKeys
+from fastlightgen.stages.matching import dmd_loss
+from fastlightgen.stages.networks import Networks
+from fastlightgen.stages.rival import Pair
 from fastlightgen.stages.rollouts import FAKE
-from fastlightgen.stages.student import Matching, MatchingConfig
+from fastlightgen.stages.student import Matching, MatchingConfig, look
 from fastlightgen.stages.teacher import flow_matching_loss
 
 
@@ -43,6 +49,28 @@ class Adversarial(Matching):
     """Distribution matching for the loop, with a discriminator in the critic, or without one (gan=0)."""
 
     cfg: AdversarialConfig
+
+    def __init__(
+        self, cfg: AdversarialConfig, nets: Networks, pair: Pair, batches: Callable[[int], Batch], card: dict[str, Any]
+    ):
+        super().__init__(cfg, nets, batches, card)
+        self.scale = pair.scale
+
+    def matched(self, x_hat: Tensor, batch: Batch, rung: int, gen: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Eq. 8 for the student's clips x_hat, with a plainly guided teacher, plus gan times the adversarial loss.
+
+        v_real = v(null) + w (v(c) - v(null)) is Eq. 9 with beta1 = w and beta2 = 0.
+        """
+        cfg, x0 = self.cfg, x_hat.detach()
+        t, x_t, noise = renoised(cfg, x0, gen)
+        v_fake, adversarial, push = self.scored(x0, t, noise, batch.cond)
+        v_c, v_n = self.nets.plain(x_t, t, batch, self.scale)
+        gradient, normaliser = eq8(cfg, x0, x_t, t, v_fake, v_c, v_n, v_c, self.scale, 0.0)
+        loss, record = dmd_loss(x_hat, gradient), look(x0, batch, normaliser, rung)
+        if cfg.gan:
+            loss = loss + cfg.gan * pushed(x_hat, adversarial, push)
+            record["gan"] = adversarial.item()
+        return loss, record
 
     def scored(self, x0: Tensor, t: Tensor, noise: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
         """The critic's prediction for the student's noised clips; the adversarial loss and its gradient for x0.

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, r
 
 CRITIC = ["ratio=2", "critic_start=0", "rollouts=fresh", "lr_fake=1e-3"]
 GAN = [*CRITIC, "gan=0.1", "gan_critic=0.3"]
+MAGIC = [*GAN, "lora_rank=2", "gt=0.5"]
 CASES = {
     "regression, zero 3": {"method": "regression"},
     "dmd2, zero 1": {"method": "dmd2", "zero": 1, "words": GAN},
@@ -23,16 +24,29 @@ CASES = {
     "dmd2, zero 3, checkpointing": {"method": "dmd2", "words": [*GAN, "checkpointing=true", "student=full"]},
     "dmd2, zero 3, without a discriminator": {"method": "dmd2", "words": [*CRITIC, "gan=0", "fake_arch=pruned"]},
     "dmd2, zero 3, shared tokens": {"method": "dmd2", "sequence_parallel": 2, "words": GAN},
+    "lcm, zero 3": {"method": "lcm"},
+    "lcm, zero 2, average": {"method": "lcm", "zero": 2, "words": ["target=ema", "student=full"]},
+    "magicdistillation, zero 1": {"method": "magicdistillation", "zero": 1, "words": MAGIC},
+    "magicdistillation, zero 3": {"method": "magicdistillation", "words": MAGIC},
+    "magicdistillation, zero 3, checkpointing": {
+        "method": "magicdistillation",
+        "words": [*MAGIC, "checkpointing=true"],
+    },
+    "magicdistillation, zero 3, shared tokens": {"method": "magicdistillation", "sequence_parallel": 2, "words": MAGIC},
 }
 SAVED = {
+    "regression, saved": {"method": "regression", "words": ["ema=0.9"]},
     "dmd2, saved": {"method": "dmd2", "words": [*GAN, "ema=0.9", "rollouts=shared"]},
+    "dmd2, saved, bfloat16": {"method": "dmd2", "zero": 2, "dtype": "bfloat16", "words": [*GAN, "dtype=bfloat16"]},
+    "lcm, saved, average": {"method": "lcm", "words": ["target=ema"]},
+    "magicdistillation, saved": {"method": "magicdistillation", "words": MAGIC},
 }
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory) -> dict:
     """All cases, with the model folders that they start from."""
-    root = tmp_path_factory.mktemp("cluster")
+    root = tmp_path_factory.mktemp("methods")
     models = [f"model={save_model(small_wan(seed=2), root / 'teacher', guidance=2.0)}"]
     stage2 = save_model(small_wan(seed=1), root / "stage2", pruned_path=KEPT)
     out = {}

@@ -11,17 +11,19 @@ from rivals import (
     STAGE2,
     TEACHER,
     built,
+    clips,
     compare_with_plan,
+    judged,
     moved,
+    noised,
+    times,
     with_gradient,
     without_gradient,
     write_models,
 )
-from torch import Tensor
 
-from fastlightgen.models.base import Job, VideoDiT
 from fastlightgen.models.constant import constant
-from fastlightgen.rng import generator, normal_like
+from fastlightgen.rng import normal_like
 from fastlightgen.stages.adversarial import pushed
 from fastlightgen.stages.discriminator import discriminator_loss, generator_loss, read_blocks
 
@@ -40,30 +42,6 @@ def make(*words: str, dtype: torch.dtype = torch.float64):
     moved(stage.student, seed=1)
     moved(stage.nets.fake_trained, seed=2)
     return stage
-
-
-def hidden_states(net: VideoDiT, x_t: Tensor, t: Tensor, cond) -> tuple[Tensor, list[Tensor]]:
-    """The prediction of a Wan network, and the hidden states after each block, block by block."""
-    tables = net.tables(x_t, t)
-    prompt = net.prompt(cond, tables)
-    state, hidden = net.embed(x_t, prompt), []
-    for block in net.blocks:
-        ((state,),) = block([Job(state, [prompt], [True])], tables)
-        hidden.append(state.x + state.y * state.gate[:, None])
-    return net.unembed(state, prompt, tables), hidden
-
-
-def judged(net: VideoDiT, x_t: Tensor, t: Tensor, cond) -> tuple[Tensor, Tensor]:
-    """The critic's prediction and the logits of its heads, written out."""
-    v, hidden = hidden_states(net, x_t, t, cond)
-    logits = []
-    for block, head in zip(read_blocks(net.num_blocks, 3), net.discriminator.heads):
-        h = hidden[block]
-        h = (h - h.mean(2, keepdim=True)) / (h.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
-        h = (h * head.norm.weight + head.norm.bias) @ head.token.weight.T + head.token.bias
-        h = (h * torch.sigmoid(h)).mean(1)
-        logits.append((h @ head.out.weight.T + head.out.bias)[:, 0])
-    return v, torch.stack(logits)
 
 
 def test_the_adversarial_losses_by_hand():
@@ -88,30 +66,6 @@ def test_a_pushed_loss_has_the_given_value_and_gradient():
 def test_which_blocks_are_read():
     assert read_blocks(40, 3) == [19, 29, 39] and read_blocks(30, 3) == [14, 22, 29]
     assert read_blocks(28, 1) == [27] and read_blocks(4, 3) == [1, 2, 3] and read_blocks(2, 5) == [1]
-
-
-def clips(stage, purpose: int, number: int, batch):
-    """The student's clips of an update and its generator after the draws, by hand: rungs in cycles, from noise."""
-    cfg, student = stage.cfg, stage.student
-    gen = generator(0, purpose, 2 * number if purpose == 5 else number)
-    order = torch.randperm(cfg.steps, generator=generator(0, 12, purpose, number // cfg.steps)).tolist()
-    rung = order[number % cfg.steps]
-    tau = [3 * u / (1 + 2 * u) for u in (1 - i / cfg.steps for i in range(cfg.steps))]
-    x = normal_like(batch.x0, gen)
-    for i in range(rung):
-        v = student(x, tau[i], batch.cond).detach()
-        x = (1 - tau[i + 1]) * (x - tau[i] * v) + tau[i + 1] * normal_like(x, gen)
-    return x - tau[rung] * student(x, tau[rung], batch.cond), gen
-
-
-def times(gen) -> Tensor:
-    u = torch.rand(2, generator=gen).clamp(1e-4, 1)
-    return (3 * u / (1 + 2 * u)).clamp(0.02, 0.98).double()
-
-
-def noised(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    at = t.view(-1, 1, 1, 1, 1)
-    return (1 - at) * x + at * noise
 
 
 VARIANTS = [

@@ -1,6 +1,7 @@
 """The rivals as commands: both families, the planner, a resumed run, help, and the errors that users see."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ RIVALS = {
     "regression": [],
     "dmd2": CRITIC,
     "lcm": ["target=ema"],
+    "magicdistillation": [*CRITIC, "lora_rank=2"],
 }
 
 
@@ -166,3 +168,23 @@ def test_a_run_folder_keeps_its_method(wan, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_train("stage=3", *wan, f"run={tmp_path}", "batch=2", "shift=3", "iters=1", "critic_start=0")
     assert "was made with another configuration (method: regression -> fastlightgen" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_method_is_refused(wan, tmp_path, capsys):
+    """A discriminator that a LoRA critic trained is none of a critic with weights of its own, and the reverse."""
+    runs = {method: tmp_path / method for method in ("dmd2", "magicdistillation")}
+    for method, run in runs.items():
+        train(wan, method, run, "iters=2", "save_every=2")
+        shutil.rmtree(run / "stage3/model")
+        (run / "stage3/checkpoints").rename(tmp_path / f"checkpoints-{method}")
+    capsys.readouterr()
+    for method, other, name in (
+        ("dmd2", "magicdistillation", "fake/adapters.0_attn1_to_k_down is [2, 16], wanted missing"),
+        ("magicdistillation", "dmd2", "fake/adapters.0_attn1_to_k_down is missing, wanted [2, 16]"),
+    ):
+        shutil.copytree(tmp_path / f"checkpoints-{other}", runs[method] / "stage3/checkpoints")
+        with pytest.raises(SystemExit):
+            train(wan, method, runs[method], "iters=2", "save_every=2")
+        error = capsys.readouterr().err
+        assert f"step-000002: {name}; the checkpoint is of another method or model: use another run=" in error
+        assert len(error.strip().splitlines()) == 1
