@@ -73,13 +73,21 @@ def descend(x: Tensor, v: Tensor, t: float, t_next: float, kind: str, noise: Cal
     return add_noise(x - t * v, noise(), t_next)  # x - t v is the x0 estimate (Eq. 4)
 
 
-def rollout(predict: Predict, x: Tensor, times: list[float], kind: str, renoise: Callable[[int], Tensor]) -> Tensor:
-    """Walk x from noise at times[0] down the ladder; return the x0 estimate x - t v at the last time.
+def arrive(predict: Predict, x: Tensor, times: list[float], kind: str, renoise: Callable[[int], Tensor]) -> Tensor:
+    """Walk x from noise at times[0] down the ladder, without gradients; return the network's input at the last time.
 
-    Step i goes as in `descend`, with the noise `renoise(i)`. Only the last evaluation keeps gradients. Sampling and
-    Stage III's backward simulation are therefore the same function: an early exit is a shorter `times`.
+    Step i goes as in `descend`, with the noise `renoise(i)`.
     """
     for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
         with torch.no_grad():
             x = descend(x, predict(x, t), t, t_next, kind, partial(renoise, i))
+    return x
+
+
+def rollout(predict: Predict, x: Tensor, times: list[float], kind: str, renoise: Callable[[int], Tensor]) -> Tensor:
+    """`arrive` at the last time and return the x0 estimate x - t v there; this last evaluation keeps gradients.
+
+    Sampling and Stage III's backward simulation are therefore the same function: an early exit is a shorter `times`.
+    """
+    x = arrive(predict, x, times, kind, renoise)
     return x - times[-1] * predict(x, times[-1])

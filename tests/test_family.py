@@ -197,6 +197,7 @@ def ribbon_cost(cfg: Mapping, latent: tuple[int, int, int], text: int, use_fused
         embed=Work(entry=linear(tokens, patch)),
         unembed=Work(linear(tokens, (dim, 8 * 4))),
         hidden=tokens * dim,
+        width=dim,
         heads=cfg["num_attention_heads"],
         saved=Saved(tokens * 64, 0),
         last=last_norm(tokens * dim, use_fused),

@@ -47,7 +47,13 @@ METHODS: dict[str, dict[str, str | Declared]] = {  # stage -> name -> the module
     "0": {DEFAULT: "fastlightgen.stages.teacher"},
     "1": {DEFAULT: "fastlightgen.stages.rank"},
     "2": {DEFAULT: "fastlightgen.stages.prune"},
-    "3": {DEFAULT: "fastlightgen.stages.distill"},
+    "3": {
+        DEFAULT: "fastlightgen.stages.distill",
+        "dmd2": "fastlightgen.methods.dmd2",
+        "lcm": "fastlightgen.methods.lcm",
+        "magicdistillation": "fastlightgen.methods.magicdistillation",
+        "regression": "fastlightgen.methods.regression",
+    },
 }
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -254,6 +254,21 @@ def latest(folder: Path, engine: str) -> tuple[int, dict, list[Path]]:
 def load(files: list[Path]) -> Files:
     """Read the files of a checkpoint written by one process, by name without suffix."""
     return {file.stem: load_file(file) for file in files}
+
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def require_same(folder: Path, step: int, found: Shapes, wanted: Shapes) -> None:
+    """Raise if the weights of a checkpoint, name -> shape, are not those that this run trains."""
+    other = [name for name in found.keys() | wanted.keys() if tuple(found.get(name, ())) != tuple(wanted.get(name, ()))]
+    if other:
+        name = min(other)
+        held, own = (list(where[name]) if name in where else "missing" for where in (found, wanted))
+        raise ValueError(
+            f"{path(folder, step)}: {name} is {held}, wanted {own}; the checkpoint is of another method or model: use "
+            "another run=, or overwrite=true to start anew"
+        )
 
 
 def reading(folder: Path, step: int, read: Callable[[], T]) -> T:

@@ -98,7 +98,9 @@ class DeepSpeedEngine:
         for role in stage.roles.values():
             if role.carried is not None and self.dtype != torch.float32:
                 # The change per step, (1 - decay) x difference, is below bfloat16's resolution.
-                raise ValueError("target=ema: an average does not move in bfloat16; use dtype=float32 or target=frozen")
+                raise ValueError(
+                    "target=ema: an average does not move in bfloat16; use dtype=float32 or another target"
+                )
         engines = {name: self._trained(role, title(name, stage.roles)) for name, role in stage.roles.items()}
         averages = {
             name: [m.detach().clone() for m in shards.masters(engines[name].optimizer)]

@@ -75,6 +75,7 @@ class StageFolder:
         before, now = made_with.get(LENGTH), config.get(LENGTH)
         compared = [k for k in numbers if k != LENGTH or before is None]
         changes = diff({k: made_with.get(k) for k in compared}, {k: config[k] for k in compared})
+        changes.sort(key=lambda change: not change.startswith("method:"))  # another method explains the other changes
         if changes:
             raise ValueError(f"{self.path} was made with another configuration ({'; '.join(changes[:4])}); {ANEW}")
         if now is not None and before not in (None, now):

@@ -142,7 +142,11 @@ class LocalEngine:
         """Load the newest checkpoint and return its step; 0 if there is none."""
         step, meta, files = checkpoint.latest(folder, self.name)
         if step:
-            self.load_state(checkpoint.reading(folder, step, lambda: checkpoint.load(files)), meta["count"])
+            held = checkpoint.reading(folder, step, lambda: checkpoint.load(files))
+            found = {f"{role}/{k}": v.shape for role in meta["count"] for k, v in held.get(role, {}).items()}
+            wanted = {f"{n}/{k}": v.shape for n, role in self.roles.items() for k, v in role.net.state_dict().items()}
+            checkpoint.require_same(folder, step, found, wanted)
+            self.load_state(held, meta["count"])
         return step
 
     def save_model(self, net: VideoDiT, folder: Path, dtype: torch.dtype | None = None, **card) -> None:

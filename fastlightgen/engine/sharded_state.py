@@ -64,6 +64,14 @@ class ShardedState:
         if not step:
             return 0
         stored = checkpoint.reading(folder, step, lambda: shards.Stored(files))
+        found = {name: stored.shape(name) for name in stored if name.split("/")[1] == "weight"}
+        wanted = {
+            f"{name}/weight/{key}": shards.shape(p)
+            for name, role in self.roles.items()
+            for key, p in role.net.named_parameters()
+            if p.requires_grad
+        }
+        checkpoint.require_same(folder, step, found, wanted)
         self.count = dict(meta["count"])
 
         def read(name: str) -> Tensor:

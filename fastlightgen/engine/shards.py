@@ -234,6 +234,10 @@ class Stored(Mapping):
     def __getitem__(self, name: str) -> Tensor:
         return self.where[name].get_tensor(name)
 
+    def shape(self, name: str) -> list[int]:
+        """The shape of a tensor, from the file's header."""
+        return self.where[name].get_slice(name).get_shape()
+
     def __iter__(self):
         return iter(self.where)
 

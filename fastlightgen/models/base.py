@@ -23,10 +23,10 @@ from fastlightgen.models.config import NetworkConfig
 from fastlightgen.models.plumbing import FlatModule, flat_call
 from fastlightgen.models.recompute import recomputed
 from fastlightgen.models.schedule import Fork, Group, Step, read_once, schedule
-from fastlightgen.models.streams import AnyPrompt, AnyTables, Cond, Job, Prompt, State, Stream, Tables
+from fastlightgen.models.streams import AnyPrompt, AnyTables, Cond, Features, Job, Prompt, State, Stream, Tables
 from fastlightgen.parallel.sequence import SequenceGroup
 
-__all__ = ["Block", "Cond", "Job", "Prompt", "State", "Stream", "Tables", "VideoDiT", "gradient"]
+__all__ = ["Block", "Cond", "Features", "Job", "Prompt", "State", "Stream", "Tables", "VideoDiT", "gradient"]
 
 
 def gradient(on: bool) -> AbstractContextManager:
@@ -110,12 +110,20 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
 
     def walk(self, x_t: Tensor, t: Tensor | float, streams: Sequence[Stream]) -> list[Tensor]:
         """Predict v for every stream. Each block is called once, for all the streams that run it."""
-        return self(x_t, t, streams)
+        out = self(x_t, t, streams)
+        kept = iter(out[len(streams) :])
+        for features in [s.features for s in streams if s.features is not None]:
+            features.update((block, next(kept)) for block in features.blocks)
+        return out[: len(streams)]
 
     def forward(
         self, x_t: Tensor, t: Tensor | float, cond: Cond | Sequence[Stream], keep: Sequence[int] | None = None
     ) -> Tensor | list[Tensor]:
-        """Predict v for one condition (`keep`: indices of the blocks that run), or a list of v, one per stream."""
+        """Predict v for one condition (`keep`: indices of the blocks that run), or a list of v, one per stream.
+
+        The list goes on with the hidden states that streams ask for: a sharded engine has to see all that carries
+        gradient. `walk` puts them into the streams' Features.
+        """
         if isinstance(cond, Cond):
             return self._walk(x_t, t, [Stream(cond, keep, grad=True)])[0]
         return self._walk(x_t, t, cond)
@@ -145,10 +153,12 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
 
         # Blocks: first split off the streams that skip this block, then run it for all others in one call.
         blocks = self.blocks
+        hidden: dict[tuple[int, int], Tensor] = {}  # (stream index, block) -> hidden states that the stream keeps
         for step in plan.steps:
             for fork in step.forks:
                 self._fork(fork, states)
             self._run(blocks[step.block], step, states, prompts, tables)
+            hidden |= self._features(step.block, streams, states, tables)
 
         # Unembed: one prediction for each prompt of a group. Its streams without gradient are detached here.
         out: dict[int, Tensor] = {}
@@ -158,7 +168,8 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
                     v = self.unembed(states[group], prompts[part.members[0]], tables)
                     v = v if tables.cut is None else tables.cut.whole(v)
                 out |= {i: v if streams[i].grad else v.detach() for i in part.members}
-        return [out[i] for i in range(len(streams))]
+        kept = [(i, block) for i, s in enumerate(streams) if s.features is not None for block in s.features.blocks]
+        return [*(out[i] for i in range(len(streams))), *(hidden[place] for place in kept)]
 
     def _prompt(self, streams: list[Stream], tables: AnyTables) -> AnyPrompt:
         """Embed the condition that these streams have in common."""
@@ -195,6 +206,20 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
         self.block_calls += len(grads)
         self.grad_block_calls += sum(grads) * torch.is_grad_enabled()  # a caller under no_grad has no backward pass
 
+    def _features(
+        self, block: int, streams: Sequence[Stream], states: dict[Group, State], tables: AnyTables
+    ) -> dict[tuple[int, int], Tensor]:
+        """The hidden states after a block, of the streams that keep them: image tokens, those of all processes."""
+        found = {}
+        for i, stream in enumerate(streams):
+            if stream.features is not None and block in stream.features.blocks:
+                state = next(state for group, state in states.items() if i in group.members)
+                with gradient(stream.grad):
+                    x = self.image_tokens(state, tables)
+                    x = x if tables.cut is None else tables.cut.joined(x)
+                found[i, block] = x if stream.grad else x.detach()
+        return found
+
     def units(self) -> list[dict]:
         """Name, kind and index of every block, as importance.json lists them."""
         return [{"name": f"blocks.{i}", "kind": "block", "index": i} for i in range(self.num_blocks)]
@@ -222,6 +247,10 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
     def embed(self, x_t: Tensor, prompt: AnyPrompt) -> State:
         """Turn the latent, and the image condition of the prompt, into hidden states."""
         raise NotImplementedError
+
+    def image_tokens(self, state: State, tables: AnyTables) -> Tensor:
+        """The hidden states [B, L, D] of this process's image tokens, with their deferred residual added."""
+        return state.settled().x
 
     def unembed(self, state: State, prompt: AnyPrompt, tables: AnyTables) -> Tensor:
         """Turn the hidden states after the last block into v; under a sequence group, into this process's part of v."""

@@ -8,6 +8,11 @@ class NetworkConfig:
     """Base of the families' configurations. A subclass has the keys of diffusers' config.json as its fields."""
 
     @property
+    def dim(self) -> int:
+        """Width D of the hidden states."""
+        raise NotImplementedError
+
+    @property
     def text_width(self) -> int:
         """Width of the text embedding that the network reads."""
         raise NotImplementedError

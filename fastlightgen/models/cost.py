@@ -78,6 +78,7 @@ class Network:
     embed: Work  # once per start state
     unembed: Work  # once per prediction
     hidden: int  # elements of a hidden state, [tokens, D]
+    width: int  # D
     heads: int
     saved: Saved  # kept outside the blocks: input, positions, prompt, prediction
     last: Saved  # kept for the last norm; freed before the backward pass reaches the blocks

@@ -11,18 +11,21 @@ from fastlightgen.models.recompute import Switched
 
 
 class LoraLinear(nn.Module, Switched):
-    """y = W x + b, plus B A x while `on`; B (`up`) starts at zero, so that a new adapter changes nothing."""
+    """y = W x + b + s B A x at the strength s (`on`; 0: off). B (`up`) starts at zero, so that it changes nothing."""
 
     def __init__(self, base: nn.Linear, rank: int, gen: torch.Generator):
         super().__init__()
-        self.base, self.on = base, False
+        self.base, self.on = base, 0.0
         down = torch.randn(rank, base.in_features, generator=gen) / base.in_features**0.5
         self.down = nn.Parameter(down.to(base.weight))
         self.up = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        return y + x @ self.down.mT @ self.up.mT if self.on else y
+        if not self.on:
+            return y
+        change = x @ self.down.mT @ self.up.mT
+        return y + (change if self.on == 1 else self.on * change)
 
 
 def attach_lora(model: VideoDiT, rank: int, gen: torch.Generator) -> nn.ParameterDict:
@@ -40,12 +43,12 @@ def attach_lora(model: VideoDiT, rank: int, gen: torch.Generator) -> nn.Paramete
 
 
 @contextmanager
-def lora_on(model: VideoDiT) -> Iterator[None]:
-    """Turn the adapters on inside this context and restore their former state at its end."""
+def lora_on(model: VideoDiT, strength: float = 1.0) -> Iterator[None]:
+    """Give the adapters a strength inside this context (1: as they are trained), and restore the former at its end."""
     wrapped = [m for m in model.modules() if isinstance(m, LoraLinear)]
     before = [m.on for m in wrapped]
     for m in wrapped:
-        m.on = True
+        m.on = strength
     try:
         yield
     finally:

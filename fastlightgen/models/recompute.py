@@ -31,13 +31,13 @@ def _save_self_attention(_ctx: Any, op: Any, *args: Any, **_kwargs: Any) -> Chec
 
 
 class Switched:
-    """A module that can be switched on and off, such as a LoRA adapter."""
+    """A module that can be switched, such as a LoRA adapter: 0 is off, other numbers are its strength."""
 
-    on: bool
+    on: float
 
 
 @contextmanager
-def as_it_was(switches: list[tuple[Switched, bool]], inner: AbstractContextManager) -> Iterator[None]:
+def as_it_was(switches: list[tuple[Switched, float]], inner: AbstractContextManager) -> Iterator[None]:
     """Set the switches as they were in the forward pass: they may have changed before the backward pass recomputes."""
     now = [module.on for module, _ in switches]
     for module, on in switches:
@@ -55,7 +55,7 @@ def recomputed(block: nn.Module, run: Callable[..., T], recompute: str, *args: o
 
     `recompute`: "all" keeps the arguments alone; "attention" keeps the self-attention outputs too.
     """
-    switches: list[tuple[Switched, bool]] = [(m, m.on) for m in block.modules() if isinstance(m, Switched)]
+    switches: list[tuple[Switched, float]] = [(m, m.on) for m in block.modules() if isinstance(m, Switched)]
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         forward: AbstractContextManager = nullcontext()

@@ -4,7 +4,7 @@ Shapes: hidden states x, y [B, L, D].
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
@@ -42,6 +42,14 @@ class Cond:
         return replace(self, **{k: fn(v) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
 
+class Features(dict[int, Tensor]):
+    """Hidden states [B, L, D] of a stream's image tokens after some blocks, by block; a walk fills it."""
+
+    def __init__(self, blocks: Iterable[int]):
+        super().__init__()
+        self.blocks = tuple(blocks)  # among those that the stream runs
+
+
 @dataclass(frozen=True, eq=False)
 class Stream:
     """One prediction of a walk.
@@ -54,6 +62,7 @@ class Stream:
     keep: Sequence[int] | None = None  # indices of the blocks that run; None: all of them
     grad: bool = False
     text_keys: TextKeys | None = None
+    features: Features | None = None  # hidden states to keep
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,6 +99,12 @@ class Cut:
         x = v.movedim(self.axis + 2, 0).expand(size, n, -1, -1, -1, -1).flatten(0, 1)
         return self._exchange(x, [n] * size, [per * m for m in self.sizes]).movedim(0, self.axis + 2).contiguous()
 
+    def joined(self, x: Tensor) -> Tensor:
+        """Join the image tokens [B, n, D] of all ranks, on every rank, in order of rank."""
+        size, n = self.sequence.size, x.shape[1]
+        rows = x.transpose(0, 1).expand(size, n, -1, -1).flatten(0, 1)  # every rank gets a copy of this part
+        return self._exchange(rows, [n] * size, self.tokens).transpose(0, 1)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention among the tokens of all ranks; q, k, v are [B, n + T, h, d], returns [B, n + T, D].
 

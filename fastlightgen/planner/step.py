@@ -10,8 +10,17 @@ from typing import Any
 
 from fastlightgen.blocks import num_dropped
 from fastlightgen.config import Plan, method_for
-from fastlightgen.models.cost import Network
+from fastlightgen.models.cost import Network, Saved, Work
 from fastlightgen.planner.walk import Route, WalkCost, walk
+
+
+@dataclass(frozen=True)
+class Head:
+    """Layers that train with a network and read its hidden states, per clip."""
+
+    params: int
+    work: Work
+    saved: Saved  # kept for the backward pass
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,7 @@ class Net:
     adapted: Sequence[int] | None = None  # blocks whose adapters ever run; None: all
     averaged: bool = False  # its weights have a running average
     drawn: bool = False  # it may start from random weights, which every process draws whole
+    head: Head | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,10 @@ class Walk:
     net: str
     routes: Sequence[Route]  # one per stream
     times: float = 1.0
+    joined: int = 1  # batches of clips in one walk, for example generated and real ones
+    head: bool = False  # its hidden states go through the network's head
+    # The weights are constants: gradients flow to the latent alone, at once, while other walks' tensors are kept.
+    constant: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,8 @@ class Pass:
     net: str
     cost: WalkCost
     times: float = 1.0
+    joined: int = 1
+    constant: bool = False
 
 
 @dataclass
@@ -81,12 +97,14 @@ class StepCost:
 
     def activations(self, size: int) -> "Activations":
         """Bytes per clip of the largest walks; `size`: bytes of a number in the compute type."""
-        grad = [p.cost for p in self.passes if p.cost.grad_calls]
-        kept = max((cost.kept_bytes(size) for cost in grad), default=0.0)
+        grad = [p for p in self.passes if p.cost.grad_calls]
+        of = {kind: [p.cost.kept_bytes(size) for p in grad if p.constant == kind] for kind in (False, True)}
+        kept = sum(max(each, default=0.0) for each in of.values())
         again = max(b.saved.bytes(size) for b in self.net.blocks) - self.net.last.bytes(size)
         block = max(b.gradients for b in self.net.blocks) * size if grad else 0.0
-        if any(cost.boundaries for cost in grad):
+        if any(p.cost.boundaries for p in grad):
             block += again
+        block *= max((p.joined for p in grad), default=1)
         forks = max((p.cost.forks for p in self.passes), default=0)
         states = 2 * forks * self.net.hidden * size  # x and y of a state, its sum left to the next block
         return Activations(kept, block, states, self.without_gradient(size) if len(grad) < len(self.passes) else 0.0)
@@ -153,6 +171,7 @@ def step_cost(net: Network, declared: Iteration, cfg: Any) -> StepCost:
         else:
             train = whole.params - sum(net.blocks[i].params for i in held.still)
             step.frozen |= {"dropped blocks": whole.params - train} if held.still else {}
+        train += held.head.params if held.head else 0
         step.trained[name] = train
         step.averaged += train if held.averaged else 0
     for declared_walk in declared.walks:
@@ -160,6 +179,15 @@ def step_cost(net: Network, declared: Iteration, cfg: Any) -> StepCost:
         whole = net if held.keep is None else net.prune(held.keep)
         keys = vars(cfg) if any(route.grad for route in declared_walk.routes) else {}
         again, outputs = keys.get("checkpointing", False), keys.get("keep_attention", 0)
-        cost = walk(whole, declared_walk.routes, again, outputs, held.adapters)
-        step.passes.append(Pass(declared_walk.net, cost, declared_walk.times))
+        cost = walk(whole, declared_walk.routes, again, outputs, held.adapters, declared_walk.constant)
+        if declared_walk.head:
+            assert held.head is not None
+            work = held.head.work
+            cost.forward += work.forward
+            cost.backward += work.linear if declared_walk.constant else work.backward
+            cost.keep(held.head.saved)
+        cost = cost.joined(declared_walk.joined)
+        step.passes.append(
+            Pass(declared_walk.net, cost, declared_walk.times, declared_walk.joined, declared_walk.constant)
+        )
     return step

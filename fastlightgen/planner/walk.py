@@ -1,7 +1,7 @@
 """The cost of one walk of a network: the operations, gathers and kept tensors of its schedule, summed up."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import count
 
 from fastlightgen.blocks import check_keep
@@ -44,32 +44,48 @@ class WalkCost:
     def kept_bytes(self, size: int) -> float:
         return self.narrow * size + self.wide * 4
 
+    def joined(self, batches: int) -> "WalkCost":
+        """The cost of one walk of several batches of clips, which gathers each block as often as a walk of one."""
+        once = {"gathers", "grad_gathers", "gathered", "grad_gathered"}
+        each = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in once}
+        return replace(self, **{name: value * batches for name, value in each.items()})
+
     def keep(self, saved: Saved, times: int = 1) -> None:
         self.narrow += saved.narrow * times
         self.wide += saved.wide * times
 
 
 def walk(
-    net: Network, paths: Sequence[Route], checkpointing: bool = False, keep_attention: int = 0, adapters: int = 0
+    net: Network,
+    paths: Sequence[Route],
+    checkpointing: bool = False,
+    keep_attention: int = 0,
+    adapters: int = 0,
+    constant: bool = False,
 ) -> WalkCost:
     """The cost of `net.walk` for these streams; `keep_attention` as in VideoDiT.
 
     With `adapters` the weights are frozen and low-rank adapters of that rank train. The blocks also compute the
     adapters' products, no gradients of their own weights, and the layers before the blocks have no backward pass.
+    With `constant` nothing trains: the backward pass goes from hidden states to the latent.
     """
     cost = WalkCost()
 
-    def outside(work: Work, grad: bool, after: bool = False) -> None:
+    def outside(work: Work, grad: bool, after: bool = False, latent: bool = False) -> None:
         """Add layers before or after the blocks."""
         cost.forward += work.forward
-        if grad:
+        if grad and constant:
+            cost.backward += work.forward * latent
+        elif grad:
             cost.backward += work.backward if not adapters else work.linear * after
 
     def inside(work: Work, grad: bool, reads_grad: bool = True) -> float:
         """Add layers of a block; returns the operations of their forward pass."""
         extra = work.linear * adapters * net.blocks[0].widths / net.blocks[0].weights
         cost.forward += work.forward + extra
-        if grad and not adapters:
+        if grad and constant:
+            cost.backward += (work.linear + 2.5 * work.attention + extra) * reads_grad
+        elif grad and not adapters:
             cost.backward += work.backward
         elif grad:
             cost.backward += work.linear * reads_grad + 2.5 * work.attention + 2 * extra
@@ -88,7 +104,7 @@ def walk(
     for group in plan.prompts:
         outside(net.text, group.grad)
     for group in plan.starts:
-        outside(net.embed, group.grad)
+        outside(net.embed, group.grad, latent=True)
 
     # Blocks. Each hidden state has a number; the two sides of a fork share one.
     numbers = count()

@@ -17,12 +17,18 @@ from fastlightgen.stages.matching import score_times, uniform
 from fastlightgen.stages.networks import Networks
 
 
-class Keys(Protocol):
-    """The keys of Stage III that this file reads; the stage documents them."""
+class Scores(Protocol):
+    """The keys of a comparison of two scores; the methods document them."""
 
     shift: float
     score_shift: float
     t_clamp: list[float]
+    normaliser: str
+
+
+class Keys(Scores, Protocol):
+    """The keys of the well-guided teacher."""
+
     beta1: float
     beta2: float
     a1: float
@@ -30,7 +36,6 @@ class Keys(Protocol):
     a2: float
     b2: float
     guidance_times: str
-    normaliser: str
 
 
 def student_gradient(
@@ -65,7 +70,7 @@ def student_gradient(
 
 
 def eq8(
-    cfg: Keys,
+    cfg: Scores,
     x0: Tensor,
     x_t: Tensor,
     t: Tensor,
@@ -82,7 +87,7 @@ def eq8(
 
 
 def renoised(
-    cfg: Keys, x0: Tensor, gen: torch.Generator, between: Sequence[float] = (0.0, 1.0)
+    cfg: Scores, x0: Tensor, gen: torch.Generator, between: Sequence[float] = (0.0, 1.0)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (t, x_t, noise): clips of the student, noised to a time between two bounds."""
     t = score_times(len(x0), cfg.score_shift or cfg.shift, cfg.t_clamp, gen, between).to(x0.device)

@@ -1,6 +1,6 @@
-"""Common parts of distribution matching methods: times of the scores, loss of a gradient.
+"""Common parts of the methods' losses: distance of predictions, loss of a gradient, times of the scores.
 
-Shapes: x_hat, gradient [B, C, F, H, W]; t [B].
+Shapes: x_hat, gradient, v [B, C, F, H, W]; t [B].
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,14 @@ from torch import Tensor
 
 from fastlightgen import flow
 from fastlightgen.rng import rand
+
+
+def distance(v: Tensor | None, other: Tensor) -> Tensor:
+    """The mean over elements of |v - other|^2, in float32 at least; 0 for a path that is not taken."""
+    if v is None:
+        return other.new_zeros(())
+    wide = torch.promote_types(v.dtype, torch.float32)
+    return (v.to(wide) - other.to(wide)).square().mean()
 
 
 def dmd_loss(x_hat: Tensor, gradient: Tensor) -> Tensor:

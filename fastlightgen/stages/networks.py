@@ -4,7 +4,7 @@ Shapes: x_t, v [B, C, F, H, W]; t [B].
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from fastlightgen.data.source import Batch
 from fastlightgen.guidance import guided
-from fastlightgen.models.base import Cond, Stream, VideoDiT
+from fastlightgen.models.base import Cond, Features, Stream, VideoDiT
 from fastlightgen.models.lora import lora_on
 from fastlightgen.models.streams import TextKeys
+from fastlightgen.stages.discriminator import Discriminator
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Networks:
 
     student: VideoDiT  # G, pruned
     teacher: VideoDiT  # the Stage II network, frozen: weak with `keep`, strong with all blocks
-    keep: Sequence[int]  # the blocks of the pruned path
+    keep: Sequence[int] | None  # the blocks of the pruned path; None: all
     fake_net: VideoDiT
     fake_keep: Sequence[int] | None  # the blocks that the critic runs; None: all that it has
     fake_trained: nn.Module  # the module that the critic's optimizer trains
@@ -31,11 +32,26 @@ class Networks:
     original: VideoDiT | None  # the strong teacher, if it is not the Stage II network
     scale: float | None = None  # teacher_guidance=embedded: the scale that all of them read; None: the null prompt
     null_keys: TextKeys = field(default_factory=dict)  # the frozen teacher's keys and values of the null prompt
+    discriminator: Discriminator | None = None  # a part of fake_net
+    alpha_strong: float = 1.0  # lora: strength of the adapters in the critic's prediction
+    alpha_weak: float = 0.0  # lora: strength of the same adapters in the teacher's (`guidance` and `plain`)
+
+    def adapted(self, net: VideoDiT, strength: float) -> AbstractContextManager[None]:
+        """Context in which the adapters have a strength; without adapters it does nothing."""
+        return lora_on(net, strength) if self.lora and strength else nullcontext()
 
     def fake(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return the critic's prediction."""
-        with lora_on(self.fake_net) if self.lora else nullcontext():
+        with self.adapted(self.fake_net, self.alpha_strong):
             return self.fake_net(x_t, t, cond, self.fake_keep)
+
+    def judged(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Return the critic's prediction, and its discriminator's logits [heads, B] of the same walk."""
+        assert self.discriminator is not None
+        features = Features(self.discriminator.blocks)
+        with self.adapted(self.fake_net, self.alpha_strong):
+            (v,) = self.fake_net.walk(x_t, t, [Stream(cond, self.fake_keep, grad=True, features=features)])
+        return v, self.discriminator(features)
 
     @torch.no_grad()
     def real(self, x_t: Tensor, t: Tensor, batch: Batch) -> list[Tensor]:
@@ -63,8 +79,16 @@ class Networks:
     @torch.no_grad()
     def guidance(self, x_t: Tensor, t: Tensor, batch: Batch) -> list[Tensor]:
         """Return v_p(c), v_p(null)."""
-        null = Stream(batch.null, self.keep, text_keys=self.null_keys)
-        return self.teacher.walk(x_t, t, [Stream(batch.cond, self.keep), null])
+        null = Stream(batch.null, self.keep, text_keys=None if self.alpha_weak else self.null_keys)
+        with self.adapted(self.teacher, self.alpha_weak):
+            return self.teacher.walk(x_t, t, [Stream(batch.cond, self.keep), null])
+
+    def plain(self, x_t: Tensor, t: Tensor, batch: Batch, scale: float) -> list[Tensor]:
+        """Return v(c), v(null) for plain guidance; with scale 1 no null prompt is evaluated, and v(c) stands for it."""
+        if scale != 1:
+            return self.guidance(x_t, t, batch)
+        with torch.no_grad(), self.adapted(self.teacher, self.alpha_weak):
+            return self.teacher.walk(x_t, t, [Stream(batch.cond, self.keep)]) * 2
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from fastlightgen.planner.step import Iteration, Net, Walk
 from fastlightgen.planner.walk import Route
 from fastlightgen.rng import generator
 from fastlightgen.stages.build import Builder
+from fastlightgen.stages.matching import distance
 from fastlightgen.stages.method import Guess, Method, Subject
 from fastlightgen.stages.networks import guided_prediction
 from fastlightgen.stages.rank import held_out_error
@@ -125,14 +126,6 @@ def eq7(
     pruned = alpha * distance(v_p, target) + (1 - alpha) * distance(v_p, v_star)
     unpruned = alpha * kappa * distance(v_u, target) + (1 - alpha) * distance(v_u, v_star)
     return w_p * pruned + w_u * unpruned
-
-
-def distance(v: Tensor | None, other: Tensor) -> Tensor:
-    """The mean over elements of |v - other|^2, in float32 at least; 0 for a path that is not taken."""
-    if v is None:
-        return other.new_zeros(())
-    wide = torch.promote_types(v.dtype, torch.float32)
-    return (v.to(wide) - other.to(wide)).square().mean()
 
 
 class Prune:

@@ -31,6 +31,9 @@ class Keys(Protocol):
     sampler: str
 
 
+Path = tuple[flow.Predict, Tensor, list[float], str, Callable[[int], Tensor]]
+
+
 @dataclass(frozen=True)
 class Order:
     """The order of the updates. Updates of the student and of the critic are counted apart, each from 0.
@@ -163,17 +166,34 @@ class Rollouts:
         cycle, place = divmod(number, count)
         return int(torch.randperm(count, generator=generator(self.cfg.seed, RUNGS, purpose, cycle))[place])
 
+    def input_for_student(self, g: int, gen: torch.Generator) -> Clips:
+        """Return the inputs of the student's last step in its update g, in place of the clips that this step makes."""
+        rung = self.rung(STUDENT, g, gen)
+        if self.shared:
+            batch, inputs, _ = self.walk(g)
+            return Clips(inputs[rung], batch, rung)
+        batch = self.batches(self.order.next_critic(g))
+        return Clips(flow.arrive(*self.path(batch, rung, gen)), batch, rung)
+
     def simulate(self, batch: Batch, rung: int, gen: torch.Generator) -> Tensor:
         """Backward simulation with early exit: return the student's x0 at a rung. Only the last step carries gradient.
 
         With rollout=simulate the student itself walks from noise down to the rung; with rollout=data it starts there
         from noised clips of the data.
         """
+        return flow.rollout(*self.path(batch, rung, gen))
+
+    def path(self, batch: Batch, rung: int, gen: torch.Generator) -> Path:
+        """The student's way down to a rung, as arguments of `flow.rollout` and `flow.arrive`."""
         noise = normal_like(batch.x0, gen)
         walked, x = list(self.times[: rung + 1]), noise
         if self.cfg.rollout == "data":
             walked, x = walked[-1:], flow.add_noise(batch.x0, noise, self.times[rung])
         student, cond = self.student, batch.cond
-        return flow.rollout(
-            lambda x, t: student(x, t, cond), x, walked, self.cfg.sampler, lambda _: normal_like(noise, gen)
+        return (
+            lambda x, t: student(x, t, cond),
+            x,
+            walked,
+            self.cfg.sampler,
+            lambda _: normal_like(noise, gen),
         )

@@ -48,21 +48,30 @@ def student_folder(start_model: str, stage2: Path, keep: Sequence[int]) -> Path:
     if not start_model:
         return stage2
     start = Path(start_model)
-    if not (start / "config.json").is_file():
-        raise ValueError(f"start_model={start}: there is no model folder; give one that stage=2 made")
-    found, wanted = config_of(start), config_of(stage2)
-    for key in wanted | found:
-        if found.get(key) != wanted.get(key):
-            raise ValueError(
-                f"start_model={start}: {key} is {found.get(key)}, wanted {wanted.get(key)} as in {stage2}; "
-                "give a model of the same network"
-            )
+    require_model(start)
+    require_same(f"start_model={start}", config_of(start), config_of(stage2), str(stage2))
     if (path := pruned_path(start)) != list(keep):
         raise ValueError(
             f"start_model={start}: its pruned path keeps blocks {path}, wanted {list(keep)} as in {stage2}; "
             "give a model that was made with the same importance="
         )
     return start
+
+
+def require_model(folder: Path, wanted: str = "that stage=2 made") -> None:
+    """Raise unless start_model=FOLDER is a model folder."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"start_model={folder}: there is no model folder; give one {wanted}")
+
+
+def require_same(name: str, found: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
+    """Raise unless two config.json describe the same network."""
+    for key in wanted | found:
+        if found.get(key) != wanted.get(key):
+            raise ValueError(
+                f"{name}: {key} is {found.get(key)}, wanted {wanted.get(key)} as in {where}; "
+                "give a model of the same network"
+            )
 
 
 def subject(cfg: Keys, guess: Guess | None = None) -> Subject:

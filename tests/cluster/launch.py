@@ -1,5 +1,6 @@
 """Start real ranks for a test, with gloo on the CPU, and end them with the test."""
 
+import json
 import os
 import subprocess
 import sys
@@ -60,3 +61,12 @@ def finish(process: subprocess.Popen, seconds: float = PATIENCE) -> tuple[str, s
             except psutil.NoSuchProcess:
                 pass
         process.kill()
+
+
+def on_ranks(count: int, cases: dict, folder: Path) -> dict:
+    """Run the worker on `count` ranks and return its results by case."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    process = launch(count, str(WORKER), str(folder / "cases.json"), str(folder / "results.json"), module=False)
+    out, err = finish(process)
+    assert process.returncode == 0, err[-4000:]
+    return json.loads((folder / "results.json").read_text())

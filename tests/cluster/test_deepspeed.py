@@ -1,7 +1,6 @@
 """Two real ranks under DeepSpeed against one process without it: losses, gathers, checkpoints. gloo on the CPU."""
 
 import importlib.util
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 import worker
 from helpers import BLOCKS, KEPT, small_wan, write_ranking
-from launch import WORKER, finish, launch
+from launch import on_ranks
 from safetensors.torch import load_file
 
 from fastlightgen.config import method_for
@@ -116,15 +115,6 @@ def from_files(folder: Path) -> dict:
         name: case | {"files": str(files), "words": [*paths[case["stage"]], *case["words"]]}
         for name, case in cases.items()
     }
-
-
-def on_ranks(count: int, cases: dict, folder: Path) -> dict:
-    """Run the worker on `count` ranks and return its results by case."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    process = launch(count, str(WORKER), str(folder / "cases.json"), str(folder / "results.json"), module=False)
-    out, err = finish(process)
-    assert process.returncode == 0, err[-4000:]
-    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["stage"] != 1])

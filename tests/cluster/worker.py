@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from gathers import count_gathers, gathers
 from helpers import BLOCKS, KEPT, PRUNED, config, crop, empty_sweep, small_hunyuan, small_wan
 
+from fastlightgen.config import load, method_for
 from fastlightgen.data.source import Batch
 from fastlightgen.engine import shards
 from fastlightgen.engine.folder import StageFolder
@@ -293,10 +294,21 @@ def logged(case: dict) -> dict:
 
 def new_stage(case: dict):
     """Return the stage of a case: built from its files, or with networks of its own."""
+    if "method" in case:
+        return rival(case)
     if "files" not in case:
         return make(case["stage"], case.get("words", []), case.get("family", "wan"), case.get("size", 4))
     cfg = built_with(case)
     return BUILDS[case["stage"]](cfg, Cropped(cfg, ShapesSource(0), CPU))
+
+
+def rival(case: dict):
+    """Return a stage of another method, built from model folders as the train command does."""
+    engine = [] if ranks.size() == 1 else ["engine=deepspeed", f"zero={case.get('zero', 3)}"]
+    words = ["stage=3", "run=unused", f"method={case['method']}", f"batch={BATCH}", "shift=3", "iters=100", "warmup=0"]
+    given = dict(w.split("=", 1) for w in [*words, "lr=1e-3", *engine, *case["words"]])
+    cfg = load([f"{k}={v}" for k, v in given.items()])
+    return method_for(cfg).build(cfg, Cropped(cfg, ShapesSource(0), CPU))
 
 
 class Cropped(Builder):

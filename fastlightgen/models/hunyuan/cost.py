@@ -86,6 +86,7 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, 
         embed=Work(entry=linear(tokens, (inputs, dim))),
         unembed=Work(linear(1, (dim, 2 * dim)) + linear(tokens, (dim, outputs))),
         hidden=hidden,
+        width=dim,
         heads=heads,
         # Input and prediction; per refiner block 10 hidden tensors of the text, and its feed-forward before and after
         # SiLU. The reference operators keep the rotation of every token.

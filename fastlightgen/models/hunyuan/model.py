@@ -156,9 +156,12 @@ class HunyuanModel(VideoDiT):
         parts = [State(frames.flatten(2).transpose(1, 2)) for frames in x.split(sizes, 2)]
         return state_of([*parts, State(prompt.text)])
 
+    def image_tokens(self, state: State, tables: Tables) -> Tensor:
+        state = state.settled()
+        return joined([state.x, *(s.x for s in state.others)])[:, : math.prod(tables.grid)]
+
     def unembed(self, state: State, prompt: HunyuanPrompt, tables: HunyuanTables) -> Tensor:
-        (f, h, w), p, state = tables.grid, self.cfg.patch_size, state.settled()
-        x = joined([state.x, *(s.x for s in state.others)])[:, : f * h * w]
+        (f, h, w), p, x = tables.grid, self.cfg.patch_size, self.image_tokens(state, tables)
         scale, shift = self.norm_out(prompt.temb)
         v = self.proj_out(norm_modulate(x, scale, shift, EPS)).view(-1, f, h, w, self.cfg.out_channels, p, p)
         v = v.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # [B, F, h, w, C, p, p] -> [B, C, F, H, W]

@@ -57,6 +57,7 @@ def wan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, part
         embed=Work(entry=linear(tokens, (inputs, dim))),
         unembed=Work(linear(tokens, (dim, outputs))),
         hidden=hidden,
+        width=dim,
         heads=heads,
         saved=Saved(
             tokens * (inputs + outputs) + text * (cfg["text_dim"] + 3 * dim) + image * (4 * (image_dim or 0) + 3 * dim),

@@ -1,0 +1,151 @@
+"""What the rivals of Stage III share: the original teacher with plain guidance, and a student with all or some blocks.
+
+The paper compares with methods that know no pruned path. Their teacher is the unpruned network before Stage II. Their
+student has all of its blocks (student=full), or starts where this project's student does (student=pruned).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastlightgen.config import GUIDANCES, TEACHER_GUIDANCE, Checked, ConfigError, field
+from fastlightgen.engine.roles import Values
+from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.families import depth
+from fastlightgen.models.folder.networks import config_of, trained_folder
+from fastlightgen.models.folder.weights import read_card
+from fastlightgen.planner.walk import Route
+from fastlightgen.stages import start
+from fastlightgen.stages.build import Builder
+from fastlightgen.stages.method import Guess, Subject
+
+
+class Keys(start.Keys, Protocol):
+    """The keys that this file reads; RivalKeys documents them."""
+
+    student: str
+    guidance: float
+    teacher_guidance: str
+    start_model: str
+
+
+@dataclass(kw_only=True)
+class RivalKeys(Checked):
+    """Keys of every rival: which student, and how its teacher is guided."""
+
+    student: str = field(
+        "pruned",
+        "the student's blocks; pruned: those of Stage II's pruned path, where it starts; full: all of the teacher's, "
+        "without Stages I and II",
+        choices=("pruned", "full"),
+    )
+    guidance: float = field(
+        -1.0, "guidance w of the teacher, null + w (cond - null); 1 turns it off, a negative number takes its own"
+    )
+    teacher_guidance: str = field("null", TEACHER_GUIDANCE, choices=GUIDANCES)
+    stage2_model: str = field("", "student=pruned: model folder that Stage II left; empty: RUN/stage2/model")
+    start_model: str = field(
+        "", "model folder that the student starts from; empty: Stage II's, or with student=full the teacher's"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.student == "full" and self.stage2_model:
+            raise ConfigError(
+                f"stage2_model={self.stage2_model}: student=full starts from the teacher; leave stage2_model out"
+            )
+        if self.guidance >= 0 and self.teacher_guidance == "embedded":
+            raise ConfigError(
+                f"guidance={self.guidance}: teacher_guidance=embedded reads the released scale; leave guidance out"
+            )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A frozen teacher, and a student that has some or all of its blocks."""
+
+    teacher: VideoDiT
+    student: VideoDiT
+    keep: list[int]  # the teacher's blocks that the student has
+    scale: float  # the guidance w of the teacher's predictions; 1: they need no null prompt
+    read: float | None  # the guidance that all networks read as a number; None: they read none
+    folder: Path  # the teacher's
+    start: Path  # the student's
+
+    def card(self, with_: Builder) -> dict[str, Any]:
+        """The card of the result."""
+        return with_.card(source=str(self.folder), kept_blocks=self.keep)
+
+    def values(self, with_: Builder) -> Values | None:
+        """The reader of the student's float32 values; see `Builder.file_values`."""
+        return with_.file_values(self.start, self.keep)
+
+
+def pair(cfg: Keys, with_: Builder) -> Pair:
+    """Load the teacher and the student of a rival."""
+    folder = trained_folder(cfg.model)
+    card, config = read_card(folder), config_of(folder)
+    keep, first = list(range(depth(config))), Path(cfg.start_model) if cfg.start_model else folder
+    if cfg.student == "pruned":
+        stage2 = start.stage2_folder(cfg)
+        keep = start.pruned_path(stage2)
+        start.require_same(f"stage2_model={stage2}", config_of(stage2), config, f"model={cfg.model}")
+        first = start.student_folder(cfg.start_model, stage2, keep)
+    elif cfg.start_model:
+        start.require_model(first, "of the teacher's network")
+        start.require_same(f"start_model={first}", config_of(first), config, f"model={cfg.model}")
+
+    teacher = with_.load(folder).requires_grad_(False)
+    with_.check_data(teacher, card)
+    if cfg.student == "pruned":
+        with_.check_source(teacher, read_card(stage2))
+        with_.read_guidance(cfg.teacher_guidance, teacher, read_card(stage2))
+    with_.read_guidance(cfg.teacher_guidance, teacher, card)
+    student = with_.copy(teacher, folder) if first == folder else with_.load(first)
+    student = student.requires_grad_(True).prune(keep)
+    return Pair(teacher, student, keep, scale_of(cfg, teacher, card), with_.guidance, folder, first)
+
+
+def scale_of(cfg: Keys, teacher: VideoDiT, card: dict[str, Any]) -> float:
+    """Return the guidance w of the teacher's predictions; 1 if it reads its guidance as a number."""
+    if cfg.teacher_guidance == "embedded":
+        return 1.0
+    if cfg.guidance >= 0:
+        return cfg.guidance
+    own = float(card.get("guidance") or teacher.released["guidance"])
+    if teacher.embeds_guidance and own != 1:
+        raise ValueError(
+            f"teacher_guidance=null: this model reads its guidance of {own:g} as a number and may have no null "
+            "prediction; use teacher_guidance=embedded, or give guidance=W to guide by the null prompt all the same"
+        )
+    return own
+
+
+def predictions(cfg: Keys, *, kept_text: bool = False) -> list[Route]:
+    """The streams of the teacher's guided prediction, for the planner; a model's own guidance is taken not to be 1."""
+    plain = cfg.guidance == 1 or cfg.teacher_guidance == "embedded"
+    return [Route()] if plain else [Route(), Route(1, kept_text=kept_text)]
+
+
+def blocks(cfg: Keys, keep: Sequence[int]) -> Sequence[int] | None:
+    """The student's blocks, for the planner; None: all."""
+    return None if cfg.student == "full" else keep
+
+
+def subject(cfg: Keys, guess: Guess | None = None) -> Subject:
+    """Return config.json of the network that the student starts from, and the student's blocks."""
+    if cfg.student == "pruned":
+        return start.subject(cfg, guess)
+    config = config_of(trained_folder(cfg.model))
+    return config, range(depth(config))
+
+
+def needs(cfg: Keys) -> str:
+    """Return the stage whose result in the run folder is read."""
+    return start.needs(cfg) if cfg.student == "pruned" else ""
+
+
+def inputs(cfg: Keys) -> dict[str, Any]:
+    """Return the settings of the run's own Stage II, if the student starts from it."""
+    return start.inputs(cfg) if cfg.student == "pruned" else {}
