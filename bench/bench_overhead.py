@@ -36,7 +36,7 @@ def bench_overhead(benchmark, monkeypatch, op: str, way: str):
     if way == "training" and op == "dmd_gradient":
         pytest.skip("it has no gradient")
 
-    def nothing(*_args) -> int:
+    def nothing(_fields) -> int:
         return 0
 
     class Launches(SimpleNamespace):
