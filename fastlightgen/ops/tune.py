@@ -6,6 +6,7 @@ It replaces this GPU's rows of products.json, which decides which of the two a n
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -59,7 +60,7 @@ def measure() -> list[dict]:
         }  # fmt: skip
         for op, (out, into, ours, torchs, args) in calls.items():
             product = {"gpu": torch.cuda.get_device_name(), "op": op, "dim": out, "inner": into, "rows": count}
-            found = against(lambda f=ours, a=args: f(*a), lambda f=torchs, a=args: f(*a))
+            found = against(partial(ours, *args), partial(torchs, *args))
             rows.append(product | found | {"torch": str(torch.__version__)})
             print(f"{op} {count} x {into} -> {out}: {found['us']:.0f} us, torch {found['torch_us']:.0f} us")
     return rows

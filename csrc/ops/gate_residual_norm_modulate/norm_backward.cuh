@@ -12,7 +12,7 @@ template <typename T, typename W>
 __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
     norm_backward_kernel(const flg_gate_residual_norm_modulate_backward_params p, const Runs runs) {
   constexpr bool kPrefetch = kPrefetchBackward<T, W>;
-  constexpr int kRows = kPrefetch ? 2 : 1;  // two rows need the registers of a Hopper's launch bounds
+  constexpr int kRows = kPrefetch ? 2 : 1;
   __shared__ float scratch[2][2 * kRows][W::kThreads / 32];
   const Columns<W> col(p.dim);
   const float inv_dim = 1.f / static_cast<float>(col.dim);
