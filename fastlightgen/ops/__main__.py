@@ -1,6 +1,6 @@
 """`python -m fastlightgen.ops` prints which compiled parts were built and which backend the operators use."""
 
-from fastlightgen.ops import attention
+from fastlightgen.ops import attention, gemm
 from fastlightgen.ops.dispatch import describe, parts
 
 if __name__ == "__main__":
@@ -8,3 +8,4 @@ if __name__ == "__main__":
         print(f"{name:<20} {'built' if built else 'NOT built'}: {detail}")
     print(describe())
     print(attention.describe())
+    print(gemm.describe())

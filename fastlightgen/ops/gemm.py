@@ -43,6 +43,16 @@ def cast(t: Tensor) -> Tensor:
     return t.to(cast_type(t))
 
 
+def describe() -> str:
+    """One line about the products of the CUTLASS kernels that networks use on this GPU."""
+    if not torch.cuda.is_available() or not dispatch.gemm_built():
+        return "products: torch's"
+    rows = json.loads(MEASURED.read_text())
+    products = {(row["op"], row["dim"], row["inner"]) for row in rows}
+    used = sum(faster(*product, torch.cuda.current_device()) for product in products)
+    return f"products: torch's, except {used} measured to be faster (python -m fastlightgen.ops.tune measures)"
+
+
 @lru_cache
 def faster(op: str, dim: int, inner: int, device: int) -> bool:
     """Whether all measurements of this product on this model of GPU found the kernel faster than torch."""

@@ -89,6 +89,16 @@ def test_only_products_that_were_measured_to_be_faster_are_used(hopper, rows: li
     assert len(hopper.calls) == used
 
 
+def test_the_description_counts_them(hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    rows = [{}, {"rows": 99}, {"dim": 32}, {"dim": 64, "us": 11.0}, {"dim": 96, "gpu": "GPU B"}]
+    gemm.MEASURED.write_text(json.dumps([MEASUREMENT | row for row in rows]))
+    assert gemm.describe().startswith("products: torch's, except 2 measured to be faster (python -m")
+    monkeypatch.setattr(dispatch, "gemm_built", lambda: False)
+    assert gemm.describe() == "products: torch's"
+
+
 def test_the_shipped_table_is_well_formed():
     for row in json.loads(gemm.MEASURED.read_text()):
         assert row.keys() == MEASUREMENT.keys() | {"torch"} and row["op"] in OPS and row["us"] > 0 < row["torch_us"]
