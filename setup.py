@@ -105,7 +105,7 @@ setup(
     packages=[*find_namespace_packages(include=["fastlightgen*"], exclude=["*__pycache__*"]), "fastlightgen.configs"],
     package_dir={"fastlightgen.configs": "configs"},  # install the top-level folder configs/ inside the package
     package_data={
-        "fastlightgen": ["py.typed"],
+        "fastlightgen": ["py.typed", "ops/products.json"],
         "fastlightgen.page": ["*.html", "*.css", "*.js"],
         "fastlightgen.configs": ["**/*.yaml", "**/*.json", "**/*.safetensors", "cluster/*"],
     },

@@ -2,28 +2,19 @@
 
 #include "args.h"
 
-static int forward(Ptr x_out, Ptr h, Ptr x, Ptr y, Ptr gate, Ptr scale, Ptr shift, int64_t rows, int64_t dim,
-                   int64_t rows_per_mod, int64_t gate_stride, int64_t scale_stride, int64_t shift_stride, float offset,
-                   float eps, int dtype, int device, Ptr stream) {
-  const flg_gate_residual_norm_modulate_params params{
-      x_out,        h,      x,   y,     gate,  scale, shift, rows, dim, rows_per_mod, gate_stride, scale_stride,
-      shift_stride, offset, eps, dtype, device};
-  return flg_gate_residual_norm_modulate(&params, stream);
-}
-
-static int backward(Ptr dx, Ptr dy, Ptr sums, Ptr partial, Ptr dh, Ptr dx_out, Ptr x_out, Ptr y, Ptr gate, Ptr scale,
-                    int64_t rows, int64_t dim, int64_t rows_per_mod, int64_t gate_stride, int64_t scale_stride,
-                    float offset, float eps, int dtype, int device, Ptr stream) {
-  const flg_gate_residual_norm_modulate_backward_params params{
-      dx,   dy,  sums,         partial,     dh,           dx_out, x_out, y,     gate,  scale,
-      rows, dim, rows_per_mod, gate_stride, scale_stride, offset, eps,   dtype, device};
-  return flg_gate_residual_norm_modulate_backward(&params, stream);
-}
+#define FORWARD(member) FLG_FIELD(flg_gate_residual_norm_modulate_params, member)
+#define BACKWARD(member) FLG_FIELD(flg_gate_residual_norm_modulate_backward_params, member)
 
 void bind_gate_residual_norm_modulate(py::module_& m) {
-  const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  m.def("gate_residual_norm_modulate", &forward, no_gil);
-  m.def("gate_residual_norm_modulate_backward", &backward, no_gil);
+  flg::bind(m, "gate_residual_norm_modulate", &flg_gate_residual_norm_modulate,
+            {FORWARD(x_out), FORWARD(h), FORWARD(x), FORWARD(y), FORWARD(gate), FORWARD(scale), FORWARD(shift),
+             FORWARD(rows), FORWARD(dim), FORWARD(rows_per_mod), FORWARD(gate_stride), FORWARD(scale_stride),
+             FORWARD(shift_stride), FORWARD(offset), FORWARD(eps), FORWARD(dtype), FORWARD(device)});
+  flg::bind(m, "gate_residual_norm_modulate_backward", &flg_gate_residual_norm_modulate_backward,
+            {BACKWARD(dx), BACKWARD(dy), BACKWARD(sums), BACKWARD(partial), BACKWARD(dh), BACKWARD(dx_out),
+             BACKWARD(x_out), BACKWARD(y), BACKWARD(gate), BACKWARD(scale), BACKWARD(rows), BACKWARD(dim),
+             BACKWARD(rows_per_mod), BACKWARD(gate_stride), BACKWARD(scale_stride), BACKWARD(offset), BACKWARD(eps),
+             BACKWARD(dtype), BACKWARD(device)});
   // Python allocates the backward pass's scratch tensor, so it needs the number of its rows.
-  m.def("gate_residual_norm_modulate_runs", &flg_gate_residual_norm_modulate_runs, no_gil);
+  m.def("gate_residual_norm_modulate_runs", &flg_gate_residual_norm_modulate_runs);
 }

@@ -29,6 +29,16 @@ constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 template <typename T>
 using Row = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, T, float, cute::Stride<cute::_0, cute::_1, int64_t>>;
 
+// Tiles along N that the scheduler visits before it goes on along M. It rounds the number of tiles up to multiples of
+// this, and the tiles outside cost as much as others, so take the most that adds 1% or less.
+inline int columns_abreast(int64_t m, int64_t n) {
+  const auto up = [](int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; };
+  const auto tiles = [&](int columns) { return up(up(m, 128) / 128, 2 * columns) * up(up(n, 256) / 256, columns); };
+  for (const int columns : {8, 4, 2})
+    if (100 * tiles(columns) <= 101 * tiles(1)) return columns;
+  return 1;
+}
+
 // `Source` is the element type of C, or void if the epilogue reads no C.
 template <typename Fusion, typename Source>
 struct Matmul {
@@ -55,11 +65,17 @@ struct Matmul {
                                     {static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), 1},
                                     {static_cast<const Element*>(a), rows(k), static_cast<const Element*>(w), rows(k)},
                                     {fusion, c, rows(n), static_cast<Element*>(d), rows(n)}};
+    // Tiles go down the rows of A, `columns` tiles of W abreast: these stay in the L2 cache, so W is read from memory
+    // once.
+    args.scheduler.raster_order = decltype(args.scheduler.raster_order)::AlongM;
+    args.scheduler.max_swizzle_size = columns_abreast(m, n);
     args.hw_info.device_id = device;
     args.hw_info.sm_count = static_cast<int>(sms);
     // Only split-K needs a workspace, and this scheduler does not split K.
     if (Device::get_workspace_size(args) != 0 || Device::can_implement(args) != cutlass::Status::kSuccess)
       return static_cast<int>(cudaErrorInvalidValue);
+    // CUTLASS takes the last error of the CUDA runtime for its own. An older one was returned by the call that met it.
+    cudaGetLastError();
     Device matmul;
     if (matmul(args, nullptr, static_cast<cudaStream_t>(stream)) == cutlass::Status::kSuccess) return 0;
     const cudaError_t error = cudaGetLastError();

@@ -20,8 +20,8 @@ class Gelu(nn.Module):
         self.proj, self.approximate = nn.Linear(dim, inner), approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.approximate == "tanh" and isinstance(self.proj, nn.Linear):  # not if LoRA has wrapped it
-            return linear_gelu_tanh(x, self.proj.weight, self.proj.bias)
+        if self.approximate == "tanh":
+            return gelu_of(self.proj, x)
         return F.gelu(self.proj(x), approximate=self.approximate)
 
 
@@ -41,8 +41,15 @@ class FeedForward(nn.Module):
         return linear_onto(self.net[2], c, gate, self.net[0](x))
 
 
+def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """Compute GELU(layer(x)) by the tanh formula: in the matmul's epilogue where that kernel is used and not LoRA."""
+    if isinstance(layer, nn.Linear):
+        return linear_gelu_tanh(x, layer.weight, layer.bias)
+    return F.gelu(layer(x), approximate="tanh")
+
+
 def linear_onto(layer: nn.Module, c: Tensor, gate: Tensor, x: Tensor) -> Tensor:
-    """Compute c + gate layer(x): in the matmul's epilogue if that kernel is built and LoRA has not wrapped `layer`."""
+    """Compute c + gate layer(x): in the matmul's epilogue where that kernel is used and not LoRA."""
     if isinstance(layer, nn.Linear):
         return linear_gate_residual(c, gate, x, layer.weight, layer.bias)
     return add_residual(c, layer(x), gate)

@@ -3,7 +3,7 @@
 import sys
 
 from fastlightgen.config import report
-from fastlightgen.ops import attention
+from fastlightgen.ops import attention, gemm
 from fastlightgen.ops.dispatch import describe, parts
 
 
@@ -13,6 +13,7 @@ def main() -> None:
     try:
         print(describe())
         print(attention.describe())
+        print(gemm.describe())
     except ValueError as err:  # FLG_OPS or FLG_ATTENTION names what is not there
         sys.exit(report(err))
 

@@ -95,6 +95,20 @@ def test_bf16_errs_no_more_than_diffusers_in_bf16(changes: dict):
 
 
 @torch.no_grad()
+def test_bf16_modulates_bit_for_bit_as_diffusers_in_bf16():
+    """What enters the first self-attention: diffusers adds table and time in float32, also when both are bfloat16."""
+    model = network({}, seed=4).bfloat16()
+    other = stock(model).bfloat16()
+    x_t, t, cond, _ = model.example_inputs(batch=2, size=(3, 6, 8))
+    seen = []
+    for net in (model, other):
+        net.blocks[0].attn1.to_q.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    model(x_t.bfloat16(), t, cond.map(Tensor.bfloat16))
+    ask(other, x_t.bfloat16(), t, cond.map(Tensor.bfloat16))
+    assert seen[0].dtype == torch.bfloat16 and torch.equal(*seen)
+
+
+@torch.no_grad()
 def test_float64_runs_in_float64():
     model = network({}, seed=1).double()
     x_t, t, cond, _ = model.example_inputs()

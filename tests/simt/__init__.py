@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from locks import alone
 from torch import Tensor
 
@@ -105,6 +106,15 @@ def convert(x: Tensor, half: Tensor, bfloat16: Tensor) -> None:
     """Round x to the shim's half and bfloat16; write the results as float32."""
     pointers = (ctypes.c_void_p(t.data_ptr()) for t in (x, half, bfloat16))
     ctypes.CDLL(path()).simt_convert(*pointers, ctypes.c_int64(x.numel()))
+
+
+def runs(rows: int, rows_per_mod: int, workers: int) -> Tensor:
+    """First row and row after the last [runs, 2] of every run that split_rows of csrc/include/flg/runs.h makes."""
+    library, sizes = ctypes.CDLL(path()), [ctypes.c_int64(n) for n in (rows, rows_per_mod, workers)]
+    library.simt_runs.restype = ctypes.c_int64
+    bounds = torch.empty(library.simt_runs(*sizes, None), 2, dtype=torch.int64)
+    library.simt_runs(*sizes, ctypes.c_void_p(bounds.data_ptr()))
+    return bounds
 
 
 def selftest(kind: int, salt: float, out: Tensor) -> int:

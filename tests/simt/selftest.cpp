@@ -1,6 +1,8 @@
 // A kernel with deliberate synchronisation mistakes, which the shim must detect, and its correct version.
 #include <cuda_runtime.h>
 
+#include "flg/runs.h"
+
 namespace {
 
 constexpr int kThreads = 64;
@@ -22,4 +24,15 @@ extern "C" __attribute__((visibility("default"))) int simt_selftest(int kind, fl
   config.gridDim = dim3(1);
   config.blockDim = dim3(kThreads);
   return cudaLaunchKernelEx(&config, neighbour_kernel, kind, salt, out);
+}
+
+// For test_runs.py: the cut of a tensor into runs. Writes the first and the last row of each run; returns their number.
+extern "C" __attribute__((visibility("default"))) int64_t simt_runs(int64_t rows, int64_t rows_per_mod, int64_t workers,
+                                                                    int64_t* bounds) {
+  const flg::Runs runs = flg::split_rows(rows, rows_per_mod, workers);
+  for (int64_t run = 0; bounds != nullptr && run < runs.count; ++run) {
+    bounds[2 * run] = runs.first(run);
+    bounds[2 * run + 1] = runs.last(run);
+  }
+  return runs.count;
 }

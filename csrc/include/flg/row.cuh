@@ -21,10 +21,14 @@ struct Columns {
 template <typename T, typename W>
 struct Row {
   Packed<T> part[kVecs];
-  __device__ __forceinline__ void load(const void* base, int64_t row, const Columns<W>& col) {
+  // A row that is not `present` counts as zeros.
+  __device__ __forceinline__ void load(const void* base, int64_t row, const Columns<W>& col, bool present = true) {
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i)
-      part[i] = load_once(static_cast<const T*>(base) + row * col.dim + col.at(i), col.inside(i));
+    for (int i = 0; i < kVecs; ++i) load_part(i, base, row, col, present);
+  }
+  __device__ __forceinline__ void load_part(int i, const void* base, int64_t row, const Columns<W>& col,
+                                            bool present = true) {
+    part[i] = load_once(static_cast<const T*>(base) + row * col.dim + col.at(i), present && col.inside(i));
   }
 };
 

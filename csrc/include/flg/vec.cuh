@@ -52,6 +52,22 @@ __device__ __forceinline__ const float* reread(const float* p) {
   return p;
 }
 
+// Loads four numbers from shared memory, at a 16-byte boundary.
+__device__ __forceinline__ void load_four(const float* p, float (&v)[4]) {
+  const float4 q = *reinterpret_cast<const float4*>(p);
+  v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
+}
+
+// Returns the same vector, but hides that from the compiler: it unpacks it again instead of keeping eight floats.
+template <typename T>
+__device__ __forceinline__ Packed<T> again(Packed<T> v) {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+  for (auto& word : v.word) asm volatile("" : "+r"(word.x), "+r"(word.y), "+r"(word.z), "+r"(word.w));
+#endif
+  return v;
+}
+
 __device__ __forceinline__ float widen(float v) { return v; }
 __device__ __forceinline__ float widen(__half v) { return __half2float(v); }
 __device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }

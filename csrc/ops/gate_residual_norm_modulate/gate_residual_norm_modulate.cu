@@ -3,7 +3,7 @@
 #include "flg/check.h"
 #include "flg/column_sum.cuh"
 #include "flg/launch.h"
-#include "gate_residual_norm_modulate.cuh"
+#include "norm_backward.cuh"
 
 namespace flg {
 namespace {
@@ -31,7 +31,9 @@ cudaError_t backward(W, const Backward& p, int64_t sms, void* stream) {
   const Runs runs = backward_runs<T, W>(p.rows, p.rows_per_mod, sms);
   const int64_t blocks = std::min(runs.count, sms * kBackwardBlocks<T, W>);
   const int64_t width = (p.gate ? 3 : 2) * p.dim;  // dscale, dshift and, with a gate, dgate side by side
-  const auto kernel = p.gate ? backward_kernel<T, W, true> : backward_kernel<T, W, false>;
+  const auto kernel = p.gate     ? backward_kernel<T, W, true>
+                      : p.dx_out ? backward_kernel<T, W, false>
+                                 : norm_backward_kernel<T, W>;
   const dim3 grid(static_cast<unsigned>(blocks));
   const cudaError_t err = launch(kernel, grid, W::kThreads, stream, false, p, runs);
   if (err != cudaSuccess || p.partial == p.sums) return err;  // one run per modulation row: the sums are complete

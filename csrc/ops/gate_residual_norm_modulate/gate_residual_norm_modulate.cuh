@@ -129,6 +129,8 @@ __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
   constexpr bool kPrefetch = kPrefetchBackward<T, W>;
   constexpr bool kKeepGain = kPrefetch && !(kGate && std::is_same_v<T, __half>);  // float16 with a gate would spill
   constexpr int kKinds = kGate ? 3 : 2;                                           // sums per column
+  // Float16 with a gate also loads y late where dx' and y are not loaded ahead: sm_100 lacked one register.
+  constexpr bool kLateY = !kPrefetch && kGate && std::is_same_v<T, __half>;
   __shared__ float scratch[2][2][W::kThreads / 32];
   const Columns<W> col(p.dim);
   const float inv_dim = 1.f / static_cast<float>(col.dim);
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
     auto load_first = [&](int64_t r) { x.load(p.x_out, r, col), dh.load(p.dh, r, col); };
     auto load_second = [&] {
       if (p.dx_out) dx_out.load(p.dx_out, row, col);
-      if constexpr (kGate) y.load(p.y, row, col);
+      if constexpr (kGate && !kLateY) y.load(p.y, row, col);
     };
     if constexpr (kPrefetch) load_first(row);
     for (; row < last; ++row) {
@@ -199,6 +201,7 @@ __global__ void __launch_bounds__(W::kThreads, kBackwardBlocks<T, W>)
         load_g(i, g);
         if (p.dx_out) unpack(dx_out.part[i], other);
         if constexpr (kGate) {
+          if constexpr (kLateY) y.load_part(i, p.y, row, col);
           unpack(y.part[i], b);
           // The gate is loaded again from L1 for every row: registers that hold it would spill.
           if (col.inside(i)) load_shared_row(reread(gate) + col.at(i), by);

@@ -1,6 +1,6 @@
 // RMS norm and rotary embedding of q (blockIdx.y = 0) and k (1), forward and backward. The kernels are bound by memory:
-// each row is read once, kept in registers and written once. A vector of eight channels holds four rotary pairs, so no
-// rotation needs data of another thread.
+// each row is read once, kept in registers and written once. A vector of eight channels holds four rotary pairs, so a
+// rotation moves no data between threads.
 #pragma once
 
 #include "flg/reduce.cuh"
@@ -16,34 +16,80 @@ constexpr int kRopeForwardBlocks = W::kExact && sizeof(T) == 2 ? 640 / W::kThrea
 template <typename T, typename W>
 constexpr int kRopeBackwardBlocks = W::kExact && sizeof(T) == 2 ? 384 / W::kThreads : 1;
 
-// Cosine and sine of the four channel pairs that start at `channel` of a head, for token number `token` of the grid.
-struct Rotation {
-  float2 pair[kVec / 2];
-  __device__ __forceinline__ Rotation(const flg_rope& rope, int token, int channel) {
+// The rotations of one row in shared memory: cosines, then sines, of the channel pairs of a head. All heads share them.
+using Rotations = float[2][FLG_ROPE_PAIRS];
+
+// Brings the rotations of consecutive rows into shared memory. Thread i serves pair i of a head, so that finding the
+// pair's axis, and counting frames, rows and columns, is done once per row and not for every vector of the row.
+class Rotor {
+ public:
+  // Starts at `row`. `table` points at the pair's entry for position 0 of its axis.
+  __device__ __forceinline__ Rotor(const flg_rope& rope, int tokens, int64_t row) : tokens_(tokens) {
+    int pair = static_cast<int>(threadIdx.x);
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) {  // pairs are ordered frames, rows, columns
+      if (table_ == nullptr && pair < rope.pairs[axis]) {
+        table_ = reinterpret_cast<const float2*>(rope.factors[axis]) + pair;
+        width_ = rope.pairs[axis];
+        axis_ = axis;
+      }
+      pair -= rope.pairs[axis];
+    }
     const int plane = rope.size[1] * rope.size[2];
-    const int at[3] = {token / plane, token / rope.size[2] % rope.size[1], token % rope.size[2]};  // frame, row, column
-#pragma unroll
-    for (int j = 0; j < kVec / 2; ++j) {
-      // Pairs are ordered frames, rows, columns: find the pair's axis and its index there.
-      int axis = 0, index = channel / 2 + j;
-      if (index >= rope.pairs[0]) index -= rope.pairs[0], axis = 1;
-      if (axis == 1 && index >= rope.pairs[1]) index -= rope.pairs[1], axis = 2;
-      const float* table = axis == 0 ? rope.factors[0] : axis == 1 ? rope.factors[1] : rope.factors[2];
-      const int where = axis == 0 ? at[0] : axis == 1 ? at[1] : at[2];
-      const int width = axis == 0 ? rope.pairs[0] : axis == 1 ? rope.pairs[1] : rope.pairs[2];
-      pair[j] = __ldg(reinterpret_cast<const float2*>(table) + where * width + index);
-    }
+    token_ = static_cast<int>(row % tokens);
+    frame_ = token_ / plane, row_ = token_ / rope.size[2] % rope.size[1], column_ = token_ % rope.size[2];
   }
-  // Rotates the four pairs of v by their angles (direction 1) or back (direction -1).
-  __device__ __forceinline__ void turn(float (&v)[kVec], float direction) const {
-#pragma unroll
-    for (int j = 0; j < kVec / 2; ++j) {
-      const float a = v[2 * j], b = v[2 * j + 1], sine = direction * pair[j].y;
-      v[2 * j] = a * pair[j].x - b * sine;
-      v[2 * j + 1] = a * sine + b * pair[j].x;
-    }
+
+  // This thread's pair for the current row; then goes on to the next row. Text tokens follow the grid and are not
+  // rotated: their cosine is 1.
+  __device__ __forceinline__ float2 next(const flg_rope& rope) {
+    float2 turn = make_float2(1.f, 0.f);
+    if (table_ == nullptr) return turn;  // more threads than pairs
+    const int at = axis_ == 0 ? frame_ : axis_ == 1 ? row_ : column_;
+    if (frame_ < rope.size[0]) turn = __ldg(table_ + at * width_);
+    if (++column_ == rope.size[2]) column_ = 0, ++row_;
+    if (row_ == rope.size[1]) row_ = 0, ++frame_;
+    if (++token_ == tokens_) token_ = frame_ = row_ = column_ = 0;  // the next sample
+    return turn;
   }
+
+  // Stores what `next` returned. A barrier must follow before any thread reads it.
+  __device__ __forceinline__ void stage(Rotations& to, float2 turn) const {
+    if (table_ != nullptr) to[0][threadIdx.x] = turn.x, to[1][threadIdx.x] = turn.y;
+  }
+
+ private:
+  const float2* table_ = nullptr;
+  int axis_ = 0, width_ = 0;
+  int tokens_, token_, frame_ = 0, row_ = 0, column_ = 0;
 };
+
+// Rotates the pairs of a thread's vectors by their angles (kDirection 1) or back (-1). `pair` holds the first pair of
+// each vector within its head. At the exact widths it is the same for all vectors, see with_rope_width.
+template <int kDirection, typename W>
+__device__ __forceinline__ void rotate(const Rotations& by, const int (&pair)[kVecs], float (&v)[kVecs][kVec]) {
+  float cosine[kVec / 2], sine[kVec / 2];
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    if (i == 0 || !W::kExact) {
+      load_four(&by[0][pair[i]], cosine);
+      load_four(&by[1][pair[i]], sine);
+    }
+#pragma unroll
+    for (int j = 0; j < kVec / 2; ++j) {
+      const float a = v[i][2 * j], b = v[i][2 * j + 1], turn = kDirection * sine[j];
+      v[i][2 * j] = a * cosine[j] - b * turn;
+      v[i][2 * j + 1] = a * turn + b * cosine[j];
+    }
+  }
+}
+
+// The first pair, within its head, of each of this thread's vectors.
+template <typename W>
+__device__ __forceinline__ void find_pairs(const Columns<W>& col, int head_dim, int (&pair)[kVecs]) {
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) pair[i] = col.at(i) % head_dim / 2;
+}
 
 // Sums each of v over the lanes of a head: head_dim / 8 neighbouring lanes of a warp, a power of two.
 template <int kCount>
@@ -66,13 +112,15 @@ __device__ __forceinline__ void load_weight(const float* weight, int head_dim, i
   }
 }
 
-// Replaces each vector's sums by the sums over its norm group: its head (per_head) or the full row.
+// Replaces each vector's sums by the sums over its norm group: its head (per_head) or the full row. All threads meet at
+// one barrier, which the staging of the rotations relies on.
 template <typename W, int kCount>
 __device__ __forceinline__ void group_sums(float (&sums)[kVecs][kCount], int per_head, int head_dim,
                                            float (&scratch)[kCount][W::kThreads / 32]) {
   if (per_head) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) head_sum(sums[i], head_dim / kVec);
+    __syncthreads();
     return;
   }
 #pragma unroll
@@ -90,21 +138,25 @@ template <typename T, typename W>
 __global__ void __launch_bounds__(W::kThreads, kRopeForwardBlocks<T, W>)
     qk_norm_rope_kernel(const flg_qk_norm_rope_params p, const Runs runs) {
   __shared__ float scratch[2][1][W::kThreads / 32];
+  alignas(16) __shared__ Rotations staged[2];  // of even and of odd rows
   const Columns<W> col(p.dim);
   const bool q = blockIdx.y == 0;
-  const void* in = q ? p.in[0] : p.in[1];
+  const void* in = q ? p.x[0] : p.x[1];
   T* out = static_cast<T*>(q ? p.out[0] : p.out[1]);
-  const int grid_tokens = p.rope.size[0] * p.rope.size[1] * p.rope.size[2];
   const float inv_group = 1.f / static_cast<float>(p.per_head ? p.head_dim : static_cast<int>(col.dim));
+  int pair[kVecs];
+  find_pairs(col, p.head_dim, pair);
   float weight[kVecs][kVec];
   load_weight(q ? p.weight[0] : p.weight[1], p.head_dim, p.per_head, col, weight);
 
   const int64_t last = runs.last(blockIdx.x);
   int64_t row = runs.first(blockIdx.x);
+  Rotor rotor(p.rope, static_cast<int>(p.tokens), row);
   Row<T, W> x;
   x.load(in, row, col);
   for (; row < last; ++row) {
-    const int token = static_cast<int>(row % p.tokens);
+    const int turn = static_cast<int>(row % 2);  // the barrier of a row separates the uses of its two arrays
+    const float2 rotation = rotor.next(p.rope);
     float v[kVecs][kVec], sums[kVecs][1] = {};
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
@@ -112,17 +164,19 @@ __global__ void __launch_bounds__(W::kThreads, kRopeForwardBlocks<T, W>)
 #pragma unroll
       for (int j = 0; j < kVec; ++j) sums[i][0] += v[i][j] * v[i][j];
     }
-    if (row + 1 < last) x.load(in, row + 1, col);                   // load the next row while this one is reduced
-    group_sums<W>(sums, p.per_head, p.head_dim, scratch[row % 2]);  // two scratch arrays in turn, see block_sum
+    if (row + 1 < last) x.load(in, row + 1, col);  // load the next row while this one is reduced
+    rotor.stage(staged[turn], rotation);
+    group_sums<W>(sums, p.per_head, p.head_dim, scratch[turn]);  // two scratch arrays in turn, see block_sum
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      if (!col.inside(i)) continue;
       const float rstd = rsqrtf(sums[i][0] * inv_group + p.eps);
 #pragma unroll
       for (int j = 0; j < kVec; ++j) v[i][j] *= rstd * weight[i][j];
-      if (token < grid_tokens) Rotation(p.rope, token, col.at(i) % p.head_dim).turn(v[i], 1.f);
-      store(out + row * col.dim + col.at(i), v[i]);
     }
+    rotate<1, W>(staged[turn], pair, v);
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i)
+      if (col.inside(i)) store(out + row * col.dim + col.at(i), v[i]);
   }
 }
 
@@ -131,29 +185,38 @@ template <typename T, typename W>
 __global__ void __launch_bounds__(W::kThreads, kRopeBackwardBlocks<T, W>)
     qk_norm_rope_backward_kernel(const flg_qk_norm_rope_backward_params p, const Runs runs) {
   __shared__ float scratch[2][2][W::kThreads / 32];
+  alignas(16) __shared__ Rotations staged[2];  // of even and of odd rows
   const Columns<W> col(p.dim);
   const bool q = blockIdx.y == 0;
-  const void* in = q ? p.in[0] : p.in[1];
+  const void* in = q ? p.x[0] : p.x[1];
   const void* dout = q ? p.dout[0] : p.dout[1];
   T* dx = static_cast<T*>(q ? p.dx[0] : p.dx[1]);
-  const int grid_tokens = p.rope.size[0] * p.rope.size[1] * p.rope.size[2];
   const float inv_group = 1.f / static_cast<float>(p.per_head ? p.head_dim : static_cast<int>(col.dim));
+  int pair[kVecs];
+  find_pairs(col, p.head_dim, pair);
   float weight[kVecs][kVec], total[kVecs][kVec] = {};
   load_weight(q ? p.weight[0] : p.weight[1], p.head_dim, p.per_head, col, weight);
 
   const int64_t last = runs.last(blockIdx.x);
   int64_t row = runs.first(blockIdx.x);
+  Rotor rotor(p.rope, static_cast<int>(p.tokens), row);
   Row<T, W> x, dy;
   x.load(in, row, col);
   dy.load(dout, row, col);
+  rotor.stage(staged[row % 2], rotor.next(p.rope));
+  __syncthreads();
   for (; row < last; ++row) {
-    const int token = static_cast<int>(row % p.tokens);
+    const int turn = static_cast<int>(row % 2);
+    const float2 rotation = rotor.next(p.rope);  // of the next row: this one's was staged before the last barrier
     float v[kVecs][kVec], d[kVecs][kVec], sums[kVecs][2] = {};  // v: x; d: b, then dx; sums: x^2 and g x
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       unpack(x.part[i], v[i]);
       unpack(dy.part[i], d[i]);
-      if (token < grid_tokens && col.inside(i)) Rotation(p.rope, token, col.at(i) % p.head_dim).turn(d[i], -1.f);
+    }
+    rotate<-1, W>(staged[turn], pair, d);
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
 #pragma unroll
       for (int j = 0; j < kVec; ++j) {
         sums[i][0] += v[i][j] * v[i][j];
@@ -164,7 +227,8 @@ __global__ void __launch_bounds__(W::kThreads, kRopeBackwardBlocks<T, W>)
       x.load(in, row + 1, col);
       dy.load(dout, row + 1, col);
     }
-    group_sums<W>(sums, p.per_head, p.head_dim, scratch[row % 2]);
+    rotor.stage(staged[1 - turn], rotation);
+    group_sums<W>(sums, p.per_head, p.head_dim, scratch[turn]);
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const float rstd = rsqrtf(sums[i][0] * inv_group + p.eps), mean_gn = sums[i][1] * inv_group * rstd;

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlightgen.models.base import Block, Job, Prompt, State, Tables
 from fastlightgen.models.hunyuan.layers import EPS, HunyuanConfig, JointAttention, Modulation, SingleAttention, joined
-from fastlightgen.models.layers import FeedForward, linear_onto
+from fastlightgen.models.layers import FeedForward, gelu_of, linear_onto
 from fastlightgen.ops import gate_residual_norm_modulate
 
 Modulations = list[tuple[Tensor, ...]]  # per sequence of a state: shifts, scales and gates
@@ -111,7 +110,7 @@ class SingleBlock(HunyuanBlock):
         shift, scale, gate = zip(*mods, strict=True)
         x, h = norms(parts, scale, shift)
         tokens = joined(h)
-        y = torch.cat([self.attn(tokens, tables, mask), F.gelu(self.proj_mlp(tokens), approximate="tanh")], 2)
+        y = torch.cat([self.attn(tokens, tables, mask), gelu_of(self.proj_mlp, tokens)], 2)
         if settle and len(x) == 1:
             return [State(linear_onto(self.proj_out, x[0], gate[0], y))]
         return list(map(State, x, cut(self.proj_out(y), x), gate))

@@ -18,7 +18,7 @@ from fastlightgen.ops import add_residual, attend, gate_residual_norm_modulate, 
 
 @dataclass(frozen=True, eq=False)
 class WanTables(Tables):
-    """Positions and the embeddings of time."""
+    """Positions and the embeddings of time, in float32 also for a 16-bit network."""
 
     temb: Tensor  # time embedding [B, D]
     mod: Tensor  # time projection [B, 6, D]
@@ -160,7 +160,8 @@ class WanModel(VideoDiT):
         grid = frames, rows, columns
         wide = torch.promote_types(self.dtype, torch.float32)
         rope = rope_factors(grid, rope_axes(self.cfg.attention_head_dim), device=x_t.device, dtype=wide)
-        return WanTables(rope, grid, temb, mod)
+        # Modulations are sums of these and a table, in float32 as in diffusers: 8 bits are too few for scale and gate.
+        return WanTables(rope, grid, temb.to(wide), mod.to(wide))
 
     def merge_key(self, cond: Cond) -> int:
         """Streams with the same image start from the same hidden states: the text first enters in a cross-attention."""

@@ -15,8 +15,11 @@ def forward(grad: Tensor, normaliser: Tensor, x: list[Tensor], v: list[Tensor], 
     samples, extension = grad.shape[0], dispatch.compiled()
     device, stream = dispatch.queue(grad)
     partial = normaliser.new_empty((samples, extension.dmd_gradient_blocks))
-    error = extension.dmd_gradient(
-        *[t.data_ptr() for t in (grad, normaliser, partial, *x, *v, *scalars)],
-        samples, grad.numel() // samples, DTYPES[grad.dtype], DTYPES[v[0].dtype], device, stream,
-    )  # fmt: skip
+    names = ("x0", "x_t", "v_fake", "v_weak_cond", "v_weak_null", "v_strong_cond", "t", "beta1", "beta2")
+    fields = {name: tensor.data_ptr() for name, tensor in zip(names, (*x, *v, *scalars))} | {
+        "grad": grad.data_ptr(), "normaliser": normaliser.data_ptr(), "partial": partial.data_ptr(),
+        "samples": samples, "size": grad.numel() // samples, "x_dtype": DTYPES[grad.dtype],
+        "v_dtype": DTYPES[v[0].dtype], "device": device, "stream": stream,
+    }  # fmt: skip
+    error = extension.dmd_gradient(fields)
     dispatch.check("dmd_gradient", error, grad)

@@ -4,6 +4,8 @@ x, y, h and x_out are [..., D], dense, with R rows in total; gate, scale and shi
 rows.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,11 +21,15 @@ def _stride(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
-def _sizes(x: Tensor, groups: int) -> tuple[int, int, int]:
-    """R, D and R / M, the rows of x per table row."""
+def _fields(x: Tensor, groups: int, offset: float, eps: float) -> dict[str, Any]:
+    """The launchers' fields beside the tensors: R, D and R / M, the rows of x per table row; norm, type, device."""
     dim = x.shape[-1]
     rows = x.numel() // dim
-    return rows, dim, rows // groups
+    device, stream = dispatch.queue(x)
+    return {
+        "rows": rows, "dim": dim, "rows_per_mod": rows // groups, "offset": offset, "eps": eps,
+        "dtype": DTYPES[x.dtype], "device": device, "stream": stream,
+    }  # fmt: skip
 
 
 def forward(
@@ -31,11 +37,12 @@ def forward(
     gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, groups: int, offset: float, eps: float,
 ) -> None:  # fmt: skip
     """Write x_out = x + gate y (if y is given) and h = LayerNorm(x_out) (offset + scale) + shift; `groups` is M."""
-    device, stream = dispatch.queue(x)
-    error = dispatch.compiled().gate_residual_norm_modulate(
-        *map(_pointer, (x_out, h, x, y, gate, scale, shift)), *_sizes(x, groups),
-        *map(_stride, (gate, scale, shift)), offset, eps, DTYPES[x.dtype], device, stream,
-    )  # fmt: skip
+    fields = _fields(x, groups, offset, eps) | {
+        "x_out": _pointer(x_out), "h": _pointer(h), "x": _pointer(x), "y": _pointer(y),
+        "gate": _pointer(gate), "scale": _pointer(scale), "shift": _pointer(shift),
+        "gate_stride": _stride(gate), "scale_stride": _stride(scale), "shift_stride": _stride(shift),
+    }  # fmt: skip
+    error = dispatch.compiled().gate_residual_norm_modulate(fields)
     dispatch.check("gate_residual_norm_modulate", error, x)
 
 
@@ -44,17 +51,21 @@ def backward(
     gate: Tensor | None, scale: Tensor | None, groups: int, offset: float, eps: float,
 ) -> Tensor:  # fmt: skip
     """Write dx and, with a gate, dy; return dscale, dshift and, with a gate, dgate as [M, 2 or 3, D]."""
-    device, stream = dispatch.queue(x_out)
-    size, dim = _sizes(x_out, groups), x_out.shape[-1]
-    runs = dispatch.compiled().gate_residual_norm_modulate_runs(*size, DTYPES[x_out.dtype], device)
+    fields = _fields(x_out, groups, offset, eps)
+    dim, device = fields["dim"], fields["device"]
+    runs = dispatch.compiled().gate_residual_norm_modulate_runs(
+        fields["rows"], dim, fields["rows_per_mod"], fields["dtype"], device
+    )
     dispatch.check("gate_residual_norm_modulate", max(-runs, 0), x_out)  # a negative number is a cudaError
     kinds = 2 if gate is None else 3
     sums = torch.empty(groups, kinds, dim, dtype=torch.float32, device=x_out.device)
     # With one run per table row the kernel's partial sums are the final ones: no scratch tensor, no second pass.
     partial = sums if runs == groups else torch.empty(runs, kinds, dim, dtype=torch.float32, device=x_out.device)
-    error = dispatch.compiled().gate_residual_norm_modulate_backward(
-        *map(_pointer, (dx, dy, sums, partial, dh, dx_out, x_out, y, gate, scale)), *size,
-        *map(_stride, (gate, scale)), offset, eps, DTYPES[x_out.dtype], device, stream,
-    )  # fmt: skip
+    fields |= {
+        "dx": _pointer(dx), "dy": _pointer(dy), "sums": sums.data_ptr(), "partial": partial.data_ptr(),
+        "dh": _pointer(dh), "dx_out": _pointer(dx_out), "x_out": _pointer(x_out), "y": _pointer(y),
+        "gate": _pointer(gate), "scale": _pointer(scale), "gate_stride": _stride(gate), "scale_stride": _stride(scale),
+    }  # fmt: skip
+    error = dispatch.compiled().gate_residual_norm_modulate_backward(fields)
     dispatch.check("gate_residual_norm_modulate backward", error, x_out)
     return sums

@@ -16,7 +16,8 @@ def add_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
     gate = gate[:, None] if gate.dim() == 2 else gate
     if x.dtype == y.dtype == gate.dtype:  # torch's addcmul computes 16-bit types in float32 itself
         return torch.addcmul(x, y, gate)
-    return torch.addcmul(x.to(wide), y.to(wide), gate.to(wide)).to(x.dtype)
+    # Of mixed types it makes float32 too, without float32 copies of x and y.
+    return torch.addcmul(x, y, gate.to(wide)).to(x.dtype)
 
 
 def gate_residual_norm_modulate(

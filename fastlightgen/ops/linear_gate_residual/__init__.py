@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlightgen.ops import dispatch
-from fastlightgen.ops.gemm import check, takes
+from fastlightgen.ops.gemm import cast, check, takes
 from fastlightgen.ops.linear_gate_residual import reference
 from fastlightgen.ops.tables import align, dense, tables
 
@@ -28,8 +28,9 @@ def linear_gate_residual(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bia
     if c.shape != (*x.shape[:-1], len(weight)) or c.dtype != x.dtype:
         got, wanted = f"{tuple(c.shape)} {c.dtype}", f"{(*x.shape[:-1], len(weight))} {x.dtype}"
         raise ValueError(f"{_NAME}: c got {got}, wanted {wanted}, as x and weight give it; cast or reshape it")
-    if not takes(x, weight):
+    if not takes(_NAME, x, weight):
         return reference.linear_gate_residual(c, align(_NAME, "gate", gate, c), x, weight, bias)
+    weight, bias = cast(weight), None if bias is None else cast(bias)
     (gate,) = tables(_NAME, c, gate=gate)
     operands = c, gate, x, weight, bias
     tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
@@ -46,15 +47,20 @@ def _product(out: Tensor, c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bi
     """Write c + gate (x weight^T + bias) into out with the CUTLASS kernel; gate is a table [M, N]."""
     c, gate, x, weight, bias = dense(c), dense(gate), dense(x), dense(weight), dense(bias)
     rows, inner = x.numel() // x.shape[-1], x.shape[-1]
-    pointers = (0 if t is None else t.data_ptr() for t in (out, c, x, weight, bias, gate))
-    sizes = rows, len(weight), inner, rows // len(gate)
-    dispatch.check(_NAME, dispatch.compiled().linear_gate_residual(*pointers, *sizes, *dispatch.queue(x)), x)
+    device, stream = dispatch.queue(x)
+    fields = {
+        "out": out.data_ptr(), "c": c.data_ptr(), "x": x.data_ptr(), "weight": weight.data_ptr(),
+        "bias": 0 if bias is None else bias.data_ptr(), "gate": gate.data_ptr(), "rows": rows, "dim": len(weight),
+        "inner": inner, "rows_per_mod": rows // len(gate), "device": device, "stream": stream,
+    }  # fmt: skip
+    error = dispatch.compiled().linear_gate_residual(fields)
+    dispatch.check(_NAME, error, x)
 
 
 def _forward(c: Tensor, gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The registered operator; gate is a table [M, N], and each of its rows applies to 1 / M of the rows of c."""
     groups = len(gate)
-    if not takes(x, weight):
+    if not takes(_NAME, x, weight):
         z = F.linear(x, weight, bias).reshape(groups, -1, len(weight))
         return reference.add_residual(c.reshape(z.shape), z, gate[:, None]).view(c.shape)
     out = _empty(c)
@@ -82,7 +88,8 @@ def _autograd(ctx, dout: Tensor) -> tuple:
     groups = len(gate)
     dx: list[Tensor] = []  # one entry per group of rows
     dgate: list[Tensor] = []
-    dweight = dbias = gate.new_zeros(())
+    dweight: Tensor | None = None
+    dbias = gate.new_zeros(())
     for d, rows, g in zip(*(t.reshape(groups, -1, t.shape[-1]) for t in (dout, x)), gate):
         total = d.sum(0, dtype=gate.dtype)
         dbias = dbias + g * total
@@ -91,12 +98,13 @@ def _autograd(ctx, dout: Tensor) -> tuple:
         if for_gate or for_weight:
             product = d.mT @ rows  # P [N, K]
             dgate.append((product * weight).sum(1, dtype=gate.dtype) + (0 if bias is None else bias * total))
-            dweight = dweight + g[:, None] * product
+            if for_weight:
+                dweight = g[:, None] * product if dweight is None else dweight + g[:, None] * product
     return (
         dout,
         torch.stack(dgate) if for_gate else None,
         (dx[0] if groups == 1 else torch.cat(dx)).view(x.shape) if for_x else None,
-        dweight.to(weight.dtype) if for_weight else None,
+        None if dweight is None else dweight.to(weight.dtype),
         None if bias is None else dbias.to(bias.dtype),
     )
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlightgen.ops import dispatch
-from fastlightgen.ops.gemm import check, linear_gradients, takes
+from fastlightgen.ops.gemm import cast, check, linear_gradients, takes
 from fastlightgen.ops.linear_gelu_tanh import reference
 from fastlightgen.ops.tables import dense
 
@@ -17,8 +17,9 @@ _NAME = "linear_gelu_tanh"
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """GELU(x weight^T + bias) by the tanh formula: x [..., K], weight [N, K], bias [N] -> [..., N]."""
     check(_NAME, x, weight, bias)
-    if not takes(x, weight):
+    if not takes(_NAME, x, weight):
         return reference.linear_gelu_tanh(x, weight, bias)
+    weight, bias = cast(weight), None if bias is None else cast(bias)
     # A non-differentiable call does not store z.
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     return _call(x, weight, bias, keep)[0]
@@ -26,15 +27,20 @@ def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
     """Return the result and z = x weight^T + bias; z is empty without `keep`."""
-    if not takes(x, weight):
+    if not takes(_NAME, x, weight):
         z = F.linear(x, weight, bias)
         return F.gelu(z, approximate="tanh"), z if keep else z.new_empty(0)
     x, weight, bias = dense(x), dense(weight), dense(bias)
     out = x.new_empty(*x.shape[:-1], len(weight))
     z = torch.empty_like(out) if keep else out.new_empty(0)
     rows, inner = x.numel() // x.shape[-1], x.shape[-1]
-    pointers = (0 if t is None or not t.numel() else t.data_ptr() for t in (out, z, x, weight, bias))
-    error = dispatch.compiled().linear_gelu_tanh(*pointers, rows, len(weight), inner, *dispatch.queue(x))
+    device, stream = dispatch.queue(x)
+    fields = {
+        "out": out.data_ptr(), "z": z.data_ptr() if keep else 0, "x": x.data_ptr(), "weight": weight.data_ptr(),
+        "bias": 0 if bias is None else bias.data_ptr(), "rows": rows, "dim": len(weight), "inner": inner,
+        "device": device, "stream": stream,
+    }  # fmt: skip
+    error = dispatch.compiled().linear_gelu_tanh(fields)
     dispatch.check(_NAME, error, x)
     return out, z
 

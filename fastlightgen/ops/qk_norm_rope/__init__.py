@@ -13,6 +13,7 @@ from fastlightgen.ops.tables import check_together, dense, kernel_takes
 __all__ = ["Rope", "qk_norm_rope", "rope_factors"]
 
 _NAME = "qk_norm_rope"
+WIDEST_HEAD = 192  # twice FLG_ROPE_PAIRS in csrc/ops/qk_norm_rope/qk_norm_rope.h; the reference computes wider heads
 
 
 def qk_norm_rope(
@@ -51,9 +52,10 @@ def _kernels(q: Tensor, weight: Tensor, rope: list[Tensor]) -> ModuleType | None
     """The module whose kernels compute this call, or None for the reference."""
     head_dim = 2 * (rope[0].shape[1] + rope[1].shape[1] + rope[2].shape[1])
     backend, lanes = dispatch.backend_for(q.device.type), head_dim // 8
-    # A norm per head sums over `lanes` lanes of a warp by halving: at most 32, a power of two.
-    heads_fit = weight.shape[0] == q.shape[2] or (lanes <= 32 and lanes & (lanes - 1) == 0)
-    takes = head_dim % 8 == 0 and heads_fit and kernel_takes(q)
+    # A norm per head sums over `lanes` lanes of a warp by halving: a power of two.
+    heads_fit = weight.shape[0] == q.shape[2] or lanes & (lanes - 1) == 0
+    on_grid = min(len(rope[0]), len(rope[1]), len(rope[2])) > 0
+    takes = head_dim % 8 == 0 and head_dim <= WIDEST_HEAD and heads_fit and on_grid and kernel_takes(q)
     return None if backend == "reference" or not takes else dispatch.kernels(_NAME, backend)
 
 
