@@ -26,8 +26,8 @@ $(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
 	@$(PY) -m fastlightgen.ops
 	@touch $@
 
-demo: $(STAMP) ## run all three stages on the built-in world with the tiny model, in a short form, into runs/demo
-	$(PY) -m fastlightgen.train stage=all model=tiny data=shapes run=runs/demo stage2.iters=150 stage3.iters=120
+demo: $(STAMP) ## run all three stages on the built-in world with the tiny model, into runs/demo
+	$(PY) -m fastlightgen.train stage=all model=tiny data=shapes run=runs/demo
 
 test: $(STAMP) ## run the tests except the slow ones, on two cores (under 8 minutes)
 	$(PY) -m pytest tests -q $(TWO)
