@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fastlightgen.config import PROMPT, command, main
+from fastlightgen.config import PROMPT, built_in, command, main
 
 
 def export(cfg) -> None:
@@ -20,6 +20,10 @@ def export(cfg) -> None:
         torch.set_num_threads(cfg.threads)
     folder, out, pipeline = trained_folder(cfg.model), Path(cfg.out), Path(cfg.pipeline)
     check_out(out)
+    if built_in(cfg.pipeline):
+        raise ValueError(
+            f"pipeline={cfg.pipeline}: the built-in world has no pipeline folder; diffusers loads {folder} as it is"
+        )
     parts_of(pipeline)
     model, card = load_model(folder, dtype=getattr(torch, cfg.dtype)).requires_grad_(False), read_card(folder)
     report = write_pipeline(

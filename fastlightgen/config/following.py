@@ -55,7 +55,8 @@ def words(keys: Mapping[str, Any]) -> list[str]:
 
 def keys_for(cfg: Any, stage: str, **others: Any) -> dict[str, Any]:
     """The keys that start another stage of the run of `cfg` on the same machine; `others` replace some of them."""
-    given = [f for f in fields(Run) if f.name not in OF_ONE_START and getattr(cfg, f.name) != default_of(f)]
+    left = OF_ONE_START | unset_type(cfg)
+    given = [f for f in fields(Run) if f.name not in left and getattr(cfg, f.name) != default_of(f)]
     common = {f.name: getattr(cfg, f.name) for f in given}
     if file := cfg.origins.get(CONFIG):  # a file for all stages stays; of one for this stage the common keys remain
         short = {CONFIG: file, **{key: value for key, value in common.items() if cfg.origins.get(key) != file}}
@@ -66,6 +67,11 @@ def keys_for(cfg: Any, stage: str, **others: Any) -> dict[str, Any]:
         else:
             common = short
     return {"stage": stage, **common, **others}
+
+
+def unset_type(cfg: Any) -> set[str]:
+    """{"dtype"} if nothing set it, so that `cfg` holds what auto stands for; auto will stand for the same."""
+    return set() if "dtype" in cfg.origins else {"dtype"}
 
 
 def result_of(run: str | Path, stage: int) -> Path:
@@ -100,7 +106,7 @@ def after_report(run: Path) -> str:
         return ""
     stage = "all" if done[-1] == 3 else str(done[-1])  # `all`: what follows an evaluation
     keys = {f.name: default_of(f) for f in fields(Run)} | record[f"stage{done[-1]}"]
-    return after_stage(SimpleNamespace(**keys | {"stage": stage, "run": str(run), "origins": {}}))
+    return after_stage(SimpleNamespace(**keys | {"stage": stage, "run": str(run), "origins": {"dtype": str(file)}}))
 
 
 def after_plan(cfg: Plan) -> str:
@@ -113,7 +119,7 @@ def after_plan(cfg: Plan) -> str:
     start |= {"method": method_of(cfg)} if method_of(cfg) != DEFAULT else {}
     start |= {"preset": cfg.preset} if cfg.preset != default_of(leaves(Run)["preset"]) else {}
     trained = load(words(start))
-    left = {"run", *OF_ONE_START} | ({"dtype"} if "dtype" not in cfg.origins else set())  # auto means the same there
+    left = {"run", *OF_ONE_START} | unset_type(cfg)
     names = [f.name for f in fields(trained) if f.name not in left]
     keys = start | {n: getattr(cfg, n) for n in names if getattr(cfg, n) != getattr(trained, n)}
     if find_preset_weights(cfg.model) is None:

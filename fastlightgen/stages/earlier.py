@@ -47,7 +47,7 @@ def chain(cfg: Any) -> list[Any]:
     lacks = bool(stage) and not results[1].exists() and (cfg.overwrite or not results[0].exists())
     if not ranks.from_first(lacks):
         return []
-    before = load(words(keys_for(cfg, stage)))
+    before = load(words(keys_for(cfg, stage, dtype=cfg.dtype)))
     return [*chain(before), before]
 
 

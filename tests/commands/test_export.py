@@ -202,6 +202,8 @@ def test_refusals(exported, pipeline, tmp_path, capsys):
     assert "in_channels 16, the model 25" in error
     error = refused(capsys, f"model={model}", f"pipeline={model}", words[1])
     assert "has no model_index.json" in error
+    error = refused(capsys, f"model={model}", "pipeline=tiny", words[1])
+    assert f"the built-in world has no pipeline folder; diffusers loads {model} as it is" in error
 
     deeper = load_model(source / "transformer")
     deeper.blocks.extend(load_model(source / "transformer").blocks)

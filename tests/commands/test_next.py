@@ -6,6 +6,7 @@ from fastlightgen.config import after_plan, after_report, after_stage, load, mai
 from fastlightgen.evaluate import evaluate
 from fastlightgen.generate import generate
 from fastlightgen.models.folder.weights import save_model
+from fastlightgen.train import settled
 
 
 def following(*words: str) -> tuple[str, dict[str, str]]:
@@ -30,6 +31,13 @@ def test_the_next_command_after_each_stage(tmp_path, monkeypatch):
     }  # fmt: skip
     name, generate = following("stage=all")
     assert name == "generate" and generate["model"] == "r/stage3/model" and generate["prompt"].startswith("a red ball ")
+
+
+def test_a_type_that_nobody_chose_is_not_repeated():
+    """dtype=auto means the same in the next command."""
+    assert after_stage(settled(load(["stage=1", "run=r", "device=cpu"]))).endswith(" stage=2 run=r device=cpu")
+    chosen = after_stage(settled(load(["stage=1", "run=r", "dtype=float32"])))
+    assert chosen.endswith(" stage=2 run=r dtype=float32")
 
 
 def test_a_config_file_stays_in_the_next_command_if_the_next_stage_has_its_keys(tmp_path):
