@@ -51,7 +51,7 @@ def measure() -> list[dict]:
     for count, dim, inner in SHAPES:
         wide, narrow, up, down = draw(1, count, inner), draw(1, count, dim), draw(inner, dim), draw(dim, inner)
         gate, bias, wide_bias = draw(1, dim).float(), draw(dim), draw(inner)
-        calls = {
+        calls: dict[str, tuple[int, int, Callable, Callable, tuple]] = {
             "linear_gelu_tanh": (inner, dim, linear_gelu_tanh, gelu.linear_gelu_tanh, (narrow, up, wide_bias)),
             "linear_gate_residual": (
                 dim, inner, linear_gate_residual, residual.linear_gate_residual,
