@@ -4,9 +4,9 @@ part=train trains every row once per training seed; stages that rows share are t
 part=measure samples every row for the same held-out captions from the same noise, and scores it.
 part=table compares rows by paired intervals, writes bench/results/world.json and prints a table.
 
-rows: main, ablations, rivals, or names (main); seeds: of training (0,1,2,3,4); clips: held-out clips (2048). What is done is
-skipped, so that a part can be interrupted, and can run twice at the same time. The settings were tuned with training
-seed 99 and the clips of evaluate.seed=1, which no row uses.
+rows: main, ablations, rivals, or names (main); seeds: of training (0,1,2,3,4); clips: held-out clips (2048). What is
+done is skipped, so that a part can be interrupted, and can run twice at the same time. The settings were tuned with
+training seed 99 and the clips of evaluate.seed=1, which no row uses.
 """
 
 import subprocess

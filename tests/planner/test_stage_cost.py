@@ -173,7 +173,7 @@ def test_a_cycle_takes_26_k_block_forwards_instead_of_36_k(keep):
     if keep == [0, 1]:  # N - p = K
         assert wanted == {"fresh": 36 * kept, "shared": 26 * kept}
     for rollouts, forwards in wanted.items():
-        stage = distillation(f"rollouts={rollouts}", keep=keep)
+        stage = distillation(f"rollouts={rollouts}", "ratio=5", keep=keep)
         planned = planned_for(stage)
         assert r * (planned.total("calls") + 2 * planned.total("grad_calls")) == pytest.approx(forwards, rel=1e-12)
         if rollouts == "shared":
