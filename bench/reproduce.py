@@ -4,9 +4,9 @@ part=train trains every row once per training seed; stages that rows share are t
 part=measure samples every row for the same held-out captions from the same noise, and scores it.
 part=table compares rows by paired intervals, writes bench/results/world.json and prints a table.
 
-rows: main, ablations, or names (main); seeds: of training (0,1,2,3,4); clips: held-out clips (2048). What is done is
-skipped, so that a part can be interrupted, and can run twice at the same time. The settings were tuned with training
-seed 99 and the clips of evaluate.seed=1, which no row uses.
+rows: main, ablations, rivals, or names (main); seeds: of training (0,1,2,3,4); clips: held-out clips (2048). What is
+done is skipped, so that a part can be interrupted, and can run twice at the same time. The settings were tuned with
+training seed 99 and the clips of evaluate.seed=1, which no row uses.
 """
 
 import subprocess
@@ -92,6 +92,12 @@ TRAININGS: dict[str, Training] = {
     "ratio-1": Training(3, "stage2", updates(round(HALF * 17.5 / 14.5), 1)),
     "ratio-5": Training(3, "stage2", updates(round(HALF * 17.5 / 26.5), 5)),
     "fresh": Training(3, "stage2", (*updates(HALF), "rollouts=fresh")),
+    # Rivals, with the preset's schedule: their own settings are not tuned yet.
+    "stage3-regression": Training(3, "stage2", ("method=regression",)),
+    "dmd2": Training(3, "stage2", ("method=dmd2",)),
+    "dmd2-no-gan": Training(3, "stage2", ("method=dmd2", "gan=0")),
+    "lcm": Training(3, "stage2", ("method=lcm",)),
+    "magicdistillation": Training(3, "stage2", ("method=magicdistillation",)),
 }
 ROWS: dict[str, Row] = {
     "teacher-50": Row("teacher, 50 steps", "tiny"),
@@ -111,6 +117,11 @@ ROWS: dict[str, Row] = {
     "ratio-1": Row("1 critic update per student update, the same time", "ratio-1", group="ablations"),
     "ratio-5": Row("5 critic updates per student update, the same time", "ratio-5", group="ablations"),
     "fresh": Row("fresh rollouts, the same updates", "fresh", group="ablations"),
+    "stage3-regression": Row("guided regression after Stage II", "stage3-regression", group="rivals"),
+    "dmd2": Row("DMD2", "dmd2", group="rivals"),
+    "dmd2-no-gan": Row("DMD2 without its discriminator", "dmd2-no-gan", group="rivals"),
+    "lcm": Row("LCM", "lcm", group="rivals"),
+    "magicdistillation": Row("MagicDistillation", "magicdistillation", group="rivals"),
 }
 PAIRS = (  # (row, the row that it is compared with)
     ("teacher-4", "teacher-50"),
@@ -128,6 +139,11 @@ PAIRS = (  # (row, the row that it is compared with)
     ("ratio-1", "short"),
     ("ratio-5", "short"),
     ("fresh", "short"),
+    ("student", "stage3-regression"),
+    ("student", "dmd2"),
+    ("student", "dmd2-no-gan"),
+    ("student", "lcm"),
+    ("student", "magicdistillation"),
 )
 
 

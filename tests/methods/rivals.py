@@ -82,9 +82,13 @@ def moved(module: torch.nn.Module, by: float = 0.05, seed: int = 1) -> None:
 
 
 def fixed(stage) -> Batch:
-    """Give a stage the same batch at every step: drawing clips in a step would add matrix products to its count."""
+    """Give a stage the same batch at every step: drawing clips in a step would add matrix products to its count.
+
+    Its texts have their full length, as the planner takes them to have.
+    """
     owner = getattr(stage, "rollouts", stage)
     batch = owner.batches(0)
+    batch = replace(batch, cond=replace(batch.cond, text_len=None), null=replace(batch.null, text_len=None))
     owner.batches = lambda step: batch
     return batch
 
@@ -120,6 +124,8 @@ def compare_with_plan(stage, keep=KEPT, tolerance: float = 0) -> StepCost:
     assert ran["calls"] == cost.total("calls") and ran["grad_calls"] == cost.total("grad_calls")
     for name, role in stage.roles.items():
         assert cost.trained[name] == sum(p.numel() for p in role.net.parameters())
+    held = {id(p): p.numel() for net in networks(stage) for p in net.parameters()}
+    assert sum(cost.trained.values()) + sum(cost.frozen.values()) == sum(held.values())
     return cost
 
 
