@@ -229,6 +229,10 @@ def evaluate_run(cfg: Run) -> None:
     say_speed(record)
 
 
+def listed(record: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.4g}" for k, v in record["scores"].items())
+
+
 def evaluate(cfg: Evaluate) -> None:
     """Evaluate a model and, if teacher= is given, the teacher and the speedup."""
     if cfg.threads:
@@ -248,8 +252,9 @@ def evaluate(cfg: Evaluate) -> None:
         with_times(cfg, [result], timed(cfg, [subject]))
     record = result.record | {"plan": subject.plan} | more
     write(out, replace(result, record=record))
-    say(f"{out}: " + ", ".join(f"{k} {v:.4g}" for k, v in record["scores"].items()))
+    say(f"{out}: {listed(record)}")
     if more:
+        say(f"teacher={cfg.teacher}: {listed(more['teacher'])}")
         say_speed(more["speed"])
     if out.parent.name == "evaluate" and (run := out.parent.parent / "config.yaml").is_file():
         say(f"next: {command('report', run=run.parent)}")

@@ -108,12 +108,17 @@ def test_paired_difference_to_the_teacher(measured):
     assert {(away["difference"], away["verdict"]) for away in same.values()} == {(0.0, "no difference")}
 
 
-def test_too_few_clips_are_not_ranked(measured, tmp_path):
+def test_too_few_clips_are_not_ranked(measured, tmp_path, capsys):
+    """The scores of both stand in the terminal all the same."""
     root, _, _ = measured
     words = [f"model={root / 'a'}", f"teacher={root / 'b'}", "clips=8", "threads=1", "progress=false", "seed=3"]
     main(evaluate, "evaluate", [*words, f"out={tmp_path / 'scores.json'}"])
     found = json.loads((tmp_path / "scores.json").read_text())
     assert found["intervals"] == found["against_teacher"] == {}
+    lines = capsys.readouterr().out.splitlines()
+    for start, record in (f"{tmp_path}/scores.json", found), (f"teacher={root / 'b'}", found["teacher"]):
+        line = next(line for line in lines if line.startswith(f"{start}: "))
+        assert f" adherence {record['scores']['adherence']:.4g}, " in line
     assert found["note"] == "8 clips are too few to rank models; wanted at least 64"
 
 
