@@ -306,7 +306,7 @@ def rival(case: dict):
     """Return a stage of another method, built from model folders as the train command does."""
     engine = [] if ranks.size() == 1 else ["engine=deepspeed", f"zero={case.get('zero', 3)}"]
     words = ["stage=3", "run=unused", f"method={case['method']}", f"batch={BATCH}", "shift=3", "iters=100", "warmup=0"]
-    given = dict(w.split("=", 1) for w in [*words, "lr=1e-3", *engine, *case["words"]])
+    given = dict(w.split("=", 1) for w in [*words, "dtype=float32", "lr=1e-3", *engine, *case["words"]])
     cfg = load([f"{k}={v}" for k, v in given.items()])
     return method_for(cfg).build(cfg, Cropped(cfg, ShapesSource(0), CPU))
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import BLOCKS, batches, small_wan
-from rivals import (
+from method_cases import (
     OWN,
     STAGE2,
     TEACHER,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import BLOCKS, KEPT, batches, small_wan
-from rivals import (
+from method_cases import (
     OWN,
     STAGE2,
     TEACHER,

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers import BLOCKS, KEPT, assert_same, result, run_train, small_hunyuan, small_wan
-from rivals import built, compare_with_plan, planned, write_hunyuan, write_models
+from method_cases import built, compare_with_plan, planned, write_hunyuan, write_models
 
 from fastlightgen import flow
 from fastlightgen.config import ConfigError, load, main
