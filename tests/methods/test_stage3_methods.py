@@ -99,15 +99,16 @@ def test_a_killed_run_continues_with_the_same_bits(method, wan, tmp_path, monkey
 
 @pytest.mark.parametrize("method", RIVALS)
 def test_it_is_planned_for_a_real_model(method, tmp_path):
-    """30% of 40 blocks are dropped; a student with all blocks costs more."""
+    """30% of 30 blocks are dropped; a student with all blocks costs more."""
     calls = {}
     for student in ("pruned", "full"):
         out = tmp_path / f"{student}.json"
-        main(plan, "plan", ["stage=3", f"method={method}", f"student={student}", "gpus=8", f"out={out}"])
+        words = ["stage=3", "model=wan2.1-t2v-1.3b", f"method={method}", f"student={student}", "gpus=8", f"out={out}"]
+        main(plan, "plan", words)
         record = json.loads(out.read_text())
         assert record["method"] == method and record["plan"]["peak"] > 0
         calls[student] = record["plan"]["calls"]
-    assert calls["full"] > calls["pruned"] >= 28
+    assert calls["full"] > calls["pruned"] >= 21
 
 
 @pytest.mark.parametrize("student", ["pruned", "full"])
@@ -141,7 +142,7 @@ def test_clips_of_two_batches_in_one_walk():
 @pytest.mark.parametrize("method", RIVALS)
 def test_help_lists_it_with_its_own_keys(method, capsys):
     with pytest.raises(SystemExit):
-        load(["--help", "stage=3", f"method={method}"])
+        load(["--help", "all", "stage=3", f"method={method}"])
     out = capsys.readouterr().out
     assert f"method={method}" in out and "\n  guidance" in out and "\n  beta2" not in out
 
