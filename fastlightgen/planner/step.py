@@ -46,8 +46,8 @@ class Walk:
     times: float = 1.0
     joined: int = 1  # batches of clips in one walk, for example generated and real ones
     head: bool = False  # its hidden states go through the network's head
-    # The weights are constants: gradients flow to the latent alone, at once, while other walks' tensors are kept.
-    constant: bool = False
+    # Its weights are constants: gradients flow to the latent alone, at once, while the graph of this network waits.
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Pass:
     cost: WalkCost
     times: float = 1.0
     joined: int = 1
-    constant: bool = False
+    beside: str = ""
 
 
 @dataclass
@@ -98,8 +98,7 @@ class StepCost:
     def activations(self, size: int) -> "Activations":
         """Bytes per clip of the largest walks; `size`: bytes of a number in the compute type."""
         grad = [p for p in self.passes if p.cost.grad_calls]
-        of = {kind: [p.cost.kept_bytes(size) for p in grad if p.constant == kind] for kind in (False, True)}
-        kept = sum(max(each, default=0.0) for each in of.values())
+        kept = max((self.kept_with(p, size) for p in grad if not p.beside), default=0.0)
         again = max(b.saved.bytes(size) for b in self.net.blocks) - self.net.last.bytes(size)
         block = max(b.gradients for b in self.net.blocks) * size if grad else 0.0
         if any(p.cost.boundaries for p in grad):
@@ -108,6 +107,11 @@ class StepCost:
         forks = max((p.cost.forks for p in self.passes), default=0)
         states = 2 * forks * self.net.hidden * size  # x and y of a state, its sum left to the next block
         return Activations(kept, block, states, self.without_gradient(size) if len(grad) < len(self.passes) else 0.0)
+
+    def kept_with(self, walked: Pass, size: int) -> float:
+        """Bytes per clip that wait for a walk's backward pass, with those of a walk that goes on beside it."""
+        beside = [p.cost.kept_bytes(size) for p in self.passes if p.beside == walked.net]
+        return walked.cost.kept_bytes(size) + max(beside, default=0.0)
 
     def without_gradient(self, size: int) -> float:
         """Bytes per clip at the widest moment of a walk without gradient."""
@@ -179,15 +183,15 @@ def step_cost(net: Network, declared: Iteration, cfg: Any) -> StepCost:
         whole = net if held.keep is None else net.prune(held.keep)
         keys = vars(cfg) if any(route.grad for route in declared_walk.routes) else {}
         again, outputs = keys.get("checkpointing", False), keys.get("keep_attention", 0)
-        cost = walk(whole, declared_walk.routes, again, outputs, held.adapters, declared_walk.constant)
+        cost = walk(whole, declared_walk.routes, again, outputs, held.adapters, bool(declared_walk.beside))
         if declared_walk.head:
             assert held.head is not None
             work = held.head.work
             cost.forward += work.forward
-            cost.backward += work.linear if declared_walk.constant else work.backward
+            cost.backward += work.linear if declared_walk.beside else work.backward
             cost.keep(held.head.saved)
         cost = cost.joined(declared_walk.joined)
         step.passes.append(
-            Pass(declared_walk.net, cost, declared_walk.times, declared_walk.joined, declared_walk.constant)
+            Pass(declared_walk.net, cost, declared_walk.times, declared_walk.joined, declared_walk.beside)
         )
     return step

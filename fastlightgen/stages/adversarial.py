@@ -123,6 +123,6 @@ def critic_walks(cfg: AdversarialConfig, students: float, critics: float) -> lis
     if not cfg.gan:
         return [Walk("fake", [Route()], students), Walk("fake", [Route(grad=True)], critics)]
     return [
-        Walk("fake", [Route(grad=True)], students, head=True, constant=True),
+        Walk("fake", [Route(grad=True)], students, head=True, beside="student"),
         Walk("fake", [Route(grad=True)], critics, joined=2, head=True),
     ]

@@ -130,13 +130,13 @@ def test_clips_of_two_batches_in_one_walk():
     stage = built("method=dmd2", "student=full", "model=tiny", dtype=torch.float32)
     step = planned(stage)
     critic = next(p.cost for p in step.passes if p.net == "fake" and p.joined == 2)
-    to_latent = next(p.cost for p in step.passes if p.net == "fake" and p.constant)  # the student's, of one batch
+    to_latent = next(p.cost for p in step.passes if p.net == "fake" and p.beside)  # the student's, of one batch
     assert critic.forward == 2 * to_latent.forward and critic.narrow == 2 * to_latent.narrow
     assert (critic.gathers, critic.grad_gathers) == (12, 12) == (to_latent.gathers, to_latent.grad_gathers)
     assert critic.calls == 24 and to_latent.backward < to_latent.forward * 2
-    kept = step.activations(4).kept  # the student's graph waits while the critic's runs, the largest walk is another
     student = next(p.cost for p in step.passes if p.net == "student" and p.cost.grad_calls)
-    assert kept == max(critic.kept_bytes(4), student.kept_bytes(4)) + to_latent.kept_bytes(4)
+    waiting = student.kept_bytes(4) + to_latent.kept_bytes(4)  # the student's graph waits while the critic's is walked
+    assert step.activations(4).kept == max(critic.kept_bytes(4), waiting)
 
 
 @pytest.mark.parametrize("method", RIVALS)
