@@ -14,6 +14,7 @@ set -uo pipefail
 export OUT=${OUT:-}
 cd "$(dirname "$0")/.." || exit
 PY=${PYTHON:-python3}
+unset PYTEST_ADDOPTS # flags meant for the caller's own tests, a limit of coverage for one
 command -v "$PY" >/dev/null || { echo "$PY was not found; set PYTHON"; exit 2; }
 export PYTHONPATH=$PWD:$PWD/build/bench-site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 exec "$PY" bench/gpu.py

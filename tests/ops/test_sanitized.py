@@ -22,7 +22,8 @@ def test_under_sanitizers():
         libraries.append(done.stdout.strip())
         if not Path(libraries[-1]).is_absolute():
             pytest.skip(f"{name} is not installed")
-    env = os.environ | {
+    own = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # as it limits coverage
+    env = own | {
         "FLG_SIMT": str(shim.build("sanitized")),
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep their memory until the end
