@@ -1,0 +1,130 @@
+"""What bench/reproduce.py trains and compares: trainings, rows of its table, pairs of rows."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastlightgen.config import preset
+
+
+@dataclass(frozen=True)
+class Training:
+    """One stage with the preset's settings (configs/model/tiny.yaml), and what this training changes."""
+
+    stage: int
+    after: str = ""  # the training whose result it starts from
+    keys: tuple[str, ...] = ()
+    inputs: dict[str, str] = field(default_factory=dict)  # other keys that name the model of a training
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model and how it is sampled."""
+
+    title: str
+    model: str  # a training, or a preset
+    plan: dict[str, Any] = field(default_factory=dict)
+    few: bool = False  # take the student's ladder and sampler
+    keep: bool = False  # run only the blocks that Stage I keeps
+    group: str = "main"
+
+
+STUDENT = preset("tiny")["stage3"]
+# The preset is for a demo of eight minutes. The rows train about twice as long.
+FIRST, RATIO, UPDATES, STEPS = STUDENT["critic_start"], 2, 110, 300  # ratio and updates of Stage III, steps of Stage II
+HALF = UPDATES // 2  # updates of the student in the ablations
+REGRESSION = 2 * STEPS  # steps of Stage II that take about the time of Stages II and III
+
+
+def updates(count: int, ratio: int = RATIO) -> tuple[str, ...]:
+    """The length of a Stage III with `count` updates of the student.
+
+    A cycle of shared rollouts costs 11.5 K + 3 K ratio block forwards (docs/method.md), K blocks kept: 14.5 K, 17.5 K
+    and 26.5 K for ratios 1, 2 and 5.
+    """
+    return (f"iters={FIRST + count * ratio}", f"ratio={ratio}", "ema=0.9")
+
+
+TRAININGS: dict[str, Training] = {
+    "rank": Training(1),
+    "stage2": Training(2, "rank", (f"iters={STEPS}",)),
+    "student": Training(3, "stage2", updates(UPDATES)),
+    # The guided regression alone, for the time of Stages II and III: Stage II with more steps.
+    "regression": Training(2, "rank", (f"iters={REGRESSION}", "p=0.9")),
+    # The paper's order: Stage II follows the plain teacher, and all guidance comes from Eq. 9.
+    "stage2-plain": Training(2, "rank", (f"iters={STEPS}", "guided=1")),
+    "student-plain": Training(3, "stage2-plain", (*updates(UPDATES), "beta1=2")),
+    # Ablations: one key of Stage III changed, and half of its steps.
+    "short": Training(3, "stage2", updates(HALF)),
+    "beta2-0": Training(3, "stage2", (*updates(HALF), "beta2=0", "a2=0", "b2=0")),
+    "beta2-.5": Training(3, "stage2", (*updates(HALF), "beta2=0.5")),
+    "beta2-1": Training(3, "stage2", (*updates(HALF), "beta2=1")),
+    "ratio-1": Training(3, "stage2", updates(round(HALF * 17.5 / 14.5), 1)),
+    "ratio-5": Training(3, "stage2", updates(round(HALF * 17.5 / 26.5), 5)),
+    "fresh": Training(3, "stage2", (*updates(HALF), "rollouts=fresh")),
+    # Decoupled noise ranges of Eq. 9's guidance part. It needs a Stage III that brings the guidance.
+    "plain-short": Training(3, "stage2-plain", (*updates(HALF), "beta1=2")),
+    "plain-below": Training(3, "stage2-plain", (*updates(HALF), "beta1=2", "guidance_times=below")),
+    "plain-above": Training(3, "stage2-plain", (*updates(HALF), "beta1=2", "guidance_times=above")),
+    # Rivals, with the preset's schedule: their own settings are not tuned yet.
+    "stage3-regression": Training(3, "stage2", ("method=regression",)),
+    "dmd2": Training(3, "stage2", ("method=dmd2",)),
+    "dmd2-no-gan": Training(3, "stage2", ("method=dmd2", "gan=0")),
+    "lcm": Training(3, "stage2", ("method=lcm",)),
+    "magicdistillation": Training(3, "stage2", ("method=magicdistillation",)),
+}
+ROWS: dict[str, Row] = {
+    "teacher-50": Row("teacher, 50 steps", "tiny"),
+    "teacher-28": Row("teacher, 28 steps", "tiny", {"steps": 28}),
+    "teacher-4": Row("teacher, 4 steps", "tiny", few=True),
+    "pruned-28": Row("blocks dropped, nothing trained, 28 steps", "tiny", {"steps": 28}, keep=True),
+    "pruned-4": Row("blocks dropped, nothing trained, 4 steps", "tiny", few=True, keep=True),
+    "stage2-28": Row("Stage II, pruned path, 28 steps", "stage2", {"steps": 28, "path": "pruned"}),
+    "stage2-4": Row("Stage II, pruned path, 4 steps", "stage2", {"path": "pruned"}, few=True),
+    "regression": Row("guided regression alone, 4 steps", "regression", {"path": "pruned"}, few=True),
+    "student-plain": Row("student, Stage II without guidance", "student-plain"),
+    "student": Row("student", "student"),
+    "short": Row("student, half the steps of Stage III", "short", group="ablations"),
+    "beta2-0": Row("beta2 = 0", "beta2-0", group="ablations"),
+    "beta2-.5": Row("beta2 = .5", "beta2-.5", group="ablations"),
+    "beta2-1": Row("beta2 = 1", "beta2-1", group="ablations"),
+    "ratio-1": Row("1 critic update per student update, the same time", "ratio-1", group="ablations"),
+    "ratio-5": Row("5 critic updates per student update, the same time", "ratio-5", group="ablations"),
+    "fresh": Row("fresh rollouts, the same updates", "fresh", group="ablations"),
+    "plain-short": Row("Stage II without guidance, half the steps", "plain-short", group="ablations"),
+    "plain-below": Row("guidance at cleaner times", "plain-below", group="ablations"),
+    "plain-above": Row("guidance at noisier times", "plain-above", group="ablations"),
+    "stage3-regression": Row("guided regression after Stage II", "stage3-regression", group="rivals"),
+    "dmd2": Row("DMD2", "dmd2", group="rivals"),
+    "dmd2-no-gan": Row("DMD2 without its discriminator", "dmd2-no-gan", group="rivals"),
+    "lcm": Row("LCM", "lcm", group="rivals"),
+    "magicdistillation": Row("MagicDistillation", "magicdistillation", group="rivals"),
+}
+PAIRS = (  # (row, the row that it is compared with)
+    ("teacher-4", "teacher-50"),
+    ("pruned-28", "teacher-28"),
+    ("stage2-28", "teacher-28"),
+    ("stage2-4", "teacher-28"),
+    ("student", "teacher-50"),
+    ("student", "teacher-4"),
+    ("student", "stage2-4"),
+    ("student", "regression"),
+    ("student", "student-plain"),
+    ("beta2-0", "short"),
+    ("beta2-.5", "short"),
+    ("beta2-1", "short"),
+    ("ratio-1", "short"),
+    ("ratio-5", "short"),
+    ("fresh", "short"),
+    ("plain-below", "plain-short"),
+    ("plain-above", "plain-short"),
+    ("student", "stage3-regression"),
+    ("student", "dmd2"),
+    ("student", "dmd2-no-gan"),
+    ("student", "lcm"),
+    ("student", "magicdistillation"),
+)
+
+
+def varies(name: str) -> bool:
+    """Whether a row depends on the training seed. A preset's weights do not, unless Stage I chooses its blocks."""
+    return ROWS[name].model in TRAININGS or ROWS[name].keep
