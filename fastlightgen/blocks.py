@@ -1,11 +1,13 @@
 """Block sets: checks, Stage II's random draw of blocks, and the ranking file of Stage I."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from fastlightgen.files.border import read_json
+from fastlightgen.files.kinds import IMPORTANCE
 
 
 def check_keep(keep: Sequence[int] | None, num_blocks: int) -> frozenset[int]:
@@ -42,14 +44,10 @@ def draw_keep(pruned: Sequence[int], num_blocks: int, p: float, full_drop_prob: 
 def read_importance(path: str | Path, num_blocks: int) -> dict:
     """Read Stage I's importance.json and check that it fits a model with `num_blocks` blocks."""
     path = Path(path)
-    try:
-        record = json.loads(path.read_text())
-        kept, pruned = record["kept"], record["pruned"]
-        units, blocks = len(record["units"]), sorted([*kept, *pruned])
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not found; run stage=1 with the same run= first") from None
-    except (ValueError, KeyError, TypeError) as err:
-        raise ValueError(f"{path}: not a ranking file ({err!r}); run stage=1 again with overwrite=true") from None
+    if not path.exists():
+        raise ValueError(f"{path}: not found; run stage=1 with the same run= first")
+    record = read_json(path, IMPORTANCE, "wanted a ranking: run stage=1 again with overwrite=true")
+    kept, units, blocks = record["kept"], len(record["units"]), sorted([*record["kept"], *record["pruned"]])
     if units != num_blocks or blocks != list(range(num_blocks)) or not kept:
         raise ValueError(f"{path}: ranks {units} blocks, but the model has {num_blocks}; run stage=1 for this model")
     return record

@@ -7,7 +7,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastlightgen.atomic import write_json
@@ -16,9 +15,12 @@ from fastlightgen.config import SHAPES_PROMPT, Evaluate, Run, command, for_evalu
 from fastlightgen.data.frames import to_uint8
 from fastlightgen.data.version import check_model, check_version, same_latents
 from fastlightgen.engine.local import pick_device
+from fastlightgen.files.border import read_json
+from fastlightgen.files.kinds import SHIPPED
+from fastlightgen.files.tensors import save_tensors
 from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled, interval
 from fastlightgen.metrics.speed import Speed, clocked, counted, warning
-from fastlightgen.models.folder.weights import config_of, load_model, read_card, read_json, read_tensors, trained_folder
+from fastlightgen.models.folder.weights import config_of, load_model, read_card, read_tensors, trained_folder
 from fastlightgen.models.sample import sampling_plan
 from fastlightgen.parallel.log import say
 from fastlightgen.world.diversity import redraw
@@ -133,7 +135,7 @@ def shipped_values(cfg: Evaluate, subject: Subject) -> tuple[Values, dict] | Non
     path = subject.folder / "scores.json"
     if not path.is_file() or subject.keep is not None or cfg.show == 0:
         return None
-    found = read_json(path)
+    found = read_json(path, SHIPPED, "delete it, or measure again with show=0")
     remedy = "delete the file, or measure again with show=0"
     check_version(path, "measured", found, ShapesSource.description, remedy)
     for record in found["records"]:
@@ -161,8 +163,8 @@ def write(path: Path, result: Result) -> None:
     """Write the record, NAME.json, the values of each clip, and the clips to show as uint8 [K,F,H,W,3]."""
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = to_uint8(result.shown).permute(0, 1, 3, 4, 2).contiguous()
-    save_file({"video": frames}, path.with_suffix(".safetensors"))
-    save_file(result.values, path.with_suffix(".values.safetensors"), {"world": str(WORLD)})
+    save_tensors(path.with_suffix(".safetensors"), {"video": frames})
+    save_tensors(path.with_suffix(".values.safetensors"), result.values, {"world": str(WORLD)})
     write_json(path, result.record)
 
 

@@ -1,6 +1,5 @@
 """python -m fastlightgen.generate model=DIR prompt=... out=FILE.mp4|gif|png ...: samples clips."""
 
-import json
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,8 @@ from fastlightgen.config import Generate, command, compute_type, main
 from fastlightgen.data.frames import check_suffix, write_clips
 from fastlightgen.data.version import check_model, same_latents
 from fastlightgen.engine.local import pick_device
+from fastlightgen.files.border import parsed, read_text
+from fastlightgen.files.kinds import PROMPT
 from fastlightgen.models.families import depth
 from fastlightgen.models.folder.networks import full_depth
 from fastlightgen.models.folder.weights import config_of, load_model, read_card, trained_folder
@@ -122,23 +123,16 @@ def read_prompts(cfg: Generate) -> list[tuple[str, str]]:
         return [(cfg.prompt, cfg.image)]
     path = Path(cfg.prompts)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as err:
-        raise ValueError(f"prompts={path}: cannot be read ({err}); give a text file or JSON lines") from None
+        lines = [line.strip() for line in read_text(path).split("\n")]
+    except ValueError as err:
+        raise ValueError(f"prompts={err}; give a text file or JSON lines") from None
     asked = []
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         row = {"prompt": line}
         if path.suffix in (".jsonl", ".json"):
-            try:
-                row = json.loads(line)
-                if not isinstance(row["prompt"], str) or set(row) - {"prompt", "image"}:
-                    raise KeyError
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f'prompts={path}: line {number} is {line[:60]!r}; wanted {{"prompt": "...", "image": "FILE"}}'
-                ) from None
+            row = parsed(line, PROMPT, f"prompts={path}, line {number}", 'wanted {"prompt": "...", "image": "FILE"}')
         # Picture names are relative to the folder of the list.
         image = str(path.parent / row["image"]) if row.get("image") else cfg.image
         asked.append((row["prompt"], image))

@@ -65,13 +65,15 @@ def test_ranking_file(tmp_path):
         read_importance(path, 5)
 
 
-@pytest.mark.parametrize("changes", [{"kept": "absent"}, {"units": "absent"}, {"kept": None}, {"pruned": [1, "x"]}])
+@pytest.mark.parametrize(
+    "changes", [{"kept": "absent"}, {"units": "absent"}, {"kept": None}, {"pruned": [1, "x"]}, {"kept": []}]
+)
 def test_ranking_file_with_a_hole(tmp_path, changes):
-    with pytest.raises(ValueError, match="not a ranking file .*run stage=1 again"):
+    with pytest.raises(ValueError, match="importance.json.*; wanted a ranking: run stage=1 again"):
         read_importance(write(tmp_path / "importance.json", **changes), 4)
 
 
-@pytest.mark.parametrize("changes", [{"kept": [0]}, {"kept": [0, 1]}, {"kept": [], "pruned": [0, 1, 2, 3]}])
+@pytest.mark.parametrize("changes", [{"kept": [0]}, {"kept": [0, 1]}])
 def test_ranking_file_that_is_no_partition(tmp_path, changes):
     with pytest.raises(ValueError, match="run stage=1 for this model"):
         read_importance(write(tmp_path / "importance.json", **changes), 4)
@@ -80,7 +82,7 @@ def test_ranking_file_that_is_no_partition(tmp_path, changes):
 @pytest.mark.parametrize("text", ["{", "[]", "\xff"])
 def test_ranking_file_that_is_no_record(tmp_path, text):
     (tmp_path / "importance.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match="importance.json: not a ranking file"):
+    with pytest.raises(ValueError, match="importance.json.*wanted a ranking"):
         read_importance(tmp_path / "importance.json", 4)
 
 

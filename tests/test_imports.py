@@ -38,6 +38,7 @@ ORDER = [  # from the top down; no two units share a level
     "flow",
     "blocks",
     "config",
+    "files",
     "rng",
     "atomic",
 ]

@@ -3,13 +3,13 @@
 import dataclasses
 import hashlib
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fastlightgen.config.fields import ConfigError, show
+from fastlightgen.files import border
 
 
 def config_root() -> Path:
@@ -47,18 +47,6 @@ def find_preset_weights(name: str) -> Path | None:
     return folder if name in presets() and (folder / "config.json").is_file() else None  # `name` may be a path
 
 
-class _Loader(yaml.SafeLoader):
-    """Standard YAML, but a repeated key is an error; elsewhere the last one wins silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        key, times = max(Counter(str(k.value) for k, _ in node.value).items(), key=lambda c: c[1], default=("", 0))
-        if times > 1:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{key} is given {times} times: keep one", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
 class _Dumper(yaml.SafeDumper):
     """Writes a list on one line, as a user types it."""
 
@@ -69,13 +57,9 @@ _Dumper.add_representer(list, lambda d, v: d.represent_sequence("tag:yaml.org,20
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as err:
-        raise ConfigError(f"{path}: cannot be read ({err.strerror}); give the path of a YAML file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not text; give the path of a YAML file") from None
-    except yaml.YAMLError as err:
-        raise ConfigError(f"{path}: is not valid YAML: {err}") from None
+        content = border.read_yaml(path, "give the path of a YAML file")
+    except ValueError as err:
+        raise ConfigError(str(err)) from None
     if not isinstance(content, dict | None):
         raise ConfigError(f"{path}: holds {type(content).__name__}; wanted lines of the form key: value")
     return content or {}

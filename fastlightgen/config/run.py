@@ -125,6 +125,12 @@ class Run(Checked):
     log_every: int = field(10, "steps between two lines of metrics.jsonl", lo=1, numbers=False)
     save_every: int = field(250, "steps between two checkpoints", lo=1, numbers=False)
     keep: int = field(2, "how many of the latest checkpoints stay on disk", lo=1, numbers=False)
+    damaged: str = field(
+        "previous",
+        "when the newest checkpoint is damaged; previous: put it aside and continue from the one before; refuse: stop",
+        choices=("previous", "refuse"),
+        numbers=False,
+    )
     keep_every: int = field(0, "besides them the checkpoints of every so many steps; 0: none", lo=0, numbers=False)
     sample_every: int = field(
         200,

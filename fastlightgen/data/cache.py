@@ -1,7 +1,7 @@
 """Latent caches: safetensors shards, an index, and the null prompt. Files appear complete; reading verifies checksums.
 
-A cache folder holds index.json {format, description, shards: [{file, clips, size, sha256}]}, null.safetensors, the
-shards, and, if the model's authors publish a negative prompt, negative.safetensors.
+A cache folder holds index.json {format, description, shards: [{file, clips, size, sha256, head}], null}, the shards,
+null.safetensors, and, if the model's authors publish a negative prompt, negative.safetensors.
 
 A shard holds n clips of equal size, one stacked tensor per field: `latents` [n, C, F, H, W], normalised, and
 fields of the family's Cond. A shard's metadata holds the description and, for every clip, its origin and a checksum. A
@@ -10,22 +10,26 @@ text may be stored with fewer tokens than description.text_tokens; reading pads 
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastlightgen.atomic import write_json
+from fastlightgen.files.border import opened, parsed, read_json, regular, unread
+from fastlightgen.files.kinds import INDEX, SAMPLES
+from fastlightgen.files.tensors import save_tensors
 from fastlightgen.models.families import cond_fields
 
 FORMAT, READS = 2, (1, 2)  # written, readable; format 1 has no sizes and no checksums of clips
 NULL, NEGATIVE = "null.safetensors", "negative.safetensors"
+AGAIN = "make the cache again"
+HEADER = 100 << 20  # bytes; safetensors refuses a longer header
 META = "fastlightgen"  # the only metadata key of a shard: safetensors writes several keys in random order
 
 
@@ -52,12 +56,13 @@ def write_shard(file: Path, shard: Mapping[str, Tensor], about: Sequence[dict], 
     ]  # fmt: skip
     save_tensors(file, shard, {META: json.dumps({"description": description, "samples": samples})})
     size = list(shard["latents"].shape[1:])
-    return {"file": file.name, "clips": len(samples), "size": size, "sha256": sha256(file)}
+    return {"file": file.name, "clips": len(samples), "size": size, "sha256": sha256(file), "head": head(file)}
 
 
 def write_index(folder: Path, entries: Sequence[dict], description: dict) -> None:
     """Write index.json. It must be the last file: only a folder with an index counts as a cache."""
-    write_json(folder / "index.json", {"format": FORMAT, "description": description, "shards": list(entries)})
+    index = {"format": FORMAT, "description": description, "shards": list(entries), "null": sha256(folder / NULL)}
+    write_json(folder / "index.json", index)
 
 
 class Cache:
@@ -65,26 +70,23 @@ class Cache:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        try:
-            text = (self.folder / "index.json").read_text()
-            index = json.loads(text)
-            version = index["format"]
-            shards = [(str(s["file"]), int(s["clips"]), tuple(s.get("size", ()))) for s in index["shards"]]
-            self.description = dict(index["description"])
-        except (OSError, KeyError, TypeError, ValueError, AttributeError) as err:  # missing, or JSON of another shape
-            raise ValueError(f"{self.folder}/index.json: not a latent cache ({type(err).__name__}: {err})") from None
-        if version not in READS:
+        path = self.folder / "index.json"
+        index = read_json(path, INDEX, "give the folder of a latent cache, or make it again")
+        if index["format"] not in READS:
             reads = " and ".join(map(str, READS))
-            raise ValueError(f"{self.folder}: cache format {version}, this version reads {reads}")
-        # A downloaded cache must not make us read files elsewhere.
-        if any(Path(name).name != name or name == ".." for name, _, _ in shards):
-            raise ValueError(f"{self.folder}/index.json: names files outside its folder")
-        self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]  # runs record it as data_hash
+            raise ValueError(f"{self.folder}: cache format {index['format']}, this version reads {reads}")
+        shards = [(s["file"], s["clips"], tuple(s.get("size", ()))) for s in index["shards"]]
+        self.description = index["description"]
+        check_files(self.folder, {s["file"]: s["clips"] for s in index["shards"]}, len(shards))
+        self.heads = {self.folder / s["file"]: s["head"] for s in index["shards"] if "head" in s}
+        self.digest = sha256(path)[:16]  # runs record it as data_hash
         self.where = [(self.folder / name, row) for name, clips, _ in shards for row in range(clips)]
         self.sizes = [size for _, clips, size in shards for _ in range(clips)]
         self._samples: dict[Path, list[dict]] = {}  # metadata of the shards read so far
         self._checked: set[int] = set()  # clips with a verified checksum
         self.null, _ = self.prompt(NULL)
+        if "null" in index and sha256(self.folder / NULL) != index["null"]:
+            raise ValueError(f"{self.folder / NULL}: is damaged, or of another cache; {AGAIN}")
 
     def __len__(self) -> int:
         return len(self.where)
@@ -114,9 +116,9 @@ class Cache:
                 "prompt that the model's authors publish, or leave negative= out"
             )
         try:
-            with safe_open(self.folder / name, framework="pt") as file:
+            with safe_open(regular(self.folder / name), framework="pt") as file:
                 fields = {key: file.get_tensor(key) for key in file.keys()}
-                about = json.loads((file.metadata() or {}).get(META, "{}"))
+                about = origins(file, self.folder / name)
         except (OSError, SafetensorError) as err:
             raise ValueError(f"{self.folder}/{name}: cannot be read ({err})") from None
         return self._fill(fields), about.get("prompt", self.description.get("null_prompt", ""))
@@ -134,18 +136,20 @@ class Cache:
                 clip = {key: shard.get_slice(key)[row] for key in shard.keys()}
                 about = self._about(file, shard)
         except (OSError, IndexError, KeyError, ValueError, SafetensorError) as err:
-            raise ValueError(f"{file}: damaged or missing ({err}); make the cache again") from None
+            raise ValueError(f"{file}: damaged or missing ({err}); {AGAIN}") from None
         if index not in self._checked:
             wanted = about[row].get("crc32") if row < len(about) else None  # None in format 1
             if wanted is not None and crc32(clip) != wanted:
-                raise ValueError(f"{file}: clip {row} is damaged (its checksum is wrong); make the cache again")
+                raise ValueError(f"{file}: clip {row} is damaged (its checksum is wrong); {AGAIN}")
             self._checked.add(index)
         return clip
 
     def _about(self, file: Path, shard) -> list[dict]:
         """The origin and checksum of each clip of an open shard."""
         if file not in self._samples:
-            self._samples[file] = json.loads((shard.metadata() or {}).get(META, "{}")).get("samples", [])
+            if file in self.heads and head(file) != self.heads[file]:
+                raise ValueError("is damaged, or a shard of another cache")
+            self._samples[file] = origins(shard, file).get("samples", [])
         return self._samples[file]
 
     def _fill(self, clip: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -164,17 +168,39 @@ def crc32(clip: Mapping[str, Tensor]) -> int:
     return value
 
 
-def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file that appears complete or not at all."""
-    temporary = file.with_suffix(".tmp")
-    # safetensors refuses tensors with strides.
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
-    os.replace(temporary, file)
+def head(file: Path) -> str:
+    """A hash of a safetensors file's header, which holds the checksums of all clips: it stands for the whole file."""
+    with opened(file) as f:
+        size = int.from_bytes(f.read(8), "little")
+        return hashlib.sha256(f.read(min(size, HEADER))).hexdigest()[:16]
+
+
+def origins(shard: Any, file: Path) -> dict:
+    """What the metadata of an open file says: the origin and checksum of each clip, or a prompt's text."""
+    about: dict = parsed((shard.metadata() or {}).get(META, "{}"), SAMPLES, f"{file}, metadata", AGAIN)
+    return about
+
+
+def check_files(folder: Path, clips: Mapping[str, int], count: int) -> None:
+    """Check the shards that an index names: each once, inside the folder, and large enough for its clips."""
+    index = folder / "index.json"
+    # A downloaded cache must not make us read files elsewhere.
+    if any(Path(name).name != name or name == ".." for name in clips):
+        raise ValueError(f"{index}: names files outside its folder")
+    if len(clips) < count:
+        raise ValueError(f"{index}: names a shard twice; {AGAIN}")
+    for name, rows in clips.items():
+        try:
+            size = regular(folder / name, kind="shard").stat().st_size
+        except OSError as err:
+            raise ValueError(f"{folder / name}: {unread(err)}; {AGAIN}") from None
+        if rows > size:
+            raise ValueError(f"{index}: says that {name} holds {rows} clips, but it has {size} bytes; {AGAIN}")
 
 
 def sha256(file: Path) -> str:
     h = hashlib.sha256()
-    with open(file, "rb") as f:
+    with opened(file) as f:
         while chunk := f.read(1 << 20):
             h.update(chunk)
     return h.hexdigest()

@@ -1,5 +1,6 @@
 """Writes clips as .mp4, .gif or a .png sheet, and reads pictures. Frames are uint8 [B, F, H, W, 3]."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastlightgen.files.border import picture
+
 
 def write_clips(path: Path, frames: NDArray, fps: int) -> None:
     """Write all clips of a batch into one file, which appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # another process may write the same file
     try:
         WRITERS[path.suffix](temporary, frames, fps)
         temporary.rename(path)
@@ -26,6 +29,9 @@ def check_suffix(out: str) -> Path:
         raise ValueError(f"out={out}: the suffix is {path.suffix!r}; wanted one of {', '.join(WRITERS)}")
     if path.suffix == ".mp4":
         _av(path)  # fails here, before any sampling, if PyAV is missing
+    place = next(p for p in path.absolute().parents if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)) or path.is_dir():
+        raise ValueError(f"out={out}: cannot be written; give a file in a folder that you may write to")
     return path
 
 
@@ -33,22 +39,16 @@ def read_image(path: str, height: int, width: int) -> torch.Tensor:
     """Read a picture as [3, height, width] in [0, 1]: its centre is cropped to that shape and resized."""
     from PIL import Image
 
-    picture = open_image(path)
-    scale = min(picture.width / width, picture.height / height)  # the largest crop of that shape
-    w, h = round(width * scale), round(height * scale)
-    left, top = (picture.width - w) // 2, (picture.height - h) // 2
-    kind = Image.Resampling.BOX if scale >= 1 else Image.Resampling.BICUBIC  # average down, interpolate up
-    small = picture.crop((left, top, left + w, top + h)).resize((width, height), kind)
-    return torch.from_numpy(np.asarray(small).astype(np.float32) / 255).permute(2, 0, 1)
-
-
-def open_image(path: str):
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as err:
-        raise ValueError(f"image={path}: cannot be read as a picture ({err})") from None
+        image = picture(path)
+    except ValueError as err:
+        raise ValueError(f"image={err}") from None
+    scale = min(image.width / width, image.height / height)  # the largest crop of that shape
+    w, h = round(width * scale), round(height * scale)
+    left, top = (image.width - w) // 2, (image.height - h) // 2
+    kind = Image.Resampling.BOX if scale >= 1 else Image.Resampling.BICUBIC  # average down, interpolate up
+    small = image.crop((left, top, left + w, top + h)).resize((width, height), kind)
+    return torch.from_numpy(np.asarray(small).astype(np.float32) / 255).permute(2, 0, 1)
 
 
 def in_rows(frames: NDArray) -> NDArray:

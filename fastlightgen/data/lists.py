@@ -4,13 +4,16 @@ Columns: file (relative to the list), caption, and optionally start, end (in sec
 """
 
 import csv
-import json
+import io
 import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from fastlightgen.files.border import parsed, read_text, regular, unread
+
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".gif")
+LONGEST = 10**8  # seconds
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -37,10 +40,8 @@ def read_list(videos: str | Path, min_dover: float) -> list[Row]:
             raise ValueError(f"videos={path}: neither a folder nor a {' or '.join(READERS)} file")
         try:
             records = READERS[path.suffix](path)
-        except OSError as err:
-            raise ValueError(f"videos={path}: cannot be read ({err.strerror})") from None
-        except UnicodeDecodeError:
-            raise ValueError(f"videos={path}: is not UTF-8 text; save it as such") from None
+        except ValueError as err:
+            raise ValueError(f"videos={str(err).removeprefix('videos=')}") from None
         rows = [list_row(record, path.parent, min_dover) for record in records]
         wanted = "one line per clip below the line of column names" if path.suffix == ".csv" else "one object per line"
     if not rows:
@@ -72,13 +73,29 @@ def folder_rows(folder: Path) -> list[Row]:
     """List the videos and the folders of pictures in a folder, sorted by name; NAME.txt holds the caption."""
     rows = []
     for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in VIDEOS if file.is_file() else pictures(file):
+        if file.suffix.lower() in VIDEOS if not file.is_dir() else pictures(file):
             text = file.with_suffix(".txt")
             # A caption in another encoding must not stop the list.
-            caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else ""
-            problem = "" if caption else f"no caption: {text.name} is missing or empty"
-            rows.append(Row(file.name, file, caption, problem=problem))
+            caption = read_text(text, errors="replace").strip() if text.is_file() else ""
+            problem = unfit(file) or ("" if caption else f"no caption: {text.name} is missing or empty")
+            rows.append(Row(file.name.encode(errors="replace").decode(), file, caption, problem=problem))
     return rows
+
+
+def unfit(file: Path) -> str:
+    """Why a file or a folder of pictures cannot be a clip; "" if it can."""
+    try:
+        str(file).encode()
+        if file.is_dir():
+            return "" if pictures(file) else "a folder without pictures"
+        regular(file, kind="video")
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    except OSError as err:
+        return unread(err)
+    except ValueError as err:
+        return str(err).removeprefix(f"{file}: ")
+    return ""
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -87,12 +104,11 @@ def pictures(folder: Path) -> list[Path]:
 
 
 def csv_records(path: Path) -> list[dict]:
-    with open(path, newline="", encoding="utf-8-sig") as f:  # -sig: spreadsheets write a byte order mark
-        reader = csv.DictReader(f, strict=True)
-        try:
-            records, names = list(reader), reader.fieldnames or []
-        except csv.Error as err:
-            raise ValueError(f"videos={path}: line {reader.line_num} is not CSV ({err})") from None
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        records, names = list(reader), reader.fieldnames or []
+    except csv.Error as err:
+        raise ValueError(f"videos={path}: line {reader.line_num} is not CSV ({err})") from None
     if absent := [c for c in ("file", "caption") if c not in names]:
         raise ValueError(f"videos={path}: has no column {absent[0]!r}; wanted file, caption [, start, end, dover]")
     return records
@@ -100,13 +116,10 @@ def csv_records(path: Path) -> list[dict]:
 
 def json_records(path: Path) -> list[dict]:
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except ValueError as err:
-            raise ValueError(f"videos={path}: line {number} is not JSON ({err})") from None
+        record = parsed(line, None, f"videos={path}, line {number}", "mend it")
         if not isinstance(record, dict) or "file" not in record or "caption" not in record:
             raise ValueError(
                 f'videos={path}: line {number} is not an object like {{"file": "a.mp4", "caption": "..."}}'
@@ -136,14 +149,14 @@ def list_row(record: dict, base: Path, min_dover: float) -> Row:
             numbers[key] = float(value)
         except (TypeError, ValueError):
             return row(problem=f"{key}={value!r} is not a number")
-        if not math.isfinite(numbers[key]):
-            return row(problem=f"{key}={value!r} is not a finite number")
+        if not math.isfinite(numbers[key]) or abs(numbers[key]) > LONGEST:
+            return row(problem=f"{key}={value!r} is not a finite number of at most {LONGEST:,}")
     start, end = numbers.get("start", 0.0), numbers.get("end")
     problem = ""
     if start < 0 or (end is not None and end <= start):
         problem = f"start={start:g}, end={end}: wanted 0 <= start < end"
     elif numbers.get("dover", min_dover) < min_dover:  # clips without a score pass
         problem = f"dover={numbers['dover']:g} is below min_dover={min_dover:g}"
-    elif not (file.is_file() or (file.is_dir() and pictures(file))):
-        problem = "not found" if not file.exists() else "a folder without pictures"
+    else:
+        problem = unfit(file)
     return row(start=start, end=end, problem=problem)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastlightgen.data.lists import Row, pictures
+from fastlightgen.files.border import opened, picture, regular
 
 if TYPE_CHECKING:  # PyAV is optional: it is imported when a video is read
     from av import VideoFrame
@@ -89,7 +90,7 @@ def decode(file: Path, start: float, seek: bool = True) -> Iterator[Shown]:
     import av
 
     try:
-        with av.open(str(file)) as container:
+        with av.open(str(regular(file, kind="video"))) as container:
             if not container.streams.video:
                 raise Unusable("holds no video")
             stream = container.streams.video[0]
@@ -120,7 +121,9 @@ def decode(file: Path, start: float, seek: bool = True) -> Iterator[Shown]:
                 duration = float(frame.duration * frame.time_base) if frame.duration else usual
             if last:
                 yield Shown(last[0], last[0] + duration, *picture_of(last[1], aspect))
-    except (av.FFmpegError, OSError) as err:
+    except (av.FFmpegError, OSError, ValueError, OverflowError) as err:
+        if isinstance(err, Unusable):
+            raise
         raise Unusable(f"cannot be decoded ({getattr(err, 'strerror', None) or err})") from None
     if seek and not last:
         yield from decode(file, start, seek=False)
@@ -145,13 +148,10 @@ def folder_pictures(folder: Path, fps: float) -> Iterator[Shown]:
 
 
 def read_picture(file: Path) -> NDArray:
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as err:
-        raise Unusable(f"{file.name} cannot be read ({err})") from None
+        return np.asarray(picture(file))
+    except ValueError as err:
+        raise Unusable(str(err).replace(f"{file.parent}/", "")) from None
 
 
 def nearest(height: float, width: float, buckets: Sequence[Size]) -> Size:
@@ -180,7 +180,7 @@ def source_hash(file: Path) -> str:
     h = hashlib.sha256()
     for part in pictures(file) if file.is_dir() else [file]:
         h.update(part.name.encode() if file.is_dir() else b"")
-        with open(part, "rb") as f:
+        with opened(part) as f:
             while chunk := f.read(1 << 20):
                 h.update(chunk)
     return h.hexdigest()[:16]

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,13 +25,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fastlightgen.atomic import write_json
+from fastlightgen.atomic import lock_file, write_json
 from fastlightgen.config import diff
-from fastlightgen.data.cache import META, NEGATIVE, NULL, save_tensors, sha256, write_index, write_shard
+from fastlightgen.data.cache import META, NEGATIVE, NULL, origins, sha256, write_index, write_shard
 from fastlightgen.data.lists import Row
 from fastlightgen.data.video import source_hash
+from fastlightgen.files.border import read_json
+from fastlightgen.files.kinds import ENCODE, INDEX, PART
+from fastlightgen.files.tensors import save_tensors
 from fastlightgen.parallel.log import bar, say
 
+# Files of processes that were killed while writing. Other names are not ours.
+LEFTOVERS = ("shard-*.tmp", "null.tmp", "negative.tmp", ".*.json.tmp", "parts/.*.json.tmp")
+OWN = re.compile(r"\.lock.*|\..*\.tmp|.*\.tmp|parts|skipped\.json|encode\.json|(null|negative|shard-.*)\.safetensors")
 Clip = tuple[dict[str, Tensor], dict]  # the fields, and the clip's origin for the shard's metadata
 # The keys of encode.json that say which clips there are. The others are settings, which do not change.
 PLAN = ("min_dover", "rows", "list", "earlier", "first", "added")
@@ -82,6 +89,8 @@ class Writer:
         if before is None:
             if (self.folder / "index.json").exists():
                 raise ValueError(f"out={self.folder}: holds another latent cache; choose another folder")
+            if foreign := sorted(p.name for p in self.folder.iterdir() if not OWN.fullmatch(p.name)):
+                raise ValueError(f"out={self.folder}: holds other files ({foreign[0]}); choose a new or empty folder")
             plan = mine
         elif changes:
             raise ValueError(
@@ -128,16 +137,13 @@ class Writer:
         """Yield what identifies each clip of a finished part."""
         for shard in self._record(number)["shards"]:
             with safe_open(self.folder / shard["file"], framework="pt") as file:
-                for about in json.loads(file.metadata()[META])["samples"]:
+                for about in origins(file, self.folder / shard["file"])["samples"]:
                     yield about["source"], about["start"], about["end"], about["caption"]
 
     def _recorded(self) -> dict | None:
         """Read encode.json; None if there is none."""
         path = self.folder / "encode.json"
-        try:
-            return json.loads(path.read_text()) if path.is_file() else None
-        except ValueError as err:
-            raise ValueError(f"{path}: cannot be read ({err}); delete {self.folder} and start again") from None
+        return read_json(path, ENCODE, f"delete {self.folder} and start again") if path.exists() else None
 
     def _forget(self) -> None:
         """Remove the configuration and the records of a folder without any clip."""
@@ -156,8 +162,8 @@ class Writer:
     def complete(self) -> bool:
         """Does the index hold the clips of all parts, and do their files exist?"""
         try:
-            shards = json.loads((self.folder / "index.json").read_text())["shards"]
-        except (OSError, ValueError, KeyError):
+            shards = read_json(self.folder / "index.json", INDEX)["shards"]
+        except ValueError:
             return False
         numbers = [*self.earlier, *self.parts]
         return all(map(self._present, numbers)) and shards == [s for n in numbers for s in self._record(n)["shards"]]
@@ -174,7 +180,7 @@ class Writer:
     def done(self, number: int) -> dict | None:
         """Return the record of a finished part with intact shards, or None if the part must be written."""
         try:
-            record = json.loads(self.part_file(number).read_text())
+            record = self._record(number)
             intact = all(sha256(self.folder / s["file"]) == s["sha256"] for s in record["shards"])
         except (OSError, ValueError, KeyError):
             return None
@@ -222,12 +228,13 @@ class Writer:
                 )
             if not self.complete:  # another process may have been faster
                 write_index(self.folder, shards, self.description)
-                for leftover in self.folder.rglob("*.tmp"):  # from processes that were killed while writing
+                for leftover in [p for pattern in LEFTOVERS for p in self.folder.glob(pattern)]:
                     leftover.unlink()
         return {"clips": clips, "skipped": len(skipped), "hint": longest(skipped)}
 
     def _record(self, number: int) -> dict:
-        return json.loads(self.part_file(number).read_text())
+        record: dict = read_json(self.part_file(number), PART, "delete it and run the same command again")
+        return record
 
 
 def longest(skipped: Sequence[dict]) -> str:
@@ -244,7 +251,7 @@ def key_of(row: Row) -> tuple:
 @contextmanager
 def locked(path: Path, wait: bool = False):
     """Hold a lock file. Without `wait`, yield False if another process holds it."""
-    with open(path, "w") as f:
+    with lock_file(path) as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -9,17 +9,21 @@ import os
 import shutil
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from fastlightgen.atomic import flush
 from fastlightgen.engine.direct import save_file
 from fastlightgen.engine.hang import HERE
+from fastlightgen.files.border import read_json
+from fastlightgen.files.kinds import STATE
+from fastlightgen.files.tensors import read_tensors
 from fastlightgen.parallel import ranks
 
 Files = dict[str, dict[str, Tensor]]
@@ -222,20 +226,17 @@ def write(temporary: Path, files: Files) -> None:
 
 def complete(folder: Path, temporary: Path, step: int, meta: dict) -> None:
     """Write state.json and rename the temporary folder. The rename is flushed as well, by flushing its parent."""
-    (temporary / "state.json").write_text(json.dumps(meta))
+    (temporary / "state.json").write_text(json.dumps(meta | {"check": seal(meta)}))
     flush(temporary / "state.json")
     shutil.rmtree(path(folder, step), ignore_errors=True)
     temporary.rename(path(folder, step))
     flush(folder)
 
 
-def flush(target: Path) -> None:
-    """Force a file, or the entries of a folder, to disk."""
-    handle = os.open(target, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def seal(meta: dict) -> int:
+    """A checksum of what state.json says."""
+    said = {key: value for key, value in meta.items() if key != "check"}
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
 
 
 def latest(folder: Path, engine: str) -> tuple[int, dict, list[Path]]:
@@ -244,16 +245,15 @@ def latest(folder: Path, engine: str) -> tuple[int, dict, list[Path]]:
     if not found:
         return 0, {}, []
     where = path(folder, found[-1])
-    meta = reading(folder, found[-1], lambda: json.loads((where / "state.json").read_text()))
+    meta = reading(folder, found[-1], lambda: read_json(where / "state.json", STATE, "use the checkpoint before it"))
     if meta.get("engine", "local") != engine:
         raise ValueError(f"{where}: was written by engine={meta.get('engine', 'local')}; continue with that engine")
-    names = reading(folder, found[-1], lambda: meta["files"])
-    return found[-1], meta, [where / f"{name}.safetensors" for name in names]
+    return found[-1], meta, [where / f"{name}.safetensors" for name in meta["files"]]
 
 
 def load(files: list[Path]) -> Files:
     """Read the files of a checkpoint written by one process, by name without suffix."""
-    return {file.stem: load_file(file) for file in files}
+    return {file.stem: read_tensors(file, verified=False) for file in files}
 
 
 Shapes = Mapping[str, Sequence[int]]
@@ -272,10 +272,10 @@ def require_same(folder: Path, step: int, found: Shapes, wanted: Shapes) -> None
 
 
 def reading(folder: Path, step: int, read: Callable[[], T]) -> T:
-    """Call `read`. If the checkpoint is damaged, raise an error that names it; never fall back to an older one."""
+    """Call `read`. If the checkpoint is damaged, raise an error that names it; see also damage.py."""
     try:
         return read()
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as err:
+    except (OSError, KeyError, ValueError, SafetensorError) as err:
         before = [s for s in steps(folder) if s < step]
         earlier = f"step-{before[-1]:06d}" if before else "the beginning"
         raise ValueError(

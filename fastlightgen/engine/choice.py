@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastlightgen.data.cache import META, save_tensors
+from fastlightgen.data.cache import META
 from fastlightgen.data.source import Batch, CacheSource, Source
 from fastlightgen.engine.local import LocalEngine
 from fastlightgen.engine.roles import Stage
+from fastlightgen.files.border import parsed, regular
+from fastlightgen.files.kinds import BEST
+from fastlightgen.files.tensors import read_tensors, save_tensors, summed
 from fastlightgen.metrics.kernel import kernel_distance
 from fastlightgen.models.sample import sample
 from fastlightgen.parallel.log import say
@@ -30,6 +32,7 @@ PURPOSE = 14  # the key of these random draws
 START = 2_000_000  # first held-out clip of an unlimited source; evaluations and previews use smaller numbers
 REAL = 512  # real clips to compare with, of an unlimited source
 FEWEST = 8  # held-out clips of a cache; with fewer the distance is noise
+DELETE = "delete it to choose anew"
 FILE, ROLE = "best.safetensors", "student"
 
 
@@ -72,8 +75,11 @@ class Choice:
         count = self.engine.count[ROLE]
         self.looked = count - count % self.cfg.choose_every
         if self.file.exists():
-            with safe_open(self.file, framework="pt") as file:
-                self.best = json.loads(file.metadata()[META])
+            try:
+                with safe_open(regular(self.file), framework="pt") as file:
+                    self.best = parsed(file.metadata()[META], BEST, str(self.file), DELETE)
+            except (OSError, SafetensorError, KeyError, TypeError) as err:
+                raise ValueError(f"{self.file}: cannot be read ({err}); {DELETE}") from None
             if self.best["step"] > step:  # these steps will be computed again
                 self.best = {}
 
@@ -93,7 +99,7 @@ class Choice:
             better = not self.best or line["score"] < self.best["score"]
             if better:
                 tensors = {k: v.to("cpu", copy=True) for k, v in stage.roles[ROLE].network.state_dict().items()}
-                save_tensors(self.file, tensors, {META: json.dumps(line)})
+                save_tensors(self.file, tensors, {META: json.dumps(line)} | summed(tensors))
                 self.best = line
         say(
             f"choose: step {step}: distance to real clips {line['score']:.4g}"
@@ -125,7 +131,7 @@ class Choice:
         if not self.best:  # the student was never updated
             stage.save(folder, self.engine.save_model)
             return
-        stage.roles[ROLE].network.load_state_dict(load_file(self.file))
+        stage.roles[ROLE].network.load_state_dict(read_tensors(self.file))
         say(f"choose: the result is the student of step {self.best['step']} ({self.best['updates']} updates)")
 
         def write(*args: Any, **card: Any) -> None:

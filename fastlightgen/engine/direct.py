@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlightgen.files.tensors import summed
+
 DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system has no direct I/O
 BLOCK = 4096  # bytes: the alignment of memory and sizes that direct I/O requires
 CHUNK = 2**24  # bytes per write; a multiple of BLOCK
@@ -23,8 +25,12 @@ NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", tor
 
 
 def save_file(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write tensors in host memory to a safetensors file: 8 bytes of header size, the header as JSON, the data."""
-    header, offset = {}, 0
+    """Write tensors in host memory to a safetensors file: 8 bytes of header size, the header as JSON, the data.
+
+    The header holds a checksum of each tensor.
+    """
+    header: dict[str, dict] = {"__metadata__": summed(tensors)}
+    offset = 0
     # Large elements first: every tensor then starts at a multiple of its element size.
     ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())
     for name in ordered:

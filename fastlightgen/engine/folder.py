@@ -11,14 +11,18 @@ import torch
 import yaml
 
 import fastlightgen
-from fastlightgen.atomic import write_text
+from fastlightgen.atomic import lock_file, write_text
 from fastlightgen.config import diff, result_of
 from fastlightgen.engine import checkpoint
+from fastlightgen.files.border import check, read_json, read_yaml
+from fastlightgen.files.kinds import IMPORTANCE, RUN
+from fastlightgen.models.folder.files import verify_model
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
 
 LENGTH = "iters"  # the key that may change between two starts of a stage
 CLIPS = "data_hash"  # names the clips of a cache, which may grow between two starts
+RESTORE = "restore it or use another run="
 ANEW = "use another run=, or overwrite=true to delete it and start anew"
 
 
@@ -49,7 +53,7 @@ class StageFolder:
 
     def _open(self, number: int, config: dict, numbers: Iterable[str], overwrite: bool) -> None:
         self.run.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.run / ".lock", "w")
+        self._lock = lock_file(self.run / ".lock")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -61,6 +65,8 @@ class StageFolder:
         elif self.result.exists() or self.scores.exists() or checkpoint.steps(self.checkpoints):
             self._check(number, config, numbers)  # else nothing was computed yet
         self.complete = self.result.exists()
+        if self.complete and (why := damage_of(self.result)):
+            raise ValueError(f"{self.result}: is damaged ({why}); delete it, and the same command makes it again")
         if not self.complete:
             self.path.mkdir(parents=True, exist_ok=True)
             self._record(number, config)
@@ -123,17 +129,26 @@ class StageFolder:
         write_text(self.run / "config.yaml", yaml.safe_dump(record, sort_keys=False))
 
 
+def damage_of(result: Path) -> str:
+    """What is wrong with a stage's result, "" if nothing is: a ranking, or a model folder, whose weights are read."""
+    try:
+        if result.is_dir():
+            verify_model(result)
+        else:
+            read_json(result, IMPORTANCE, "")
+    except ValueError as err:
+        return str(err).replace(f"{result}/", "").removesuffix("; ")
+    return ""
+
+
 def read_run(run: Path) -> dict:
     """Read DIR/config.yaml; {} if it does not exist."""
     path = run / "config.yaml"
     if not path.is_file():
         return {}
-    try:
-        return yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as err:
-        raise ValueError(
-            f"{path}: cannot be read ({str(err).splitlines()[0]}); restore it or use another run="
-        ) from None
+    found: dict = read_yaml(path, RESTORE) or {}
+    check(found, RUN, str(path), RESTORE)
+    return found
 
 
 def commit() -> str | None:

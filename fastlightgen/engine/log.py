@@ -6,6 +6,9 @@ from pathlib import Path
 
 from fastlightgen.atomic import write_text
 from fastlightgen.engine.writers import Writer
+from fastlightgen.files.border import parsed, read_lines, read_text
+from fastlightgen.files.kinds import LOGGED
+from fastlightgen.parallel.log import say
 
 
 class Lines:
@@ -15,12 +18,12 @@ class Lines:
         self.path, kept = path, []
         if not path.exists():
             return
-        for line in path.read_text().splitlines():
+        for line in read_text(path).split("\n")[:-1]:  # a crash may have cut the last line short
             try:
-                if json.loads(line)["step"] <= start:
+                if parsed(line, LOGGED, str(path), "")["step"] <= start:
                     kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                break  # a crash may have cut the last line short
+            except ValueError:
+                say(f"warning: {path}: a line is damaged and left out: {line[:60]!r}")
         write_text(path, "".join(kept))
 
     def write(self, record: dict) -> None:
@@ -55,4 +58,4 @@ class Metrics:
 
 def read_metrics(path: Path) -> list[dict]:
     """Read all records of a log file; [] if it does not exist."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return list(read_lines(path, LOGGED)) if path.exists() else []

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from fastlightgen.engine import checkpoint
+from fastlightgen.engine import checkpoint, damage
 from fastlightgen.engine.choice import Choice
 from fastlightgen.engine.folder import StageFolder
 from fastlightgen.engine.hang import HERE
@@ -125,6 +125,7 @@ def train(
     if look:
         look()
     stage.begin()
+    damage.check(folder.checkpoints, cfg.damaged)
     if start := engine.load(folder.checkpoints):
         say(f"stage {stage.number}: continues at step {start} of {stage.iters}")
     if choice:

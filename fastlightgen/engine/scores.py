@@ -14,10 +14,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from fastlightgen.data.cache import META, save_tensors
+from fastlightgen.data.cache import META
 from fastlightgen.engine.folder import StageFolder
 from fastlightgen.engine.hang import HERE
 from fastlightgen.engine.loop import saved_and_stopped
+from fastlightgen.files.border import parsed
+from fastlightgen.files.kinds import DATA
+from fastlightgen.files.tensors import read_tensors, save_tensors, summed
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import bar, say
 
@@ -62,7 +65,7 @@ class Scores:
     def save(self) -> None:
         """Write all tables."""
         if ranks.rank() == 0:
-            save_tensors(self.file, self.tables, {META: json.dumps({"data": self.data})})
+            save_tensors(self.file, self.tables, {META: json.dumps({"data": self.data})} | summed(self.tables))
 
     def clear(self) -> None:
         """Remove the file, once the result is written."""
@@ -72,9 +75,9 @@ class Scores:
         if not self.file.exists():
             return
         try:
+            self.tables = read_tensors(self.file)
             with safe_open(self.file, framework="pt") as file:
-                data = json.loads(file.metadata()[META])["data"]
-                self.tables = {name: file.get_tensor(name) for name in file.keys()}
+                data = parsed(file.metadata()[META], DATA, str(self.file), "")["data"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as err:
             raise damaged(self.file, str(err)) from None
         if data != self.data:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastlightgen.config import StageConfig
 from fastlightgen.engine.checkpoint import host_copy
+from fastlightgen.files.border import regular
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.parallel import ranks
 
@@ -228,7 +229,7 @@ class Stored(Mapping):
     def __init__(self, files: list[Path]):
         self.where: dict[str, Any] = {}
         for file in files:
-            opened = safe_open(file, framework="pt")
+            opened = safe_open(regular(file), framework="pt")
             self.where |= dict.fromkeys(opened.keys(), opened)
 
     def __getitem__(self, name: str) -> Tensor:

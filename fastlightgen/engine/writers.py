@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fastlightgen.config import Run
+from fastlightgen.files.border import read_text
 
 
 class Writer(Protocol):
@@ -91,7 +92,7 @@ class Trackio:
         import trackio
 
         self.file, self.video = folder / "trackio-step", trackio.Video
-        self.known = int(self.file.read_text()) if self.file.exists() else 0
+        self.known = int(read_text(self.file)) if self.file.exists() else 0
         name = f"{folder.parent.name} {folder.name} {own_id(folder / 'trackio-id')}"
         try:
             self.run = trackio.init(project=project, name=name, resume="allow", config=config, embed=False)
@@ -119,7 +120,7 @@ def own_id(file: Path) -> str:
     """The id in a file, drawn when it is first asked for."""
     if not file.exists():
         file.write_text(uuid.uuid4().hex[:12])
-    return file.read_text()
+    return read_text(file)
 
 
 def open_writers(cfg: Run, folder: Path, start: int) -> list[Writer]:

@@ -1,11 +1,13 @@
 """The record of a model family: the classes, functions and constants that the rest of the program needs to know."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
+from fastlightgen.files.schema import Shape, flag, inside, items, maybe, number, shown, text, whole
 from fastlightgen.models.base import Cond, VideoDiT
 from fastlightgen.models.config import NetworkConfig
 from fastlightgen.models.cost import Network
@@ -13,6 +15,8 @@ from fastlightgen.models.encoding import Encoding
 from fastlightgen.models.geometry import Geometry
 from fastlightgen.models.keys import Format
 from fastlightgen.parallel.shares import Part
+
+DEEPEST, LARGEST = 1_000, 1_000_000  # number of blocks, size of a dimension
 
 # (configuration, latent (F, H, W), number of text tokens, fused kernels?, this GPU's part of the tokens) -> cost.
 Cost = Callable[[Mapping, tuple[int, int, int], int, bool, Part], Network]
@@ -85,13 +89,31 @@ class Family:
 
 
 def check_config(config: Mapping, kind: type[NetworkConfig]) -> None:
-    """Raise ValueError for an unknown key (except diffusers' notes, which start with _) or a size out of range."""
-    defaults = {f.name: None if f.default is MISSING else f.default for f in fields(kind)}
+    """Raise ValueError for an unknown key (except diffusers' notes, which start with _) or a value of another kind."""
+    types = get_type_hints(kind)
     for key, value in config.items():
-        if key not in defaults and not key.startswith("_") and value is not None:
+        if key.startswith("_"):
+            continue
+        if key not in types:
+            if value is None:
+                continue
             raise ValueError(
-                f"config.json: {key}={value!r} is not a key of this network; remove it if the weights do without it"
+                f"config.json: {key}={shown(value)} is not a key of this network; remove it if the weights do "
+                "without it"
             )
-        least = 0 if key.endswith("_layers") else 1  # pruning may delete all blocks of a list
-        if type(defaults.get(key)) is int and not (type(value) is int and value >= least):
-            raise ValueError(f"config.json: {key} is {value!r}; wanted a whole number from {least} up")
+        if found := shape_of(key, types[key])(list(value) if isinstance(value, tuple) else value):
+            raise ValueError(f"config.json: {inside(key, found)}")
+
+
+def shape_of(key: str, kind: Any) -> Shape:
+    """The shape of a key's values, from its type in the configuration's class."""
+    if isinstance(kind, UnionType):
+        inner = next(k for k in get_args(kind) if k is not NoneType)
+        return maybe(shape_of(key, inner))
+    if get_origin(kind) is tuple:
+        args = get_args(kind)
+        most, least = (LARGEST, 0) if args[-1] is ... else (len(args), len(args))
+        return items(whole(1, LARGEST), most=most, least=least)
+    if kind is int:  # pruning may delete all blocks of a list
+        return whole(0, DEEPEST) if key.endswith("_layers") else whole(1, LARGEST)
+    return {float: number(0, LARGEST), bool: flag, str: text(100)}[kind]

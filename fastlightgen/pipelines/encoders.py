@@ -16,21 +16,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastlightgen.files.border import opened, read_json
+from fastlightgen.files.schema import record
 from fastlightgen.models.encoding import pixels
 from fastlightgen.models.families import FAMILIES, family_of_pipeline
 from fastlightgen.models.family import Family
+from fastlightgen.pipelines.index import read_index
 
 
 def family_of_folder(folder: str | Path) -> tuple[str, Family]:
     """The pipeline class that model_index.json names, and its family."""
-    path = Path(folder) / "model_index.json"
     try:
-        name = json.loads(path.read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise ValueError(
-            f"pipeline={folder}: is not a diffusers pipeline folder ({type(err).__name__}: {err}); "
-            "give a folder that holds model_index.json"
-        ) from None
+        name = read_index(folder)["_class_name"]
+    except ValueError as err:
+        raise ValueError(f"pipeline={folder}: is not a diffusers pipeline folder ({err})") from None
     family = family_of_pipeline(name)
     if family is None:
         known = [pipeline for f in FAMILIES.values() for pipeline in f.pipelines]
@@ -154,7 +153,7 @@ def load_pipeline(
 def read_config(folder: Path) -> dict:
     """Read config.json of a part of a pipeline; {} if that part is absent."""
     path = folder / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path, record({}), "copy the folder again") if path.is_file() else {}
 
 
 def component_id(folder: Path, blocks: int = 256, block: int = 1 << 16) -> str | None:
@@ -169,7 +168,7 @@ def component_id(folder: Path, blocks: int = 256, block: int = 1 << 16) -> str |
     sha = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
-        with open(file, "rb") as f:
+        with opened(file) as f:
             sha.update(str(size).encode())
             for k in range(blocks):
                 f.seek(k * block if size <= blocks * block else k * (size - block) // (blocks - 1))

@@ -12,19 +12,21 @@ from pathlib import Path
 
 import torch
 
-from fastlightgen.atomic import write_json
+from fastlightgen.atomic import put, write_json
 from fastlightgen.config import Run
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import block_counts, family_of
+from fastlightgen.models.folder.networks import read_config
 from fastlightgen.models.folder.original import original_config
-from fastlightgen.models.folder.weights import read_json, save_model, save_original
+from fastlightgen.models.folder.weights import save_model, save_original
 from fastlightgen.parallel.log import bar, size
+from fastlightgen.pipelines.index import INDEX, read_index, within
 from fastlightgen.pipelines.lora_file import BlockMap, remap_lora
 from fastlightgen.pipelines.modelcard import model_card
 from fastlightgen.pipelines.origin import name_of
 from fastlightgen.pipelines.scheduler import CLASS, scheduler_config
 
-INDEX, NETWORK = "model_index.json", "transformer"
+NETWORK = "transformer"
 
 
 def is_pipeline(folder: str | Path) -> bool:
@@ -41,13 +43,11 @@ def parts_of(pipeline: Path) -> dict[str, str]:
     """Read the parts of a pipeline folder, name -> class, and check that it holds them and one network."""
     if not is_pipeline(pipeline):
         raise ValueError(f"pipeline={pipeline}: has no {INDEX}; give a folder that diffusers' save_pretrained wrote")
-    index = read_json(pipeline / INDEX)
+    index = read_index(pipeline)
     parts = {
         k: v[1] for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and len(v) == 2 and v[1]
     }
     for name in parts:
-        if Path(name).name != name or name in (".", ".."):
-            raise ValueError(f"{pipeline / INDEX}: names a part outside the folder, {name!r}; copy the folder again")
         if name not in ("scheduler", NETWORK) and not (pipeline / name).is_dir():
             raise ValueError(f"{pipeline}: {INDEX} names {name}, and there is no such folder; copy it again")
     if NETWORK not in parts or "transformer_2" in parts:
@@ -57,7 +57,7 @@ def parts_of(pipeline: Path) -> dict[str, str]:
 
 def network_config(pipeline: Path) -> dict:
     """Read transformer/config.json: the configuration of the pipeline's own network."""
-    return read_json(pipeline / NETWORK / "config.json")
+    return read_config(pipeline / NETWORK)
 
 
 def check_fits(config: dict, pipeline: Path) -> None:
@@ -146,7 +146,7 @@ def write_pipeline(
             card["source"] = name_of(card["source"])  # an export goes to others, to whom a path here says nothing
         save_model(model, temporary / NETWORK, dtype, **card)
         shutil.copy(temporary / NETWORK / "fastlightgen.json", temporary)
-        index = read_json(pipeline / INDEX)
+        index = read_index(pipeline)
         if student:
             shape = scheduler_config(family, card["ladder"], card["shift"], card.get("sampler", "stochastic"))
             write_json(temporary / "scheduler" / "scheduler_config.json", shape)
@@ -161,7 +161,7 @@ def write_pipeline(
         text = model_card(out.name, family, index["_class_name"], pipeline, card, blocks, counts, changed)
         (temporary / "README.md").write_text(text)
         report |= verify(temporary)
-        temporary.rename(out)
+        put(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -198,10 +198,12 @@ def copy_parts(pipeline: Path, folder: Path, names: list[str], link: bool, progr
         with bar(total, "copying parts", progress, unit="B", scale=True) as shown:
 
             def copy(source: str, target: str) -> None:
+                if not within(Path(source), pipeline):
+                    raise ValueError(f"{source}: is a link out of the pipeline, so it is not copied; delete it")
                 shutil.copyfile(source, target)  # follows the links of a download cache
                 shown.update(os.path.getsize(target))
 
             for name in names:
                 shutil.copytree(pipeline / name, folder / name, copy_function=copy)
-    for file in pipeline.glob("LICENSE*"):
+    for file in (f for f in pipeline.glob("LICENSE*") if within(f, pipeline)):
         shutil.copyfile(file, folder / file.name)

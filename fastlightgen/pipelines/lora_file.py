@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from fastlightgen.files.border import parsed, regular
+from fastlightgen.files.tensors import write_tensors
 from fastlightgen.models.families import FAMILIES
 
 BlockMap = dict[str, dict[int, int]]  # block list in diffusers' class -> {index in the teacher: index in the student}
@@ -71,12 +72,18 @@ def remap_lora(file: Path, out: Path, blocks: BlockMap, teacher: dict[str, int])
     """Write the LoRA for the student; returns the number of blocks that it still changes and the number it lost."""
     renumber = Renumber(blocks, teacher)
     try:
-        with safe_open(file, framework="pt") as f:
-            tensors = {new: f.get_tensor(key) for key in f.keys() if (new := renumber(key)) is not None}
+        with safe_open(regular(file, kind="file of tensors"), framework="pt") as f:
+            named = [(new, key) for key in f.keys() if (new := renumber(key)) is not None]
+            tensors = {new: f.get_tensor(key) for new, key in named}
             metadata = dict(f.metadata() or {"format": "pt"})
+        if len(tensors) < len(named):
+            raise ValueError("two names stand for one layer; save it again")
+        if bad := next((new for new, v in tensors.items() if not v.isfinite().all()), None):
+            raise ValueError(f"{bad} holds numbers that are not finite")
         if METADATA in metadata:
-            metadata[METADATA] = json.dumps(remap_settings(json.loads(metadata[METADATA]), renumber))
-    except (OSError, SafetensorError, json.JSONDecodeError) as err:
+            settings = parsed(metadata[METADATA], None, METADATA, "save the LoRA without its metadata")
+            metadata[METADATA] = json.dumps(remap_settings(settings, renumber))
+    except (OSError, SafetensorError) as err:
         raise ValueError(f"lora={file}: cannot be read as safetensors ({err}); give a .safetensors file") from None
     except ValueError as err:
         raise ValueError(f"lora={file}: {err}") from None
@@ -84,7 +91,7 @@ def remap_lora(file: Path, out: Path, blocks: BlockMap, teacher: dict[str, int])
         dropped = f"{len(renumber.dropped)} blocks, all of them dropped" if renumber.dropped else "no block"
         raise ValueError(f"lora={file}: changes {dropped}: nothing is left for the student; leave lora= out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out, metadata=metadata)
+    write_tensors(out, tensors, metadata)
     return len(renumber.kept), len(renumber.dropped)
 
 

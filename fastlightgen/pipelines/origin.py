@@ -4,9 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fastlightgen.models.folder.files import read_json
+from fastlightgen.files.border import parsed_yaml, read_text
+from fastlightgen.pipelines.index import read_index
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 LICENCE = ("license", "license_name", "license_link")  # keys in the head of a model card
@@ -27,17 +26,17 @@ def name_of(path: str | Path) -> str:
 
 def hub_id(pipeline: Path) -> str | None:
     """The owner/name of a pipeline folder, as far as a download cache or model_index.json tells it."""
-    said = str(read_json(pipeline / "model_index.json").get("_name_or_path") or "")
+    said = str(read_index(pipeline).get("_name_or_path") or "")
     return cached(pipeline.resolve()) or (said if HUB_ID.fullmatch(said) and not Path(said).exists() else None)
 
 
 def licence(pipeline: Path) -> dict[str, Any]:
     """The licence keys in the head of the pipeline's README.md; {} if there are none."""
     path = pipeline / "README.md"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = read_text(path, errors="replace") if path.is_file() else ""
     head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
-        found = yaml.safe_load(head[1]) if head else None
-    except yaml.YAMLError:
+        found = parsed_yaml(head[1], str(path)) if head else None
+    except ValueError:
         return {}
     return {key: found[key] for key in LICENCE if key in found} if isinstance(found, dict) else {}

@@ -94,12 +94,39 @@ def test_a_batch_larger_than_an_epoch(folder):
 
 def test_digest_follows_the_content(folder, tmp_path):
     shards = [fields(ShapesSource(0).batch(step, PER_SHARD)) for step in range(SHARDS)]
-    null = {"text": ShapesSource(0).batch(0, 1).null.text[0]}
+    null = ShapesSource(0).batch(0, 1).null
+    null = {"text": null.text[0], "text_len": null.text_len[0]}
     write_cache(tmp_path / "same", shards, null, world="shapes", frames=8)
     shards[1]["latents"][2, 0, 0, 0, 0] += 1
     write_cache(tmp_path / "other", shards, null, world="shapes", frames=8)
     digests = [Cache(f).digest for f in (folder, tmp_path / "same", tmp_path / "other")]
     assert digests[0] == digests[1] != digests[2]
+    write_cache(tmp_path / "third", shards[:1], {"text": null["text"] + 1}, world="shapes", frames=8)
+    write_cache(tmp_path / "fourth", shards[:1], null, world="shapes", frames=8)
+    assert Cache(tmp_path / "third").digest != Cache(tmp_path / "fourth").digest  # another null prompt is other data
+
+
+@pytest.mark.parametrize("name", ["shard-00001.safetensors", "null.safetensors"])
+def test_a_file_of_another_cache_is_refused(folder, tmp_path, name):
+    """Same description, same sizes, other clips and prompt: the checksums in the index tell."""
+    source = ShapesSource(1)
+    null = {"text": torch.ones(16, 48), "text_len": torch.tensor(16)}
+    shards = [fields(source.batch(step, PER_SHARD)) for step in range(SHARDS)]
+    write_cache(tmp_path / "other", shards, null, world="shapes", frames=8)
+    (folder / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    with pytest.raises(ValueError, match=f"{name}: .*of another cache.*make the cache again"):
+        Cache(folder).read([PER_SHARD])
+
+
+def test_a_shard_counts_once_and_holds_what_the_index_says(folder):
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | {"shards": index["shards"][:1] * 2}))
+    with pytest.raises(ValueError, match="names a shard twice"):
+        Cache(folder)
+    index["shards"][0]["clips"] = 10**8
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="says that shard-00000.safetensors holds 100000000 clips, but it has"):
+        Cache(folder)
 
 
 def test_a_cache_is_not_overwritten(folder):
@@ -116,7 +143,7 @@ def test_an_interrupted_write_is_no_cache_and_can_be_repeated(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_cache(tmp_path, shards(), {})
-    with pytest.raises(ValueError, match="index.json: not a latent cache"):
+    with pytest.raises(ValueError, match="index.json: not found; give the folder of a latent cache"):
         Cache(tmp_path)
     with pytest.raises(ValueError, match="neither `shapes` nor a folder with a latent cache"):
         open_source(str(tmp_path), 0)
@@ -135,6 +162,10 @@ def test_a_damaged_shard_is_named(folder, how):
         shard.unlink()
     else:
         save_file({k: v[:2] for k, v in load_file(shard).items()}, shard)
+    if how == "missing":
+        with pytest.raises(ValueError, match="shard-00001.safetensors: not found; make the cache again"):
+            Cache(folder)
+        return
     cache = Cache(folder)
     assert len(cache.read([0, 14])["latents"]) == 2  # the other shards can still be read
     with pytest.raises(ValueError, match="shard-00001.safetensors: damaged or missing .*; make the cache again"):
@@ -161,10 +192,10 @@ def test_foreign_fields_are_refused(tmp_path):
         ({"shards": [{"file": "../secret.safetensors", "clips": 1}]}, "names files outside its folder"),
         ({"shards": [{"file": "/etc/passwd", "clips": 1}]}, "names files outside its folder"),
         ({"shards": [{"file": "..", "clips": 1}]}, "names files outside its folder"),
-        ({"shards": [{"clips": 1}]}, "not a latent cache"),
-        ({"shards": [{"file": "a", "clips": "many"}]}, "not a latent cache"),
-        ({"shards": 3}, "not a latent cache"),
-        ({"description": None}, "not a latent cache"),
+        ({"shards": [{"clips": 1}]}, "give the folder of a latent cache"),
+        ({"shards": [{"file": "a", "clips": "many"}]}, "give the folder of a latent cache"),
+        ({"shards": 3}, "give the folder of a latent cache"),
+        ({"description": None}, "give the folder of a latent cache"),
         ({"format": 3}, "cache format 3, this version reads 1 and 2"),
     ],
 )

@@ -80,7 +80,7 @@ def test_a_folder_of_pictures_is_exact(tmp_path):
     assert np.array_equal(read_clip(Row("a", tmp_path / "a", "x"), 16, 5, SIZE), film[:5])
     assert np.array_equal(read_clip(Row("a", tmp_path / "a", "x", start=1 / 16), 16, 5, SIZE), film[1:])
     (tmp_path / "a" / "002.png").write_bytes(b"no picture")
-    with pytest.raises(Unusable, match="002.png cannot be read"):
+    with pytest.raises(Unusable, match="002.png: is no picture; wanted PNG, JPEG, WEBP, BMP"):
         read_clip(Row("a", tmp_path / "a", "x"), 16, 5, SIZE)
 
 
@@ -164,7 +164,7 @@ def test_csv(files):
         ("v/a.mp4", "", 0.0, None, "no caption"),
         ("v/a.mp4", "late", 2.0, 1.0, "start=2, end=1.0: wanted 0 <= start < end"),
         ("v/a.mp4", "odd", 0.0, None, "start='soon' is not a number"),
-        ("v/a.mp4", "odd", 0.0, None, "start='nan' is not a finite number"),
+        ("v/a.mp4", "odd", 0.0, None, "start='nan' is not a finite number of at most 100,000,000"),
         ("v", "empty", 0.0, None, "a folder without pictures"),
     ]
     assert read_list(files / "list.csv", 79)[1].problem == ""
@@ -197,10 +197,10 @@ def test_a_folder_with_captions(files):
     [
         ("l.csv", "file,text\na,b\n", "l.csv: has no column 'caption'; wanted file, caption"),
         ("l.csv", "file,caption\n", "l.csv: lists no clips; wanted one line per clip"),
-        ("l.jsonl", '{"file": 3\n', "l.jsonl: line 1 is not JSON"),
+        ("l.jsonl", '{"file": 3\n', "l.jsonl, line 1: cannot be read as JSON"),
         ("l.jsonl", '{"file": "a"}\n', "l.jsonl: line 1 is not an object like"),
         ("l.txt", "a", "l.txt: neither a folder nor a .csv or .jsonl file"),
-        ("absent.csv", None, "absent.csv: cannot be read"),
+        ("absent.csv", None, "absent.csv: not found"),
     ],
 )
 def test_a_bad_list_is_named(tmp_path, name, text, said):

@@ -91,8 +91,8 @@ def test_a_folder_in_use_is_left_alone(inputs, tmp_path, fails):
     run_train("stage=0", f"run={tmp_path}", *inputs[0], "iters=1")
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "empty state", "no state"])
-def test_a_damaged_checkpoint_is_named(inputs, tmp_path, fails, monkeypatch, damage):
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "empty state", "no state", "changed state"])
+def test_a_damaged_checkpoint_is_put_aside(inputs, tmp_path, fails, monkeypatch, capsys, damage):
     command = ["stage=0", f"run={tmp_path}", *inputs[0]]
     with monkeypatch.context() as patch:
         stop_after(6, patch)
@@ -102,17 +102,24 @@ def test_a_damaged_checkpoint_is_named(inputs, tmp_path, fails, monkeypatch, dam
     whole = file.read_bytes()
     if damage in ("missing", "no state"):
         file.unlink()
+    elif damage == "changed state":  # another number of updates: the learning rate would be another
+        file.write_text(whole.decode().replace('"teacher": 6', '"teacher": 5'))
+        assert file.read_bytes() != whole
+    elif damage == "flipped":  # one bit of one number
+        file.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
     else:
         file.write_bytes(whole[: 0 if damage == "empty state" else len(whole) // 2])
     before = contents(tmp_path / "stage0/checkpoints")
-    line = fails(*command)
+    line = fails(*command, "damaged=refuse")
     assert str(latest) in line and "damaged or incomplete" in line
     assert "delete it to continue from step-000003" in line
     assert contents(tmp_path / "stage0/checkpoints") == before
-    for f in latest.iterdir():  # follow the remedy of the error
-        f.unlink()
-    latest.rmdir()
+    capsys.readouterr()
     run_train(*command)
+    said = capsys.readouterr().out
+    assert f"warning: {latest}: damaged or incomplete" in said
+    assert "it is now damaged-step-000006; continues from step-000003" in said
+    assert "continues at step 3 of" in said and latest.with_name("damaged-step-000006").is_dir()
     run_train("stage=0", f"run={tmp_path}/whole", *inputs[0])
     assert_same(result(tmp_path, 0), result(tmp_path / "whole", 0))
 
@@ -121,12 +128,12 @@ def test_a_damaged_checkpoint_is_named(inputs, tmp_path, fails, monkeypatch, dam
     "text, said",
     [
         (None, "not found; run stage=1 with the same run= first"),
-        ("{", "not a ranking file"),
-        (b"\xff\xfe\x00", "not a ranking file"),
-        ("[1, 2]", "not a ranking file"),
-        ('{"units": [1, 2, 3, 4], "kept": ["a"], "pruned": [0]}', "not a ranking file"),
+        ("{", "wanted a ranking"),
+        (b"\xff\xfe\x00", "wanted a ranking"),
+        ("[1, 2]", "wanted a ranking"),
+        ('{"units": [1, 2, 3, 4], "kept": ["a"], "pruned": [0]}', "wanted a ranking"),
         ('{"units": [1, 2, 3, 4], "kept": [0], "pruned": [1, 2]}', "the model has 4"),
-        ('{"units": [1, 2, 3, 4], "kept": [], "pruned": [0, 1, 2, 3]}', "the model has 4"),
+        ('{"units": [1, 2, 3, 4], "kept": [], "pruned": [0, 1, 2, 3]}', "wanted a ranking"),
         (5, "ranks 5 blocks, but the model has 4; run stage=1 for this model"),
     ],
 )
@@ -240,4 +247,4 @@ def test_metrics_drop_what_comes_after_the_checkpoint(tmp_path):
 def test_damaged_config_yaml_is_named(inputs, tmp_path, fails):
     run_train("stage=0", f"run={tmp_path}", *inputs[0], "iters=1")
     (tmp_path / "config.yaml").write_text("a: [1")
-    assert f"{tmp_path}/config.yaml: cannot be read" in fails("stage=0", f"run={tmp_path}", *inputs[0], "iters=1")
+    assert f"{tmp_path}/config.yaml: is not valid YAML" in fails("stage=0", f"run={tmp_path}", *inputs[0], "iters=1")

@@ -118,18 +118,21 @@ DAMAGE = {
         lambda f: change(f, **{"proj_out.bias": torch.zeros(64).to(torch.float8_e4m3fn)}),
         "proj_out.bias is float8_e4m3fn, wanted float32, bfloat16 or float16",
     ),
-    "unknown key": (lambda f: edit(f, vace_layers=[0]), r"vace_layers=\[0\] is not a key of this network"),
-    "size as text": (lambda f: edit(f, ffn_dim="40"), "ffn_dim is '40'; wanted a whole number from 1 up"),
-    "size 0": (lambda f: edit(f, num_attention_heads=0), "num_attention_heads is 0; wanted a whole number from 1 up"),
-    "list": (lambda f: (f / "config.json").write_text("[]"), "config.json: holds list; wanted the keys of a network"),
+    "unknown key": (lambda f: edit(f, vace_layers=[0]), r"vace_layers=a list of 1 is not a key of this network"),
+    "size as text": (lambda f: edit(f, ffn_dim="40"), "ffn_dim: is '40', wanted a whole number from 1 to"),
+    "size 0": (lambda f: edit(f, num_attention_heads=0), "num_attention_heads: is 0, wanted a whole number from 1 to"),
+    "list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        "config.json is a list of 0, wanted an object; wanted the keys of a network",
+    ),
     "index of pickles": (
         lambda f: index(f, {"weight_map": {"a": "a.bin"}}),
         "names 'a.bin'; wanted .safetensors files",
     ),
     "index outside": (lambda f: index(f, {"weight_map": {"a": "../a.safetensors"}}), "names files outside its folder"),
     "index absolute": (lambda f: index(f, {"weight_map": {"a": "/a.safetensors"}}), "names files outside its folder"),
-    "index of nothing": (lambda f: index(f, {"metadata": {}}), "index.json: has no weight_map"),
-    "index no record": (lambda f: index(f, []), "index.json: has no weight_map"),
+    "index of nothing": (lambda f: index(f, {"metadata": {}}), "index.json has no 'weight_map'"),
+    "index no record": (lambda f: index(f, []), "index.json is a list of 0, wanted an object"),
     "shard lost": (lambda f: index(f, {"weight_map": {"a": "lost.safetensors"}}), "lost.safetensors: not found"),
 }
 

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from fastlightgen.atomic import write_json
+from fastlightgen.files.border import read_json
+from fastlightgen.files.kinds import CARD as SHAPE
 from fastlightgen.models.base import VideoDiT
-from fastlightgen.models.folder.files import read_json
 
 CARD = "fastlightgen.json"
 
@@ -13,7 +14,7 @@ CARD = "fastlightgen.json"
 def read_card(folder: str | Path) -> dict:
     """Read the card of a model or pipeline folder; {} for a folder that another program wrote."""
     places = [Path(folder) / CARD, Path(folder) / "transformer" / CARD]
-    return next((read_json(path) for path in places if path.is_file()), {})
+    return next((read_json(path, SHAPE, "mend it, or copy the folder again") for path in places if path.is_file()), {})
 
 
 def write_card(folder: Path, model: VideoDiT, values: dict[str, Any]) -> None:

@@ -1,8 +1,7 @@
 """Weight files and JSON on disk: find and map shards without reading them, write a folder completely or not at all."""
 
 import hashlib
-import json
-import pickle
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,29 +9,24 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fastlightgen.atomic import write_json
+from fastlightgen.atomic import put, write_json
+from fastlightgen.files import tensors as files
+from fastlightgen.files.border import opened, read_json, regular
+from fastlightgen.files.kinds import WEIGHT_MAP
 
+CHECKSUMS = "checksums.json"  # tensor -> its checksum; absent from folders of other programs
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 PICKLES = (".pt", ".pth", ".bin")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON file; raises a one-line ValueError if that fails."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as err:
-        raise ValueError(f"{path}: cannot be read as JSON ({err})") from None
-
-
 def digest(path: Path) -> str:
     """Hash a file's content: the first 16 hexadecimal digits of its SHA-256."""
     sha = hashlib.sha256()
-    with open(path, "rb") as f:
+    with opened(path) as f:
         while chunk := f.read(1 << 20):
             sha.update(chunk)
     return sha.hexdigest()[:16]
@@ -68,11 +62,9 @@ def weight_files(folder: Path, originals: Sequence[str], allow_pt: bool = False)
 
 def indexed(index: Path) -> list[Path]:
     """The shards that an index file names, checked to be inside its folder."""
-    record = read_json(index)
-    shards = record.get("weight_map") if isinstance(record, dict) else None
-    if not isinstance(shards, dict) or not shards:
-        raise ValueError(f"{index}: has no weight_map; copy the folder again")
-    names = sorted({str(name) for name in shards.values()})
+    names = sorted(set(read_json(index, WEIGHT_MAP, "copy the folder again")["weight_map"].values()))
+    if not names:
+        raise ValueError(f"{index}: its weight_map is empty; copy the folder again")
     if any(Path(name).name != name for name in names):
         raise ValueError(f"{index}: names files outside its folder; copy the folder again")
     other = next((name for name in names if Path(name).suffix != ".safetensors"), None)
@@ -85,6 +77,7 @@ def indexed(index: Path) -> list[Path]:
 def mapped(file: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
     """Open a weight file as (keys in file order, key -> tensor). Tensors are memory-mapped: unused ones stay unread."""
     try:
+        regular(file, kind="weight file")
         if file.suffix in PICKLES:
             tensors = unpickled(file)
             yield list(tensors), tensors.__getitem__
@@ -101,7 +94,7 @@ def unpickled(file: Path) -> dict[str, Tensor]:
     """The tensors of a torch.save file, memory-mapped; code in the pickle is not run."""
     try:
         record = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as err:
+    except Exception as err:  # a malformed pickle can end in any error of the reader
         reason = (str(err).splitlines() or [type(err).__name__])[0]
         raise ValueError(f"{file}: is not a torch.save file of plain tensors, or damaged ({reason})") from None
     for outer in ("module", "model", "state_dict"):  # usual wrappers; HunyuanVideo's file is {"module": tensors}
@@ -119,6 +112,37 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
         with mapped(file) as (keys, get):
             out |= {key: get(key) for key in keys}
     return out
+
+
+def read_checksums(folder: Path) -> dict[str, int]:
+    """The checksums of a model folder's tensors; {} if another program wrote it."""
+    path = folder / CHECKSUMS
+    found: dict[str, int] = read_json(path, files.SHAPE, "copy the folder again") if path.is_file() else {}
+    return found
+
+
+def verify_tensor(key: str, value: Tensor, sums: Mapping[str, int], file: Path) -> None:
+    """Raise ValueError if a stored tensor is damaged or holds numbers that are not finite."""
+    if key in sums:
+        try:
+            files.verify(key, value, sums[key], file)
+        except ValueError as err:
+            how = f"copy the folder again, or delete {CHECKSUMS} if you changed the weights yourself"
+            raise ValueError(f"{err}; {how}") from None
+    if value.is_floating_point() and not math.isfinite(value.sum(dtype=torch.float32)) and not value.isfinite().all():
+        raise ValueError(f"{file}: {key} holds numbers that are not finite; copy the folder again, or train again")
+
+
+def verify_model(folder: Path) -> None:
+    """Read a model folder that this program wrote; raise ValueError if anything in it is damaged."""
+    read_json(folder / "config.json")
+    headers, sums = read_headers(weight_files(folder, ())), read_checksums(folder)
+    if lost := sorted(sums.keys() - headers.keys()):
+        raise ValueError(f"{folder}: {lost[0]} is missing")
+    for file in sorted({file for file, _ in headers.values()}):
+        with mapped(file) as (keys, get):
+            for key in keys:
+                verify_tensor(key, get(key), sums, file)
 
 
 def read_headers(files: list[Path]) -> dict[str, tuple[Path, Tensor]]:
@@ -152,14 +176,15 @@ def replacing(folder: Path) -> Iterator[Path]:
     yield temporary
     if folder.exists():
         folder.rename(old)
-    temporary.rename(folder)
+    put(temporary, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def write_tensors(folder: Path, sizes: Mapping[str, int], get: Callable[[str], Tensor], limit: int) -> None:
     """Write get(key) for every key of `sizes` (in bytes) as diffusers does.
 
-    Shards have at most `limit` bytes, and one is in memory at a time. More than one shard gets an index file.
+    Shards have at most `limit` bytes, and one is in memory at a time. More than one shard gets an index file. The last
+    file holds a checksum of every tensor.
     """
     shards: list[list[str]] = []
     room = 0  # bytes left in the last shard
@@ -171,10 +196,14 @@ def write_tensors(folder: Path, sizes: Mapping[str, int], get: Callable[[str], T
         room -= size
     stem = Path(WEIGHTS).stem
     names: dict[str, str] = {}
+    sums: dict[str, int] = {}
     for number, keys in enumerate(shards, 1):
         name = WEIGHTS if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-        save_file({key: get(key) for key in keys}, folder / name, metadata={"format": "pt"})
+        shard = {key: get(key) for key in keys}
+        files.write_tensors(folder / name, shard, {"format": "pt"})
+        sums |= files.checksums(shard)
         names |= dict.fromkeys(keys, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(names.items()))}
         write_json(folder / f"{WEIGHTS}.index.json", index)
+    write_json(folder / CHECKSUMS, sums)

@@ -4,8 +4,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fastlightgen.config import find_preset_weights, preset, presets
+from fastlightgen.files.border import read_json
+from fastlightgen.files.kinds import CONFIG
 from fastlightgen.models.families import depth, family_of, family_of_original
-from fastlightgen.models.folder.files import read_json
 from fastlightgen.models.folder.original import from_original
 
 
@@ -47,9 +48,7 @@ def model_folder(path: str | Path) -> Path:
 
 def read_config(folder: Path) -> dict:
     """config.json of a model folder, converted to diffusers' format if it is in an original one."""
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.json'}: holds {type(config).__name__}; wanted the keys of a network")
+    config = read_json(folder / "config.json", CONFIG, "wanted the keys of a network: copy the folder again")
     return from_original(config) if family_of_original(config) else config
 
 

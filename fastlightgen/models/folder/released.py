@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlightgen.config import preset, presets
+from fastlightgen.files.border import read_json
 from fastlightgen.models.families import family_of
-from fastlightgen.models.folder.files import read_json
 from fastlightgen.models.folder.networks import config_of
 from fastlightgen.models.folder.weights import read_card
 

@@ -21,10 +21,12 @@ from fastlightgen.models.folder.files import (
     WEIGHTS,
     digest,
     mapped,
+    read_checksums,
     read_headers,
     read_json,
     read_tensors,
     replacing,
+    verify_tensor,
     weight_files,
     write_tensors,
 )
@@ -158,13 +160,17 @@ def stored_tensors(
     for key, source in table.items():
         if wanted is None or key in wanted:
             takers.setdefault(source.key, []).append(key)
+    sums = read_checksums(folder)
     total = sum(v.numel() * v.element_size() for _, v in headers.values())
     with bar(total, "loading weights", True, unit="B", scale=True, delay=5) as progress:
         for group in windows(headers):
-            with mapped(headers[group[0]][0]) as (_, get):
+            file = headers[group[0]][0]
+            with mapped(file) as (_, get):
                 for name in group:
+                    if name in takers:
+                        verify_tensor(name, value := get(name), sums, file)
                     for key in takers.get(name, []):
-                        yield key, get(name), table[key]
+                        yield key, value, table[key]
                     progress.update(headers[name][1].numel() * headers[name][1].element_size())
 
 

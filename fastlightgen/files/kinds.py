@@ -1,0 +1,138 @@
+"""The shape of every kind of file that is read. Keys that are not named here may hold anything: nothing reads them."""
+
+from fastlightgen.files.schema import (
+    anything,
+    either,
+    flag,
+    items,
+    maybe,
+    number,
+    one_of,
+    record,
+    table,
+    text,
+    whole,
+)
+
+BLOCKS, STEPS, CLIPS = 10_000, 100_000, 100_000_000  # more than any network, sampler, data set has
+BLOCK = whole(0, BLOCKS)
+KEPT = items(BLOCK, most=BLOCKS, least=1, rising=True)
+NAME = text(1_000)
+SAMPLERS = ("ode", "stochastic")
+GUIDANCE = number(-1_000, 1_000)
+PLAIN = number(finite=False)  # a measured number; a run that diverged logs nan
+
+# fastlightgen.json beside weights
+CARD = record(
+    {},
+    {
+        "family": maybe(NAME),
+        "stage": maybe(either(whole(0, 3), one_of("decoder"))),
+        "num_blocks": whole(1, BLOCKS),
+        "kept_blocks": maybe(KEPT),
+        "pruned_path": maybe(KEPT),
+        "ladder": maybe(items(number(0, 1, above=True), most=1_000, least=1, falling=True)),
+        "shift": maybe(number(0, 1_000, above=True)),
+        "guidance": maybe(GUIDANCE),
+        "steps": maybe(whole(1, STEPS)),
+        "sampler": maybe(one_of(*SAMPLERS)),
+        "source": maybe(text()),
+        "world": maybe(whole(1, 1_000)),
+    },
+)
+
+# importance.json of Stage I; one that a user wrote by hand may hold the needed keys alone
+UNIT = {"name": NAME, "index": BLOCK, "score": PLAIN, "stderr": PLAIN}
+CHOICE = {"kept": KEPT, "pruned": items(BLOCK, most=BLOCKS)}
+IMPORTANCE = record({**CHOICE, "units": items(anything, most=BLOCKS, least=1)})
+RANKING = record(  # one that Stage I wrote
+    {
+        **CHOICE,
+        "units": items(record(UNIT), most=BLOCKS, least=1),
+        "baseline_score": PLAIN,
+        "num_samples": whole(0, CLIPS),
+        "search": NAME,
+        "score_kind": NAME,
+    },
+    {"data_hash": NAME, "world": maybe(whole(1, 1_000))},
+)
+
+# the cache of latents: index.json, encode.json, parts/N.json, the metadata of a shard
+HASH = text(64)
+SHARD = record(
+    {"file": text(255), "clips": whole(1, CLIPS)},
+    {"size": items(whole(1, 1_000_000), most=4), "sha256": HASH, "head": HASH},
+)
+SHARDS = items(SHARD)
+INDEX = record({"format": whole(0, 1_000), "shards": SHARDS, "description": record({})}, {"null": HASH})
+PART = record({"shards": SHARDS, "skipped": items(record({}))})
+SAMPLE = record({}, {"file": text(), "source": text(), "caption": text(1_000_000), "crc32": whole(0, 2**32)})
+SAMPLES = record({}, {"samples": items(SAMPLE), "prompt": text(1_000_000), "description": record({})})
+ENCODE = record(
+    {"min_dover": number(), "rows": whole(0, CLIPS), "list": HASH, "shard": whole(1, CLIPS)},
+    {"earlier": items(whole(0, CLIPS)), "first": whole(0, CLIPS), "added": items(whole(0, CLIPS))},
+)
+
+# config.json of a network; the family compares the keys further
+CONFIG = record({}, {"_class_name": maybe(NAME), "architectures": items(NAME)})
+
+# model_index.json: a component is [library, class]; other entries are plain settings
+COMPONENT = items(maybe(NAME), most=2, least=2)
+PIPELINE = record({"_class_name": NAME}, rest=either(COMPONENT, text(), flag, number(), maybe(record({}))))
+
+# model.safetensors.index.json
+WEIGHT_MAP = record({"weight_map": table(text(255), most=1_000_000)})
+
+# a line of a list of prompts
+PROMPT = record({"prompt": text(100_000)}, {"image": maybe(text(4_000))}, rest=lambda value: "is no key of a prompt")
+
+# a run folder: state.json of a checkpoint, lines of logs
+STATE = record(
+    {"step": whole(0), "files": items(text(255), most=100_000), "count": table(whole(0))},
+    {"engine": NAME, "ranks": whole(1, 1_000_000), "check": whole(0, 2**32)},
+)
+STEP = {"step": whole(0)}
+RUN = record({}, {f"stage{n}": record({}) for n in range(4)})  # config.yaml
+BEST = record({**STEP, "updates": whole(0), "score": PLAIN})  # metadata of best.safetensors
+DATA = record({"data": NAME})  # metadata of scores.safetensors
+LOGGED = record(STEP)  # any line of a log
+METRICS = record(STEP, rest=either(text(), flag, maybe(PLAIN)))
+ALARMS = record({**STEP, "alarm": NAME, "good": whole(0), "value": PLAIN, "usual": PLAIN})
+
+# scores.json beside a shipped model
+SHIPPED = record(
+    {
+        "records": items(
+            record(
+                {"plan": record({}), "seed": whole(0), "clips": whole(1, CLIPS), "noises": whole(1, CLIPS)},
+                {"values": text(255), "attributes": table(maybe(PLAIN))},
+            )
+        )
+    },
+    {"world": whole(1, 1_000)},
+)
+
+# evaluate's NAME.json
+INTERVALS = table(items(PLAIN, most=2, least=2))
+SAMPLER = record(
+    {"kind": NAME, "steps": whole(1, STEPS), "guidance": GUIDANCE, "evaluations": whole(1, 100 * STEPS)},
+)
+SHOWN = items(record({"caption": text(1_000_000), "has_first": flag}), most=10_000)
+EVALUATION = record(
+    {"title": text(), "clips": whole(0, CLIPS), "scores": table(maybe(PLAIN)), "shown": SHOWN},
+    {
+        "name": NAME,
+        "num_params": whole(0, 10**15),
+        "num_blocks": whole(0, BLOCKS),
+        "kept_blocks": maybe(items(BLOCK, most=BLOCKS)),
+        "sampler": SAMPLER,
+        "intervals": INTERVALS,
+        "attributes": table(maybe(PLAIN)),
+        "note": text(),
+        "seconds_per_clip": number(0),
+        "batch": whole(1, CLIPS),
+        "world": whole(1, 1_000),
+        "seed": whole(0),
+    },
+)
+SPEED = record({}, rest=either(record({}), text(), maybe(PLAIN), anything))

@@ -1,0 +1,88 @@
+"""safetensors files: written with a checksum of every tensor, and verified when they are read.
+
+The checksum adds up the bytes as 64-bit integers in blocks of 4 KiB, and takes the CRC-32 of the sums. It sees a
+flipped bit, a lost or moved block and a shortened file, and runs at the speed of memory. It does not protect against an
+attacker.
+"""
+
+import errno
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastlightgen.atomic import put
+from fastlightgen.files.border import parsed, regular
+from fastlightgen.files.schema import table, whole
+
+SUMS = "sums"  # metadata key: name of a tensor -> its checksum, as JSON
+SHAPE = table(whole(0, 2**32), most=10_000_000)
+BLOCK = 4096  # bytes
+
+
+def checksum(value: Tensor) -> int:
+    """The checksum of a tensor's bytes."""
+    data = value.detach().contiguous().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 8 or data.data_ptr() % 8:  # a mapped tensor may begin anywhere
+        data = data.clone()
+    whole_blocks = len(data) // BLOCK * BLOCK
+    sums = data[:whole_blocks].view(torch.int64).view(-1, BLOCK // 8).sum(1)
+    return zlib.crc32(data[whole_blocks:].numpy().data, zlib.crc32(sums.numpy().data))
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: checksum(v) for name, v in tensors.items()}
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file in place; what the disk refuses is an OSError, as for other files."""
+    try:
+        save_file(dict(tensors), file, metadata)
+    except SafetensorError as err:
+        code = errno.ENOSPC if "No space left" in str(err) else errno.EIO
+        raise OSError(code, " ".join(str(err).split()), str(file)) from None
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that appears complete or not at all. safetensors refuses strides, so they are copied."""
+    temporary = file.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)  # of a process that was killed
+    write_tensors(temporary, {k: v.contiguous() for k, v in tensors.items()}, metadata)
+    put(temporary, file)
+
+
+def read_tensors(file: Path, verified: bool = True) -> dict[str, Tensor]:
+    """Read all tensors of a file and verify them if it holds checksums. Raise ValueError if it is damaged."""
+    try:
+        with safe_open(regular(file, kind="file of tensors"), framework="pt") as f:
+            sums = sums_of(f.metadata(), file)
+            out = {name: f.get_tensor(name) for name in f.keys()}
+    except (OSError, SafetensorError) as err:
+        raise ValueError(f"{file}: damaged or missing ({err})") from None
+    for name in sums if verified else ():
+        verify(name, out.get(name), sums[name], file)
+    return out
+
+
+def verify(name: str, value: Tensor | None, wanted: int, file: Path) -> None:
+    """Raise ValueError if a tensor is missing or not the one that was written."""
+    if value is None:
+        raise ValueError(f"{file}: lacks {name}")
+    if checksum(value) != wanted:
+        raise ValueError(f"{file}: {name} is damaged (its checksum is wrong)")
+
+
+def sums_of(metadata: Mapping[str, str] | None, file: Path) -> dict[str, int]:
+    """The checksums in a file's metadata; {} if it was written without."""
+    found: dict[str, int] = parsed((metadata or {}).get(SUMS, "{}"), SHAPE, f"{file}, checksums", "make it again")
+    return found
+
+
+def summed(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The metadata that hold the tensors' checksums."""
+    return {SUMS: json.dumps(checksums(tensors))}
