@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastlightgen.atomic import write_json
 from fastlightgen.files.border import opened, parsed, read_json, regular, unread
 from fastlightgen.files.kinds import INDEX, SAMPLES
-from fastlightgen.files.tensors import save_tensors
+from fastlightgen.files.tensors import open_tensors, save_tensors
 from fastlightgen.models.families import cond_fields
 
 FORMAT, READS = 2, (1, 2)  # written, readable; format 1 has no sizes and no checksums of clips
@@ -116,7 +116,7 @@ class Cache:
                 "prompt that the model's authors publish, or leave negative= out"
             )
         try:
-            with safe_open(regular(self.folder / name), framework="pt") as file:
+            with open_tensors(self.folder / name) as file:
                 fields = {key: file.get_tensor(key) for key in file.keys()}
                 about = origins(file, self.folder / name)
         except (OSError, SafetensorError) as err:
@@ -126,13 +126,13 @@ class Cache:
     def sample(self, index: int) -> dict:
         """The origin of a clip: file, source, caption, start, end, as far as its shard records them."""
         file, row = self.where[index]
-        with safe_open(file, framework="pt") as shard:
+        with open_tensors(file) as shard:
             return self._about(file, shard)[row]
 
     def _read(self, index: int) -> dict[str, Tensor]:
         file, row = self.where[index]
         try:
-            with safe_open(file, framework="pt") as shard:
+            with open_tensors(file) as shard:
                 clip = {key: shard.get_slice(key)[row] for key in shard.keys()}
                 about = self._about(file, shard)
         except (OSError, IndexError, KeyError, ValueError, SafetensorError) as err:

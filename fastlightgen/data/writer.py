@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fastlightgen.atomic import lock_file, write_json
@@ -32,7 +31,7 @@ from fastlightgen.data.lists import Row
 from fastlightgen.data.video import source_hash
 from fastlightgen.files.border import read_json
 from fastlightgen.files.kinds import ENCODE, INDEX, PART
-from fastlightgen.files.tensors import save_tensors
+from fastlightgen.files.tensors import open_tensors, save_tensors
 from fastlightgen.parallel.log import bar, say
 
 # Files of processes that were killed while writing. Other names are not ours.
@@ -136,7 +135,7 @@ class Writer:
     def _clips(self, number: int) -> Iterator[tuple]:
         """Yield what identifies each clip of a finished part."""
         for shard in self._record(number)["shards"]:
-            with safe_open(self.folder / shard["file"], framework="pt") as file:
+            with open_tensors(self.folder / shard["file"]) as file:
                 for about in origins(file, self.folder / shard["file"])["samples"]:
                     yield about["source"], about["start"], about["end"], about["caption"]
 

@@ -3,14 +3,14 @@
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from fastlightgen.engine import checkpoint
 from fastlightgen.engine.hang import HERE
 from fastlightgen.files.border import check as check_shape
-from fastlightgen.files.border import read_json, regular
+from fastlightgen.files.border import read_json
 from fastlightgen.files.kinds import STATE
-from fastlightgen.files.tensors import sums_of, verify
+from fastlightgen.files.tensors import open_tensors, sums_of, verify
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
 
@@ -57,7 +57,7 @@ def wrong(here: Path, step: int, part: int = 0, parts: int = 1) -> str:
 def verify_file(file: Path) -> None:
     """Raise ValueError if a file of tensors is damaged. One without checksums, of an older version, is only opened."""
     try:
-        with safe_open(regular(file, kind="file of tensors"), framework="pt") as f:
+        with open_tensors(file) as f:
             names = set(f.keys())
             for name, wanted in sums_of(f.metadata(), file).items():
                 HERE.at("verifying the checkpoint")

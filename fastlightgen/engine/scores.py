@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,7 +20,7 @@ from fastlightgen.engine.hang import HERE
 from fastlightgen.engine.loop import saved_and_stopped
 from fastlightgen.files.border import parsed
 from fastlightgen.files.kinds import DATA
-from fastlightgen.files.tensors import read_tensors, save_tensors, summed
+from fastlightgen.files.tensors import open_tensors, read_tensors, save_tensors, summed
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import bar, say
 
@@ -76,7 +76,7 @@ class Scores:
             return
         try:
             self.tables = read_tensors(self.file)
-            with safe_open(self.file, framework="pt") as file:
+            with open_tensors(self.file) as file:
                 data = parsed(file.metadata()[META], DATA, str(self.file), "")["data"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as err:
             raise damaged(self.file, str(err)) from None

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from fastlightgen.config import StageConfig
 from fastlightgen.engine.checkpoint import host_copy
-from fastlightgen.files.border import regular
+from fastlightgen.files.tensors import open_tensors
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.parallel import ranks
 
@@ -229,7 +228,7 @@ class Stored(Mapping):
     def __init__(self, files: list[Path]):
         self.where: dict[str, Any] = {}
         for file in files:
-            opened = safe_open(regular(file), framework="pt")
+            opened = open_tensors(file)
             self.where |= dict.fromkeys(opened.keys(), opened)
 
     def __getitem__(self, name: str) -> Tensor:

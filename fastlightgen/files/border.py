@@ -48,9 +48,10 @@ def _checked(path: str | Path, found: os.stat_result, most: float, kind: str) ->
 
 def opened(path: str | Path, most: float = math.inf) -> IO[bytes]:
     """Open a regular file to read its bytes; a pipe in its place does not block."""
+    regular(path, most)  # a socket cannot be opened at all
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        _checked(path, os.fstat(handle), most, "file")
+        _checked(path, os.fstat(handle), most, "file")  # once more: it may have been replaced meanwhile
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)

@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,8 @@ BLOCK = 4096  # bytes
 
 def checksum(value: Tensor) -> int:
     """The checksum of a tensor's bytes."""
+    if not value.numel():
+        return 0
     data = value.detach().contiguous().reshape(-1).view(torch.uint8)
     if data.storage_offset() % 8 or data.data_ptr() % 8:  # a mapped tensor may begin anywhere
         data = data.clone()
@@ -56,10 +59,15 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     put(temporary, file)
 
 
+def open_tensors(file: Path) -> Any:
+    """Open a safetensors file: a context of tensors that are mapped, not read."""
+    return safe_open(regular(file, kind="file of tensors"), framework="pt")
+
+
 def read_tensors(file: Path, verified: bool = True) -> dict[str, Tensor]:
     """Read all tensors of a file and verify them if it holds checksums. Raise ValueError if it is damaged."""
     try:
-        with safe_open(regular(file, kind="file of tensors"), framework="pt") as f:
+        with open_tensors(file) as f:
             sums = sums_of(f.metadata(), file)
             out = {name: f.get_tensor(name) for name in f.keys()}
     except (OSError, SafetensorError) as err:

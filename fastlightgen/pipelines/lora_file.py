@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from fastlightgen.files.border import parsed, regular
-from fastlightgen.files.tensors import write_tensors
+from fastlightgen.files.border import parsed
+from fastlightgen.files.tensors import open_tensors, write_tensors
 from fastlightgen.models.families import FAMILIES
 
 BlockMap = dict[str, dict[int, int]]  # block list in diffusers' class -> {index in the teacher: index in the student}
@@ -72,7 +72,7 @@ def remap_lora(file: Path, out: Path, blocks: BlockMap, teacher: dict[str, int])
     """Write the LoRA for the student; returns the number of blocks that it still changes and the number it lost."""
     renumber = Renumber(blocks, teacher)
     try:
-        with safe_open(regular(file, kind="file of tensors"), framework="pt") as f:
+        with open_tensors(file) as f:
             named = [(new, key) for key in f.keys() if (new := renumber(key)) is not None]
             tensors = {new: f.get_tensor(key) for new, key in named}
             metadata = dict(f.metadata() or {"format": "pt"})

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastlightgen.atomic import put, write_json
@@ -82,7 +82,7 @@ def mapped(file: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
             tensors = unpickled(file)
             yield list(tensors), tensors.__getitem__
         else:
-            with safe_open(file, framework="pt") as f:
+            with files.open_tensors(file) as f:
                 yield f.offset_keys(), f.get_tensor
     except FileNotFoundError:
         raise ValueError(f"{file}: not found") from None
