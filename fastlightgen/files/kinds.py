@@ -64,7 +64,7 @@ SHARD = record(
     {"size": items(whole(1, 1_000_000), most=4), "sha256": HASH, "head": HASH},
 )
 SHARDS = items(SHARD)
-INDEX = record({"format": whole(0, 1_000), "shards": SHARDS, "description": record({})}, {"null": HASH})
+INDEX = record({"format": whole(0, 1_000), "shards": items(SHARD, least=1), "description": record({})}, {"null": HASH})
 PART = record({"shards": SHARDS, "skipped": items(record({}))})
 SAMPLE = record({}, {"file": text(), "source": text(), "caption": text(1_000_000), "crc32": whole(0, 2**32)})
 SAMPLES = record({}, {"samples": items(SAMPLE), "prompt": text(1_000_000), "description": record({})})

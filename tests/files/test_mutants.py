@@ -25,8 +25,8 @@ from fastlightgen.models.sample import sampling_plan
 from fastlightgen.pipelines.index import read_index
 
 HOSTILE: list[Any] = [
-    None, True, -1, 0, 1e308, 10**30, 2.5, float("nan"), "", "3", "../x", "\x1b]0;x", "x" * 20_000, [], [None], {}, {"a": {}},
-    [1, 1, 1], [3, 2, 1], [[[]]], ["evil", "Code"],
+    None, True, -1, 0, 1e308, 10**30, 2.5, float("nan"), "", "3", "../x", "\x1b]0;x", "x" * 20_000, [], [None], {},
+    {"a": {}}, [1, 1, 1], [3, 2, 1], [[[]]], ["evil", "Code"],
 ]  # fmt: skip
 
 CARD = {
@@ -151,7 +151,7 @@ def test_every_mutant_is_read_or_refused_in_one_line(original):
             refused += 1
             said = str(err)
             assert "\n" not in said and "\x1b" not in said and len(said) < 1_500, said[:300]
-            assert path.name in said or path.parent.name in said or "config.json" in said, said
+            assert path.name in said or path.parent.name in said or "config" in said, said
     assert tried > 40 and refused > tried / 20
 
 
