@@ -6,6 +6,7 @@ from fastlightgen.files.schema import (
     flag,
     items,
     maybe,
+    name,
     number,
     one_of,
     record,
@@ -17,7 +18,7 @@ from fastlightgen.files.schema import (
 BLOCKS, STEPS, CLIPS = 10_000, 100_000, 100_000_000  # more than any network, sampler, data set has
 BLOCK = whole(0, BLOCKS)
 KEPT = items(BLOCK, most=BLOCKS, least=1, rising=True)
-NAME = text(1_000)
+NAME, FILE = name(1_000), name()
 SAMPLERS = ("ode", "stochastic")
 GUIDANCE = number(-1_000, 1_000)
 PLAIN = number(finite=False)  # a measured number; a run that diverged logs nan
@@ -60,7 +61,7 @@ RANKING = record(  # one that Stage I wrote
 # the cache of latents: index.json, encode.json, parts/N.json, the metadata of a shard
 HASH = text(64)
 SHARD = record(
-    {"file": text(255), "clips": whole(1, CLIPS)},
+    {"file": FILE, "clips": whole(1, CLIPS)},
     {"size": items(whole(1, 1_000_000), most=4), "sha256": HASH, "head": HASH},
 )
 SHARDS = items(SHARD)
@@ -81,14 +82,14 @@ COMPONENT = items(maybe(NAME), most=2, least=2)
 PIPELINE = record({"_class_name": NAME}, rest=either(COMPONENT, text(), flag, number(), maybe(record({}))))
 
 # model.safetensors.index.json
-WEIGHT_MAP = record({"weight_map": table(text(255), most=1_000_000)})
+WEIGHT_MAP = record({"weight_map": table(FILE, most=1_000_000)})
 
 # a line of a list of prompts
 PROMPT = record({"prompt": text(100_000)}, {"image": maybe(text(4_000))}, rest=lambda value: "is no key of a prompt")
 
 # a run folder: state.json of a checkpoint, lines of logs
 STATE = record(
-    {"step": whole(0), "files": items(text(255), most=100_000), "count": table(whole(0))},
+    {"step": whole(0), "files": items(FILE, most=100_000), "count": table(whole(0))},
     {"engine": NAME, "ranks": whole(1, 1_000_000), "check": whole(0, 2**32)},
 )
 STEP = {"step": whole(0)}
@@ -105,7 +106,7 @@ SHIPPED = record(
         "records": items(
             record(
                 {"plan": record({}), "seed": whole(0), "clips": whole(1, CLIPS), "noises": whole(1, CLIPS)},
-                {"values": text(255), "attributes": table(maybe(PLAIN))},
+                {"values": FILE, "attributes": table(maybe(PLAIN))},
             )
         )
     },

@@ -67,6 +67,14 @@ def text(longest: int = 10_000) -> Shape:
     return check
 
 
+def name(longest: int = 255) -> Shape:
+    """A text without control characters, such as the name of a file."""
+    plain = text(longest)
+    return lambda value: (
+        plain(value) or ("" if value.isprintable() else wrong(value, "a name without control characters"))
+    )
+
+
 def flag(value: Any) -> str:
     return "" if isinstance(value, bool) else wrong(value, "true or false")
 
