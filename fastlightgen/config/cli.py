@@ -29,6 +29,8 @@ from fastlightgen.config.recipes import file_keys
 from fastlightgen.config.stages import CHOOSES, DEFAULT, STAGES, root
 
 REQUEUE = 75  # exit code of a run that a scheduler stopped, to be started again (EX_TEMPFAIL)
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+LESS = "`fastlightgen plan` with the same keys shows what the memory is needed for"
 STOPPED_READING = 128 + signal.SIGPIPE  # exit code after `| head`, as a shell gives it
 MODELS = ("model", "teacher", "init", "stage2_model")  # keys that name a model: a preset or a folder
 TEXTS = ("prompt", "null_prompt", "negative")  # keys whose values may hold any words
@@ -191,10 +193,14 @@ def main(fn: Callable[[Any], None], command: str = "train", argv: Sequence[str] 
     except BrokenPipeError:  # the program that reads the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush succeeds
         sys.exit(STOPPED_READING)
-    except (ValueError, OSError) as err:  # ValueError is for users, `assert` for programmers
+    except (ValueError, OSError, MemoryError) as err:  # ValueError is for users, `assert` for programmers
         if os.environ.get("FLG_DEBUG") == "1":
             raise
         sys.exit(report(err))
+    except RuntimeError as err:  # torch has no class of its own for memory that the host refuses
+        if os.environ.get("FLG_DEBUG") == "1" or not any(said in str(err) for said in NO_MEMORY):
+            raise
+        sys.exit(report(MemoryError()))
     except KeyboardInterrupt as stop:
         sys.exit(report(stop))
 
@@ -204,12 +210,19 @@ def report(err: BaseException) -> int:
     if isinstance(err, KeyboardInterrupt):
         print(str(err) or "interrupted", file=sys.stderr)
     else:
-        line = f"error: {' '.join(str(err).split())}"
+        said = f"{str(err) or 'out of memory'}; {LESS}" if isinstance(err, MemoryError) else str(err)
+        line = f"error: {plain(said)}"
         print(line, file=sys.stderr)
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun repeats it at the end of its own report
             message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
             Path(file).write_text(json.dumps({"message": message}))
     return exit_code(err)
+
+
+def plain(text: str) -> str:
+    """A message on one line, without control characters and not longer than anybody reads."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return line if len(line) <= 2_000 else f"{line[:1_997]}..."
 
 
 def exit_code(err: BaseException) -> int:
