@@ -8,7 +8,7 @@ from typing import Any
 
 import fastlightgen.page
 from fastlightgen.atomic import write_text
-from fastlightgen.config import Report, UserError, after_report, main
+from fastlightgen.config import Report, UserError, main
 from fastlightgen.config.files import read_yaml
 from fastlightgen.metrics.scores import check_versions
 from fastlightgen.page import clips, scores, summary, training
@@ -119,8 +119,8 @@ def report(cfg: Report) -> None:
     run = Path(cfg.run)
     print(write_report(run, Path(cfg.out) if cfg.out else None))
     found = read_run(run)
-    _, lacking = next_step(run, found["config"], "student" in found["evals"])  # the page shows the same
-    if following := lacking or after_report(run):
+    _, following = next_step(run, found["config"], "student" in found["evals"])
+    if following:
         print(f"next: {following}")
 
 

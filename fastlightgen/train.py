@@ -3,7 +3,7 @@
 import os
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +23,8 @@ from fastlightgen.config import (
     numbers,
     report,
     settings,
+    unset_type,
+    with_type,
 )
 from fastlightgen.data.source import Source
 from fastlightgen.data.version import check_latents
@@ -77,9 +79,7 @@ def train(cfg: Any) -> None:
 def settled(cfg: Any) -> Any:
     """Return the configuration with the type that dtype=auto stands for on this device."""
     on_gpu = pick_device(cfg.device).type == "cuda"
-    out = replace(cfg, dtype=compute_type(cfg.dtype, on_gpu, cfg.data != "shapes"))
-    out.origins = cfg.origins
-    return out
+    return with_type(cfg, compute_type(cfg.dtype, on_gpu, cfg.data != "shapes"))
 
 
 def run(cfg: Any) -> None:
@@ -164,6 +164,9 @@ def run_stage(cfg: Any, later: Sequence[StageConfig] = (), ratio: float | None =
                 rank_blocks(cfg, builder, folder, engine, *made)
             else:
                 train_stage(cfg, builder, folder, engine, made, choice)
+    except BaseException:
+        folder.undo()
+        raise
     finally:
         folder.close()
 
@@ -177,7 +180,7 @@ def open_folder(cfg: StageConfig, source: Source) -> StageFolder:
     inputs = dict(method_for(cfg).inputs(cfg)) | made_on(cfg)
     decisive = [*numbers(cfg), *inputs]
     config = asdict(cfg) | inputs | {CLIPS: source.name}
-    return StageFolder(cfg.run, int(cfg.stage), config, decisive, cfg.overwrite)
+    return StageFolder(cfg.run, int(cfg.stage), config, decisive, cfg.overwrite, auto_type=bool(unset_type(cfg)))
 
 
 def made_on(cfg: Run) -> dict[str, int]:

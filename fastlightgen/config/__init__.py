@@ -1,7 +1,7 @@
 """Configuration of every command: keys (run, training, stages, plan, commands), presets and YAML (files), command line
 (cli). Imports no torch."""
 
-from fastlightgen.config.cli import exit_code, load, main, report
+from fastlightgen.config.cli import exit_code, guarded, load, main, report
 from fastlightgen.config.commands import Encode, Evaluate, Generate, Report, for_evaluate, parse_buckets
 from fastlightgen.config.fields import Checked, ConfigError, UserError, field
 from fastlightgen.config.files import (
@@ -19,15 +19,17 @@ from fastlightgen.config.following import (
     PROMPT,
     SHAPES_PROMPT,
     after_plan,
-    after_report,
     after_stage,
     command,
     keys_for,
     result_of,
     settings,
+    unset_type,
+    with_type,
     words,
 )
 from fastlightgen.config.gpus import GPUS, chip
+from fastlightgen.config.help import called
 from fastlightgen.config.plan import Plan, another_stage, plan_for, plan_root
 from fastlightgen.config.recipes import Recipe, recipes
 from fastlightgen.config.run import Run, compute_type
@@ -56,10 +58,10 @@ __all__ = [
     "TrainingKeys",
     "UserError",
     "after_plan",
-    "after_report",
     "after_stage",
     "another_stage",
     "built_in",
+    "called",
     "chip",
     "command",
     "compute_type",
@@ -71,6 +73,7 @@ __all__ = [
     "fingerprint",
     "for_evaluate",
     "for_stage",
+    "guarded",
     "keys_for",
     "load",
     "main",
@@ -89,5 +92,7 @@ __all__ = [
     "root",
     "settings",
     "to_yaml",
+    "unset_type",
+    "with_type",
     "words",
 ]

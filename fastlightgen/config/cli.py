@@ -131,7 +131,8 @@ def pick_root(command: str, given: dict[str, Any]) -> type:
     if command == "plan":
         stage = str(given.get("stage", "3"))
         return plan_root(stage, str(given.get("method", DEFAULT))) if stage in PLANNED else plan_root()
-    choices = "; ".join(f"stage={name}: {about}" for name, about in STAGES.items())
+    *numbered, last = STAGES
+    choices = f"give stage={', '.join(numbered)} or {last} (train --help says what each does)"
     if "stage" not in given:
         known = dict.fromkeys(k for name in STAGES for k in leaves(root(name)))
         if near := difflib.get_close_matches("stage", [key for key in given if key not in known], n=1):
@@ -175,8 +176,9 @@ def download(value: str) -> str:
 
 
 def main(fn: Callable[[Any], None], command: str = "train", argv: Sequence[str] | None = None) -> None:
-    """Run a command. A mistake of the user becomes one line and exit code 2; FLG_DEBUG=1 shows the traceback."""
-    try:
+    """Run a command with the keys of the command line."""
+
+    def work() -> None:
         try:
             cfg = load(sys.argv[1:] if argv is None else argv, command)
         except ValueError:
@@ -187,8 +189,19 @@ def main(fn: Callable[[Any], None], command: str = "train", argv: Sequence[str] 
             print(to_yaml(cfg), end="")
         else:
             fn(cfg)
+
+    guarded(work)
+
+
+def guarded(work: Callable[[], None]) -> None:
+    """Do the work of a command. A mistake of the user becomes one line and exit code 2 (a traceback with FLG_DEBUG=1).
+
+    A reader of the output that ends early, as `head` does, ends the command quietly.
+    """
+    try:
+        work()
         sys.stdout.flush()
-    except BrokenPipeError:  # the program that reads the output has ended, as `head` does
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush succeeds
         sys.exit(STOPPED_READING)
     except (ValueError, OSError) as err:  # ValueError is for users, `assert` for programmers

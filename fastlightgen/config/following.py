@@ -4,14 +4,13 @@ import os
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from fastlightgen.config.cli import load
 from fastlightgen.config.fields import ConfigError, default_of, show
-from fastlightgen.config.files import find_preset_weights, presets, read_yaml
+from fastlightgen.config.files import find_preset_weights, presets
 from fastlightgen.config.layers import CONFIG, leaves
 from fastlightgen.config.plan import Plan
 from fastlightgen.config.run import Run
@@ -74,6 +73,13 @@ def unset_type(cfg: Any) -> set[str]:
     return set() if "dtype" in cfg.origins else {"dtype"}
 
 
+def with_type(cfg: Any, dtype: str) -> Any:
+    """The configuration with the type that dtype=auto stands for; it counts as a type that nobody chose."""
+    out = replace(cfg, dtype=dtype)
+    out.origins = {k: where for k, where in cfg.origins.items() if k != "dtype" or cfg.dtype != "auto"}
+    return out
+
+
 def result_of(run: str | Path, stage: int) -> Path:
     """The file or folder that a stage leaves when it is complete."""
     return Path(run) / f"stage{stage}" / ("importance.json" if stage == 1 else "model")
@@ -95,18 +101,6 @@ def after_stage(cfg: Any) -> str:
         return command("generate", model=student, prompt=SHAPES_PROMPT, out=run / "clip.gif", **rest)
     out = run / "evaluate" / "student.json"
     return command("evaluate", model=student, teacher=cfg.model, out=out, **rest)
-
-
-def after_report(run: Path) -> str:
-    """The command that follows a report: that after the run's last complete stage; "" if none is complete."""
-    file = run / "config.yaml"
-    record = read_yaml(file) if file.is_file() else {}
-    done = [n for n in range(4) if f"stage{n}" in record and result_of(run, n).exists()]
-    if not done:
-        return ""
-    stage = "all" if done[-1] == 3 else str(done[-1])  # `all`: what follows an evaluation
-    keys = {f.name: default_of(f) for f in fields(Run)} | record[f"stage{done[-1]}"]
-    return after_stage(SimpleNamespace(**keys | {"stage": stage, "run": str(run), "origins": {"dtype": str(file)}}))
 
 
 def after_plan(cfg: Plan) -> str:

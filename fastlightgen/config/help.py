@@ -1,9 +1,11 @@
 """The text of --help: everyday keys first, with the defaults of the model that is given, wrapped to the terminal."""
 
 import shutil
+import sys
 import textwrap
 from collections.abc import Mapping
 from dataclasses import Field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -39,7 +41,7 @@ def front_page(stages: Mapping[str, Page]) -> str:
         others = ("stage1.", "stage2.", "stage3.")  # of stage=all: they stand under their own stages
         own = {key: f for key, f in leaves(cls).items() if key not in leaves(Run) and not key.startswith(others)}
         lines += listing("train", own, node, True, f"stage={name}") + methods(name)
-    lines += ["", *wrapped("More pages, after python -m fastlightgen.train:"), *table(list(more.items()))]
+    lines += ["", *wrapped(f"More pages, after {called('train')}:"), *table(list(more.items()))]
     return "\n".join([*lines, "", *wrapped(ALSO)])
 
 
@@ -53,13 +55,23 @@ def help_text(command: str, page: Page, given: Mapping[str, Any], everything: bo
     ordered = leaves(Machine) | known if command == "plan" else known  # the machine's keys first
     lines += listing(command, ordered, node, everything) + methods(stage)
     if hidden := sum(not is_everyday(command, key, f) for key, f in known.items() if key != "stage"):
-        words = " ".join([f"python -m fastlightgen.{command}", *[f"stage={stage}"] * bool(stage), "--help", ALL])
+        words = " ".join([called(command), *[f"stage={stage}"] * bool(stage), "--help", ALL])
         lines += [] if everything else ["", *wrapped(f"{hidden} more keys: {words}")]
     return "\n".join([*lines, "", *wrapped(ALSO)])
 
 
 def usage(command: str, stage: str) -> list[str]:
-    return wrapped(f"usage: python -m fastlightgen.{command} {stage} KEY=VALUE ...".replace("  ", " "), "", "  ")
+    return wrapped(f"usage: {called(command)} {stage} KEY=VALUE ...".replace("  ", " "), "", "  ")
+
+
+def called(command: str) -> str:
+    """The words that start a command, in the form in which this process was started."""
+    program = Path(sys.argv[0])
+    if program.stem == "fastlightgen":  # the installed command, fastlightgen.exe on Windows
+        return f"fastlightgen {command}"
+    if program.name == "__main__.py" and program.parent.name == "fastlightgen":
+        return f"python -m fastlightgen {command}"
+    return f"python -m fastlightgen.{command}"
 
 
 def is_everyday(command: str, key: str, f: Field) -> bool:

@@ -139,6 +139,36 @@ def test_it_is_the_installed_command():
     assert getattr(importlib.import_module(module), name) is front
 
 
+@pytest.mark.parametrize(
+    "program, start",
+    [
+        ("/usr/bin/fastlightgen", "fastlightgen {}"),
+        ("Scripts/fastlightgen.exe", "fastlightgen {}"),
+        ("/p/fastlightgen/__main__.py", "python -m fastlightgen {}"),
+        ("/p/fastlightgen/train.py", "python -m fastlightgen.{}"),
+    ],
+)
+def test_help_names_the_command_as_it_was_called(program, start, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", [program])
+    for words in (["train", "--help"], ["train", "stage=3", "--help"], ["plan", "--help"]):
+        with pytest.raises(SystemExit):
+            front(words)
+        out = capsys.readouterr().out
+        name = start.format(words[0])
+        assert out.startswith(f"usage: {name} ") and out.count(name) == 2  # the usage, and the command that shows more
+        assert "-m fastlightgen" not in out.replace(name, "")
+    front([])
+    assert capsys.readouterr().out.startswith(f"usage: {start.format('COMMAND')} key=value ... ")
+
+
+@pytest.mark.parametrize("words", [[], ["stage=4"], ["stage=x", "model=tiny"]])
+def test_a_stage_that_is_missing_or_unknown_is_a_short_line(words):
+    with pytest.raises(ConfigError, match="; give stage=0, 1, 2, 3 or all .train --help says what each does.$") as err:
+        load(words)
+    assert len(f"error: {err.value}") <= 120
+
+
 def test_it_runs_a_command_and_refuses_an_unknown_one(capsys):
     front(["train", "stage=1", "dry_run=true", "seed=7"])
     assert "\nseed: 7\n" in capsys.readouterr().out
@@ -197,12 +227,14 @@ def test_an_id_of_the_hub_is_answered_with_its_download(tmp_path, monkeypatch):
     assert "download" not in str(err.value)
 
 
-def test_a_reader_that_ends_is_no_error():
+@pytest.mark.parametrize(
+    "words", [".train --help", "", " --help", " --version", " ops", ".plan model=tiny gpus=1 engine=local"]
+)
+def test_a_reader_that_ends_is_no_error(words):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(
-        [sys.executable, "-m", "fastlightgen.train", "--help"], env=ENV, stdout=write, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", *f"fastlightgen{words}".split()]
+    done = subprocess.run(command, env=ENV, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import KEPT, config, small_wan, write_ranking
+from helpers import KEPT, config, run_train, small_wan, write_ranking
 
 from fastlightgen.config import load, main, method_for, plan_for, preset
 from fastlightgen.models.families import network
@@ -110,7 +110,13 @@ def test_the_command_exits_with_one_line(models, monkeypatch, capsys):
         main(train, "train", ["stage=1", *words])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("error: fit: the plan is 0.") and err.count("\n") == 1
-    assert not (models / "new" / "stage1" / "importance.json").exists()
+    assert not (models / "new").exists()
+    run_train("stage=1", *words, "clips=2", "batch=2", "timesteps=1", "fit=off", "threads=1")
+    before = {p: p.read_bytes() for p in (models / "new").rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit):
+        main(train, "train", ["stage=2", *words, "seed=5"])
+    assert {p: p.read_bytes() for p in (models / "new").rglob("*") if p.is_file()} == before
+    assert not (models / "new" / "stage2").exists()
 
 
 @pytest.mark.parametrize("stage", [2, 3])
