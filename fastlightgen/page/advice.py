@@ -1,6 +1,7 @@
 """The command that comes next in a run folder. It is checked before it is shown, because it must run."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,45 +10,35 @@ from typing import Any
 from fastlightgen.config import Run, after_stage, command, find_preset_weights, load, result_of
 from fastlightgen.config.fields import default_of, show
 from fastlightgen.config.stages import DEFAULT
-from fastlightgen.engine import checkpoint
-from fastlightgen.engine.scores import measured
 
 STAGES = range(4)
 OF_HERE = ("progress", "threads", "device")  # keys of one start on one machine, which are not repeated
 OWN = ("stage", "run", "overwrite", "earlier", "dry_run", *OF_HERE)
 
 
-def next_step(run: Path, config: dict, evaluated: bool) -> tuple[str, str]:
+def next_step(run: Path, config: dict, evaluated: bool, saved: Mapping[int, str]) -> tuple[str, str]:
     """What the run lacks first ("" if nothing), and the command that comes next ("" if none can be named).
 
-    `config`: the content of RUN/config.yaml. A run with an evaluated student lacks nothing.
+    `config`: the content of RUN/config.yaml. `saved`: how far unfinished stages have come, in words. A run with an
+    evaluated student lacks nothing.
     """
     begun = [n for n in STAGES if f"stage{n}" in config]
-    if not begun:
+    if evaluated and 3 in begun:
+        return "", after(run, config, 3, "all")
+    if evaluated or not begun:
         return "", ""
     for stage in (*begun, *range(begun[-1] + 1, 4)):
         if result_of(run, stage).exists():
             continue
         if stage in begun:
-            return f"Stage {stage} is not finished{progress(run, config, stage)}", again(run, config, stage)
+            how_far = f": {saved[stage]}" if stage in saved else ""
+            return f"Stage {stage} is not finished{how_far}", again(run, config, stage)
         return f"Stage {stage} comes next", after(run, config, stage - 1)
-    if evaluated:
-        return "", after(run, config, 3, "all")
     if config["stage3"].get("data") != "shapes":  # nothing can score it
         return "", after(run, config, 3)
     teacher = str(config["stage3"].get("model", ""))
     known = Path(teacher).is_dir() or find_preset_weights(teacher)
     return "The student is not evaluated", after(run, config, 3) if known else ""
-
-
-def progress(run: Path, config: dict, stage: int) -> str:
-    """How much of an unfinished stage is saved: scores of Stage I, steps of the others."""
-    folder = run / f"stage{stage}"
-    if stage == 1:
-        known, total = measured(folder)
-        return f": {known} of {total} scores of single blocks are measured" if known else ""
-    steps, iters = checkpoint.steps(folder / "checkpoints"), config[f"stage{stage}"].get("iters")
-    return f": step {steps[-1]} of {iters} is saved" if steps and iters else ""
 
 
 def after(run: Path, config: dict, stage: int, name: str = "") -> str:

@@ -120,10 +120,10 @@ def test_a_student_that_nobody_can_score_is_exported(tmp_path):
     (tmp_path / "stage3/model").mkdir(parents=True)
     (tmp_path / "cache").mkdir()
     record = {"stage3": {"data": str(tmp_path / "cache"), "model": "tiny", "engine": "deepspeed"}}
-    text, line = next_step(tmp_path, record, False)
+    text, line = next_step(tmp_path, record, False, {})
     words = [f"model={tmp_path}/stage3/model", "pipeline=PIPELINE", f"out={tmp_path}/student"]
     assert text == "" and typed(line) == ("export", words)
-    text, line = next_step(tmp_path, {"stage3": record["stage3"] | {"data": "shapes"}}, True)
+    text, line = next_step(tmp_path, {"stage3": record["stage3"] | {"data": "shapes"}}, True, {})
     assert text == "" and typed(line)[0] == "generate"
 
 
