@@ -30,7 +30,7 @@ from fastlightgen.config.following import (
 )
 from fastlightgen.config.gpus import GPUS, chip
 from fastlightgen.config.help import called
-from fastlightgen.config.plan import Plan, another_stage, plan_for, plan_root
+from fastlightgen.config.plan import IN_TURN, Plan, another_stage, plan_for, plan_of_stage, plan_root
 from fastlightgen.config.recipes import Recipe, recipes
 from fastlightgen.config.run import Run, compute_type
 from fastlightgen.config.stages import StageConfig, declared, for_stage, method_for, register, root
@@ -39,6 +39,7 @@ from fastlightgen.config.training import GUIDANCES, TEACHER_GUIDANCE, TIMES, Bat
 __all__ = [
     "GPUS",
     "GUIDANCES",
+    "IN_TURN",
     "SHAPES_PROMPT",
     "TEACHER_GUIDANCE",
     "TIMES",
@@ -81,6 +82,7 @@ __all__ = [
     "numbers",
     "parse_buckets",
     "plan_for",
+    "plan_of_stage",
     "plan_root",
     "preset",
     "presets",

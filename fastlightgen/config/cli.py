@@ -24,7 +24,7 @@ from fastlightgen.config.fields import ConfigError
 from fastlightgen.config.files import presets, to_yaml
 from fastlightgen.config.help import ALL, front_page, help_text
 from fastlightgen.config.layers import COMMAND_LINE, CONFIG, assign, leaves, shipped_layers
-from fastlightgen.config.plan import PLANNED, plan_root
+from fastlightgen.config.plan import PLANNED, plan_all_root, plan_root
 from fastlightgen.config.recipes import file_keys
 from fastlightgen.config.stages import CHOOSES, DEFAULT, STAGES, root
 
@@ -130,6 +130,8 @@ def pick_root(command: str, given: dict[str, Any]) -> type:
         return COMMANDS[command]
     if command == "plan":
         stage = str(given.get("stage", "3"))
+        if stage == "all":
+            return plan_all_root(methods_in(stage, given))
         return plan_root(stage, str(given.get("method", DEFAULT))) if stage in PLANNED else plan_root()
     *numbered, last = STAGES
     choices = f"give stage={', '.join(numbered)} or {last} (train --help says what each does)"
@@ -141,8 +143,13 @@ def pick_root(command: str, given: dict[str, Any]) -> type:
     stage = str(given["stage"])
     if stage not in STAGES:
         raise ConfigError(f"stage={stage}: there is no such stage; {choices}")
+    return root(stage, methods_in(stage, given))
+
+
+def methods_in(stage: str, given: dict[str, Any]) -> dict[str, str]:
+    """Stage -> the name of its method, where one is given."""
     keys = {f"stage{n}.method": n for n in CHOOSES} if stage == "all" else {"method": stage} if stage in CHOOSES else {}
-    return root(stage, {n: str(given[key]) for key, n in keys.items() if key in given})
+    return {n: str(given[key]) for key, n in keys.items() if key in given}
 
 
 def build(node: DictConfig, cls: type) -> Any:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastlightgen.config.fields import default_of, limits, show, type_of
 from fastlightgen.config.layers import TYPES, default_run, leaves, plain, settings_from
-from fastlightgen.config.plan import Machine
+from fastlightgen.config.plan import PLANNED, Machine
 from fastlightgen.config.run import Run
 from fastlightgen.config.stages import CHOOSES, METHODS, STAGES, declared
 
@@ -52,6 +52,8 @@ def help_text(command: str, page: Page, given: Mapping[str, Any], everything: bo
     stage = str(default_of(known["stage"])) if "stage" in known and command in ("train", "plan") else ""
     lines = [*usage(command, f"stage={stage}" if stage else ""), "", *wrapped(f"{about[0].upper()}{about[1:]}.")]
     lines += wrapped(f"Defaults: {settings_from(cls, given)}.") if stage else []
+    if command == "plan":
+        lines += wrapped(f"stage={', '.join(PLANNED)} plans one stage, stage=all stages 1 to 3.")
     ordered = leaves(Machine) | known if command == "plan" else known  # the machine's keys first
     lines += listing(command, ordered, node, everything) + methods(stage)
     if hidden := sum(not is_everyday(command, key, f) for key, f in known.items() if key != "stage"):
@@ -77,7 +79,7 @@ def called(command: str) -> str:
 def is_everyday(command: str, key: str, f: Field) -> bool:
     """Does --help show this key, without the word all?"""
     if command == "plan" and key not in leaves(Machine):
-        return key in PLAN.split()
+        return key.rpartition(".")[2] in PLAN.split()
     return bool(f.metadata["everyday"])
 
 
