@@ -46,6 +46,7 @@ from fastlightgen.models.base import VideoDiT
 from fastlightgen.ops import attention, describe
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
+from fastlightgen.parallel.threads import set_threads
 from fastlightgen.pipelines.export import vae_folder
 from fastlightgen.pipelines.world import Pipeline
 from fastlightgen.planner.fit import check_fit
@@ -117,8 +118,9 @@ def end(err: BaseException) -> NoReturn:
 def set_up(cfg: StageConfig) -> None:
     """Set the number of threads, join the other ranks, and check that all ranks run the same command."""
     check_installed(cfg)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    line = set_threads(cfg.threads)
+    if pick_device(cfg.device).type == "cpu" and ranks.launched() == 1:
+        say(line)
     torch.set_flush_denormal(True)  # denormal numbers slow a CPU down
     if cfg.engine == "local" and ranks.launched() > 1:
         raise ValueError(
