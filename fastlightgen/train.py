@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +44,7 @@ from fastlightgen.metrics.frechet import features
 from fastlightgen.metrics.importance import plot_importance
 from fastlightgen.metrics.latent import latent_features
 from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.folder.released import sampling
 from fastlightgen.ops import attention, describe
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
@@ -85,7 +87,7 @@ def settled(cfg: Any) -> Any:
 
 def run(cfg: Any) -> None:
     """Run one stage, after the earlier ones that it needs, or all of them with the evaluation and the report."""
-    say("\n".join(settings(cfg)))
+    say("\n".join([*settings(cfg), *shift_of_teacher(cfg)]))
     say(describe())
     say(attention.describe())
     scored = cfg.stage != "all" or can_score(cfg)  # says now, before three stages, that there will be no evaluation
@@ -101,6 +103,21 @@ def run(cfg: Any) -> None:
             evaluate_run(cfg)
         say(f"report: {write_report(Path(cfg.run))}")
     say(f"next: {after_stage(cfg)}")
+
+
+def shift_of_teacher(cfg: Any) -> list[str]:
+    """Say so if the teacher's own sampler takes another time shift than the training of its student."""
+    try:
+        own = sampling(cfg.model)
+    except ValueError:  # no known network; building the stage stops at it
+        return []
+    shift, sections = own.values["shift"], {"all": ("stage1.", "stage2.", "stage3."), "0": ()}.get(cfg.stage, ("",))
+    trained = {f"{section}shift": attrgetter(f"{section}shift")(cfg) for section in sections}
+    others = ", ".join(f"{key}={value}" for key, value in trained.items() if value != shift)
+    if not others:
+        return []
+    where = f"the teacher itself is sampled with shift={shift} ({own.sources['shift']})"
+    return [f"  {where}; for a student of few steps training takes {others}: docs/method.md, Time shift"]
 
 
 def end(err: BaseException) -> NoReturn:
