@@ -1,8 +1,8 @@
 """The kinds of GPU that the planner knows, from the makers' data sheets.
 
-Each number was compared with public copies of the sheet that its line names. All rates are without sparsity; some sheets
-give the double rate with it. The modules are SXM and OAM, not PCIe. GeForce cards add in float32, at half their rate for
-float16.
+Each number was compared with public copies of the sheet that its line names. All rates are without sparsity; some
+sheets give the double rate with it. The modules are SXM and OAM, not PCIe. GeForce cards add in float32, at half their
+rate for float16.
 """
 
 import re
