@@ -68,9 +68,7 @@ def tables() -> str:
         "| recipe | models | machine | clips | GB per GPU, Stages I, II, III | GB per host | days, Stages I, II, III |"
     ]
     lines += ["|---" * 7 + "|", *map(rows, recipes()), ""]
-    lines += [
-        "Stages of these recipes take more than a week. Each of the changes alone brings a stage to a week or less:"
-    ]
+    lines += ["Stages of these recipes take more than a week. Each change alone brings a stage to a week or less:"]
     lines += ["", "| recipe | all stages | Stage II | Stage III |", "|---|---|---|---|"]
     lines += [line for recipe in recipes() if (line := long_one(recipe))]
     lines += [""]

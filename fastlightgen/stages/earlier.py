@@ -79,10 +79,9 @@ def announcement(stages: Sequence[Any], source: Source, device: torch.device) ->
     seconds = [operations(one, source, ratio) * part / speed for one, part in zip(stages, parts, strict=True)]
     names = " and ".join(f"stage {one.stage}" for one in before)
     first = "it runs" if len(before) == 1 else "they run"
-    times = ", ".join(
-        f"{span(s)} for stage {one.stage}" + f", of which {part:.0%} is left" * (part < 1)
-        for one, s, part in zip(stages, seconds, parts, strict=True)
-    )
+    whole = [f"stage {one.stage}" for one in stages]
+    rest = [f"the {part:.0%} of {name} that is left" if part < 1 else name for name, part in zip(whole, parts)]
+    times = ", ".join(f"{span(s)} for {name}" for name, s in zip(rest, seconds, strict=True))
     return [
         f"stage {last.stage} needs {names}, which {last.run} lacks: {first} first (earlier=refuse: stop instead)",
         f"  {span(sum(seconds))} in all: {times}; estimated from the operations, at the {speed / 1e9:.3g} "

@@ -19,6 +19,7 @@ from fastlightgen.__main__ import ABOUT
 from fastlightgen.__main__ import main as front
 from fastlightgen.config import ConfigError, load, preset, report, settings
 from fastlightgen.config.layers import default_run
+from fastlightgen.files.tensors import save_tensors
 from fastlightgen.models.folder.weights import load_model, save_model
 from fastlightgen.stages import earlier
 from fastlightgen.world.source import ShapesSource
@@ -33,6 +34,11 @@ def process(*words: str, **variables: str) -> subprocess.CompletedProcess:
 def test_stage_3_alone_runs_the_missing_stages_first(tmp_path, monkeypatch, capsys):
     """The words `stage=3` with a smaller batch, so that the measured steps take less time."""
     monkeypatch.chdir(tmp_path)
+    known = torch.full((13, 4), torch.nan)  # 12 blocks and the full network
+    known[:, 0] = 1.0
+    (tmp_path / "runs/tiny/stage1").mkdir(parents=True)
+    save_tensors(tmp_path / "runs/tiny/stage1/scores.safetensors", {"sweep-0000": known})
+    (tmp_path / "runs/tiny/stage2/checkpoints/step-000030").mkdir(parents=True)
     stages = []
     monkeypatch.setattr(train, "run_stage", lambda cfg, later, ratio: stages.append((cfg, later, ratio)))
     run_train("stage=3", "batch=2", "threads=1")
@@ -46,7 +52,9 @@ def test_stage_3_alone_runs_the_missing_stages_first(tmp_path, monkeypatch, caps
     out = capsys.readouterr().out
     assert "run    runs/tiny  (named after the model)" in out
     assert "stage 3 needs stage 1 and stage 2, which runs/tiny lacks: they run first" in out
-    assert "for stage 1, " in out and "GFLOP/s that a training step reached" in out
+    assert "GFLOP/s that a training step reached" in out
+    assert " for the 75% of stage 1 that is left, " in out  # 13 of 52 scores are saved
+    assert f" for the {1 - 30 / own['iters']:.0%} of stage 2 that is left, " in out and " for stage 3; " in out
 
 
 def test_an_earlier_stage_is_the_one_that_its_own_command_runs(tmp_path, capsys):
