@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fastlightgen.config import GPUS, Plan, Recipe, load, preset, recipes
 from fastlightgen.models.folder.released import sampling
-from fastlightgen.planner.advice import fitted, recipe_plan, recipes_of
+from fastlightgen.planner.advice import WEEK, faster, fitted, recipe_plan, recipes_of
 from fastlightgen.planner.budget import load_network
 
 PAGE = Path(__file__).with_name("real-models.md")
@@ -24,6 +24,21 @@ def rows(recipe: Recipe) -> str:
     models = ", ".join(f"`{model}`" for model in recipe.models)
     machine = f"{recipe.gpus} x {recipe.gpu} | {' '.join(clips)}"
     return f"| `{recipe.name}` | {models} | {machine} | {memory} | {host:.0f} | {days} |"
+
+
+def long_one(recipe: Recipe) -> str:
+    """One line about a recipe with a stage of more than a week: what makes it shorter; "" if there is none."""
+    found = {model: [recipe_plan(recipe, model, stage) for stage in STAGES] for model in recipe.models}
+    model = max(found, key=lambda name: sum(b.days for _, b in found[name]))  # the slowest
+    cells, network = [], preset(model)["network"]
+    for plan, b in found[model][1:]:
+        ways = list(faster(load_network(network, plan.size, plan.text_tokens), plan, b, model))
+        pairs = (way.partition(": ") for way in ways if "config=" not in way)
+        shown = "; ".join(f"`{keys}`: {result}" for keys, _, result in pairs)
+        cells.append(f"{short(b.days)} days. {shown}" if shown else f"{short(b.days)} days")
+    if all(b.days <= WEEK for _, b in found[model]):
+        return ""
+    return f"| `{recipe.name}` | {short(sum(b.days for _, b in found[model]))} days | {' | '.join(cells)} |"
 
 
 def short(days: float) -> str:
@@ -53,6 +68,10 @@ def tables() -> str:
         "| recipe | models | machine | clips | GB per GPU, Stages I, II, III | GB per host | days, Stages I, II, III |"
     ]
     lines += ["|---" * 7 + "|", *map(rows, recipes()), ""]
+    lines += ["Stages of these recipes take more than a week. Each change alone brings a stage to a week or less:"]
+    lines += ["", "| recipe | all stages | Stage II | Stage III |", "|---|---|---|---|"]
+    lines += [line for recipe in recipes() if (line := long_one(recipe))]
+    lines += [""]
     lines += ["These machines have no recipe for the model, because it does not fit or takes months:", ""]
     lines += ["| model | machine | clips | Stage I | Stage II | Stage III | smallest machine with a recipe |"]
     lines += ["|---" * 7 + "|"]

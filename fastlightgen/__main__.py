@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from fastlightgen import __version__
-from fastlightgen.config import UserError, report
+from fastlightgen.config import UserError, called, guarded
 from fastlightgen.config import main as start
 from fastlightgen.config.commands import COMMANDS
 
@@ -22,11 +22,11 @@ def usage() -> str:
     lines = [f"  {name:<10} {about}" for name, about in ABOUT.items()]
     return "\n".join(
         [
-            "usage: fastlightgen COMMAND key=value ...     (also: python -m fastlightgen.COMMAND key=value ...)",
+            f"usage: {called('COMMAND')} key=value ...     (also: python -m fastlightgen.COMMAND key=value ...)",
             "",
             *lines,
             "",
-            "fastlightgen COMMAND --help lists the keys. To begin, without any download: fastlightgen train stage=3",
+            f"{called('COMMAND')} --help lists the keys. To begin, without any download: {called('train')} stage=3",
         ]
     )
 
@@ -34,19 +34,25 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the first word names; without one, list the commands."""
     name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ABOUT and name != "ops":
+        start(lambda cfg: getattr(importlib.import_module(f"fastlightgen.{name}"), name)(cfg), name, words)
+    else:
+        guarded(lambda: own(name, words))
+
+
+def own(name: str, words: Sequence[str]) -> None:
+    """The words that take no keys: --help, --version, ops. Refuse any other word."""
     if name in ("-h", "--help", "help"):
         print(usage())
     elif name == "--version" or (name == "ops" and "--version" in words):
         print(f"fastlightgen {__version__}")
     elif name == "ops":
         importlib.import_module("fastlightgen.ops.__main__").main()
-    elif name in ABOUT:
-        start(lambda cfg: getattr(importlib.import_module(f"fastlightgen.{name}"), name)(cfg), name, words)
     else:
         near = difflib.get_close_matches(name, ABOUT, n=1)
         hint = f"did you mean {near[0]}?" if near else f"wanted one of {', '.join(ABOUT)}"
         hint = f"did you mean train {name}?" if "=" in name else hint
-        sys.exit(report(UserError(f"{name}: there is no such command; {hint}")))
+        raise UserError(f"{name}: there is no such command; {hint}")
 
 
 if __name__ == "__main__":

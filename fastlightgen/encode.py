@@ -129,10 +129,10 @@ def load_encoders(cfg: Encode, rank: int):
     import torch
 
     from fastlightgen.engine.local import pick_device
+    from fastlightgen.parallel.threads import set_threads
     from fastlightgen.pipelines.encoders import Encoders
 
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    set_threads(cfg.threads)
     device = pick_device(cfg.device)
     if device.type == "cuda":  # one GPU per rank of this host
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())

@@ -23,6 +23,7 @@ from fastlightgen.metrics.speed import Speed, clocked, counted, warning
 from fastlightgen.models.folder.weights import config_of, load_model, read_card, read_tensors, trained_folder
 from fastlightgen.models.sample import sampling_plan
 from fastlightgen.parallel.log import say
+from fastlightgen.parallel.threads import set_threads
 from fastlightgen.world.diversity import redraw
 from fastlightgen.world.score import caption_spreads, clip_values, compared, resampled, scores_of
 from fastlightgen.world.shapes import WORLD, Clips, Shapes
@@ -237,8 +238,7 @@ def listed(record: dict[str, Any]) -> str:
 
 def evaluate(cfg: Evaluate) -> None:
     """Evaluate a model and, if teacher= is given, the teacher and the speedup."""
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    set_threads(cfg.threads)
     torch.set_flush_denormal(True)  # denormal numbers slow CPUs down
     out = Path(cfg.out)
     subject, more = load_subject(cfg, cfg.model, out.stem, cfg.model), dict[str, Any]()

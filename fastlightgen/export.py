@@ -11,13 +11,13 @@ def export(cfg) -> None:
 
     from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
     from fastlightgen.parallel.log import say
+    from fastlightgen.parallel.threads import set_threads
     from fastlightgen.pipelines.encoders import family_of_folder
     from fastlightgen.pipelines.export import check_out, parts_of, write_pipeline
     from fastlightgen.pipelines.stock import compare, need_diffusers
 
     need_diffusers()
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    set_threads(cfg.threads)
     folder, out, pipeline = trained_folder(cfg.model), Path(cfg.out), Path(cfg.pipeline)
     check_out(out)
     if built_in(cfg.pipeline):

@@ -17,6 +17,7 @@ from fastlightgen.models.folder.networks import full_depth
 from fastlightgen.models.folder.weights import config_of, load_model, read_card, trained_folder
 from fastlightgen.models.sample import sample, sampling_plan
 from fastlightgen.parallel.log import bar, say
+from fastlightgen.parallel.threads import set_threads
 from fastlightgen.pipelines.export import check_fits, is_pipeline
 from fastlightgen.pipelines.world import Pipeline
 from fastlightgen.world.builtin import BuiltIn
@@ -29,8 +30,7 @@ def generate(cfg: Generate) -> None:
     The encoders are released before the network is loaded, so that they never occupy memory at the same time.
     """
     out, asked = check_suffix(cfg.out), read_prompts(cfg)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    set_threads(cfg.threads)
     device, clock = pick_device(cfg.device), Clock()
     folder = trained_folder(cfg.model)
     pipeline = Path(cfg.pipeline) if cfg.pipeline else folder if is_pipeline(folder) else None

@@ -4,31 +4,44 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from fastlightgen.atomic import write_json
-from fastlightgen.config import GPUS, Plan, after_plan, another_stage, built_in, main, presets
+from fastlightgen.config import (
+    GPUS,
+    IN_TURN,
+    Plan,
+    after_plan,
+    another_stage,
+    built_in,
+    main,
+    plan_of_stage,
+    presets,
+)
 from fastlightgen.config.plan import PLANNED
 from fastlightgen.models.cost import Network
-from fastlightgen.models.families import family_of
+from fastlightgen.models.families import family_of, network
 from fastlightgen.models.folder.networks import config_of
 from fastlightgen.models.folder.released import sampling
+from fastlightgen.parallel.log import size
 from fastlightgen.planner.advice import faster, machines, recipe_for
 from fastlightgen.planner.budget import PAPER, Budget, budget, load_network, paper_operations
 from fastlightgen.planner.remedies import price, remedies, words
 from fastlightgen.stages.check import require_embedded
+from fastlightgen.world.source import ShapesSource
 
 
 def plan(cfg: Plan) -> None:
     """Print the plan, and write it to `out` as JSON if that is given. Exit with code 1 if the run does not fit."""
     if cfg.out and not Path(cfg.out).parent.is_dir():
         raise ValueError(f"out={cfg.out}: there is no folder {Path(cfg.out).parent}; make it, or choose another file")
-    lines, record = table(cfg) if cfg.table else one(cfg)
+    lines, record = table(cfg) if cfg.table else every(cfg) if cfg.stage == "all" else one(cfg)
     print("\n".join(lines))
     if cfg.out:
         write_json(Path(cfg.out), record)
-    if not record.get("plan", {"fits": True})["fits"]:
+    if not all(part["plan"]["fits"] for part in record.get("stages", [record]) if "plan" in part):
         sys.exit(1)
     if not cfg.table:
         print(f"\nnext: {after_plan(cfg)}")
@@ -42,10 +55,9 @@ def room_of(cfg: Plan) -> float:
 def one(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
     """Return the plan of one run, as lines and as a record."""
     config = config_of(cfg.model)
-    cfg = replace(cfg, size=cfg.size or sampling(cfg.model).values["size"])
+    net, cfg = network_of(cfg, config)
     if vars(cfg).get("teacher_guidance") == "embedded":
         require_embedded(family_of(config).settings(config).embeds_guidance)
-    net = load_network(config, cfg.size, cfg.text_tokens, cfg.gpu in GPUS)
     b, room = budget(net, cfg), room_of(cfg)
     changes, before = list[tuple[str, Budget, str]](), b
     for change, after in remedies(net, cfg, room):
@@ -56,6 +68,30 @@ def one(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
     record = asdict(cfg) | {"plan": asdict(b) | totals, "measured": False}
     record["changes"] = [{"change": what, "peak": after.peak, "cost": cost} for what, after, cost in changes]
     return lines, record
+
+
+def network_of(cfg: Plan, config: dict[str, Any]) -> tuple[Network, Plan]:
+    """The network at the size of its clips, and the plan with that size: of the built-in world, or the model's own."""
+    fused = cfg.gpu in GPUS
+    if built_in(cfg.model) and not cfg.size:
+        world = ShapesSource(0)
+        (frames, height, width), text = world.largest().x0.shape[2:], world.largest().cond.text
+        size = f"{world.train.size}x{world.train.size}x{world.train.frames}"
+        net = network(config, (frames, height, width), text.shape[1], fused)
+        return net, replace(cfg, size=size, previews=False)
+    cfg = replace(cfg, size=cfg.size or sampling(cfg.model).values["size"])
+    return load_network(config, cfg.size, cfg.text_tokens, fused), cfg
+
+
+def every(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
+    """Return the plans of stages 1, 2 and 3 one after the other, and what they take together."""
+    plans = [one(plan_of_stage(cfg, stage)) for stage in IN_TURN]
+    records = [record for _, record in plans]
+    gpu_days = sum(record["plan"]["gpu_days"] for record in records)
+    stage, peak = max(((r["stage"], r["plan"]["peak"]) for r in records), key=itemgetter(1))
+    time = f"{gpu_days / cfg.gpus:.2f} days, {gpu_days:.1f} GPU-days; " if gpu_days else ""
+    total = f"stages 1, 2 and 3 together: {time}the largest peak is {size(peak)} per {unit(cfg)}, in stage {stage}"
+    return [*(line for lines, _ in plans for line in (*lines, "")), total], {"stages": records, "measured": False}
 
 
 def advice(net: Network, cfg: Plan, b: Budget, changes: Sequence[tuple[str, Budget, str]]) -> list[str]:
@@ -91,13 +127,14 @@ def title(net: Network, cfg: Plan) -> list[str]:
 def memory(cfg: Plan, b: Budget, room: float) -> list[str]:
     """Return the lines of the memory: of a GPU at the moment of its peak, and of a host."""
     verdict = "" if room == math.inf else "fits" if b.peak < room else "DOES NOT FIT"
-    has = "" if room == math.inf else f"; {cfg.gpu} has {room / 1e9:.0f}"
-    lines = [f"memory per {unit(cfg)} at its peak, {b.moment}, GB (planned, not measured{has})"]
-    lines += [f"  {name:<28}{value / 1e9:10.2f}" for name, value in b.gpu.items()]
-    lines += [f"  {'sum: the peak':<28}{b.peak / 1e9:10.2f}   {verdict}".rstrip()]
+    name, one = ("GB", 1e9) if b.peak >= 1e9 else ("MB", 1e6)
+    has = "" if room == math.inf else f"; {cfg.gpu} has {room / 1e9:.0f}{' GB' * (name != 'GB')}"
+    lines = [f"memory per {unit(cfg)} at its peak, {b.moment}, {name} (planned, not measured{has})"]
+    lines += [f"  {part:<28}{value / one:10.2f}" for part, value in b.gpu.items()]
+    lines += [f"  {'sum: the peak':<28}{b.peak / one:10.2f}   {verdict}".rstrip()]
     if b.host:
-        lines += ["memory per host, GB"] + [f"  {name:<36}{value / 1e9:10.2f}" for name, value in b.host.items()]
-        lines += [f"  {'peak (files are read before written)':<36}{b.host_peak / 1e9:10.2f}"]
+        lines += [f"memory per host, {name}"] + [f"  {part:<36}{value / one:10.2f}" for part, value in b.host.items()]
+        lines += [f"  {'peak (files are read before written)':<36}{b.host_peak / one:10.2f}"]
     return lines
 
 
@@ -109,13 +146,19 @@ def iteration(net: Network, cfg: Plan, b: Budget) -> list[str]:
     """Return the lines of an iteration: operations, traffic and time."""
     again = f", of which {b.recomputed / b.flops:.0%} computed again" if b.recomputed else ""
     lines = [f"one iteration, per {unit(cfg)}"]
-    lines += [f"  {'operations':<28}{b.flops / 1e15:10.3f} PFLOP{again}"]
+    lines += [f"  {'operations':<28}{operations(b):>16}{again}"]
     lines += [f"  {'block evaluations':<28}{b.calls:10.1f} per clip{grouped(net, cfg, b)}"]
     lines += [f"  {'block gathers':<28}{b.gathers:10.1f}"] if b.gathers else []
     lines += [f"  {name + ' on the wire':<28}{value / 1e9:10.2f} GB" for name, value in b.wire.items()]
     lines += [f"  {'between GPU and host':<28}{b.bus / 1e9:10.2f} GB"] if b.bus else []
     lines += [f"  {'time':<28}{b.seconds:10.2f} s", "", *formula(cfg, b)] if b.seconds else []
     return lines
+
+
+def operations(b: Budget) -> str:
+    """The operations of an iteration."""
+    name, one = ("PFLOP", 1e15) if b.flops >= 1e14 else ("GFLOP", 1e9)
+    return f"{b.flops / one:.3f} {name}"
 
 
 def grouped(net: Network, cfg: Plan, b: Budget) -> str:
@@ -137,7 +180,7 @@ def formula(cfg: Plan, b: Budget) -> list[str]:
     implied = f"(Stages II and III: {days} GPU-days of an H100 for {total:.0f} planned EFLOP, if at {PAPER.size})"
     return [
         "time = operations / (efficiency x peak); days = time x iterations / 86400",
-        f"  {b.flops / 1e15:.3f} PFLOP / ({b.efficiency:.4f} x {peak / 1e12:.0f} TFLOP/s) = {b.seconds:.2f} s",
+        f"  {operations(b)} / ({b.efficiency:.4f} x {peak / 1e12:.0f} TFLOP/s) = {b.seconds:.2f} s",
         f"  {b.seconds:.2f} s x {b.iters} / 86400 = {b.days:.2f} days, {b.gpu_days:.2f} GPU-days",
         f"  efficiency: {source} {implied if not cfg.efficiency else ''}".rstrip(),
         "  it includes all waiting for data, host and wire",
@@ -158,12 +201,13 @@ def table(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     about = f"planned, not measured: {cfg.gpus} GPUs, every stage with its own batch; per GPU the sum in GB"
     lines = ["  ".join(text.ljust(n) for text, n in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [f"{about}, with the changes that make it fit", *lines], record
+    short = ", ".join(f"{word} {key}" for key, word in SHORT.items())
+    return [f"{about}, with the changes that make it fit ({short})", *lines], record
 
 
 ENOUGH = 1e6  # GiB
 TABLE = ("4090", "l40s", "h100", "h200")  # one kind for each size of memory
-SHORT = {"sequence_parallel": "sp", "checkpointing": "ckpt", "fake_mode": "fake", "micro_batch": "micro"}
+SHORT = {"sequence_parallel": "sp", "checkpointing": "ckpt", "fake_mode": "critic", "micro_batch": "micro"}
 
 
 def cell(net: Network, cfg: Plan) -> dict:

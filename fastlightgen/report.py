@@ -8,8 +8,10 @@ from typing import Any
 
 import fastlightgen.page
 from fastlightgen.atomic import write_text
-from fastlightgen.config import Report, UserError, after_report, main
+from fastlightgen.config import Report, UserError, main
 from fastlightgen.config.files import read_yaml
+from fastlightgen.engine import checkpoint
+from fastlightgen.engine.scores import measured
 from fastlightgen.metrics.scores import check_versions
 from fastlightgen.page import clips, scores, summary, training
 from fastlightgen.page.advice import next_step
@@ -65,6 +67,22 @@ def read_run(run: Path) -> dict:
     return found | {"blocks": max(blocks)}  # of the teacher
 
 
+def saved(run: Path, config: dict) -> dict[int, str]:
+    """How far the unfinished stages of a run have come: measured scores of Stage I, saved steps of the others."""
+    known, total = measured(run / "stage1")
+    out = {1: f"{known} of {total} scores of single blocks are measured"} if known else {}
+    for stage in STAGES:
+        steps = checkpoint.steps(run / f"stage{stage}" / "checkpoints")
+        if steps and f"stage{stage}" in config:
+            out[stage] = f"step {steps[-1]} of {config[f'stage{stage}'].get('iters')} is saved"
+    return out
+
+
+def following(run: Path, found: dict) -> tuple[str, str]:
+    """What the run lacks first, and the command that comes next."""
+    return next_step(run, found["config"], "student" in found["evals"], saved(run, found["config"]))
+
+
 def read_evaluations(folder: Path) -> dict[str, dict]:
     """The evaluations of a run in the order of their columns. A student that was evaluated alone holds its teacher."""
     evals = {p.stem: read(p) for p in folder.glob("*.json") if p.stem != "speed"}
@@ -109,8 +127,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 
 def missing(run: Path, found: dict) -> str:
-    """What the run lacks first, and the command that makes it, if one is known to work."""
-    text, command = next_step(run, found["config"], "student" in found["evals"])
+    """The paragraph about what the run lacks first, with the command that makes it, if one is known to work."""
+    text, command = following(run, found)
     shown = f": <code>{escape(command)}</code>" if command else "."
     return f'<p class="missing">{text}{shown}</p>' if text else ""
 
@@ -118,10 +136,9 @@ def missing(run: Path, found: dict) -> str:
 def report(cfg: Report) -> None:
     run = Path(cfg.run)
     print(write_report(run, Path(cfg.out) if cfg.out else None))
-    found = read_run(run)
-    _, lacking = next_step(run, found["config"], "student" in found["evals"])  # the page shows the same
-    if following := lacking or after_report(run):
-        print(f"next: {following}")
+    _, command = following(run, read_run(run))
+    if command:
+        print(f"next: {command}")
 
 
 if __name__ == "__main__":

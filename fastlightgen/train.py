@@ -3,8 +3,9 @@
 import os
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +24,8 @@ from fastlightgen.config import (
     numbers,
     report,
     settings,
+    unset_type,
+    with_type,
 )
 from fastlightgen.data.source import Source
 from fastlightgen.data.version import check_latents
@@ -41,9 +44,11 @@ from fastlightgen.metrics.frechet import features
 from fastlightgen.metrics.importance import plot_importance
 from fastlightgen.metrics.latent import latent_features
 from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.folder.released import sampling
 from fastlightgen.ops import attention, describe
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
+from fastlightgen.parallel.threads import set_threads
 from fastlightgen.pipelines.export import vae_folder
 from fastlightgen.pipelines.world import Pipeline
 from fastlightgen.planner.fit import check_fit
@@ -77,14 +82,12 @@ def train(cfg: Any) -> None:
 def settled(cfg: Any) -> Any:
     """Return the configuration with the type that dtype=auto stands for on this device."""
     on_gpu = pick_device(cfg.device).type == "cuda"
-    out = replace(cfg, dtype=compute_type(cfg.dtype, on_gpu, cfg.data != "shapes"))
-    out.origins = cfg.origins
-    return out
+    return with_type(cfg, compute_type(cfg.dtype, on_gpu, cfg.data != "shapes"))
 
 
 def run(cfg: Any) -> None:
     """Run one stage, after the earlier ones that it needs, or all of them with the evaluation and the report."""
-    say("\n".join(settings(cfg)))
+    say("\n".join([*settings(cfg), *shift_of_teacher(cfg)]))
     say(describe())
     say(attention.describe())
     scored = cfg.stage != "all" or can_score(cfg)  # says now, before three stages, that there will be no evaluation
@@ -102,6 +105,21 @@ def run(cfg: Any) -> None:
     say(f"next: {after_stage(cfg)}")
 
 
+def shift_of_teacher(cfg: Any) -> list[str]:
+    """Say so if the teacher's own sampler takes another time shift than the training of its student."""
+    try:
+        own = sampling(cfg.model)
+    except ValueError:  # no known network; building the stage stops at it
+        return []
+    shift, sections = own.values["shift"], {"all": ("stage1.", "stage2.", "stage3."), "0": ()}.get(cfg.stage, ("",))
+    trained = {f"{section}shift": attrgetter(f"{section}shift")(cfg) for section in sections}
+    others = ", ".join(f"{key}={value}" for key, value in trained.items() if value != shift)
+    if not others:
+        return []
+    where = f"the teacher itself is sampled with shift={shift} ({own.sources['shift']})"
+    return [f"  {where}; for a student of few steps training takes {others}: docs/method.md, Time shift"]
+
+
 def end(err: BaseException) -> NoReturn:
     """End this rank after an error. One rank reports it; if another rank has ended early, the error names that one."""
     if isinstance(err, RuntimeError) and ranks.lost_partner(err) and (missing := ranks.gone()):
@@ -117,8 +135,9 @@ def end(err: BaseException) -> NoReturn:
 def set_up(cfg: StageConfig) -> None:
     """Set the number of threads, join the other ranks, and check that all ranks run the same command."""
     check_installed(cfg)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    line = set_threads(cfg.threads)
+    if pick_device(cfg.device).type == "cpu" and ranks.launched() == 1:
+        say(line)
     torch.set_flush_denormal(True)  # denormal numbers slow a CPU down
     if cfg.engine == "local" and ranks.launched() > 1:
         raise ValueError(
@@ -164,6 +183,9 @@ def run_stage(cfg: Any, later: Sequence[StageConfig] = (), ratio: float | None =
                 rank_blocks(cfg, builder, folder, engine, *made)
             else:
                 train_stage(cfg, builder, folder, engine, made, choice)
+    except BaseException:
+        folder.undo()
+        raise
     finally:
         folder.close()
 
@@ -177,7 +199,7 @@ def open_folder(cfg: StageConfig, source: Source) -> StageFolder:
     inputs = dict(method_for(cfg).inputs(cfg)) | made_on(cfg)
     decisive = [*numbers(cfg), *inputs]
     config = asdict(cfg) | inputs | {CLIPS: source.name}
-    return StageFolder(cfg.run, int(cfg.stage), config, decisive, cfg.overwrite)
+    return StageFolder(cfg.run, int(cfg.stage), config, decisive, cfg.overwrite, auto_type=bool(unset_type(cfg)))
 
 
 def made_on(cfg: Run) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Configuration of every command: keys (run, training, stages, plan, commands), presets and YAML (files), command line
 (cli). Imports no torch."""
 
-from fastlightgen.config.cli import exit_code, load, main, report
+from fastlightgen.config.cli import exit_code, guarded, load, main, report
 from fastlightgen.config.commands import Encode, Evaluate, Generate, Report, for_evaluate, parse_buckets
 from fastlightgen.config.fields import Checked, ConfigError, UserError, field
 from fastlightgen.config.files import (
@@ -19,16 +19,18 @@ from fastlightgen.config.following import (
     PROMPT,
     SHAPES_PROMPT,
     after_plan,
-    after_report,
     after_stage,
     command,
     keys_for,
     result_of,
     settings,
+    unset_type,
+    with_type,
     words,
 )
 from fastlightgen.config.gpus import GPUS, chip
-from fastlightgen.config.plan import Plan, another_stage, plan_for, plan_root
+from fastlightgen.config.help import called
+from fastlightgen.config.plan import IN_TURN, Plan, another_stage, plan_for, plan_of_stage, plan_root
 from fastlightgen.config.recipes import Recipe, recipes
 from fastlightgen.config.run import Run, compute_type
 from fastlightgen.config.stages import StageConfig, declared, for_stage, method_for, register, root
@@ -37,6 +39,7 @@ from fastlightgen.config.training import GUIDANCES, TEACHER_GUIDANCE, TIMES, Bat
 __all__ = [
     "GPUS",
     "GUIDANCES",
+    "IN_TURN",
     "SHAPES_PROMPT",
     "TEACHER_GUIDANCE",
     "TIMES",
@@ -56,10 +59,10 @@ __all__ = [
     "TrainingKeys",
     "UserError",
     "after_plan",
-    "after_report",
     "after_stage",
     "another_stage",
     "built_in",
+    "called",
     "chip",
     "command",
     "compute_type",
@@ -71,6 +74,7 @@ __all__ = [
     "fingerprint",
     "for_evaluate",
     "for_stage",
+    "guarded",
     "keys_for",
     "load",
     "main",
@@ -78,6 +82,7 @@ __all__ = [
     "numbers",
     "parse_buckets",
     "plan_for",
+    "plan_of_stage",
     "plan_root",
     "preset",
     "presets",
@@ -89,5 +94,7 @@ __all__ = [
     "root",
     "settings",
     "to_yaml",
+    "unset_type",
+    "with_type",
     "words",
 ]

@@ -24,7 +24,7 @@ from fastlightgen.config.fields import ConfigError
 from fastlightgen.config.files import presets, to_yaml
 from fastlightgen.config.help import ALL, front_page, help_text
 from fastlightgen.config.layers import COMMAND_LINE, CONFIG, assign, leaves, shipped_layers
-from fastlightgen.config.plan import PLANNED, plan_root
+from fastlightgen.config.plan import PLANNED, plan_all_root, plan_root
 from fastlightgen.config.recipes import file_keys
 from fastlightgen.config.stages import CHOOSES, DEFAULT, STAGES, root
 
@@ -132,8 +132,11 @@ def pick_root(command: str, given: dict[str, Any]) -> type:
         return COMMANDS[command]
     if command == "plan":
         stage = str(given.get("stage", "3"))
+        if stage == "all":
+            return plan_all_root(methods_in(stage, given))
         return plan_root(stage, str(given.get("method", DEFAULT))) if stage in PLANNED else plan_root()
-    choices = "; ".join(f"stage={name}: {about}" for name, about in STAGES.items())
+    *numbered, last = STAGES
+    choices = f"give stage={', '.join(numbered)} or {last} (train --help says what each does)"
     if "stage" not in given:
         known = dict.fromkeys(k for name in STAGES for k in leaves(root(name)))
         if near := difflib.get_close_matches("stage", [key for key in given if key not in known], n=1):
@@ -142,8 +145,13 @@ def pick_root(command: str, given: dict[str, Any]) -> type:
     stage = str(given["stage"])
     if stage not in STAGES:
         raise ConfigError(f"stage={stage}: there is no such stage; {choices}")
+    return root(stage, methods_in(stage, given))
+
+
+def methods_in(stage: str, given: dict[str, Any]) -> dict[str, str]:
+    """Stage -> the name of its method, where one is given."""
     keys = {f"stage{n}.method": n for n in CHOOSES} if stage == "all" else {"method": stage} if stage in CHOOSES else {}
-    return root(stage, {n: str(given[key]) for key, n in keys.items() if key in given})
+    return {n: str(given[key]) for key, n in keys.items() if key in given}
 
 
 def build(node: DictConfig, cls: type) -> Any:
@@ -177,8 +185,9 @@ def download(value: str) -> str:
 
 
 def main(fn: Callable[[Any], None], command: str = "train", argv: Sequence[str] | None = None) -> None:
-    """Run a command. A mistake of the user becomes one line and exit code 2; FLG_DEBUG=1 shows the traceback."""
-    try:
+    """Run a command with the keys of the command line."""
+
+    def work() -> None:
         try:
             cfg = load(sys.argv[1:] if argv is None else argv, command)
         except ValueError:
@@ -189,8 +198,19 @@ def main(fn: Callable[[Any], None], command: str = "train", argv: Sequence[str] 
             print(to_yaml(cfg), end="")
         else:
             fn(cfg)
+
+    guarded(work)
+
+
+def guarded(work: Callable[[], None]) -> None:
+    """Do the work of a command. A mistake of the user becomes one line and exit code 2 (a traceback with FLG_DEBUG=1).
+
+    A reader of the output that ends early, as `head` does, ends the command quietly.
+    """
+    try:
+        work()
         sys.stdout.flush()
-    except BrokenPipeError:  # the program that reads the output has ended, as `head` does
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush succeeds
         sys.exit(STOPPED_READING)
     except (ValueError, OSError, MemoryError) as err:  # ValueError is for users, `assert` for programmers

@@ -4,16 +4,16 @@ import os
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
+from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from fastlightgen.config.cli import load
 from fastlightgen.config.fields import ConfigError, default_of, show
-from fastlightgen.config.files import find_preset_weights, presets, read_yaml
+from fastlightgen.config.files import find_preset_weights, presets
 from fastlightgen.config.layers import CONFIG, leaves
-from fastlightgen.config.plan import Plan
+from fastlightgen.config.plan import IN_TURN, Plan
 from fastlightgen.config.run import Run
 from fastlightgen.config.stages import DEFAULT, STAGES, method_of
 
@@ -25,12 +25,7 @@ OF_ALL = ("device", "threads", "allow_pt")  # keys that train, evaluate and gene
 def settings(cfg: Any) -> list[str]:
     """The model, the data, the time shift and the run folder of a training run, and what set each."""
     keys = ["model", "data", *(key for key in leaves(type(cfg)) if key.rpartition(".")[2] == "shift"), "run"]
-    rows = []
-    for key in keys:
-        value: Any = cfg
-        for name in key.split("."):
-            value = getattr(value, name)
-        rows.append((key, show(value), cfg.origins.get(key, "default")))
+    rows = [(key, show(attrgetter(key)(cfg)), cfg.origins.get(key, "default")) for key in keys]
     first, second = (max(len(row[n]) for row in rows) for n in (0, 1))
     lines = [f"  {key:<{first}}  {value:<{second}}  ({origin})" for key, value, origin in rows]
     return [f"stage={cfg.stage}: {STAGES[cfg.stage]}", *lines]
@@ -74,6 +69,13 @@ def unset_type(cfg: Any) -> set[str]:
     return set() if "dtype" in cfg.origins else {"dtype"}
 
 
+def with_type(cfg: Any, dtype: str) -> Any:
+    """The configuration with the type that dtype=auto stands for; it counts as a type that nobody chose."""
+    out = replace(cfg, dtype=dtype)
+    out.origins = {k: where for k, where in cfg.origins.items() if k != "dtype" or cfg.dtype != "auto"}
+    return out
+
+
 def result_of(run: str | Path, stage: int) -> Path:
     """The file or folder that a stage leaves when it is complete."""
     return Path(run) / f"stage{stage}" / ("importance.json" if stage == 1 else "model")
@@ -97,18 +99,6 @@ def after_stage(cfg: Any) -> str:
     return command("evaluate", model=student, teacher=cfg.model, out=out, **rest)
 
 
-def after_report(run: Path) -> str:
-    """The command that follows a report: that after the run's last complete stage; "" if none is complete."""
-    file = run / "config.yaml"
-    record = read_yaml(file) if file.is_file() else {}
-    done = [n for n in range(4) if f"stage{n}" in record and result_of(run, n).exists()]
-    if not done:
-        return ""
-    stage = "all" if done[-1] == 3 else str(done[-1])  # `all`: what follows an evaluation
-    keys = {f.name: default_of(f) for f in fields(Run)} | record[f"stage{done[-1]}"]
-    return after_stage(SimpleNamespace(**keys | {"stage": stage, "run": str(run), "origins": {"dtype": str(file)}}))
-
-
 def after_plan(cfg: Plan) -> str:
     """The training command that a plan is about. MODEL and CACHE stand for folders that the plan does not know."""
     start = {"stage": cfg.stage, "model": cfg.model}
@@ -116,12 +106,14 @@ def after_plan(cfg: Plan) -> str:
         with suppress(ConfigError):
             load(words({CONFIG: file, **start}))
             start = {CONFIG: file, **start}
-    start |= {"method": method_of(cfg)} if method_of(cfg) != DEFAULT else {}
+    parts = {f"stage{n}.": getattr(cfg, f"stage{n}") for n in IN_TURN} if cfg.stage == "all" else {"": cfg}
+    methods = {f"{prefix}method": method_of(part) for prefix, part in parts.items()}
+    start |= {key: name for key, name in methods.items() if name != DEFAULT}
     start |= {"preset": cfg.preset} if cfg.preset != default_of(leaves(Run)["preset"]) else {}
     trained = load(words(start))
     left = {"run", *OF_ONE_START} | unset_type(cfg)
-    names = [f.name for f in fields(trained) if f.name not in left]
-    keys = start | {n: getattr(cfg, n) for n in names if getattr(cfg, n) != getattr(trained, n)}
+    values = {key: attrgetter(key) for key in leaves(type(trained)) if key not in left and key in leaves(type(cfg))}
+    keys = start | {key: value(cfg) for key, value in values.items() if value(cfg) != value(trained)}
     if find_preset_weights(cfg.model) is None:
         keys |= {"model": "MODEL"} if cfg.model in presets() else {}
         keys |= {"data": "CACHE"} if cfg.data == "shapes" else {}

@@ -1,16 +1,18 @@
 """The text of --help: everyday keys first, with the defaults of the model that is given, wrapped to the terminal."""
 
 import shutil
+import sys
 import textwrap
 from collections.abc import Mapping
 from dataclasses import Field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from fastlightgen.config.fields import default_of, limits, show, type_of
 from fastlightgen.config.layers import TYPES, default_run, leaves, plain, settings_from
-from fastlightgen.config.plan import Machine
+from fastlightgen.config.plan import PLANNED, Machine
 from fastlightgen.config.run import Run
 from fastlightgen.config.stages import CHOOSES, METHODS, STAGES, declared
 
@@ -39,7 +41,7 @@ def front_page(stages: Mapping[str, Page]) -> str:
         others = ("stage1.", "stage2.", "stage3.")  # of stage=all: they stand under their own stages
         own = {key: f for key, f in leaves(cls).items() if key not in leaves(Run) and not key.startswith(others)}
         lines += listing("train", own, node, True, f"stage={name}") + methods(name)
-    lines += ["", *wrapped("More pages, after python -m fastlightgen.train:"), *table(list(more.items()))]
+    lines += ["", *wrapped(f"More pages, after {called('train')}:"), *table(list(more.items()))]
     return "\n".join([*lines, "", *wrapped(ALSO)])
 
 
@@ -50,22 +52,34 @@ def help_text(command: str, page: Page, given: Mapping[str, Any], everything: bo
     stage = str(default_of(known["stage"])) if "stage" in known and command in ("train", "plan") else ""
     lines = [*usage(command, f"stage={stage}" if stage else ""), "", *wrapped(f"{about[0].upper()}{about[1:]}.")]
     lines += wrapped(f"Defaults: {settings_from(cls, given)}.") if stage else []
+    if command == "plan":
+        lines += wrapped(f"stage={', '.join(PLANNED)} plans one stage, stage=all stages 1 to 3.")
     ordered = leaves(Machine) | known if command == "plan" else known  # the machine's keys first
     lines += listing(command, ordered, node, everything) + methods(stage)
     if hidden := sum(not is_everyday(command, key, f) for key, f in known.items() if key != "stage"):
-        words = " ".join([f"python -m fastlightgen.{command}", *[f"stage={stage}"] * bool(stage), "--help", ALL])
+        words = " ".join([called(command), *[f"stage={stage}"] * bool(stage), "--help", ALL])
         lines += [] if everything else ["", *wrapped(f"{hidden} more keys: {words}")]
     return "\n".join([*lines, "", *wrapped(ALSO)])
 
 
 def usage(command: str, stage: str) -> list[str]:
-    return wrapped(f"usage: python -m fastlightgen.{command} {stage} KEY=VALUE ...".replace("  ", " "), "", "  ")
+    return wrapped(f"usage: {called(command)} {stage} KEY=VALUE ...".replace("  ", " "), "", "  ")
+
+
+def called(command: str) -> str:
+    """The words that start a command, in the form in which this process was started."""
+    program = Path(sys.argv[0])
+    if program.stem == "fastlightgen":  # the installed command, fastlightgen.exe on Windows
+        return f"fastlightgen {command}"
+    if program.name == "__main__.py" and program.parent.name == "fastlightgen":
+        return f"python -m fastlightgen {command}"
+    return f"python -m fastlightgen.{command}"
 
 
 def is_everyday(command: str, key: str, f: Field) -> bool:
     """Does --help show this key, without the word all?"""
     if command == "plan" and key not in leaves(Machine):
-        return key in PLAN.split()
+        return key.rpartition(".")[2] in PLAN.split()
     return bool(f.metadata["everyday"])
 
 

@@ -4,11 +4,12 @@ The defaults are the stage's, but for those that a real model on a cluster needs
 """
 
 import dataclasses
-from dataclasses import dataclass, fields, make_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from functools import cache
 from typing import Any
 
-from fastlightgen.config.fields import Checked, ConfigError, field, with_default
+from fastlightgen.config.fields import Checked, ConfigError, field, section, with_default
 from fastlightgen.config.files import built_in
 from fastlightgen.config.gpus import GPUS, known_gpu
 from fastlightgen.config.layers import shipped_layers
@@ -16,6 +17,7 @@ from fastlightgen.config.run import Run, compute_type
 from fastlightgen.config.stages import DEFAULT, STAGES, keys_of, method_of
 
 PLANNED = tuple(stage for stage in STAGES if stage != "all")
+IN_TURN = ("1", "2", "3")  # the stages of stage=all
 DEFAULTS = {"run": "", "model": "wan2.1-i2v-14b", "engine": "deepspeed"}  # in place of those of train
 
 
@@ -83,16 +85,31 @@ class Plan(Machine, Run):
 def plan_root(stage: str = "3", method: str = DEFAULT) -> type[Plan]:
     """The class whose fields are the keys of `plan stage=STAGE method=METHOD`."""
     keys: Any = keys_of(stage, method)
-    return _plan_root(stage, keys)
+    return _plan_root(stage, (keys,))
+
+
+def plan_all_root(methods: Mapping[str, str]) -> type[Plan]:
+    """The class whose fields are the keys of `plan stage=all`; `methods`: stage -> name, if not the default."""
+    keys: Any = tuple(keys_of(stage, methods.get(stage, DEFAULT)) for stage in IN_TURN)
+    return _plan_root("all", keys)
 
 
 @cache
-def _plan_root(stage: str, keys: type[Any]) -> type[Plan]:
-    known: dict[str, dataclasses.Field[Any]] = {f.name: f for f in (*fields(Plan), *fields(keys))}
-    own: list[Any] = [("stage", str, field(stage, "which stage to plan", choices=PLANNED))]
+def _plan_root(stage: str, keys: tuple[type[Any], ...]) -> type[Plan]:
+    bases = (*keys, Plan) if stage != "all" else (Plan,)
+    known: dict[str, dataclasses.Field[Any]] = {f.name: f for base in reversed(bases) for f in fields(base)}
+    own: list[Any] = [("stage", str, field(stage, "which stage to plan", choices=(*PLANNED, "all")))]
     own += [(n, known[n].type, with_default(known[n], value)) for n, value in DEFAULTS.items() if n in known]
-    about = {"__doc__": Plan.__doc__}
-    return make_dataclass("Plan", own, bases=(keys, Plan), kw_only=True, namespace=about)
+    if stage == "all":
+        own += [(f"stage{n}", k, section(k, f"keys of stage {n}")) for n, k in zip(IN_TURN, keys, strict=True)]
+    return make_dataclass("Plan", own, bases=bases, kw_only=True, namespace={"__doc__": Plan.__doc__})
+
+
+def plan_of_stage(cfg: Any, stage: str) -> Plan:
+    """The plan of one stage of `plan stage=all`."""
+    part = getattr(cfg, f"stage{stage}")
+    common = {f.name: getattr(cfg, f.name) for f in fields(Plan) if f.name != "stage"}
+    return plan_root(stage, method_of(part))(**common, **asdict(part))
 
 
 def plan_for(cfg: Any, **machine: Any) -> Plan:

@@ -7,7 +7,7 @@ from fastlightgen.config.fields import REQUIRED, Checked, ConfigError, field, sh
 MAX_SEED = 2**31 - 1  # leaves room to count up and fits every generator
 DEVICES, SAMPLERS = ("auto", "cpu", "cuda"), ("auto", "ode", "stochastic")
 DEVICE = "where to compute; auto takes the GPU if there is one"
-THREADS = "CPU threads; 0 leaves the choice to torch"
+THREADS = "CPU threads; 0: torch's choice, but no more than the cores that this process may use"
 ALLOW_PT = "also read weights from .pt, .pth and .bin files, as plain tensors"
 DTYPES = ("auto", "float32", "bfloat16")
 DTYPE = (

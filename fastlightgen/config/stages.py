@@ -109,7 +109,9 @@ def for_stage(cfg: Any, stage: int) -> Any:
     """The configuration of one stage of `stage=all`."""
     part = getattr(cfg, f"stage{stage}")
     common = {f.name: getattr(cfg, f.name) for f in fields(Run) if f.name != "stage"}
-    return root(str(stage), {str(stage): method_of(part)})(**common, **asdict(part))
+    out = root(str(stage), {str(stage): method_of(part)})(**common, **asdict(part))
+    out.origins = {key.removeprefix(f"stage{stage}."): where for key, where in cfg.origins.items()}
+    return out
 
 
 def method_of(cfg: Any) -> str:

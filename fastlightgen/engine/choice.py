@@ -83,13 +83,14 @@ class Choice:
             if self.best["step"] > step:  # these steps will be computed again
                 self.best = {}
 
-    def look(self, stage: Stage, step: int) -> dict[str, float] | None:
-        """Measure the student if that is due after `step`; return the numbers to log."""
+    def due(self, stage: Stage, step: int) -> bool:
+        """Is the student to be measured after `step`?"""
         count = self.engine.count[ROLE]
-        due = count % self.cfg.choose_every == 0 or step == stage.iters
-        if not due or count == self.looked:
-            return None
-        self.looked = count
+        return count != self.looked and (count % self.cfg.choose_every == 0 or step == stage.iters)
+
+    def look(self, stage: Stage, step: int) -> dict[str, float]:
+        """Measure the student; return the numbers to log."""
+        count = self.looked = self.engine.count[ROLE]
         with self.engine.autocast(), self.engine.averaged():
             line = {"step": step, "updates": count, "score": self.score(stage)}
             if not math.isfinite(line["score"]):

@@ -4,7 +4,8 @@ import fcntl
 import math
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,9 +21,12 @@ from fastlightgen.models.folder.files import verify_model
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
 
+CONFIG, LOCK = "config.yaml", ".lock"  # files of the run folder
+SCORES = "scores.safetensors"  # in stage1/, while Stage I is not finished
 LENGTH = "iters"  # the key that may change between two starts of a stage
 CLIPS = "data_hash"  # names the clips of a cache, which may grow between two starts
 RESTORE = "restore it or use another run="
+TYPE, USED = "dtype", "dtype_used"  # with dtype=auto a record holds the type that was computed in, too
 ANEW = "use another run=, or overwrite=true to delete it and start anew"
 
 
@@ -30,15 +34,26 @@ class StageFolder:
     """DIR/stageN, opened for one configuration. `complete` is True if the stage's result already exists.
 
     `config` is the full resolved configuration, `numbers` the names of the keys that affect the computed numbers.
+    `auto_type`: nobody chose the type in it; dtype=auto stands for it.
     """
 
     _lock = None  # an open file; only rank 0 holds it
+    _before: bytes | None = None  # the content of config.yaml when the folder was opened
+    _new: Sequence[Path] = ()  # folders that this start has made, the innermost first
 
-    def __init__(self, run: str, number: int, config: dict, numbers: Iterable[str], overwrite: bool = False):
+    def __init__(
+        self,
+        run: str,
+        number: int,
+        config: dict,
+        numbers: Iterable[str],
+        overwrite: bool = False,
+        auto_type: bool = False,
+    ):
         self.run, self.path = Path(run), Path(run) / f"stage{number}"
         self.checkpoints = self.path / "checkpoints"
-        self.scores = self.path / "scores.safetensors"  # of Stage I, while it is not finished
-        self.result = result_of(run, number)
+        self.scores = self.path / SCORES
+        self.result, self.auto_type = result_of(run, number), auto_type
         error: str | None = None
         self.complete = False
         if ranks.rank() == 0:
@@ -52,8 +67,9 @@ class StageFolder:
             raise ValueError(error)
 
     def _open(self, number: int, config: dict, numbers: Iterable[str], overwrite: bool) -> None:
+        self._new = [p for p in (self.path, *self.path.parents) if not p.exists()]
         self.run.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_file(self.run / ".lock")
+        self._lock = lock_file(self.run / LOCK)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -69,7 +85,24 @@ class StageFolder:
             raise ValueError(f"{self.result}: is damaged ({why}); delete it, and the same command makes it again")
         if not self.complete:
             self.path.mkdir(parents=True, exist_ok=True)
+            file = self.run / CONFIG
+            self._before = file.read_bytes() if file.is_file() else None
             self._record(number, config)
+
+    def undo(self) -> None:
+        """Leave nothing behind of a start that ended before the stage wrote anything."""
+        if self._lock is None or self.path not in self._new or any(self.path.iterdir()):
+            return
+        file = self.run / CONFIG
+        if self._before is None:
+            file.unlink(missing_ok=True)
+        else:
+            write_text(file, self._before.decode())
+        if self.run in self._new:
+            (self.run / LOCK).unlink(missing_ok=True)
+        for folder in self._new:
+            with suppress(OSError):  # somebody else has put something into it
+                folder.rmdir()
 
     def close(self) -> None:
         if self._lock:
@@ -77,7 +110,7 @@ class StageFolder:
 
     def _check(self, number: int, config: dict, numbers: Iterable[str]) -> None:
         """Raise if the folder was made with another configuration. Only the length of training may change."""
-        made_with = read_run(self.run).get(f"stage{number}", {})
+        made_with = as_used(read_run(self.run).get(f"stage{number}", {}))
         before, now = made_with.get(LENGTH), config.get(LENGTH)
         compared = [k for k in numbers if k != LENGTH or before is None]
         changes = diff({k: made_with.get(k) for k in compared}, {k: config[k] for k in compared})
@@ -120,13 +153,14 @@ class StageFolder:
 
     def _record(self, number: int, config: dict) -> None:
         """Add this stage's resolved configuration, the versions and the commit to DIR/config.yaml."""
+        shown = config | {TYPE: "auto", USED: config[TYPE]} if self.auto_type else config
         record = read_run(self.run) | {
-            f"stage{number}": config,
+            f"stage{number}": shown,
             "seed": config["seed"],
             "versions": {"fastlightgen": fastlightgen.__version__, "torch": str(torch.__version__)},
             "git_commit": commit(),
         }
-        write_text(self.run / "config.yaml", yaml.safe_dump(record, sort_keys=False))
+        write_text(self.run / CONFIG, yaml.safe_dump(record, sort_keys=False))
 
 
 def damage_of(result: Path) -> str:
@@ -143,12 +177,17 @@ def damage_of(result: Path) -> str:
 
 def read_run(run: Path) -> dict:
     """Read DIR/config.yaml; {} if it does not exist."""
-    path = run / "config.yaml"
+    path = run / CONFIG
     if not path.is_file():
         return {}
     found: dict = read_yaml(path, RESTORE) or {}
     check(found, RUN, str(path), RESTORE)
     return found
+
+
+def as_used(record: dict) -> dict:
+    """A stage's record with the type that it computed in, in place of dtype=auto."""
+    return {k: v for k, v in record.items() if k != USED} | ({TYPE: record[USED]} if USED in record else {})
 
 
 def commit() -> str | None:

@@ -190,8 +190,12 @@ def train(
             progress.update()
             HERE.at("the stage's check", role="")
             stage.check(done)
-            if choice and (measured := choice.look(stage, done)) and metrics:
-                metrics.write(measured, "choices")
+            if choice and choice.due(stage, done):
+                HERE.at("the choice of the best weights")
+                with meanwhile(progress, title, "comparing clips with real ones"):
+                    measured = choice.look(stage, done)
+                if metrics:
+                    metrics.write(measured, "choices")
             # One collective per step for two facts. The lowest bit says that this rank got a signal, the other bits are
             # the status of its save. So all ranks stop after the same step; a later signal waits for the next one.
             flags = ranks.gathered(bool(signals) | saves.status())

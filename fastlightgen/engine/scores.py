@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastlightgen.data.cache import META
-from fastlightgen.engine.folder import StageFolder
+from fastlightgen.engine.folder import SCORES, StageFolder
 from fastlightgen.engine.hang import HERE
 from fastlightgen.engine.loop import saved_and_stopped
 from fastlightgen.files.border import parsed
@@ -23,6 +24,17 @@ from fastlightgen.files.kinds import DATA
 from fastlightgen.files.tensors import open_tensors, read_tensors, save_tensors, summed
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import bar, say
+
+FIRST = "sweep-0000"  # the single skips, by far the longest sweep of the default search
+
+
+def measured(stage: Path) -> tuple[int, int]:
+    """How many scores of the first sweep the folder of an unfinished Stage I holds, and of how many; (0, 0): none."""
+    try:
+        table = read_tensors(stage / SCORES)[FIRST]
+    except (ValueError, KeyError):  # there is none, or Stage I will refuse it
+        return 0, 0
+    return count(table), table.numel()
 
 
 class Scores:

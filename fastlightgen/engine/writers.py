@@ -47,7 +47,14 @@ class TensorBoard:
         self.writer.flush()
 
     def clips(self, step: int, file: Path) -> None:
-        """TensorBoard encodes videos itself, with a package that is not required here; the file stays in samples/."""
+        """Log the file as it is: TensorBoard plays a .gif among its images. torch's add_video would need moviepy."""
+        from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        width, height = Image.open(file).size
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.read_bytes())
+        self.writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag="clips", image=image)]), step)
+        self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()

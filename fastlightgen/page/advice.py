@@ -1,61 +1,59 @@
-"""The command that makes what a run folder lacks next. It is checked before it is shown, because it must run."""
+"""The command that comes next in a run folder. It is checked before it is shown, because it must run."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from fastlightgen.config import Run, find_preset_weights, load
-from fastlightgen.config.fields import show
+from fastlightgen.config import Run, after_stage, command, find_preset_weights, load, result_of
+from fastlightgen.config.fields import default_of, show
 from fastlightgen.config.stages import DEFAULT
 
-RESULTS = {0: "model", 1: "importance.json", 2: "model", 3: "model"}  # of each stage, in RUN/stageN
-OWN = ("stage", "run", "overwrite", "earlier", "dry_run", "progress", "threads", "device")  # keys that are not repeated
+STAGES = range(4)
+OF_HERE = ("progress", "threads", "device")  # keys of one start on one machine, which are not repeated
+OWN = ("stage", "run", "overwrite", "earlier", "dry_run", *OF_HERE)
 
 
-def made(run: Path, stage: int) -> bool:
-    return (run / f"stage{stage}" / RESULTS[stage]).exists()
+def next_step(run: Path, config: dict, evaluated: bool, saved: Mapping[int, str]) -> tuple[str, str]:
+    """What the run lacks first ("" if nothing), and the command that comes next ("" if none can be named).
 
-
-def next_step(run: Path, config: dict, evaluated: bool) -> tuple[str, str]:
-    """What is missing first, and the command that makes it; the command is "" if none can be named.
-
-    `config`: the content of RUN/config.yaml. A run with an evaluated student lacks nothing.
+    `config`: the content of RUN/config.yaml. `saved`: how far unfinished stages have come, in words. A run with an
+    evaluated student lacks nothing.
     """
-    if evaluated:
+    begun = [n for n in STAGES if f"stage{n}" in config]
+    if evaluated and 3 in begun:
+        return "", after(run, config, 3, "all")
+    if evaluated or not begun:
         return "", ""
-    stages = [n for n in RESULTS if f"stage{n}" in config]
-    if not stages:
-        return "", ""
-    if 0 in stages and not made(run, 0):
-        return "Stage 0 is not finished", again(run, config, 0)
-    for stage in (1, 2, 3):
-        if not made(run, stage):
-            found = "is not finished" if stage in stages else "comes next"
-            return f"Stage {stage} {found}", again(run, config, stage)
-    record = config.get("stage3", {})
-    if record.get("data") != "shapes":  # nothing can score it
-        return "", ""
-    teacher = str(record.get("model", ""))
-    if not (Path(teacher).is_dir() or find_preset_weights(teacher)):
-        return "The student is not evaluated", ""
-    words = [f"model={run / 'stage3' / 'model'}", f"teacher={teacher}", f"out={run / 'evaluate' / 'student.json'}"]
-    return "The student is not evaluated", checked("evaluate", words)
+    for stage in (*begun, *range(begun[-1] + 1, 4)):
+        if result_of(run, stage).exists():
+            continue
+        if stage in begun:
+            how_far = f": {saved[stage]}" if stage in saved else ""
+            return f"Stage {stage} is not finished{how_far}", again(run, config, stage)
+        return f"Stage {stage} comes next", after(run, config, stage - 1)
+    if config["stage3"].get("data") != "shapes":  # nothing can score it
+        return "", after(run, config, 3)
+    teacher = str(config["stage3"].get("model", ""))
+    known = Path(teacher).is_dir() or find_preset_weights(teacher)
+    return "The student is not evaluated", after(run, config, 3) if known else ""
+
+
+def after(run: Path, config: dict, stage: int, name: str = "") -> str:
+    """The command that follows a complete stage; `name`: that of the command which ran it, if it ran others too."""
+    record = {f.name: default_of(f) for f in fields(Run)} | config[f"stage{stage}"]
+    record |= {f.name: default_of(f) for f in fields(Run) if f.name in OF_HERE}
+    if stage < 3 and record["engine"] != "local":
+        return ""  # a run of several processes: config.yaml does not know its launcher
+    record |= {"stage": name or str(stage), "run": str(run)}
+    return checked(after_stage(SimpleNamespace(**record, origins={"dtype": "config.yaml"})))
 
 
 def again(run: Path, config: dict, stage: int) -> str:
-    """The command that starts or continues a stage with the settings that config.yaml holds for it.
-
-    A stage that was never started takes over what the stage before it shares with it. A run of several processes has no
-    such command: config.yaml does not know its launcher.
-    """
-    record: dict[str, Any] = config.get(f"stage{stage}") or {}
-    if not record:
-        last = max(n for n in RESULTS if f"stage{n}" in config)
-        shared = {f.name for f in fields(Run)}
-        record = {k: v for k, v in config[f"stage{last}"].items() if k in shared}
-        if last == 0:
-            record["model"] = str(run / "stage0" / "model")  # the teacher that this run trained
+    """The command that continues a stage with the settings that config.yaml holds for it."""
+    record: dict[str, Any] = config[f"stage{stage}"]
     if record.get("engine", "local") != "local":
         return ""
     words = {"stage": stage, "run": run} | {k: record[k] for k in ("model", "data", "preset", "method") if k in record}
@@ -65,14 +63,14 @@ def again(run: Path, config: dict, stage: int) -> str:
         return ""
     given = {k: v for k, v in record.items() if k not in OWN and k not in words and v != defaults.get(k, v)}
     usual = {"preset": "default", "method": DEFAULT}
-    words = {k: v for k, v in words.items() if usual.get(k) != v} | given
-    return checked("train", [f"{k}={show(v)}" for k, v in words.items()])
+    return checked(command("train", **{k: v for k, v in words.items() if usual.get(k) != v} | given))
 
 
-def checked(command: str, words: list[str]) -> str:
-    """The command line, or "" if the command would refuse these words, for example because a folder has moved."""
+def checked(line: str) -> str:
+    """The command line, or "" if the command would refuse it, for example because a folder has moved."""
+    _, _, module, *words = shlex.split(line)  # python -m fastlightgen.NAME
     try:
-        load(words, command)
+        load(words, module.removeprefix("fastlightgen."))
     except ValueError:
         return ""
-    return shlex.join(["python", "-m", f"fastlightgen.{command}", *words])
+    return line

@@ -66,6 +66,8 @@ function axis(lo, hi, start, end, log) {
   }
   return at;
 }
+// The axis of a single value, at the pixel `middle`.
+const alone = (value, middle) => Object.assign(() => +middle.toFixed(1), { ticks: [value] });
 function valueAxis(lo, hi, start, end, log) {
   if (log) return axis(lo / 1.25, hi * 1.25, start, end, true);
   const pad = 0.08 * (hi - lo) || Math.abs(hi) || 1;
@@ -121,8 +123,9 @@ const thin = (list, most) => list.filter((_, i) => i % Math.ceil(list.length / m
 function curve(title, name, series, width) {
   const all = series.flatMap((s) => s.points), sorted = all.map((p) => p[1]).sort((a, b) => a - b), BOTTOM = 206;
   const low = sorted[0], high = sorted[Math.ceil(0.995 * (sorted.length - 1))];  // one outlier must not flatten the rest
-  const first = Math.min(...all.map((p) => p[0])), last = Math.max(...all.map((p) => p[0]), first + 1), log = low > 0 && high / low > 12;
-  const x = axis(first, last, LEFT + 6, width - RIGHT - 2, false), y = valueAxis(low, high, BOTTOM, TOP, log), tips = new Map();
+  const first = Math.min(...all.map((p) => p[0])), last = Math.max(...all.map((p) => p[0])), log = low > 0 && high / low > 12;
+  const x = first < last ? axis(first, last, LEFT + 6, width - RIGHT - 2, false) : alone(first, (LEFT + width - RIGHT) / 2);
+  const y = valueAxis(low, high, BOTTOM, TOP, log), tips = new Map();
   let body = "", lines = "";
   series.forEach((s, i) => {
     const points = thin(smooth(s.points), 240);
@@ -134,12 +137,13 @@ function curve(title, name, series, width) {
   const steps = thin([...tips.keys()].sort((a, b) => a - b), 120);
   const edges = [LEFT + 4, ...steps.slice(1).map((s, i) => (x(s) + x(steps[i])) / 2), width - RIGHT];
   const strips = steps.map((s, i) => strip("step " + s + ": " + tips.get(s).join(", "), edges[i], edges[i + 1] - edges[i], TOP - 4, BOTTOM - TOP, "")).join("");
-  const ticks = x.ticks.filter((t, i) => i % Math.ceil(x.ticks.length / ((width - LEFT) / 56)) === 0);
+  const whole = x.ticks.filter(Number.isInteger), ticks = whole.filter((t, i) => i % Math.ceil(whole.length / ((width - LEFT) / 56)) === 0);
   const said = series.map((s) => {
     const mean = smooth(s.points), end = mean[mean.length - 1];
-    return s.label + " from " + short(mean[0][1]) + " at step " + mean[0][0] + " to " + short(end[1]) + " at step " + end[0];
+    return first === last ? s.label + " " + short(end[1]) + " at step " + last : s.label + " from " + short(mean[0][1]) + " at step " + mean[0][0] + " to " + short(end[1]) + " at step " + end[0];
   });
-  return svg(width, BOTTOM + 46, y, { x: "training step", y: name + logNote(log) }, title + logNote(log) + ": " + said.join("; ") + ".",
+  const few = first < last ? "" : " (one point so far)";
+  return svg(width, BOTTOM + 46, y, { x: "training step" + few, y: name + logNote(log) }, title + logNote(log) + ": " + said.join("; ") + ".",
     body + lines + ticks.map((t) => label(x(t), BOTTOM + 20, t.toLocaleString("en"))).join("") + strips);
 }
 

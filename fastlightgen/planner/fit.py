@@ -14,7 +14,7 @@ from fastlightgen.data.source import Source
 from fastlightgen.models.cost import Network
 from fastlightgen.models.families import network
 from fastlightgen.parallel import ranks
-from fastlightgen.parallel.log import say
+from fastlightgen.parallel.log import say, size
 from fastlightgen.pipelines.export import vae_folder
 from fastlightgen.planner.advice import faster, recipe_for
 from fastlightgen.planner.budget import Budget, budget
@@ -69,13 +69,13 @@ def told(b: Budget, plan: Plan, room: int, host: int) -> str:
     parts = sorted(b.gpu.items(), key=lambda part: -part[1])[:3]
     named = ", ".join(f"{name} {size(value)}" for name, value in parts)
     if plan.gpu == "cpu":
-        return f"{size(b.peak)} GB per process ({named}), {size(b.host_peak)} of {size(host)} GB in this host"
-    return f"{size(b.peak)} of {size(room)} GB per GPU ({named}), {size(b.host_peak)} of {size(host)} GB in its host"
+        return f"{size(b.peak)} per process ({named}), {size(b.host_peak)} of {known(host)} in this host"
+    return f"{size(b.peak)} of {known(room)} per GPU ({named}), {size(b.host_peak)} of {known(host)} in its host"
 
 
-def size(value: float) -> str:
-    """Bytes as text in GB."""
-    return "?" if value >= UNKNOWN else f"{value / 1e9:.1f}" if value >= 5e7 else f"{value / 1e9:.3f}"
+def known(value: float) -> str:
+    """Free bytes as text."""
+    return "?" if value >= UNKNOWN else size(value)
 
 
 def misfit(cfg: Run, net: Network, plan: Plan, keep: Sequence[int], b: Budget, room: int, host: int) -> str:
@@ -83,11 +83,11 @@ def misfit(cfg: Run, net: Network, plan: Plan, keep: Sequence[int], b: Budget, r
     on_gpu, recipe = plan.gpu != "cpu", recipe_for(cfg.model, plan)
     otherwise = f"{recipe}; {ANYWAY}" if recipe else ANYWAY
     if on_gpu and b.peak >= room:
-        start = f"fit: the plan is {size(b.peak)} GB per GPU, {size(room)} GB are free"
+        start = f"fit: the plan is {size(b.peak)} per GPU, {known(room)} are free"
         return f"{start}; {smaller(cfg, net, plan, keep, room)}; {otherwise}"
     if b.host_peak < host:
         return ""
-    start = f"fit: the plan is {size(b.host_peak)} GB of host memory, {size(host)} GB are free"
+    start = f"fit: the plan is {size(b.host_peak)} of host memory, {known(host)} are free"
     if on_gpu:
         change = "fewer processes per host" + (" or offload=none" if plan.offload != "none" else "")
         return f"{start}; use a larger host or {change}; {otherwise}"
@@ -108,7 +108,7 @@ def smaller(cfg: Run, net: Network, plan: Plan, keep: Sequence[int], room: float
     if not change:
         return "use more or larger devices, or smaller clips: no key makes it smaller"
     enough = "" if peak < room else ", still too much: more or larger devices, or smaller clips"
-    return f"use {words(change)}, which makes it {size(peak)} GB per process{enough}"
+    return f"use {words(change)}, which makes it {size(peak)} per process{enough}"
 
 
 def plan_of(cfg: Run, processes: int, here: int, gpu: str) -> Plan:

@@ -3,13 +3,26 @@
 import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from fastlightgen.config import command, find_preset_weights, keys_for, load, method_for, result_of, words
+from fastlightgen.config import (
+    command,
+    find_preset_weights,
+    keys_for,
+    load,
+    method_for,
+    result_of,
+    unset_type,
+    with_type,
+    words,
+)
 from fastlightgen.data.source import Batch, Source
+from fastlightgen.engine import checkpoint
+from fastlightgen.engine.scores import measured
 from fastlightgen.models.cost import Network
 from fastlightgen.models.families import network
 from fastlightgen.models.folder.networks import trained_folder
@@ -47,7 +60,9 @@ def chain(cfg: Any) -> list[Any]:
     lacks = bool(stage) and not results[1].exists() and (cfg.overwrite or not results[0].exists())
     if not ranks.from_first(lacks):
         return []
-    before = load(words(keys_for(cfg, stage, dtype=cfg.dtype)))
+    before = load(words(keys_for(cfg, stage)))
+    if unset_type(cfg):
+        before = with_type(before, cfg.dtype)
     return [*chain(before), before]
 
 
@@ -60,15 +75,30 @@ def announcement(stages: Sequence[Any], source: Source, device: torch.device) ->
     *before, last = stages
     ratio = load(words(keys_for(last, "1"))).ratio
     speed = measured_speed(last, source, device)
-    seconds = [operations(one, source, ratio) / speed for one in stages]
+    parts = [left(one) for one in stages]
+    seconds = [operations(one, source, ratio) * part / speed for one, part in zip(stages, parts, strict=True)]
     names = " and ".join(f"stage {one.stage}" for one in before)
     first = "it runs" if len(before) == 1 else "they run"
-    times = ", ".join(f"{span(s)} for stage {one.stage}" for one, s in zip(stages, seconds, strict=True))
+    whole = [f"stage {one.stage}" for one in stages]
+    rest = [f"the {part:.0%} of {name} that is left" if part < 1 else name for name, part in zip(whole, parts)]
+    times = ", ".join(f"{span(s)} for {name}" for name, s in zip(rest, seconds, strict=True))
     return [
         f"stage {last.stage} needs {names}, which {last.run} lacks: {first} first (earlier=refuse: stop instead)",
         f"  {span(sum(seconds))} in all: {times}; estimated from the operations, at the {speed / 1e9:.3g} "
         "GFLOP/s that a training step reached just now",
     ]
+
+
+def left(cfg: Any) -> float:
+    """The share of a stage that is still to do: it goes on from its saved scores, or from its last checkpoint."""
+    folder = Path(cfg.run) / f"stage{cfg.stage}"
+    if cfg.overwrite:
+        return 1.0
+    if cfg.stage == "1":
+        known, total = measured(folder)
+        return 1 - known / max(total, 1)
+    done = [0, *checkpoint.steps(folder / "checkpoints")][-1]
+    return max(0.0, 1 - done / cfg.iters)
 
 
 def span(seconds: float) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastlightgen.config import numbers, root
-from fastlightgen.engine.folder import read_run
+from fastlightgen.engine.folder import as_used, read_run
 from fastlightgen.models.families import depth
 from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import read_card
@@ -88,6 +88,6 @@ def inputs(cfg: Keys) -> dict[str, Any]:
     """Return the settings of the run's own Stage II: another Stage II makes another student."""
     if cfg.stage2_model:
         return {}
-    made = read_run(Path(cfg.run)).get("stage2") or {}
+    made = as_used(read_run(Path(cfg.run)).get("stage2") or {})
     keys = numbers(root("2", {"2": made.get("method", "fastlightgen")})(run=cfg.run))
     return {"stage2_made_with": {k: made[k] for k in [*keys, "ranking_used"] if k in made}}

@@ -7,11 +7,14 @@ import pytest
 import torch
 import yaml
 from helpers import config, run_train, small_wan
+from runs import Page
 
 from fastlightgen import train
-from fastlightgen.config import compute_type, load
+from fastlightgen.config import compute_type, for_stage, load, unset_type
 from fastlightgen.models.folder.weights import save_model
+from fastlightgen.report import write_report
 from fastlightgen.stages.build import Builder
+from fastlightgen.stages.earlier import missing
 from fastlightgen.world.source import ShapesSource
 
 
@@ -50,13 +53,38 @@ def teacher(tmp_path) -> Path:
     return save_model(small_wan(), tmp_path / "teacher")
 
 
-def test_a_run_records_the_type_that_it_used(teacher, tmp_path):
-    """So that a run begun with dtype=float32, the default of earlier versions, continues."""
+def test_a_run_records_the_type_that_was_typed_and_the_one_that_it_used(teacher, tmp_path, capsys):
+    """A run begun with dtype=float32, the default of earlier versions, continues with dtype=auto, and the reverse."""
+
+    def recorded(run: str) -> tuple:
+        record = yaml.safe_load((tmp_path / run / "config.yaml").read_text())["stage1"]
+        return record["dtype"], record.get("dtype_used")
+
     words = [f"model={teacher}", f"run={tmp_path / 'r'}", "clips=2", "timesteps=1", "batch=2", "threads=1"]
     words += ["data_check=off", "progress=false"]
     run_train("stage=1", "dtype=float32", *words)
     run_train("stage=1", *words)  # complete: nothing to do
-    assert yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())["stage1"]["dtype"] == "float32"
+    assert recorded("r") == ("float32", None)
+    words[1] = f"run={tmp_path / 'auto'}"
+    run_train("stage=1", *words)
+    assert recorded("auto") == ("auto", "float32")
+    run_train("stage=1", "dtype=float32", *words)
+    with pytest.raises(SystemExit):
+        run_train("stage=1", "dtype=bfloat16", *words)
+    assert "dtype: float32 -> bfloat16" in capsys.readouterr().err
+    text = Page(write_report(tmp_path / "auto")).text.replace("\n", "")
+    assert "|dtype|auto|" in text and "|dtype_used|float32|" in text
+
+
+def test_the_type_of_earlier_stages_and_of_stage_all_is_not_made_up(teacher):
+    for words in (["stage=3"], ["stage=3", "dtype=auto"], ["stage=3", "dtype=float32"]):
+        cfg = train.settled(load([*words, f"model={teacher}", "earlier=run", "run=r"]))
+        chosen = words[-1] == "dtype=float32"
+        assert [one.dtype for one in missing(cfg)] == ["float32"] * 2
+        assert [unset_type(one) for one in (*missing(cfg), cfg)] == [set() if chosen else {"dtype"}] * 3
+        every = train.settled(load(["stage=all", *words[1:]]))
+        assert {bool(unset_type(for_stage(every, n))) for n in (1, 2, 3)} == {not chosen}
+    assert for_stage(load(["stage=all", "stage2.lr=1"]), 2).origins["lr"] == "the command line"
 
 
 def test_one_process_ranks_in_the_compute_type(teacher, tmp_path):

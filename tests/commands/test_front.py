@@ -19,6 +19,7 @@ from fastlightgen.__main__ import ABOUT
 from fastlightgen.__main__ import main as front
 from fastlightgen.config import ConfigError, load, preset, report, settings
 from fastlightgen.config.layers import default_run
+from fastlightgen.files.tensors import save_tensors
 from fastlightgen.models.folder.weights import load_model, save_model
 from fastlightgen.stages import earlier
 from fastlightgen.world.source import ShapesSource
@@ -33,6 +34,11 @@ def process(*words: str, **variables: str) -> subprocess.CompletedProcess:
 def test_stage_3_alone_runs_the_missing_stages_first(tmp_path, monkeypatch, capsys):
     """The words `stage=3` with a smaller batch, so that the measured steps take less time."""
     monkeypatch.chdir(tmp_path)
+    known = torch.full((13, 4), torch.nan)  # 12 blocks and the full network
+    known[:, 0] = 1.0
+    (tmp_path / "runs/tiny/stage1").mkdir(parents=True)
+    save_tensors(tmp_path / "runs/tiny/stage1/scores.safetensors", {"sweep-0000": known})
+    (tmp_path / "runs/tiny/stage2/checkpoints/step-000030").mkdir(parents=True)
     stages = []
     monkeypatch.setattr(train, "run_stage", lambda cfg, later, ratio: stages.append((cfg, later, ratio)))
     run_train("stage=3", "batch=2", "threads=1")
@@ -46,7 +52,9 @@ def test_stage_3_alone_runs_the_missing_stages_first(tmp_path, monkeypatch, caps
     out = capsys.readouterr().out
     assert "run    runs/tiny  (named after the model)" in out
     assert "stage 3 needs stage 1 and stage 2, which runs/tiny lacks: they run first" in out
-    assert "for stage 1, " in out and "GFLOP/s that a training step reached" in out
+    assert "GFLOP/s that a training step reached" in out
+    assert " for the 75% of stage 1 that is left, " in out  # 13 of 52 scores are saved
+    assert f" for the {1 - 30 / own['iters']:.0%} of stage 2 that is left, " in out and " for stage 3; " in out
 
 
 def test_an_earlier_stage_is_the_one_that_its_own_command_runs(tmp_path, capsys):
@@ -139,6 +147,36 @@ def test_it_is_the_installed_command():
     assert getattr(importlib.import_module(module), name) is front
 
 
+@pytest.mark.parametrize(
+    "program, start",
+    [
+        ("/usr/bin/fastlightgen", "fastlightgen {}"),
+        ("Scripts/fastlightgen.exe", "fastlightgen {}"),
+        ("/p/fastlightgen/__main__.py", "python -m fastlightgen {}"),
+        ("/p/fastlightgen/train.py", "python -m fastlightgen.{}"),
+    ],
+)
+def test_help_names_the_command_as_it_was_called(program, start, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", [program])
+    for words in (["train", "--help"], ["train", "stage=3", "--help"], ["plan", "--help"]):
+        with pytest.raises(SystemExit):
+            front(words)
+        out = capsys.readouterr().out
+        name = start.format(words[0])
+        assert out.startswith(f"usage: {name} ") and out.count(name) == 2  # the usage, and the command that shows more
+        assert "-m fastlightgen" not in out.replace(name, "")
+    front([])
+    assert capsys.readouterr().out.startswith(f"usage: {start.format('COMMAND')} key=value ... ")
+
+
+@pytest.mark.parametrize("words", [[], ["stage=4"], ["stage=x", "model=tiny"]])
+def test_a_stage_that_is_missing_or_unknown_is_a_short_line(words):
+    with pytest.raises(ConfigError, match="; give stage=0, 1, 2, 3 or all .train --help says what each does.$") as err:
+        load(words)
+    assert len(f"error: {err.value}") <= 120
+
+
 def test_it_runs_a_command_and_refuses_an_unknown_one(capsys):
     front(["train", "stage=1", "dry_run=true", "seed=7"])
     assert "\nseed: 7\n" in capsys.readouterr().out
@@ -197,12 +235,14 @@ def test_an_id_of_the_hub_is_answered_with_its_download(tmp_path, monkeypatch):
     assert "download" not in str(err.value)
 
 
-def test_a_reader_that_ends_is_no_error():
+@pytest.mark.parametrize(
+    "words", [".train --help", "", " --help", " --version", " ops", ".plan model=tiny gpus=1 engine=local"]
+)
+def test_a_reader_that_ends_is_no_error(words):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(
-        [sys.executable, "-m", "fastlightgen.train", "--help"], env=ENV, stdout=write, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", *f"fastlightgen{words}".split()]
+    done = subprocess.run(command, env=ENV, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 

@@ -2,7 +2,7 @@
 
 from helpers import run_train, small_wan, typed, write_inputs
 
-from fastlightgen.config import after_plan, after_report, after_stage, load, main
+from fastlightgen.config import after_plan, after_stage, load, main
 from fastlightgen.evaluate import evaluate
 from fastlightgen.generate import generate
 from fastlightgen.models.folder.weights import save_model
@@ -72,17 +72,6 @@ def test_the_next_command_after_the_plan_of_a_recipe(tmp_path):
     (tmp_path / "c.yaml").write_text("gpus: 8\noffload: all\nmodel: wan2.1-i2v-14b")
     line = after_plan(load([f"config={tmp_path}/c.yaml"], "plan"))
     assert "config=" not in line and "offload=all" in line
-
-
-def test_the_next_command_after_a_report(tmp_path):
-    assert after_report(tmp_path) == ""
-    (tmp_path / "config.yaml").write_text(
-        "stage0: {data: shapes, model: tiny}\nstage1: {data: shapes, model: m n, seed: 4}"
-    )
-    assert after_report(tmp_path) == ""
-    (tmp_path / "stage1").mkdir()
-    (tmp_path / "stage1" / "importance.json").touch()
-    assert typed(after_report(tmp_path)) == ("train", ["stage=2", f"run={tmp_path}", "model=m n", "seed=4"])
 
 
 def test_torchrun_starts_the_next_stage_too(monkeypatch):

@@ -8,13 +8,16 @@ import pytest
 
 from fastlightgen.config import Plan, load, main, plan_root, preset, recipe, root
 from fastlightgen.config.fields import default_of
+from fastlightgen.models.families import network
 from fastlightgen.models.folder.networks import config_of
 from fastlightgen.models.folder.original import original_config
 from fastlightgen.plan import one, plan
 from fastlightgen.planner.budget import PAPER as PRINTED
 from fastlightgen.planner.budget import budget, load_network, paper_efficiency
+from fastlightgen.planner.fit import plan_of
 from fastlightgen.planner.memory import model_states
 from fastlightgen.planner.step import planned_step, undropped
+from fastlightgen.world.source import ShapesSource
 
 
 def make(stage: str = "3", **keys) -> Plan:
@@ -218,6 +221,41 @@ def test_the_table_agrees_with_single_plans(capsys, tmp_path):
         run("model=wan2.1-i2v-14b-720p")
     assert stop.value.code == 1
     assert re.search(r"sum: the peak +90\.\d+   DOES NOT FIT\n", capsys.readouterr().out)
+
+
+def test_all_stages_are_planned_in_turn(capsys, tmp_path):
+    """Each part is the plan of its stage alone, and the last lines are their sum."""
+    words = ["model=wan2.1-t2v-14b", "gpus=8", "gpu=h200", "micro_batch=1", f"out={tmp_path / 'plan.json'}"]
+    alone = []
+    for stage in "123":
+        run(f"stage={stage}", *words, *["lr=1e-6"] * (stage == "2"))
+        alone.append((json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out.split("\nnext: ")[0]))
+    run("stage=all", *words, "stage2.lr=1e-6")
+    out, record = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    assert record["stages"] == [one for one, _ in alone] and out.startswith("\n".join(text for _, text in alone))
+    plans = [one["plan"] for one, _ in alone]
+    days, peak = sum(p["seconds"] * p["iters"] / 86400 for p in plans), max(p["peak"] for p in plans)
+    assert (
+        f"stages 1, 2 and 3 together: {days:.2f} days, {8 * days:.1f} GPU-days; the largest peak is {peak / 1e9:.1f}"
+        in out
+    )
+    last = out.splitlines()[-1]
+    assert last.startswith("next: torchrun --nproc-per-node=8 -m fastlightgen.train stage=all model=MODEL ")
+    assert " stage2.lr=1e-06 " in last and "stage3" not in last
+    with pytest.raises(SystemExit) as stop:
+        run("stage=all", "gpus=1", "gpu=4090")
+    assert stop.value.code == 1
+
+
+def test_a_model_of_the_built_in_world_is_planned_at_the_size_of_its_clips(capsys, tmp_path):
+    """Its memory is the one that training prints for the same settings; in megabytes nothing is 0.00."""
+    run("model=tiny", "gpu=cpu", "gpus=1", "engine=local", "stage=3", f"out={tmp_path / 'plan.json'}")
+    out, record = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    trained = plan_of(load(["stage=3", "run=r"]), 1, 1, "cpu")
+    clip = ShapesSource(0).largest()
+    net = network(config_of("tiny"), tuple(clip.x0.shape[2:]), clip.cond.text.shape[1], fused=False)
+    assert record["size"] == "20x20x8" and record["plan"]["peak"] == budget(net, trained).peak < 1e9
+    assert ", MB (planned" in out and "GFLOP" in out and not re.search(r" 0\.0+\b", out)
 
 
 @pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "wan2.1-i2v-14b", "hunyuanvideo-t2v"])

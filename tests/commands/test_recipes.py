@@ -72,7 +72,7 @@ def test_the_name_of_a_recipe_is_enough(tmp_path, monkeypatch):
             load(["stage=3", f"config={file}"], "plan")
     (tmp_path / name).write_text("offload: all")
     assert load(["stage=3", f"config={name}"], "plan").offload == "all"
-    with pytest.raises(ConfigError, match="^mine/a.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match="^mine/a.yaml: not found"):
         load(["stage=3", "config=mine/a.yaml"], "plan")
 
 
@@ -127,5 +127,5 @@ def test_a_recipe_is_found_without_a_checkout(tmp_path, monkeypatch):
     """An installed package has configs/ inside; the path of the docs still names it."""
     monkeypatch.chdir(tmp_path)
     assert load(["stage=2", of("wan2.1-1.3b-1x24gb").word], "plan").gpu == "4090"
-    with pytest.raises(ConfigError, match="configs/recipes/none.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match="configs/recipes/none.yaml: not found"):
         load(["stage=2", "config=configs/recipes/none.yaml"], "plan")

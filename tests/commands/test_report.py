@@ -57,6 +57,24 @@ def test_every_rung_that_occurs_has_a_curve():
     assert found == [[1, 8], []]
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.parametrize("steps, wanted", [([21], ["21"]), ([1, 2], ["1", "2"]), ([1, 11], ["2", "4", "6", "8", "10"])])
+def test_the_axis_of_steps_has_the_steps(steps, wanted):
+    """A chart 400 pixels wide: a single point stands in the middle, above its step; other steps are whole numbers."""
+    script = (PAGE / "script.js").read_text()
+    script = script[script.index("// --- charts") : script.index("const rungs =")]
+    points = [[step, 0.5] for step in steps]
+    script += f'console.log(curve("title", "loss", [{{label: "loss", points: {points}}}], 400));'
+    chart = subprocess.run(["node", "-e", script], capture_output=True, check=True, text=True).stdout
+    assert re.findall(r'y="226" text-anchor="middle">([\d.]+)<', chart) == wanted
+    assert ("(one point so far)" in chart) == (len(steps) == 1)
+    if len(steps) == 1:
+        middle = (52 + 400 - 8) / 2
+        assert f'd="M{middle:g} ' in chart and f'<text x="{middle:g}" y="226"' in chart
+        assert 'aria-label="title: loss 0.5 at step 21."' in chart
+    assert "NaN" not in chart
+
+
 def test_alarms_and_time_shares(run):
     assert "alarm" not in Page(write_report(run)).text
     lines = [{"step": k, "share_data": 0.1 * k, "share_forward": 0.5, "loss": 1.0} for k in (1, 3)]

@@ -1,18 +1,24 @@
 """Every command on the page runs: it makes the next part of the run, and the page then names the one after it."""
 
 import html
+import os
 import re
 import shlex
+import signal
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
-from helpers import run_train, write_inputs
+from helpers import run_train, typed, write_inputs
 
-from fastlightgen.config import main
+from fastlightgen.config import load, main
 from fastlightgen.data.cache import write_cache
 from fastlightgen.evaluate import evaluate
+from fastlightgen.models.base import VideoDiT
+from fastlightgen.page.advice import next_step
 from fastlightgen.report import report, write_report
+from fastlightgen.stages import earlier
 from fastlightgen.stages.prune import Prune
 from fastlightgen.train import train
 from fastlightgen.world.source import ShapesSource
@@ -52,7 +58,7 @@ def test_the_commands_lead_from_stage_1_to_the_end(inputs, tmp_path, kind):
         name, words = command[2], command[3:]
         seen.append(words[0] if name.endswith("train") else name)
         if name.endswith("train"):
-            assert {f"run={run}", model, f"data={data}", "seed=3"} <= set(words)
+            assert {f"run={run}", model, "seed=3", *[f"data={data}"] * (data != "shapes")} <= set(words)
             main(train, "train", [*words, *FEWER[words[0]], *QUICK])
         else:
             main(evaluate, "evaluate", [*words, "clips=8", "show=2", *QUICK])
@@ -80,7 +86,7 @@ def test_a_stage_that_stopped_is_continued_by_the_command_itself(inputs, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(Prune, "check", stop)
         run_train("stage=2", f"run={run}", *words, "sample_every=0", "lr_schedule=cosine")
-    assert "Stage 2 is not finished" in write_report(run).read_text()
+    assert "Stage 2 is not finished: step 3 of 7 is saved" in write_report(run).read_text()
     command = advised(run)
     assert {"lr_schedule=cosine", "warmup=3", "iters=7", "sample_every=0"} <= set(command)
     main(report, "report", [f"run={run}"])
@@ -88,6 +94,37 @@ def test_a_stage_that_stopped_is_continued_by_the_command_itself(inputs, tmp_pat
     torch.set_num_threads(1)
     main(train, "train", command[3:])
     assert (run / "stage2" / "model" / "config.json").is_file()
+
+
+def test_a_stage_1_that_stopped_says_how_far_it_is(inputs, tmp_path, monkeypatch, capsys):
+    """4 clips in batches of 2 at one time: a signal in the first walk leaves 2 x 5 of 4 x 5 scores."""
+    run, walk = tmp_path / "run", VideoDiT.walk
+
+    def strike(self, *given):
+        os.kill(os.getpid(), signal.SIGINT)
+        return walk(self, *given)
+
+    words = [f"run={run}", inputs[2][0], "clips=4", "batch=2", "timesteps=1", *QUICK]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(VideoDiT, "walk", strike)
+        run_train("stage=1", *words)
+    assert "Stage 1 is not finished: 10 of 20 scores of single blocks are measured" in write_report(run).read_text()
+    assert advised(run)[3] == "stage=1"
+    capsys.readouterr()
+    two = load(["stage=2", *words[:2], "earlier=run", *QUICK])
+    (one,) = earlier.missing(two)
+    assert earlier.left(one) == 0.5 and earlier.left(two) == earlier.left(replace(one, overwrite=True)) == 1
+
+
+def test_a_student_that_nobody_can_score_is_exported(tmp_path):
+    (tmp_path / "stage3/model").mkdir(parents=True)
+    (tmp_path / "cache").mkdir()
+    record = {"stage3": {"data": str(tmp_path / "cache"), "model": "tiny", "engine": "deepspeed"}}
+    text, line = next_step(tmp_path, record, False, {})
+    words = [f"model={tmp_path}/stage3/model", "pipeline=PIPELINE", f"out={tmp_path}/student"]
+    assert text == "" and typed(line) == ("export", words)
+    text, line = next_step(tmp_path, {"stage3": record["stage3"] | {"data": "shapes"}}, True, {})
+    assert text == "" and typed(line)[0] == "generate"
 
 
 @pytest.mark.parametrize("change", [{"model": "/moved/away"}, {"engine": "deepspeed"}, {"batch": -1}])

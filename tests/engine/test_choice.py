@@ -79,6 +79,13 @@ def test_the_result_has_the_weights_of_the_best_step(words, scores, tmp_path, ca
     assert "choose: the result is the student of step 4 (4 updates)" in capsys.readouterr().out
 
 
+def test_the_bar_says_that_clips_are_compared(words, scores, tmp_path, capsys):
+    words = [*(w for w in words if w != "progress=false"), "progress=true"]
+    run_train(*words, f"run={tmp_path}/r", "choose=best", "choose_every=2")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "comparing clips with real ones" in line]
+    assert len(lines) == len(SCORES) and lines[0].startswith("stage 3, comparing clips with real ones:")
+
+
 @pytest.mark.parametrize("last", [2, 3, 4, 5, 6])
 def test_an_interrupted_run_chooses_the_same(words, scores, tmp_path, monkeypatch, last):
     """A run that breaks after any step, with checkpoints at 3 and 6, ends with the same choice and the same log."""

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from helpers import run_train, write_inputs
+from PIL import Image
 
 from fastlightgen.engine.log import read_metrics
 from fastlightgen.stages.teacher import Teacher
@@ -99,6 +100,10 @@ def test_tensorboard_shows_every_step_once(words, tmp_path, monkeypatch):
     wanted = numbers(tmp_path)
     assert [s for s, _ in wanted["loss"]] == [1, 3, 5, 7] and [s for s, _ in wanted["clips_motion"]] == [4, 7]
     assert shown == wanted
+    files = {n: (tmp_path / f"stage0/samples/step-{n:06d}.gif").read_bytes() for n in (4, 7)}
+    assert {e.step: e.encoded_image_string for e in events.Images("clips")} == files
+    with Image.open(tmp_path / "stage0/samples/step-000004.gif") as picture:
+        assert {(e.width, e.height) for e in events.Images("clips")} == {picture.size}
 
 
 def test_wandb_gets_the_log(words, tmp_path, monkeypatch, wandb):

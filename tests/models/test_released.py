@@ -11,6 +11,7 @@ from fastlightgen.models.families import FAMILIES
 from fastlightgen.models.folder.networks import config_of
 from fastlightgen.models.folder.original import original_config
 from fastlightgen.models.folder.released import sampling
+from fastlightgen.train import shift_of_teacher
 
 UNKNOWN = CONFIG | {"_class_name": "WanTransformer3DModel"}
 
@@ -120,6 +121,23 @@ def test_where_a_value_comes_from(tmp_path):
     assert sources["tiny"] == ["configs/model/tiny.yaml", *rest]
     every = load(["stage=all", "run=r", f"model={own}", "stage2.shift=2"])
     assert [every.origins[f"stage{n}.shift"] for n in "123"] == [scheduler, "the command line", scheduler]
+
+
+def test_a_teacher_that_is_sampled_with_another_shift_than_its_student_is_trained_with(tmp_path):
+    """Wan2.1 I2V at 480p: its scheduler says 3, students take 5. Where both are equal nothing is said."""
+    wan = pipeline(tmp_path / "wan", config_of("wan2.1-i2v-14b"), flow_shift=3.0)
+    scheduler = f"{wan}/scheduler/scheduler_config.json"
+    said = f"  the teacher itself is sampled with shift=3.0 ({scheduler}); for a student of few steps training takes "
+    for words, others in (
+        (["stage=1"], "shift=5.0"),
+        (["stage=3", "shift=4"], "shift=4.0"),
+        (["stage=all", "stage1.shift=3"], "stage2.shift=5.0, stage3.shift=5.0"),
+    ):
+        lines = shift_of_teacher(load([*words, f"model={wan}"]))
+        assert lines == [f"{said}{others}: docs/method.md, Time shift"]
+    for words in (["stage=3", f"model={wan}", "shift=3"], ["stage=0", f"model={wan}"], ["stage=1"]):
+        assert shift_of_teacher(load(words)) == []
+    assert shift_of_teacher(load(["stage=1", f"model={tmp_path}"])) == []  # no network
 
 
 def test_a_folder_without_a_network_is_left_to_the_stage(tmp_path):

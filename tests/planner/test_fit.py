@@ -1,5 +1,6 @@
 """The memory check of train: it plans as the plan command does, and refuses runs that do not fit."""
 
+import re
 import time
 from dataclasses import replace
 from functools import partial
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import KEPT, config, small_wan, write_ranking
+from helpers import KEPT, config, run_train, small_wan, write_ranking
 
 from fastlightgen.config import load, main, method_for, plan_for, preset
 from fastlightgen.models.families import network
@@ -47,7 +48,7 @@ def test_the_plan_of_a_stage_is_the_planners(stage, models, capsys):
     b = budget(net, plan, keep)
     assert budget(net, fit.plan_of(cfg, 1, 1, "cpu"), keep) == b
     said = capsys.readouterr().out
-    assert said.startswith(f"stage {stage}, planned: {b.peak / 1e9:.1f} GB per process (") and said.count("\n") == 1
+    assert said.startswith(f"stage {stage}, planned: {b.peak / 1e6:.3g} MB per process (") and said.count("\n") == 1
 
 
 def test_a_batch_is_divided_as_the_engine_divides_it():
@@ -62,7 +63,7 @@ def test_a_stage_that_does_not_fit(models, monkeypatch, capsys):
     """One error line names the planned memory, the free memory and the first change; no network is built."""
     cfg = configured(2, models, "batch=512")
     monkeypatch.setattr(fit, "host_free", lambda: int(0.5e9))
-    with pytest.raises(ValueError, match=r"^fit: the plan is 1\.\d GB of host memory, 0\.5 GB are free; use ") as stop:
+    with pytest.raises(ValueError, match=r"^fit: the plan is 1\.\d+ GB of host memory, 500 MB are free; use ") as stop:
         fit.check_fit(cfg, SOURCE, CPU)
     message = str(stop.value)
     assert "\n" not in message and "checkpointing=true" in message and message.endswith("with fit=warn")
@@ -95,11 +96,13 @@ def test_a_gpu_that_is_too_small(models, monkeypatch):
     cfg = configured(3, models, "batch=4096", "engine=deepspeed", "dtype=bfloat16")
     monkeypatch.setattr(fit, "gpu_free", lambda device: int(1.6e9))
     monkeypatch.setattr(fit, "kind_of", lambda device: "4090")
-    with pytest.raises(ValueError, match=r"^fit: the plan is \d\.\d GB per GPU, 1\.6 GB are free; use .*micro_batch=1"):
+    with pytest.raises(
+        ValueError, match=r"^fit: the plan is \d\.\d+ GB per GPU, 1\.6 GB are free; use .*micro_batch=1"
+    ):
         fit.check_fit(cfg, SOURCE, torch.device("cuda"))
     monkeypatch.setattr(fit, "gpu_free", lambda device: int(80e9))
     monkeypatch.setattr(fit, "host_free", lambda: 1000)
-    with pytest.raises(ValueError, match="GB of host memory.*use a larger host or fewer processes per host; or start"):
+    with pytest.raises(ValueError, match="kB of host memory.*use a larger host or fewer processes per host; or start"):
         fit.check_fit(cfg, SOURCE, torch.device("cuda"))
 
 
@@ -109,8 +112,18 @@ def test_the_command_exits_with_one_line(models, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         main(train, "train", ["stage=1", *words])
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: fit: the plan is 0.") and err.count("\n") == 1
-    assert not (models / "new" / "stage1" / "importance.json").exists()
+    assert (
+        stop.value.code == 2
+        and re.match(r"error: fit: the plan is \d{3} MB of host memory, 1 kB are free;", err)
+        and err.count("\n") == 1
+    )
+    assert not (models / "new").exists()
+    run_train("stage=1", *words, "clips=2", "batch=2", "timesteps=1", "fit=off", "threads=1")
+    before = {p: p.read_bytes() for p in (models / "new").rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit):
+        main(train, "train", ["stage=2", *words, "seed=5"])
+    assert {p: p.read_bytes() for p in (models / "new").rglob("*") if p.is_file()} == before
+    assert not (models / "new" / "stage2").exists()
 
 
 @pytest.mark.parametrize("stage", [2, 3])
