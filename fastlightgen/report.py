@@ -1,10 +1,11 @@
 """python -m fastlightgen.report run=DIR: writes a self-contained HTML page about a run."""
 
+import base64
+import hashlib
 import json
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import fastlightgen.page
 from fastlightgen.atomic import write_text
@@ -12,47 +13,43 @@ from fastlightgen.config import Report, UserError, main
 from fastlightgen.config.files import read_yaml
 from fastlightgen.engine import checkpoint
 from fastlightgen.engine.scores import measured
+from fastlightgen.files import border, kinds
+from fastlightgen.files.schema import Shape
 from fastlightgen.metrics.scores import check_versions
 from fastlightgen.page import clips, scores, summary, training
 from fastlightgen.page.advice import next_step
 
 # Columns: what the student can be weighed against at its own number of steps stands beside it; others follow by name.
 ORDER = ("real", "teacher", "pruned", "stage2-few", "teacher-few", "student")
+AGAIN = "delete it and make it again"
 STAGES = (0, 2, 3)  # that train
 PAGE = Path(fastlightgen.page.__file__).parent
 
 
-def read(path: Path) -> dict:
+def read(path: Path, shape: Shape) -> dict:
     """Read a JSON file; a missing file counts as empty."""
-    return parsed(path, path.read_text()) if path.is_file() else {}
+    found: dict = border.read_json(path, shape, AGAIN) if path.is_file() else {}
+    return found
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_lines(path: Path, shape: Shape) -> list[dict]:
     """Read a JSON lines file; a missing file counts as empty. A last line that is half written is left out."""
-    lines = path.read_text().split("\n") if path.is_file() else [""]
-    return [parsed(path, line) for line in lines[:-1]]
-
-
-def parsed(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as err:
-        raise UserError(f"{path}: is not valid JSON ({err}); delete it and make it again") from None
+    return list(border.read_lines(path, shape)) if path.is_file() else []
 
 
 def read_run(run: Path) -> dict:
     """Read the configuration, logs, alarms, rankings and evaluations of a run folder, keyed by section."""
-    logs = {n: read_lines(run / f"stage{n}" / "metrics.jsonl") for n in STAGES}
+    logs = {n: read_lines(run / f"stage{n}" / "metrics.jsonl", kinds.METRICS) for n in STAGES}
     evals = read_evaluations(run / "evaluate")
     found: dict[str, dict] = {
-        "config": read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {},
-        "importance": read(run / "stage1" / "importance.json"),
+        "config": read_config(run / "config.yaml"),
+        "importance": read(run / "stage1" / "importance.json", kinds.RANKING),
         "logs": {n: lines for n, lines in logs.items() if lines},
-        "alarms": {n: lines for n in STAGES if (lines := read_lines(run / f"stage{n}" / "alarms.jsonl"))},
-        "looks": {n: read_lines(run / f"stage{n}" / "samples.jsonl") for n in STAGES},
-        "card": read(run / "stage3" / "model" / "fastlightgen.json"),
+        "alarms": {n: lines for n in STAGES if (lines := read_lines(run / f"stage{n}" / "alarms.jsonl", kinds.ALARMS))},
+        "looks": {n: read_lines(run / f"stage{n}" / "samples.jsonl", kinds.METRICS) for n in STAGES},
+        "card": read(run / "stage3" / "model" / "fastlightgen.json", kinds.CARD),
         "evals": evals,
-        "speed": read(run / "evaluate" / "speed.json") or evals.get("student", {}).get("speed") or {},
+        "speed": read(run / "evaluate" / "speed.json", kinds.SPEED) or evals.get("student", {}).get("speed") or {},
     }
     if not any(value for key, value in found.items() if key != "looks"):
         raise UserError(
@@ -83,9 +80,15 @@ def following(run: Path, found: dict) -> tuple[str, str]:
     return next_step(run, found["config"], "student" in found["evals"], saved(run, found["config"]))
 
 
+def read_config(path: Path) -> dict:
+    found = read_yaml(path) if path.is_file() else {}
+    border.check(found, kinds.RUN, str(path), "restore it")
+    return found
+
+
 def read_evaluations(folder: Path) -> dict[str, dict]:
     """The evaluations of a run in the order of their columns. A student that was evaluated alone holds its teacher."""
-    evals = {p.stem: read(p) for p in folder.glob("*.json") if p.stem != "speed"}
+    evals = {p.stem: read(p, kinds.EVALUATION) for p in folder.glob("*.json") if p.stem != "speed"}
     if "teacher" in evals.get("student", {}):
         evals.setdefault("teacher", evals["student"]["teacher"])
     return {n: evals[n] for n in [*(n for n in ORDER if n in evals), *sorted(set(evals) - set(ORDER))]}
@@ -106,10 +109,12 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     }
     sections = {title: content for title, content in sections.items() if content}
     ids = {title: title.split()[0].lower() for title in sections}
-    data = json.dumps({"importance": training.bars(ranking), "curves": training.curves(logs)})
+    data = json.dumps({"importance": training.bars(ranking), "curves": training.curves(logs)}, allow_nan=False)
+    script = (PAGE / "script.js").read_text(encoding="utf-8")
     page = Template((PAGE / "page.html").read_text(encoding="utf-8")).substitute(
         style=(PAGE / "style.css").read_text(encoding="utf-8"),
-        script=(PAGE / "script.js").read_text(encoding="utf-8"),
+        script=script,
+        policy=policy(script),
         name=escape(run.resolve().name),
         nav="".join(f'<a href="#{ids[title]}">{title}</a>' for title in sections),
         answer=summary.sentence(found),
@@ -124,6 +129,13 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     )
     write_text(out := out or run / "report.html", page)
     return out
+
+
+def policy(script: str) -> str:
+    """What the page may do: run its own script, use its own styles, show pictures that it holds. Nothing else."""
+    own = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
+    rules = ("default-src 'none'", f"script-src 'sha256-{own}'", "style-src 'unsafe-inline'", "img-src data:")
+    return "; ".join([*rules, "base-uri 'none'", "form-action 'none'"])
 
 
 def missing(run: Path, found: dict) -> str:

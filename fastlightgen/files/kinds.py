@@ -4,6 +4,7 @@ from fastlightgen.files.schema import (
     anything,
     either,
     flag,
+    inside,
     items,
     maybe,
     name,
@@ -43,14 +44,14 @@ CARD = record(
 )
 
 # importance.json of Stage I; one that a user wrote by hand may hold the needed keys alone
-UNIT = {"name": NAME, "index": BLOCK, "score": PLAIN, "stderr": PLAIN}
+UNIT = {"name": NAME, "index": BLOCK, "score": number(), "stderr": PLAIN}
 CHOICE = {"kept": KEPT, "pruned": items(BLOCK, most=BLOCKS)}
 IMPORTANCE = record({**CHOICE, "units": items(anything, most=BLOCKS, least=1)})
-RANKING = record(  # one that Stage I wrote
+RANKING = record(  # that Stage I wrote
     {
         **CHOICE,
         "units": items(record(UNIT), most=BLOCKS, least=1),
-        "baseline_score": PLAIN,
+        "baseline_score": number(),
         "num_samples": whole(0, CLIPS),
         "search": NAME,
         "score_kind": NAME,
@@ -113,27 +114,52 @@ SHIPPED = record(
     {"world": whole(1, 1_000)},
 )
 
-# evaluate's NAME.json
-INTERVALS = table(items(PLAIN, most=2, least=2))
-SAMPLER = record(
-    {"kind": NAME, "steps": whole(1, STEPS), "guidance": GUIDANCE, "evaluations": whole(1, 100 * STEPS)},
-)
-SHOWN = items(record({"caption": text(1_000_000), "has_first": flag}), most=10_000)
-EVALUATION = record(
-    {"title": text(), "clips": whole(0, CLIPS), "scores": table(maybe(PLAIN)), "shown": SHOWN},
+# evaluate's NAME.json and speed.json
+SAMPLER = record({"kind": NAME, "steps": whole(1, STEPS), "guidance": GUIDANCE, "evaluations": whole(1, 100 * STEPS)})
+SHOWN = items(record({"caption": text(100_000), "has_first": flag}), most=10_000)
+PAIRED = table(record({"verdict": NAME}))
+SPEED = record(
     {
-        "name": NAME,
-        "num_params": whole(0, 10**15),
-        "num_blocks": whole(0, BLOCKS),
-        "kept_blocks": maybe(items(BLOCK, most=BLOCKS)),
-        "sampler": SAMPLER,
-        "intervals": INTERVALS,
-        "attributes": table(maybe(PLAIN)),
-        "note": text(),
-        "seconds_per_clip": number(0),
+        "theory": number(0, above=True),
+        "measured": number(0),
+        "theory_formula": text(),
         "batch": whole(1, CLIPS),
-        "world": whole(1, 1_000),
-        "seed": whole(0),
+        "teacher_seconds": number(0),
+        "student_seconds": number(0),
     },
+    {"measured_range": items(number(0), most=2, least=2)},
 )
-SPEED = record({}, rest=either(record({}), text(), maybe(PLAIN), anything))
+SCORED = {
+    "title": text(),
+    "clips": whole(0, CLIPS),
+    "scores": table(maybe(PLAIN)),
+    "shown": SHOWN,
+    "attributes": table(maybe(PLAIN)),
+}
+MADE = {  # by a network
+    "sampler": SAMPLER,
+    "num_params": whole(0, 10**15),
+    "num_blocks": whole(1, BLOCKS),
+    "kept_blocks": maybe(items(BLOCK, most=BLOCKS)),
+}
+EXTRA = {
+    "name": NAME,
+    "intervals": table(items(PLAIN, most=2, least=2)),
+    "against_teacher": PAIRED,
+    "against": table(PAIRED),
+    "speed": SPEED,
+    "note": text(),
+    "seconds_per_clip": number(0),
+    "batch": whole(1, CLIPS),
+    "world": whole(1, 1_000),
+    "seed": whole(0),
+}
+REAL, NETWORK = record(SCORED, EXTRA), record({**SCORED, **MADE}, EXTRA)
+
+
+def EVALUATION(value: object) -> str:
+    """The record of a model, perhaps with that of its teacher inside, or of real clips."""
+    if not isinstance(value, dict):
+        return REAL(value)
+    found = (NETWORK if "sampler" in value else REAL)({k: v for k, v in value.items() if k != "teacher"})
+    return found or (inside("teacher", found) if "teacher" in value and (found := EVALUATION(value["teacher"])) else "")

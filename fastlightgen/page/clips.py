@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from fastlightgen.files.border import regular
+from fastlightgen.files.tensors import read_tensors
 from fastlightgen.page.html import note
 
 ROMAN = {0: "0", 2: "II", 3: "III"}
@@ -38,15 +41,13 @@ def canvas(number: int, clip: int, label: str) -> str:
 
 def evaluated(run: Path, evals: dict[str, dict]) -> str:
     """A grid of playing clips: a row per prompt, a column per model."""
-    from safetensors.numpy import load_file
-
     files = {n: run / "evaluate" / f"{n}.safetensors" for n in evals}
     evals = {n: e for n, e in evals.items() if e["shown"] and files[n].is_file()}
     if not evals:
         return ""
     heads = "".join(f'<div class="{"student" * (n == "student")}">{escape(e["title"])}</div>' for n, e in evals.items())
     values = {n: run / "evaluate" / f"{n}.values.safetensors" for n in evals}
-    kept = {n: load_file(path)["adherence"] for n, path in values.items() if path.is_file()}
+    kept = {n: read_tensors(path).get("adherence", []) for n, path in values.items() if path.is_file()}
     rows = []
     longest: list[dict] = max((e["shown"] for e in evals.values()), key=len)  # models may show different numbers
     for k, clip in enumerate(longest):
@@ -57,14 +58,22 @@ def evaluated(run: Path, evals: dict[str, dict]) -> str:
                 cells += "<i></i>"
                 continue
             label = f"{e['title']}: {clip['caption']}"
-            if name in kept:
+            if k < len(kept.get(name, [])):
                 label += f"; adherence of this clip {kept[name][k]:.0%}"
             title = f'<figcaption class="{"student" * (name == "student")}">{escape(e["title"])}</figcaption>'
             cells += f"<figure>{canvas(s, k, label)}{title}</figure>"
         rows.append(f'<div class="row"><p>{escape(clip["caption"])}{given}</p>{cells}</div>')
     grid = f'<div class="row head" aria-hidden="true"><p></p>{heads}</div>{"".join(rows)}'
-    sheets = "".join(sprite(s, load_file(files[n])["video"]) for s, n in enumerate(evals))
+    sheets = "".join(sprite(s, video_of(files[n])) for s, n in enumerate(evals))
     return f'<div class="clips" style="--n:{len(evals)}">{grid}</div>{sheets}'
+
+
+def video_of(file: Path) -> NDArray[np.uint8]:
+    """The clips [K, F, H, W, 3] that an evaluation kept."""
+    video = read_tensors(file).get("video")
+    if video is None or video.dtype != torch.uint8 or video.dim() != 5 or video.shape[-1] != 3 or not video.numel():
+        raise ValueError(f"{file}: holds no clips; evaluate again")
+    return video.numpy()
 
 
 def during_training(run: Path, looks: dict[int, list[dict]], first: int) -> str:
@@ -109,7 +118,7 @@ def read_gif(path: Path) -> NDArray[np.uint8] | None:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as gif:
+        with Image.open(regular(path, 64 << 20, "picture"), formats=["GIF"]) as gif:
             scale = min(1.0, WIDTH / gif.width)
             # Multiples of 8: the blocks of a JPEG then never hold two frames.
             width, height = (max(8, round(n * scale / 8) * 8) for n in gif.size)
@@ -118,6 +127,6 @@ def read_gif(path: Path) -> NDArray[np.uint8] | None:
             for i in [j * total // min(FRAMES, total) for j in range(min(FRAMES, total))]:
                 gif.seek(i)
                 frames.append(np.asarray(gif.convert("RGB").resize((width, height), Image.Resampling.BOX)))
-    except (OSError, EOFError, UnidentifiedImageError):
+    except (OSError, EOFError, UnidentifiedImageError, ValueError, SyntaxError):
         return None
     return np.stack(frames)

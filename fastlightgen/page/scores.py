@@ -49,7 +49,11 @@ def sizes(found: dict) -> str:
         params = f"{e['num_params'] / 1e9:.2f} B" if e["num_params"] >= 1e9 else f"{e['num_params'] / 1e6:.2f} M"
         blocks = f'{e["num_blocks"]} <span class="strip" aria-hidden="true">{strip}</span>'
         plan = f"{e['sampler']['steps']} · {escape(e['sampler']['kind'])} · guidance {e['sampler']['guidance']:g}"
-        seconds = f"{e['seconds_per_clip']:.3g} s <small>batch {e['batch']}</small>" if "seconds_per_clip" in e else "–"
+        seconds = (
+            f"{e['seconds_per_clip']:.3g} s <small>batch {e['batch']}</small>"
+            if {"seconds_per_clip", "batch"} <= e.keys()
+            else "–"
+        )
         rows.append(
             [escape(e["title"]), blocks, params, plan, str(e["sampler"]["evaluations"]), f"{cost(e):,}", seconds]
         )

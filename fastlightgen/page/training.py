@@ -28,7 +28,10 @@ def importance(r: dict) -> str:
 
 def bars(r: dict) -> dict:
     """The data of the importance chart. The standard error of a single sample is nan, which is drawn as 0."""
-    units = [u | {"stderr": u["stderr"] if is_number(u["stderr"]) else 0.0} for u in r.get("units", [])]
+    units = [
+        {k: u[k] for k in ("name", "index", "score")} | {"stderr": u["stderr"] if is_number(u["stderr"]) else 0.0}
+        for u in r.get("units", [])
+    ]
     return r and {"units": units, "kept": r["kept"], "baseline_score": r["baseline_score"], "log": is_log(r)}
 
 
@@ -56,7 +59,7 @@ def watched(found: dict) -> str:
             parts = "".join(
                 f'<i style="width:{v:.1%};opacity:{0.75**k:.2f}"></i>' for k, v in enumerate(shares.values())
             )
-            text = ", ".join(f"{name} {v:.0%}" for name, v in shares.items())
+            text = ", ".join(f"{escape(name)} {v:.0%}" for name, v in shares.items())
             out += note(f"Time of stage {stage}: {text}") + f'<div class="times" aria-hidden="true">{parts}</div>'
     return out
 

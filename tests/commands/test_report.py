@@ -222,7 +222,7 @@ def test_empty_and_broken_folders(tmp_path, run, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "empty: nothing to report" in error
     (run / "evaluate" / "student.json").write_text('{"name"')
-    with pytest.raises(UserError, match=r"student.json: is not valid JSON"):
+    with pytest.raises(ValueError, match=r"student.json: cannot be read as JSON .*delete it and make it again"):
         write_report(run)
 
 

@@ -3,15 +3,15 @@
 A reader accepts a mutant or refuses it in one line that names the file. It never fails in another way.
 """
 
-import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from mutants import mutants
 
 from fastlightgen.blocks import read_importance
 from fastlightgen.data.cache import Cache, write_cache
@@ -23,11 +23,6 @@ from fastlightgen.models.folder.card import read_card
 from fastlightgen.models.folder.weights import config_of, without_memory
 from fastlightgen.models.sample import sampling_plan
 from fastlightgen.pipelines.index import read_index
-
-HOSTILE: list[Any] = [
-    None, True, -1, 0, 1e308, 10**30, 2.5, float("nan"), "", "3", "../x", "\x1b]0;x", "x" * 20_000, [], [None], {},
-    {"a": {}}, [1, 1, 1], [3, 2, 1], [[[]]], ["evil", "Code"],
-]  # fmt: skip
 
 CARD = {
     "family": "wan", "stage": 3, "num_blocks": 3, "kept_blocks": [0, 1, 3], "ladder": [1.0, 0.9, 0.5], "shift": 3.0,
@@ -92,29 +87,6 @@ READERS: dict[str, tuple[str, Any, Callable[[Path], Any]]] = {
         lambda p: read_list(p, 80),
     ),
 }
-
-
-def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The path of every value inside a value."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in inside:
-        yield (*path, key)
-        yield from places(item, (*path, key))
-
-
-def mutants(value: Any) -> Iterator[Any]:
-    yield from HOSTILE
-    for path in places(value):
-        for hostile in [*HOSTILE, ...]:
-            out = copy.deepcopy(value)
-            holder = out
-            for key in path[:-1]:
-                holder = holder[key]
-            if hostile is not ...:
-                holder[path[-1]] = hostile
-            else:
-                del holder[path[-1]]
-            yield out
 
 
 @pytest.fixture
