@@ -1,8 +1,9 @@
-"""Measure the error of fp8=frozen on the built-in world: python bench/fp8.py part=PART [clips=N steps=N run=DIR].
+"""Measure the error of fp8=frozen on the built-in world: python bench/fp8.py part=PART [KEY=VALUE ...].
 
 part=teacher compares the x0 predictions of the shipped teacher with and without float8, over noise levels, on held-out
-clips. part=train runs Stage I with both, then both training stages with both, from the same ranking and the same Stage
-II model, and compares their rankings and losses; stages that are done are skipped. Both write bench/results/fp8.json.
+clips (clips=64). part=train runs Stages II and III without it and with it, from the same ranking and the same Stage II
+model, with the same draws, and compares their losses (steps=100; batch=N replaces the preset's). part=rank compares two
+rankings of Stage I. What is done in the folder (run=runs/fp8) is skipped. All write bench/results/fp8.json.
 
 On a CPU float8 is emulated: these are its numbers, not its speed.
 """
@@ -69,35 +70,35 @@ def predict(nets: dict, source: ShapesSource, first: int, level: float, dtype: s
     return (*(x0_error(v[kind], x_t, t, batch.x0) for kind in KINDS), *squares)
 
 
-def train(given: dict[str, str]) -> dict[str, Any]:
-    """Rankings and losses with and without float8, with the same seed and draws."""
-    root, steps = Path(given.get("run", "runs/fp8")), given.get("steps", "100")
-    runs = {kind: root / kind for kind in KINDS}
-    ranking, model = runs["off"] / "stage1" / "importance.json", runs["off"] / "stage2" / "model"
-    usual = [f"iters={steps}", "log_every=1", "sample_every=0", f"save_every={steps}"]
-    more = {1: [], 2: [f"importance={ranking}", *usual], 3: [f"stage2_model={model}", *usual]}
-    for stage, words in more.items():
-        for kind in KINDS:
-            command = [sys.executable, "-m", "fastlightgen.train", f"stage={stage}", "model=tiny", f"fp8={kind}"]
-            subprocess.run([*command, f"run={runs[kind]}", "threads=1", "progress=false", *words], check=True)
-    ranked = [read_json(run / "stage1" / "importance.json") for run in runs.values()]
-    found: dict[str, Any] = {"steps": int(steps), "stage1": rankings(*ranked)}
-    for stage in (2, 3):
-        found[f"stage{stage}"] = curves(
-            *(read_metrics(run / f"stage{stage}" / "metrics.jsonl") for run in runs.values())
-        )
-    return found
+def stage(given: dict[str, str], number: int, kind: str, *words: str) -> Path:
+    """Run a stage with fp8=KIND, unless it is done; return its folder."""
+    run = Path(given.get("run", "runs/fp8")) / kind
+    command = [sys.executable, "-m", "fastlightgen.train", f"stage={number}", "model=tiny", f"fp8={kind}", f"run={run}"]
+    subprocess.run([*command, "threads=1", "progress=false", *words], check=True)
+    return run / f"stage{number}"
 
 
-def rankings(off: dict, frozen: dict) -> dict[str, Any]:
-    """Stage I's x0 errors per block and what it drops, without and with float8."""
-    scores = [[unit["score"] for unit in found["units"]] for found in (off, frozen)]
+def rank(given: dict[str, str]) -> dict[str, Any]:
+    """Stage I's x0 errors per block and the blocks that it drops, without and with float8."""
+    off, frozen = (read_json(stage(given, 1, kind) / "importance.json") for kind in KINDS)
     baselines = [found["baseline_score"] for found in (off, frozen)]
     return {
-        "scores": dict(zip(KINDS, scores, strict=True)),
         "baseline": dict(zip(KINDS, baselines, strict=True)) | {"increase": baselines[1] / baselines[0] - 1},
+        "scores": {k: [u["score"] for u in r["units"]] for k, r in zip(KINDS, (off, frozen), strict=True)},
         "dropped": {kind: found["pruned"] for kind, found in zip(KINDS, (off, frozen), strict=True)},
     }
+
+
+def train(given: dict[str, str]) -> dict[str, Any]:
+    """Losses with and without float8, with the same seed and draws."""
+    ranking, steps = stage(given, 1, "off") / "importance.json", given.get("steps", "100")
+    usual = [f"iters={steps}", "log_every=1", "sample_every=0", f"save_every={steps}"]
+    usual += [f"batch={given['batch']}"] if "batch" in given else []
+    second = [stage(given, 2, kind, f"importance={ranking}", *usual) for kind in KINDS]
+    third = [stage(given, 3, kind, f"stage2_model={second[0] / 'model'}", *usual) for kind in KINDS]
+    logs = {"stage2": second, "stage3": third}
+    found = {name: curves(*(read_metrics(run / "metrics.jsonl") for run in runs)) for name, runs in logs.items()}
+    return {"steps": int(steps), "batch": given.get("batch", "preset's")} | found
 
 
 def curves(off: list[dict], frozen: list[dict]) -> dict[str, Any]:
@@ -118,9 +119,9 @@ def curves(off: list[dict], frozen: list[dict]) -> dict[str, Any]:
 
 def main() -> None:
     given = dict(word.split("=", 1) for word in sys.argv[1:])
-    parts = {"teacher": teacher, "train": train}
+    parts = {"teacher": teacher, "rank": rank, "train": train}
     if given.get("part") not in parts:
-        sys.exit("part: wanted part=teacher or part=train")
+        sys.exit("part: wanted part=teacher, part=rank or part=train")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     found = parts[given["part"]](given)
