@@ -9,6 +9,7 @@ from method_cases import built, networks, planned, write_hunyuan, write_models
 
 from fastlightgen import train as command
 from fastlightgen.config import ConfigError, another_stage, load, main, plan_root
+from fastlightgen.engine.folder import StageFolder
 from fastlightgen.models.float8 import Float8Linear
 from fastlightgen.models.folder.networks import config_of
 from fastlightgen.ops import float8
@@ -156,3 +157,15 @@ def test_stage_2_as_a_command(wan, tmp_path):
     run_train(*words, f"run={tmp_path / 'parts'}", "iters=2", "sample_every=0")
     run_train(*words, f"run={tmp_path / 'parts'}", "iters=4", "sample_every=0")
     assert_same(result(tmp_path / "whole", 2), result(tmp_path / "parts", 2))
+
+
+def test_a_folder_from_before_the_key_goes_on_without_float8(tmp_path):
+    now = {"seed": 0, "lr": 0.1, "fp8": "off"}
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "importance.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text("stage1: {seed: 0, lr: 0.1}\n")
+    folder = StageFolder(str(tmp_path), 1, now, now)
+    folder.close()
+    assert folder.complete
+    with pytest.raises(ValueError, match=r"another configuration \(fp8: off -> frozen\)"):
+        StageFolder(str(tmp_path), 1, now | {"fp8": "frozen"}, now)
