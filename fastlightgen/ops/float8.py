@@ -13,6 +13,7 @@ from torch import Tensor
 
 LARGEST = 448.0  # the largest number of float8_e4m3fn
 MULTIPLE = 16  # K and N must be multiples of it: a rule of torch's scaled product
+SLAB = 2**24  # elements that are divided at a time: the quotients are float32, four times as large as the result
 CAPABILITY = (8, 9)  # the first GPUs with float8 products
 
 
@@ -38,7 +39,11 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return float8 rows q [M, K] and float32 scales [M, 1] with scale q = x [M, K], up to the rounding of q."""
     largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).float()
     scale = largest.clamp(min=1e-12) / LARGEST  # the bound is for rows of zeros
-    return (x / scale).to(torch.float8_e4m3fn), scale
+    q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    slab = max(1, SLAB // x.shape[-1])
+    for part, rows, row_scale in zip(q.split(slab), x.split(slab), scale.split(slab), strict=True):
+        part.copy_(rows / row_scale)
+    return q, scale
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

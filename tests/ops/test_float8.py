@@ -22,8 +22,10 @@ def numbers() -> Tensor:
     return torch.tensor(sorted({s * v for v in found for s in (1, -1)}), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("slab", [float8.SLAB, 7 * 96])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_scaled_to_448_and_rounded_to_the_nearest_number(dtype):
+def test_rows_are_scaled_to_448_and_rounded_to_the_nearest_number(dtype, slab, monkeypatch):
+    monkeypatch.setattr(float8, "SLAB", slab)
     x = draw(64, 96, dtype=dtype) * torch.logspace(-6, 6, 64)[:, None].to(dtype)
     q, scale = float8.quantised(x)
     assert q.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32 and scale.shape == (64, 1)
