@@ -162,8 +162,7 @@ def test_stage_2_as_a_command(wan, tmp_path):
 
 def test_a_folder_from_before_the_key_goes_on_without_float8(tmp_path):
     now = {"seed": 0, "lr": 0.1, "fp8": "off"}
-    (tmp_path / "stage1").mkdir()
-    (tmp_path / "stage1" / "importance.json").write_text("{}")
+    write_ranking(tmp_path / "stage1" / "importance.json")
     (tmp_path / "config.yaml").write_text("stage1: {seed: 0, lr: 0.1}\n")
     folder = StageFolder(str(tmp_path), 1, now, now)
     folder.close()
