@@ -37,11 +37,12 @@ def takes(outputs: int, inputs: int) -> bool:
 
 def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return float8 rows q [M, K] and float32 scales [M, 1] with scale q = x [M, K], up to the rounding of q."""
-    largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).float()
-    scale = largest.clamp(min=1e-12) / LARGEST  # the bound is for rows of zeros
-    slab = max(1, SLAB // x.shape[-1])
-    slabs = zip(x.split(slab), scale.split(slab), strict=True)
-    return torch.cat([(rows / by).to(torch.float8_e4m3fn) for rows, by in slabs]), scale
+    with torch.autocast(x.device.type, enabled=False):  # it knows no float8
+        largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).float()
+        scale = largest.clamp(min=1e-12) / LARGEST  # the bound is for rows of zeros
+        slab = max(1, SLAB // x.shape[-1])
+        slabs = zip(x.split(slab), scale.split(slab), strict=True)
+        return torch.cat([(rows / by).to(torch.float8_e4m3fn) for rows, by in slabs]), scale
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
