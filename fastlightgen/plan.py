@@ -184,6 +184,7 @@ def formula(cfg: Plan, b: Budget) -> list[str]:
         f"  {b.seconds:.2f} s x {b.iters} / 86400 = {b.days:.2f} days, {b.gpu_days:.2f} GPU-days",
         f"  efficiency: {source} {implied if not cfg.efficiency else ''}".rstrip(),
         "  it includes all waiting for data, host and wire",
+        *(["  fp8=frozen: no gain is counted, because none was measured"] if cfg.fp8 != "off" else []),
     ]
 
 

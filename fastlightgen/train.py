@@ -45,7 +45,7 @@ from fastlightgen.metrics.importance import plot_importance
 from fastlightgen.metrics.latent import latent_features
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.released import sampling
-from fastlightgen.ops import attention, describe
+from fastlightgen.ops import attention, describe, float8
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
 from fastlightgen.parallel.threads import set_threads
@@ -135,6 +135,8 @@ def end(err: BaseException) -> NoReturn:
 def set_up(cfg: StageConfig) -> None:
     """Set the number of threads, join the other ranks, and check that all ranks run the same command."""
     check_installed(cfg)
+    if cfg.fp8 != "off" and (why := float8.refusal(pick_device(cfg.device), getattr(torch, cfg.dtype))):
+        raise ValueError(f"fp8={cfg.fp8}: {why}; use fp8=off")
     line = set_threads(cfg.threads)
     if pick_device(cfg.device).type == "cpu" and ranks.launched() == 1:
         say(line)

@@ -60,6 +60,11 @@ class Plan(Machine, Run):
                 f"sequence_parallel={self.sequence_parallel}: gpus={self.gpus} is not a multiple of it; change one"
             )
         self.dtype = compute_type(self.dtype, self.gpu != "cpu", not built_in(self.model))
+        if self.fp8 != "off" and self.gpu != "cpu" and not (GPUS[self.gpu].float8 and self.dtype == "bfloat16"):
+            raise ConfigError(
+                f"fp8={self.fp8}: needs dtype=bfloat16 and a GPU with float8 products (sm_89 or later), "
+                f"not dtype={self.dtype} on gpu={self.gpu}; use fp8=off"
+            )
 
     @property
     def groups(self) -> int:
@@ -126,4 +131,6 @@ def another_stage(cfg: Plan, stage: str, **changes: Any) -> Plan:
     common = {name: value for name, value in vars(cfg).items() if name in same & {f.name for f in fields(cls)}}
     shipped = shipped_layers(cls, {key: (common | changes)[key] for key in ("model", "preset")})
     settings = {key: value for _, layer in shipped for key, value in layer.items()}
+    if stage == "0":  # where it is refused
+        common["fp8"] = "off"
     return cls(**settings | common | changes)

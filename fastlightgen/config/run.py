@@ -79,6 +79,12 @@ class Run(Checked):
     seed: int = field(0, "decides every random number of the run", lo=0, hi=MAX_SEED, everyday=True)
     device: str = field("auto", DEVICE, choices=DEVICES, numbers=False, everyday=True)
     dtype: str = field("auto", DTYPE, choices=DTYPES, everyday=True)
+    fp8: str = field(
+        "off",
+        "linear layers in float8; frozen: those of predictions without gradient (teacher, target, rollouts, clips), on "
+        "GPUs from sm_89 on, with dtype=bfloat16; a CPU computes the same numbers, only slower",
+        choices=("off", "frozen"),
+    )
     allow_pt: bool = field(False, ALLOW_PT, numbers=False)
     engine: str = field(
         "local",
@@ -161,6 +167,8 @@ class Run(Checked):
 
     def check(self) -> None:
         super().check()
+        if self.fp8 != "off" and self.stage == "0":
+            raise ConfigError(f"fp8={self.fp8}: stage=0 has gradients in all its predictions but clips; use fp8=off")
         if self.engine == "deepspeed" and self.offload == "all" and self.zero < 3:
             raise ConfigError(f"offload=all: weights can wait in host memory under zero=3 only, not zero={self.zero}")
         if self.engine == "local":

@@ -240,6 +240,7 @@ class DeepSpeedEngine:
             group["lr"] = lr
         with clock.part("optimizer"):
             engine.step()
+            shards.note_change(role.net)
             norm = engine.get_global_grad_norm()
         if getattr(engine.optimizer, "overflow", False):
             norm = float("inf")

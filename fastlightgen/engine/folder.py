@@ -27,6 +27,7 @@ LENGTH = "iters"  # the key that may change between two starts of a stage
 CLIPS = "data_hash"  # names the clips of a cache, which may grow between two starts
 RESTORE = "restore it or use another run="
 TYPE, USED = "dtype", "dtype_used"  # with dtype=auto a record holds the type that was computed in, too
+BEFORE = {"fp8": "off"}  # keys that a folder may be older than, with the value that it was made with
 ANEW = "use another run=, or overwrite=true to delete it and start anew"
 
 
@@ -113,7 +114,7 @@ class StageFolder:
         made_with = as_used(read_run(self.run).get(f"stage{number}", {}))
         before, now = made_with.get(LENGTH), config.get(LENGTH)
         compared = [k for k in numbers if k != LENGTH or before is None]
-        changes = diff({k: made_with.get(k) for k in compared}, {k: config[k] for k in compared})
+        changes = diff({k: made_with.get(k, BEFORE.get(k)) for k in compared}, {k: config[k] for k in compared})
         changes.sort(key=lambda change: not change.startswith("method:"))  # another method explains the other changes
         if changes:
             raise ValueError(f"{self.path} was made with another configuration ({'; '.join(changes[:4])}); {ANEW}")

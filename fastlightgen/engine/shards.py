@@ -148,6 +148,11 @@ def put_frozen(p: nn.Parameter, value: Tensor) -> None:
         p.copy_(value)
 
 
+def note_change(net: nn.Module) -> None:
+    """Tell torch that an optimizer step changed the weights: DeepSpeed writes them where autograd does not look."""
+    torch.autograd.graph.increment_version(list(net.parameters()))
+
+
 def parts(p: nn.Parameter) -> tuple[Tensor, Tensor]:
     """Return this rank's part of a trained weight, flat: of its float32 master, and of the weight computed with."""
     if is_sharded(p):

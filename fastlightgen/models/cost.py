@@ -55,6 +55,7 @@ class Block:
     params: int
     weights: int  # elements of its weight matrices
     widths: int  # sum of inputs + outputs of its linear layers: LoRA adapters of rank r have r x widths parameters
+    float8: int  # bytes of the float8 copies of its weights, with their scales (fp8=frozen)
     shared: Work  # the part before the text enters: once for a group of streams, whatever their prompts
     private: Work  # the rest of the block, once per prompt
     prompt: Work  # reading a prompt (`Block.read`), once per prompt; checkpointing does not repeat it
@@ -117,6 +118,11 @@ def linear(tokens: int, *widths: tuple[int, int]) -> int:
 def biased(*widths: tuple[int, int]) -> int:
     """Parameters of linear layers with bias."""
     return sum(a * b + b for a, b in widths)
+
+
+def float8(*widths: tuple[int, int]) -> int:
+    """Bytes of the weights of linear layers in float8, with a float32 scale per output; other sizes stay out."""
+    return sum(a * b + 4 * b for a, b in widths if a % 16 == b % 16 == 0)
 
 
 def last_norm(hidden: int, fused: bool) -> Saved:

@@ -4,11 +4,13 @@ Shapes: B batch, L tokens, D hidden.
 """
 
 import math
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlightgen.models.float8 import Float8Linear
 from fastlightgen.ops import add_residual, linear_gate_residual, linear_gelu_tanh
 
 
@@ -41,16 +43,21 @@ class FeedForward(nn.Module):
         return linear_onto(self.net[2], c, gate, self.net[0](x))
 
 
+def plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling the layer now is a product with its weight: it has no adapters and does not compute in float8."""
+    return isinstance(layer, nn.Linear) and (torch.is_grad_enabled() or not isinstance(layer, Float8Linear))
+
+
 def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
-    """Compute GELU(layer(x)) by the tanh formula: in the matmul's epilogue where that kernel is used and not LoRA."""
-    if isinstance(layer, nn.Linear):
+    """Compute GELU(layer(x)) by the tanh formula: in the matmul's epilogue where that kernel is used."""
+    if plain(layer):
         return linear_gelu_tanh(x, layer.weight, layer.bias)
     return F.gelu(layer(x), approximate="tanh")
 
 
 def linear_onto(layer: nn.Module, c: Tensor, gate: Tensor, x: Tensor) -> Tensor:
-    """Compute c + gate layer(x): in the matmul's epilogue where that kernel is used and not LoRA."""
-    if isinstance(layer, nn.Linear):
+    """Compute c + gate layer(x): in the matmul's epilogue where that kernel is used."""
+    if plain(layer):
         return linear_gate_residual(c, gate, x, layer.weight, layer.bias)
     return add_residual(c, layer(x), gate)
 

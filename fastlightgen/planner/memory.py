@@ -59,6 +59,11 @@ def averaged(step: StepCost, plan: Plan) -> float:
     return 4 * step.averaged / (1 if plan.engine == "local" else plan.gpus)
 
 
+def float8(step: StepCost, plan: Plan) -> float:
+    """Bytes of the float8 copies of the weights; zero=3 makes them of gathered weights, a layer at a time."""
+    return 0.0 if plan.engine == "deepspeed" and plan.zero == 3 else float(step.float8)
+
+
 def gathered(step: StepCost, plan: Plan) -> tuple[float, float]:
     """Bytes that ZeRO-3 holds gathered: (of networks that train, with one block's gradient; of frozen networks)."""
     if plan.engine == "local" or plan.zero < 3 or plan.gpus == 1:
@@ -110,6 +115,7 @@ def gpu_memory(step: StepCost, plan: Plan) -> tuple[dict[str, float], str]:
     vae, shown = previews(step, plan)
     reserved = PROGRAM[plan.engine, bool(step.trained)] if on_cpu(plan) else RESERVED
     steady = model_states(step, plan) | {"averaged weights": averaged(step, plan), "VAE": vae}
+    steady["float8 weights"] = float8(step, plan)
     steady["buffers"] = always + reserved
 
     # Under ZeRO-3 all gradients are there from the start. Otherwise they grow while the activations are freed.

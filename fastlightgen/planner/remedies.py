@@ -18,6 +18,8 @@ def candidates(net: Network, plan: Plan) -> Iterator[Mapping[str, Any]]:
     own = [s for s in method_for(plan).savings if any(keys[key] != value for key, value in s.items())]
     if sharded and plan.zero < 3:
         yield {"zero": 3}
+    if plan.fp8 != "off":
+        yield {"fp8": "off"}
     if keys.get("keep_attention"):
         yield {"keep_attention": 0}
     yield from (saving for saving in own if not saving.keys() & computes)

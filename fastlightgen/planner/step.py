@@ -81,6 +81,7 @@ class StepCost:
     frozen: dict[str, int] = field(default_factory=dict)
     updates: dict[str, float] = field(default_factory=dict)  # optimizer steps in an iteration
     averaged: int = 0  # parameters with a running average
+    float8: int = 0  # bytes of the float8 copies of all networks' weights (fp8=frozen)
     drawn: bool = False  # may start from random weights
     clips: int = 1  # in one pass of a process (or group of processes)
     accumulation: int = 1  # passes in one optimizer step
@@ -164,6 +165,10 @@ def step_cost(net: Network, declared: Iteration, cfg: Any) -> StepCost:
     step = StepCost(net)
     for name, held in declared.nets.items():
         whole = net if held.keep is None else net.prune(held.keep)
+        # Every network predicts without gradient at some time: as target or teacher, in rollouts, clips, guards. The
+        # weights under adapters are another network's.
+        if vars(cfg).get("fp8") == "frozen" and not held.adapters:
+            step.float8 += sum(b.float8 for b in whole.blocks)
         if not held.updates:
             step.frozen[name] = whole.params
             continue

@@ -15,6 +15,7 @@ from fastlightgen.data.version import check_model, check_version
 from fastlightgen.engine.roles import Values
 from fastlightgen.engine.shards import keeper
 from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.float8 import in_float8
 from fastlightgen.models.folder.weights import file_values, load_model
 from fastlightgen.parallel.clock import clock
 from fastlightgen.parallel.log import say
@@ -35,18 +36,17 @@ class Builder:
     def load(self, model: str | Path) -> VideoDiT:
         """Load a network: in `dtype`; in float32 with engine=local, except in Stage I, which trains nothing.
 
-        With zero=3 each weight is sharded as it loads: the rank keeps its partition only.
+        With zero=3 each weight is sharded as it loads: the rank keeps its partition only. There is no float8 copy of
+        the weights then, which would undo the sharding: it is made of a block's gathered weights in every call.
         """
         cfg = self.cfg
         if cfg.stage != "0":  # Stage 0 may adapt a network to another version of the built-in world
             check_model(model, self.source.description)
-        if cfg.engine == "local":
-            dtype = torch.bfloat16 if cfg.stage == "1" and cfg.dtype == "bfloat16" else torch.float32
-            return load_model(model, self.device, dtype, cfg.seed, cfg.allow_pt)
-        keep = keeper(cfg, self.device)
-        return load_model(
-            model, "cpu" if keep else self.device, getattr(torch, cfg.dtype), cfg.seed, cfg.allow_pt, keep
-        )
+        keep, dtype = keeper(cfg, self.device), torch.float32
+        if cfg.engine == "deepspeed" or (cfg.stage == "1" and cfg.dtype == "bfloat16"):
+            dtype = getattr(torch, cfg.dtype)
+        net = load_model(model, "cpu" if keep else self.device, dtype, cfg.seed, cfg.allow_pt, keep)
+        return net if cfg.fp8 == "off" else in_float8(net, keeps=keep is None)
 
     def copy(self, net: VideoDiT, model: str | Path) -> VideoDiT:
         """Copy a network that `load` has read from `model`; under ZeRO-3 read the model folder once more."""

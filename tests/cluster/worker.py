@@ -29,8 +29,10 @@ from fastlightgen.engine.local import LocalEngine
 from fastlightgen.engine.log import read_metrics
 from fastlightgen.engine.loop import Stopped, train
 from fastlightgen.engine.scores import Scores
+from fastlightgen.models.float8 import Float8Linear
 from fastlightgen.models.folder.weights import load_model
 from fastlightgen.models.lora import attach_lora
+from fastlightgen.ops import float8
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.clock import clock
 from fastlightgen.rng import generator, rows
@@ -145,7 +147,11 @@ def run(case: dict) -> dict:
     if "save" not in case:
         records = steps(stage, engine, 0, last)
         nets = {id(n): n for n in (*(r.host or r.net for r in stage.roles.values()), *stage.frozen)}
-        return {"records": records, "gathers": gathers(gathered, list(nets.values()))}
+        return {
+            "records": records,
+            "gathers": gathers(gathered, list(nets.values())),
+            "float8": [up_to_date(n) for n in nets.values()],
+        }
     # Save in the middle and go on; then let a second engine continue from the checkpoint.
     folder, middle = Path(case["save"]), last // 2
     records = steps(stage, engine, 0, middle)
@@ -163,6 +169,13 @@ def run(case: dict) -> dict:
     engine.finish()
     stage.save(folder / "continued", engine.save_model)
     return {"records": records, "again": again}
+
+
+@torch.no_grad()
+def up_to_date(net) -> list[bool]:
+    """Of each weight that a network keeps in float8: whether it is the weight as it is now."""
+    kept = [m for m in net.modules() if isinstance(m, Float8Linear) and m.keeps]
+    return [torch.equal(m.quantised()[0].float(), float8.quantised(m.weight)[0].float()) for m in kept]
 
 
 def scored(model, sweep, memory: float = 4.0) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from fastlightgen.models.cost import Block, Network, Saved, Work, attention, biased, last_norm, linear
+from fastlightgen.models.cost import Block, Network, Saved, Work, attention, biased, float8, last_norm, linear
 from fastlightgen.parallel.shares import Part
 
 
@@ -22,12 +22,15 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, 
     # Joint attention over all tokens; a GPU of several computes some of the heads.
     scores, hidden = attention(all_tokens + text, all_tokens + text, dim) // part.ranks, both * dim
 
-    def block(kind: str, params: int, layers: tuple, work: int, modulation: int, saved: Saved, inners: int) -> Block:
+    def block(
+        kind: str, params: int, layers: tuple, mods: tuple, work: int, modulation: int, saved: Saved, inners: int
+    ) -> Block:
         return Block(
             kind=kind,
             params=params,
-            weights=sum(a * b for a, b in layers),
-            widths=sum(map(sum, layers)),
+            weights=sum(a * b for a, b in (*layers, *mods)),
+            widths=sum(map(sum, (*layers, *mods))),
+            float8=float8(*layers),
             shared=Work(work, scores),  # the text enters before the blocks: nothing of a block is private
             private=Work(),
             prompt=Work(modulation),
@@ -44,7 +47,8 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, 
     double = block(
         "double",
         2 * biased(*double_layers, six) + 4 * head,  # with the RMS norms of q and k, of image and text
-        (*double_layers, *double_layers, six, six),
+        (*double_layers, *double_layers),
+        (six, six),
         linear(both, *double_layers),
         linear(rows + 1, six),
         # The text's q and k go through torch's own norms: 4 float32 tensors of the text instead of 2 narrow ones.
@@ -55,7 +59,8 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, 
     single = block(
         "single",
         biased(*single_layers, three) + 2 * head,  # with the RMS norms of q and k
-        (*single_layers, three),
+        single_layers,
+        (three,),
         linear(both, *single_layers),
         linear(rows, three),
         Saved(10 * hidden, 0) if fused else Saved(7 * hidden, 6 * hidden),

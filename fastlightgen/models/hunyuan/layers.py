@@ -87,6 +87,8 @@ def joined(parts: list[Tensor]) -> Tensor:
 class Modulation(nn.Module):
     """A linear layer from SiLU(time embedding) to n vectors [B, D]: shifts, scales and gates."""
 
+    takes_float8 = False  # see models/float8.py
+
     def __init__(self, dim: int, n: int):
         super().__init__()
         self.n, self.linear = n, nn.Linear(dim, n * dim)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from fastlightgen.models.cost import Block, Network, Saved, Work, attention, biased, last_norm, linear
+from fastlightgen.models.cost import Block, Network, Saved, Work, attention, biased, float8, last_norm, linear
 from fastlightgen.parallel.shares import Part
 
 
@@ -24,6 +24,7 @@ def wan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, part
         params=biased(*layers) + 4 * dim + (dim if image else 0) + (2 * dim if cfg["cross_attn_norm"] else 0) + 6 * dim,
         weights=sum(a * b for a, b in layers),
         widths=sum(map(sum, layers)),
+        float8=float8(*layers),
         # Shared: self-attention (q, k, v, output) and the cross-attention's query. Private: the cross-attention and its
         # output layer, the feed-forward. Prompt: keys and values of the text and image tokens.
         shared=Work(linear(tokens, *[square] * 5), attention(all_tokens, all_tokens, dim) // part.ranks),
