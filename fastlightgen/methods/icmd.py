@@ -218,7 +218,7 @@ class Icmd:
         """The logits of the heads; with `grad` gradients flow to x_t."""
         assert self.judge is not None
         features = Features(self.judge.blocks)
-        self.teacher.walk(x_t, t, [Stream(cond, grad=grad, features=features)])
+        self.teacher.walk(x_t, t, [Stream(cond, range(self.judge.depth), grad, features=features)])
         return self.judge(features, frame_heads.grid_of(self.teacher, x_t), self.teacher.sequence)
 
     def sampler(self) -> dict[str, Any]:
@@ -260,10 +260,11 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     walked = [Walk("student", [Route(grad=True)], head=True), Walk(judging, [Route()])]
     if cfg.mca:
         head = frame_heads.cost(net, cfg.mca_every)
+        read = range(frame_heads.read_blocks(len(net.blocks), cfg.mca_every)[-1] + 1)
         nets[judging] = Net(updates=late, head=head, fixed=True)
         walked += [
-            Walk(judging, [Route(grad=True)], late, head=True, beside="student"),
-            Walk(judging, [Route()], late, joined=2, head=True),
+            Walk(judging, [Route(keep=read, grad=True)], late, head=True, beside="student"),
+            Walk(judging, [Route(keep=read)], late, joined=2, head=True),
         ]
     return Iteration(nets, walked)
 

@@ -29,7 +29,7 @@ def grid_of(net: VideoDiT, x: Tensor) -> Grid:
 
 
 def arranged(h: Tensor, grid: Grid, sequence: SequenceGroup | None) -> Tensor:
-    """Tokens [B, L, D] as [B, F, H, W, D]; where processes share a clip's tokens, those of each come after the other."""
+    """Tokens [B, L, D] as [B, F, H, W, D]. Where processes share a clip's tokens, those of each follow each other."""
     if sequence is None:
         return h.unflatten(1, grid)
     cut = sequence.cut(grid)
@@ -82,6 +82,7 @@ class FrameDiscriminator(nn.Module):
     def __init__(self, blocks: list[int], dim: int, gen: torch.Generator):
         super().__init__()
         self.blocks, self.heads = blocks, nn.ModuleList([FrameHead(dim, gen) for _ in blocks])
+        self.depth = blocks[-1] + 1  # of the network as far as it is read
 
     def forward(self, features: Features, grid: Grid, sequence: SequenceGroup | None = None) -> Tensor:
         """`sequence`: the processes that share the tokens of the network's walks."""

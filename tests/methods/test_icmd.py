@@ -64,9 +64,9 @@ def test_which_layers_follow_which():
 def test_the_times_of_the_instance_noise():
     """log s ~ N(-1, 1): the median of t' is s / (1 + s) at s = 1/e, the quartiles at 0.6745 deviations from it."""
     t = instance_times(20000, -1.0, 1.0, generator(0)).sort().values
-    for share, z in ((0.25, -0.67449), (0.5, 0.0), (0.75, 0.67449)):
+    for part, z in ((0.25, -0.67449), (0.5, 0.0), (0.75, 0.67449)):
         s = math.exp(-1 + z)
-        assert t[int(share * 20000)].item() == pytest.approx(s / (1 + s), abs=0.006)  # three deviations of a quantile
+        assert t[int(part * 20000)].item() == pytest.approx(s / (1 + s), abs=0.006)  # three deviations of a quantile
     assert t.min() >= 0.001 and t.max() <= 0.999
     torch.testing.assert_close(t * 1000, (t * 1000).round(), rtol=0, atol=1e-3)
     assert instance_times(2, 50.0, 0.0, generator(0)).tolist() == pytest.approx([0.999, 0.999])
@@ -182,7 +182,7 @@ def test_the_student_s_gradient(words, more):
 
 
 def test_the_discriminator_s_loss_and_gradient(words):
-    """The hinge loss on the student's clips and the teacher's, with the same t' and noise; it trains the heads alone."""
+    """The hinge loss on the student's and the teacher's clips with the same t' and noise; it trains the heads alone."""
     stage = built(*words, *MORE, *ALL)
     moved(stage.student, seed=3)
     moved(stage.judge, by=0.3)
