@@ -32,7 +32,17 @@ def stage2_folder(cfg: Keys) -> Path:
         raise ValueError(
             f"{folder}: there is no Stage II model; run stage=2 with the same run= first, or give stage2_model="
         )
+    require_audible(folder)
     return folder
+
+
+def require_audible(folder: Path) -> None:
+    """Raise if method=f3 silenced self-attentions of this network."""
+    if silent := read_card(folder).get("silent"):
+        raise ValueError(
+            f"{folder}: method=f3 silenced the self-attention of {len(silent)} blocks, which Stage III would train "
+            "again; use a model of f3=block"
+        )
 
 
 def pruned_alone(folder: Path) -> bool:
@@ -84,6 +94,7 @@ def require_model(folder: Path, wanted: str = "that stage=2 made") -> None:
     """Raise unless start_model=FOLDER is a model folder."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"start_model={folder}: there is no model folder; give one {wanted}")
+    require_audible(folder)
 
 
 def require_same(name: str, found: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
