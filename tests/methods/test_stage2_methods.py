@@ -17,11 +17,18 @@ from fastlightgen.plan import plan
 HUNYUAN = [0, 2, 3]  # kept of 2 double and 3 single blocks
 RIVALS = {
     "icmd": ["mca_start=0.5", "mca_every=2"],
+    "f3 attention": ["recover=true", "clips=2", "timesteps=1"],
+    "f3 block": ["f3=block", "recover=true", "clips=2", "timesteps=1", "ratio=0.4"],
 }
 
 
 def words_of(method: str) -> list[str]:
     return [f"method={method.partition(' ')[0]}", *RIVALS[method]]
+
+
+def models_of(method: str, models: list[str]) -> list[str]:
+    """The words that a method reads: f3 measures its own ranking."""
+    return models[:1] if method.startswith("f3") else models
 
 
 def inputs(root, make, pruned: list[int], blocks: int) -> list[str]:
@@ -42,7 +49,7 @@ def hunyuan(tmp_path_factory) -> list[str]:
 
 def train(models: list[str], method: str, run, *more: str) -> list[dict]:
     common = ["stage=2", "batch=2", "shift=3", "progress=false", "threads=1", "iters=4", "lr=1e-3", "log_every=1"]
-    given = dict(w.split("=", 1) for w in (*common, *models, *words_of(method), f"run={run}", *more))
+    given = dict(w.split("=", 1) for w in (*common, *models_of(method, models), *words_of(method), f"run={run}", *more))
     run_train(*(f"{k}={v}" for k, v in given.items()))
     return read_metrics(run / "stage2" / "metrics.jsonl")
 
@@ -53,12 +60,17 @@ def test_it_trains_a_pruned_network_that_samples(method, family, request, tmp_pa
     models = request.getfixturevalue(family)
     lines = train(models, method, tmp_path, "sample_every=4")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    stage = built("stage=2", *models, *words_of(method))
+    stage = built("stage=2", *models_of(method, models), *words_of(method), f"run={tmp_path}")
     assert all(line[stage.loss_key] > 0 for line in lines)  # the alarm of a diverging loss watches this key
-    card, kept = read_card(tmp_path / "stage2/model"), KEPT if family == "wan" else HUNYUAN
-    assert (card["stage"], card["kept_blocks"], card["guidance"], card["shift"]) == (2, kept, OWN, 3.0)
-    assert card["ladder"] is None and "pruned_path" not in card
-    assert load_model(tmp_path / "stage2/model").num_blocks == len(kept)
+    card, net = read_card(tmp_path / "stage2/model"), load_model(tmp_path / "stage2/model")
+    assert (card["stage"], card["guidance"], card["shift"], card["ladder"]) == (2, OWN, 3.0, None)
+    assert "pruned_path" not in card and net.num_blocks == len(card["kept_blocks"])
+    if method == "icmd":
+        assert card["kept_blocks"] == (KEPT if family == "wan" else HUNYUAN)
+    for block in card.get("silent", {}):  # training kept them silent
+        for layer, _ in net.blocks[int(block)].attention_outputs():
+            assert not layer.weight[:, :16].any()
+    assert ("silent" in card) == (method == "f3 attention")
     assert list((tmp_path / "stage2/samples").iterdir())
 
 
@@ -189,6 +201,23 @@ def test_the_paper_s_settings_of_icmd():
     ours, rival = load(["stage=2", "run=r"]), load(["stage=2", "run=r", "method=icmd"])
     for key in ("batch", "shift", "iters", "lr", "lr_schedule", "warmup"):
         assert getattr(ours, key) == getattr(rival, key), key
+    rival = load(["stage=2", "run=r", "method=f3"])
+    for key in ("batch", "shift", "iters", "lr", "lr_schedule", "warmup", "guided", "alpha"):
+        assert getattr(ours, key) == getattr(rival, key), key
+
+
+def test_f3_without_training_is_one_command(wan, tmp_path, capsys):
+    """No log and no checkpoint; the model samples, and a second start finds it complete."""
+    run_train("stage=2", "method=f3", wan[0], f"run={tmp_path}", "shift=3", "batch=2", "clips=2", "timesteps=1")
+    assert "trains nothing" in capsys.readouterr().out
+    card = read_card(tmp_path / "stage2/model")
+    assert len(card["silent"]) == 1 and card["kept_blocks"] == list(range(BLOCKS)) and card["world"] == 2
+    assert not (tmp_path / "stage2/start").exists() and (tmp_path / "stage2/attention.json").is_file()
+    run_train("stage=2", "method=f3", wan[0], f"run={tmp_path}", "shift=3", "batch=2", "clips=2", "timesteps=1")
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_train("stage=3", wan[0], f"run={tmp_path}", "shift=3", "batch=2", "iters=2", "critic_start=0")
+    assert "silenced the self-attention of 1 blocks" in capsys.readouterr().err
 
 
 def test_models_that_do_not_fit_are_refused(wan, hunyuan, tmp_path):
