@@ -36,12 +36,15 @@ CASES = {
     "magicdistillation, zero 3, shared tokens": {"method": "magicdistillation", "sequence_parallel": 2, "words": MAGIC},
 }
 ICMD = ["mca_start=0.01", "mca_every=2", "lr_discriminator=1e-3"]  # of 100 iterations: from the second on
+F3 = ["recover=true", "clips=3", "timesteps=1", "ratio=0.4"]
 TWO = {
     "icmd, zero 1": {"method": "icmd", "zero": 1, "words": ICMD},
     "icmd, zero 2, accumulated": {"method": "icmd", "zero": 2, "micro_batch": 1, "words": ICMD},
     "icmd, zero 3, checkpointing": {"method": "icmd", "words": [*ICMD, "checkpointing=true"]},
     "icmd, zero 3, without a discriminator": {"method": "icmd", "words": ["mca=0"]},
     "icmd, zero 3, shared tokens": {"method": "icmd", "sequence_parallel": 2, "words": ICMD},
+    "f3, zero 3, silenced": {"method": "f3", "words": F3},
+    "f3, zero 2, blocks": {"method": "f3", "zero": 2, "words": [*F3, "f3=block", "guided=2"]},
 }
 CASES |= {name: case | {"stage": 2} for name, case in TWO.items()}
 ONE_RUNG = ["steps=1", "count=generator", "ratio=2"]
@@ -70,6 +73,7 @@ def cases(tmp_path_factory) -> dict:
     for name, case in (CASES | GATHERED | SAVED).items():
         own = case.get("words", [])
         first = ranking if case.get("stage") == 2 else f"stage2_model={stage2}"
+        first = f"run={root / name}" if case["method"] == "f3" else first
         words = [*models, *([] if "student=full" in own else [first]), *own]
         out[name] = {"stage": 3, "steps": 3, **case, "words": words} | (
             {"save": str(root / name)} if name in SAVED else {}
