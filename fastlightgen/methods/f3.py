@@ -182,6 +182,13 @@ def start_folder(cfg: Config) -> Path:
     return Path(cfg.run) / "stage2" / "start"
 
 
+def made_with(cfg: Config) -> dict[str, Any]:
+    """The keys that decide the untrained network, as its card names them."""
+    keys = ["f3", "ratio", "model", "teacher", "seed", "shift"]
+    keys += ["attention"] if cfg.attention else ["clips", "timesteps", "t_range", "queries", "batch", "dtype"]
+    return {key: getattr(cfg, key) for key in keys}
+
+
 def measured(cfg: Config, with_: Builder, folder: Path) -> Tensor:
     """The attention between frames [blocks, heads], from the file `attention` or from the teacher.
 
@@ -216,7 +223,8 @@ def write_start(cfg: Config, with_: Builder, folder: Path, made: Path) -> None:
         with_.read_guidance(cfg.teacher_guidance, net, theirs)
         silence(net, masks_of(net, silent))
         card = with_.card(source=str(folder), steps=theirs.get("steps"), guidance=theirs.get("guidance"))
-        card |= {"stage": 2, "kept_blocks": keep, "shift": cfg.shift} | ({"silent": silent} if silent else {})
+        card |= {"stage": 2, "kept_blocks": keep, "shift": cfg.shift, "f3": made_with(cfg)}
+        card |= {"silent": silent} if silent else {}
         save_model(net.prune(keep), made, **card)
     ranks.barrier()
     heads = sum(map(len, silent.values()))
@@ -227,7 +235,7 @@ def write_start(cfg: Config, with_: Builder, folder: Path, made: Path) -> None:
 
 def build(cfg: Config, with_: Builder) -> Written | Recovery:
     folder, made = trained_folder(cfg.teacher or cfg.model), start_folder(cfg)
-    if ranks.from_first(not made.exists()):
+    if ranks.from_first(read_card(made).get("f3") != made_with(cfg)):  # an interrupted run may have had other keys
         write_start(cfg, with_, folder, made)
     if not cfg.recover:
         return Written(made)
@@ -256,7 +264,7 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
 
 def subject(cfg: Config, guess: Guess | None = None) -> Subject:
     config, made = config_of(trained_folder(cfg.teacher or cfg.model)), start_folder(cfg)
-    if cfg.f3 == "block" and made.exists():
+    if cfg.f3 == "block" and read_card(made).get("f3") == made_with(cfg):
         return config, read_card(made)["kept_blocks"]
     return config, undropped(depth(config), cfg.ratio)
 

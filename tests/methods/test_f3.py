@@ -9,7 +9,8 @@ import torch
 from helpers import BLOCKS, KEPT, batches, small_hunyuan, small_wan
 from method_cases import TEACHER, built, compare_with_plan, with_gradient, without_gradient, write_hunyuan, write_models
 
-from fastlightgen.config import ConfigError, load
+from fastlightgen.config import ConfigError, load, main
+from fastlightgen.export import export
 from fastlightgen.methods.f3 import dropped, lowest
 from fastlightgen.models.folder.weights import load_model, read_card, save_model
 from fastlightgen.ops import attend
@@ -165,6 +166,17 @@ def stage_cfg(f3: str):
     return type("Cfg", (), {"f3": f3, "ratio": 0.4})
 
 
+def test_an_untrained_network_of_other_keys_is_made_anew(words, tmp_path):
+    own, folder = [*words, given(tmp_path, MASS), f"run={tmp_path}", "ratio=0.5"], tmp_path / "stage2/start"
+    built(*own, "f3=block")
+    assert load_model(folder).num_blocks == len(KEPT)
+    written = (folder / "fastlightgen.json").stat().st_mtime_ns
+    built(*own, "f3=block")
+    assert (folder / "fastlightgen.json").stat().st_mtime_ns == written  # with the same keys it stays
+    built(*own, "f3=head")
+    assert load_model(folder).num_blocks == BLOCKS and len(read_card(folder)["silent"]) == 3
+
+
 @pytest.mark.parametrize(
     "more", [["f3=block"], ["alpha=0.4", "guided=2"], ["f3=head", "ratio=0.4", "checkpointing=true"]], ids=" ".join
 )
@@ -256,3 +268,17 @@ def test_clips_of_one_frame_are_refused(words, tmp_path, monkeypatch):
     monkeypatch.setattr(method_cases.Source, "batch", first)
     with pytest.raises(ValueError, match="^method=f3: the clips have 1 latent frame, and attention between frames"):
         built(*words, f"run={tmp_path}", dtype=torch.float32)
+
+
+def test_export_says_that_silenced_heads_save_no_time(pipeline, tmp_path, capsys):
+    """Stock diffusers loads the network as it is; export itself compares weights and a prediction."""
+    source = pipeline("wan_t2v")
+    net = load_model(source / "transformer")
+    silence(net, masks_of(net, {1: [0]}))
+    card = {"stage": 2, "kept_blocks": list(range(net.num_blocks)), "steps": 2, "guidance": 2.0, "shift": 3.0}
+    model = save_model(net, tmp_path / "model", silent={1: [0]}, **card)
+    words = [f"model={model}", f"pipeline={source}", f"out={tmp_path / 'out'}", "dtype=float32", "threads=1"]
+    main(export, "export", [*words, "progress=false"])
+    said = capsys.readouterr().out
+    assert said.index("note: 1 heads in 1 blocks are silenced") < said.index("network: stock diffusers holds the same")
+    assert read_card(tmp_path / "out")["call"]["num_inference_steps"] == 2
