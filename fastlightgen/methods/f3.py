@@ -23,10 +23,12 @@ from fastlightgen.blocks import num_dropped
 from fastlightgen.config import GUIDANCES, TEACHER_GUIDANCE, TIMES, ConfigError, Run, TrainingKeys, field
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.roles import Role, Update
+from fastlightgen.files.border import read_json
+from fastlightgen.files.kinds import ATTENTION
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.cost import Network
 from fastlightgen.models.families import depth
-from fastlightgen.models.folder.files import digest, read_json
+from fastlightgen.models.folder.files import digest
 from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import load_model, read_card, save_model
 from fastlightgen.models.sample import preview_plan
@@ -195,15 +197,15 @@ def measured(cfg: Config, with_: Builder, folder: Path) -> Tensor:
     The teacher is loaded whole by every process, which a GPU that generates clips with it has room for.
     """
     if cfg.attention:
-        mass = torch.tensor(read_json(Path(cfg.attention))["mass"], dtype=torch.float64)
+        mass = read_json(Path(cfg.attention), ATTENTION, "wanted an attention.json that method=f3 wrote")["mass"]
         config = config_of(folder)
-        wanted = (depth(config), config["num_attention_heads"])
-        if mass.shape != wanted:
+        blocks, heads = depth(config), config["num_attention_heads"]
+        if [len(row) for row in mass] != [heads] * blocks:
             raise ValueError(
-                f"attention={cfg.attention}: is of {tuple(mass.shape)} blocks and heads, the model has {wanted}; "
-                "leave attention= out to measure it"
+                f"attention={cfg.attention}: has {len(mass)} blocks of {len(mass[0])} heads, the model {blocks} of "
+                f"{heads}; leave attention= out to measure it"
             )
-        return mass
+        return torch.tensor(mass, dtype=torch.float64)
     dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
     net, theirs = load_model(folder, with_.device, dtype, cfg.seed, cfg.allow_pt), read_card(folder)
     with_.read_guidance(cfg.teacher_guidance, net, theirs)

@@ -239,7 +239,7 @@ def test_errors_are_one_line(words, tmp_path):
     for own, message in (
         (
             [*words, file],
-            f"{file}: is of (3, 2) blocks and heads, the model has (4, 2); leave attention= out to measure",
+            f"{file}: has 3 blocks of 2 heads, the model 4 of 2; leave attention= out to measure it",
         ),
         (
             ["stage=3", words[2], f"stage2_model={still}"],
