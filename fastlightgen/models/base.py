@@ -71,7 +71,7 @@ class Block(FlatModule[AnyPrompt, AnyTables]):
         """One state per prompt. With `settle`, the last matmul may add the residual instead of deferring it."""
         raise NotImplementedError
 
-    def attention_outputs(self) -> list[tuple[nn.Linear, bool]]:
+    def attention_outputs(self) -> list[tuple[nn.Module, bool]]:
         """The layers that read the self-attention in their first inputs; does their bias belong to it alone?"""
         raise NotImplementedError
 

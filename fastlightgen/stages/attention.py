@@ -8,10 +8,10 @@ from operator import itemgetter
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlightgen.data.source import Batch
-from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.models.families import FAMILIES
 from fastlightgen.parallel import ranks
 from fastlightgen.rng import generator
@@ -80,7 +80,10 @@ def masks_of(net: VideoDiT, silent: Silent) -> dict[str, Tensor]:
     names, heads = {id(p): name for name, p in net.named_parameters()}, net.cfg.num_attention_heads
     width = net.cfg.dim // heads
     for block, quiet in silent.items():
-        for layer, alone in net.blocks[block].attention_outputs():
+        host = net.blocks[block]
+        assert isinstance(host, Block)
+        for layer, alone in host.attention_outputs():
+            assert isinstance(layer, nn.Linear)
             masks[names[id(layer.weight)]] = mask = torch.ones(layer.in_features)
             for head in quiet:
                 mask[head * width : (head + 1) * width] = 0

@@ -68,7 +68,7 @@ class DoubleBlock(HunyuanBlock):
         self.attn = JointAttention(cfg)
         self.ff, self.ff_context = FeedForward(dim, inner, dim), FeedForward(dim, inner, dim)
 
-    def attention_outputs(self) -> list[tuple[nn.Linear, bool]]:
+    def attention_outputs(self) -> list[tuple[nn.Module, bool]]:
         return [(self.attn.to_out[0], True), (self.attn.to_add_out, True)]
 
     def read(self, prompt: HunyuanPrompt) -> Modulations:
@@ -100,7 +100,7 @@ class SingleBlock(HunyuanBlock):
         self.attn = SingleAttention(cfg)
         self.proj_mlp, self.proj_out = nn.Linear(dim, inner), nn.Linear(dim + inner, dim)
 
-    def attention_outputs(self) -> list[tuple[nn.Linear, bool]]:
+    def attention_outputs(self) -> list[tuple[nn.Module, bool]]:
         return [(self.proj_out, False)]  # it reads the feed-forward too
 
     def read(self, prompt: HunyuanPrompt) -> Modulations:

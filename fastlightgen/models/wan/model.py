@@ -79,7 +79,7 @@ class WanBlock(Block):
         self.ffn = FeedForward(dim, cfg.ffn_dim, dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def attention_outputs(self) -> list[tuple[nn.Linear, bool]]:
+    def attention_outputs(self) -> list[tuple[nn.Module, bool]]:
         return [(self.attn1.to_out[0], True)]
 
     def read(self, prompt: WanPrompt) -> list[tuple[Tensor, Tensor]]:
