@@ -47,7 +47,7 @@ def between_frames(q: Tensor, k: Tensor, frame_q: Tensor, frame_k: Tensor, mask:
 def attention_mass(cfg: Keys, net: VideoDiT, batches: Callable[[int], Batch]) -> Tensor:
     """The mean of `between_frames` over clips and times [blocks, heads]. The ranks divide the samples."""
     patch = FAMILIES[net.family].geometry
-    total = torch.zeros(net.num_blocks, net.cfg.num_attention_heads, dtype=torch.float64)
+    total = torch.zeros(net.num_blocks, net.config["num_attention_heads"], dtype=torch.float64)
     for index, (x_t, t, _, cond) in enumerate(evaluation_set(cfg, batches)):
         if index % ranks.size() != ranks.rank():
             continue
@@ -77,7 +77,7 @@ def masks_of(net: VideoDiT, silent: Silent) -> dict[str, Tensor]:
     A block whose heads are all silent has no self-attention: its output's bias goes too.
     """
     masks: dict[str, Tensor] = {}
-    names, heads = {id(p): name for name, p in net.named_parameters()}, net.cfg.num_attention_heads
+    names, heads = {id(p): name for name, p in net.named_parameters()}, net.config["num_attention_heads"]
     width = net.cfg.dim // heads
     for block, quiet in silent.items():
         host = net.blocks[block]
