@@ -65,7 +65,11 @@ TRAININGS: dict[str, Training] = {
     "plain-short": Training(3, "stage2-plain", (*updates(HALF), "beta1=2")),
     "plain-below": Training(3, "stage2-plain", (*updates(HALF), "beta1=2", "guidance_times=below")),
     "plain-above": Training(3, "stage2-plain", (*updates(HALF), "beta1=2", "guidance_times=above")),
-    # Rivals, with the preset's schedule: their own settings are not tuned yet.
+    # Rivals of Stage II, with the preset's schedule, sampled like the teacher. "f3-attention" trains nothing.
+    "icmd": Training(2, "rank", (f"iters={STEPS}", "method=icmd")),
+    "f3-attention": Training(2, "", ("method=f3",)),
+    "f3-blocks": Training(2, "", (f"iters={STEPS}", "method=f3", "f3=block", "recover=true")),
+    # Rivals of Stage III, with the preset's schedule: their own settings are not tuned yet.
     "stage3-regression": Training(3, "stage2", ("method=regression",)),
     "dmd2": Training(3, "stage2", ("method=dmd2",)),
     "dmd2-no-gan": Training(3, "stage2", ("method=dmd2", "gan=0")),
@@ -93,6 +97,9 @@ ROWS: dict[str, Row] = {
     "plain-short": Row("Stage II without guidance, half the steps", "plain-short", group="ablations"),
     "plain-below": Row("guidance at cleaner times", "plain-below", group="ablations"),
     "plain-above": Row("guidance at noisier times", "plain-above", group="ablations"),
+    "icmd": Row("ICMD, 28 steps", "icmd", {"steps": 28}, group="rivals"),
+    "f3-attention": Row("F3-Pruning, attention, untrained, 28 steps", "f3-attention", {"steps": 28}, group="rivals"),
+    "f3-blocks": Row("F3-Pruning, blocks, trained, 28 steps", "f3-blocks", {"steps": 28}, group="rivals"),
     "stage3-regression": Row("guided regression after Stage II", "stage3-regression", group="rivals"),
     "dmd2": Row("DMD2", "dmd2", group="rivals"),
     "dmd2-no-gan": Row("DMD2 without its discriminator", "dmd2-no-gan", group="rivals"),
@@ -122,6 +129,9 @@ PAIRS = (  # (row, the row that it is compared with)
     ("student", "dmd2-no-gan"),
     ("student", "lcm"),
     ("student", "magicdistillation"),
+    ("icmd", "stage2-28"),
+    ("f3-attention", "stage2-28"),
+    ("f3-blocks", "stage2-28"),
 )
 
 

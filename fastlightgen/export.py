@@ -26,6 +26,12 @@ def export(cfg) -> None:
         )
     parts_of(pipeline)
     model, card = load_model(folder, dtype=getattr(torch, cfg.dtype)).requires_grad_(False), read_card(folder)
+    if silent := card.get("silent"):
+        heads = sum(map(len, silent.values()))
+        say(
+            f"note: {heads} heads in {len(silent)} blocks are silenced by zeroed weights (method=f3); stock diffusers "
+            "computes them all the same, so that they save no time"
+        )
     report = write_pipeline(
         model,
         card,

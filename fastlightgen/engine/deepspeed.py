@@ -209,8 +209,8 @@ class DeepSpeedEngine:
         for name, role in self.state.roles.items():
             trained = sum(shards.shape(p).numel() for p in role.net.parameters() if p.requires_grad)
             parts.append(f"{title(name, self.state.roles)} {count(trained)} parameters")
-        cfg = self.cfg
-        return f"trains {', '.join(parts)} with DeepSpeed, {ranks.size()} ranks, zero={cfg.zero}, offload={cfg.offload}"
+        cfg, what = self.cfg, ", ".join(parts) or "nothing"
+        return f"trains {what} with DeepSpeed, {ranks.size()} ranks, zero={cfg.zero}, offload={cfg.offload}"
 
     def apply(self, update: Update, step: int) -> dict[str, float]:
         """Compute loss and gradient of every micro-batch, then clip and take one optimizer step.

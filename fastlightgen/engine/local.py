@@ -83,6 +83,8 @@ class LocalEngine:
 
         Per trained number: 4 bytes each of weight, gradient, two AdamW moments and, if there is one, the average.
         """
+        if not self.roles:
+            return "trains nothing"
         parts, total, saved = [], 0, 0
         for name, role in self.roles.items():
             trained = sum(p.numel() for p in role.net.parameters() if p.requires_grad)

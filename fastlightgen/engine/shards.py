@@ -157,7 +157,10 @@ def parts(p: nn.Parameter) -> tuple[Tensor, Tensor]:
     """Return this rank's part of a trained weight, flat: of its float32 master, and of the weight computed with."""
     if is_sharded(p):
         # DeepSpeed's safe_get_local_fp32_param would copy an offloaded part to the GPU.
-        return p._z3_optimizer._get_fp32_opt_state_partition(p, release_swap_buffers=False)[0], p.ds_tensor
+        master = p._z3_optimizer._get_fp32_opt_state_partition(p, release_swap_buffers=False)[0]
+        size = p.ds_tensor.numel()
+        own = max(0, min(size, p.ds_shape.numel() - size * ranks.rank()))  # the padding holds anything
+        return master[:own], p.ds_tensor[:own]
     fragment = p._hp_mapping  # type: ignore[attr-defined]  # set by DeepSpeed; None if all of p is on other ranks
     if fragment is None:
         return p.new_empty(0, dtype=torch.float32), p.new_empty(0)

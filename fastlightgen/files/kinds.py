@@ -40,8 +40,13 @@ CARD = record(
         "sampler": maybe(one_of(*SAMPLERS)),
         "source": maybe(text()),
         "world": maybe(whole(1, 1_000)),
+        "silent": table(items(BLOCK, most=BLOCKS, least=1)),  # block -> its silenced heads
+        "f3": record({}),
     },
 )
+
+# attention.json of method=f3: a row for each block, a number for each head
+ATTENTION = record({"mass": items(items(number(0, 1.01), most=BLOCKS, least=1), most=BLOCKS, least=1)})
 
 # importance.json of Stage I; one that a user wrote by hand may hold the needed keys alone
 UNIT = {"name": NAME, "index": BLOCK, "score": number(), "stderr": PLAIN}

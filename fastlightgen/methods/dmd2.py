@@ -54,8 +54,8 @@ class Dmd2(Adversarial):
 def build(cfg: Config, with_: Builder) -> Dmd2:
     pair = rival.pair(cfg, with_)
     full = cfg.fake_arch == "full"
-    start, keep = (pair.folder, None) if full else (pair.start, pair.keep)
-    fake = with_.copy(pair.teacher, pair.folder) if full else with_.load(pair.start).prune(pair.keep)
+    start, keep = (pair.folder, None) if full else (pair.start, pair.own)
+    fake = with_.copy(pair.teacher, pair.folder) if full else with_.load(pair.start).prune(pair.own)
     fake.requires_grad_(True)
     judge = discriminator.attach(fake, cfg.gan_features, generator(cfg.seed, HEADS)) if cfg.gan else None
     with_.checkpoint(cfg, pair.student, fake)

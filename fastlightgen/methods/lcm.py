@@ -124,7 +124,7 @@ def build(cfg: Config, with_: Builder) -> Lcm:
     target = None
     if cfg.target == "ema":
         same = nets.start == nets.folder
-        target = with_.copy(nets.teacher, nets.folder) if same else with_.load(nets.start).prune(nets.keep)
+        target = with_.copy(nets.teacher, nets.folder) if same else with_.load(nets.start).prune(nets.own)
         target.requires_grad_(False)
     with_.checkpoint(cfg, nets.student)
     stage = Lcm(cfg, nets, with_.batches, nets.card(with_), target)

@@ -23,7 +23,7 @@ from fastlightgen.models.config import NetworkConfig
 from fastlightgen.models.plumbing import FlatModule, flat_call
 from fastlightgen.models.recompute import recomputed
 from fastlightgen.models.schedule import Fork, Group, Step, read_once, schedule
-from fastlightgen.models.streams import AnyPrompt, AnyTables, Cond, Features, Job, Prompt, State, Stream, Tables
+from fastlightgen.models.streams import AnyPrompt, AnyTables, Cond, Features, Job, Prompt, State, Stream, Tables, Watch
 from fastlightgen.parallel.sequence import SequenceGroup
 
 __all__ = ["Block", "Cond", "Features", "Job", "Prompt", "State", "Stream", "Tables", "VideoDiT", "gradient"]
@@ -71,6 +71,10 @@ class Block(FlatModule[AnyPrompt, AnyTables]):
         """One state per prompt. With `settle`, the last matmul may add the residual instead of deferring it."""
         raise NotImplementedError
 
+    def attention_outputs(self) -> list[tuple[nn.Module, bool]]:
+        """The layers that read the self-attention in their first inputs; does their bias belong to it alone?"""
+        raise NotImplementedError
+
 
 class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
     """A video diffusion transformer whose blocks can be skipped, walked by several streams at once, or pruned."""
@@ -83,6 +87,7 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
     grad_block_calls: int = 0  # those block evaluations that carried gradient
     checkpointing: bool = False  # keep one hidden tensor per block and compute the block again in the backward pass
     keep_attention: int = 0  # with checkpointing: number of leading blocks that keep their self-attention outputs too
+    watch: Watch | None = None  # called with queries and keys of every attention among a clip's tokens
     sequence: SequenceGroup | None = None  # the processes that split a clip's tokens and call this network together
 
     @property
@@ -138,6 +143,7 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
         # Embed: time and positions once for all streams, each prompt once, each start state once.
         with gradient(plan.everyone.grad):
             tables = self.tables(x_t, t)
+        tables = tables if self.watch is None else replace(tables, watch=self.watch)
         if self.sequence is not None:  # from here to the unembedding this process has a part of the tokens
             cut = self.sequence.cut(tables.grid)
             x_t, tables = cut.part(x_t), tables.part(cut)

@@ -15,6 +15,8 @@ from fastlightgen.parallel.sequence import Cut
 
 TextKeys = dict[nn.Module, tuple[Tensor, Tensor]]  # block -> keys and values of one text, [1, T, heads, head_dim]
 
+Watch = Callable[[Tensor, Tensor, Tensor | None], None]  # queries, keys [B, L, heads, head_dim], mask
+
 # A family's own subclass of each.
 AnyCond = TypeVar("AnyCond", bound="Cond")
 AnyPrompt = TypeVar("AnyPrompt", bound="Prompt")
@@ -81,6 +83,7 @@ class Tables:
     rope: Rope  # cosine and sine per frame, row and column (`rope_factors`)
     grid: tuple[int, int, int]  # patches along (F, H, W)
     cut: Cut | None = field(default=None, kw_only=True)  # this process's part, which rope and grid describe; None: all
+    watch: Watch | None = field(default=None, kw_only=True)  # see VideoDiT.watch
 
     def part(self: AnyTables, cut: Cut) -> AnyTables:
         """The tables of this process's part of the latent."""
@@ -90,6 +93,8 @@ class Tables:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention among all tokens of the latent, those of other processes included."""
+        if self.watch is not None:
+            self.watch(q, k, mask)
         return attend(q, k, v, mask) if self.cut is None else self.cut.attend(q, k, v, mask)
 
     @property

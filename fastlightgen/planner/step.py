@@ -30,6 +30,7 @@ class Net:
     keep: Sequence[int] | None = None  # its blocks; None: all
     updates: float = 0  # optimizer steps in an iteration; 0: it only predicts
     still: Sequence[int] = ()  # blocks that do not train although the network does
+    fixed: bool = False  # its own weights do not train: the head alone does
     adapters: int = 0  # rank of the low-rank adapters that train in the place of its weights
     adapted: Sequence[int] | None = None  # blocks whose adapters ever run; None: all
     averaged: bool = False  # its weights have a running average
@@ -99,7 +100,7 @@ class StepCost:
     def activations(self, size: int) -> "Activations":
         """Bytes per clip of the largest walks; `size`: bytes of a number in the compute type."""
         grad = [p for p in self.passes if p.cost.grad_calls]
-        kept = max((self.kept_with(p, size) for p in grad if not p.beside), default=0.0)
+        kept = max((self.kept_with(p, size) for p in self.passes if not p.beside), default=0.0)
         again = max(b.saved.bytes(size) for b in self.net.blocks) - self.net.last.bytes(size)
         block = max(b.gradients for b in self.net.blocks) * size if grad else 0.0
         if any(p.cost.boundaries for p in grad):
@@ -177,6 +178,8 @@ def step_cost(net: Network, declared: Iteration, cfg: Any) -> StepCost:
         if held.adapters:  # every block has them; those of blocks that never run do not train
             train = net.prune(range(len(net.blocks)) if held.adapted is None else held.adapted).adapters(held.adapters)
             step.frozen["idle adapters"] = net.adapters(held.adapters) - train
+        elif held.fixed:
+            train, step.frozen[f"{name}'s network"] = 0, whole.params
         else:
             train = whole.params - sum(net.blocks[i].params for i in held.still)
             step.frozen |= {"dropped blocks": whole.params - train} if held.still else {}

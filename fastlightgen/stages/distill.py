@@ -25,7 +25,16 @@ from fastlightgen.stages.matching import dmd_loss
 from fastlightgen.stages.method import Method
 from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.rollouts import STUDENT
-from fastlightgen.stages.start import inputs, needs, pruned_path, stage2_folder, student_folder, subject
+from fastlightgen.stages.start import (
+    inputs,
+    needs,
+    own_path,
+    pruned_alone,
+    pruned_path,
+    stage2_folder,
+    student_folder,
+    subject,
+)
 from fastlightgen.stages.student import Matching, MatchingConfig, look
 
 ADAPTERS = 7  # the purpose of this file's own random draws; those of the updates stand in rollouts.py
@@ -98,29 +107,32 @@ def build(cfg: Config, with_: Builder) -> Distill:
     folder = stage2_folder(cfg)
     keep = pruned_path(folder)
     start, card = student_folder(cfg.start_model, folder, keep), read_card(folder)
+    if pruned_alone(folder) and cfg.strong == "stage2":
+        raise ValueError(f"{folder}: holds the pruned network alone, Eq. 9 needs a strong teacher; use strong=original")
+    path = own_path(folder, keep)
     teacher = with_.load(folder).requires_grad_(False)
     with_.check_data(teacher, card)
     with_.read_guidance(cfg.teacher_guidance, teacher, card)
     student = with_.load(start) if cfg.start_model else with_.copy(teacher, folder)
-    student = student.requires_grad_(True).prune(keep)
+    student = student.requires_grad_(True).prune(own_path(start, keep))
     original = None
     if cfg.strong == "original":
         original = with_.load(trained_folder(cfg.model)).requires_grad_(False)
-    fake_keep = keep if cfg.fake_arch == "pruned" else None
+    fake_keep = path if cfg.fake_arch == "pruned" else None
     fake, trained = teacher, None
     if cfg.fake_mode == "lora":  # the critic is the teacher with adapters, which are off in the teacher's predictions
         trained = attach_lora(teacher, cfg.lora_rank, generator(cfg.seed, ADAPTERS))
     else:
         fake = with_.copy(teacher, folder).requires_grad_(True)
-        fake, fake_keep = (fake.prune(keep), None) if fake_keep is not None else (fake, None)
+        fake, fake_keep = (fake.prune(path), None) if fake_keep is not None else (fake, None)
     with_.checkpoint(cfg, student, fake)
     say(f"learning rates: student {cfg.lr:g}, critic {cfg.critic_lr:g}")
-    nets = Networks(student, teacher, keep, fake, fake_keep, trained or fake, trained is not None, original)
+    nets = Networks(student, teacher, path, fake, fake_keep, trained or fake, trained is not None, original)
     nets.scale = with_.guidance
     stage = Distill(cfg, nets, with_.batches, with_.card(source=card.get("source"), kept_blocks=keep))
-    stage.roles["student"].file_values = with_.file_values(start, keep)
+    stage.roles["student"].file_values = with_.file_values(start, own_path(start, keep))
     if trained is None:  # adapters start from values of their own
-        stage.roles["fake"].file_values = with_.file_values(folder, keep if cfg.fake_arch == "pruned" else None)
+        stage.roles["fake"].file_values = with_.file_values(folder, path if cfg.fake_arch == "pruned" else None)
     return stage
 
 

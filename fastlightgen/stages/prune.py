@@ -235,7 +235,7 @@ def needs(cfg: Config) -> str:
     return "" if cfg.importance else "1"
 
 
-def ranking_of(cfg: Config) -> Path:
+def ranking_of(cfg: Any) -> Path:
     return Path(cfg.importance or Path(cfg.run) / "stage1" / "importance.json")
 
 

@@ -119,7 +119,18 @@ def output_mse(v: Tensor, v_full: Tensor) -> Tensor:
     return (v.float() - v_full.float()).square().flatten(1).mean(1)
 
 
-def evaluation_set(cfg: Config, batches: Callable[[int], Batch]) -> Iterator[Sample]:
+class EvaluationKeys(Protocol):
+    """The keys that decide the evaluation set."""
+
+    clips: int
+    timesteps: int
+    t_range: list[float]
+    batch: int
+    shift: float
+    seed: int
+
+
+def evaluation_set(cfg: EvaluationKeys, batches: Callable[[int], Batch]) -> Iterator[Sample]:
     """Yield `clips` clips at `timesteps` stratified times each; all candidates see the same x0, noise and t."""
     low, high = cfg.t_range
     for start in range(0, cfg.clips, cfg.batch):

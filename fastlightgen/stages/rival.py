@@ -73,13 +73,18 @@ class Pair:
     folder: Path  # the teacher's
     start: Path  # the student's
 
+    @property
+    def own(self) -> list[int]:
+        """The student's blocks as the network of `start` numbers them."""
+        return start.own_path(self.start, self.keep)
+
     def card(self, with_: Builder) -> dict[str, Any]:
         """The card of the result."""
         return with_.card(source=str(self.folder), kept_blocks=self.keep)
 
     def values(self, with_: Builder) -> Values | None:
         """The reader of the student's float32 values; see `Builder.file_values`."""
-        return with_.file_values(self.start, self.keep)
+        return with_.file_values(self.start, self.own)
 
 
 def pair(cfg: Keys, with_: Builder) -> Pair:
@@ -90,7 +95,8 @@ def pair(cfg: Keys, with_: Builder) -> Pair:
     if cfg.student == "pruned":
         stage2 = start.stage2_folder(cfg)
         keep = start.pruned_path(stage2)
-        start.require_same(f"stage2_model={stage2}", config_of(stage2), config, f"model={cfg.model}")
+        wanted = start.pruned_config(config, keep) if start.pruned_alone(stage2) else config
+        start.require_same(f"stage2_model={stage2}", config_of(stage2), wanted, f"model={cfg.model}")
         first = start.student_folder(cfg.start_model, stage2, keep)
     elif cfg.start_model:
         start.require_model(first, "of the teacher's network")
@@ -103,7 +109,7 @@ def pair(cfg: Keys, with_: Builder) -> Pair:
         with_.read_guidance(cfg.teacher_guidance, teacher, read_card(stage2))
     with_.read_guidance(cfg.teacher_guidance, teacher, card)
     student = with_.copy(teacher, folder) if first == folder else with_.load(first)
-    student = student.requires_grad_(True).prune(keep)
+    student = student.requires_grad_(True).prune(start.own_path(first, keep))
     return Pair(teacher, student, keep, scale_of(cfg, teacher, card), with_.guidance, folder, first)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from fastlightgen.config import numbers, root
 from fastlightgen.engine.folder import as_used, read_run
-from fastlightgen.models.families import depth
+from fastlightgen.models.families import depth, family_of
 from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import read_card
 from fastlightgen.stages.method import Guess, Subject
@@ -32,24 +32,56 @@ def stage2_folder(cfg: Keys) -> Path:
         raise ValueError(
             f"{folder}: there is no Stage II model; run stage=2 with the same run= first, or give stage2_model="
         )
+    require_audible(folder)
     return folder
+
+
+def require_audible(folder: Path) -> None:
+    """Raise if method=f3 silenced self-attentions of this network."""
+    if silent := read_card(folder).get("silent"):
+        raise ValueError(
+            f"{folder}: method=f3 silenced the self-attention of {len(silent)} blocks, which Stage III would train "
+            "again; use a model of f3=block"
+        )
+
+
+def pruned_alone(folder: Path) -> bool:
+    """True if a method of Stage II left the pruned network alone, without the dropped blocks."""
+    card = read_card(folder)
+    return card.get("stage") == 2 and "pruned_path" not in card
 
 
 def pruned_path(folder: Path) -> list[int]:
     """Return the blocks that Stage II's pruned path keeps; raise if the folder names none."""
-    keep: list[int] | None = read_card(folder).get("pruned_path")
+    keep: list[int] | None = read_card(folder).get("kept_blocks" if pruned_alone(folder) else "pruned_path")
     if keep is None:
         raise ValueError(f"{folder}/fastlightgen.json: names no pruned_path; wanted a model that stage=2 made")
     return keep
+
+
+def own_path(folder: Path, keep: Sequence[int]) -> list[int]:
+    """The blocks `keep` of the unpruned network, as they are numbered in the folder's network."""
+    return list(range(len(keep))) if pruned_alone(folder) else list(keep)
+
+
+def pruned_config(config: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """config.json of a network that is pruned to these blocks."""
+    out, first = dict(config), 0
+    for key in family_of(config).lists.values():
+        out[key] = sum(first <= i < first + config[key] for i in keep)
+        first += config[key]
+    return out
 
 
 def student_folder(start_model: str, stage2: Path, keep: Sequence[int]) -> Path:
     """Return the folder whose pruned path the student starts from; raise unless it has Stage II's network and path."""
     if not start_model:
         return stage2
-    start = Path(start_model)
+    start, config = Path(start_model), config_of(stage2)
     require_model(start)
-    require_same(f"start_model={start}", config_of(start), config_of(stage2), str(stage2))
+    if pruned_alone(start) and not pruned_alone(stage2):
+        config = pruned_config(config, keep)
+    require_same(f"start_model={start}", config_of(start), config, str(stage2))
     if (path := pruned_path(start)) != list(keep):
         raise ValueError(
             f"start_model={start}: its pruned path keeps blocks {path}, wanted {list(keep)} as in {stage2}; "
@@ -62,6 +94,7 @@ def require_model(folder: Path, wanted: str = "that stage=2 made") -> None:
     """Raise unless start_model=FOLDER is a model folder."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"start_model={folder}: there is no model folder; give one {wanted}")
+    require_audible(folder)
 
 
 def require_same(name: str, found: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
@@ -80,6 +113,8 @@ def subject(cfg: Keys, guess: Guess | None = None) -> Subject:
         config = config_of(trained_folder(cfg.model))
         return config, guess(depth(config))
     folder = stage2_folder(cfg)
+    if pruned_alone(folder):  # its teacher is not
+        return config_of(trained_folder(cfg.model)), pruned_path(folder)
     config, keep = config_of(folder), read_card(folder).get("pruned_path")
     return config, list(range(depth(config))) if keep is None else keep
 

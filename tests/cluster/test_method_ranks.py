@@ -1,11 +1,11 @@
-"""The rivals of Stage III on two real ranks under DeepSpeed against one process without it. gloo on the CPU."""
+"""The rivals of Stages II and III on two real ranks under DeepSpeed against one process without it. gloo on the CPU."""
 
 import importlib.util
 
 import pytest
 import torch
 import worker
-from helpers import KEPT, small_wan
+from helpers import KEPT, small_wan, write_ranking
 from launch import on_ranks
 from safetensors.torch import load_file
 
@@ -35,8 +35,21 @@ CASES = {
     },
     "magicdistillation, zero 3, shared tokens": {"method": "magicdistillation", "sequence_parallel": 2, "words": MAGIC},
 }
+ICMD = ["mca_start=0.01", "mca_every=2", "lr_discriminator=1e-3"]  # of 100 iterations: from the second on
+F3 = ["recover=true", "clips=3", "timesteps=1", "ratio=0.4"]
+TWO = {
+    "icmd, zero 1": {"method": "icmd", "zero": 1, "words": ICMD},
+    "icmd, zero 2, accumulated": {"method": "icmd", "zero": 2, "micro_batch": 1, "words": ICMD},
+    "icmd, zero 3, checkpointing": {"method": "icmd", "words": [*ICMD, "checkpointing=true"]},
+    "icmd, zero 3, without a discriminator": {"method": "icmd", "words": ["mca=0"]},
+    "icmd, zero 3, shared tokens": {"method": "icmd", "sequence_parallel": 2, "words": ICMD},
+    "f3, zero 3, silenced": {"method": "f3", "words": F3},
+    "f3, zero 2, blocks": {"method": "f3", "zero": 2, "words": [*F3, "f3=block", "guided=2"]},
+}
+CASES |= {name: case | {"stage": 2} for name, case in TWO.items()}
 ONE_RUNG = ["steps=1", "count=generator", "ratio=2"]
 GATHERED = {  # a cycle in every iteration, and a ladder of one step: every iteration has the same walks
+    "icmd": {"method": "icmd", "words": [*ICMD, "mca_start=0"], "stage": 2},
     "dmd2, one rung": {"method": "dmd2", "words": [*GAN, *ONE_RUNG]},
     "magicdistillation, one rung": {"method": "magicdistillation", "words": [*MAGIC, *ONE_RUNG]},
 }
@@ -52,6 +65,8 @@ FLOAT8 = {
 SAVED = {
     "dmd2, saved": {"method": "dmd2", "words": [*GAN, "ema=0.9", "rollouts=shared"]},
     "dmd2, saved, bfloat16": {"method": "dmd2", "zero": 2, "dtype": "bfloat16", "words": [*GAN, "dtype=bfloat16"]},
+    "icmd, saved": {"method": "icmd", "words": ICMD, "stage": 2},
+    "icmd, saved, bfloat16": {"method": "icmd", "dtype": "bfloat16", "words": [*ICMD, "dtype=bfloat16"], "stage": 2},
     "lcm, saved, average": {"method": "lcm", "words": ["target=ema"]},
     "magicdistillation, saved": {"method": "magicdistillation", "words": MAGIC},
 }
@@ -63,10 +78,12 @@ def cases(tmp_path_factory) -> dict:
     root = tmp_path_factory.mktemp("methods")
     models = [f"model={save_model(small_wan(seed=2), root / 'teacher', guidance=2.0)}"]
     stage2 = save_model(small_wan(seed=1), root / "stage2", pruned_path=KEPT)
-    out = {}
+    ranking, out = f"importance={write_ranking(root / 'importance.json')}", {}
     for name, case in (CASES | GATHERED | FLOAT8 | SAVED).items():
         own = case.get("words", [])
-        words = [*models, *([] if "student=full" in own else [f"stage2_model={stage2}"]), *own]
+        first = ranking if case.get("stage") == 2 else f"stage2_model={stage2}"
+        first = f"run={root / name}" if case["method"] == "f3" else first
+        words = [*models, *([] if "student=full" in own else [first]), *own]
         out[name] = {"stage": 3, "steps": 3, **case, "words": words} | (
             {"save": str(root / name)} if name in SAVED else {}
         )

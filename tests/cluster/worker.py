@@ -318,8 +318,9 @@ def new_stage(case: dict):
 def rival(case: dict):
     """Return a stage of another method, built from model folders as the train command does."""
     engine = [] if ranks.size() == 1 else ["engine=deepspeed", f"zero={case.get('zero', 3)}"]
-    words = ["stage=3", "run=unused", f"method={case['method']}", f"batch={BATCH}", "shift=3", "iters=100", "warmup=0"]
-    given = dict(w.split("=", 1) for w in [*words, "dtype=float32", "lr=1e-3", *engine, *case["words"]])
+    words = [f"stage={case['stage']}", "run=unused", f"method={case['method']}", f"batch={BATCH}", "shift=3"]
+    words += ["iters=100", "warmup=0", "dtype=float32", "lr=1e-3"]
+    given = dict(w.split("=", 1) for w in [*words, *engine, *case["words"]])
     cfg = load([f"{k}={v}" for k, v in given.items()])
     return method_for(cfg).build(cfg, Cropped(cfg, ShapesSource(0), CPU))
 

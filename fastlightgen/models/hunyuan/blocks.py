@@ -68,6 +68,9 @@ class DoubleBlock(HunyuanBlock):
         self.attn = JointAttention(cfg)
         self.ff, self.ff_context = FeedForward(dim, inner, dim), FeedForward(dim, inner, dim)
 
+    def attention_outputs(self) -> list[tuple[nn.Module, bool]]:
+        return [(self.attn.to_out[0], True), (self.attn.to_add_out, True)]
+
     def read(self, prompt: HunyuanPrompt) -> Modulations:
         first = [] if prompt.first is None else [self.norm1(prompt.first)]
         return [*first, self.norm1(prompt.temb), self.norm1_context(prompt.temb)]
@@ -96,6 +99,9 @@ class SingleBlock(HunyuanBlock):
         self.norm = Modulation(dim, 3)
         self.attn = SingleAttention(cfg)
         self.proj_mlp, self.proj_out = nn.Linear(dim, inner), nn.Linear(dim + inner, dim)
+
+    def attention_outputs(self) -> list[tuple[nn.Module, bool]]:
+        return [(self.proj_out, False)]  # it reads the feed-forward too
 
     def read(self, prompt: HunyuanPrompt) -> Modulations:
         first = [] if prompt.first is None else [self.norm(prompt.first)]

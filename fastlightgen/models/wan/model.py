@@ -79,6 +79,9 @@ class WanBlock(Block):
         self.ffn = FeedForward(dim, cfg.ffn_dim, dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
+    def attention_outputs(self) -> list[tuple[nn.Module, bool]]:
+        return [(self.attn1.to_out[0], True)]
+
     def read(self, prompt: WanPrompt) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the text and of the image tokens."""
         keys = self.attn2.keys(prompt.text) if prompt.text_keys is None else self.constant_keys(prompt)
