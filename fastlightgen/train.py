@@ -1,4 +1,4 @@
-"""python -m fastlightgen.train stage=0|1|2|3|all run=DIR ...: train or continue one stage, or all of them."""
+"""python -m fastlightgen.train stage=0|1|2|3|all|decoder run=DIR ...: train or continue one stage, or all of them."""
 
 import os
 import traceback
@@ -54,6 +54,7 @@ from fastlightgen.pipelines.world import Pipeline
 from fastlightgen.planner.fit import check_fit
 from fastlightgen.report import write_report
 from fastlightgen.rng import generator, rand
+from fastlightgen.stages import decoder
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.earlier import announcement, missing
 from fastlightgen.stages.rank import Config as RankConfig
@@ -68,6 +69,9 @@ OWN = ("run", "device", "threads", "progress")  # keys that may differ between t
 
 def train(cfg: Any) -> None:
     """Run the command. With several ranks this function ends the process and does not return."""
+    if cfg.stage == "decoder":
+        train_decoder(cfg)
+        return
     try:
         cfg = settled(cfg)
         set_up(cfg)
@@ -77,6 +81,30 @@ def train(cfg: Any) -> None:
             raise
         end(err)
     ranks.leave()
+
+
+def train_decoder(cfg: Any) -> None:
+    """Run or continue stage=decoder, in this process."""
+    check_installed(cfg)
+    if ranks.launched() > 1:
+        raise ValueError(f"stage=decoder: runs in one process, {ranks.launched()} were launched; launch one")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.set_flush_denormal(True)
+    device = pick_device(cfg.device)
+    more = decoder.inputs(cfg)
+    folder = StageFolder(cfg.run, "decoder", asdict(cfg) | more, [*numbers(cfg), *more], cfg.overwrite)
+    try:
+        if folder.complete:
+            say(f"stage decoder: {folder.result} exists, nothing to do (overwrite=true starts anew)")
+            return
+        stage = decoder.build(cfg, folder.path, device)
+        dtype = compute_type(cfg.dtype, device.type == "cuda", True)
+        train_loop(stage, LocalEngine(device, dtype, cfg.batch, cfg.micro_batch), folder, cfg)
+        say(f"stage decoder: {folder.result}")
+        say(f"next: {after_stage(cfg)}")
+    finally:
+        folder.close()
 
 
 def settled(cfg: Any) -> Any:

@@ -26,6 +26,7 @@ ORDER = [  # from the top down; no two units share a level
     # engines, models and data
     "engine",
     "pipelines",
+    "decoder",
     "world",
     "page",
     "metrics",
