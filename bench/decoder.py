@@ -9,11 +9,9 @@ last quarter of both, and a third clip that training never sees. One CPU core; a
 
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -27,7 +25,7 @@ SCENES = {  # file -> frames, frames per second, size it is read in
     "carphone_pristine.mp4": (120, 29.97, (144, 176)),
 }
 TRAINED = ("bigbuckbunny.mp4", "bikes.mp4")
-BASE = {"steps": 900, "batch": 2, "frames": 5, "size": 64, "lr": 1e-3, "kl": 1e-6}
+BASE = {"steps": 500, "batch": 2, "frames": 5, "size": 64, "lr": 1.5e-3, "kl": 1e-6}
 
 
 def scene(folder: Path, name: str) -> torch.Tensor:
@@ -87,7 +85,7 @@ def train_base(training: dict[str, torch.Tensor], folder: Path) -> dict:
         optimizer.step()
         if step % 50 == 0:
             print(f"step {step}: loss {loss.item():.4f}, {time.time() - start:.0f} s", flush=True)
-        if (step + 1) % 300 == 0:
+        if (step + 1) % 100 == 0:
             vae.save_pretrained(folder.with_name("base-unfinished"))
     cost = {"steps": BASE["steps"], "cpu_minutes": (time.process_time() - cpu) / 60}
     vae.save_pretrained(folder)

@@ -1,5 +1,6 @@
-"""VAE folders: read one strictly with diffusers' class, write one completely or not at all, check one for a pipeline."""
+"""VAE folders: read one strictly, write one completely or not at all, put one into a pipeline."""
 
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ def read_vae(path: str | Path, device: torch.device | str = "cpu") -> Any:
     try:
         import diffusers
     except ImportError:
-        raise ValueError("stage=decoder needs diffusers: pip install 'fastlightgen[video]'") from None
+        raise ValueError("a VAE needs diffusers: pip install 'fastlightgen[video]'") from None
     folder, config = read_vae_config(path)
     try:
         with warnings.catch_warnings():  # newer versions of diffusers rename torch_dtype to dtype and warn
@@ -90,3 +91,14 @@ def check_replaces(path: str | Path, pipeline: Path, encodes: bool) -> tuple[Pat
             "which keeps it"
         )
     return folder, card
+
+
+@torch.no_grad()
+def copy_vae(folder: Path, target: Path) -> None:
+    """Copy a VAE folder into an export, load it with diffusers' class, and decode a latent with it."""
+    shutil.copytree(folder, target, copy_function=shutil.copyfile)
+    vae = read_vae(target)
+    latent = getattr(vae.config, KINDS[type(vae).__name__].latent)
+    frames = vae.decode(torch.zeros(1, latent, 1, 2, 2)).sample
+    if not torch.isfinite(frames).all():
+        raise ValueError(f"vae={folder}: decodes numbers that are not finite; train it anew")

@@ -79,7 +79,8 @@ def unit(f: Tensor) -> Tensor:
 def read_perceptual(file: str, heads: str = "") -> Perceptual:
     """Read VGG16's weights (torchvision's keys) and, if given, LPIPS's file of w_l; checks names and shapes."""
     held = read_tensors([Path(file)]) | (read_tensors([Path(heads)]) if heads else {})
-    wanted, into, out = {}, 3, 0
+    wanted: dict[str, tuple[int, ...]] = {}
+    into, out = 3, 0
     for number, stage in enumerate(VGG):
         for conv in stage:
             weight = held.get(f"features.{conv}.weight")
@@ -107,7 +108,7 @@ class Discriminator(nn.Module):
             conv = nn.Conv3d(into, out, (3, 4, 4), (1, stride, stride), (1, 1, 1))
             with torch.no_grad():  # from `gen` alone, so that every start of a run draws the same
                 conv.weight.copy_(torch.randn(conv.weight.shape, generator=gen) / conv.weight[0].numel() ** 0.5)
-                conv.bias.zero_()
+                nn.init.zeros_(conv.bias)
             last = number == len(plan) - 1
             layers += [conv] if last else [conv, nn.GroupNorm(1, out), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers)

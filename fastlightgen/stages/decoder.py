@@ -95,10 +95,10 @@ class DecoderKeys(Checked):
 class Decoder:
     """The fine-tuning for the loop: the small decoder and its discriminator."""
 
-    number = "decoder"
+    number: int | str = "decoder"
     drifts = False
     frozen: Sequence[VideoDiT] = ()
-    teacher = None
+    teacher: VideoDiT | None = None  # the target is the data
 
     def __init__(
         self,
