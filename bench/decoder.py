@@ -47,12 +47,12 @@ ROWS = {  # name -> what stage=decoder is told; the rest is FINE_TUNING
     "half, a block less": ["keep_channels=0.5", "drop_layers=1"],
 }
 FINE_TUNING = (
-    "size=32x32 frames=5 fps=25 batch=4 iters=400 lr=2e-3 warmup=20 adversarial=0 score_clips=16 seed=0".split()
+    "size=32x32 frames=5 fps=25 batch=4 iters=200 lr=2e-3 warmup=20 adversarial=0 score_clips=16 seed=0".split()
 )
 TUBES, TUBE = 300, 9  # pieces of the training frames that the fine-tuning reads, and their frames
 MEASURED = {"size": (96, 128), "frames": 17, "each": 2, "repeats": 5}  # held-out pieces per scene; rounds of timing
 OUT = Path("bench/results/decoder.json")
-BASE: dict[str, Any] = {"steps": 600, "batch": 4, "frames": 5, "size": 32, "lr": 2e-3, "kl": 1e-6}
+BASE: dict[str, Any] = {"steps": 300, "batch": 4, "frames": 5, "size": 32, "lr": 2e-3, "kl": 1e-6}
 
 
 def scene(folder: Path, name: str) -> Tensor:
@@ -114,7 +114,7 @@ def train_base(training: dict[str, Tensor], folder: Path) -> dict:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        if step % 50 == 0:
+        if step % 20 == 0:
             print(f"step {step}: loss {loss.item():.4f}, {time.time() - start:.0f} s", flush=True)
     cost = {"steps": BASE["steps"], "cpu_minutes": (time.process_time() - cpu) / 60}
     vae.save_pretrained(folder)
