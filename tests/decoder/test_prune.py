@@ -79,8 +79,10 @@ def test_every_parameter_has_its_axes(family):
 
 
 @pytest.mark.parametrize("family", ["wan", "hunyuan"])
-def test_taylor_is_the_derivative(family):
+def test_taylor_is_the_derivative(family, monkeypatch):
     """The squared finite difference of the error along a factor on a channel's weights, in float64."""
+    wan = diffusers.models.autoencoders.autoencoder_kl_wan
+    monkeypatch.setattr(wan.WanUpsample, "forward", torch.nn.Upsample.forward)  # its own rounds to float32
     vae = small_vae(family).double()
     layout = KINDS[type(vae).__name__].layout(vae.decoder)
     pair = pairs(1, torch.float64)
