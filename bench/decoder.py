@@ -43,10 +43,6 @@ SCENES = {  # file -> frames, frames per second, size it is read in
 }
 TRAINED = ("bigbuckbunny.mp4", "bikes.mp4")
 ROWS = {"half": ["keep_channels=0.5", "drop_layers=0"]}  # name -> what stage=decoder is told beside FINE_TUNING
-FINE_TUNING
-    "half": ["keep_channels=0.5", "drop_layers=0"],
-    "half, a block less": ["keep_channels=0.5", "drop_layers=1"],
-}
 FINE_TUNING = (
     "size=32x32 frames=5 fps=25 batch=4 iters=150 lr=2e-3 warmup=20 adversarial=0 score_clips=16 seed=0".split()
 )
@@ -178,7 +174,14 @@ def seconds(vaes: dict[str, Any], z: Tensor) -> dict[str, list[float]]:
 
 def fine_tune(work: Path, name: str) -> float:
     """Run stage=decoder for a row; returns its CPU minutes, 0 if it was done before."""
-    words = [f"vae={work / 'base'}", f"videos={work / 'tubes'}", f"run={work / name}", *ROWS[name], *FINE_TUNING, "threads=1"]
+    words = [
+        f"vae={work / 'base'}",
+        f"videos={work / 'tubes'}",
+        f"run={work / name}",
+        *ROWS[name],
+        *FINE_TUNING,
+        "threads=1",
+    ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "fastlightgen.train", "stage=decoder", *words], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -29,6 +29,7 @@ from fastlightgen.config import (
 )
 from fastlightgen.data.source import Source
 from fastlightgen.data.version import check_latents
+from fastlightgen.decoder.folder import read_vae
 from fastlightgen.engine.choice import Choice
 from fastlightgen.engine.folder import CLIPS, StageFolder
 from fastlightgen.engine.hang import HangWatch
@@ -96,6 +97,7 @@ def train_decoder(cfg: Any) -> None:
     folder = StageFolder(cfg.run, "decoder", asdict(cfg) | more, [*numbers(cfg), *more], cfg.overwrite)
     try:
         if folder.complete:
+            read_vae(folder.result)
             say(f"stage decoder: {folder.result} exists, nothing to do (overwrite=true starts anew)")
             return
         stage = decoder.build(cfg, folder.path, device)

@@ -10,7 +10,9 @@ import torch
 
 from fastlightgen.atomic import write_json
 from fastlightgen.decoder.layout import KINDS
-from fastlightgen.models.folder.files import WEIGHTS, read_json, replacing
+from fastlightgen.files.border import read_json
+from fastlightgen.files.schema import record
+from fastlightgen.models.folder.files import WEIGHTS, replacing
 
 CARD, INDEX = "fastlightgen.json", "model_index.json"
 
@@ -26,7 +28,7 @@ def read_vae_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
     folder = vae_folder(path)
     if not (folder / "config.json").is_file():
         raise ValueError(f"vae={path}: has no config.json; give a VAE's folder, or a pipeline's")
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     name = config.get("_class_name")
     if name not in KINDS:
         raise ValueError(f"vae={path}: is a {name}; wanted {' or '.join(KINDS)}")
@@ -65,7 +67,13 @@ def write_vae(vae: Any, folder: Path, card: Mapping[str, Any]) -> None:
 
 def read_vae_card(folder: Path) -> dict[str, Any]:
     """The fastlightgen.json of a VAE folder; {} if there is none."""
-    return read_json(folder / CARD) if (folder / CARD).is_file() else {}
+    return read_object(folder / CARD) if (folder / CARD).is_file() else {}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    content: dict[str, Any] = read_json(path, record({}), "copy the folder again")
+    return content
 
 
 def check_replaces(path: str | Path, pipeline: Path, encodes: bool) -> tuple[Path, dict[str, Any]]:
@@ -74,7 +82,7 @@ def check_replaces(path: str | Path, pipeline: Path, encodes: bool) -> tuple[Pat
     `encodes`: the pipeline encodes a first frame, so the VAE needs an encoder.
     """
     folder, config = read_vae_config(path)
-    own = read_json(pipeline / "vae" / "config.json")
+    own = read_object(pipeline / "vae" / "config.json")
     if config["_class_name"] != own.get("_class_name"):
         raise ValueError(f"vae={path}: is a {config['_class_name']}, and the pipeline's is a {own.get('_class_name')}")
     kind = KINDS[config["_class_name"]]
