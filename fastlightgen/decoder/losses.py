@@ -108,7 +108,7 @@ class Discriminator(nn.Module):
             conv = nn.Conv3d(into, out, (3, 4, 4), (1, stride, stride), (1, 1, 1))
             with torch.no_grad():  # from `gen` alone, so that every start of a run draws the same
                 conv.weight.copy_(torch.randn(conv.weight.shape, generator=gen) / conv.weight[0].numel() ** 0.5)
-                nn.init.zeros_(conv.bias)
+                nn.init.zeros_(conv.get_parameter("bias"))
             last = number == len(plan) - 1
             layers += [conv] if last else [conv, nn.GroupNorm(1, out), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers)

@@ -4,9 +4,10 @@ import json
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
-from helpers import assert_same, untimed
+from helpers import assert_same, untimed, write_video
 from safetensors.torch import load_file, save_file
 from vaes import small_vae, write_videos
 
@@ -93,9 +94,13 @@ def test_micro_batches_see_the_same_clips(inputs, tmp_path):
 
 
 def test_fine_tuning_lowers_the_error(inputs, tmp_path):
-    run(inputs, f"run={tmp_path}", "iters=40", "adversarial=0", "lr=5e-3", "save_every=40")
-    errors = [r["reconstruction"] for r in result(tmp_path)["metrics"]]
-    assert sum(errors[-8:]) < 0.9 * sum(errors[:8])
+    """A grey clip, 0.57 away from what random weights decode, is learnt within a few steps."""
+    (tmp_path / "grey").mkdir()
+    write_video(tmp_path / "grey" / "grey.mp4", np.full((12, 64, 80, 3), 200, np.uint8), 16)
+    words = ["iters=12", "adversarial=0", "lr=2e-2", "save_every=12", "lr_schedule=constant"]
+    run(inputs, f"run={tmp_path / 'run'}", f"videos={tmp_path / 'grey'}", *words)
+    errors = [r["reconstruction"] for r in result(tmp_path / "run")["metrics"]]
+    assert errors[0] > 0.4 and errors[-1] < 0.5 * errors[0]
 
 
 def test_clips_depend_on_their_number_alone(inputs):
