@@ -44,12 +44,12 @@ SCENES = {  # file -> frames, frames per second, size it is read in
 TRAINED = ("bigbuckbunny.mp4", "bikes.mp4")
 ROWS = {"half": ["keep_channels=0.5", "drop_layers=0"]}  # name -> what stage=decoder is told beside FINE_TUNING
 FINE_TUNING = (
-    "size=32x32 frames=5 fps=25 batch=4 iters=150 lr=2e-3 warmup=20 adversarial=0 score_clips=16 seed=0".split()
+    "size=32x32 frames=5 fps=25 batch=4 iters=400 lr=2e-3 warmup=20 adversarial=0 score_clips=16 seed=0".split()
 )
 TUBES, TUBE = 300, 9  # pieces of the training frames that the fine-tuning reads, and their frames
 MEASURED = {"size": (96, 128), "frames": 9, "each": 1, "repeats": 5}  # held-out pieces per scene; rounds of timing
 OUT = Path("bench/results/decoder.json")
-BASE: dict[str, Any] = {"steps": 300, "batch": 4, "frames": 5, "size": 32, "lr": 2e-3, "kl": 1e-6}
+BASE: dict[str, Any] = {"steps": 1200, "batch": 4, "frames": 5, "size": 32, "lr": 1e-3, "kl": 1e-6}
 
 
 def scene(folder: Path, name: str) -> Tensor:
@@ -111,7 +111,7 @@ def train_base(training: dict[str, Tensor], folder: Path) -> dict:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        if step % 20 == 0:
+        if step % 50 == 0:
             print(f"step {step}: loss {loss.item():.4f}, {time.time() - start:.0f} s", flush=True)
     cost = {"steps": BASE["steps"], "cpu_minutes": (time.process_time() - cpu) / 60}
     vae.save_pretrained(folder)
