@@ -38,7 +38,7 @@ def shipped_layers(cls: type, given: Mapping[str, Any]) -> list[tuple[str, dict[
     known, out = leaves(cls), list[tuple[str, dict[str, Any]]]()
     model, chosen = (str(given.get(k, default_of(known[k]) if k in known else "")) for k in ("model", "preset"))
     if "run" in known and "stage" in known and default_of(known["run"]) == REQUIRED:  # `report` must be given its run
-        out.append(("named after the model", {"run": default_run(model or str(given.get("vae", "")))}))
+        out.append(("named after the model", {"run": default_run(model or str(given.get("vae", "small-decoder")))}))
     model = next((str(given[key]) for key in STARTS if key in known and given.get(key)), model)
     numbers, networks = recipe(chosen), model_layers(model)
     for stage, prefix in sections(cls).items():

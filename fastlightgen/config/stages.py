@@ -27,8 +27,8 @@ CHOOSES = ("2", "3")  # stages with a key `method`
 DEFAULT = "fastlightgen"
 # The keys of every stage that stage=decoder has too: those of a run in one process, without a network and a cache.
 OF_DECODER = (
-    "run seed device dtype micro_batch log_every save_every keep keep_every alarms tensorboard wandb trackio overwrite "
-    "threads progress dry_run"
+    "run seed device dtype micro_batch log_every save_every keep damaged keep_every alarms tensorboard wandb trackio "
+    "overwrite threads progress dry_run"
 ).split()
 METHOD_HELP = "which method the stage follows"
 

@@ -20,7 +20,7 @@ CASES = [
     (
         "train",
         [*S1, "iters=9"],
-        ["key of stage=0, stage=2, stage=3, stage=decoder, not"],
+        ["key of stage=0, stage=2, stage=3,", "not of stage=1"],
         [*S1, "clips=9"],
         ("clips", 9),
     ),
@@ -104,7 +104,7 @@ CASES = [
     (
         "train",
         [*S1, "lrr=1"],
-        ["mean lr, a key of stage=0, stage=2, stage=3, stage=decoder?"],
+        ["did you mean lr, a key of stage=0, stage=2,"],
         [*S2, "lr=1"],
         ("lr", 1.0),
     ),
