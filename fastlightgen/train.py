@@ -29,7 +29,6 @@ from fastlightgen.config import (
 )
 from fastlightgen.data.source import Source
 from fastlightgen.data.version import check_latents
-from fastlightgen.decoder.folder import read_vae
 from fastlightgen.engine.choice import Choice
 from fastlightgen.engine.folder import CLIPS, StageFolder
 from fastlightgen.engine.hang import HangWatch
@@ -55,11 +54,11 @@ from fastlightgen.pipelines.world import Pipeline
 from fastlightgen.planner.fit import check_fit
 from fastlightgen.report import write_report
 from fastlightgen.rng import generator, rand
-from fastlightgen.stages import decoder
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.earlier import announcement, missing
 from fastlightgen.stages.rank import Config as RankConfig
 from fastlightgen.stages.rank import rank
+from fastlightgen.train_decoder import train_decoder
 from fastlightgen.world.builtin import BuiltIn
 from fastlightgen.world.codec import Codec
 from fastlightgen.world.shapes import WORLD
@@ -82,31 +81,6 @@ def train(cfg: Any) -> None:
             raise
         end(err)
     ranks.leave()
-
-
-def train_decoder(cfg: Any) -> None:
-    """Run or continue stage=decoder, in this process."""
-    check_installed(cfg)
-    if ranks.launched() > 1:
-        raise ValueError(f"stage=decoder: runs in one process, {ranks.launched()} were launched; launch one")
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    torch.set_flush_denormal(True)
-    device = pick_device(cfg.device)
-    more = decoder.inputs(cfg)
-    folder = StageFolder(cfg.run, "decoder", asdict(cfg) | more, [*numbers(cfg), *more], cfg.overwrite)
-    try:
-        if folder.complete:
-            read_vae(folder.result)
-            say(f"stage decoder: {folder.result} exists, nothing to do (overwrite=true starts anew)")
-            return
-        stage = decoder.build(cfg, folder.path, device)
-        dtype = compute_type(cfg.dtype, device.type == "cuda", True)
-        train_loop(stage, LocalEngine(device, dtype, cfg.batch, cfg.micro_batch), folder, cfg)
-        say(f"stage decoder: {folder.result}")
-        say(f"next: {after_stage(cfg)}")
-    finally:
-        folder.close()
 
 
 def settled(cfg: Any) -> Any:

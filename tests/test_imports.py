@@ -13,6 +13,7 @@ ORDER = [  # from the top down; no two units share a level
     "__main__",
     # commands: parse, build, call
     "train",
+    "train_decoder",
     "evaluate",
     "report",
     "generate",
