@@ -40,6 +40,7 @@ def export(cfg) -> None:
         lambda written: compare(model, card, written),
         dtype=getattr(torch, cfg.dtype),
         link=cfg.link,
+        vae=cfg.vae,
         lora=Path(cfg.lora) if cfg.lora else None,
         original=cfg.original,
         progress=cfg.progress,
@@ -53,6 +54,8 @@ def export(cfg) -> None:
         f"network: stock diffusers holds the same weights bit for bit and predicts the same v within "
         f"{report['difference']:.2g} ({cfg.dtype}, random inputs)"
     )
+    if cfg.vae:
+        say(f"vae: stock diffusers loads {cfg.vae}, and decodes with it")
     say(f"{out}: complete")
     name, family = family_of_folder(pipeline)
     picture = {"image": "first.png"} if family.pipelines[name] else {}

@@ -35,6 +35,8 @@ def generate(cfg: Generate) -> None:
     folder = trained_folder(cfg.model)
     pipeline = Path(cfg.pipeline) if cfg.pipeline else folder if is_pipeline(folder) else None
     if pipeline is None:
+        if cfg.vae:
+            raise ValueError(f"vae={cfg.vae}: decodes real videos; the built-in world has no VAE, leave vae= out")
         if not same_latents(config_of(folder), ShapesSource.description):
             raise ValueError(
                 f"pipeline is required: model={cfg.model} makes latents of real videos; give pipeline=FOLDER, the "
@@ -43,7 +45,7 @@ def generate(cfg: Generate) -> None:
         check_model(folder, ShapesSource.description)
     dtype = getattr(torch, compute_type(cfg.dtype, device.type == "cuda", pipeline is not None))
     with clock("load"):
-        world = Pipeline(pipeline, device, dtype, cfg.size) if pipeline else BuiltIn(cfg.size)
+        world = Pipeline(pipeline, device, dtype, cfg.size, vae=cfg.vae) if pipeline else BuiltIn(cfg.size)
     card = read_card(folder)
     plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler, world.defaults)
     warn_of_changes(cfg, card)

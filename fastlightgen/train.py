@@ -1,4 +1,4 @@
-"""python -m fastlightgen.train stage=0|1|2|3|all run=DIR ...: train or continue one stage, or all of them."""
+"""python -m fastlightgen.train stage=0|1|2|3|all|decoder run=DIR ...: train or continue one stage, or all of them."""
 
 import os
 import traceback
@@ -58,6 +58,7 @@ from fastlightgen.stages.build import Builder
 from fastlightgen.stages.earlier import announcement, missing
 from fastlightgen.stages.rank import Config as RankConfig
 from fastlightgen.stages.rank import rank
+from fastlightgen.train_decoder import train_decoder
 from fastlightgen.world.builtin import BuiltIn
 from fastlightgen.world.codec import Codec
 from fastlightgen.world.shapes import WORLD
@@ -68,6 +69,9 @@ OWN = ("run", "device", "threads", "progress")  # keys that may differ between t
 
 def train(cfg: Any) -> None:
     """Run the command. With several ranks this function ends the process and does not return."""
+    if cfg.stage == "decoder":
+        train_decoder(cfg)
+        return
     try:
         cfg = settled(cfg)
         set_up(cfg)

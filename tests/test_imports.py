@@ -13,6 +13,7 @@ ORDER = [  # from the top down; no two units share a level
     "__main__",
     # commands: parse, build, call
     "train",
+    "train_decoder",
     "evaluate",
     "report",
     "generate",
@@ -26,6 +27,7 @@ ORDER = [  # from the top down; no two units share a level
     # engines, models and data
     "engine",
     "pipelines",
+    "decoder",
     "world",
     "page",
     "metrics",

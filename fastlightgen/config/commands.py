@@ -68,6 +68,11 @@ class Generate(Checked):
     pipeline: str = field(
         "", "pipeline folder with VAE and encoders for a model folder; empty: the built-in world", everyday=True
     )
+    vae: str = field(
+        "",
+        "what decodes in place of the pipeline's VAE: a folder that stage=decoder wrote, or a file in TAEHV's layout",
+        everyday=True,
+    )
     image: str = field("", "picture to start from; empty: text only", everyday=True)
     negative: str = field(
         "",
@@ -102,6 +107,9 @@ class Export(Checked):
     out: str = field(REQUIRED, "folder to write", everyday=True)
     dtype: str = field("bfloat16", "type of the written network", choices=("bfloat16", "float32"), everyday=True)
     link: bool = field(False, "link the parts that stay as they are instead of copying them", everyday=True)
+    vae: str = field(
+        "", "folder of a VAE that stage=decoder wrote, in place of the pipeline's; empty: the pipeline's", everyday=True
+    )
     lora: str = field("", "LoRA file trained on the teacher, to renumber for the model; empty: none", everyday=True)
     original: bool = field(
         False, "also write the network in the format of the family's original repository", everyday=True

@@ -76,14 +76,22 @@ def with_type(cfg: Any, dtype: str) -> Any:
     return out
 
 
-def result_of(run: str | Path, stage: int) -> Path:
+def folder_name(stage: int | str) -> str:
+    """The folder of a stage in its run, and its section of the run's config.yaml: stage0 to stage3, or decoder."""
+    return stage if stage == "decoder" else f"stage{stage}"
+
+
+def result_of(run: str | Path, stage: int | str) -> Path:
     """The file or folder that a stage leaves when it is complete."""
-    return Path(run) / f"stage{stage}" / ("importance.json" if stage == 1 else "model")
+    return Path(run) / folder_name(stage) / ("importance.json" if stage == 1 else "model")
 
 
 def after_stage(cfg: Any) -> str:
     """The command that follows a stage."""
     run = Path(cfg.run)
+    if cfg.stage == "decoder":
+        own = cfg.vae if (Path(cfg.vae) / "model_index.json").is_file() else "PIPELINE"
+        return command("export", model="STUDENT", pipeline=own, vae=result_of(run, "decoder"), out=run / "student")
     if cfg.stage == "0":
         return command("train", **keys_for(cfg, "1", model=result_of(run, 0)))
     if cfg.stage in ("1", "2"):

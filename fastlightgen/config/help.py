@@ -51,7 +51,7 @@ def help_text(command: str, page: Page, given: Mapping[str, Any], everything: bo
     known, about = leaves(cls), str(cls.__doc__)
     stage = str(default_of(known["stage"])) if "stage" in known and command in ("train", "plan") else ""
     lines = [*usage(command, f"stage={stage}" if stage else ""), "", *wrapped(f"{about[0].upper()}{about[1:]}.")]
-    lines += wrapped(f"Defaults: {settings_from(cls, given)}.") if stage else []
+    lines += wrapped(f"Defaults: {settings_from(cls, given)}.") if stage and "model" in known else []
     if command == "plan":
         lines += wrapped(f"stage={', '.join(PLANNED)} plans one stage, stage=all stages 1 to 3.")
     ordered = leaves(Machine) | known if command == "plan" else known  # the machine's keys first

@@ -38,16 +38,16 @@ def shipped_layers(cls: type, given: Mapping[str, Any]) -> list[tuple[str, dict[
     known, out = leaves(cls), list[tuple[str, dict[str, Any]]]()
     model, chosen = (str(given.get(k, default_of(known[k]) if k in known else "")) for k in ("model", "preset"))
     if "run" in known and "stage" in known and default_of(known["run"]) == REQUIRED:  # `report` must be given its run
-        out.append(("named after the model", {"run": default_run(model)}))
+        out.append(("named after the model", {"run": default_run(model or str(given.get("vae", "small-decoder")))}))
     model = next((str(given[key]) for key in STARTS if key in known and given.get(key)), model)
     numbers, networks = recipe(chosen), model_layers(model)
     for stage, prefix in sections(cls).items():
         method = default_of(known[f"{prefix}method"]) if f"{prefix}method" in known else DEFAULT
-        own, file = f"configs/method/{method}.yaml", config_root() / "method" / f"{method}.yaml"
+        own = f"configs/method/{method}.yaml"
         layers = {
-            f"configs/stage{stage}.yaml": read_yaml(config_root() / f"stage{stage}.yaml"),
+            f"configs/stage{stage}.yaml": optional(config_root() / f"stage{stage}.yaml"),
             f"configs/preset/{chosen}.yaml": numbers.get(f"stage{stage}", {}),
-            own: read_yaml(file) if file.is_file() else {},
+            own: optional(config_root() / "method" / f"{method}.yaml"),
         } | {where: content.get(f"stage{stage}", {}) for where, content in networks}
         for where, values in layers.items():
             settings = flatten(values, prefix)
@@ -57,10 +57,15 @@ def shipped_layers(cls: type, given: Mapping[str, Any]) -> list[tuple[str, dict[
     return out
 
 
+def optional(file: Path) -> dict[str, Any]:
+    """The content of a YAML file, or {} if there is none."""
+    return read_yaml(file) if file.is_file() else {}
+
+
 def default_run(model: str) -> str:
     """runs/NAME of a preset or a folder; a network inside a run or a pipeline has the name of that folder."""
     folder = Path(os.path.abspath(model))
-    while re.fullmatch(r"model|transformer|stage\d", folder.name):
+    while re.fullmatch(r"model|transformer|vae|decoder|stage\d", folder.name):
         folder = folder.parent
     return f"runs/{folder.name}"
 

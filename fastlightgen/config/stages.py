@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, Protocol
 
 from fastlightgen.config.commands import EvaluateKeys
-from fastlightgen.config.fields import Checked, ConfigError, field, section
+from fastlightgen.config.fields import Checked, ConfigError, field, section, with_default
 from fastlightgen.config.run import Run
 from fastlightgen.config.training import BatchKeys
 
@@ -21,9 +21,15 @@ STAGES = {
     "2": "train the network to work with and without the chosen blocks",
     "3": "distil the pruned network to a few sampling steps",
     "all": "stages 1, 2 and 3, then the evaluation and the report",
+    "decoder": "prune the decoder of a VAE and fine-tune it on videos",
 }
 CHOOSES = ("2", "3")  # stages with a key `method`
 DEFAULT = "fastlightgen"
+# The keys of every stage that stage=decoder has too: those of a run in one process, without a network and a cache.
+OF_DECODER = (
+    "run seed device dtype micro_batch log_every save_every keep damaged keep_every alarms tensorboard wandb trackio "
+    "overwrite threads progress dry_run"
+).split()
 METHOD_HELP = "which method the stage follows"
 
 
@@ -31,7 +37,7 @@ class Declared(Protocol):
     """The part of a method's record that this file reads."""
 
     @property
-    def stage(self) -> str: ...  # "0" to "3"
+    def stage(self) -> str: ...  # "0" to "3", or "decoder"
 
     @property
     def name(self) -> str: ...  # method=NAME
@@ -54,6 +60,7 @@ METHODS: dict[str, dict[str, str | Declared]] = {  # stage -> name -> the module
         "magicdistillation": "fastlightgen.methods.magicdistillation",
         "regression": "fastlightgen.methods.regression",
     },
+    "decoder": {DEFAULT: "fastlightgen.stages.decoder"},
 }
 
 
@@ -94,6 +101,9 @@ def root(stage: str, methods: dict[str, str] | None = None) -> type:
 def _root(stage: str, keys: tuple[type[Checked], ...]) -> type:
     own: list[Any] = [("stage", str, field(stage, "which stage to run", choices=(stage,)))]
     about = {"__doc__": STAGES[stage]}
+    if stage == "decoder":
+        own += [(f.name, f.type, with_default(f, f.default)) for f in fields(Run) if f.name in OF_DECODER]
+        return make_dataclass("StageDecoder", own, bases=keys, kw_only=True, namespace=about)
     if stage != "all":
         return make_dataclass(f"Stage{stage}", own, bases=(*keys, Run), kw_only=True, namespace=about)
     own += [(f"stage{n}", k, section(k, f"keys of stage {n}")) for n, k in enumerate(keys, 1)]

@@ -13,7 +13,7 @@ import yaml
 
 import fastlightgen
 from fastlightgen.atomic import lock_file, write_text
-from fastlightgen.config import diff, result_of
+from fastlightgen.config import diff, folder_name, result_of
 from fastlightgen.engine import checkpoint
 from fastlightgen.files.border import check, read_json, read_yaml
 from fastlightgen.files.kinds import IMPORTANCE, RUN
@@ -32,7 +32,7 @@ ANEW = "use another run=, or overwrite=true to delete it and start anew"
 
 
 class StageFolder:
-    """DIR/stageN, opened for one configuration. `complete` is True if the stage's result already exists.
+    """DIR/stageN or DIR/decoder, opened for one configuration. `complete` is True if the stage's result already exists.
 
     `config` is the full resolved configuration, `numbers` the names of the keys that affect the computed numbers.
     `auto_type`: nobody chose the type in it; dtype=auto stands for it.
@@ -45,13 +45,13 @@ class StageFolder:
     def __init__(
         self,
         run: str,
-        number: int,
+        number: int | str,
         config: dict,
         numbers: Iterable[str],
         overwrite: bool = False,
         auto_type: bool = False,
     ):
-        self.run, self.path = Path(run), Path(run) / f"stage{number}"
+        self.run, self.path = Path(run), Path(run) / folder_name(number)
         self.checkpoints = self.path / "checkpoints"
         self.scores = self.path / SCORES
         self.result, self.auto_type = result_of(run, number), auto_type
@@ -67,7 +67,7 @@ class StageFolder:
             self.close()
             raise ValueError(error)
 
-    def _open(self, number: int, config: dict, numbers: Iterable[str], overwrite: bool) -> None:
+    def _open(self, number: int | str, config: dict, numbers: Iterable[str], overwrite: bool) -> None:
         self._new = [p for p in (self.path, *self.path.parents) if not p.exists()]
         self.run.mkdir(parents=True, exist_ok=True)
         self._lock = lock_file(self.run / LOCK)
@@ -82,7 +82,7 @@ class StageFolder:
         elif self.result.exists() or self.scores.exists() or checkpoint.steps(self.checkpoints):
             self._check(number, config, numbers)  # else nothing was computed yet
         self.complete = self.result.exists()
-        if self.complete and (why := damage_of(self.result)):
+        if self.complete and number != "decoder" and (why := damage_of(self.result)):
             raise ValueError(f"{self.result}: is damaged ({why}); delete it, and the same command makes it again")
         if not self.complete:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -109,9 +109,9 @@ class StageFolder:
         if self._lock:
             self._lock.close()
 
-    def _check(self, number: int, config: dict, numbers: Iterable[str]) -> None:
+    def _check(self, number: int | str, config: dict, numbers: Iterable[str]) -> None:
         """Raise if the folder was made with another configuration. Only the length of training may change."""
-        made_with = as_used(read_run(self.run).get(f"stage{number}", {}))
+        made_with = as_used(read_run(self.run).get(folder_name(number), {}))
         before, now = made_with.get(LENGTH), config.get(LENGTH)
         compared = [k for k in numbers if k != LENGTH or before is None]
         changes = diff({k: made_with.get(k, BEFORE.get(k)) for k in compared}, {k: config[k] for k in compared})
@@ -152,11 +152,11 @@ class StageFolder:
                 f"rate goes on at {rate:.2f} of lr; the result is not that of {iters} steps from the beginning"
             )
 
-    def _record(self, number: int, config: dict) -> None:
+    def _record(self, number: int | str, config: dict) -> None:
         """Add this stage's resolved configuration, the versions and the commit to DIR/config.yaml."""
         shown = config | {TYPE: "auto", USED: config[TYPE]} if self.auto_type else config
         record = read_run(self.run) | {
-            f"stage{number}": shown,
+            folder_name(number): shown,
             "seed": config["seed"],
             "versions": {"fastlightgen": fastlightgen.__version__, "torch": str(torch.__version__)},
             "git_commit": commit(),

@@ -75,7 +75,7 @@ def in_words(key: str, roles: dict[str, Role]) -> str:
 class Stage(Protocol):
     """The methods and fields that the loop uses. A stage never steps, places or saves anything itself."""
 
-    number: int
+    number: int | str
     iters: int
     roles: dict[str, Role]
     frozen: Sequence[VideoDiT]  # networks that only predict

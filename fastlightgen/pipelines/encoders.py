@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastlightgen.decoder.folder import check_replaces, read_vae
+from fastlightgen.decoder.taehv import TinyDecoder, read_tiny
 from fastlightgen.files.border import opened, read_json
 from fastlightgen.files.schema import record
 from fastlightgen.models.encoding import pixels
@@ -54,6 +56,8 @@ class Encoders:
         self.pipe = load_pipeline(self.folder, self.name, self.family, self.device, dtype, without)
         self.encoding = self.family.encoding(self.folder, self.pipe, self.cfg, self.from_image, self.device)
         self.vae, self.tiling = self.pipe.vae, tiling
+        self.decoder: Any = self.vae  # the VAE that decodes
+        self.tiny: TinyDecoder | None = None  # or what decodes in its place
         if tiling:
             self.vae.enable_tiling()
 
@@ -79,10 +83,19 @@ class Encoders:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode normalised latents [C, f, h, w] to a video [3, F, H, W] in [-1, 1]."""
-        shift, scale = self.encoding.normalisation()
         z = latents.to(self.device, torch.float32)
+        if self.tiny:
+            return self.encoding.shown(self.tiny.decode(z[None])[0])
+        shift, scale = self.encoding.normalisation()
         z = z / scale.to(z) + shift.to(z)
-        return self.encoding.shown(self.vae.decode(z[None].to(self.vae.dtype), return_dict=False)[0][0])
+        return self.encoding.shown(self.decoder.decode(z[None].to(self.decoder.dtype), return_dict=False)[0][0])
+
+    def decode_with(self, vae: str) -> None:
+        """Decode with another VAE: the folder that stage=decoder wrote, or a file in TAEHV's layout."""
+        if Path(vae).is_file():
+            self.tiny = read_tiny(vae, self.family.geometry).to(self.device)
+        else:
+            self.decoder = read_vae(check_replaces(vae, self.folder, encodes=False)[0], self.device)
 
     @torch.no_grad()
     def text(self, prompt: str, first: NDArray | None = None) -> dict[str, Tensor]:

@@ -14,8 +14,9 @@ import torch
 
 from fastlightgen.atomic import put, write_json
 from fastlightgen.config import Run
+from fastlightgen.decoder.folder import check_replaces, copy_vae
 from fastlightgen.models.base import VideoDiT
-from fastlightgen.models.families import block_counts, family_of
+from fastlightgen.models.families import block_counts, family_of, family_of_pipeline
 from fastlightgen.models.folder.networks import read_config
 from fastlightgen.models.folder.original import original_config
 from fastlightgen.models.folder.weights import save_model, save_original
@@ -115,14 +116,15 @@ def write_pipeline(
     *,
     dtype: torch.dtype | None = None,
     link: bool = False,
+    vae: str = "",
     lora: Path | None = None,
     original: bool = False,
     progress: bool = True,
 ) -> dict:
     """Write the export to a temporary folder, let `verify` compare it, and rename it to `out`.
 
-    Returns the measurements of `verify`. With a LoRA they include `lora`: the number of blocks that the renumbered file
-    still changes, and the number that it lost.
+    `vae`: the folder of a VAE that takes the place of the pipeline's. Returns the measurements of `verify`. With a LoRA
+    they include `lora`: the number of blocks that the renumbered file still changes, and the number that it lost.
     """
     parts, config, family = parts_of(pipeline), model.config, family_of(model.config)
     check_fits(config, pipeline)
@@ -132,7 +134,8 @@ def write_pipeline(
     counts = block_counts(teacher)
     blocks = block_map(config, card.get("kept_blocks"), teacher)
     student = card.get("ladder") is not None
-    names = [n for n in parts if n != NETWORK and not (student and n == "scheduler")]
+    names = [n for n in parts if n != NETWORK and not (student and n == "scheduler") and not (vae and n == "vae")]
+    small = check_replaces(vae, pipeline, encodes_frames(pipeline)) if vae else None
     check_room(model, pipeline, names if not link else [], out, dtype, original)
 
     temporary = out.with_name(f".{out.name}.tmp")
@@ -141,6 +144,8 @@ def write_pipeline(
     report: dict = {}
     try:
         copy_parts(pipeline, temporary, names, link, progress)
+        if small:
+            copy_vae(small[0], temporary / "vae")
         card = card | {"block_map": blocks, "call": call_of(card, config)}
         if card.get("source"):
             card["source"] = name_of(card["source"])  # an export goes to others, to whom a path here says nothing
@@ -158,7 +163,9 @@ def write_pipeline(
         if original:
             save_original(model, temporary / "original", **card)
         changed = None if lora is None else (f"{lora.stem}.safetensors", *report["lora"])
-        text = model_card(out.name, family, index["_class_name"], pipeline, card, blocks, counts, changed)
+        text = model_card(
+            out.name, family, index["_class_name"], pipeline, card, blocks, counts, changed, small[1] if small else None
+        )
         (temporary / "README.md").write_text(text)
         report |= verify(temporary)
         put(temporary, out)
@@ -166,6 +173,13 @@ def write_pipeline(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return report
+
+
+def encodes_frames(pipeline: Path) -> bool:
+    """True if the pipeline starts from a first frame, which its VAE encodes."""
+    name = read_index(pipeline).get("_class_name", "")
+    family = family_of_pipeline(name)
+    return family.pipelines[name] if family else "ImageToVideo" in name
 
 
 def check_out(out: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import yaml
 
 from fastlightgen.models.family import Family
+from fastlightgen.parallel.log import count
 from fastlightgen.pipelines.origin import hub_id, licence, name_of
 
 CARD = """---
@@ -49,12 +50,14 @@ def model_card(
     blocks: dict[str, dict[int, int]],
     teacher: dict[str, int],
     lora: tuple[str, int, int] | None,
+    vae: dict | None = None,
 ) -> str:
     """Compose the text of README.md.
 
     `pipeline`: its class; `teacher_folder`: the folder that the other parts come from; `blocks`: per block list
     {teacher's index: student's}; `teacher`: number of the teacher's blocks per list; `lora`: file name of the
-    renumbered LoRA, number of blocks that it still changes, number that it lost.
+    renumbered LoRA, number of blocks that it still changes, number that it lost; `vae`: fastlightgen.json of a VAE that
+    is not the teacher's.
     """
     # The family may not list the pipeline class; diffusers puts ImageToVideo into the names of such classes.
     pictured = family.pipelines.get(pipeline, "ImageToVideo" in pipeline)
@@ -67,6 +70,7 @@ def model_card(
         "trained from": card.get("source"),
         "stage": card.get("stage"),
         "LoRA": lora_row(name, *lora) if lora is not None else None,
+        "VAE": vae_row(vae) if vae is not None else None,
     }
     facts |= {f"score: {k}": v for k, v in (card.get("scores") or {}).items()}
     return CARD.format(
@@ -115,6 +119,15 @@ def lora_row(name: str, file: str, kept: int, lost: int) -> str:
     """The table row about the renumbered LoRA."""
     load = f'`pipe.load_lora_weights("{name}/lora", weight_name="{file}")`'
     return f"{kept} of its blocks are left, {lost} went with the dropped ones; {load}"
+
+
+def vae_row(vae: dict) -> str:
+    """The table row about a VAE that takes the place of the teacher's."""
+    if "parameters" not in vae:
+        return "not the teacher's own"
+    before, after = vae["parameters"]
+    encoder = "" if vae.get("encoder") else ", no encoder: it decodes only"
+    return f"a smaller decoder, {count(after)} of {count(before)} parameters, {vae.get('steps', 0)} steps{encoder}"
 
 
 def summary(card: dict, teacher: dict[str, int], blocks: dict[str, dict[int, int]]) -> str:

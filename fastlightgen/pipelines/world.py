@@ -19,12 +19,17 @@ ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder")
 class Pipeline:
     """The VAE and the encoders of a pipeline folder, without its network."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, size: str = "", decode_only=False):
+    def __init__(
+        self, folder: Path, device: torch.device, dtype: torch.dtype, size: str = "", decode_only=False, vae: str = ""
+    ):
+        """`vae`: what decodes in place of the pipeline's VAE, see `Encoders.decode_with`."""
         _, family = family_of_folder(folder)
         self.defaults = dict(sampling(folder).values)
         self.family, self.size = family, read_size(size or self.defaults["size"], family.geometry)
         # Training decodes previews and has little memory left: decode in tiles, and leave out the encoders.
         self.encoders = Encoders(folder, device, dtype, tiling=decode_only, without=ENCODERS if decode_only else ())
+        if vae:
+            self.encoders.decode_with(vae)
         self.official_negative = self.encoders.official_negative
         self.nulls: dict[str, dict[str, Tensor]] = {}
         self.fps = round(family.clips.fps)

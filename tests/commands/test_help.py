@@ -110,7 +110,7 @@ def test_all_keys_of_all_stages(page):
     parts = sections(page("--help", "all"))
     shared = parts.pop("Keys of every stage:") | parts.pop("Expert keys of every stage:")
     assert set(shared) == set(leaves(Run)) - {"stage"}
-    for stage in "0123":
+    for stage in (*"0123", "decoder"):
         own = parts.pop(f"Keys of stage={stage}:") | parts.pop(f"Expert keys of stage={stage}:")
         assert set(own) == set(leaves(root(stage))) - set(leaves(Run))
     rest = parts.pop("Keys of the evaluation:") | parts.pop("Expert keys of the evaluation:")
