@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastlightgen.data.lists import Row, folder_rows, list_in, pictures, read_list
+from fastlightgen.data.lists import Row, folder_rows, list_in, pictures, read_list, unfit
 from fastlightgen.data.video import Unusable, read_clip
+from fastlightgen.files.border import regular
 from fastlightgen.models.encoding import pixels
 from fastlightgen.rng import generator, rows
 
@@ -22,7 +23,7 @@ def video_rows(videos: str) -> list[Row]:
     """The videos of a list or a folder, as `encode` takes them; without a list they need no captions."""
     path = Path(videos)
     if path.is_dir() and not list_in(path):
-        found = [replace(row, problem="") for row in folder_rows(path)]
+        found = [replace(row, problem=unfit(row.file)) for row in folder_rows(path)]
     else:
         found = read_list(list_in(path) or path if path.is_dir() else path, 0.0)
     usable = [row for row in found if not row.problem]
@@ -40,12 +41,12 @@ def seconds(file: Path, fps: float) -> float:
     import av
 
     try:
-        with av.open(str(file)) as container:
+        with av.open(str(regular(file, kind="video"))) as container:
             stream = container.streams.video[0]
             if stream.duration and stream.time_base:
                 return float(stream.duration * stream.time_base)
             return (container.duration or 0) / 1e6  # microseconds
-    except (av.FFmpegError, OSError, IndexError) as err:
+    except (av.FFmpegError, OSError, ValueError, IndexError) as err:
         raise Unusable(f"cannot be opened ({getattr(err, 'strerror', None) or err})") from None
 
 
