@@ -5,9 +5,10 @@ part=measure samples every row for the same held-out captions from the same nois
 clip go to bench/results/world, so that rows of several days and machines can be compared.
 part=table compares the rows that are measured by paired intervals, writes bench/results/world.json, prints a table.
 
-rows: main, ablations, rivals, or names (main); seeds: of training (0,1,2,3,4); clips: held-out clips (512). What is
-done is skipped, so that a part can be interrupted, and can run twice at the same time. The settings were tuned with
-training seed 99 and the clips of evaluate.seed=1, which no row uses.
+rows: main, ablations, rivals, or names (main); seeds: of training (0,1,2,3,4); clips: held-out clips (512); noises:
+clips per caption, whose spread is the diversity (8; 1: do not measure it). What is done is skipped, so that a part can
+be interrupted, and can run twice at the same time. The settings were tuned with training seed 99 and the clips of
+evaluate.seed=1, which no row uses.
 """
 
 import subprocess
@@ -66,7 +67,7 @@ def train(name: str, seed: int, threads: int) -> None:
     write_json(run / "cost.json", {"core_minutes": (time.time() - start) * threads / 60, "words": words})
 
 
-def measure_row(name: str, seed: int, clips: int, threads: int) -> None:
+def measure_row(name: str, seed: int, clips: int, noises: int, threads: int) -> None:
     """Score one row; its record and the values of every clip stay in RUNS/measured."""
     row, out = ROWS[name], MEASURED / f"{name}-{seed}.json"
     if out.is_file() and read_json(out)["clips"] >= clips:
@@ -75,7 +76,7 @@ def measure_row(name: str, seed: int, clips: int, threads: int) -> None:
         model=str(folder(row.model, seed)),
         out=str(out),
         clips=clips,
-        noises=NOISES,
+        noises=noises,
         seed=EVAL_SEED,
         threads=threads,
         show=int(name == "teacher-50"),  # with show=0 the values that ship with the teacher would be measured again
@@ -178,6 +179,7 @@ def main() -> None:
     given = dict(word.split("=", 1) for word in sys.argv[1:])
     asked, seeds = given.get("rows", "main"), [int(s) for s in given.get("seeds", "0,1,2,3,4").split(",")]
     names = [n for n, row in ROWS.items() if row.group == asked] or asked.split(",")
+    clips, noises = int(given.get("clips", 512)), int(given.get("noises", NOISES))
     threads = int(given.get("threads", torch.get_num_threads()))
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
@@ -190,7 +192,7 @@ def main() -> None:
             if part == "train" and ROWS[name].model in TRAININGS:
                 train(ROWS[name].model, seed, threads)
             elif part == "measure":
-                measure_row(name, seed if varies(name) else FIXED, int(given.get("clips", 512)), threads)
+                measure_row(name, seed if varies(name) else FIXED, clips, noises, threads)
             elif part not in ("train", "measure"):
                 sys.exit(f"part={part}: wanted train, measure or table")
 
