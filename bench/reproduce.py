@@ -29,7 +29,7 @@ from fastlightgen.config import Evaluate
 from fastlightgen.evaluate import load_subject, measure
 from fastlightgen.flow import ladder
 from fastlightgen.metrics.intervals import Resampled
-from fastlightgen.metrics.scores import BETTER, SAME, SCORES, WORSE
+from fastlightgen.metrics.seeds import over_seeds
 from fastlightgen.models.folder.weights import read_json
 from fastlightgen.stages.distill import DistillKeys
 from fastlightgen.world.score import reference, resampled
@@ -116,31 +116,10 @@ def scores_of_row(name: str, seed: int) -> dict[str, Resampled]:
     return resampled(values_of(name, own), EVAL_SEED, values_of("teacher-50", FIXED)["features"])
 
 
-def gap(score: Resampled, key: str) -> torch.Tensor:
-    """The distance of a score and of its resamples [1 + R] to its goal; smaller is better."""
-    values = torch.cat([torch.tensor([score.value]).double(), score.values])
-    goals = {"high": -values, "low": values, "one": (values - 1).abs()}
-    return goals[SCORES[key][2]] if SCORES[key][2] in goals else (values - reference(EVAL_SEED).look[key]).abs()
-
-
 def compared(one: str, other: str, seeds: list[int]) -> dict[str, dict]:
-    """Differences of two rows, trained with the same seeds and measured on the same clips.
-
-    Their variance is that between training seeds, divided by their number, plus that between sets of clips, which all
-    seeds share. A difference counts if it exceeds two standard deviations.
-    """
+    """Differences of two rows, trained with the same seeds and measured on the same clips."""
     pairs = [(scores_of_row(one, s), scores_of_row(other, s)) for s in seeds]
-    out = {}
-    for key in SHOWN:
-        if not all(key in a and key in b for a, b in pairs):
-            continue
-        away = torch.stack([gap(a[key], key) - gap(b[key], key) for a, b in pairs])  # [seeds, 1 + R]
-        between = away[:, 0].var().item() / len(seeds) if len(seeds) > 1 else 0.0
-        two = 2 * (between + away.mean(0)[1:].var().item()) ** 0.5
-        mean = away[:, 0].mean().item()
-        verdict = SAME if abs(mean) <= two else WORSE if mean > 0 else BETTER
-        out[key] = {"difference": mean, "two_deviations": two, "verdict": verdict}
-    return out
+    return over_seeds(pairs, SHOWN, reference(EVAL_SEED).look)
 
 
 def table(names: list[str], seeds: list[int]) -> None:
