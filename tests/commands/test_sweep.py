@@ -1,0 +1,157 @@
+"""The sweep: which stages its students share, what it refuses, and its table."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastlightgen import sweep
+from fastlightgen.config import ConfigError
+from fastlightgen.metrics.intervals import Resampled
+from fastlightgen.metrics.seeds import over_seeds
+from fastlightgen.sweep import values_of
+from fastlightgen.sweeps.points import points_of, unique, words_of
+
+SHORT = {"model": ["tiny"], "data": ["shapes"], "stage2.iters": ["3"], "stage3.iters": ["25"]}
+
+
+def stages(points) -> list[int]:
+    """The number of trainings of each stage."""
+    return [sum(part.stage == n for part in unique(points)) for n in ("1", "2", "3")]
+
+
+@pytest.mark.parametrize(
+    "swept, seeds, trainings",
+    [
+        ({"steps": ["1", "2", "4"]}, [0], [1, 1, 3]),  # the sampling steps concern Stage III alone
+        ({"ratio": ["0.3", "0.5"]}, [0], [2, 2, 2]),
+        ({"stage2.lr": ["1e-3", "2e-3"]}, [0], [1, 2, 2]),
+        ({"steps": ["2", "4"], "ratio": ["0.3", "0.5"]}, [0, 1], [4, 4, 8]),
+        ({"stage3.ratio": ["2", "5"]}, [0], [1, 1, 2]),
+        ({"method": ["fastlightgen", "dmd2", "lcm"]}, [0], [1, 1, 3]),
+        ({"method": ["fastlightgen", "icmd"], "strong": ["original"]}, [0], [1, 2, 2]),
+        ({"threads": ["1", "2"]}, [0], [1, 1, 1]),  # changes no number
+    ],
+)
+def test_what_is_the_same_is_trained_once(tmp_path, swept, seeds, trainings):
+    points = points_of(tmp_path, SHORT | swept, seeds)
+    assert stages(points) == trainings
+    assert len(points) == len(seeds) * torch.tensor([len(v) for v in swept.values()]).prod().item()
+    for point in points:
+        *_, last = point.parts
+        assert last.stage == "3" and all(part.folder.is_relative_to(tmp_path) for part in point.parts)
+
+
+def test_a_stage_gets_the_results_before_it_and_the_keys_that_it_takes(tmp_path):
+    [point] = points_of(tmp_path, SHORT | {"ratio": ["0.5"], "steps": ["2"], "betas": ["[0.5, 0.9]"]}, [7])
+    first, second, third = point.parts
+    assert {"ratio=0.5", "seed=7", "model=tiny"} <= set(first.words) and "betas=[0.5, 0.9]" not in first.words
+    assert f"importance={first.folder}/stage1/importance.json" in second.words and "iters=3" in second.words
+    assert f"stage2_model={second.folder}/stage2/model" in third.words and "steps=2" in third.words
+    assert not [word for word in third.words if word.startswith("ratio=")]  # a share is no number of updates
+
+
+def test_lists():
+    assert values_of("2,4") == ["2", "4"] and values_of("[0.5, 0.9],[0.9, 0.99]") == ["[0.5, 0.9]", "[0.9, 0.99]"]
+    assert words_of("3", {"method": "dmd2", "stage3.lr": "1e-3"}) == ["method=dmd2", "lr=1e-3"]
+    assert words_of("2", {"method": "dmd2", "stage3.lr": "1e-3"}) == []
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["stepz=2,4"], "stepz=2: no stage takes this"),
+        (["steps=2,x"], "steps=x: no stage takes this"),
+        (["steps"], "wanted key=value"),
+        (["seeds=a"], "seeds=a: wanted a number of seeds, or a list"),
+        (["at_once=-1"], "at_once=-1: wanted a whole number"),
+        (["stage4.lr=1"], "stage4.lr=1: no stage takes this"),
+    ],
+)
+def test_mistakes(tmp_path, words, said):
+    with pytest.raises(ConfigError, match=said):
+        sweep.sweep([f"run={tmp_path}", "dry_run=true", *words])
+
+
+def test_dry_run_writes_nothing_and_counts(tmp_path, capsys):
+    sweep.sweep([f"run={tmp_path / 's'}", "dry_run=true", "steps=2,4", "seeds=2", "stage2.iters=3", "stage3.iters=25"])
+    said = capsys.readouterr().out
+    assert "4 students; 8 of 8 trainings are left: 2 of stage 1, 2 of stage 2, 4 of stage 3" in said
+    assert "of training in all, 1 at a time" in said and not (tmp_path / "s").exists()
+
+
+def test_what_another_process_has_is_left_to_it(tmp_path):
+    mine = sweep.taken(tmp_path / "x" / ".a.lock")
+    assert mine and sweep.taken(tmp_path / "x" / ".a.lock") is None
+    mine.close()
+    assert sweep.taken(tmp_path / "x" / ".a.lock")
+
+
+def test_failures_stop_what_needs_them_alone(tmp_path, monkeypatch):
+    """Stage II of one ratio fails: the students of the other are trained; the same command would go on."""
+    points = points_of(tmp_path, SHORT | {"ratio": ["0.3", "0.5"]}, [0])
+    bad = next(part for part in points[1].parts if part.stage == "2")
+
+    def start(name, item, clips, lock, slot):
+        import subprocess
+
+        if not isinstance(item, sweep.Part):
+            command = f"mkdir -p {item.scores.parent}; echo > {item.scores}"
+        elif item is bad:
+            command = "exit 3"
+        else:
+            made = sweep.result_of(item.folder, int(item.stage))
+            command = f"mkdir -p {made.parent}; mkdir {made}"
+        return sweep.Running(name, subprocess.Popen(["sh", "-c", command]), lock, Path("log"), slot)
+
+    monkeypatch.setattr(sweep, "start", start)
+    monkeypatch.setattr(sweep, "POLL", 0.01)
+    assert sweep.work(points, 64, 2) == [str(bad.folder)]
+    assert points[0].scores.exists() and not points[1].scores.exists()
+
+
+def resample(value: float, spread: float, seed: int) -> Resampled:
+    noise = torch.randn(200, generator=torch.Generator().manual_seed(seed)).double()
+    return Resampled(value, value + spread * noise, 64, 0)
+
+
+def test_a_difference_needs_two_deviations_of_seeds_and_of_clips():
+    """By hand: variance of the differences -3 and -5 is 2, of their mean 1; the clips are resampled alike."""
+    pairs = [({"frechet": resample(v, 1.0, 0)}, {"frechet": resample(w, 1.0, 0)}) for v, w in ((10, 13), (10, 15))]
+    found = over_seeds(pairs, ["frechet"], {})["frechet"]
+    assert found["difference"] == -4 and found["two_deviations"] == pytest.approx(2.0)
+    assert found["verdict"] == "better"
+    apart = [({"frechet": resample(10, 3.0, 1)}, {"frechet": resample(12, 3.0, 2)})]
+    found = over_seeds(apart, ["frechet"], {})["frechet"]
+    assert found["verdict"] == "no difference" and found["two_deviations"] == pytest.approx(2 * 18**0.5, rel=0.2)
+
+
+def test_the_table(tmp_path, monkeypatch):
+    def means(values, seed):  # in place of the scores that need a reference of real clips
+        return {
+            name: Resampled(v.mean().item(), v.mean() + torch.zeros(200).double(), 64, 0) for name, v in values.items()
+        }
+
+    monkeypatch.setattr(sweep, "resampled", means)
+    monkeypatch.setattr(sweep, "reference", lambda seed: SimpleNamespace(look={"persistence": 0.7}))
+    points = points_of(tmp_path, SHORT | {"steps": ["2", "4"]}, [0, 1])
+    names = ("adherence", "texture", "persistence")
+    for point in points:
+        value = 0.5 if "steps=2" in point.name else 0.9
+        point.scores.parent.mkdir(exist_ok=True)
+        noise = torch.rand(64, generator=torch.Generator().manual_seed(point.seed)) * 0.01
+        values = {name: value + noise for name in names}
+        save_file(values, point.scores.with_suffix(".values.safetensors"))
+        sampler = {"kind": "ode", "steps": 2, "guidance": 1.0, "evaluations": 2}
+        record = {"title": "x", "clips": 64, "scores": {}, "shown": [], "attributes": {}, "sampler": sampler}
+        record |= {"num_params": 1, "num_blocks": 8, "kept_blocks": None, "seed": 0}
+        point.scores.write_text(json.dumps(record))
+    text = sweep.table(points, tmp_path)
+    rows = text.splitlines()
+    assert rows[2].startswith("| steps=2 | 16 | 2 | 0.505") and rows[3].startswith("| steps=4 | 16 | 2 | 0.905")
+    assert "adherence better" in rows[3] and (tmp_path / "table.md").read_text() == text + "\n"
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert record["steps=4"]["against_the_first"]["adherence"]["verdict"] == "better"
