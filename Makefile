@@ -9,7 +9,7 @@ CXX_FILES := $(wildcard bindings/* csrc/*.cu csrc/include/flg/* csrc/gemm/* csrc
 TWO := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all coverage lint format bench clean
+.PHONY: soak help install demo test test-all coverage lint format bench clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +34,10 @@ test: $(STAMP) ## run the tests except the slow ones, on two cores (under 8 minu
 
 test-all: $(STAMP) ## run every test
 	$(PY) -m pytest tests -q $(TWO) -m 'slow or not slow' --timeout=3600
+
+soak: $(STAMP) ## kill every command at N moments (20), and let it go on; hours with a large N
+	FLG_CRASHES=$(or $(N),20) FLG_KILLS=$(or $(N),20) $(PY) -m pytest tests/files/test_crashes.py tests/cluster/test_kills.py -q \
+	-m 'slow or not slow' --timeout=36000
 
 # From Python 3.12 on, the interpreter itself counts the lines that run. PYTEST_ADDOPTS keeps the flags of `test`.
 coverage: $(STAMP) ## run the tests of `test`, print the share of lines that they run, fail below 90 %
