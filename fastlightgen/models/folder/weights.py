@@ -88,8 +88,13 @@ def load_model(
 
 def without_memory(folder: Path) -> VideoDiT:
     """Build a folder's network on the meta device."""
+    return on_meta(read_config(folder))
+
+
+def on_meta(config: Mapping) -> VideoDiT:
+    """Build a network on the meta device."""
     with torch.device("meta"), Undrawn():
-        return build(read_config(folder))
+        return build(config)
 
 
 class Undrawn(TorchFunctionMode):
@@ -120,11 +125,12 @@ def load_weights(
 
 
 def file_values(
-    path: str | Path, keep: Sequence[int] | None = None, allow_pt: bool = False
+    path: str | Path, keep: Sequence[int] | None = None, allow_pt: bool = False, values: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
     """Read the weights of a model folder again: yield (name, float32 value on the CPU), one tensor at a time.
 
-    `keep`: the blocks of a pruned network (None: all). The names are then those of the pruned network.
+    `keep`: the blocks of a pruned network (None: all). The names are then those of the pruned network. Without `values`
+    nothing is read: yield (name, meta tensor) in the same order.
     """
     folder = model_folder(path)
     net = without_memory(folder)
@@ -134,7 +140,7 @@ def file_values(
     new = {id(tensor): name for name, tensor in pruned.state_dict(keep_vars=True).items()}
     names = {key: new[id(tensor)] for key, tensor in state.items() if id(tensor) in new}
     for key, stored, source in stored_tensors(folder, config, state, allow_pt, names):
-        yield names[key], copied(stored, source, state[key], "cpu", torch.float32)
+        yield names[key], copied(stored, source, state[key], "cpu", torch.float32) if values else state[key]
 
 
 def stored_tensors(
