@@ -89,6 +89,11 @@ class Network:
     source: tuple = ()  # the function that computed this cost, and its arguments without the last one, `part`
     part: Part = WHOLE
 
+    @property
+    def config(self) -> Mapping:
+        """The configuration that this is the cost of."""
+        return self.source[1]
+
     def of(self, config: Mapping) -> "Network":
         """The cost of a network of the same family with another configuration, in the same place."""
         make, _, *given = self.source

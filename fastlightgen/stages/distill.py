@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlightgen.config import ConfigError, field
 from fastlightgen.models.cost import Network
-from fastlightgen.models.folder.networks import trained_folder
+from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import read_card
 from fastlightgen.models.lora import attach_lora
 from fastlightgen.parallel.log import say
@@ -25,7 +25,16 @@ from fastlightgen.stages.matching import dmd_loss
 from fastlightgen.stages.method import Method
 from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.rollouts import STUDENT
-from fastlightgen.stages.start import inputs, needs, pruned_path, stage2_folder, student_folder, subject
+from fastlightgen.stages.start import (
+    inputs,
+    narrow_config,
+    needs,
+    pruned_path,
+    stage2_folder,
+    student_folder,
+    subject,
+    teacher_blocks,
+)
 from fastlightgen.stages.student import Matching, MatchingConfig, look
 
 ADAPTERS = 7  # the purpose of this file's own random draws; those of the updates stand in rollouts.py
@@ -117,7 +126,9 @@ def build(cfg: Config, with_: Builder) -> Distill:
     say(f"learning rates: student {cfg.lr:g}, critic {cfg.critic_lr:g}")
     nets = Networks(student, teacher, keep, fake, fake_keep, trained or fake, trained is not None, original)
     nets.scale = with_.guidance
-    stage = Distill(cfg, nets, with_.batches, with_.card(source=card.get("source"), kept_blocks=keep))
+    stage = Distill(
+        cfg, nets, with_.batches, with_.card(source=card.get("source"), kept_blocks=teacher_blocks(folder, keep))
+    )
     stage.roles["student"].file_values = with_.file_values(start, keep)
     if trained is None:  # adapters start from values of their own
         stage.roles["fake"].file_values = with_.file_values(folder, keep if cfg.fake_arch == "pruned" else None)
@@ -151,7 +162,8 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
         own = [r for r in routes if cfg.strong == "stage2" or r is not v_uc]
         walked.append(Walk("teacher", own, students))
     if cfg.strong == "original":
-        nets["original"] = Net()
+        narrow = narrow_config(cfg)  # then `net` is narrower than the original
+        nets["original"] = Net(network=net.of(config_of(trained_folder(cfg.model))) if narrow else None)
         walked.append(Walk("original", [v_uc], students))
     return Iteration(nets, walked)
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from fastlightgen.config import numbers, root
 from fastlightgen.engine.folder import as_used, read_run
-from fastlightgen.models.families import depth
+from fastlightgen.models.families import depth, family_of, narrowed
 from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import read_card
 from fastlightgen.stages.method import Guess, Subject
@@ -41,6 +41,33 @@ def pruned_path(folder: Path) -> list[int]:
     if keep is None:
         raise ValueError(f"{folder}/fastlightgen.json: names no pruned_path; wanted a model that stage=2 made")
     return keep
+
+
+def teacher_blocks(folder: Path, path: Sequence[int]) -> list[int]:
+    """Return the original teacher's blocks that some blocks of Stage II's network are."""
+    kept: list[int] | None = read_card(folder).get("kept_blocks")
+    return list(path) if kept is None else [kept[i] for i in path]
+
+
+def is_narrow(folder: Path) -> bool:
+    """Return whether Stage II left a network of its own: narrower than the teacher, with no dropped blocks in it."""
+    return "widths" in read_card(folder)
+
+
+def narrow_config(cfg: Keys) -> dict[str, Any] | None:
+    """Return config.json of the network that Stage II left, if it is narrower than the teacher's; None otherwise."""
+    folder = Path(cfg.stage2_model or Path(cfg.run) / "stage2" / "model")
+    return config_of(folder) if is_narrow(folder) else None
+
+
+def require_narrowed(name: str, folder: Path, teacher: dict[str, Any], where: str) -> None:
+    """Raise unless a folder holds the teacher's network, or one that width pruning made of it."""
+    found, wanted = config_of(folder), teacher
+    if is_narrow(folder):
+        family = family_of(teacher)
+        own = family.settings(found)
+        wanted = narrowed(teacher, own.heads, own.ffn_width) | {key: found[key] for key in family.lists.values()}
+    require_same(name, found, wanted, where)
 
 
 def student_folder(start_model: str, stage2: Path, keep: Sequence[int]) -> Path:

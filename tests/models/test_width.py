@@ -1,4 +1,4 @@
-"""Width pruning: saliency against its definition, a pruned network against the full one with zeros, diffusers' class."""
+"""Width pruning: saliency by its definition, a pruned network and the full one with zeros, diffusers' class."""
 
 import json
 

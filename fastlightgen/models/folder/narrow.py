@@ -14,7 +14,7 @@ from fastlightgen.models.width import cuts
 
 
 def save_narrowed(
-    source: str | Path,
+    full: str | Path,
     out: Path,
     keep: Sequence[int],
     saliency: Mapping[str, Tensor],
@@ -23,16 +23,16 @@ def save_narrowed(
     allow_pt: bool = False,
     **card: Any,
 ) -> Path:
-    """Write the folder `out`: the blocks `keep` of the network in `source`, with fewer heads and neurons, in float32.
+    """Write the folder `out`: the blocks `keep` of the network in `full`, with fewer heads and neurons, in float32.
 
     `saliency` is that of the network with these blocks alone, under its own names.
     """
-    deep = without_memory(model_folder(source)).prune(keep)
+    deep = without_memory(model_folder(full)).prune(keep)
     cut = cuts(deep, saliency, heads, ffn_width)
     narrow = on_meta(narrowed(deep.config, heads, ffn_width))
     state = narrow.state_dict()
-    order = [name for name, _ in file_values(source, keep, allow_pt, values=False)]
-    values = file_values(source, keep, allow_pt)
+    order = [name for name, _ in file_values(full, keep, allow_pt, values=False)]
+    values = file_values(full, keep, allow_pt)
 
     def get(name: str) -> Tensor:
         found, value = next(values)  # the files are read once, from the first tensor to the last

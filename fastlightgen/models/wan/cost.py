@@ -37,8 +37,8 @@ def wan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, part
         attention_out=Saved(attended, heads * tokens),  # the output, and one log-sum-exp per head and token
         # Fused: 18 hidden tensors. 16 in the compute type: x and y of two gated norms and x of the third (5); results
         # of the three norms (3); in self-attention q and k before and after norm and rotation, v, the output (6); in
-        # cross-attention q after its norm, and the output (2). 2 in float32: that norm of q, which is torch's own. Those
-        # inside the attentions, 8 and 2, are as wide as the heads that are left.
+        # cross-attention q after its norm, and the output (2). 2 in float32: that norm of q, which is torch's own.
+        # Those inside the attentions, 8 and 2, are as wide as the heads that are left.
         # Reference: 22 hidden tensors, 10 of them in float32 inside the norms; 6 and 6 are inside the attentions.
         # Image tokens add 2.
         # Both: the feed-forward before and after GELU, and one log-sum-exp per head and token of each attention.
