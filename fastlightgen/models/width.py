@@ -42,8 +42,8 @@ def watched(net: VideoDiT) -> Iterator[Saliency]:
     hooks = []
     for prefix, block in blocks_of(net):
         for layer, reader in ((layer, reader) for part in block.parts() for layer, reader in part.rows.items()):
-            hook = partial(add, f"{prefix}.{layer}", block.get_submodule(layer))
-            hooks.append(block.get_submodule(reader).register_forward_pre_hook(hook))
+            measure = partial(add, f"{prefix}.{layer}", linear_of(block, layer))
+            hooks.append(block.get_submodule(reader).register_forward_pre_hook(measure))
     try:
         yield found
     finally:
@@ -57,6 +57,13 @@ def blocks_of(net: VideoDiT) -> Iterator[tuple[str, Block]]:
     for block in net.blocks:
         assert isinstance(block, Block)
         yield names[block], block
+
+
+def linear_of(block: nn.Module, name: str) -> nn.Linear:
+    """A linear layer of a block."""
+    layer = block.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
 
 
 def chosen(part: Part, saliency: Sequence[Tensor], left: int) -> Tensor:
@@ -107,7 +114,7 @@ def cuts(net: VideoDiT, saliency: Mapping[str, Tensor], heads: int, ffn_width: i
             for layer, first in part.columns.items():
                 dropped.setdefault(layer, []).append(first + gone)
         for layer, columns in dropped.items():
-            left = torch.ones(net.get_submodule(f"{prefix}.{layer}").weight.shape[1], dtype=torch.bool)
+            left = torch.ones(linear_of(block, layer).weight.shape[1], dtype=torch.bool)
             left[torch.cat(columns)] = False
             out[f"{prefix}.{layer}.weight"] = Cut(columns=left.nonzero().flatten())
     return out

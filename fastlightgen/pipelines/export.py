@@ -14,7 +14,7 @@ import torch
 
 from fastlightgen.atomic import put, write_json
 from fastlightgen.config import Run
-from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.models.families import block_counts, family_of
 from fastlightgen.models.folder.networks import read_config
 from fastlightgen.models.folder.original import original_config
@@ -129,6 +129,8 @@ def write_pipeline(
     if original:
         original_config(config)  # raises before anything is written if that format cannot hold this network
     teacher = network_config(pipeline)
+    if lora is not None and narrower(model, teacher):
+        raise ValueError(f"lora={lora}: changes rows that width pruning dropped from the model; leave lora= out")
     counts = block_counts(teacher)
     blocks = block_map(config, card.get("kept_blocks"), teacher)
     student = card.get("ladder") is not None
@@ -142,6 +144,7 @@ def write_pipeline(
     try:
         copy_parts(pipeline, temporary, names, link, progress)
         card = card | {"block_map": blocks, "call": call_of(card, config)}
+        card |= {} if model.cfg.is_stock else {"stock": False}
         if card.get("source"):
             card["source"] = name_of(card["source"])  # an export goes to others, to whom a path here says nothing
         save_model(model, temporary / NETWORK, dtype, **card)
@@ -166,6 +169,14 @@ def write_pipeline(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return report
+
+
+def narrower(model: VideoDiT, teacher: dict) -> bool:
+    """True if width pruning made the model of the network with configuration `teacher`."""
+    if not any(isinstance(block, Block) and block.parts() for block in model.blocks):
+        return False
+    theirs = family_of(teacher).settings(teacher)
+    return (model.cfg.heads, model.cfg.ffn_width) != (theirs.heads, theirs.ffn_width)
 
 
 def check_out(out: Path) -> None:

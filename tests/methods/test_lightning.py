@@ -156,7 +156,7 @@ def test_a_killed_run_continues_with_the_same_bits(words, tmp_path, monkeypatch)
 
 
 def test_the_result_goes_on_and_is_distilled(words, tmp_path):
-    """Both parts as runs of their own, then Stage III with the original teacher; the plan of that follows a real step."""
+    """Both parts as runs of their own, then Stage III with the original teacher; its plan follows a real step."""
     usual = ["progress=false", "threads=1", "batch=2", "shift=3", "log_every=1", "student=pruned", "lr=1e-3"]
     run_train(*words, *usual, "align=1", f"run={tmp_path / 'a'}")
     first = tmp_path / "a/stage2/model"
