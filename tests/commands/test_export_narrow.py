@@ -70,5 +70,3 @@ def test_what_cannot_be_exported(narrow, tmp_path, capsys):
         capsys, *words, "original=true"
     )
     assert "changes rows that width pruning dropped from the model" in refused(capsys, *words, "lora=some.safetensors")
-
-
