@@ -23,7 +23,18 @@ from fastlightgen.models.config import NetworkConfig
 from fastlightgen.models.plumbing import FlatModule, flat_call
 from fastlightgen.models.recompute import recomputed
 from fastlightgen.models.schedule import Fork, Group, Step, read_once, schedule
-from fastlightgen.models.streams import AnyPrompt, AnyTables, Cond, Features, Job, Part, Prompt, State, Stream, Tables
+from fastlightgen.models.streams import (
+    AnyPrompt,
+    AnyTables,
+    Cond,
+    Features,
+    Job,
+    Prompt,
+    Prunable,
+    State,
+    Stream,
+    Tables,
+)
 from fastlightgen.parallel.sequence import SequenceGroup
 
 __all__ = ["Block", "Cond", "Features", "Job", "Prompt", "State", "Stream", "Tables", "VideoDiT", "gradient"]
@@ -37,7 +48,7 @@ def gradient(on: bool) -> AbstractContextManager:
 class Block(FlatModule[AnyPrompt, AnyTables]):
     """The unit that can be skipped: one residual step of the hidden states, for all streams in one module call."""
 
-    def parts(self) -> list[Part]:
+    def prunable(self) -> list[Prunable]:
         """The rows that width pruning can drop; none in a family that does not name them."""
         return []
 

@@ -123,7 +123,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class Prunable:
     """Rows of a block's linear layers that width pruning drops together: a head, or a neuron of a feed-forward.
 
     All names are those of modules of the block.

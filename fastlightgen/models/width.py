@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlightgen.models.base import Block, Part, VideoDiT
+from fastlightgen.models.base import Block, VideoDiT
+from fastlightgen.models.streams import Prunable
 
 Saliency = dict[str, Tensor]  # name of a linear layer of the network -> saliency of its rows, float64
 
@@ -41,7 +42,7 @@ def watched(net: VideoDiT) -> Iterator[Saliency]:
 
     hooks = []
     for prefix, block in blocks_of(net):
-        for layer, reader in ((layer, reader) for part in block.parts() for layer, reader in part.rows.items()):
+        for layer, reader in ((layer, reader) for part in block.prunable() for layer, reader in part.rows.items()):
             measure = partial(add, f"{prefix}.{layer}", linear_of(block, layer))
             hooks.append(block.get_submodule(reader).register_forward_pre_hook(measure))
     try:
@@ -66,7 +67,7 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
     return layer
 
 
-def chosen(part: Part, saliency: Sequence[Tensor], left: int) -> Tensor:
+def chosen(part: Prunable, saliency: Sequence[Tensor], left: int) -> Tensor:
     """Indices of the rows of the `left` most salient units of a part, in order.
 
     A unit's score is the sum over its rows and over the part's layers.
@@ -98,7 +99,7 @@ def cuts(net: VideoDiT, saliency: Mapping[str, Tensor], heads: int, ffn_width: i
     out: dict[str, Cut] = {}
     for prefix, block in blocks_of(net):
         dropped: dict[str, list[Tensor]] = {}  # layer -> columns that go, of all parts that it reads
-        for part in block.parts():
+        for part in block.prunable():
             found = {layer: saliency[f"{prefix}.{layer}"].cpu() for layer in part.rows}
             rows = chosen(part, list(found.values()), heads if part.kind == "heads" else ffn_width)
             total = len(next(iter(found.values())))

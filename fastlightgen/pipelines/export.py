@@ -173,7 +173,7 @@ def write_pipeline(
 
 def narrower(model: VideoDiT, teacher: dict) -> bool:
     """True if width pruning made the model of the network with configuration `teacher`."""
-    if not any(isinstance(block, Block) and block.parts() for block in model.blocks):
+    if not any(isinstance(block, Block) and block.prunable() for block in model.blocks):
         return False
     theirs = family_of(teacher).settings(teacher)
     return (model.cfg.heads, model.cfg.ffn_width) != (theirs.heads, theirs.ffn_width)

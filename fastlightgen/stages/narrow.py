@@ -91,7 +91,7 @@ def student_config(cfg: Keys, teacher: dict[str, Any]) -> dict[str, Any]:
 def narrow_folder(cfg: Keys, with_: Builder, net: VideoDiT, source: Path, keep: Sequence[int]) -> Path:
     """Return the folder of the pruned network; measure and write it, unless a checkpoint goes on from it."""
     heads, ffn = widths_left(cfg, net.cfg)
-    if not any(block.parts() for block in net.blocks):
+    if not any(block.prunable() for block in net.blocks):
         raise ValueError(
             f"method=lightning: the blocks of {family_of(net.config).title} name no rows to prune; use another method"
         )

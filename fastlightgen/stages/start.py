@@ -56,6 +56,8 @@ def is_narrow(folder: Path) -> bool:
 
 def narrow_config(cfg: Keys) -> dict[str, Any] | None:
     """Return config.json of the network that Stage II left, if it is narrower than the teacher's; None otherwise."""
+    if not (cfg.stage2_model or cfg.run):  # a plan without a run
+        return None
     folder = Path(cfg.stage2_model or Path(cfg.run) / "stage2" / "model")
     return config_of(folder) if is_narrow(folder) else None
 

@@ -78,7 +78,7 @@ def zeroed(net, heads: int, ffn: int, seed: int = 1) -> None:
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, block in blocks_of(net):
-            for part in block.parts():
+            for part in block.prunable():
                 layers = [block.get_submodule(name) for name in part.rows]
                 units = len(layers[0].weight) // part.size
                 for unit in torch.randperm(units, generator=gen)[: heads if part.kind == "heads" else ffn].tolist():
@@ -127,7 +127,7 @@ def test_the_least_salient_rows_go(kind, tmp_path):
         net(x_t, t, cond)
     narrow = load_model(save_narrowed(source, tmp_path / "n", range(net.num_blocks), saliency, 2, 20))
     for (prefix, block), (_, small_block) in zip(blocks_of(net), blocks_of(narrow), strict=True):
-        for part in block.parts():
+        for part in block.prunable():
             score = sum(saliency[f"{prefix}.{name}"].view(-1, part.size).sum(1) for name in part.rows)
             left = 2 if part.kind == "heads" else 20
             kept = sorted(score.topk(left).indices.tolist())

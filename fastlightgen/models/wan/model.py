@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastlightgen.models.base import Block, Cond, Job, Prompt, State, Tables, VideoDiT, gradient
 from fastlightgen.models.layers import FeedForward
-from fastlightgen.models.streams import Part
+from fastlightgen.models.streams import Prunable
 from fastlightgen.models.wan.layers import TEXT_TOKENS, ConditionEmbedder, WanConfig, rope_axes
 from fastlightgen.ops import add_residual, attend, gate_residual_norm_modulate, qk_norm_rope, rope_factors
 
@@ -80,8 +80,8 @@ class WanBlock(Block):
         self.ffn = FeedForward(dim, cfg.ffn_dim, dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def parts(self) -> list[Part]:
-        found = [Part("ffn", {"ffn.net.0.proj": "ffn.net.0"}, {"ffn.net.2": 0})]
+    def prunable(self) -> list[Prunable]:
+        found = [Prunable("ffn", {"ffn.net.0.proj": "ffn.net.0"}, {"ffn.net.2": 0})]
         for name, attention in (("attn1", self.attn1), ("attn2", self.attn2)):
             norms = {"norm_q": "to_q", "norm_k": "to_k"}
             layers = ["to_q", "to_k", "to_v"]
@@ -91,7 +91,7 @@ class WanBlock(Block):
             own = [f"{name}.{layer}" for layer in layers]
             norms = {f"{name}.{norm}": f"{name}.{layer}" for norm, layer in norms.items()}
             rows = attention.to_q.out_features // attention.heads
-            found.append(Part("heads", dict(zip(own, own, strict=True)), {f"{name}.to_out.0": 0}, rows, norms))
+            found.append(Prunable("heads", dict(zip(own, own, strict=True)), {f"{name}.to_out.0": 0}, rows, norms))
         return found
 
     def read(self, prompt: WanPrompt) -> list[tuple[Tensor, Tensor]]:
