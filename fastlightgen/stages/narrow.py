@@ -4,7 +4,7 @@ Shapes: x_t [B, C, F, H, W]; t [B].
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ import torch
 from fastlightgen.config import Checked, field
 from fastlightgen.data.source import Batch
 from fastlightgen.engine import checkpoint
-from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.models.config import NetworkConfig
 from fastlightgen.models.families import family_of, narrowed
 from fastlightgen.models.folder.narrow import save_narrowed
@@ -81,7 +81,7 @@ def widths_left(cfg: Keys, network: NetworkConfig) -> tuple[int, int]:
     return heads, ffn
 
 
-def student_config(cfg: Keys, teacher: dict[str, Any]) -> dict[str, Any]:
+def student_config(cfg: Keys, teacher: Mapping[str, Any]) -> dict[str, Any]:
     """Return config.json of the student, whose depth may still be the teacher's."""
     if cfg.start_model:
         return config_of(cfg.start_model)
@@ -91,7 +91,7 @@ def student_config(cfg: Keys, teacher: dict[str, Any]) -> dict[str, Any]:
 def narrow_folder(cfg: Keys, with_: Builder, net: VideoDiT, source: Path, keep: Sequence[int]) -> Path:
     """Return the folder of the pruned network; measure and write it, unless a checkpoint goes on from it."""
     heads, ffn = widths_left(cfg, net.cfg)
-    if not any(block.prunable() for block in net.blocks):
+    if not any(isinstance(block, Block) and block.prunable() for block in net.blocks):
         raise ValueError(
             f"method=lightning: the blocks of {family_of(net.config).title} name no rows to prune; use another method"
         )
