@@ -46,7 +46,14 @@ def pruned_path(folder: Path) -> list[int]:
 def teacher_blocks(folder: Path, path: Sequence[int]) -> list[int]:
     """Return the original teacher's blocks that some blocks of Stage II's network are."""
     kept: list[int] | None = read_card(folder).get("kept_blocks")
-    return list(path) if kept is None else [kept[i] for i in path]
+    if kept is None:
+        return list(path)
+    if max(path) >= len(kept):
+        raise ValueError(
+            f"{folder}/fastlightgen.json: pruned_path names block {max(path)}, kept_blocks only {len(kept)} blocks; "
+            "copy the folder again"
+        )
+    return [kept[i] for i in path]
 
 
 def is_narrow(folder: Path) -> bool:
