@@ -46,7 +46,7 @@ def test_fewer_heads_are_announced_before_the_work(narrow, tmp_path, capsys, mon
     """The warning comes before the weights are read. The export itself loads with this package."""
     source, model = narrow(1, 5)
     out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr("fastlightgen.models.folder.weights.load_weights", raises)
         run(f"model={model}", f"pipeline={source}", f"out={out}", "dtype=float32")
     assert "has 1 of 2 heads per attention, which stock diffusers cannot load" in capsys.readouterr().out
@@ -60,7 +60,7 @@ def test_fewer_heads_are_announced_before_the_work(narrow, tmp_path, capsys, mon
 
 
 def raises(*args, **keys):
-    raise MemoryError
+    raise ZeroDivisionError
 
 
 def test_what_cannot_be_exported(narrow, tmp_path, capsys):

@@ -139,7 +139,7 @@ def file_values(
     # Pruning renumbers the blocks; the tensors themselves tell which old name became which new one.
     new = {id(tensor): name for name, tensor in pruned.state_dict(keep_vars=True).items()}
     names = {key: new[id(tensor)] for key, tensor in state.items() if id(tensor) in new}
-    for key, stored, source in stored_tensors(folder, config, state, allow_pt, names):
+    for key, stored, source in stored_tensors(folder, config, state, allow_pt, names, values):
         yield names[key], copied(stored, source, state[key], "cpu", torch.float32) if values else state[key]
 
 
@@ -149,11 +149,12 @@ def stored_tensors(
     state: Mapping[str, Tensor],
     allow_pt: bool,
     wanted: Collection[str] | None = None,
+    read: bool = True,
 ) -> Iterator[tuple[str, Tensor, Source]]:
     """Yield (key of the network, mapped tensor of the file, its rows that belong to the key), in file order.
 
     `config` and `state` describe the network; the file's keys and shapes must match them exactly. `wanted`: the keys to
-    yield (None: all).
+    yield (None: all). Without `read`, the tensors stand on the meta device.
     """
     files = weight_files(folder, original_files(), allow_pt)
     headers = read_headers(files)
@@ -173,7 +174,8 @@ def stored_tensors(
             file = headers[group[0]][0]
             with mapped(file) as (_, get):
                 for name in group:
-                    if name in takers:
+                    value = headers[name][1]
+                    if name in takers and read:
                         verify_tensor(name, value := get(name), sums, file)
                     for key in takers.get(name, []):
                         yield key, value, table[key]
