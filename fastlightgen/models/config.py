@@ -23,11 +23,14 @@ class NetworkConfig:
     @property
     def ffn_width(self) -> int:
         """Width of the feed-forward inside the blocks."""
-        raise NotImplementedError
+        raise ValueError(f"{type(self).__name__}: width pruning does not know this family; use another method")
 
     def narrowed(self, heads: int, ffn_width: int) -> "NetworkConfig":
-        """The configuration of the same network with fewer heads in its blocks, and a narrower feed-forward."""
-        raise NotImplementedError
+        """The configuration of the same network with fewer heads in its blocks, and a narrower feed-forward.
+
+        A family that can be pruned in width has this, `ffn_width`, and `Block.prunable`.
+        """
+        raise ValueError(f"{type(self).__name__}: width pruning does not know this family; use another method")
 
     def record(self) -> dict[str, Any]:
         """Contents of config.json; the key of pruned heads, which diffusers' class does not know, only if it is set."""

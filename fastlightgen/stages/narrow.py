@@ -14,7 +14,7 @@ import torch
 from fastlightgen.config import Checked, field
 from fastlightgen.data.source import Batch
 from fastlightgen.engine import checkpoint
-from fastlightgen.models.base import Block, VideoDiT
+from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.config import NetworkConfig
 from fastlightgen.models.families import family_of, narrowed
 from fastlightgen.models.folder.narrow import save_narrowed
@@ -91,10 +91,6 @@ def student_config(cfg: Keys, teacher: Mapping[str, Any]) -> dict[str, Any]:
 def narrow_folder(cfg: Keys, with_: Builder, net: VideoDiT, source: Path, keep: Sequence[int]) -> Path:
     """Return the folder of the pruned network; measure and write it, unless a checkpoint goes on from it."""
     heads, ffn = widths_left(cfg, net.cfg)
-    if not any(isinstance(block, Block) and block.prunable() for block in net.blocks):
-        raise ValueError(
-            f"method=lightning: the blocks of {family_of(net.config).title} name no rows to prune; use another method"
-        )
     stage = Path(cfg.run) / "stage2"
     out = stage / "start"
     made = (out / "config.json").is_file() and bool(checkpoint.steps(stage / "checkpoints"))

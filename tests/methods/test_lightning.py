@@ -212,6 +212,14 @@ def test_bad_input(words, tmp_path):
         main(plan, "plan", ["stage=2", "method=lightning", "model=wan2.1-t2v-1.3b", "sequence_parallel=4", "gpus=4"])
 
 
+def test_a_family_without_prunable_rows():
+    from fastlightgen.models.config import NetworkConfig
+
+    for asked in (lambda: NetworkConfig().ffn_width, lambda: NetworkConfig().narrowed(1, 1)):
+        with pytest.raises(ValueError, match="NetworkConfig: width pruning does not know this family; use another"):
+            asked()
+
+
 def small_wan_of_width(heads: int):
     from helpers import NETWORK
 
