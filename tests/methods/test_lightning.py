@@ -5,12 +5,35 @@ import json
 
 import pytest
 import torch
-from helpers import BLOCKS, KEPT, assert_same, batches, result, run_train, small_hunyuan, small_wan, write_ranking
-from method_cases import OWN, TEACHER, built, compare_with_plan, hidden_states, with_gradient, without_gradient
+from helpers import (
+    BLOCKS,
+    KEPT,
+    NETWORK,
+    assert_same,
+    batches,
+    result,
+    run_train,
+    small_hunyuan,
+    small_wan,
+    write_ranking,
+)
+from method_cases import (
+    OWN,
+    TEACHER,
+    built,
+    compare_with_plan,
+    fixed,
+    hidden_states,
+    planned,
+    with_gradient,
+    without_gradient,
+)
 
 from fastlightgen.config import ConfigError, load, main
 from fastlightgen.engine.log import read_metrics
 from fastlightgen.methods.lightning import aligned_pairs, alignment_loss, layer_alignment, output_alignment
+from fastlightgen.models.config import NetworkConfig
+from fastlightgen.models.families import build
 from fastlightgen.models.folder.weights import load_model, read_card, save_model
 from fastlightgen.plan import plan
 from fastlightgen.rng import generator, normal_like
@@ -110,8 +133,6 @@ def test_the_planner_counts_both_parts(words):
 
 def compare_with_plan_of(stage, calls):
     """Assert the block evaluations of single steps; return the plan."""
-    from method_cases import fixed, planned
-
     fixed(stage)
     for step, wanted in calls.items():
         stage.net.block_calls = stage.teacher.block_calls = 0
@@ -188,7 +209,7 @@ def test_it_is_planned_for_a_real_model(tmp_path):
     assert peaks["deep too"][1] < peaks["paper"][1] < peaks["ffn alone"][1]
 
 
-def test_bad_input(words, tmp_path):
+def test_bad_input(words, tmp_path, capsys):
     """One line each, before anything is trained."""
     wide = save_model(small_wan_of_width(4), tmp_path / "wide", kept_blocks=list(range(BLOCKS)))
     deep = save_model(small_wan(5), tmp_path / "deep")
@@ -210,19 +231,15 @@ def test_bad_input(words, tmp_path):
             load([w for w in words if w.split("=")[0] not in ("prune_heads",)] + list(more))
     with pytest.raises(SystemExit):
         main(plan, "plan", ["stage=2", "method=lightning", "model=wan2.1-t2v-1.3b", "sequence_parallel=4", "gpus=4"])
+    wanted = "prune_heads=2: leaves 10 heads, which sequence_parallel=4 does not divide; drop another number"
+    assert wanted in capsys.readouterr().err
 
 
 def test_a_family_without_prunable_rows():
-    from fastlightgen.models.config import NetworkConfig
-
     for asked in (lambda: NetworkConfig().ffn_width, lambda: NetworkConfig().narrowed(1, 1)):
         with pytest.raises(ValueError, match="NetworkConfig: width pruning does not know this family; use another"):
             asked()
 
 
 def small_wan_of_width(heads: int):
-    from helpers import NETWORK
-
-    from fastlightgen.models.families import build
-
     return build(NETWORK | {"num_layers": BLOCKS, "num_attention_heads": heads}, 0)
