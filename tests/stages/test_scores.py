@@ -17,7 +17,7 @@ WORDS = ["clips=3", "timesteps=2", "batch=2"]
 
 def test_the_magnitude_by_hand():
     net = small_wan().double()
-    wanted = [sum(float((p * p).sum()) for p in block.parameters()) for block in net.blocks]
+    wanted = [sum((p * p).sum().item() for p in block.parameters()) for block in net.blocks]
     assert l2(net, []).tolist() == pytest.approx(wanted, rel=1e-12)
 
 
