@@ -47,7 +47,7 @@ def evaluated(run: Path, evals: dict[str, dict]) -> str:
         return ""
     heads = "".join(f'<div class="{"student" * (n == "student")}">{escape(e["title"])}</div>' for n, e in evals.items())
     values = {n: run / "evaluate" / f"{n}.values.safetensors" for n in evals}
-    kept = {n: read_tensors(path).get("adherence", []) for n, path in values.items() if path.is_file()}
+    kept: dict[str, Any] = {n: read_tensors(path).get("adherence", []) for n, path in values.items() if path.is_file()}
     rows = []
     longest: list[dict] = max((e["shown"] for e in evals.values()), key=len)  # models may show different numbers
     for k, clip in enumerate(longest):
