@@ -5,9 +5,10 @@ part=measure samples every row for the same held-out captions from the same nois
 clip go to bench/results/world, so that rows of several days and machines can be compared.
 part=table compares the rows that are measured by paired intervals, writes bench/results/world.json, prints a table.
 
-rows: main, ablations, rivals, or names (main); seeds: of training (0,1,2,3,4); clips: held-out clips (512). What is
-done is skipped, so that a part can be interrupted, and can run twice at the same time. The settings were tuned with
-training seed 99 and the clips of evaluate.seed=1, which no row uses.
+rows: main, ablations, rivals, or names (main); seeds: of training (0,1,2,3,4); clips: held-out clips (512); noises:
+clips per caption, whose spread is the diversity (8; 1: do not measure it). What is done is skipped, so that a part can
+be interrupted, and can run twice at the same time. The settings were tuned with training seed 99 and the clips of
+evaluate.seed=1, which no row uses.
 """
 
 import subprocess
@@ -28,7 +29,7 @@ from fastlightgen.config import Evaluate
 from fastlightgen.evaluate import load_subject, measure
 from fastlightgen.flow import ladder
 from fastlightgen.metrics.intervals import Resampled
-from fastlightgen.metrics.scores import BETTER, SAME, SCORES, WORSE
+from fastlightgen.metrics.seeds import over_seeds
 from fastlightgen.models.folder.weights import read_json
 from fastlightgen.stages.distill import DistillKeys
 from fastlightgen.world.score import reference, resampled
@@ -66,7 +67,7 @@ def train(name: str, seed: int, threads: int) -> None:
     write_json(run / "cost.json", {"core_minutes": (time.time() - start) * threads / 60, "words": words})
 
 
-def measure_row(name: str, seed: int, clips: int, threads: int) -> None:
+def measure_row(name: str, seed: int, clips: int, noises: int, threads: int) -> None:
     """Score one row; its record and the values of every clip stay in RUNS/measured."""
     row, out = ROWS[name], MEASURED / f"{name}-{seed}.json"
     if out.is_file() and read_json(out)["clips"] >= clips:
@@ -75,7 +76,7 @@ def measure_row(name: str, seed: int, clips: int, threads: int) -> None:
         model=str(folder(row.model, seed)),
         out=str(out),
         clips=clips,
-        noises=NOISES,
+        noises=noises,
         seed=EVAL_SEED,
         threads=threads,
         show=int(name == "teacher-50"),  # with show=0 the values that ship with the teacher would be measured again
@@ -115,31 +116,10 @@ def scores_of_row(name: str, seed: int) -> dict[str, Resampled]:
     return resampled(values_of(name, own), EVAL_SEED, values_of("teacher-50", FIXED)["features"])
 
 
-def gap(score: Resampled, key: str) -> torch.Tensor:
-    """The distance of a score and of its resamples [1 + R] to its goal; smaller is better."""
-    values = torch.cat([torch.tensor([score.value]).double(), score.values])
-    goals = {"high": -values, "low": values, "one": (values - 1).abs()}
-    return goals[SCORES[key][2]] if SCORES[key][2] in goals else (values - reference(EVAL_SEED).look[key]).abs()
-
-
 def compared(one: str, other: str, seeds: list[int]) -> dict[str, dict]:
-    """Differences of two rows, trained with the same seeds and measured on the same clips.
-
-    Their variance is that between training seeds, divided by their number, plus that between sets of clips, which all
-    seeds share. A difference counts if it exceeds two standard deviations.
-    """
+    """Differences of two rows, trained with the same seeds and measured on the same clips."""
     pairs = [(scores_of_row(one, s), scores_of_row(other, s)) for s in seeds]
-    out = {}
-    for key in SHOWN:
-        if not all(key in a and key in b for a, b in pairs):
-            continue
-        away = torch.stack([gap(a[key], key) - gap(b[key], key) for a, b in pairs])  # [seeds, 1 + R]
-        between = away[:, 0].var().item() / len(seeds) if len(seeds) > 1 else 0.0
-        two = 2 * (between + away.mean(0)[1:].var().item()) ** 0.5
-        mean = away[:, 0].mean().item()
-        verdict = SAME if abs(mean) <= two else WORSE if mean > 0 else BETTER
-        out[key] = {"difference": mean, "two_deviations": two, "verdict": verdict}
-    return out
+    return over_seeds(pairs, SHOWN, reference(EVAL_SEED).look)
 
 
 def table(names: list[str], seeds: list[int]) -> None:
@@ -178,6 +158,7 @@ def main() -> None:
     given = dict(word.split("=", 1) for word in sys.argv[1:])
     asked, seeds = given.get("rows", "main"), [int(s) for s in given.get("seeds", "0,1,2,3,4").split(",")]
     names = [n for n, row in ROWS.items() if row.group == asked] or asked.split(",")
+    clips, noises = int(given.get("clips", 512)), int(given.get("noises", NOISES))
     threads = int(given.get("threads", torch.get_num_threads()))
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
@@ -190,7 +171,7 @@ def main() -> None:
             if part == "train" and ROWS[name].model in TRAININGS:
                 train(ROWS[name].model, seed, threads)
             elif part == "measure":
-                measure_row(name, seed if varies(name) else FIXED, int(given.get("clips", 512)), threads)
+                measure_row(name, seed if varies(name) else FIXED, clips, noises, threads)
             elif part not in ("train", "measure"):
                 sys.exit(f"part={part}: wanted train, measure or table")
 

@@ -14,6 +14,7 @@ ABOUT = {  # in the order in which they are used
     "train": "distil a model: run one stage, or all of them",
     "plan": "count memory, operations, traffic and time of a run before it is started",
     **{name: COMMANDS[name].__doc__ for name in ("encode", "export", "generate", "evaluate", "report")},
+    "sweep": "distil once per combination of settings, and compare the students",
     "ops": "show which compiled parts are installed and what computes the operators",
 }
 
@@ -34,7 +35,9 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the first word names; without one, list the commands."""
     name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ABOUT and name != "ops":
+    if name == "sweep":
+        guarded(lambda: importlib.import_module("fastlightgen.sweep").sweep(words))
+    elif name in ABOUT and name != "ops":
         start(lambda cfg: getattr(importlib.import_module(f"fastlightgen.{name}"), name)(cfg), name, words)
     else:
         guarded(lambda: own(name, words))

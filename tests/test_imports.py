@@ -12,6 +12,8 @@ PACKAGE = ROOT / "fastlightgen"
 ORDER = [  # from the top down; no two units share a level
     "__main__",
     # commands: parse, build, call
+    "sweep",
+    "sweeps",
     "train",
     "train_decoder",
     "evaluate",

@@ -18,7 +18,7 @@ def cost(record: dict) -> int:
 def sentence(found: dict) -> str:
     """What the student won and lost against its teacher, in bold; then against the teacher in as many steps."""
     evals = found["evals"]
-    student, teacher, few = (evals.get(n) for n in ("student", "teacher", "teacher-few"))
+    student, teacher, few = (sampled(evals, n) for n in ("student", "teacher", "teacher-few"))
     if not student:
         return escape(unscored(found))
     kept, all_ = student["num_blocks"], found["blocks"]
@@ -36,6 +36,12 @@ def sentence(found: dict) -> str:
         out += f" {escape(made + verdict(student, few, pairs))}."
     noise = f"Beyond noise: outside the 95% interval of the paired difference, over {count(student['clips'], 'clip')}."
     return f"{out} <small>{noise}</small>" if student.get("against_teacher") else out
+
+
+def sampled(evals: dict, name: str) -> dict | None:
+    """A model's evaluation, if there is one and it says how the model was sampled."""
+    found = evals.get(name)
+    return found if found and "sampler" in found else None
 
 
 def steps_of(record: dict) -> str:
@@ -82,7 +88,7 @@ def unscored(found: dict) -> str:
 
 def facts(found: dict) -> str:
     """The headline numbers: cost, share of blocks kept, adherence of the student."""
-    student, teacher = found["evals"].get("student"), found["evals"].get("teacher")
+    student, teacher = sampled(found["evals"], "student"), sampled(found["evals"], "teacher")
     kept = (student or {}).get("kept_blocks") or found["importance"].get("kept")
     out = ratio(found["speed"], "cheaper than the teacher") if found["speed"] else ""
     if kept and (teacher or found["importance"]):

@@ -133,5 +133,5 @@ def test_licences(tmp_path, text, wanted):
 
 @pytest.mark.parametrize("said", ["Lab/Video", "/data/Video", "Video", None])
 def test_hub_id_of_a_pipeline(tmp_path, said):
-    (tmp_path / "model_index.json").write_text(json.dumps({"_name_or_path": said}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "_name_or_path": said}))
     assert hub_id(tmp_path) == ("Lab/Video" if said == "Lab/Video" else None)

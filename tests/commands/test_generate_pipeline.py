@@ -180,9 +180,9 @@ def test_mistakes_of_folders_and_lists(exported, pipeline, tmp_path, capsys):
     (tmp_path / "none.txt").write_text("\n")
     end = [f"out={tmp_path / 'a.png'}", f"size={H}x{W}x{F}"]
     for words, message in (
-        ([f"model={out}", f"prompts={tmp_path / 'bad.jsonl'}"], 'line 2 is \'{"text": "x"}\'; wanted {"prompt"'),
+        ([f"model={out}", f"prompts={tmp_path / 'bad.jsonl'}"], "line 2 has no 'prompt'; wanted {\"prompt\""),
         ([f"model={out}", f"prompts={tmp_path / 'none.txt'}"], "is empty; write one prompt per line"),
-        ([f"model={out}", f"prompts={tmp_path / 'absent.txt'}"], "absent.txt: cannot be read"),
+        ([f"model={out}", f"prompts={tmp_path / 'absent.txt'}"], "absent.txt: not found"),
         ([f"model={model}", f"prompt={PROMPT}"], "makes latents of real videos; give pipeline=FOLDER"),
         (["model=tiny", f"prompt={PROMPT}"], "size=32x48x9: clips of the built-in world have one size"),
         (["model=tiny", f"pipeline={out}", f"prompt={PROMPT}"], "its network has in_channels 16, the model 25"),

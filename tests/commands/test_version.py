@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import KEPT, run_train, small_hunyuan, small_wan, write_inputs, write_ranking
+from runs import RANKING
 
 from fastlightgen.config import UserError, main
 from fastlightgen.data.version import check_model
@@ -154,7 +155,7 @@ def test_a_report_does_not_mix_versions(tmp_path):
         write_report(tmp_path)
     write("real", world=2), write("teacher", world=2)
     write_report(tmp_path)
-    ranking = json.loads(write_ranking(tmp_path / "stage1" / "importance.json").read_text())
-    (tmp_path / "stage1" / "importance.json").write_text(json.dumps(ranking | {"data_hash": "shapes"}))
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "importance.json").write_text(json.dumps(RANKING | {"data_hash": "shapes"}))
     with pytest.raises(UserError, match="importance.json: was made on version 1"):
         write_report(tmp_path)

@@ -155,7 +155,7 @@ def saved(rank: int) -> dict:
 
 
 def test_rank_0_renames_the_folder_after_all_ranks_have_written(tmp_path, two_ranks):
-    saving = checkpoint.save(tmp_path, 4, saved(0), {"engine": "deepspeed"}, keep=1)
+    saving = checkpoint.save(tmp_path, 4, saved(0), {"engine": "deepspeed", "count": {}}, keep=1)
     saving.thread.join(0.3)
     assert saving.status() == checkpoint.BUSY and not saving.is_complete([checkpoint.BUSY, checkpoint.BUSY])
     checkpoint.write(tmp_path / ".step-000004.tmp", saved(1))

@@ -13,7 +13,7 @@ from helpers import assert_same, result, run_train, write_inputs
 
 import fastlightgen
 from fastlightgen.engine import checkpoint
-from fastlightgen.models.folder import files as model_files
+from fastlightgen.files import tensors
 from fastlightgen.world.source import ShapesSource
 
 RUNS = {
@@ -88,7 +88,7 @@ def between_rename_and_pruning(patch, files):  # the rename is followed by flush
 
 
 def before_the_result(patch, files):
-    patch.setattr(model_files, "save_file", nth_call(1, model_files.save_file))
+    patch.setattr(tensors, "save_file", nth_call(1, tensors.save_file))
 
 
 EVERYWHERE = [before_optimizer, after_optimizer, inside_saving, before_the_result]

@@ -188,7 +188,7 @@ def edited(changes: dict, base: str = "wan-t2v") -> dict:
         (edited({"num_heads": 5}), "dim is 48; it must be a multiple of num_heads, which is 5"),
         (edited({"num_heads": 0}), "dim is 48; it must be a multiple of num_heads, which is 0"),
         (edited({"vace_layers": [0, 1]}), r"vace_layers=\[0, 1\] is not a key of WanModel"),
-        (edited({"num_layers": "3"}), "num_layers is '3'; wanted a whole number from 0 up"),
+        (edited({"num_layers": "3"}), "num_layers: is '3', wanted a whole number from 0 to 1000"),
         (edited({"text_projection": "linear"}, "hunyuan"), "text_projection is 'linear'; only 'single_refiner'"),
     ],
 )

@@ -279,7 +279,7 @@ def test_bad_input(changes: dict, wrong: dict, message: str):
     ("changes", "message"),
     [
         ({"patch_size_t": 2}, "patch_size_t is 2; supported: 1"),
-        ({"qk_norm": None}, "qk_norm is None; supported: 'rms_norm'"),
+        ({"qk_norm": None}, "qk_norm: is null, wanted a text"),
         (
             {"image_condition_type": "clip"},
             "image_condition_type is 'clip'; supported: None, 'latent_concat', 'token_r",

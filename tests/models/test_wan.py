@@ -207,7 +207,8 @@ def test_image_tokens_for_a_network_without_them():
     ("changes", "message"),
     [
         ({"patch_size": (2, 2, 2)}, "patch_size is 2; only 1 is supported"),
-        ({"qk_norm": None}, "qk_norm is None; only 'rms_norm_across_heads'"),
+        ({"qk_norm": None}, "qk_norm: is null, wanted a text"),
+        ({"qk_norm": "rms_norm"}, "qk_norm is 'rms_norm'; only 'rms_norm_across_heads'"),
         ({"pos_embed_seq_len": 514}, "pos_embed_seq_len is 514; only None"),
         ({"image_dim": 8}, "added_kv_proj_dim is None; it must be 24"),
         ({"image_dim": 8, "added_kv_proj_dim": 16}, "added_kv_proj_dim is 16; it must be 24"),

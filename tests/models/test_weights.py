@@ -11,7 +11,8 @@ from folders import CONFIG, same
 from safetensors.torch import load_file
 
 import fastlightgen
-from fastlightgen.models.folder import files, weights
+from fastlightgen.files import tensors
+from fastlightgen.models.folder import weights
 from fastlightgen.models.folder.weights import WEIGHTS, build, load_model, read_card, save_model
 
 
@@ -160,7 +161,7 @@ def test_an_interrupted_save_leaves_the_old_folder_whole(folder: Path, monkeypat
             Path(path).write_bytes(b"half a file")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(files, "save_file", dies)
+    monkeypatch.setattr(tensors, "save_file", dies)
     with pytest.raises(OSError, match="No space left"):
         save_model(build(CONFIG, seed=2), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
