@@ -26,7 +26,7 @@ from fastlightgen.models.float8 import in_float8
 from fastlightgen.models.folder.networks import trained_folder
 from fastlightgen.models.folder.weights import load_model, read_json
 from fastlightgen.rng import generator, normal_like
-from fastlightgen.stages.rank import x0_error
+from fastlightgen.stages.scores import x0_error
 from fastlightgen.world.source import ShapesSource
 
 OUT = Path("bench/results/fp8.json")

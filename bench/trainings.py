@@ -75,6 +75,8 @@ TRAININGS: dict[str, Training] = {
     "dmd2-no-gan": Training(3, "stage2", ("method=dmd2", "gan=0")),
     "lcm": Training(3, "stage2", ("method=lcm",)),
     "magicdistillation": Training(3, "stage2", ("method=magicdistillation",)),
+    "lightning-2": Training(2, "", ("method=lightning", "prune_heads=1", f"iters={STEPS}")),
+    "lightning": Training(3, "lightning-2", ("method=dmd2", "gan=0")),
 }
 ROWS: dict[str, Row] = {
     "teacher-50": Row("teacher, 50 steps", "tiny"),
@@ -105,6 +107,7 @@ ROWS: dict[str, Row] = {
     "dmd2-no-gan": Row("DMD2 without its discriminator", "dmd2-no-gan", group="rivals"),
     "lcm": Row("LCM", "lcm", group="rivals"),
     "magicdistillation": Row("MagicDistillation", "magicdistillation", group="rivals"),
+    "lightning": Row("Lightning Video", "lightning", group="rivals"),
 }
 PAIRS = (  # (row, the row that it is compared with)
     ("teacher-4", "teacher-50"),
@@ -132,6 +135,7 @@ PAIRS = (  # (row, the row that it is compared with)
     ("icmd", "stage2-28"),
     ("f3-attention", "stage2-28"),
     ("f3-blocks", "stage2-28"),
+    ("student", "lightning"),
 )
 
 

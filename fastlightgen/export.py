@@ -14,7 +14,7 @@ def export(cfg) -> None:
     from fastlightgen.parallel.threads import set_threads
     from fastlightgen.pipelines.encoders import family_of_folder
     from fastlightgen.pipelines.export import check_out, parts_of, write_pipeline
-    from fastlightgen.pipelines.stock import compare, need_diffusers
+    from fastlightgen.pipelines.stock import compare, compare_own, need_diffusers, say_not_stock
 
     need_diffusers()
     set_threads(cfg.threads)
@@ -25,6 +25,7 @@ def export(cfg) -> None:
             f"pipeline={cfg.pipeline}: the built-in world has no pipeline folder; diffusers loads {folder} as it is"
         )
     parts_of(pipeline)
+    stock = say_not_stock(folder)
     model, card = load_model(folder, dtype=getattr(torch, cfg.dtype)).requires_grad_(False), read_card(folder)
     if silent := card.get("silent"):
         heads = sum(map(len, silent.values()))
@@ -37,7 +38,7 @@ def export(cfg) -> None:
         card,
         pipeline,
         out,
-        lambda written: compare(model, card, written),
+        lambda written: (compare if stock else compare_own)(model, card, written),
         dtype=getattr(torch, cfg.dtype),
         link=cfg.link,
         vae=cfg.vae,
@@ -50,8 +51,9 @@ def export(cfg) -> None:
     if "sigmas" in report:
         times = ", ".join(f"{s:.4f}" for s in report["sigmas"])
         say(f"scheduler: steps at {times}; at most {report['ladder_error']:.1g} from the student's ladder")
+    whose = "stock diffusers" if stock else "fastlightgen, and not stock diffusers,"
     say(
-        f"network: stock diffusers holds the same weights bit for bit and predicts the same v within "
+        f"network: {whose} holds the same weights bit for bit and predicts the same v within "
         f"{report['difference']:.2g} ({cfg.dtype}, random inputs)"
     )
     if cfg.vae:

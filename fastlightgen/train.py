@@ -182,7 +182,7 @@ def run_stage(cfg: Any, later: Sequence[StageConfig] = (), ratio: float | None =
         check_fit(cfg, source, device)
         for other in later:
             check_fit(other, source, device, ratio)
-        builder = Builder(cfg, source, device)
+        builder = Builder(cfg, source, device, engine.place)
         made = method.build(cfg, builder)
         with HangWatch(cfg.timeout, number):
             if number == 1:

@@ -95,7 +95,9 @@ def after_stage(cfg: Any) -> str:
     if cfg.stage == "0":
         return command("train", **keys_for(cfg, "1", model=result_of(run, 0)))
     if cfg.stage in ("1", "2"):
-        return command("train", **keys_for(cfg, str(int(cfg.stage) + 1)))
+        # Other methods of Stage II leave no strong teacher beside the pruned network.
+        own = {"strong": "original"} if cfg.stage == "2" and method_of(cfg) != DEFAULT else {}
+        return command("train", **keys_for(cfg, str(int(cfg.stage) + 1), **own))
     student = result_of(run, 3)
     if cfg.data != "shapes":
         own = cfg.model if (Path(cfg.model) / "model_index.json").is_file() else "PIPELINE"

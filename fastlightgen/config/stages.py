@@ -52,7 +52,12 @@ class Declared(Protocol):
 METHODS: dict[str, dict[str, str | Declared]] = {  # stage -> name -> the module that declares it, or its record
     "0": {DEFAULT: "fastlightgen.stages.teacher"},
     "1": {DEFAULT: "fastlightgen.stages.rank"},
-    "2": {DEFAULT: "fastlightgen.stages.prune", "f3": "fastlightgen.methods.f3", "icmd": "fastlightgen.methods.icmd"},
+    "2": {
+        DEFAULT: "fastlightgen.stages.prune",
+        "f3": "fastlightgen.methods.f3",
+        "icmd": "fastlightgen.methods.icmd",
+        "lightning": "fastlightgen.methods.lightning",
+    },
     "3": {
         DEFAULT: "fastlightgen.stages.distill",
         "dmd2": "fastlightgen.methods.dmd2",

@@ -22,6 +22,7 @@ KEPT = items(BLOCK, most=BLOCKS, least=1, rising=True)
 NAME, FILE = name(1_000), name()
 SAMPLERS = ("ode", "stochastic")
 GUIDANCE = number(-1_000, 1_000)
+WIDTHS = items(whole(1, 10_000_000), most=2, least=2)  # of the width-pruned network and of its teacher
 PLAIN = number(finite=False)  # a measured number; a run that diverged logs nan
 
 # fastlightgen.json beside weights
@@ -42,6 +43,7 @@ CARD = record(
         "world": maybe(whole(1, 1_000)),
         "silent": table(items(BLOCK, most=BLOCKS, least=1)),  # block -> its silenced heads
         "f3": record({}),
+        "widths": record({"heads": WIDTHS, "ffn": WIDTHS}),
     },
 )
 

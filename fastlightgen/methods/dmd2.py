@@ -54,8 +54,8 @@ class Dmd2(Adversarial):
 def build(cfg: Config, with_: Builder) -> Dmd2:
     pair = rival.pair(cfg, with_)
     full = cfg.fake_arch == "full"
-    start, keep = (pair.folder, None) if full else (pair.start, pair.own)
-    fake = with_.copy(pair.teacher, pair.folder) if full else with_.load(pair.start).prune(pair.own)
+    start, keep = (pair.folder, None) if full else (pair.start, pair.path)
+    fake = with_.copy(pair.teacher, pair.folder) if full else with_.load(pair.start).prune(pair.path)
     fake.requires_grad_(True)
     judge = discriminator.attach(fake, cfg.gan_features, generator(cfg.seed, HEADS)) if cfg.gan else None
     with_.checkpoint(cfg, pair.student, fake)
@@ -75,8 +75,10 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     depth = len(net.blocks) if judging is None else len(judging)
     head = discriminator.cost(net, depth, cfg.gan_features) if cfg.gan else None
     nets = {
-        "student": Net(own, updates=students, averaged=cfg.ema > 0),
-        "fake": Net(judging, updates=critics, head=head),
+        "student": rival.student_net(cfg, net, keep, updates=students, averaged=cfg.ema > 0),
+        "fake": Net(updates=critics, head=head)
+        if judging is None
+        else rival.student_net(cfg, net, keep, updates=critics, head=head),
         "teacher": Net(),
     }
     walked = [

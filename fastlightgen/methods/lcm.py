@@ -124,7 +124,7 @@ def build(cfg: Config, with_: Builder) -> Lcm:
     target = None
     if cfg.target == "ema":
         same = nets.start == nets.folder
-        target = with_.copy(nets.teacher, nets.folder) if same else with_.load(nets.start).prune(nets.own)
+        target = with_.copy(nets.teacher, nets.folder) if same else with_.load(nets.start).prune(nets.path)
         target.requires_grad_(False)
     with_.checkpoint(cfg, nets.student)
     stage = Lcm(cfg, nets, with_.batches, nets.card(with_), target)
@@ -134,9 +134,9 @@ def build(cfg: Config, with_: Builder) -> Lcm:
 
 def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     """Count the teacher's guided step, the target's estimate and the student's, with gradient."""
-    own, averaged = rival.blocks(cfg, keep), cfg.target == "ema"
-    nets = {"student": Net(own, updates=1, averaged=cfg.ema > 0), "teacher": Net()}
-    nets |= {"target": Net(own)} if averaged else {}
+    averaged = cfg.target == "ema"
+    nets = {"student": rival.student_net(cfg, net, keep, updates=1, averaged=cfg.ema > 0), "teacher": Net()}
+    nets |= {"target": rival.student_net(cfg, net, keep)} if averaged else {}
     estimate = Walk("target" if averaged else "student", [Route()])
     return Iteration(nets, [Walk("teacher", rival.predictions(cfg)), estimate, Walk("student", [Route(grad=True)])])
 

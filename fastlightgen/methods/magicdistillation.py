@@ -106,7 +106,7 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     students, critics = cfg.updates
     head = discriminator.cost(net, len(net.blocks), cfg.gan_features) if cfg.gan else None
     nets = {
-        "student": Net(rival.blocks(cfg, keep), updates=students, averaged=cfg.ema > 0),
+        "student": rival.student_net(cfg, net, keep, updates=students, averaged=cfg.ema > 0),
         "fake": Net(updates=critics, adapters=cfg.lora_rank, head=head),
         "teacher": Net(),
     }

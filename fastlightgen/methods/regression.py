@@ -79,7 +79,7 @@ def build(cfg: Config, with_: Builder) -> Regression:
 
 def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     """Count the teacher's guided prediction and the student's, with gradient."""
-    nets = {"student": Net(rival.blocks(cfg, keep), updates=1, averaged=cfg.ema > 0), "teacher": Net()}
+    nets = {"student": rival.student_net(cfg, net, keep, updates=1, averaged=cfg.ema > 0), "teacher": Net()}
     return Iteration(nets, [Walk("teacher", rival.predictions(cfg)), Walk("student", [Route(grad=True)])])
 
 

@@ -3,6 +3,13 @@
 import math
 from pathlib import Path
 
+LABELS = {
+    "elbo": "x0 error (Eq. 4)",
+    "output_mse": "change of v (Eq. 3)",
+    "l2": "sum of squared weights",
+    "taylor": "|sum of w dL/dw|",
+}
+
 
 def is_log(record: dict) -> bool:
     """Whether to draw scores on a logarithmic axis: on a linear one, a dominant block would flatten the others."""
@@ -32,7 +39,7 @@ def plot_importance(record: dict, path: Path) -> None:
     if is_log(record):
         ax.set_yscale("log")
         ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
-    ylabel = {"elbo": "x0 error (Eq. 4)", "output_mse": "change of v (Eq. 3)"}[record["score_kind"]]
+    ylabel = LABELS[record["score_kind"]]
     title = f"Block importance (search: {record['search']}, score: {record['score_kind']})"
     xlabel = "skipped block" if len(names) == 1 else f"skipped block: {', then '.join(names)}"
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel, xticks=range(0, n, math.ceil(n / 24)), axisbelow=True)

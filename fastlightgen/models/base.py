@@ -23,7 +23,19 @@ from fastlightgen.models.config import NetworkConfig
 from fastlightgen.models.plumbing import FlatModule, flat_call
 from fastlightgen.models.recompute import recomputed
 from fastlightgen.models.schedule import Fork, Group, Step, read_once, schedule
-from fastlightgen.models.streams import AnyPrompt, AnyTables, Cond, Features, Job, Prompt, State, Stream, Tables, Watch
+from fastlightgen.models.streams import (
+    AnyPrompt,
+    AnyTables,
+    Cond,
+    Features,
+    Job,
+    Prompt,
+    Prunable,
+    State,
+    Stream,
+    Tables,
+    Watch,
+)
 from fastlightgen.parallel.sequence import SequenceGroup
 
 __all__ = ["Block", "Cond", "Features", "Job", "Prompt", "State", "Stream", "Tables", "VideoDiT", "gradient"]
@@ -36,6 +48,10 @@ def gradient(on: bool) -> AbstractContextManager:
 
 class Block(FlatModule[AnyPrompt, AnyTables]):
     """The unit that can be skipped: one residual step of the hidden states, for all streams in one module call."""
+
+    def prunable(self) -> list[Prunable]:
+        """The rows that width pruning can drop; none in a family that does not name them."""
+        return []
 
     def run_jobs(self, jobs: list[Job[AnyPrompt]], tables: AnyTables, recompute: str | None) -> list[list[State]]:
         """Run the block; return per job one state for each of its prompts.

@@ -6,10 +6,10 @@ When several GPUs split a clip's tokens (`Part`), the numbers are for one GPU: i
 text tokens, and the attention of some of the heads over all tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fastlightgen.parallel.shares import Part
+from fastlightgen.parallel.shares import WHOLE, Part
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,22 @@ class Network:
     latent: tuple[int, int, int]  # (F, H, W)
     text_hidden: int = 0  # elements of a hidden state that belong to text tokens
     source: tuple = ()  # the function that computed this cost, and its arguments without the last one, `part`
+    part: Part = WHOLE
+
+    @property
+    def config(self) -> Mapping:
+        """The configuration that this is the cost of."""
+        return self.source[1]
+
+    def of(self, config: Mapping) -> "Network":
+        """The cost of a network of the same family with another configuration, in the same place."""
+        make, _, *given = self.source
+        return replace(make(config, *given, self.part), source=(make, config, *given), part=self.part)
 
     def divided(self, part: Part) -> "Network":
         """The cost on one GPU of several that split a clip's tokens."""
         make, *given = self.source
-        return replace(make(*given, part), source=self.source)
+        return replace(make(*given, part), source=self.source, part=part)
 
     @property
     def params(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
@@ -82,6 +83,12 @@ def build(config: Mapping, seed: int | None = None) -> VideoDiT:
         return family.network(cfg)
 
 
+def narrowed(config: Mapping, heads: int, ffn_width: int) -> dict[str, Any]:
+    """config.json of the same network with fewer heads in its blocks, and a narrower feed-forward."""
+    family = family_of(config)
+    return {"_class_name": family.config_class} | family.settings(config).narrowed(heads, ffn_width).record()
+
+
 def block_counts(config: Mapping) -> dict[str, int]:
     """Number of blocks in each block list of a network, by the list's name in diffusers."""
     return {name: config[key] for name, key in family_of(config).lists.items()}
@@ -103,7 +110,7 @@ def network(
     family = family_of(config)
     source = (family.cost, config, latent, text_tokens or family.text_tokens, fused)
     try:
-        return replace(family.cost(*source[1:], part), source=source)
+        return replace(family.cost(*source[1:], part), source=source, part=part)
     except KeyError as err:
         raise ValueError(
             f"config.json: {err.args[0]} is missing; wanted a {family.config_class} configuration of diffusers"

@@ -4,7 +4,7 @@ Shapes: hidden states x, y [B, L, D].
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
@@ -125,6 +125,20 @@ class State(NamedTuple):
     def detach(self) -> "State":
         y, gate = (None if v is None else v.detach() for v in (self.y, self.gate))
         return State(self.x.detach(), y, gate, tuple(s.detach() for s in self.others))
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """Rows of a block's linear layers that width pruning drops together: a head, or a neuron of a feed-forward.
+
+    All names are those of modules of the block.
+    """
+
+    kind: str  # heads or ffn
+    rows: Mapping[str, str]  # linear layer whose rows are dropped -> the module whose first argument is its input
+    columns: Mapping[str, int]  # linear layer that reads these rows -> the first of its columns that does
+    size: int = 1  # rows of a layer that are one unit
+    norms: Mapping[str, str] = field(default_factory=dict)  # RMS norm over all rows of a linear layer -> that layer
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,7 +43,7 @@ class Exchange(torch.autograd.Function):
 
 
 class Network(Protocol):
-    """A network that a group of ranks can walk together; its `cfg` has num_attention_heads."""
+    """A network that a group of ranks can walk together; its `cfg` has `heads`."""
 
     cfg: Any
     sequence: "SequenceGroup | None"
@@ -59,10 +59,10 @@ class SequenceGroup:
 
     def attach(self, net: Network) -> None:
         """Make all later walks of this network walks of the group, each rank with its part of the tokens."""
-        if net.cfg.num_attention_heads % self.size:
+        if net.cfg.heads % self.size:
             raise ValueError(
-                f"sequence_parallel={self.size}: does not divide the network's {net.cfg.num_attention_heads} heads; "
-                f"use one of {divisors(net.cfg.num_attention_heads)}"
+                f"sequence_parallel={self.size}: does not divide the network's {net.cfg.heads} heads; "
+                f"use one of {divisors(net.cfg.heads)}"
             )
         net.sequence = self
 

@@ -15,7 +15,7 @@ import torch
 from fastlightgen.atomic import put, write_json
 from fastlightgen.config import Run
 from fastlightgen.decoder.folder import check_replaces, copy_vae
-from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.models.families import block_counts, family_of, family_of_pipeline
 from fastlightgen.models.folder.networks import read_config
 from fastlightgen.models.folder.original import original_config
@@ -131,6 +131,8 @@ def write_pipeline(
     if original:
         original_config(config)  # raises before anything is written if that format cannot hold this network
     teacher = network_config(pipeline)
+    if lora is not None and narrower(model, teacher):
+        raise ValueError(f"lora={lora}: changes rows that width pruning dropped from the model; leave lora= out")
     counts = block_counts(teacher)
     blocks = block_map(config, card.get("kept_blocks"), teacher)
     student = card.get("ladder") is not None
@@ -147,6 +149,7 @@ def write_pipeline(
         if small:
             copy_vae(small[0], temporary / "vae")
         card = card | {"block_map": blocks, "call": call_of(card, config)}
+        card |= {} if model.cfg.is_stock else {"stock": False}
         if card.get("source"):
             card["source"] = name_of(card["source"])  # an export goes to others, to whom a path here says nothing
         save_model(model, temporary / NETWORK, dtype, **card)
@@ -180,6 +183,14 @@ def encodes_frames(pipeline: Path) -> bool:
     name = read_index(pipeline).get("_class_name", "")
     family = family_of_pipeline(name)
     return family.pipelines[name] if family else "ImageToVideo" in name
+
+
+def narrower(model: VideoDiT, teacher: dict) -> bool:
+    """True if width pruning made the model of the network with configuration `teacher`."""
+    if not any(isinstance(block, Block) and block.prunable() for block in model.blocks):
+        return False
+    theirs = family_of(teacher).settings(teacher)
+    return (model.cfg.heads, model.cfg.ffn_width) != (theirs.heads, theirs.ffn_width)
 
 
 def check_out(out: Path) -> None:

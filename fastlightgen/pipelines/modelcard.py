@@ -15,7 +15,7 @@ CARD = """---
 
 {summary}
 
-```python
+```{language}
 {code}```
 
 {calling}
@@ -38,6 +38,11 @@ frames = pipe(
 ).frames[0]
 # An animation in full colour. For mp4: diffusers.utils.export_to_video, which needs imageio and imageio-ffmpeg.
 frames[0].save("clip.webp", save_all=True, append_images=frames[1:], duration=round(1000 / {fps}), loop=0, quality=90)
+"""
+
+
+OWN_CODE = """# Stock diffusers cannot load this network; the package fastlightgen can.
+python -m fastlightgen.generate model={name} prompt="a cat runs over wet sand at sunset" {picture}out=clip.mp4
 """
 
 
@@ -77,7 +82,8 @@ def model_card(
         head=head("image-to-video" if pictured else "text-to-video", teacher_folder),
         name=name,
         summary=summary(card, teacher, blocks),
-        code=code(name, family, pictured, card["call"]),
+        language="python" if is_stock(card) else "bash",
+        code=code(name, family, pictured, card["call"]) if is_stock(card) else own_code(name, pictured),
         calling=calling(card, family),
         facts="\n".join(f"| {k} | {v} |" for k, v in facts.items() if v not in (None, "")),
     )
@@ -115,6 +121,16 @@ def code(name: str, family: Family, pictured: bool, call: dict) -> str:
     )
 
 
+def is_stock(card: dict) -> bool:
+    """True if stock diffusers loads the network."""
+    return bool(card.get("stock", True))
+
+
+def own_code(name: str, pictured: bool) -> str:
+    """A command that makes a clip with this package."""
+    return OWN_CODE.format(name=name, picture="image=first.png " * pictured)
+
+
 def lora_row(name: str, file: str, kept: int, lost: int) -> str:
     """The table row about the renumbered LoRA."""
     load = f'`pipe.load_lora_weights("{name}/lora", weight_name="{file}")`'
@@ -134,19 +150,23 @@ def summary(card: dict, teacher: dict[str, int], blocks: dict[str, dict[int, int
     """The sentence under the title: size and number of sampling steps."""
     total, left = sum(teacher.values()), sum(map(len, blocks.values()))
     size = f"with {left} of its teacher's {total} blocks" if left < total else f"with all {total} blocks of its teacher"
+    if not is_stock(card):
+        size += " and fewer heads in each"
     if not card.get("ladder"):
-        return f"A video diffusion transformer {size}, in stock diffusers format."
+        return f"A video diffusion transformer {size}{', in stock diffusers format' * is_stock(card)}."
     steps = len(card["ladder"])
-    return (
-        f"A video diffusion transformer {size}, distilled to {steps} sampling step{'s' * (steps > 1)}. "
-        "It loads with stock diffusers and needs no other code."
+    loads = (
+        "It loads with stock diffusers and needs no other code." if is_stock(card) else "It loads with fastlightgen."
     )
+    return f"A video diffusion transformer {size}, distilled to {steps} sampling step{'s' * (steps > 1)}. {loads}"
 
 
 def calling(card: dict, family: Family) -> str:
     """The paragraph about guidance, steps and seeds."""
     if not card.get("ladder"):
         return "The scheduler is the one of the pipeline this was exported with."
+    if not is_stock(card):
+        return "Sampling times and guidance stand in `fastlightgen.json`, where the command reads them."
     text = (
         f"Classifier-free guidance is distilled into the weights: always call it with `{family.cfg_argument}=1.0`, "
         f"which also halves the work. The scheduler's settings belong to {len(card['ladder'])} steps; with another "

@@ -8,6 +8,9 @@ from torch import Tensor
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import family_of
 from fastlightgen.models.family import Family
+from fastlightgen.models.folder.networks import config_of
+from fastlightgen.models.folder.weights import load_model, read_json
+from fastlightgen.parallel.log import say
 from fastlightgen.pipelines.export import NETWORK, parts_of
 from fastlightgen.pipelines.scheduler import TOLERANCE
 
@@ -67,16 +70,51 @@ def compare(model: VideoDiT, card: dict, folder: Path) -> dict:
             f"{folder}: the prediction of stock diffusers differs by {measured:.2g} (limit {limit:.2g}); "
             "the export is not usable, please report this"
         )
-    report = {"difference": worst}
     # Load tokenizers, processors and scheduler through the pipeline class, without the large encoders.
     absent = {n: None for n, kind in parts_of(folder).items() if n == "vae" or "encoder" in n}
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **absent, transformer=stock, local_files_only=True)
-    if card.get("ladder"):
-        report["sigmas"] = sigmas_of(pipe.scheduler, family, len(card["ladder"]))
-        report["ladder_error"] = max(abs(a - b) for a, b in zip(report["sigmas"], card["ladder"], strict=True))
-        if report["ladder_error"] > TOLERANCE:
-            raise ValueError(f"{folder}: the scheduler steps at {report['sigmas']}, the model at {card['ladder']}")
-    return report
+    return {"difference": worst} | compare_times(pipe.scheduler, card, family, folder)
+
+
+def say_not_stock(folder: Path) -> bool:
+    """Return whether stock diffusers can load the network of a model folder; if it cannot, say so."""
+    config = config_of(folder)
+    settings = family_of(config).settings(config)
+    if not settings.is_stock:
+        say(
+            f"warning: {folder}: has {settings.heads} of {config['num_attention_heads']} heads per attention, which "
+            "stock diffusers cannot load; the export is for this package (fastlightgen.load_model, "
+            "fastlightgen.generate). Feed-forward pruning alone (prune_heads=0) stays loadable"
+        )
+    return settings.is_stock
+
+
+@torch.no_grad()
+def compare_own(model: VideoDiT, card: dict, folder: Path) -> dict:
+    """`compare` for a network that stock diffusers cannot load: this package loads the export back."""
+    diffusers = need_diffusers()
+    again = load_model(folder / NETWORK, dtype=next(model.parameters()).dtype)
+    for name, value in again.named_parameters():
+        if not torch.equal(value, model.get_parameter(name).detach().to(value.device)):
+            raise ValueError(f"{folder}: {name} differs from the model's; the disk may be failing, export again")
+    x_t, t, cond, _ = model.eval().example_inputs(batch=1, seed=0)
+    report = {"difference": (model(x_t, t, cond) - again(x_t, t, cond)).abs().max().item()}
+    if not card.get("ladder"):
+        return report
+    kind = read_json(folder / "model_index.json")["scheduler"][1]
+    scheduler = getattr(diffusers, kind).from_pretrained(folder / "scheduler", local_files_only=True)
+    return report | compare_times(scheduler, card, family_of(model.config), folder)
+
+
+def compare_times(scheduler, card: dict, family: Family, folder: Path) -> dict:
+    """The sampling times of a student's scheduler and their largest error; {} for other models."""
+    if not card.get("ladder"):
+        return {}
+    sigmas = sigmas_of(scheduler, family, len(card["ladder"]))
+    error = max(abs(a - b) for a, b in zip(sigmas, card["ladder"], strict=True))
+    if error > TOLERANCE:
+        raise ValueError(f"{folder}: the scheduler steps at {sigmas}, the model at {card['ladder']}")
+    return {"sigmas": sigmas, "ladder_error": error}
 
 
 def sigmas_of(scheduler, family: Family, steps: int) -> list[float]:

@@ -36,6 +36,7 @@ class Net:
     averaged: bool = False  # its weights have a running average
     drawn: bool = False  # it may start from random weights, which every process draws whole
     head: Head | None = None
+    network: Network | None = None  # its cost, if it is not of the widths of the one that the stage starts from
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,17 @@ def planned_step(net: Network, plan: Plan, keep: Sequence[int]) -> StepCost:
     return step
 
 
+def own_cost(net: Network, held: Net) -> Network:
+    """The cost of a network that a stage holds, made from the network `net` that it starts from."""
+    whole = held.network or net
+    return whole if held.keep is None else whole.prune(held.keep)
+
+
 def step_cost(net: Network, declared: Iteration, cfg: Any) -> StepCost:
     """The cost per clip of a declared iteration; `cfg` holds the keys of the stage."""
     step = StepCost(net)
     for name, held in declared.nets.items():
-        whole = net if held.keep is None else net.prune(held.keep)
+        whole = own_cost(net, held)
         # Every network predicts without gradient at some time: as target or teacher, in rollouts, clips, guards. The
         # weights under adapters are another network's.
         if vars(cfg).get("fp8") == "frozen" and not held.adapters:
@@ -188,7 +195,7 @@ def step_cost(net: Network, declared: Iteration, cfg: Any) -> StepCost:
         step.averaged += train if held.averaged else 0
     for declared_walk in declared.walks:
         held = declared.nets[declared_walk.net]
-        whole = net if held.keep is None else net.prune(held.keep)
+        whole = own_cost(net, held)
         keys = vars(cfg) if any(route.grad for route in declared_walk.routes) else {}
         again, outputs = keys.get("checkpointing", False), keys.get("keep_attention", 0)
         cost = walk(whole, declared_walk.routes, again, outputs, held.adapters, bool(declared_walk.beside))

@@ -15,7 +15,7 @@ from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.models.families import FAMILIES
 from fastlightgen.parallel import ranks
 from fastlightgen.rng import generator
-from fastlightgen.stages.rank import EvaluationKeys, evaluation_set
+from fastlightgen.stages.scores import EvaluationKeys, evaluation_set
 
 QUERIES = 24  # the purpose of this file's random draws
 Silent = dict[int, list[int]]  # block -> its silenced heads

@@ -1,7 +1,7 @@
 """The builder that hands a method its networks and batches, and runs the checks before a stage starts."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,11 @@ class Builder:
 
     guidance: float | None = None  # teacher_guidance=embedded: the scale that the networks read in every batch
 
-    def __init__(self, cfg: StageConfig, source: Source, device: torch.device):
-        self.cfg, self.source, self.device = cfg, source, device
+    def __init__(
+        self, cfg: StageConfig, source: Source, device: torch.device, place: Callable[[VideoDiT], object] | None = None
+    ):
+        """`place`: the engine's, for a method that walks a network while it builds."""
+        self.cfg, self.source, self.device, self.place = cfg, source, device, place
 
     def load(self, model: str | Path) -> VideoDiT:
         """Load a network: in `dtype`; in float32 with engine=local, except in Stage I, which trains nothing.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlightgen.config import ConfigError, field
 from fastlightgen.models.cost import Network
-from fastlightgen.models.folder.networks import trained_folder
+from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import read_card
 from fastlightgen.models.lora import attach_lora
 from fastlightgen.parallel.log import say
@@ -25,16 +25,7 @@ from fastlightgen.stages.matching import dmd_loss
 from fastlightgen.stages.method import Method
 from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.rollouts import STUDENT
-from fastlightgen.stages.start import (
-    inputs,
-    needs,
-    own_path,
-    pruned_alone,
-    pruned_path,
-    stage2_folder,
-    student_folder,
-    subject,
-)
+from fastlightgen.stages.start import inputs, needs, own_config, stage2_result, student_from, subject
 from fastlightgen.stages.student import Matching, MatchingConfig, look
 
 ADAPTERS = 7  # the purpose of this file's own random draws; those of the updates stand in rollouts.py
@@ -104,17 +95,16 @@ class Distill(Matching):
 
 def build(cfg: Config, with_: Builder) -> Distill:
     """Build teacher, student and critic from Stage II's folder, and with strong=original the original teacher."""
-    folder = stage2_folder(cfg)
-    keep = pruned_path(folder)
-    start, card = student_folder(cfg.start_model, folder, keep), read_card(folder)
-    if pruned_alone(folder) and cfg.strong == "stage2":
+    result = stage2_result(cfg)
+    folder, path, card = result.folder, result.path, read_card(result.folder)
+    start = student_from(cfg.start_model, result)
+    if result.alone and cfg.strong == "stage2":
         raise ValueError(f"{folder}: holds the pruned network alone, Eq. 9 needs a strong teacher; use strong=original")
-    path = own_path(folder, keep)
     teacher = with_.load(folder).requires_grad_(False)
     with_.check_data(teacher, card)
     with_.read_guidance(cfg.teacher_guidance, teacher, card)
-    student = with_.load(start) if cfg.start_model else with_.copy(teacher, folder)
-    student = student.requires_grad_(True).prune(own_path(start, keep))
+    student = with_.load(start.folder) if cfg.start_model else with_.copy(teacher, folder)
+    student = student.requires_grad_(True).prune(start.path)
     original = None
     if cfg.strong == "original":
         original = with_.load(trained_folder(cfg.model)).requires_grad_(False)
@@ -129,8 +119,8 @@ def build(cfg: Config, with_: Builder) -> Distill:
     say(f"learning rates: student {cfg.lr:g}, critic {cfg.critic_lr:g}")
     nets = Networks(student, teacher, path, fake, fake_keep, trained or fake, trained is not None, original)
     nets.scale = with_.guidance
-    stage = Distill(cfg, nets, with_.batches, with_.card(source=card.get("source"), kept_blocks=keep))
-    stage.roles["student"].file_values = with_.file_values(start, own_path(start, keep))
+    stage = Distill(cfg, nets, with_.batches, with_.card(source=card.get("source"), kept_blocks=result.kept))
+    stage.roles["student"].file_values = with_.file_values(start.folder, start.path)
     if trained is None:  # adapters start from values of their own
         stage.roles["fake"].file_values = with_.file_values(folder, path if cfg.fake_arch == "pruned" else None)
     return stage
@@ -163,7 +153,8 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
         own = [r for r in routes if cfg.strong == "stage2" or r is not v_uc]
         walked.append(Walk("teacher", own, students))
     if cfg.strong == "original":
-        nets["original"] = Net()
+        alone = own_config(cfg) is not None  # then `net` is not the original's
+        nets["original"] = Net(network=net.of(config_of(trained_folder(cfg.model))) if alone else None)
         walked.append(Walk("original", [v_uc], students))
     return Iteration(nets, walked)
 

@@ -12,14 +12,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastlightgen import flow
-from fastlightgen.config import BatchKeys, Run, field
+from fastlightgen.config import BatchKeys, ConfigError, Run, field
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.guard import held_out_mean
 from fastlightgen.engine.shards import shape
@@ -33,10 +32,10 @@ from fastlightgen.planner.walk import Route
 from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.method import Guess, Method, Subject
+from fastlightgen.stages.scores import BLOCK_SCORES, Sample, evaluation_set, output_mse, x0_error
 from fastlightgen.stages.search import SEARCHES, counts_of, lists_of, without
 
-DRAWS, HELD_OUT = 1, 4  # the purposes of these random draws
-Sample = tuple[Tensor, Tensor, Tensor, Cond]  # x_t, t, x0, cond
+HELD_OUT = 4  # the purpose of this file's random draws
 
 
 class Sweep(Protocol):
@@ -72,7 +71,11 @@ class RankKeys(BatchKeys):
         choices=("single_skip", "iterative", "exhaustive"),
         everyday=True,
     )
-    score: str = field("elbo", "elbo: error against the data; output_mse: change of v", choices=("elbo", "output_mse"))
+    score: str = field(
+        "elbo",
+        "elbo: error against the data; output_mse: change of v; l2: sum of squared weights; taylor: |sum of w dL/dw|",
+        choices=("elbo", "output_mse", *BLOCK_SCORES),
+    )
     clips: int = field(64, "clips of the evaluation set", lo=1, everyday=True)
     timesteps: int = field(8, "stratified times per clip", lo=1, everyday=True)
     t_range: list[float] = field([0.02, 0.98], "range of the times before the shift", lo=0, hi=1)
@@ -85,15 +88,15 @@ class RankKeys(BatchKeys):
     def check(self) -> None:
         super().check()
         self.check_ordered("t_range")
+        if self.score in BLOCK_SCORES and self.search != "single_skip":
+            raise ConfigError(
+                f"score={self.score}: scores single blocks, search={self.search} needs scores of sets of blocks; "
+                "use search=single_skip"
+            )
 
 
 class Config(RankKeys, Run):
     """A configuration of this stage: its own keys and those of every stage."""
-
-
-def x0_error(v: Tensor, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-    """Eq. 4 per sample: mean over elements of |x_t - t v - x0|^2, reduced in float32; large: the block mattered."""
-    return (flow.x0_from_velocity(x_t.float(), v.float(), t) - x0.float()).square().flatten(1).mean(1)
 
 
 def denoising_error(
@@ -112,36 +115,6 @@ def held_out_error(net: VideoDiT, batch: Batch, cfg: Any, keep: Sequence[int] | 
     at_once = cfg.micro_batch or max(1, cfg.batch // ranks.shares(cfg.sequence_parallel)[1])
     clips = batch.x0, times, noise
     return held_out_mean(measure, clips, batch.cond, net.device, at_once, cfg.sequence_parallel)
-
-
-def output_mse(v: Tensor, v_full: Tensor) -> Tensor:
-    """Eq. 3 per sample: mean over elements of |y_pruned - y_original|^2 (y: the output of Eq. 2)."""
-    return (v.float() - v_full.float()).square().flatten(1).mean(1)
-
-
-class EvaluationKeys(Protocol):
-    """The keys that decide the evaluation set."""
-
-    clips: int
-    timesteps: int
-    t_range: list[float]
-    batch: int
-    shift: float
-    seed: int
-
-
-def evaluation_set(cfg: EvaluationKeys, batches: Callable[[int], Batch]) -> Iterator[Sample]:
-    """Yield `clips` clips at `timesteps` stratified times each; all candidates see the same x0, noise and t."""
-    low, high = cfg.t_range
-    for start in range(0, cfg.clips, cfg.batch):
-        batch = batches(start // cfg.batch)
-        size = min(cfg.batch, cfg.clips - start)
-        x0, cond = batch.x0[:size], batch.cond.map(itemgetter(slice(size)))
-        for k in range(cfg.timesteps):
-            gen = generator(cfg.seed, DRAWS, start, k)
-            u = (k + torch.rand(size, generator=gen)) / cfg.timesteps  # stratum k of U(0, 1)
-            t = flow.shift_time(low + (high - low) * u, cfg.shift).to(x0.device)
-            yield flow.add_noise(x0, normal_like(x0, gen), t), t, x0, cond
 
 
 @torch.no_grad()
@@ -227,13 +200,17 @@ def rank(
             return score_sets(model, samples, keeps, cfg.score, cfg.memory, sweep)
 
     # Single skips: the paper's ranking, and the start of the other searches.
-    table = scores([without(n, i) for i in range(n)] + [None], "stage 1: skip each block")
-    single, base = table[:-1], table[-1]
+    direct = BLOCK_SCORES.get(cfg.score)
+    if direct is None:
+        table = scores([without(n, i) for i in range(n)] + [None], "stage 1: skip each block")
+        single, base = table[:-1], table[-1]
+    else:
+        single, base = direct(model, samples)[:, None], torch.zeros(1)
     mean = single.mean(1).tolist()
     counts = counts_of(cfg, free, lists, costs, mean)
     pruned = SEARCHES[cfg.search](n, free, counts, mean, scores)
     keep = without(n, *pruned)
-    together = scores([keep], "stage 1: all of them dropped")[0]
+    together = scores([keep], "stage 1: all of them dropped")[0] if direct is None else single[pruned].sum()
     return {
         "units": [u | {"score": single[i].mean().item(), "stderr": stderr(single[i])} for i, u in enumerate(units)],
         "baseline_score": base.mean().item(),
@@ -247,7 +224,7 @@ def rank(
         "prefix": min(pruned),
         "search": cfg.search,
         "score_kind": cfg.score,
-        "num_samples": table.shape[1],
+        "num_samples": sum(len(t) for _, t, _, _ in samples),
         "seed": cfg.seed,
     }
 
@@ -260,6 +237,8 @@ def stderr(x: Tensor) -> float:
 def build(cfg: Config, with_: Builder) -> tuple[VideoDiT, list[float]]:
     """Return the model and the cost of each of its blocks, in the unit of `ratio`."""
     folder = trained_folder(cfg.model)
+    if cfg.score == "taylor" and cfg.engine == "deepspeed" and (cfg.zero == 3 or cfg.sequence_parallel > 1):
+        raise ValueError("score=taylor: needs gradients of whole weights; use zero=1 or 2 and sequence_parallel=1")
     model = with_.load(folder).requires_grad_(False)
     with_.check_data(model, read_card(folder))
     costs = [1.0] * model.num_blocks
@@ -274,11 +253,15 @@ def build(cfg: Config, with_: Builder) -> tuple[VideoDiT, list[float]]:
 def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     """Count one batch of clips at one time: all single skips and the full pass, in groups of `memory` GiB."""
     n, clips = len(net.blocks), min(cfg.batch, cfg.clips)
+    count = math.ceil(cfg.clips / clips) * cfg.timesteps
+    if cfg.score in BLOCK_SCORES:
+        own = [Walk("model", [Route(grad=True)])] if cfg.score == "taylor" else []
+        return Iteration({"model": Net()}, own, clips=clips, count=count)
     size = 4 if cfg.dtype == "float32" else 2  # bytes of a number
     group = max(1, int(cfg.memory * 1e9 / (2 * clips * net.hidden * size)))
     routes = [Route(keep=without(n, i)) for i in range(n)] + [Route()]
     sweep = [Walk("model", routes[i : i + group]) for i in range(0, n + 1, group)]
-    return Iteration({"model": Net()}, sweep, clips=clips, count=math.ceil(cfg.clips / clips) * cfg.timesteps)
+    return Iteration({"model": Net()}, sweep, clips=clips, count=count)
 
 
 def subject(cfg: Config, guess: Guess | None = None) -> Subject:

@@ -12,9 +12,11 @@ from typing import Any, Protocol
 from fastlightgen.config import GUIDANCES, TEACHER_GUIDANCE, Checked, ConfigError, field
 from fastlightgen.engine.roles import Values
 from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.cost import Network
 from fastlightgen.models.families import depth
 from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import read_card
+from fastlightgen.planner.step import Net
 from fastlightgen.planner.walk import Route
 from fastlightgen.stages import start
 from fastlightgen.stages.build import Builder
@@ -67,37 +69,33 @@ class Pair:
 
     teacher: VideoDiT
     student: VideoDiT
-    keep: list[int]  # the teacher's blocks that the student has
+    kept: list[int]  # the teacher's blocks that the student has
+    path: list[int]  # the same as the network of `start` numbers them
     scale: float  # the guidance w of the teacher's predictions; 1: they need no null prompt
     read: float | None  # the guidance that all networks read as a number; None: they read none
     folder: Path  # the teacher's
     start: Path  # the student's
 
-    @property
-    def own(self) -> list[int]:
-        """The student's blocks as the network of `start` numbers them."""
-        return start.own_path(self.start, self.keep)
-
     def card(self, with_: Builder) -> dict[str, Any]:
         """The card of the result."""
-        return with_.card(source=str(self.folder), kept_blocks=self.keep)
+        return with_.card(source=str(self.folder), kept_blocks=self.kept)
 
     def values(self, with_: Builder) -> Values | None:
         """The reader of the student's float32 values; see `Builder.file_values`."""
-        return with_.file_values(self.start, self.own)
+        return with_.file_values(self.start, self.path)
 
 
 def pair(cfg: Keys, with_: Builder) -> Pair:
     """Load the teacher and the student of a rival."""
     folder = trained_folder(cfg.model)
     card, config = read_card(folder), config_of(folder)
-    keep, first = list(range(depth(config))), Path(cfg.start_model) if cfg.start_model else folder
+    first = Path(cfg.start_model) if cfg.start_model else folder
+    path = kept = list(range(depth(config)))
     if cfg.student == "pruned":
-        stage2 = start.stage2_folder(cfg)
-        keep = start.pruned_path(stage2)
-        wanted = start.pruned_config(config, keep) if start.pruned_alone(stage2) else config
-        start.require_same(f"stage2_model={stage2}", config_of(stage2), wanted, f"model={cfg.model}")
-        first = start.student_folder(cfg.start_model, stage2, keep)
+        stage2 = start.stage2_result(cfg)
+        start.require_made_of(config, stage2, f"model={cfg.model}")
+        origin = start.student_from(cfg.start_model, stage2)
+        first, path, kept = origin.folder, origin.path, origin.kept
     elif cfg.start_model:
         start.require_model(first, "of the teacher's network")
         start.require_same(f"start_model={first}", config_of(first), config, f"model={cfg.model}")
@@ -105,12 +103,13 @@ def pair(cfg: Keys, with_: Builder) -> Pair:
     teacher = with_.load(folder).requires_grad_(False)
     with_.check_data(teacher, card)
     if cfg.student == "pruned":
-        with_.check_source(teacher, read_card(stage2))
-        with_.read_guidance(cfg.teacher_guidance, teacher, read_card(stage2))
+        theirs = read_card(stage2.folder)
+        with_.check_source(teacher, theirs)
+        with_.read_guidance(cfg.teacher_guidance, teacher, theirs)
     with_.read_guidance(cfg.teacher_guidance, teacher, card)
     student = with_.copy(teacher, folder) if first == folder else with_.load(first)
-    student = student.requires_grad_(True).prune(start.own_path(first, keep))
-    return Pair(teacher, student, keep, scale_of(cfg, teacher, card), with_.guidance, folder, first)
+    student = student.requires_grad_(True).prune(path)
+    return Pair(teacher, student, kept, path, scale_of(cfg, teacher, card), with_.guidance, folder, first)
 
 
 def scale_of(cfg: Keys, teacher: VideoDiT, card: dict[str, Any]) -> float:
@@ -139,12 +138,20 @@ def blocks(cfg: Keys, keep: Sequence[int]) -> Sequence[int] | None:
     return None if cfg.student == "full" else keep
 
 
+def student_net(cfg: Keys, net: Network, keep: Sequence[int], **more: Any) -> Net:
+    """The student, for the planner; `more`: see Net."""
+    own = start.own_config(cfg) if cfg.student == "pruned" else None
+    return Net(blocks(cfg, keep), **more) if own is None else Net(network=net.of(own), **more)
+
+
 def subject(cfg: Keys, guess: Guess | None = None) -> Subject:
-    """Return config.json of the network that the student starts from, and the student's blocks."""
-    if cfg.student == "pruned":
+    """Return config.json of the teacher, and its blocks that the student has."""
+    if cfg.student == "pruned" and guess and not cfg.stage2_model:
         return start.subject(cfg, guess)
     config = config_of(trained_folder(cfg.model))
-    return config, range(depth(config))
+    if cfg.student == "full":
+        return config, range(depth(config))
+    return config, start.stage2_result(cfg).kept
 
 
 def needs(cfg: Keys) -> str:

@@ -1,12 +1,13 @@
 """What Stage III starts from: the model folders, and the settings with which Stage II made them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from fastlightgen.config import numbers, root
 from fastlightgen.engine.folder import as_used, read_run
-from fastlightgen.models.families import depth, family_of
+from fastlightgen.models.families import depth, family_of, narrowed
 from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import read_card
 from fastlightgen.stages.method import Guess, Subject
@@ -20,20 +21,57 @@ class Keys(Protocol):
     stage2_model: str
 
 
+@dataclass(frozen=True)
+class Pruned:
+    """What Stage II left in a folder: the full network with a pruned path, or a network of its own.
+
+    A network of its own has no dropped blocks in it. It may have fewer heads and a narrower feed-forward too.
+    """
+
+    folder: Path
+    alone: bool  # a network of its own
+    path: list[int]  # the blocks to run, as the folder's network numbers them
+    kept: list[int]  # the teacher's blocks that they are
+
+
 def needs(cfg: Keys) -> str:
     """Return the stage whose result in the run folder is read."""
     return "" if cfg.stage2_model else "2"
 
 
-def stage2_folder(cfg: Keys) -> Path:
-    """Return the model folder of Stage II; raise if it does not exist."""
-    folder = Path(cfg.stage2_model or Path(cfg.run) / "stage2" / "model")
+def result_folder(cfg: Keys) -> Path:
+    """Return the model folder of Stage II."""
+    return Path(cfg.stage2_model or Path(cfg.run) / "stage2" / "model")
+
+
+def stage2_result(cfg: Keys) -> Pruned:
+    """Return what Stage II left; raise if there is no such folder."""
+    folder = result_folder(cfg)
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder}: there is no Stage II model; run stage=2 with the same run= first, or give stage2_model="
         )
     require_audible(folder)
-    return folder
+    return read_pruned(folder)
+
+
+def read_pruned(folder: Path) -> Pruned:
+    """Read what Stage II left in a folder; raise if its card does not tell."""
+    card, blocks, where = read_card(folder), depth(config_of(folder)), f"{folder}/fastlightgen.json"
+    alone = card.get("stage") == 2 and "pruned_path" not in card
+    path: list[int] | None = list(range(blocks)) if alone else card.get("pruned_path")
+    if path is None:
+        raise ValueError(f"{where}: names no pruned_path; wanted a model that stage=2 made")
+    kept = card.get("kept_blocks") or list(range(blocks))
+    if len(kept) != blocks:
+        raise ValueError(
+            f"{where}: kept_blocks names {len(kept)} of the network's {blocks} blocks; copy the folder again"
+        )
+    if path[-1] >= blocks:
+        raise ValueError(
+            f"{where}: pruned_path names block {path[-1]}, wanted at most {blocks - 1}; copy the folder again"
+        )
+    return Pruned(folder, alone, path, [kept[i] for i in path])
 
 
 def require_audible(folder: Path) -> None:
@@ -45,47 +83,48 @@ def require_audible(folder: Path) -> None:
         )
 
 
-def pruned_alone(folder: Path) -> bool:
-    """True if a method of Stage II left the pruned network alone, without the dropped blocks."""
-    card = read_card(folder)
-    return card.get("stage") == 2 and "pruned_path" not in card
+def own_config(cfg: Keys) -> dict[str, Any] | None:
+    """Return config.json of a network of its own that Stage II left; None if it left none, or nothing yet."""
+    if not (cfg.stage2_model or cfg.run):  # a plan without a run
+        return None
+    folder = result_folder(cfg)
+    found = (folder / "config.json").is_file() and read_pruned(folder).alone
+    return config_of(folder) if found else None
 
 
-def pruned_path(folder: Path) -> list[int]:
-    """Return the blocks that Stage II's pruned path keeps; raise if the folder names none."""
-    keep: list[int] | None = read_card(folder).get("kept_blocks" if pruned_alone(folder) else "pruned_path")
-    if keep is None:
-        raise ValueError(f"{folder}/fastlightgen.json: names no pruned_path; wanted a model that stage=2 made")
-    return keep
-
-
-def own_path(folder: Path, keep: Sequence[int]) -> list[int]:
-    """The blocks `keep` of the unpruned network, as they are numbered in the folder's network."""
-    return list(range(len(keep))) if pruned_alone(folder) else list(keep)
-
-
-def pruned_config(config: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+def pruned_config(config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
     """config.json of a network that is pruned to these blocks."""
     out, first = dict(config), 0
     for key in family_of(config).lists.values():
-        out[key] = sum(first <= i < first + config[key] for i in keep)
+        out[key] = sum(first <= i < first + config[key] for i in kept)
         first += config[key]
     return out
 
 
-def student_folder(start_model: str, stage2: Path, keep: Sequence[int]) -> Path:
-    """Return the folder whose pruned path the student starts from; raise unless it has Stage II's network and path."""
+def require_made_of(teacher: dict[str, Any], found: Pruned, where: str) -> None:
+    """Raise unless Stage II left the teacher's network, or one that its card says was pruned from it."""
+    wanted = teacher
+    if widths := read_card(found.folder).get("widths"):
+        wanted = narrowed(wanted, widths["heads"][0], widths["ffn"][0])
+    if found.alone:
+        wanted = pruned_config(wanted, found.kept)
+    require_same(f"stage2_model={found.folder}", config_of(found.folder), wanted, where)
+
+
+def student_from(start_model: str, result: Pruned) -> Pruned:
+    """Return what the student starts from; raise unless start_model is of Stage II's network and blocks."""
     if not start_model:
-        return stage2
-    start, config = Path(start_model), config_of(stage2)
-    require_model(start)
-    if pruned_alone(start) and not pruned_alone(stage2):
-        config = pruned_config(config, keep)
-    require_same(f"start_model={start}", config_of(start), config, str(stage2))
-    if (path := pruned_path(start)) != list(keep):
+        return result
+    folder, config = Path(start_model), config_of(result.folder)
+    require_model(folder)
+    start = read_pruned(folder)
+    if start.alone and not result.alone:
+        config = pruned_config(config, result.kept)
+    require_same(f"start_model={folder}", config_of(folder), config, str(result.folder))
+    if start.kept != result.kept:
         raise ValueError(
-            f"start_model={start}: its pruned path keeps blocks {path}, wanted {list(keep)} as in {stage2}; "
-            "give a model that was made with the same importance="
+            f"start_model={folder}: its pruned path keeps blocks {start.kept}, wanted {result.kept} as in "
+            f"{result.folder}; give a model that was made with the same importance="
         )
     return start
 
@@ -108,15 +147,12 @@ def require_same(name: str, found: dict[str, Any], wanted: dict[str, Any], where
 
 
 def subject(cfg: Keys, guess: Guess | None = None) -> Subject:
-    """Return config.json of the network that Stage III starts from, and the blocks of its pruned path."""
+    """Return config.json of the network that Stage III starts from, and its blocks that the student has."""
     if guess and not cfg.stage2_model:
         config = config_of(trained_folder(cfg.model))
         return config, guess(depth(config))
-    folder = stage2_folder(cfg)
-    if pruned_alone(folder):  # its teacher is not
-        return config_of(trained_folder(cfg.model)), pruned_path(folder)
-    config, keep = config_of(folder), read_card(folder).get("pruned_path")
-    return config, list(range(depth(config))) if keep is None else keep
+    found = stage2_result(cfg)
+    return config_of(found.folder), found.path
 
 
 def inputs(cfg: Keys) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from method_cases import built, networks, planned, write_hunyuan, write_models
 from fastlightgen import train as command
 from fastlightgen.config import ConfigError, another_stage, load, main, plan_root
 from fastlightgen.engine.folder import StageFolder
+from fastlightgen.engine.log import read_metrics
 from fastlightgen.models.float8 import Float8Linear
 from fastlightgen.models.folder.networks import config_of
 from fastlightgen.ops import float8
@@ -79,15 +80,34 @@ def test_an_iteration_has_float8_without_gradient_alone(name, family, request, i
 @pytest.mark.parametrize("family, name", CASES)
 def test_the_planner_counts_the_bytes_of_real_networks(name, family, request):
     stage = stage_of(request.getfixturevalue(family), name, "fp8=frozen")
-    held, keep = 0, KEPT if family == "wan" else [0, 2, 3]
+    keep = KEPT if family == "wan" else [0, 2, 3]
+    assert planned(stage, keep).float8 == bytes_held(stage) > 0
+    stage.cfg.fp8 = "off"
+    assert planned(stage, keep).float8 == 0
+
+
+def bytes_held(stage) -> int:
+    """Bytes of the float8 copies in all networks of a stage."""
+    held = 0
     for net in networks(stage):
         for m in net.modules():
             if isinstance(m, Float8Linear):
                 weight, scale = m.quantised()
                 held += weight.nbytes + scale.nbytes
-    assert held > 0 and planned(stage, keep).float8 == held
-    stage.cfg.fp8 = "off"
-    assert planned(stage, keep).float8 == 0
+    return held
+
+
+def test_a_width_pruned_student(wan, tmp_path, in_8_bits):
+    """Two steps, the first of which aligns: the teacher predicts in float8, and so does the measured network."""
+    words = ["stage=2", "method=lightning", wan[0], f"importance={write_ranking(tmp_path / 'importance.json')}"]
+    words += ["student=pruned", "prune_heads=1", "clips=2", "align_every=1", "warmup=0", "shift=3", "fp8=frozen"]
+    stage = built(*words, f"run={tmp_path / 'built'}")
+    assert planned(stage).float8 == bytes_held(stage) > 0
+    in_8_bits.clear()
+    run_train(*words, f"run={tmp_path}", "iters=2", "batch=2", "log_every=1", "progress=false", "threads=1")
+    assert in_8_bits and not any(in_8_bits)
+    lines = read_metrics(tmp_path / "stage2/metrics.jsonl")
+    assert len(lines) == 2 and all(math.isfinite(line["loss"]) for line in lines)
 
 
 def planned_parts(*words: str) -> dict[str, float]:

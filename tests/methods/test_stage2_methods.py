@@ -92,7 +92,7 @@ def test_bfloat16_is_close_to_float32(method, wan, tmp_path):
 
 @pytest.mark.parametrize("crash_at", [2, 4])
 @pytest.mark.parametrize("method", RIVALS)
-def test_a_killed_run_continues_with_the_same_bits(method, crash_at, wan, tmp_path, monkeypatch):
+def test_a_killed_run_continues_with_the_same_bits(method, crash_at, wan, tmp_path, monkeypatch, capsys):
     """Killed in iteration 2, when step 1 is saved and has no discriminator, or in iteration 4, when step 3 has one."""
     words = ["iters=5", "save_every=1", "keep=1"]
     train(wan, method, tmp_path / "whole", *words)
@@ -105,9 +105,10 @@ def test_a_killed_run_continues_with_the_same_bits(method, crash_at, wan, tmp_pa
             raise MemoryError
         return step(*args, **keys)
 
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^2$"):
         patch.setattr(torch.optim.AdamW, "step", crash)
         train(wan, method, tmp_path / "killed", *words)
+    assert "error: out of memory; " in capsys.readouterr().err
     assert not (tmp_path / "killed/stage2/model").exists()
     train(wan, method, tmp_path / "killed", *words)
     assert_same(result(tmp_path / "killed", 2), result(tmp_path / "whole", 2))
@@ -224,6 +225,11 @@ def test_models_that_do_not_fit_are_refused(wan, hunyuan, tmp_path):
     deep = save_model(small_wan(blocks=5), tmp_path / "deep")
     wide = save_model(small_hunyuan(num_attention_heads=4), tmp_path / "wide")
     alone = save_model(small_wan().prune(KEPT), tmp_path / "alone", stage=2, kept_blocks=KEPT)
+    one = save_model(small_wan().prune(KEPT), tmp_path / "one", stage=2, kept_blocks=[0])
+    far = save_model(small_wan(), tmp_path / "far", stage=2, pruned_path=[0, 9])
+    widths = {"heads": [2, 2], "ffn": [12, 24]}
+    narrow = save_model(small_wan().prune(KEPT), tmp_path / "narrow", stage=2, kept_blocks=KEPT, widths=widths)
+    regression = ["stage=3", "method=regression", wan[0]]
     model = wan[0].removeprefix("model=")
     icmd = [*wan, "method=icmd"]
     for given, message in (
@@ -236,6 +242,18 @@ def test_models_that_do_not_fit_are_refused(wan, hunyuan, tmp_path):
         (
             ["stage=3", "method=regression", hunyuan[0], f"stage2_model={alone}"],
             f"stage2_model={alone}: _class_name is WanTransformer3DModel, wanted HunyuanVideoTransformer3DModel as in ",
+        ),
+        (
+            [*regression, f"stage2_model={one}"],
+            f"{one}/fastlightgen.json: kept_blocks names 1 of the network's 2 block",
+        ),
+        (
+            [*regression, f"stage2_model={far}"],
+            f"{far}/fastlightgen.json: pruned_path names block 9, wanted at most 3;",
+        ),
+        (
+            [*regression, f"stage2_model={narrow}"],
+            f"stage2_model={narrow}: ffn_dim is 24, wanted 12 as in model={model}",
         ),
     ):
         with pytest.raises(ValueError) as error:

@@ -84,7 +84,7 @@ def test_parameters_of_hunyuan(changes):
         assert net.params == 12_821_012_544  # the released weights
 
 
-@pytest.mark.parametrize("config", [WAN, I2V], ids=["t2v", "i2v"])
+@pytest.mark.parametrize("config", [WAN, I2V, I2V | {"kept_attention_heads": 1}], ids=["t2v", "i2v", "narrow i2v"])
 @pytest.mark.parametrize(("checkpointing", "kept"), [(False, 0), (True, 0), (True, 2)])
 def test_operations_of_a_wan_forward_and_backward(config, checkpointing, kept):
     model = build(config, seed=0)
@@ -192,11 +192,14 @@ def case(config: dict, layers: int, dtype, fused: bool, checkpointing: bool, kep
 
 
 TINY_HUNYUAN = preset("tiny-hunyuan")["network"]
+# Width pruning left half of the heads or fewer, and a narrower feed-forward.
+NARROW = [I2V | {"kept_attention_heads": 1, "ffn_dim": 100}, TINY_HUNYUAN | {"kept_attention_heads": 1}]
+NARROW_IDS = ["narrow i2v", "narrow hunyuan"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("checkpointing", "kept"), [(False, 0), (True, 0), (True, 99)])
-@pytest.mark.parametrize("config", [WAN, I2V, TINY_HUNYUAN], ids=["t2v", "i2v", "hunyuan"])
+@pytest.mark.parametrize("config", [WAN, I2V, TINY_HUNYUAN, *NARROW], ids=["t2v", "i2v", "hunyuan", *NARROW_IDS])
 def test_tensors_kept_for_the_backward_pass(config, checkpointing, kept, dtype, fused):
     counts = []
     for layers in (2, 6):

@@ -88,8 +88,13 @@ def load_model(
 
 def without_memory(folder: Path) -> VideoDiT:
     """Build a folder's network on the meta device."""
+    return on_meta(read_config(folder))
+
+
+def on_meta(config: Mapping) -> VideoDiT:
+    """Build a network on the meta device."""
     with torch.device("meta"), Undrawn():
-        return build(read_config(folder))
+        return build(config)
 
 
 class Undrawn(TorchFunctionMode):
@@ -120,11 +125,12 @@ def load_weights(
 
 
 def file_values(
-    path: str | Path, keep: Sequence[int] | None = None, allow_pt: bool = False
+    path: str | Path, keep: Sequence[int] | None = None, allow_pt: bool = False, values: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
     """Read the weights of a model folder again: yield (name, float32 value on the CPU), one tensor at a time.
 
-    `keep`: the blocks of a pruned network (None: all). The names are then those of the pruned network.
+    `keep`: the blocks of a pruned network (None: all). The names are then those of the pruned network. Without `values`
+    nothing is read: yield (name, meta tensor) in the same order.
     """
     folder = model_folder(path)
     net = without_memory(folder)
@@ -133,8 +139,8 @@ def file_values(
     # Pruning renumbers the blocks; the tensors themselves tell which old name became which new one.
     new = {id(tensor): name for name, tensor in pruned.state_dict(keep_vars=True).items()}
     names = {key: new[id(tensor)] for key, tensor in state.items() if id(tensor) in new}
-    for key, stored, source in stored_tensors(folder, config, state, allow_pt, names):
-        yield names[key], copied(stored, source, state[key], "cpu", torch.float32)
+    for key, stored, source in stored_tensors(folder, config, state, allow_pt, names, values):
+        yield names[key], copied(stored, source, state[key], "cpu", torch.float32) if values else state[key]
 
 
 def stored_tensors(
@@ -143,11 +149,12 @@ def stored_tensors(
     state: Mapping[str, Tensor],
     allow_pt: bool,
     wanted: Collection[str] | None = None,
+    read: bool = True,
 ) -> Iterator[tuple[str, Tensor, Source]]:
     """Yield (key of the network, mapped tensor of the file, its rows that belong to the key), in file order.
 
     `config` and `state` describe the network; the file's keys and shapes must match them exactly. `wanted`: the keys to
-    yield (None: all).
+    yield (None: all). Without `read`, the tensors stand on the meta device.
     """
     files = weight_files(folder, original_files(), allow_pt)
     headers = read_headers(files)
@@ -167,7 +174,8 @@ def stored_tensors(
             file = headers[group[0]][0]
             with mapped(file) as (_, get):
                 for name in group:
-                    if name in takers:
+                    value = headers[name][1]
+                    if name in takers and read:
                         verify_tensor(name, value := get(name), sums, file)
                     for key in takers.get(name, []):
                         yield key, value, table[key]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastlightgen.models.base import Block, Job, Prompt, State, Tables
 from fastlightgen.models.hunyuan.layers import EPS, HunyuanConfig, JointAttention, Modulation, SingleAttention, joined
 from fastlightgen.models.layers import FeedForward, gelu_of, linear_onto
+from fastlightgen.models.streams import Prunable
 from fastlightgen.ops import gate_residual_norm_modulate
 
 Modulations = list[tuple[Tensor, ...]]  # per sequence of a state: shifts, scales and gates
@@ -63,13 +64,23 @@ class DoubleBlock(HunyuanBlock):
 
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
-        dim, inner = cfg.dim, int(cfg.dim * cfg.mlp_ratio)
+        dim, inner = cfg.dim, cfg.ffn_width
         self.norm1, self.norm1_context = Modulation(dim, 6), Modulation(dim, 6)
         self.attn = JointAttention(cfg)
         self.ff, self.ff_context = FeedForward(dim, inner, dim), FeedForward(dim, inner, dim)
 
     def attention_outputs(self) -> list[tuple[nn.Module, bool]]:
         return [(self.attn.to_out[0], True), (self.attn.to_add_out, True)]
+
+    def prunable(self) -> list[Prunable]:
+        # Image and text attend to each other, so a head goes from the projections of both.
+        own = [f"attn.{layer}" for layer in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")]
+        outputs = {"attn.to_out.0": 0, "attn.to_add_out": 0}
+        heads = Prunable(
+            "heads", dict(zip(own, own, strict=True)), outputs, self.attn.to_q.out_features // self.attn.heads
+        )
+        ffn = [Prunable("ffn", {f"{n}.net.0.proj": f"{n}.net.0"}, {f"{n}.net.2": 0}) for n in ("ff", "ff_context")]
+        return [heads, *ffn]
 
     def read(self, prompt: HunyuanPrompt) -> Modulations:
         first = [] if prompt.first is None else [self.norm1(prompt.first)]
@@ -95,10 +106,17 @@ class SingleBlock(HunyuanBlock):
 
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
-        dim, inner = cfg.dim, int(cfg.dim * cfg.mlp_ratio)
+        dim, inner = cfg.dim, cfg.ffn_width
         self.norm = Modulation(dim, 3)
-        self.attn = SingleAttention(cfg)
-        self.proj_mlp, self.proj_out = nn.Linear(dim, inner), nn.Linear(dim + inner, dim)
+        self.attn = SingleAttention(cfg, cfg.heads)
+        attended = cfg.heads * cfg.attention_head_dim
+        self.proj_mlp, self.proj_out = nn.Linear(dim, inner), nn.Linear(attended + inner, dim)
+
+    def prunable(self) -> list[Prunable]:
+        own, attended = [f"attn.{layer}" for layer in ("to_q", "to_k", "to_v")], self.attn.to_q.out_features
+        heads = Prunable("heads", dict(zip(own, own, strict=True)), {"proj_out": 0}, attended // self.attn.heads)
+        # `proj_mlp` is computed inside another operation; its input is that of the attention.
+        return [heads, Prunable("ffn", {"proj_mlp": "attn"}, {"proj_out": attended})]
 
     def attention_outputs(self) -> list[tuple[nn.Module, bool]]:
         return [(self.proj_out, False)]  # it reads the feed-forward too

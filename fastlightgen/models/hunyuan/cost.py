@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+from fastlightgen.models.config import KEPT_HEADS
 from fastlightgen.models.cost import Block, Network, Saved, Work, attention, biased, float8, last_norm, linear
 from fastlightgen.parallel.shares import Part
 
@@ -12,15 +13,18 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, 
 
     Its double and then its single blocks work on image and text tokens together. Linear layers are (inputs, outputs).
     """
-    heads, patch = cfg["num_attention_heads"], cfg["patch_size_t"] * cfg["patch_size"] ** 2
-    dim = heads * cfg["attention_head_dim"]
+    heads, patch = cfg.get(KEPT_HEADS) or cfg["num_attention_heads"], cfg["patch_size_t"] * cfg["patch_size"] ** 2
+    dim = cfg["num_attention_heads"] * cfg["attention_head_dim"]
+    width = heads * cfg["attention_head_dim"]  # width of q, k and v: D unless heads are pruned
     inner, head = int(dim * cfg["mlp_ratio"]), cfg["attention_head_dim"]
     all_tokens = math.prod(latent) // patch  # image tokens of the clip
     tokens = round(part.share * all_tokens)  # image tokens on this GPU
     both, square, fed = tokens + text, (dim, dim), ((dim, inner), (inner, dim))
+    into, out = (dim, width), (width, dim)  # q, k or v; the output
     rows = 2 if cfg["image_condition_type"] == "token_replace" else 1  # the given frame has its own modulation
     # Joint attention over all tokens; a GPU of several computes some of the heads.
-    scores, hidden = attention(all_tokens + text, all_tokens + text, dim) // part.ranks, both * dim
+    scores, hidden = attention(all_tokens + text, all_tokens + text, width) // part.ranks, both * dim
+    attended = both * width
 
     def block(
         kind: str, params: int, layers: tuple, mods: tuple, work: int, modulation: int, saved: Saved, inners: int
@@ -35,14 +39,18 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, 
             private=Work(),
             prompt=Work(modulation),
             self_attention=scores,
-            attention_out=Saved(hidden, heads * both),  # the output, and one log-sum-exp per head and token
+            attention_out=Saved(attended, heads * both),  # the output, and one log-sum-exp per head and token
             saved=saved + Saved(2 * both * inner, heads * both),  # feed-forward before and after GELU; log-sum-exp
             prompt_saved=Saved(0, 0),
             working=(5 if kind == "double" else 3) * hidden + inners * both * inner,
             gradients=hidden + both * inner,
         )
 
-    double_layers = (*[square] * 4, *fed)  # q, k, v, output, feed-forward; a block has them for the image and the text
+    double_layers = (
+        *[into] * 3,
+        out,
+        *fed,
+    )  # q, k, v, output, feed-forward; a block has them for the image and the text
     six, three = (dim, 6 * dim), (dim, 3 * dim)  # modulations: shifts, scales and gates
     double = block(
         "double",
@@ -52,10 +60,12 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, 
         linear(both, *double_layers),
         linear(rows + 1, six),
         # The text's q and k go through torch's own norms: 4 float32 tensors of the text instead of 2 narrow ones.
-        Saved(12 * hidden - 2 * text * dim, 4 * text * dim) if fused else Saved(8 * hidden, 8 * hidden),
+        Saved(6 * hidden + 6 * attended - 2 * text * width, 4 * text * width)
+        if fused
+        else Saved(4 * hidden + 4 * attended, 4 * hidden + 4 * attended),
         inners=2,
     )
-    single_layers = (*[square] * 3, (dim, inner), (dim + inner, dim))  # q, k, v; the MLP; one output layer for both
+    single_layers = (*[into] * 3, (dim, inner), (width + inner, dim))  # q, k, v; the MLP; one output layer for both
     single = block(
         "single",
         biased(*single_layers, three) + 2 * head,  # with the RMS norms of q and k
@@ -63,7 +73,7 @@ def hunyuan(cfg: Mapping, latent: tuple[int, int, int], text: int, fused: bool, 
         (three,),
         linear(both, *single_layers),
         linear(rows, three),
-        Saved(10 * hidden, 0) if fused else Saved(7 * hidden, 6 * hidden),
+        Saved(3 * hidden + 7 * attended, 0) if fused else Saved(2 * hidden + 5 * attended, 2 * hidden + 4 * attended),
         inners=3,
     )
     inputs, outputs = cfg["in_channels"] * patch, cfg["out_channels"] * patch  # numbers per token

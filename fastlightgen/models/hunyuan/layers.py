@@ -3,13 +3,14 @@
 Module names follow diffusers' keys. Shapes: B batch, L image tokens, T text tokens, D hidden, h heads, d channels each.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlightgen.models.config import NetworkConfig
+from fastlightgen.models.config import NetworkConfig, check_heads
 from fastlightgen.models.layers import Embedder, FeedForward, Gelu, sinusoids
 from fastlightgen.models.streams import Tables
 from fastlightgen.ops import Rope, add_residual, attend, qk_norm_rope
@@ -40,6 +41,7 @@ class HunyuanConfig(NetworkConfig):
     rope_theta: float = 256.0
     rope_axes_dim: tuple[int, int, int] = (16, 56, 56)
     image_condition_type: str | None = None
+    kept_attention_heads: int | None = None  # heads that width pruning left in the blocks; None: all
 
     def __post_init__(self):
         object.__setattr__(self, "rope_axes_dim", tuple(self.rope_axes_dim))
@@ -47,6 +49,7 @@ class HunyuanConfig(NetworkConfig):
             if (got := getattr(self, name)) not in wanted:
                 options = ", ".join(repr(w) for w in wanted)
                 raise ValueError(f"Hunyuan config: {name} is {got!r}; supported: {options}")
+        check_heads("Hunyuan", self.kept_attention_heads, self.num_attention_heads)
         axes = self.rope_axes_dim
         if len(axes) != 3 or sum(axes) != self.attention_head_dim or any(n % 2 for n in axes):
             raise ValueError(
@@ -57,6 +60,21 @@ class HunyuanConfig(NetworkConfig):
     @property
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def heads(self) -> int:
+        return self.kept_attention_heads or self.num_attention_heads
+
+    @property
+    def ffn_width(self) -> int:
+        return int(self.dim * self.mlp_ratio)
+
+    def narrowed(self, heads: int, ffn_width: int) -> "HunyuanConfig":
+        ratio = ffn_width / self.dim
+        if int(self.dim * ratio) < ffn_width:  # the quotient was rounded down
+            ratio = math.nextafter(ratio, math.inf)
+        left = heads if heads < self.num_attention_heads else None
+        return replace(self, kept_attention_heads=left, mlp_ratio=ratio)
 
     @property
     def text_width(self) -> int:
@@ -100,14 +118,14 @@ class Modulation(nn.Module):
 class Attention(nn.Module):
     """Queries, keys and values, with an RMS norm per head; a single block has its own output layer (`out` False)."""
 
-    def __init__(self, cfg: HunyuanConfig, qk_norm: bool = True, out: bool = False):
+    def __init__(self, cfg: HunyuanConfig, heads: int, qk_norm: bool = True, out: bool = False):
         super().__init__()
-        dim, self.heads = cfg.dim, cfg.num_attention_heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        dim, inner, self.heads = cfg.dim, heads * cfg.attention_head_dim, heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner) for _ in range(3))
         if qk_norm:
             self.norm_q, self.norm_k = (nn.RMSNorm(cfg.attention_head_dim, eps=EPS) for _ in range(2))
         if out:
-            self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+            self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, L, h, d], without norm or rotation."""
@@ -133,10 +151,10 @@ class JointAttention(Attention):
     """Attention of a double block: image and text tokens attend to each other, with separate projections."""
 
     def __init__(self, cfg: HunyuanConfig):
-        super().__init__(cfg, out=True)
-        dim = cfg.dim
-        self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
-        self.to_add_out = nn.Linear(dim, dim)
+        super().__init__(cfg, cfg.heads, out=True)
+        dim, inner = cfg.dim, cfg.heads * cfg.attention_head_dim
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, inner) for _ in range(3))
+        self.to_add_out = nn.Linear(inner, dim)
         self.norm_added_q, self.norm_added_k = (nn.RMSNorm(cfg.attention_head_dim, eps=EPS) for _ in range(2))
 
     def forward(self, image: Tensor, text: Tensor, tables: Tables, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -184,7 +202,7 @@ class RefinerBlock(nn.Module):
         super().__init__()
         dim = cfg.dim
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=EPS), nn.LayerNorm(dim, eps=EPS)
-        self.attn = Attention(cfg, qk_norm=False, out=True)
+        self.attn = Attention(cfg, cfg.num_attention_heads, qk_norm=False, out=True)
         self.ff = SiluFeedForward(dim, 4 * dim, dim)  # the factor is 4 for every mlp_ratio, as in diffusers
         self.norm_out = Modulation(dim, 2)
 

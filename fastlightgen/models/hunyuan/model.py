@@ -5,7 +5,7 @@ Shapes: B batch, L = F H W / 4 image tokens (frame slowest), T text tokens, D hi
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,7 @@ class HunyuanModel(VideoDiT):
     def config(self) -> dict:
         doubles, singles = len(self.transformer_blocks), len(self.single_transformer_blocks)
         cfg = replace(self.cfg, num_layers=doubles, num_single_layers=singles)
-        return {"_class_name": self.config_class} | asdict(cfg)
+        return {"_class_name": self.config_class} | cfg.record()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,9 +107,9 @@ class HunyuanModel(VideoDiT):
 
     def block_flops(self, x_t: Tensor, cond: Cond) -> list[int]:
         cfg, tokens, size = self.cfg, math.prod(self.grid(x_t)) + cond.text.shape[1], len(x_t)
-        dim, inner = cfg.dim, int(cfg.dim * cfg.mlp_ratio)
+        dim, inner, attended = cfg.dim, cfg.ffn_width, cfg.heads * cfg.attention_head_dim
         # Multiply-adds of the products that both kinds of blocks have: projections, feed-forward, attention.
-        shared = size * tokens * (4 * dim * dim + 2 * dim * inner) + 2 * size * tokens * tokens * dim
+        shared = size * tokens * (4 * dim * attended + 2 * dim * inner) + 2 * size * tokens * tokens * attended
         rows = size * (2 if self.replaces_first else 1)  # rows in the image's modulation layer: one more at t = 0
         double, single = 2 * (shared + (rows + size) * 6 * dim * dim), 2 * (shared + rows * 3 * dim * dim)
         return [double] * len(self.transformer_blocks) + [single] * len(self.single_transformer_blocks)

@@ -3,12 +3,12 @@
 Module names follow diffusers' keys. Shapes: B batch, L tokens, D hidden.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlightgen.models.config import NetworkConfig
+from fastlightgen.models.config import NetworkConfig, check_heads
 from fastlightgen.models.layers import Embedder, FeedForward, sinusoids
 
 TEXT_TOKENS = 512  # the released networks read texts padded to this number of tokens
@@ -34,6 +34,7 @@ class WanConfig(NetworkConfig):
     added_kv_proj_dim: int | None = None
     rope_max_seq_len: int = 1024
     pos_embed_seq_len: int | None = None
+    kept_attention_heads: int | None = None  # heads that width pruning left in the blocks; None: all
 
     def __post_init__(self):
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
@@ -44,6 +45,7 @@ class WanConfig(NetworkConfig):
         ):
             if got != wanted:
                 raise ValueError(f"Wan config: {name} is {got!r}; only {wanted!r} is supported")
+        check_heads("Wan", self.kept_attention_heads, self.num_attention_heads)
         if self.added_kv_proj_dim != (None if self.image_dim is None else self.dim):
             # add_k_proj and add_v_proj read the image embedder's output, which is `dim` wide.
             raise ValueError(
@@ -54,6 +56,18 @@ class WanConfig(NetworkConfig):
     @property
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def heads(self) -> int:
+        return self.kept_attention_heads or self.num_attention_heads
+
+    @property
+    def ffn_width(self) -> int:
+        return self.ffn_dim
+
+    def narrowed(self, heads: int, ffn_width: int) -> "WanConfig":
+        left = heads if heads < self.num_attention_heads else None
+        return replace(self, kept_attention_heads=left, ffn_dim=ffn_width)
 
     @property
     def text_width(self) -> int:

@@ -4,7 +4,7 @@ Shapes: B batch, L = F H W / 4 tokens (frame slowest), D hidden, T text tokens, 
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastlightgen.models.base import Block, Cond, Job, Prompt, State, Tables, VideoDiT, gradient
 from fastlightgen.models.layers import FeedForward
+from fastlightgen.models.streams import Prunable
 from fastlightgen.models.wan.layers import TEXT_TOKENS, ConditionEmbedder, WanConfig, rope_axes
 from fastlightgen.ops import add_residual, attend, gate_residual_norm_modulate, qk_norm_rope, rope_factors
 
@@ -36,13 +37,13 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: WanConfig, added_kv: int | None = None):
         super().__init__()
-        dim, self.heads, self.eps = cfg.dim, cfg.num_attention_heads, cfg.eps
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=cfg.eps), nn.RMSNorm(dim, eps=cfg.eps)
+        dim, inner, self.heads, self.eps = cfg.dim, cfg.heads * cfg.attention_head_dim, cfg.heads, cfg.eps
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
+        self.norm_q, self.norm_k = nn.RMSNorm(inner, eps=cfg.eps), nn.RMSNorm(inner, eps=cfg.eps)
         if added_kv is not None:
-            self.add_k_proj, self.add_v_proj = nn.Linear(added_kv, dim), nn.Linear(added_kv, dim)
-            self.norm_added_k = nn.RMSNorm(dim, eps=cfg.eps)
+            self.add_k_proj, self.add_v_proj = nn.Linear(added_kv, inner), nn.Linear(added_kv, inner)
+            self.norm_added_k = nn.RMSNorm(inner, eps=cfg.eps)
 
     def to_itself(self, x: Tensor, tables: Tables) -> Tensor:
         """Self-attention, with q and k rotated by their positions."""
@@ -81,6 +82,20 @@ class WanBlock(Block):
 
     def attention_outputs(self) -> list[tuple[nn.Module, bool]]:
         return [(self.attn1.to_out[0], True)]
+
+    def prunable(self) -> list[Prunable]:
+        found = [Prunable("ffn", {"ffn.net.0.proj": "ffn.net.0"}, {"ffn.net.2": 0})]
+        for name, attention in (("attn1", self.attn1), ("attn2", self.attn2)):
+            norms = {"norm_q": "to_q", "norm_k": "to_k"}
+            layers = ["to_q", "to_k", "to_v"]
+            if hasattr(attention, "add_k_proj"):
+                layers += ["add_k_proj", "add_v_proj"]
+                norms |= {"norm_added_k": "add_k_proj"}
+            own = [f"{name}.{layer}" for layer in layers]
+            norms = {f"{name}.{norm}": f"{name}.{layer}" for norm, layer in norms.items()}
+            rows = attention.to_q.out_features // attention.heads
+            found.append(Prunable("heads", dict(zip(own, own, strict=True)), {f"{name}.to_out.0": 0}, rows, norms))
+        return found
 
     def read(self, prompt: WanPrompt) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the text and of the image tokens."""
@@ -137,7 +152,7 @@ class WanModel(VideoDiT):
 
     @property
     def config(self) -> dict:
-        return {"_class_name": self.config_class} | asdict(replace(self.cfg, num_layers=self.num_blocks))
+        return {"_class_name": self.config_class} | replace(self.cfg, num_layers=self.num_blocks).record()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -149,12 +164,13 @@ class WanModel(VideoDiT):
 
     def block_flops(self, x_t: Tensor, cond: Cond) -> list[int]:
         dim, ffn, text = self.cfg.dim, self.cfg.ffn_dim, cond.text.shape[1]
+        inner = self.cfg.heads * self.cfg.attention_head_dim
         tokens = math.prod(n // p for n, p in zip(x_t.shape[2:], self.cfg.patch_size, strict=True))
         image = 0 if cond.image_embeds is None else cond.image_embeds.shape[1]
         context = text + image
         # In multiply-adds; the final factor 2 counts both operations.
-        linear = tokens * (6 * dim * dim + 2 * dim * ffn) + context * 2 * dim * dim
-        attention = 2 * tokens * (tokens + context) * dim
+        linear = tokens * (6 * dim * inner + 2 * dim * ffn) + context * 2 * dim * inner
+        attention = 2 * tokens * (tokens + context) * inner
         return [2 * len(x_t) * (linear + attention)] * self.num_blocks
 
     def tables(self, x_t: Tensor, t: Tensor) -> WanTables:
