@@ -28,7 +28,9 @@ def settings(cfg: Any) -> list[str]:
     rows = [(key, show(attrgetter(key)(cfg)), cfg.origins.get(key, "default")) for key in keys]
     first, second = (max(len(row[n]) for row in rows) for n in (0, 1))
     lines = [f"  {key:<{first}}  {value:<{second}}  ({origin})" for key, value, origin in rows]
-    return [f"stage={cfg.stage}: {STAGES[cfg.stage]}", *lines]
+    name = vars(cfg).get("method", DEFAULT)
+    about = STAGES[cfg.stage] if name == DEFAULT else f"method={name}, {declared(cfg.stage, name).about}"
+    return [f"stage={cfg.stage}: {about}", *lines]
 
 
 def command(name: str, **keys: Any) -> str:
@@ -97,6 +99,14 @@ def after_stage(cfg: Any) -> str:
     if cfg.stage in ("1", "2"):
         # Other methods of Stage II leave no strong teacher beside the pruned network.
         own = {"strong": "original"} if cfg.stage == "2" and method_of(cfg) != DEFAULT else {}
+        if vars(cfg).get("f3", "block") != "block":  # Stage III would train the silenced heads again
+            name = "evaluate" if cfg.data == "shapes" else "export"
+            rest = (
+                {"out": run / "evaluate" / "f3.json"}
+                if cfg.data == "shapes"
+                else {"pipeline": "PIPELINE", "out": run / "f3"}
+            )
+            return command(name, model=result_of(run, 2), **rest)
         return command("train", **keys_for(cfg, str(int(cfg.stage) + 1), **own))
     student = result_of(run, 3)
     if cfg.data != "shapes":

@@ -2,22 +2,29 @@
 
 import math
 import os
+import time
 from pathlib import Path
 
 import torch
 
+STAT = Path("/proc/stat")
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: "200000 100000" are two cores, "max 100000" all
 
 
 def set_threads(threads: int) -> str:
-    """Set torch's threads; 0: torch's own choice, but no more than usable cores. Return a line that says how many."""
+    """Set torch's threads. Return a line that says how many.
+
+    0: torch's own choice, but no more than the usable cores that no other program keeps busy. Threads wait for each
+    other after every operation: with fewer cores than threads all of them wait for the slowest, many times as long.
+    """
     cores = usable_cores()
-    if threads or torch.get_num_threads() > cores:
-        torch.set_num_threads(threads or cores)
+    free = max(1, cores - round(busy_cores()))
+    torch.set_num_threads(threads or min(torch.get_num_threads(), free))
     used = torch.get_num_threads()
-    line = f"threads: {used}, for {cores} usable CPU cores" + " (threads=N changes it)" * (not threads)
-    free = max(1, cores - round(load()))
-    if used > free:
+    line = f"threads: {used}, for {cores} usable CPU cores"
+    if not threads:
+        line += f", {cores - free} of them busy" * (free < cores) + " (threads=N changes it)"
+    elif used > free:
         line += f"; other programs compute here: threads={free} may be faster"
     return line
 
@@ -29,6 +36,26 @@ def usable_cores() -> int:
     return mask if quota == "max" else max(1, min(mask, math.ceil(int(quota) / int(period))))
 
 
-def load() -> float:
-    """The mean number of running programs in the last minute; 0 where it is unknown."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+def busy_cores(seconds: float = 0.3) -> float:
+    """How many of the usable cores programs keep busy now, measured for a moment; 0 where it is unknown."""
+    if not (STAT.is_file() and hasattr(os, "sched_getaffinity")):
+        return 0.0
+    before = times()
+    time.sleep(seconds)
+    after = times()
+    out = 0.0
+    for core in os.sched_getaffinity(0) & before.keys() & after.keys():
+        idle, total = (now - then for now, then in zip(after[core], before[core], strict=True))
+        out += 1 - idle / total if total else 0.0
+    return out
+
+
+def times() -> dict[int, tuple[int, int]]:
+    """The time that each core was idle, and its whole time, in the system's ticks."""
+    found = {}
+    for line in STAT.read_text().splitlines():
+        name, *numbers = line.split()
+        if name.startswith("cpu") and name != "cpu":
+            ticks = [int(n) for n in numbers[:8]]  # user nice system idle iowait irq softirq steal
+            found[int(name[3:])] = ticks[3] + ticks[4], sum(ticks)
+    return found

@@ -14,6 +14,7 @@ from fastlightgen.data.source import Batch
 from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.models.families import FAMILIES
 from fastlightgen.parallel import ranks
+from fastlightgen.parallel.log import bar
 from fastlightgen.rng import generator
 from fastlightgen.stages.scores import EvaluationKeys, evaluation_set
 
@@ -25,6 +26,7 @@ class Keys(EvaluationKeys, Protocol):
     """The keys of the measurement; the method documents them."""
 
     queries: int
+    progress: bool
 
 
 def between_frames(q: Tensor, k: Tensor, frame_q: Tensor, frame_k: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -48,7 +50,9 @@ def attention_mass(cfg: Keys, net: VideoDiT, batches: Callable[[int], Batch]) ->
     """The mean of `between_frames` over clips and times [blocks, heads]. The ranks divide the samples."""
     patch = FAMILIES[net.family].geometry
     total = torch.zeros(net.num_blocks, net.config["num_attention_heads"], dtype=torch.float64)
+    walks = bar(cfg.clips * cfg.timesteps, "attention between frames", cfg.progress)
     for index, (x_t, t, _, cond) in enumerate(evaluation_set(cfg, batches)):
+        walks.update(len(x_t))
         if index % ranks.size() != ranks.rank():
             continue
         frames, rows, columns = patch.grid((x_t.shape[2], x_t.shape[3], x_t.shape[4]))
@@ -68,6 +72,7 @@ def attention_mass(cfg: Keys, net: VideoDiT, batches: Callable[[int], Batch]) ->
             net(own(x_t), own(t), cond.map(lambda x: own(x) if len(x) == len(x_t) else x))  # noqa: B023
             total += torch.stack(found).cpu()
     net.watch = None
+    walks.close()
     return ranks.summed(total) / (cfg.clips * cfg.timesteps)
 
 

@@ -28,11 +28,13 @@ from fastlightgen.models.families import network
 from fastlightgen.models.folder.networks import trained_folder
 from fastlightgen.models.folder.weights import load_model
 from fastlightgen.parallel import ranks
+from fastlightgen.parallel.log import say
 from fastlightgen.planner.budget import budget
 from fastlightgen.planner.fit import plan_of
 from fastlightgen.planner.step import undropped
 from fastlightgen.planner.walk import Route, walk
 
+LONGEST = 5.0  # seconds after which no further step is measured
 STEPS = 3  # training steps whose median time gives the speed of this machine
 
 
@@ -119,17 +121,20 @@ def operations(cfg: Any, source: Source, ratio: float) -> float:
 
 def measured_speed(cfg: Any, source: Source, device: torch.device) -> float:
     """Operations per second of one process in a training step (forward and backward pass) of the teacher."""
+    say("measuring how fast a training step is here ...")
     clips = max(1, cfg.batch * cfg.sequence_parallel // ranks.size())
     net, batch = load_model(trained_folder(cfg.model), device), source.batch(0, clips).to(device)
     seconds = []
     for _ in range(1 + STEPS):
+        if sum(seconds) > LONGEST:
+            break
         start = time.perf_counter()
         net(batch.x0, torch.full((clips,), 0.5, device=device), batch.cond).square().mean().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     counted = walk(cost_of(net.config, batch), [Route(grad=True)]).flops  # of one clip
-    return clips * counted / median(seconds[1:])  # the first step also warms up
+    return clips * counted / median(seconds[1:] or seconds)  # the first step also warms up
 
 
 def cost_of(config: dict[str, Any], batch: Batch) -> Network:
