@@ -15,7 +15,7 @@ from fastlightgen.config.files import find_preset_weights, presets
 from fastlightgen.config.layers import CONFIG, leaves
 from fastlightgen.config.plan import IN_TURN, Plan
 from fastlightgen.config.run import Run
-from fastlightgen.config.stages import DEFAULT, STAGES, method_of
+from fastlightgen.config.stages import DEFAULT, STAGES, declared, method_of
 
 SHAPES_PROMPT, PROMPT = "a red ball moves right fast then turns up", "A cat runs over wet sand."
 OF_ONE_START = {"stage", "overwrite", "earlier", "dry_run"}  # keys that the next command leaves out
@@ -100,13 +100,9 @@ def after_stage(cfg: Any) -> str:
         # Other methods of Stage II leave no strong teacher beside the pruned network.
         own = {"strong": "original"} if cfg.stage == "2" and method_of(cfg) != DEFAULT else {}
         if vars(cfg).get("f3", "block") != "block":  # Stage III would train the silenced heads again
-            name = "evaluate" if cfg.data == "shapes" else "export"
-            rest = (
-                {"out": run / "evaluate" / "f3.json"}
-                if cfg.data == "shapes"
-                else {"pipeline": "PIPELINE", "out": run / "f3"}
-            )
-            return command(name, model=result_of(run, 2), **rest)
+            if cfg.data != "shapes":
+                return command("export", model=result_of(run, 2), pipeline=cfg.pipeline or "PIPELINE", out=run / "f3")
+            return command("evaluate", model=result_of(run, 2), teacher=cfg.model, out=run / "evaluate" / "f3.json")
         return command("train", **keys_for(cfg, str(int(cfg.stage) + 1), **own))
     student = result_of(run, 3)
     if cfg.data != "shapes":

@@ -72,8 +72,8 @@ class MatchingKeys(FewStepKeys):
             raise ConfigError(f"critic_start={self.critic_start}: wanted a multiple of ratio={self.ratio}")
         if self.critic_start >= critics:
             raise ConfigError(
-                f"iters={self.iters}: the critic alone has the first critic_start={self.critic_start} of {critics} "
-                f"updates, which leaves none for the student; give iters={self.critic_start + 1} or more, or critic_start=0"
+                f"critic_start={self.critic_start}: iters={self.iters} leaves no update of the student; wanted below "
+                f"{critics}: give more iterations, or critic_start=0"
             )
 
     @property
