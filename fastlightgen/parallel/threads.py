@@ -19,8 +19,9 @@ def set_threads(threads: int) -> str:
     """
     cores = usable_cores()
     free = max(1, cores - round(busy_cores()))
-    torch.set_num_threads(threads or min(torch.get_num_threads(), free))
-    used = torch.get_num_threads()
+    used = threads or min(torch.get_num_threads(), free)
+    if used != torch.get_num_threads():
+        torch.set_num_threads(used)
     line = f"threads: {used}, for {cores} usable CPU cores"
     if not threads:
         line += f", {cores - free} of them busy" * (free < cores) + " (threads=N changes it)"
