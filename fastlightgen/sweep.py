@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import torch
 
+import fastlightgen
 from fastlightgen.atomic import lock_file, write_json, write_text
 from fastlightgen.config import ConfigError, UserError, guarded, result_of
 from fastlightgen.engine.local import pick_device
@@ -225,6 +226,9 @@ def sweep(words: Sequence[str]) -> None:
     """Run the command."""
     if {"-h", "--help"} & set(words):
         print(HELP)
+        return
+    if "--version" in words:
+        print(f"fastlightgen {fastlightgen.__version__}")
         return
     own, swept = settings(words)
     run, seeds = Path(own["run"]), seeds_of(own["seeds"])

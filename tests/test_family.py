@@ -271,6 +271,7 @@ RIBBON = Family(
     geometry=GEOMETRY,
     clips=Clips(fps=8, frames=FRAMES, buckets=((HEIGHT, WIDTH),)),
     pipelines={"RibbonPipeline": True},
+    libraries=("test_family",),
     encoding=RibbonEncoding,
     interface=("in_channels", "text_dim", "mood_dim"),
     stock_inputs=stock_inputs,

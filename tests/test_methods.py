@@ -27,9 +27,9 @@ from fastlightgen.planner.walk import Route
 from fastlightgen.report import write_report
 from fastlightgen.rng import generator, normal_like, rand
 from fastlightgen.stages.build import Builder
-from fastlightgen.stages.distill import stage2_folder
 from fastlightgen.stages.distill import subject as stage2_subject
 from fastlightgen.stages.method import Method
+from fastlightgen.stages.start import stage2_result
 from fastlightgen.world.source import ShapesSource
 
 
@@ -82,7 +82,7 @@ class Toy:
 
 
 def build(cfg: Any, with_: Builder) -> Toy:
-    folder = stage2_folder(cfg)
+    folder = stage2_result(cfg).folder
     keep = read_card(folder)["pruned_path"]
     teacher = with_.load(folder).requires_grad_(False)
     student = with_.copy(teacher, folder).requires_grad_(True).prune(keep)

@@ -98,7 +98,7 @@ def after_stage(cfg: Any) -> str:
         return command("train", **keys_for(cfg, "1", model=result_of(run, 0)))
     if cfg.stage in ("1", "2"):
         # Other methods of Stage II leave no strong teacher beside the pruned network.
-        own = {"strong": "original"} if cfg.stage == "2" and method_of(cfg) != DEFAULT else {}
+        own = {"strong": "original"} if cfg.stage == "2" and vars(cfg).get("method", DEFAULT) != DEFAULT else {}
         if vars(cfg).get("f3", "block") != "block":  # Stage III would train the silenced heads again
             if cfg.data != "shapes":
                 return command("export", model=result_of(run, 2), pipeline=cfg.pipeline or "PIPELINE", out=run / "f3")

@@ -16,7 +16,7 @@ from fastlightgen.config.layers import shipped_layers
 from fastlightgen.config.run import Run, compute_type
 from fastlightgen.config.stages import DEFAULT, STAGES, keys_of, method_of
 
-PLANNED = tuple(stage for stage in STAGES if stage != "all")
+PLANNED = tuple(stage for stage in STAGES if stage not in ("all", "decoder"))
 IN_TURN = ("1", "2", "3")  # the stages of stage=all
 DEFAULTS = {"run": "", "model": "wan2.1-i2v-14b", "engine": "deepspeed"}  # in place of those of train
 

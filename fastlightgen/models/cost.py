@@ -55,7 +55,6 @@ class Block:
     params: int
     weights: int  # elements of its weight matrices
     widths: int  # sum of inputs + outputs of its linear layers: LoRA adapters of rank r have r x widths parameters
-    float8: int  # bytes of the float8 copies of its weights, with their scales (fp8=frozen)
     shared: Work  # the part before the text enters: once for a group of streams, whatever their prompts
     private: Work  # the rest of the block, once per prompt
     prompt: Work  # reading a prompt (`Block.read`), once per prompt; checkpointing does not repeat it
@@ -65,6 +64,7 @@ class Block:
     prompt_saved: Saved  # kept per prompt, with and without checkpointing
     working: float  # peak number of elements alive without a graph, the block's input and output included
     gradients: float  # peak number of elements of activation gradients in its backward pass
+    float8: int = 0  # bytes of the float8 copies of its weights, with their scales (fp8=frozen)
 
 
 @dataclass(frozen=True)

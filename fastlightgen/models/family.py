@@ -70,6 +70,7 @@ class Family:
     pipelines: Mapping[str, bool]  # pipeline class -> True if it starts from a first frame
     negatives: Mapping[str, str] = field(default_factory=dict)  # pipeline class -> negative prompt that is published
     encoding: type[Encoding]
+    libraries: tuple[str, ...] = ()  # modules of its pipelines' classes, beside diffusers and transformers
     packages: Mapping[str, str] = field(default_factory=dict)  # extra packages of the pipelines -> reason, for errors
     interface: tuple[str, ...]  # keys of config.json that must match the pipeline's other parts
     stock_inputs: StockInputs

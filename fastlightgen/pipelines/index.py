@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fastlightgen.files.border import read_json
 from fastlightgen.files.kinds import PIPELINE
+from fastlightgen.models.families import family_of_pipeline
 
 INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")
@@ -14,6 +15,8 @@ def read_index(pipeline: str | Path) -> dict:
     """Read model_index.json. Parts must be classes of diffusers and transformers: other names are code to load."""
     path = Path(pipeline) / INDEX
     index: dict = read_json(path, PIPELINE, "give a folder that diffusers' save_pretrained wrote")
+    family = family_of_pipeline(index["_class_name"])
+    own = family.libraries if family else ()
     for name, part in index.items():
         if name.startswith("_") or not isinstance(part, list):
             continue
@@ -22,7 +25,7 @@ def read_index(pipeline: str | Path) -> dict:
             raise ValueError(f"{path}: names a part outside the folder, {name!r}; copy the folder again")
         if library is None and kind is None:
             continue
-        if library not in LIBRARIES or not str(kind).isidentifier() or str(kind).startswith("_"):
+        if library not in (*LIBRARIES, *own) or not str(kind).isidentifier() or str(kind).startswith("_"):
             raise ValueError(f"{path}: {name} is {part}, wanted a class of {' or '.join(LIBRARIES)}; {REMEDY}")
         check_part(Path(pipeline) / name)
     return index

@@ -44,7 +44,8 @@ def test_pytest_benchmark_gets_the_samples(tmp_path: Path):
         "no:cacheprovider",
     ]
     command += [f"--benchmark-json={tmp_path / 'out.json'}"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "FLG_BENCH_OUT": str(tmp_path)}
+    own = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # as it limits coverage
+    env = own | {"PYTHONPATH": str(ROOT), "FLG_BENCH_OUT": str(tmp_path)}
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out.json").read_text())["benchmarks"]

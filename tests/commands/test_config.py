@@ -99,7 +99,13 @@ CASES = [
     ("train", [*S2, "lr=1", "lr=2"], ["lr is given twice", "lr=1", "lr=2"], [*S2, "lr=2"], ("lr", 2.0)),
     ("train", [*S2, "seed"], ["'seed': wanted key=value"], [*S2, "seed=7"], ("seed", 7)),
     ("train", [*S2, "--save-every=3"], ["write save_every=3"], [*S2, "save_every=3"], ("save_every", 3)),
-    ("train", ["run=r"], ["stage is required; give stage=0, 1, 2, 3 or all (train --help says"], S3, ("stage", "3")),
+    (
+        "train",
+        ["run=r"],
+        ["stage is required; give stage=0, 1, 2, 3, all or decoder (train --help says"],
+        S3,
+        ("stage", "3"),
+    ),
     ("train", ["stge=3", "run=r"], ["stge=3: unknown key; did you mean stage?"], S3, ("stage", "3")),
     (
         "train",

@@ -134,7 +134,7 @@ def test_stage_files_agree_with_the_defaults(name):
 
 
 @pytest.mark.parametrize("name", config.presets())
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "decoder"])
 def test_every_preset_loads(name, stage):
     cfg = load([f"stage={stage}", "run=r", f"model={name}"])
     sections = [cfg.stage1, cfg.stage2, cfg.stage3] if stage == "all" else [cfg]

@@ -20,6 +20,7 @@ from helpers import numbered, typed, write_video
 from PIL import Image
 from students import make_student, stock
 
+from fastlightgen import sweep
 from fastlightgen.__main__ import ABOUT
 from fastlightgen.__main__ import main as front
 from fastlightgen.config import load
@@ -133,6 +134,9 @@ def test_a_command_parses(page, line, results, capsys):
         with pytest.raises(SystemExit) as stop:
             load(words, name)
         assert stop.value.code == 0 and "stage" in capsys.readouterr().out
+    elif name == "sweep":
+        own, swept = sweep.settings(words)
+        assert own and swept and sweep.points_of(Path(own["run"]), swept, [0])
     elif name:
         cfg = load(words, name)
         given = dict(word.split("=", 1) for word in words)

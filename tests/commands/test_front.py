@@ -172,7 +172,9 @@ def test_help_names_the_command_as_it_was_called(program, start, monkeypatch, ca
 
 @pytest.mark.parametrize("words", [[], ["stage=4"], ["stage=x", "model=tiny"]])
 def test_a_stage_that_is_missing_or_unknown_is_a_short_line(words):
-    with pytest.raises(ConfigError, match="; give stage=0, 1, 2, 3 or all .train --help says what each does.$") as err:
+    with pytest.raises(
+        ConfigError, match="; give stage=0, 1, 2, 3, all or decoder .train --help says what each does.$"
+    ) as err:
         load(words)
     assert len(f"error: {err.value}") <= 120
 

@@ -286,7 +286,7 @@ def test_a_folder_of_any_format_is_planned_as_its_preset(name, tmp_path, capsys)
         (["offload=all", "zero=2"], "offload=all: weights can wait in host memory under zero=3 only, not zero=2"),
         (["zero=0"], "zero=0: wanted >= 1 and <= 3"),
         (["critics=5"], "critics=5: unknown key"),
-        (["stage=2", "ratio=3"], "ratio=3: ratio is a key of stage=1, stage=3, not of stage=2"),
+        (["stage=2", "ratio=3"], "ratio=3: ratio is a key of method=f3, not of method=fastlightgen"),
         (["engine=local"], "gpus=16: engine=local is one process; use gpus=1"),
         (["gpu=v100"], "gpu=v100: wanted one of h100, h200, b200, a100-40, a100-80, l40s, 4090, 5090, mi300x, cpu"),
         (["lrx=1"], "lrx=1: unknown key"),

@@ -161,9 +161,8 @@ def test_the_given_frame_is_no_prediction():
 def test_configuration_has_diffusers_fields_and_defaults():
     diffusers = pytest.importorskip("diffusers")
     theirs = inspect.signature(diffusers.HunyuanVideoTransformer3DModel.__init__).parameters
-    assert {f.name: f.default for f in fields(HunyuanConfig)} == {
-        k: p.default for k, p in theirs.items() if k != "self"
-    }
+    ours = {f.name: f.default for f in fields(HunyuanConfig) if f.name != "kept_attention_heads"}  # of width pruning
+    assert ours == {k: p.default for k, p in theirs.items() if k != "self"}
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,8 @@ def test_float64_runs_in_float64():
 def test_configuration_has_diffusers_fields_and_defaults():
     diffusers = pytest.importorskip("diffusers")
     theirs = inspect.signature(diffusers.WanTransformer3DModel.__init__).parameters
-    assert {f.name: f.default for f in fields(WanConfig)} == {k: p.default for k, p in theirs.items() if k != "self"}
+    ours = {f.name: f.default for f in fields(WanConfig) if f.name != "kept_attention_heads"}  # of width pruning
+    assert ours == {k: p.default for k, p in theirs.items() if k != "self"}
 
 
 @pytest.mark.parametrize(
