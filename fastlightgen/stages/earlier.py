@@ -124,7 +124,7 @@ def measured_speed(cfg: Any, source: Source, device: torch.device) -> float:
     say("measuring how fast a training step is here ...")
     clips = max(1, cfg.batch * cfg.sequence_parallel // ranks.size())
     net, batch = load_model(trained_folder(cfg.model), device), source.batch(0, clips).to(device)
-    seconds = []
+    seconds: list[float] = []
     for _ in range(1 + STEPS):
         if sum(seconds) > LONGEST:
             break
