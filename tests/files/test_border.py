@@ -125,12 +125,12 @@ def test_yaml_that_no_program_writes(tmp_path, content):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "loop", "absent", "null byte", "long name"])
-def test_what_is_no_file(tmp_path, kind):
+def test_what_is_no_file(tmp_path, monkeypatch, kind):
     path = tmp_path / "f.json"
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "socket":
-        os.chdir(tmp_path)  # the name of a socket is short
+        monkeypatch.chdir(tmp_path)  # the name of a socket is short
         socket.socket(socket.AF_UNIX).bind("f.json")
     elif kind == "folder":
         path.mkdir()

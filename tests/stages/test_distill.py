@@ -325,7 +325,7 @@ def test_a_start_that_never_ends_is_refused(folders):
             "critic_start=20: iters=4 leaves no update of the student; wanted below 20",
         ),
     ):
-        with pytest.raises(ConfigError, match=f"^{message}$"):
+        with pytest.raises(ConfigError, match=f"^{message}"):
             config(3, *folders, *words)
     config(3, *folders, "critic_start=20", "iters=21")
 
