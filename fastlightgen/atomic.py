@@ -5,8 +5,11 @@ temporary file or a lock would otherwise lead the write to another file.
 """
 
 import errno
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,3 +53,15 @@ def lock_file(path: Path) -> IO[str]:
         if err.errno != errno.ELOOP:
             raise
         raise ValueError(f"{path}: is a link, so it is not used as a lock; delete it") from None
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock file. Without `wait`, yield False if another process holds it."""
+    with lock_file(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -10,8 +10,8 @@ from string import Template
 import fastlightgen.page
 from fastlightgen.atomic import write_text
 from fastlightgen.config import Report, UserError, main
-from fastlightgen.config.files import read_yaml
 from fastlightgen.engine import checkpoint
+from fastlightgen.engine.folder import read_run as read_run_config
 from fastlightgen.engine.scores import measured
 from fastlightgen.files import border, kinds
 from fastlightgen.files.schema import Shape
@@ -42,7 +42,7 @@ def read_run(run: Path) -> dict:
     logs = {n: read_lines(run / f"stage{n}" / "metrics.jsonl", kinds.METRICS) for n in STAGES}
     evals = read_evaluations(run / "evaluate")
     found: dict[str, dict] = {
-        "config": read_config(run / "config.yaml"),
+        "config": read_run_config(run),
         "importance": read(run / "stage1" / "importance.json", kinds.RANKING),
         "logs": {n: lines for n, lines in logs.items() if lines},
         "alarms": {n: lines for n in STAGES if (lines := read_lines(run / f"stage{n}" / "alarms.jsonl", kinds.ALARMS))},
@@ -80,12 +80,6 @@ def following(run: Path, found: dict) -> tuple[str, str]:
     return next_step(run, found["config"], "student" in found["evals"], saved(run, found["config"]))
 
 
-def read_config(path: Path) -> dict:
-    found = read_yaml(path) if path.is_file() else {}
-    border.check(found, kinds.RUN, str(path), "restore it")
-    return found
-
-
 def read_evaluations(folder: Path) -> dict[str, dict]:
     """The evaluations of a run in the order of their columns. A student that was evaluated alone holds its teacher."""
     evals = {p.stem: read(p, kinds.EVALUATION) for p in folder.glob("*.json") if p.stem != "speed"}
@@ -96,7 +90,11 @@ def read_evaluations(folder: Path) -> dict[str, dict]:
 
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Write RUN/report.html, or `out`: a single file that loads no other."""
-    found = read_run(run)
+    return write_page(run, read_run(run), out)
+
+
+def write_page(run: Path, found: dict, out: Path | None) -> Path:
+    """Write the page of what `read_run` found."""
     evals, logs, ranking = found["evals"], found["logs"], found["importance"]
     sections = {
         "Clips": clips.evaluated(run, evals),
@@ -147,8 +145,9 @@ def missing(run: Path, found: dict) -> str:
 
 def report(cfg: Report) -> None:
     run = Path(cfg.run)
-    print(write_report(run, Path(cfg.out) if cfg.out else None))
-    _, command = following(run, read_run(run))
+    found = read_run(run)
+    print(write_page(run, found, Path(cfg.out) if cfg.out else None))
+    _, command = following(run, found)
     if command:
         print(f"next: {command}")
 

@@ -6,7 +6,6 @@ skipped, so the same command continues. Several processes may work on one folder
 each takes what no other has begun.
 """
 
-import fcntl
 import itertools
 import os
 import re
@@ -14,20 +13,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 import fastlightgen
-from fastlightgen.atomic import lock_file, write_json, write_text
+from fastlightgen.atomic import locked, write_json, write_text
 from fastlightgen.config import ConfigError, UserError, guarded, result_of
 from fastlightgen.engine.local import pick_device
 from fastlightgen.files.border import read_json
 from fastlightgen.files.kinds import EVALUATION
 from fastlightgen.files.tensors import read_tensors
 from fastlightgen.metrics.seeds import over_seeds
+from fastlightgen.page.summary import cost
 from fastlightgen.parallel.log import say
 from fastlightgen.stages.earlier import measured_speed, operations, span
 from fastlightgen.sweeps.points import STAGES, Part, Point, points_of, unique
@@ -47,6 +48,7 @@ method= is a method of Stage II or III. A value with commas is a list; [1, 2] is
 OWN = {"run": "runs/sweep", "seeds": "1", "at_once": "0", "clips": "512", "dry_run": "false"}
 SHOWN = ("adherence", "frechet", "kid", "recall", "texture", "persistence")
 AGAIN = "delete it, and the same command makes it again"
+RATIO = 0.3  # share of the blocks that the estimate takes as dropped if no Stage I is part of the sweep
 POLL = 1.0  # seconds
 
 
@@ -86,25 +88,20 @@ def plan(points: Sequence[Point], at_once: int) -> list[str]:
     each = ", ".join(f"{sum(p.stage == n for p in left)} of stage {n}" for n in STAGES)
     lines = [f"{len(points)} students; {len(left)} of {len(parts)} trainings are left: {each}"]
     if left:
-        cfg = next(part.cfg for part in left)
+        cfg = left[0].cfg
         source = open_source(cfg.data, cfg.seed, cfg.negative)
         speed = measured_speed(cfg, source, pick_device(cfg.device))
-        ratios = [next(p.cfg.ratio for p in point.parts if p.stage == "1") for point in points[:1]] or [0.3]
-        seconds = sum(operations(part.cfg, source, ratios[0]) for part in left) / speed
+        ratio = next((part.cfg.ratio for part in parts if part.stage == "1"), RATIO)
+        seconds = sum(operations(part.cfg, source, ratio) for part in left) / speed
         lines.append(f"  {span(seconds)} of training in all, {at_once} at a time; estimated from the operations")
     return lines
 
 
-def taken(path: Path) -> IO[str] | None:
-    """Lock a piece of work; None if another process has it."""
+def taken(path: Path) -> ExitStack | None:
+    """Lock a piece of work until the stack is closed; None if another process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = lock_file(path)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+    stack = ExitStack()
+    return stack if stack.enter_context(locked(path)) else None
 
 
 @dataclass
@@ -113,7 +110,7 @@ class Running:
 
     name: str
     process: subprocess.Popen
-    lock: IO[str]
+    lock: ExitStack
     log: Path
     slot: int
 
@@ -162,7 +159,7 @@ def is_ready(item: Part | Point) -> bool:
     return all(part.done for part in (item.after if isinstance(item, Part) else item.parts))
 
 
-def start(name: str, item: Part | Point, clips: int, lock: IO[str], slot: int) -> Running:
+def start(name: str, item: Part | Point, clips: int, lock: ExitStack, slot: int) -> Running:
     """Begin a training or an evaluation in a process of its own, on a GPU of its own."""
     if isinstance(item, Part):
         words, command, log = [*item.words, "progress=false"], "train", item.folder / "log.txt"
@@ -187,9 +184,7 @@ def rows_of(points: Sequence[Point]) -> Iterator[tuple[str, list[dict], list[Any
     """Per combination: its name, the records of its seeds, and their resampled scores."""
     for name, group in itertools.groupby(points, key=lambda point: point.name):
         own = [point for point in group if point.scores.exists()]
-        records = [
-            read_json(point.scores, EVALUATION, "delete it, and the same command makes it again") for point in own
-        ]
+        records = [read_json(point.scores, EVALUATION, AGAIN) for point in own]
         files = [point.scores.with_suffix(".values.safetensors") for point in own]
         found = [resampled({k: v.double() for k, v in read_tensors(f).items()}, 0) for f in files]
         if own:
@@ -212,9 +207,9 @@ def table(points: Sequence[Point], out: Path) -> str:
         pairs = list(zip(found, rows[0][2], strict=False))
         differences = over_seeds(pairs, SHOWN, reference(0).look) if name != rows[0][0] else {}
         said = ", ".join(f"{k} {d['verdict']}" for k, d in differences.items() if k in ("adherence", "frechet"))
-        cost = records[0]["sampler"]["evaluations"] * records[0]["num_blocks"]
-        lines.append(f"| {name} | {cost} | {len(found)} | {' | '.join(cells)} | {said} |")
-        record[name] = {"cost": cost, "seeds": [r.get("seed") for r in records], "scores": scores}
+        clip = cost(records[0])
+        lines.append(f"| {name} | {clip} | {len(found)} | {' | '.join(cells)} | {said} |")
+        record[name] = {"cost": clip, "seeds": [r.get("seed") for r in records], "scores": scores}
         record[name] |= {"against_the_first": differences, "clips": records[0]["clips"]}
     lines.append("\nCost: block evaluations per clip. A difference counts if it exceeds two standard deviations.")
     write_json(out / "sweep.json", record)

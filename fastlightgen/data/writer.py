@@ -9,7 +9,6 @@ clip is known by the hash of its file, its times and its caption. encode.json ho
 without any clip keeps neither.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlightgen.atomic import lock_file, write_json
+from fastlightgen.atomic import locked, write_json
 from fastlightgen.config import diff
 from fastlightgen.data.cache import META, NEGATIVE, NULL, origins, sha256, write_index, write_shard
 from fastlightgen.data.lists import Row
@@ -245,18 +244,6 @@ def longest(skipped: Sequence[dict]) -> str:
 def key_of(row: Row) -> tuple:
     """What identifies a clip: the hash of its file, its times and its caption."""
     return source_hash(row.file), row.start, row.end, row.caption
-
-
-@contextmanager
-def locked(path: Path, wait: bool = False):
-    """Hold a lock file. Without `wait`, yield False if another process holds it."""
-    with lock_file(path) as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def stack(clips: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -12,9 +12,10 @@ from fastlightgen.atomic import write_json
 from fastlightgen.decoder.layout import KINDS
 from fastlightgen.files.border import read_json
 from fastlightgen.files.schema import record
+from fastlightgen.models.folder.card import CARD
 from fastlightgen.models.folder.files import WEIGHTS, replacing
 
-CARD, INDEX = "fastlightgen.json", "model_index.json"
+INDEX = "model_index.json"
 
 
 def vae_folder(path: str | Path) -> Path:

@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fastlightgen.data.cache import META
 from fastlightgen.data.source import Batch, CacheSource, Source
 from fastlightgen.engine.local import LocalEngine
 from fastlightgen.engine.roles import Stage
-from fastlightgen.files.border import parsed
 from fastlightgen.files.kinds import BEST
-from fastlightgen.files.tensors import open_tensors, read_tensors, save_tensors, summed
+from fastlightgen.files.tensors import read_metadata, read_tensors, save_tensors, summed
 from fastlightgen.metrics.kernel import kernel_distance
 from fastlightgen.models.sample import sample
 from fastlightgen.parallel.log import say
@@ -75,11 +73,7 @@ class Choice:
         count = self.engine.count[ROLE]
         self.looked = count - count % self.cfg.choose_every
         if self.file.exists():
-            try:
-                with open_tensors(self.file) as file:
-                    self.best = parsed(file.metadata()[META], BEST, str(self.file), DELETE)
-            except (OSError, SafetensorError, KeyError, TypeError) as err:
-                raise ValueError(f"{self.file}: cannot be read ({err}); {DELETE}") from None
+            self.best = read_metadata(self.file, META, BEST, DELETE)
             if self.best["step"] > step:  # these steps will be computed again
                 self.best = {}
 

@@ -7,7 +7,6 @@ from safetensors import SafetensorError
 
 from fastlightgen.engine import checkpoint
 from fastlightgen.engine.hang import HERE
-from fastlightgen.files.border import check as check_shape
 from fastlightgen.files.border import read_json
 from fastlightgen.files.kinds import STATE
 from fastlightgen.files.tensors import open_tensors, sums_of, verify
@@ -41,8 +40,7 @@ def check(folder: Path, damaged: str) -> None:
 def wrong(here: Path, step: int, part: int = 0, parts: int = 1) -> str:
     """What is wrong with a checkpoint, "" if nothing is; reads every `parts`-th file from `part` on."""
     try:
-        state = read_json(here / "state.json")
-        check_shape(state, STATE, "state.json", "")
+        state = read_json(here / "state.json", STATE, "")
         if "check" in state and state["check"] != checkpoint.seal(state):
             return "state.json is not what was written"
         if state["step"] != step:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,12 +18,12 @@ from fastlightgen.data.cache import META
 from fastlightgen.engine.folder import SCORES, StageFolder
 from fastlightgen.engine.hang import HERE
 from fastlightgen.engine.loop import saved_and_stopped
-from fastlightgen.files.border import parsed
 from fastlightgen.files.kinds import DATA
-from fastlightgen.files.tensors import open_tensors, read_tensors, save_tensors, summed
+from fastlightgen.files.tensors import read_metadata, read_tensors, save_tensors, summed
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import bar, say
 
+ANEW = "delete it to start Stage I anew"
 FIRST = "sweep-0000"  # the single skips, by far the longest sweep of the default search
 
 
@@ -88,10 +87,9 @@ class Scores:
             return
         try:
             self.tables = read_tensors(self.file)
-            with open_tensors(self.file) as file:
-                data = parsed(file.metadata()[META], DATA, str(self.file), "")["data"]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as err:
+        except ValueError as err:
             raise damaged(self.file, str(err)) from None
+        data = read_metadata(self.file, META, DATA, ANEW)["data"]
         if data != self.data:
             raise ValueError(
                 f"{self.file}: holds scores of other clips (data_hash {data}, the clips now have {self.data}); "
@@ -126,4 +124,4 @@ def count(table: Tensor) -> int:
 
 
 def damaged(file: object, why: str) -> ValueError:
-    return ValueError(f"{file}: cannot be read ({why}); delete it to start Stage I anew")
+    return ValueError(f"{file}: cannot be read ({why}); {ANEW}")

@@ -20,7 +20,6 @@ import yaml
 from fastlightgen.files.schema import Shape, shown
 
 TEXT = 64 << 20  # bytes of a text file
-LINE = 1 << 20  # characters of a line of a log or list
 PICTURES = ("PNG", "JPEG", "WEBP", "BMP")
 PIXELS = 100_000_000
 DEPTH = 40  # of objects and lists within each other
@@ -33,17 +32,17 @@ def regular(path: str | Path, most: float = math.inf, kind: str = "file") -> Pat
         found = os.stat(path)
     except ValueError as err:  # a null byte in the name
         raise ValueError(f"{shown(str(path))}: is no file name ({err})") from None
-    return Path(_checked(path, found, most, kind))
+    _check_kind(path, found, most, kind)
+    return Path(path)
 
 
-def _checked(path: str | Path, found: os.stat_result, most: float, kind: str) -> str | Path:
+def _check_kind(path: str | Path, found: os.stat_result, most: float, kind: str) -> None:
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(21, "is a folder, wanted a file", str(path))
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path}: is a pipe, socket or device, wanted a regular {kind}")
     if found.st_size > most:
         raise ValueError(f"{path}: has {found.st_size} bytes, wanted a {kind} of {most} at most")
-    return path
 
 
 def opened(path: str | Path, most: float = math.inf) -> IO[bytes]:
@@ -51,7 +50,7 @@ def opened(path: str | Path, most: float = math.inf) -> IO[bytes]:
     regular(path, most)  # a socket cannot be opened at all
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        _checked(path, os.fstat(handle), most, "file")  # once more: it may have been replaced meanwhile
+        _check_kind(path, os.fstat(handle), most, "file")  # once more: it may have been replaced meanwhile
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)

@@ -168,5 +168,8 @@ def EVALUATION(value: object) -> str:
     """The record of a model, perhaps with that of its teacher inside, or of real clips."""
     if not isinstance(value, dict):
         return REAL(value)
-    found = (NETWORK if "sampler" in value else REAL)({k: v for k, v in value.items() if k != "teacher"})
-    return found or (inside("teacher", found) if "teacher" in value and (found := EVALUATION(value["teacher"])) else "")
+    own = {key: part for key, part in value.items() if key != "teacher"}
+    if found := (NETWORK if "sampler" in value else REAL)(own):
+        return found
+    found = EVALUATION(value["teacher"]) if "teacher" in value else ""
+    return inside("teacher", found) if found else ""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastlightgen.atomic import put
 from fastlightgen.files.border import parsed, regular
-from fastlightgen.files.schema import table, whole
+from fastlightgen.files.schema import Shape, table, whole
 
 SUMS = "sums"  # metadata key: name of a tensor -> its checksum, as JSON
 SHAPE = table(whole(0, 2**32), most=10_000_000)
@@ -75,6 +75,15 @@ def read_tensors(file: Path, verified: bool = True) -> dict[str, Tensor]:
     for name in sums if verified else ():
         verify(name, out.get(name), sums[name], file)
     return out
+
+
+def read_metadata(file: Path, key: str, shape: Shape, remedy: str) -> Any:
+    """Read the JSON under one key of a file's metadata, and check its shape."""
+    try:
+        with open_tensors(file) as f:
+            return parsed(f.metadata()[key], shape, str(file), remedy)
+    except (OSError, SafetensorError, KeyError, TypeError) as err:
+        raise ValueError(f"{file}: cannot be read ({err}); {remedy}") from None
 
 
 def verify(name: str, value: Tensor | None, wanted: int, file: Path) -> None:

@@ -28,6 +28,7 @@ from fastlightgen.stages.build import Builder
 from fastlightgen.stages.matching import distance
 from fastlightgen.stages.method import Guess, Method, Subject
 from fastlightgen.stages.narrow import WidthKeys, narrow_folder, student_config
+from fastlightgen.stages.prune import ranking_of
 from fastlightgen.stages.start import require_model
 from fastlightgen.stages.teacher import flow_matching_loss, noised
 
@@ -165,10 +166,6 @@ class Lightning:
 
     def save(self, folder: Path, write: Callable[..., Any] = save_model) -> None:
         write(self.net, folder, **self.card | {"stage": 2, "shift": self.cfg.shift})
-
-
-def ranking_of(cfg: Config) -> Path:
-    return Path(cfg.importance or Path(cfg.run) / "stage1" / "importance.json")
 
 
 def needs(cfg: Config) -> str:

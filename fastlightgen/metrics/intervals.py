@@ -93,8 +93,7 @@ def compare(
     if (model.clips, model.seed) != (other.clips, other.seed):
         pairs = f"{model.clips} clips of seed {model.seed}, {other.clips} clips of seed {other.seed}"
         raise ValueError(f"got {pairs}; wanted the same clips and seed for both models; measure them again")
-    if goal in ("one", "real"):
-        model, other = (_distance(m, 1.0 if goal == "one" else real) for m in (model, other))
+    model, other = (to_goal(m, goal, real) for m in (model, other))
     half = _width(model.values - other.values, comparisons)
     difference = model.value - other.value
     low, high = difference - half, difference + half
@@ -102,7 +101,11 @@ def compare(
     return Difference(difference, low, high, higher if low > 0 else lower if high < 0 else SAME)
 
 
-def _distance(found: Resampled, target: float) -> Resampled:
+def to_goal(found: Resampled, goal: str, real: float) -> Resampled:
+    """The distance of a score to 1 or to that of real clips, for the goals "one" and "real"; else the score itself."""
+    if goal not in ("one", "real"):
+        return found
+    target = 1.0 if goal == "one" else real
     return Resampled(abs(found.value - target), (found.values - target).abs(), found.clips, found.seed)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastlightgen.metrics.intervals import Resampled
+from fastlightgen.metrics.intervals import Resampled, to_goal
 from fastlightgen.metrics.scores import BETTER, SAME, SCORES, WORSE
 
 Scores = Mapping[str, Resampled]
@@ -13,9 +13,10 @@ Scores = Mapping[str, Resampled]
 
 def gap(score: Resampled, key: str, real: Mapping[str, float]) -> Tensor:
     """The distance of a score and of its resamples [1 + R] to its goal; smaller is better. `real`: of real clips."""
-    values = torch.cat([torch.tensor([score.value]).double(), score.values])
-    goals = {"high": -values, "low": values, "one": (values - 1).abs()}
-    return goals[SCORES[key][2]] if SCORES[key][2] in goals else (values - real[key]).abs()
+    goal = SCORES[key][2]
+    found = to_goal(score, goal, real[key] if goal == "real" else float("nan"))
+    values = torch.cat([torch.tensor([found.value]).double(), found.values])
+    return -values if goal == "high" else values
 
 
 def over_seeds(pairs: Sequence[tuple[Scores, Scores]], keys: Sequence[str], real: Mapping[str, float]) -> dict:

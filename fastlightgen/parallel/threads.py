@@ -18,8 +18,9 @@ def set_threads(threads: int) -> str:
     other after every operation: with fewer cores than threads all of them wait for the slowest, many times as long.
     """
     cores = usable_cores()
-    free = max(1, cores - round(busy_cores()))
-    used = threads or min(torch.get_num_threads(), free)
+    wanted = threads or min(torch.get_num_threads(), cores)
+    free = max(1, cores - round(busy_cores())) if wanted > 1 else cores  # one thread can leave no core to others
+    used = threads or min(wanted, free)
     if used != torch.get_num_threads():
         torch.set_num_threads(used)
     line = f"threads: {used}, for {cores} usable CPU cores"

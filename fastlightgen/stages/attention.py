@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fastlightgen.data.source import Batch
 from fastlightgen.models.base import Block, VideoDiT
-from fastlightgen.models.families import FAMILIES
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import bar
 from fastlightgen.rng import generator
+from fastlightgen.stages.frame_heads import grid_of
 from fastlightgen.stages.scores import EvaluationKeys, evaluation_set
 
 QUERIES = 24  # the purpose of this file's random draws
@@ -48,14 +48,13 @@ def between_frames(q: Tensor, k: Tensor, frame_q: Tensor, frame_k: Tensor, mask:
 @torch.no_grad()
 def attention_mass(cfg: Keys, net: VideoDiT, batches: Callable[[int], Batch]) -> Tensor:
     """The mean of `between_frames` over clips and times [blocks, heads]. The ranks divide the samples."""
-    patch = FAMILIES[net.family].geometry
     total = torch.zeros(net.num_blocks, net.config["num_attention_heads"], dtype=torch.float64)
     walks = bar(cfg.clips * cfg.timesteps, "attention between frames", cfg.progress)
     for index, (x_t, t, _, cond) in enumerate(evaluation_set(cfg, batches)):
         walks.update(len(x_t))
         if index % ranks.size() != ranks.rank():
             continue
-        frames, rows, columns = patch.grid((x_t.shape[2], x_t.shape[3], x_t.shape[4]))
+        frames, rows, columns = grid_of(net, x_t)
         if frames < 2:
             raise ValueError("method=f3: the clips have 1 latent frame, and attention between frames needs 2 or more")
         frame = torch.arange(frames, device=x_t.device).repeat_interleave(rows * columns)

@@ -79,14 +79,14 @@ def parts_of(run: Path, point: Mapping[str, str], known: dict[Path, Part]) -> li
     out: dict[str, Part] = {}
     for stage in STAGES:
         words = [f"stage={stage}", *words_of(stage, point)]
-        needed = method_for(load([*words, f"run={run}"])).needs
-        part_after = [out[n] for n in INPUTS if n in out and n == needed(load([*words, f"run={run}"]))]
-        inputs = [f"{INPUTS[one.stage]}={result_of(one.folder, int(one.stage))}" for one in part_after]
         cfg = load([*words, f"run={run}"])
-        before = "".join(str(one.folder.name) for one in part_after)
+        needed = method_for(cfg).needs(cfg)
+        after = [out[needed]] if needed in out else []
+        inputs = [f"{INPUTS[one.stage]}={result_of(one.folder, int(one.stage))}" for one in after]
+        before = "".join(one.folder.name for one in after)
         key = sha256(f"{fingerprint(cfg)} {before}".encode()).hexdigest()[:10]
         folder = run / "parts" / f"stage{stage}-{key}"
-        known.setdefault(folder, Part(stage, folder, [*words, f"run={folder}", *inputs], cfg, part_after))
+        known.setdefault(folder, Part(stage, folder, [*words, f"run={folder}", *inputs], cfg, after))
         out[stage] = known[folder]
     used = [out["3"]]
     for part in used:  # grows as it goes
