@@ -1,15 +1,17 @@
 """Helpers shared by the tests: very small networks with configurations (steps take milliseconds), videos, counters."""
 
 import json
+import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -124,9 +126,24 @@ def write_inputs(folder: Path) -> dict[int, list[str]]:
     }
 
 
+def without_flags() -> dict[str, str]:
+    """The environment for a pytest of its own: without the flags of this one, such as a limit of coverage."""
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+
+
 def run_train(*words: str) -> None:
     """Run the command in this process; errors raise SystemExit. A later word replaces an earlier one."""
     main(train, "train", [f"{k}={v}" for k, v in plain(words).items()])
+
+
+def error_line(capsys: pytest.CaptureFixture, run: Callable[..., None], *words: str) -> str:
+    """The one line with which a command refuses its words."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    return err
 
 
 def result(run: Path, stage: int) -> dict:

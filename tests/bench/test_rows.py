@@ -1,13 +1,13 @@
 """The lines of results: nothing that was written is lost by what comes after it."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import rows
 import table
+from helpers import without_flags
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,8 +44,7 @@ def test_pytest_benchmark_gets_the_samples(tmp_path: Path):
         "no:cacheprovider",
     ]
     command += [f"--benchmark-json={tmp_path / 'out.json'}"]
-    own = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # as it limits coverage
-    env = own | {"PYTHONPATH": str(ROOT), "FLG_BENCH_OUT": str(tmp_path)}
+    env = without_flags() | {"PYTHONPATH": str(ROOT), "FLG_BENCH_OUT": str(tmp_path)}
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out.json").read_text())["benchmarks"]

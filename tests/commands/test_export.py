@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import typed
+from helpers import error_line, typed
 from safetensors.torch import load_file, save_file
 from students import KEEP, SHIFT, STEPS, make_student, same_noise, stock
 
@@ -27,12 +27,7 @@ def run(*words: str) -> None:
 
 
 def refused(capsys, *words: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(*words)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1
-    return err
+    return error_line(capsys, run, *words)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import error_line
 from students import make_student, stock
 from vaes import small_vae
 
@@ -20,12 +21,7 @@ def run(*words: str) -> None:
 
 
 def refused(capsys, *words: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(*words)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1
-    return err
+    return error_line(capsys, run, *words)
 
 
 def compressed(pipeline, folder, dropped: int = 0):

@@ -49,6 +49,19 @@ def write_hunyuan(root: Path) -> list[str]:
     return write_models(root, small_hunyuan, [0, 2, 3])  # of 2 double and 3 single blocks
 
 
+def crash_after(patch: pytest.MonkeyPatch, updates: int) -> None:
+    """Let the optimizers of a run take `updates` steps; the next one finds no memory."""
+    step, calls = torch.optim.AdamW.step, []
+
+    def crash(*args, **keys):
+        calls.append(1)
+        if len(calls) > updates:
+            raise MemoryError
+        return step(*args, **keys)
+
+    patch.setattr(torch.optim.AdamW, "step", crash)
+
+
 def configured(*words: str):
     """The configuration of a method; a later word replaces an earlier one with the same key."""
     given = dict(w.split("=", 1) for w in (*COMMON, *words))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from helpers import KEPT, assert_same, result, run_train, write_ranking
-from method_cases import built, networks, planned, write_hunyuan, write_models
+from method_cases import built, networks, planned
 
 from fastlightgen import train as command
 from fastlightgen.config import ConfigError, another_stage, load, main, plan_root
@@ -28,16 +28,6 @@ METHODS = {
     "magicdistillation": [*CRITIC, "lora_rank=2"],
 }
 CASES = [("wan", name) for name in METHODS] + [("hunyuan", "fastlightgen, adapters"), ("hunyuan", "dmd2")]
-
-
-@pytest.fixture(scope="module")
-def wan(tmp_path_factory) -> list[str]:
-    return write_models(tmp_path_factory.mktemp("wan"))
-
-
-@pytest.fixture(scope="module")
-def hunyuan(tmp_path_factory) -> list[str]:
-    return write_hunyuan(tmp_path_factory.mktemp("hunyuan"))
 
 
 def stage_of(models: list[str], name: str, *more: str):

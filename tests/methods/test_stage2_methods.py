@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers import BLOCKS, KEPT, assert_same, result, run_train, small_hunyuan, small_wan, write_ranking
-from method_cases import OWN, TEACHER, built, compare_with_plan, write_hunyuan, write_models
+from method_cases import OWN, TEACHER, built, compare_with_plan, crash_after, write_hunyuan, write_models
 
 from fastlightgen.config import load, main
 from fastlightgen.engine.log import read_metrics
@@ -96,17 +96,9 @@ def test_a_killed_run_continues_with_the_same_bits(method, crash_at, wan, tmp_pa
     """Killed in iteration 2, when step 1 is saved and has no discriminator, or in iteration 4, when step 3 has one."""
     words = ["iters=5", "save_every=1", "keep=1"]
     train(wan, method, tmp_path / "whole", *words)
-    step, calls = torch.optim.AdamW.step, []
-
-    def crash(*args, **keys):
-        calls.append(1)
-        before = crash_at - 1 if method != "icmd" or crash_at == 2 else 4  # steps 1 to 3, the third with two updates
-        if len(calls) > before:
-            raise MemoryError
-        return step(*args, **keys)
-
+    before = crash_at - 1 if method != "icmd" or crash_at == 2 else 4  # steps 1 to 3, the third with two updates
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^2$"):
-        patch.setattr(torch.optim.AdamW, "step", crash)
+        crash_after(patch, before)
         train(wan, method, tmp_path / "killed", *words)
     assert "error: out of memory; " in capsys.readouterr().err
     assert not (tmp_path / "killed/stage2/model").exists()

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers import BLOCKS, KEPT, assert_same, result, run_train, small_hunyuan, small_wan
-from method_cases import built, compare_with_plan, planned, write_hunyuan, write_models
+from method_cases import built, compare_with_plan, crash_after, planned
 
 from fastlightgen import flow
 from fastlightgen.config import ConfigError, load, main
@@ -25,16 +25,6 @@ RIVALS = {
 
 def words_of(method: str) -> list[str]:
     return [f"method={method}", *RIVALS[method]]
-
-
-@pytest.fixture(scope="module")
-def wan(tmp_path_factory) -> list[str]:
-    return write_models(tmp_path_factory.mktemp("wan"))
-
-
-@pytest.fixture(scope="module")
-def hunyuan(tmp_path_factory) -> list[str]:
-    return write_hunyuan(tmp_path_factory.mktemp("hunyuan"))
 
 
 def train(models: list[str], method: str, run, *more: str) -> list[dict]:
@@ -81,16 +71,8 @@ def test_bfloat16_is_close_to_float32(method, wan, tmp_path):
 def test_a_killed_run_continues_with_the_same_bits(method, wan, tmp_path, monkeypatch, capsys):
     words = ["iters=5", "save_every=2", "ema=0.9", "keep=1"]
     train(wan, method, tmp_path / "whole", *words)
-    step, calls = torch.optim.AdamW.step, []
-
-    def crash(*args, **keys):
-        calls.append(1)
-        if len(calls) > (3 if method in ("regression", "lcm") else 5):  # in iteration 4; step 2 is saved
-            raise MemoryError
-        return step(*args, **keys)
-
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^2$"):
-        patch.setattr(torch.optim.AdamW, "step", crash)
+        crash_after(patch, 3 if method in ("regression", "lcm") else 5)  # in iteration 4; step 2 is saved
         train(wan, method, tmp_path / "killed", *words)
     assert "error: out of memory; " in capsys.readouterr().err
     assert not (tmp_path / "killed/stage3/model").exists()

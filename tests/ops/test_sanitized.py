@@ -1,12 +1,12 @@
 """The CUDA sources under the address and undefined-behaviour sanitizers: no access outside a tensor."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import simt as shim
+from helpers import without_flags
 
 HERE = Path(__file__).parent
 
@@ -22,8 +22,7 @@ def test_under_sanitizers():
         libraries.append(done.stdout.strip())
         if not Path(libraries[-1]).is_absolute():
             pytest.skip(f"{name} is not installed")
-    own = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # as it limits coverage
-    env = own | {
+    env = without_flags() | {
         "FLG_SIMT": str(shim.build("sanitized")),
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep their memory until the end
