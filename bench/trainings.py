@@ -48,6 +48,7 @@ TRAININGS: dict[str, Training] = {
     "rank": Training(1),
     "stage2": Training(2, "rank", (f"iters={STEPS}",)),
     "student": Training(3, "stage2", updates(UPDATES)),
+    "student-fp8": Training(3, "stage2", (*updates(UPDATES), "fp8=frozen")),
     # The guided regression alone, for the time of Stages II and III: Stage II with more steps.
     "regression": Training(2, "rank", (f"iters={REGRESSION}", "p=0.9")),
     # The paper's order: Stage II follows the plain teacher, and all guidance comes from Eq. 9.
@@ -89,6 +90,7 @@ ROWS: dict[str, Row] = {
     "regression": Row("guided regression alone, 4 steps", "regression", {"path": "pruned"}, few=True),
     "student-plain": Row("student, Stage II without guidance", "student-plain"),
     "student": Row("student", "student"),
+    "student-fp8": Row("student, streams without gradient in float8", "student-fp8", group="fp8"),
     "short": Row("student, half the steps of Stage III", "short", group="ablations"),
     "beta2-0": Row("beta2 = 0", "beta2-0", group="ablations"),
     "beta2-.5": Row("beta2 = .5", "beta2-.5", group="ablations"),
@@ -119,6 +121,7 @@ PAIRS = (  # (row, the row that it is compared with)
     ("student", "stage2-4"),
     ("student", "regression"),
     ("student", "student-plain"),
+    ("student-fp8", "student"),
     ("beta2-0", "short"),
     ("beta2-.5", "short"),
     ("beta2-1", "short"),
