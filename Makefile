@@ -40,9 +40,9 @@ soak: $(STAMP) ## kill every command at N moments (20), and let it go on; hours 
 	-m 'slow or not slow' --timeout=36000
 
 # From Python 3.12 on, the interpreter itself counts the lines that run. PYTEST_ADDOPTS keeps the flags of `test`.
-coverage: $(STAMP) ## run the tests of `test`, print the share of lines that they run, fail below 90 %
+coverage: $(STAMP) ## run the tests of `test`, print the share of lines that they run and the slowest tests, fail below 90 %
 	COVERAGE_CORE=$$($(PY) -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
-	PYTEST_ADDOPTS="--cov --cov-report= --cov-fail-under=90" $(MAKE) test
+	PYTEST_ADDOPTS="--cov --cov-report= --cov-fail-under=90 --durations=40" $(MAKE) test
 
 lint: $(STAMP) ## check with ruff, mypy, clang-format and the import layers
 	$(PY) -m ruff check .

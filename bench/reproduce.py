@@ -6,9 +6,9 @@ clip go to bench/results/world, so that rows of several days and machines can be
 part=table compares the rows that are measured by paired intervals, writes bench/results/world.json, prints a table.
 
 rows: main, ablations, rivals, fp8, or names (main); seeds: of training (0,1,2,3,4); clips: held-out clips (512);
-noises: clips per caption, whose spread is the diversity (8; 1: do not measure it). What is done is skipped, so that a part can
-be interrupted, and can run twice at the same time. The settings were tuned with training seed 99 and the clips of
-evaluate.seed=1, which no row uses.
+noises: clips per caption, whose spread is the diversity (8; 1: do not measure it). What is done is skipped, so that a
+part can be interrupted, and can run twice at the same time. The settings were tuned with training seed 99 and the
+clips of evaluate.seed=1, which no row uses.
 """
 
 import subprocess
