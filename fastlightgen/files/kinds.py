@@ -108,6 +108,8 @@ LOGGED = record(STEP)  # any line of a log
 METRICS = record(STEP, rest=either(text(), flag, maybe(PLAIN)))
 ALARMS = record({**STEP, "alarm": NAME, "good": whole(0), "value": PLAIN, "usual": PLAIN})
 
+COST = record({"seconds": number(0)})  # what a training or an evaluation of a sweep took
+
 # scores.json beside a shipped model
 SHIPPED = record(
     {

@@ -1,7 +1,6 @@
-"""From lists of values to students, and to the stages that they share."""
+"""From lists of values, or rows of a table, to models, and to the stages that they share."""
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,18 +26,35 @@ class Part:
     after: list["Part"] = field(default_factory=list)
 
     @property
+    def result(self) -> Path:
+        return result_of(self.folder, int(self.stage))
+
+    @property
     def done(self) -> bool:
-        return result_of(self.folder, int(self.stage)).exists()
+        return self.result.exists()
 
 
 @dataclass
 class Point:
-    """A combination of values: its name without the seed, its seed, its last part, the file of its scores."""
+    """A model to evaluate: its name without the seed, what makes it, how it is sampled, the file of its scores.
+
+    Without parts it is the model that all stages start from, and has no training seed.
+    """
 
     name: str
-    seed: int
     parts: list[Part]
+    start: str  # the model that all stages start from
+    plan: tuple[str, ...]  # words for `evaluate`, which the name of the file shows
+    where: tuple[str, ...]  # more words for it, which change no score
     scores: Path
+
+    @property
+    def model(self) -> str:
+        return str(self.parts[-1].result) if self.parts else self.start
+
+    @property
+    def scorable(self) -> bool:
+        return not self.parts or self.parts[-1].cfg.data == "shapes"
 
 
 def words_of(stage: str, point: Mapping[str, str]) -> list[str]:
@@ -66,47 +82,64 @@ def accepts(stage: str, method: str, model: str, key: str, value: str) -> bool:
     return True
 
 
-def check(point: Mapping[str, str]) -> None:
-    """Raise if no stage takes a key, or its value."""
-    taken = {word for stage in STAGES for word in words_of(stage, point)}
+def check(point: Mapping[str, str], last: str = "3") -> None:
+    """Raise if no stage up to the last takes a key, or its value."""
+    taken = {word for stage in upto(last) for word in words_of(stage, point)}
     for key, value in point.items():
         if f"{key.rpartition('.')[2]}={value}" not in taken:
             raise ConfigError(f"{key}={value}: no stage takes this; `fastlightgen train --help all` lists the keys")
 
 
-def parts_of(run: Path, point: Mapping[str, str], known: dict[Path, Part]) -> list[Part]:
+def upto(last: str) -> tuple[str, ...]:
+    return tuple(stage for stage in STAGES if stage <= last)
+
+
+def parts_of(run: Path, point: Mapping[str, str], known: dict[Path, Part], last: str = "3") -> list[Part]:
     """The stages of a point, in order, each shared with the points for which it would be the same."""
     out: dict[str, Part] = {}
-    for stage in STAGES:
+    for stage in upto(last):
         words = [f"stage={stage}", *words_of(stage, point)]
         cfg = load([*words, f"run={run}"])
         needed = method_for(cfg).needs(cfg)
         after = [out[needed]] if needed in out else []
-        inputs = [f"{INPUTS[one.stage]}={result_of(one.folder, int(one.stage))}" for one in after]
+        inputs = [f"{INPUTS[one.stage]}={one.result}" for one in after]
         before = "".join(one.folder.name for one in after)
         key = sha256(f"{fingerprint(cfg)} {before}".encode()).hexdigest()[:10]
         folder = run / "parts" / f"stage{stage}-{key}"
         known.setdefault(folder, Part(stage, folder, [*words, f"run={folder}", *inputs], cfg, after))
         out[stage] = known[folder]
-    used = [out["3"]]
+    used = [out[last]] if out else []
     for part in used:  # grows as it goes
         used += [one for one in part.after if one not in used]
     return used[::-1]
 
 
-def points_of(run: Path, swept: Mapping[str, list[str]], seeds: Sequence[int]) -> list[Point]:
-    """Every combination of the lists, for every seed."""
+def point_of(
+    run: Path,
+    name: str,
+    keys: Mapping[str, str],
+    known: dict[Path, Part],
+    last: str = "3",
+    plan: Sequence[str] = (),
+) -> Point:
+    """One model. `last`: the stage that makes it, "0" for the model that all stages start from."""
+    parts, start = parts_of(run, keys, known, last), keys.get("model", "tiny")
+    made = parts[-1].folder.name if parts else Path(start).name
+    where = tuple(f"{key}={keys[key]}" for key in ("device", "threads") if key in keys)
+    return Point(name, parts, start, tuple(plan), where, run / "scores" / f"{'-'.join([made, *plan])}.json")
+
+
+def points_of(run: Path, swept: Mapping[str, list[str]], seeds: Sequence[int], clips: int) -> list[Point]:
+    """Every combination of the lists, for every seed, evaluated on `clips` clips."""
     known: dict[Path, Part] = {}
     several = [key for key, values in swept.items() if len(values) > 1]
     out = []
     for values in itertools.product(*swept.values()):
-        point = dict(zip(swept, values, strict=True))
-        check(point)
-        name = " ".join(f"{key}={point[key]}" for key in several) or "student"
-        for seed in seeds:
-            parts = parts_of(run, point | {"seed": str(seed)}, known)
-            file = re.sub(r"[^\w.=-]+", "_", f"{name} seed={seed}")
-            out.append(Point(name, seed, parts, run / "scores" / f"{file}.json"))
+        keys = dict(zip(swept, values, strict=True))
+        check(keys)
+        name = " ".join(f"{key}={keys[key]}" for key in several) or "student"
+        own = [keys | {"seed": str(seed)} for seed in seeds]
+        out += [point_of(run, name, one, known, plan=(f"clips={clips}",)) for one in own]
     return out
 
 

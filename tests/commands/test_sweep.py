@@ -13,7 +13,8 @@ from fastlightgen.config import ConfigError
 from fastlightgen.metrics.intervals import Resampled
 from fastlightgen.metrics.seeds import over_seeds
 from fastlightgen.sweep import values_of
-from fastlightgen.sweeps.points import points_of, unique, words_of
+from fastlightgen.sweeps import table, work
+from fastlightgen.sweeps.points import Part, points_of, unique, words_of
 
 SHORT = {"model": ["tiny"], "data": ["shapes"], "stage2.iters": ["3"], "stage3.iters": ["25"]}
 
@@ -37,7 +38,7 @@ def stages(points) -> list[int]:
     ],
 )
 def test_what_is_the_same_is_trained_once(tmp_path, swept, seeds, trainings):
-    points = points_of(tmp_path, SHORT | swept, seeds)
+    points = points_of(tmp_path, SHORT | swept, seeds, 64)
     assert stages(points) == trainings
     assert len(points) == len(seeds) * torch.tensor([len(v) for v in swept.values()]).prod().item()
     for point in points:
@@ -46,7 +47,7 @@ def test_what_is_the_same_is_trained_once(tmp_path, swept, seeds, trainings):
 
 
 def test_a_stage_gets_the_results_before_it_and_the_keys_that_it_takes(tmp_path):
-    [point] = points_of(tmp_path, SHORT | {"ratio": ["0.5"], "steps": ["2"], "betas": ["[0.5, 0.9]"]}, [7])
+    [point] = points_of(tmp_path, SHORT | {"ratio": ["0.5"], "steps": ["2"], "betas": ["[0.5, 0.9]"]}, [7], 64)
     first, second, third = point.parts
     assert {"ratio=0.5", "seed=7", "model=tiny"} <= set(first.words) and "betas=[0.5, 0.9]" not in first.words
     assert f"importance={first.folder}/stage1/importance.json" in second.words and "iters=3" in second.words
@@ -79,38 +80,40 @@ def test_mistakes(tmp_path, words, said):
 def test_dry_run_writes_nothing_and_counts(tmp_path, capsys):
     sweep.sweep([f"run={tmp_path / 's'}", "dry_run=true", "steps=2,4", "seeds=2", "stage2.iters=3", "stage3.iters=25"])
     said = capsys.readouterr().out
-    assert "4 students; 8 of 8 trainings are left: 2 of stage 1, 2 of stage 2, 4 of stage 3" in said
-    assert "of training in all, 1 at a time" in said and not (tmp_path / "s").exists()
+    assert "4 models; 8 of 8 trainings are left: 2 of stage 1, 2 of stage 2, 4 of stage 3; 4 evaluations" in said
+    assert "of training and" in said and "of evaluation, 1 at a time" in said and not (tmp_path / "s").exists()
 
 
 def test_what_another_process_has_is_left_to_it(tmp_path):
-    mine = sweep.taken(tmp_path / "x" / ".a.lock")
-    assert mine and sweep.taken(tmp_path / "x" / ".a.lock") is None
+    mine = work.taken(tmp_path / "x" / ".a.lock")
+    assert mine and work.taken(tmp_path / "x" / ".a.lock") is None
     mine.close()
-    assert sweep.taken(tmp_path / "x" / ".a.lock")
+    assert work.taken(tmp_path / "x" / ".a.lock")
 
 
 def test_failures_stop_what_needs_them_alone(tmp_path, monkeypatch):
     """Stage II of one ratio fails: the students of the other are trained; the same command would go on."""
-    points = points_of(tmp_path, SHORT | {"ratio": ["0.3", "0.5"]}, [0])
+    points = points_of(tmp_path, SHORT | {"ratio": ["0.3", "0.5"]}, [0], 64)
     bad = next(part for part in points[1].parts if part.stage == "2")
 
-    def start(name, item, clips, lock, slot):
+    def start(name, item, lock, slot):
         import subprocess
 
-        if not isinstance(item, sweep.Part):
+        if not isinstance(item, Part):
             command = f"mkdir -p {item.scores.parent}; echo > {item.scores}"
         elif item is bad:
             command = "exit 3"
         else:
-            made = sweep.result_of(item.folder, int(item.stage))
+            made = item.result
             command = f"mkdir -p {made.parent}; mkdir {made}"
-        return sweep.Running(name, subprocess.Popen(["sh", "-c", command]), lock, Path("log"), slot)
+        process = subprocess.Popen(["sh", "-c", command])
+        return work.Running(name, process, lock, Path("log"), slot, work.cost_file(item))
 
-    monkeypatch.setattr(sweep, "start", start)
-    monkeypatch.setattr(sweep, "POLL", 0.01)
-    assert sweep.work(points, 64, 2) == [str(bad.folder)]
+    monkeypatch.setattr(work, "start", start)
+    monkeypatch.setattr(work, "POLL", 0.01)
+    assert work.work(points, True, 2) == [str(bad.folder)]
     assert points[0].scores.exists() and not points[1].scores.exists()
+    assert all(0 < work.cost_of(work.cost_file(item)) < 60 for item in [*points[0].parts, points[0]])
 
 
 def resample(value: float, spread: float, seed: int) -> Resampled:
@@ -135,21 +138,21 @@ def test_the_table(tmp_path, monkeypatch):
             name: Resampled(v.mean().item(), v.mean() + torch.zeros(200).double(), 64, 0) for name, v in values.items()
         }
 
-    monkeypatch.setattr(sweep, "resampled", means)
-    monkeypatch.setattr(sweep, "reference", lambda seed: SimpleNamespace(look={"persistence": 0.7}))
-    points = points_of(tmp_path, SHORT | {"steps": ["2", "4"]}, [0, 1])
+    monkeypatch.setattr(table, "resampled", means)
+    monkeypatch.setattr(table, "reference", lambda seed: SimpleNamespace(look={"persistence": 0.7}))
+    points = points_of(tmp_path, SHORT | {"steps": ["2", "4"]}, [0, 1], 64)
     names = ("adherence", "texture", "persistence")
     for point in points:
         value = 0.5 if "steps=2" in point.name else 0.9
         point.scores.parent.mkdir(exist_ok=True)
-        noise = torch.rand(64, generator=torch.Generator().manual_seed(point.seed)) * 0.01
+        noise = torch.rand(64, generator=torch.Generator().manual_seed(point.parts[0].cfg.seed)) * 0.01
         values = {name: value + noise for name in names}
         save_file(values, point.scores.with_suffix(".values.safetensors"))
         sampler = {"kind": "ode", "steps": 2, "guidance": 1.0, "evaluations": 2}
         record = {"title": "x", "clips": 64, "scores": {}, "shown": [], "attributes": {}, "sampler": sampler}
         record |= {"num_params": 1, "num_blocks": 8, "kept_blocks": None, "seed": 0}
         point.scores.write_text(json.dumps(record))
-    text = sweep.table(points, tmp_path)
+    text = table.table(points, tmp_path)
     rows = text.splitlines()
     assert rows[2].startswith("| steps=2 | 16 | 2 | 0.505") and rows[3].startswith("| steps=4 | 16 | 2 | 0.905")
     assert "adherence better" in rows[3] and (tmp_path / "table.md").read_text() == text + "\n"

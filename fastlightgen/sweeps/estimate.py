@@ -1,0 +1,60 @@
+"""What a sweep will train and evaluate, and how long that takes on this machine."""
+
+from collections.abc import Sequence
+
+from fastlightgen.data.source import Source
+from fastlightgen.engine.local import pick_device
+from fastlightgen.metrics.intervals import MIN_CLIPS
+from fastlightgen.models.cost import Network
+from fastlightgen.models.folder.networks import trained_folder
+from fastlightgen.models.folder.weights import config_of, read_card
+from fastlightgen.planner.walk import Route, walk
+from fastlightgen.stages.earlier import cost_of, measured_speed, operations, span
+from fastlightgen.sweeps.points import STAGES, Point, unique
+from fastlightgen.sweeps.work import lacking
+from fastlightgen.world.source import open_source
+
+STEPS = 50  # of a teacher whose card names none
+RATIO = 0.3  # share of the blocks that the estimate takes as dropped if no Stage I is part of a point
+
+
+def plan(points: Sequence[Point], evaluate: bool, at_once: int) -> list[str]:
+    """What is to do, and how long it takes at the speed of this machine."""
+    parts = unique(points)
+    todo = lacking(points, evaluate)
+    left = [part for part in unique(todo) if not part.done]
+    each = ", ".join(f"{sum(p.stage == n for p in left)} of stage {n}" for n in STAGES)
+    lines = [f"{len(points)} models; {len(left)} of {len(parts)} trainings are left: {each}"]
+    scored = list({point.scores: point for point in todo if evaluate and point.scorable}.values())
+    if evaluate:
+        lines[0] += f"; {len(scored)} evaluations"
+    configs = [part.cfg for part in [*left, *parts]]
+    if (left or scored) and configs:
+        source = open_source(configs[0].data, configs[0].seed, configs[0].negative)
+        speed = measured_speed(configs[0], source, pick_device(configs[0].device))
+        training = sum(operations(part.cfg, source, ratio_of(points, part.folder)) for part in left) / speed
+        scoring = sum(sampling(point, source) for point in scored) / speed
+        times = f"{span(training)} of training and {span(scoring)} of evaluation"
+        lines.append(f"  {times}, {at_once} at a time; estimated from the operations")
+    return lines
+
+
+def ratio_of(points: Sequence[Point], folder: object) -> float:
+    """The share of the blocks that is dropped for the point of a part."""
+    stages = [p for point in points if any(part.folder == folder for part in point.parts) for p in point.parts]
+    return next((part.cfg.ratio for part in stages if part.stage == "1"), RATIO)
+
+
+def sampling(point: Point, source: Source) -> float:
+    """Operations of sampling the clips that a point is scored on."""
+    folder = trained_folder(point.start)
+    net: Network = cost_of(config_of(folder), source.largest())
+    given = dict(word.split("=", 1) for word in point.plan)
+    clips = int(given.get("clips", MIN_CLIPS))
+    student = bool(point.parts) and point.parts[-1].stage == "3"
+    steps = (
+        point.parts[-1].cfg.steps if student else int(given.get("steps", 0)) or read_card(folder).get("steps") or STEPS
+    )
+    pruned = [part.cfg.ratio for part in point.parts if part.stage == "1"]
+    share = 1.0 - (pruned[0] if pruned else 0.0)
+    return clips * steps * (1 if student else 2) * share * walk(net, [Route()]).flops

@@ -1,0 +1,98 @@
+"""Pictures of a sweep as SVG, without a plotting library: a grid over steps and size, and scores against cost."""
+
+import math
+from collections.abc import Mapping
+from html import escape
+
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 640, 420, 80, 50, 30, 60
+STYLE = (
+    "text{font:13px sans-serif;fill:#222}.head{font-size:15px;font-weight:600}.small{font-size:11px}"
+    ".line{fill:none;stroke:#555;stroke-dasharray:5 4}.axis{stroke:#888}.dot{fill:#2463a8}"
+    "@media(prefers-color-scheme:dark){text{fill:#ddd}.line,.axis{stroke:#aaa}.dot{fill:#7ab3ee}.cell{fill:#111}}"
+)
+SPEEDS = (12.5, 25.0, 50.0, 100.0)  # iso-speed lines: times faster than 50 guided steps with all blocks
+
+
+def page(title: str, body: list[str]) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
+    name = f"<title>{escape(title)}</title><style>{STYLE}</style>"
+    return "\n".join([head, name, text(LEFT, 26, title, "head", "start"), *body, "</svg>"]) + "\n"
+
+
+def text(x: float, y: float, words: str, kind: str = "", anchor: str = "middle") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(words)}</text>'
+
+
+def across(part: float) -> float:
+    """The place of 0 (left) to 1 (right)."""
+    return LEFT + part * (WIDTH - LEFT - RIGHT)
+
+
+def up(part: float) -> float:
+    """The place of 0 (bottom) to 1 (top)."""
+    return HEIGHT - BOTTOM - part * (HEIGHT - TOP - BOTTOM)
+
+
+def grid(title: str, score: str, cells: Mapping[tuple[int, float], float]) -> str:
+    """Cells at (steps, share of the blocks), darker where the score is larger; lines of equal speed."""
+    steps = sorted({at[0] for at in cells})
+    shares = sorted({at[1] for at in cells})
+    least, most = math.log(min(cells.values())), math.log(max(cells.values()))
+    wide, high = 1 / len(steps), 1 / len(shares)
+    body = []
+    for (step, share), value in cells.items():
+        x, y = steps.index(step) * wide, shares.index(share) * high
+        shade = (math.log(value) - least) / max(most - least, 1e-9)
+        box = f'x="{across(x):.1f}" y="{up(y + high):.1f}" width="{across(wide) - LEFT:.1f}" '
+        box += f'height="{up(0) - up(high):.1f}"'
+        body.append(f'<rect {box} fill="rgb({235 - 140 * shade:.0f},{242 - 110 * shade:.0f},250)"/>')
+        middle = (across(x + wide / 2), up(y + high / 2) + 5)
+        body.append(text(*middle, f"{value:.3g}", "cell"))
+    for speed in SPEEDS:
+        body += iso(speed, steps, shares)
+    body += [text(across((i + 0.5) * wide), up(0) + 18, str(step)) for i, step in enumerate(steps)]
+    body += [text(LEFT - 8, up((i + 0.5) * high) + 5, f"{s:.0%}", "", "end") for i, s in enumerate(shares)]
+    body.append(
+        text(across(0.5), HEIGHT - 18, f"steps; up: share of the blocks. {score}. Dashed: equal speed", "small")
+    )
+    return page(title, body)
+
+
+def iso(speed: float, steps: list[int], shares: list[float]) -> list[str]:
+    """The line on which steps x share = 100 / speed: 50 guided steps cost 100 evaluations of all blocks."""
+    ends = [(step, 100 / speed / step) for step in [x / 8 for x in range(8 * steps[0], 8 * steps[-1] + 1)]]
+    inside = [(s, share) for s, share in ends if shares[0] <= share <= shares[-1]]
+    if len(inside) < 2:
+        return []
+    places = [(place(s, steps), place(share, shares)) for s, share in inside]
+    line = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in places)
+    x, y = places[0]
+    return [
+        f'<polyline class="line" points="{line}"/>',
+        text(across(x) + 4, up(y) - 5, f"{speed:g}x", "small", "start"),
+    ]
+
+
+def place(value: float, known: list) -> float:
+    """Where a value lies on an axis of cells with the given middles, from 0 to 1; straight between the middles."""
+    for i, (low, high) in enumerate(zip(known, known[1:], strict=False)):
+        if low <= value <= high:
+            return (i + 0.5 + (value - low) / (high - low)) / len(known)
+    return 0.5 / len(known)
+
+
+def against_cost(title: str, score: str, points: Mapping[str, tuple[int, float]]) -> str:
+    """A dot per model: its cost across, on a logarithmic axis, its score up."""
+    costs = [math.log10(cost) for cost, _ in points.values()]
+    low, wide = math.floor(min(costs)), max(1, math.ceil(max(costs)) - math.floor(min(costs)))
+    most = 1.1 * max(value for _, value in points.values())
+    body = [f'<path class="axis" fill="none" d="M{LEFT} {TOP}V{up(0)}H{WIDTH - RIGHT}"/>']
+    body += [text(across(i / wide), up(0) + 18, f"{10 ** (low + i):g}") for i in range(wide + 1)]
+    body += [text(LEFT - 8, up(i / 4) + 5, f"{most * i / 4:.3g}", "", "end") for i in range(5)]
+    for name, (cost, value) in points.items():
+        x, y = across((math.log10(cost) - low) / wide), up(value / most)
+        body.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
+        left = x > WIDTH - 200
+        body.append(text(x - 9 if left else x + 9, y + 4, name, "small", "end" if left else "start"))
+    body.append(text(across(0.5), HEIGHT - 18, f"block evaluations per clip. Up: {score}", "small"))
+    return page(title, body)

@@ -1,0 +1,156 @@
+"""Tables and figures of the papers, on the built-in world: configs/papers/NAME.yaml, its rows, trends and sentences."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlightgen.atomic import write_json, write_text
+from fastlightgen.config import ConfigError
+from fastlightgen.config.files import preset, presets
+from fastlightgen.metrics.scores import BETTER, SAME, WORSE
+from fastlightgen.sweeps.figure import against_cost, grid
+from fastlightgen.sweeps.points import Part, Point, check, point_of, unique
+from fastlightgen.sweeps.table import SHOWN, Row, differences, head, rows_of
+from fastlightgen.sweeps.work import cost_file, cost_of
+
+SCORE = "frechet"  # the score that decides whether a trend holds
+SCORE_TITLE = "Frechet distance to real clips (less is better)"
+BESIDE = "adherence"  # the score that is said beside it
+
+
+@dataclass(frozen=True)
+class Trend:
+    """What the paper's numbers say of two rows: the first is better, or they are the same."""
+
+    one: str
+    other: str
+    same: bool
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A table or a figure of a paper."""
+
+    name: str  # of its file
+    title: str
+    score: str  # what the paper's numbers are
+    note: str  # how the miniature differs
+    rows: dict[str, dict[str, Any]]  # name -> keys, stage, evaluate, paper
+    keys: dict[str, str]  # of every row
+    trends: list[Trend]
+    figure: str  # "", grid: rows at [steps, share of the blocks], or cost
+
+
+def read(name: str) -> Paper:
+    """Read one file of configs/papers."""
+    if name not in presets("papers"):
+        known = ", ".join(presets("papers"))
+        raise ConfigError(f"{name.replace('-', '=', 1)}: no such table or figure; there are {known}")
+    found = preset(name, "papers")
+    trends = [Trend(*t.get("better", t.get("same")), same="same" in t) for t in found.get("trends", [])]
+    if "rows_of" in found:
+        found["rows"] = preset(found["rows_of"], "papers")["rows"]
+    rows = {row: given or {} for row, given in found["rows"].items()}
+    return Paper(
+        name,
+        found["title"],
+        found["score"],
+        found["note"],
+        rows,
+        strings(found.get("keys", {})),
+        trends,
+        found.get("figure", ""),
+    )
+
+
+def strings(keys: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of YAML as words of a command line have them."""
+    return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in keys.items()}
+
+
+def points_of(
+    run: Path, paper: Paper, more: Mapping[str, str], seeds: Sequence[int], clips: int, known: dict[Path, Part]
+) -> list[Point]:
+    """The models of a table, for every seed. `more`: keys of the user, which stand over those of the file."""
+    out = []
+    for name, row in paper.rows.items():
+        last, plan = str(row.get("stage", 3)), strings(row.get("evaluate", {}))
+        words = [f"clips={clips}", *(f"{key}={value}" for key, value in plan.items())]
+        for seed in seeds if last != "0" else seeds[:1]:
+            keys = {"model": "tiny", "data": "shapes", **paper.keys, **strings(row.get("keys", {})), **more}
+            if last != "0":
+                keys["seed"] = str(seed)
+                check(taken(keys, more), last)
+            out.append(point_of(run, name, keys, known, last, words))
+    return out
+
+
+def taken(keys: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
+    """The keys that a stage of the row must take; those of the user may concern other rows."""
+    return {key: value for key, value in keys.items() if key not in more}
+
+
+def sentence(trend: Trend, paper: Paper, rows: Mapping[str, Row]) -> str:
+    """Whether a trend of the paper holds here, by sign and by two standard deviations."""
+    if not (trend.one in rows and trend.other in rows):
+        return f"- {trend.one}, {trend.other}: not measured."
+    numbers = [paper.rows[name].get("paper") for name in (trend.one, trend.other)]
+    said = f" ({numbers[0]} and {numbers[1]})" if None not in numbers else ""
+    claim = f"{trend.one} {'as good as' if trend.same else 'better than'} {trend.other}{said}"
+    found = differences(rows[trend.one], rows[trend.other])
+    d = found[SCORE]
+    beside = found.get(BESIDE, {}).get("verdict", "not measured")
+    number = f"{SCORE} {d['difference']:+.3g} +- {d['two_deviations']:.2g}, {BESIDE} {beside}"
+    return f"- {verdict(d, trend.same)}: the paper has {claim}; here {number}."
+
+
+def verdict(difference: Mapping[str, Any], same: bool) -> str:
+    """The difference is that of the distances to the goal: below 0, the first row is better."""
+    word = difference["verdict"]
+    if same:
+        return {SAME: "Holds", BETTER: "Contradicted, the first is better"}.get(
+            word, "Contradicted, the first is worse"
+        )
+    if word == SAME:
+        sign = "the same sign" if difference["difference"] < 0 else "the other sign"
+        return f"Within noise, {sign}"
+    return {BETTER: "Holds", WORSE: "Contradicted"}[word]
+
+
+def report(paper: Paper, points: Sequence[Point], out: Path) -> str:
+    """Write NAME.md, NAME.json and the figure; return the text."""
+    rows = rows_of(points)
+    if not rows:
+        return ""
+    lines = [f"# {paper.title}", "", paper.note.strip(), "", *head(paper.score, "cost", "seeds", *SHOWN)]
+    record: dict[str, Any] = {}
+    for name, row in rows.items():
+        number = paper.rows[name].get("paper", "")
+        lines.append(f"| {name} | {number} | {row.cost} | {len(row.found)} | {' | '.join(row.cells())} |")
+        record[name] = {"paper": number, "cost": row.cost, "clips": row.record["clips"], "scores": row.scores()}
+    sentences = [sentence(trend, paper, rows) for trend in paper.trends]
+    lines += ["", *sentences, "", footer(points)]
+    write_json(out / f"{paper.name}.json", {"title": paper.title, "rows": record, "trends": sentences})
+    write_text(out / f"{paper.name}.md", "\n".join(lines) + "\n")
+    values = {name: sum(row.scores()[SCORE]) / len(row.found) for name, row in rows.items()}
+    if paper.figure == "grid":
+        cells = {tuple(paper.rows[name]["at"]): value for name, value in values.items()}
+        write_text(out / f"{paper.name}.svg", grid(paper.title, SCORE_TITLE, cells))
+    if paper.figure == "cost":
+        points_at = {name: (row.cost, values[name]) for name, row in rows.items()}
+        write_text(out / f"{paper.name}.svg", against_cost(paper.title, SCORE_TITLE, points_at))
+    return "\n".join(lines)
+
+
+def footer(points: Sequence[Point]) -> str:
+    """What the columns are, and what the table cost."""
+    items = [*unique(points), *points]
+    seconds = [found for item in items if (found := cost_of(cost_file(item))) is not None]
+    counted = f" Training and evaluation took {sum(seconds) / 3600:.1f} hours" if seconds else ""
+    part = f", of {len(seconds)} of {len(items)} pieces" if seconds and len(seconds) < len(items) else ""
+    return (
+        "Cost: block evaluations per clip. Scores are means over the training seeds, on the same clips from the same "
+        f"noise. A difference counts if it exceeds two standard deviations over seeds and clips.{counted}{part}"
+        f"{'.' if counted else ''}"
+    )

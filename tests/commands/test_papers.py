@@ -1,0 +1,126 @@
+"""The papers' tables on the built-in world: their rows, what they share, the sentences, the pictures."""
+
+import json
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastlightgen import sweep
+from fastlightgen.config import ConfigError, presets
+from fastlightgen.metrics.intervals import Resampled
+from fastlightgen.sweeps import figure, papers, table
+from fastlightgen.sweeps.points import unique
+
+NAMES = presets("papers")
+
+
+def points(name, tmp_path, seeds=(0,), known=None, **more):
+    return papers.points_of(tmp_path, papers.read(name), more, seeds, 64, {} if known is None else known)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_and_trends_of_a_file(tmp_path, name):
+    """Every key is one that a stage takes, and every trend is what the paper's own numbers say."""
+    paper = papers.read(name)
+    assert len(points(name, tmp_path)) == len(paper.rows)
+    less_is_better = "FVD" in paper.score
+    for trend in paper.trends:
+        one, other = (paper.rows[row].get("paper") for row in (trend.one, trend.other))
+        if None not in (one, other) and not trend.same:
+            assert (one < other) == less_is_better and one != other
+        if trend.same and one is not None:
+            assert abs(one - other) < 0.005
+
+
+def test_papers_numbers():
+    """The seven dimensions of Table 5's and Table 6's chosen rows, averaged by hand."""
+    rows = papers.read("table-5").rows
+    chosen = (0.952, 0.956, 0.983, 0.500, 0.656, 0.717, 0.975)
+    assert rows["beta1 = 2, beta2 = 0.25"]["paper"] == round(sum(chosen) / 7, 3)
+    third = (0.960, 0.966, 0.987, 0.378, 0.658, 0.712, 0.977)
+    assert papers.read("table-6").rows["30% dropped, Stage III, 4 steps"]["paper"] == round(sum(third) / 7, 3)
+
+
+def test_tables_share_what_is_equal(tmp_path):
+    known: dict = {}
+    found = {name: points(name, tmp_path, known=known) for name in ("table-2", "figure-2", "table-5", "table-8")}
+    assert [p.scores for p in found["table-2"]] == [p.scores for p in found["figure-2"]]
+    five, eight = ({p.scores for p in found[name]} for name in ("table-5", "table-8"))
+    assert len(five) == len(eight) == 8 and len(five & eight) == 4  # beta1 = 2 with beta2 = 0, .25, .5 and 1
+    stages = [part.stage for part in unique(found["table-5"] + found["table-8"])]
+    assert [stages.count(n) for n in "123"] == [1, 1, 12]
+
+
+def test_keys_of_the_user_and_seeds(tmp_path):
+    found = points("table-6", tmp_path, seeds=(3, 4), **{"stage2.iters": "7"})
+    assert len(found) == 12 and {p.parts[-1].cfg.seed for p in found} == {3, 4}
+    assert all(part.cfg.iters == 7 for p in found for part in p.parts if part.stage == "2")
+    teacher, *_ = points("table-4", tmp_path, seeds=(3, 4))
+    assert not teacher.parts and teacher.model == "tiny" and teacher.scores.name == "tiny-clips=64.json"
+    assert sum(p.name == teacher.name for p in points("table-4", tmp_path, seeds=(3, 4))) == 1
+
+
+@pytest.mark.parametrize("words, said", [
+    (["table=3"], "table=3: no such table or figure; there are figure-1, figure-2, table-2"),
+    (["table=2", "stage2.iters=1,2"], "stage2.iters=1,2: a table of the paper takes one value of a key"),
+])  # fmt: skip
+def test_mistakes(words, said):
+    with pytest.raises(ConfigError, match=said):
+        sweep.sweep(words)
+
+
+@pytest.mark.parametrize("difference, word, same, said", [
+    (-5.0, "better", False, "Holds"),
+    (5.0, "worse", False, "Contradicted"),
+    (-1.0, "no difference", False, "Within noise, the same sign"),
+    (1.0, "no difference", False, "Within noise, the other sign"),
+    (1.0, "no difference", True, "Holds"),
+    (-5.0, "better", True, "Contradicted, the first is better"),
+    (5.0, "worse", True, "Contradicted, the first is worse"),
+])  # fmt: skip
+def test_verdicts(difference, word, same, said):
+    assert papers.verdict({"difference": difference, "verdict": word}, same) == said
+
+
+def constant(values, seed):
+    """In place of the scores that need a reference of real clips: the mean of each value, without spread."""
+    return {k: Resampled(v.mean().item(), v.mean() + torch.zeros(200).double(), 64, 0) for k, v in values.items()}
+
+
+def test_the_report(tmp_path, monkeypatch):
+    """Two rows with known scores: the table, the sentence, the record."""
+    monkeypatch.setattr(table, "resampled", constant)
+    monkeypatch.setattr(table, "reference", lambda seed: SimpleNamespace(look={"persistence": 0.7}))
+    paper = papers.read("table-9")
+    found = points("table-9", tmp_path, seeds=(0, 1))
+    for point, value in zip(found, (20.0, 22.0, 30.0, 36.0), strict=True):
+        point.scores.parent.mkdir(exist_ok=True)
+        values = {"frechet": torch.full((64,), value), "adherence": torch.full((64,), 0.9)}
+        save_file(values, point.scores.with_suffix(".values.safetensors"))
+        sampler = {"kind": "ode", "steps": 4, "guidance": 1.0, "evaluations": 4}
+        record = {"title": "x", "clips": 64, "scores": {}, "shown": [], "attributes": {}, "sampler": sampler}
+        point.scores.write_text(json.dumps(record | {"num_params": 1, "num_blocks": 8, "kept_blocks": None}))
+    text = papers.report(paper, found, tmp_path)
+    assert "| pruned | 0.829 | 32 | 2 | 0.9 | 21 |" in text and "| unpruned | 0.809 | 32 | 2 | 0.9 | 33 |" in text
+    # By hand: the differences are -10 and -14, their variance 8, that of their mean 4
+    claim = "the paper has pruned better than unpruned (0.829 and 0.809)"
+    assert f"- Holds: {claim}; here frechet -12 +- 4, adherence no difference." in text
+    assert json.loads((tmp_path / "table-9.json").read_text())["rows"]["pruned"]["scores"]["frechet"] == [20.0, 22.0]
+    assert (tmp_path / "table-9.md").read_text() == text + "\n"
+
+
+def test_pictures():
+    """They are XML; a line of equal speed passes where 50 guided steps cost as much as they should."""
+    cells = {(step, share): 10.0 * step * share for step in (1, 2, 4) for share in (0.5, 1.0)}
+    root = ElementTree.fromstring(figure.grid("a < b", "distance", cells))
+    assert [e.text for e in root.iter() if e.get("class") == "cell"] == ["5", "10", "10", "20", "20", "40"]
+    speeds = [e.text for e in root.iter() if e.text and e.text.endswith("x")]
+    assert speeds == ["50x", "100x"]  # 25x takes 4 evaluations of all blocks: a corner, no line
+    assert figure.place(3, [1, 2, 4]) == pytest.approx((1.5 + 0.5) / 3)
+    root = ElementTree.fromstring(figure.against_cost("t", "distance", {"a": (10, 2.0), "b": (1000, 1.0)}))
+    a, b = (e for e in root.iter() if e.get("class") == "dot")
+    assert float(a.get("cx")) == figure.LEFT and float(b.get("cx")) == figure.WIDTH - figure.RIGHT
+    assert float(a.get("cy")) == pytest.approx(figure.up(1 / 1.1), abs=0.1)
