@@ -48,7 +48,7 @@ from fastlightgen.models.folder.released import sampling
 from fastlightgen.ops import attention, describe, float8
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
-from fastlightgen.parallel.threads import set_threads
+from fastlightgen.parallel.threads import again, set_threads
 from fastlightgen.pipelines.export import vae_folder
 from fastlightgen.pipelines.world import Pipeline
 from fastlightgen.planner.fit import check_fit
@@ -100,13 +100,21 @@ def run(cfg: Any) -> None:
         source, device = open_source(cfg.data, cfg.seed, cfg.negative), pick_device(cfg.device)
         say("\n".join(announcement(stages, source, device)))
     for one in stages:
+        choose_threads(cfg)
         # Check before Stage I, which is the first, that the later stages fit too.
         run_stage(one, stages[1:] if one.stage == "1" else (), one.ratio if one.stage == "1" else None)
     if cfg.stage == "all" and ranks.rank() == 0:
         if scored:
+            choose_threads(cfg)
             evaluate_run(cfg)
         say(f"report: {write_report(Path(cfg.run))}")
     say(f"next: {after_stage(cfg)}")
+
+
+def choose_threads(cfg: Any) -> None:
+    """Between the parts of a command that has several, see how many cores are free now."""
+    if cfg.stage == "all" and ranks.launched() == 1 and (line := again(cfg.threads)):
+        say(line)
 
 
 def shift_of_teacher(cfg: Any) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ def set_threads(threads: int) -> str:
     other after every operation: with fewer cores than threads all of them wait for the slowest, many times as long.
     """
     cores = usable_cores()
-    wanted = threads or min(torch.get_num_threads(), cores)
+    wanted = threads or min(own_choice(), cores)
     free = max(1, cores - round(busy_cores())) if wanted > 1 else cores  # one thread can leave no core to others
     used = threads or min(wanted, free)
     if used != torch.get_num_threads():
@@ -31,6 +32,19 @@ def set_threads(threads: int) -> str:
     return line
 
 
+@cache
+def own_choice() -> int:
+    """The threads that torch takes when nobody sets them; asked before the first change."""
+    return torch.get_num_threads()
+
+
+def again(threads: int) -> str:
+    """Choose anew between two parts of a long command, if the user left the choice open. Return a line on a change."""
+    before = torch.get_num_threads()
+    line = "" if threads else set_threads(0)
+    return line if torch.get_num_threads() != before else ""
+
+
 def usable_cores() -> int:
     """The cores that this process may use, by its affinity mask and by the quota of its container."""
     mask = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -38,18 +52,23 @@ def usable_cores() -> int:
     return mask if quota == "max" else max(1, min(mask, math.ceil(int(quota) / int(period))))
 
 
-def busy_cores(seconds: float = 0.3) -> float:
-    """How many of the usable cores programs keep busy now, measured for a moment; 0 where it is unknown."""
+def busy_cores(windows: int = 4, seconds: float = 0.1) -> float:
+    """How many of the usable cores other programs keep busy; 0 where it is unknown.
+
+    The least of some moments: what runs for a short time does not count.
+    """
     if not (STAT.is_file() and hasattr(os, "sched_getaffinity")):
         return 0.0
-    before = times()
-    time.sleep(seconds)
-    after = times()
-    out = 0.0
-    for core in os.sched_getaffinity(0) & before.keys() & after.keys():
-        idle, total = (now - then for now, then in zip(after[core], before[core], strict=True))
-        out += 1 - idle / total if total else 0.0
-    return out
+    found, before = [], times()
+    for _ in range(windows):
+        time.sleep(seconds)
+        after, busy = times(), 0.0
+        for core in os.sched_getaffinity(0) & before.keys() & after.keys():
+            idle, total = (now - then for now, then in zip(after[core], before[core], strict=True))
+            busy += 1 - idle / total if total else 0.0
+        found.append(busy)
+        before = after
+    return min(found)
 
 
 def times() -> dict[int, tuple[int, int]]:

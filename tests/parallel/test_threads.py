@@ -18,6 +18,7 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(mask)))
         monkeypatch.setattr(threads, "QUOTA", tmp_path / ("cpu.max" if quota else "none"))
         monkeypatch.setattr(threads, "busy_cores", lambda: load)
+        monkeypatch.setattr(threads, "own_choice", lambda: usual)
         monkeypatch.setattr(torch, "set_num_threads", calls.append)
         monkeypatch.setattr(torch, "get_num_threads", lambda: calls[-1] if calls else usual)
         return calls
@@ -57,12 +58,35 @@ def test_busy_cores_are_left_to_others(machine, load, used):
     assert (f"; other programs compute here: threads={used} may be faster" in given) == (used < 8)
 
 
+def test_the_choice_is_made_anew(machine, monkeypatch):
+    """A core that is busy at first is used once it is free; a number that the user gave stays."""
+    calls = machine(2, "", 1.0, 2)
+    threads.set_threads(0)
+    assert threads.again(0) == "" and calls == [1]
+    monkeypatch.setattr(threads, "busy_cores", lambda: 0.0)
+    assert threads.again(0) == "threads: 2, for 2 usable CPU cores (threads=N changes it)" and calls == [1, 2]
+    monkeypatch.setattr(threads, "busy_cores", lambda: 1.0)
+    assert threads.again(2) == "" and calls == [1, 2]
+
+
 def test_cores_are_busy_by_the_system_s_own_count(monkeypatch, tmp_path):
-    """Core 0 was busy for 30 of 100 ticks, core 1 for all of 50, core 2 is not ours."""
-    before = "cpu 1 1\ncpu0 100 0 0 900 0 0 0 0\ncpu1 0 0 0 0 0 0 0 0\ncpu2 0 0 0 0 0 0 0 0\nintr 5\n"
-    after = "cpu 1 1\ncpu0 120 0 10 960 10 0 0 0\ncpu1 0 50 0 0 0 0 0 0\ncpu2 90 0 0 0 0 0 0 0\nintr 6\n"
-    (tmp_path / "stat").write_text(before)
-    monkeypatch.setattr(threads, "STAT", tmp_path / "stat")
+    """Core 0 is busy for 30 of 100 ticks, core 1 for all of 50, core 2 is not ours; then core 0 is idle for 100."""
+    states = [(100, 900, 0, 0), (130, 970, 50, 0), (130, 1070, 60, 40)]
+    stat = tmp_path / "stat"
+    turns = iter(states)
+
+    def tick(seconds: float = 0.0) -> None:
+        user, idle, user1, idle1 = next(turns)
+        cores = (
+            f"cpu0 {user - 10} 0 10 {idle - 5} 5 0 0 0\ncpu1 0 {user1} 0 {idle1} 0 0 0 0\ncpu2 {user * 9} 0 0 0 0 0 0 0"
+        )
+        stat.write_text(f"cpu 1 1\n{cores}\nintr 5\n")
+
+    tick()
+    monkeypatch.setattr(threads, "STAT", stat)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    monkeypatch.setattr(threads.time, "sleep", lambda seconds: (tmp_path / "stat").write_text(after))
-    assert threads.busy_cores() == pytest.approx(0.3 + 1.0)
+    monkeypatch.setattr(threads.time, "sleep", tick)
+    assert threads.busy_cores(windows=1) == pytest.approx(0.3 + 1.0)
+    turns = iter(states)
+    tick()
+    assert threads.busy_cores(windows=2) == pytest.approx(0.0 + 0.2)  # the least of 1.3 and 0.2
