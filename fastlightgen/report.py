@@ -1,4 +1,4 @@
-"""python -m fastlightgen.report run=DIR: writes a self-contained HTML page about a run."""
+"""python -m fastlightgen.report run=DIR: writes a self-contained HTML page about a run, or about several (runs=A,B)."""
 
 import base64
 import hashlib
@@ -15,9 +15,11 @@ from fastlightgen.engine.folder import read_run as read_run_config
 from fastlightgen.engine.scores import measured
 from fastlightgen.files import border, kinds
 from fastlightgen.files.schema import Shape
-from fastlightgen.metrics.scores import check_versions
-from fastlightgen.page import clips, scores, summary, training
+from fastlightgen.files.tensors import read_tensors
+from fastlightgen.metrics.scores import check_versions, is_number
+from fastlightgen.page import clips, compare, scores, summary, training
 from fastlightgen.page.advice import next_step
+from fastlightgen.world.score import compared, resampled
 
 # Columns: what the student can be weighed against at its own number of steps stands beside it; others follow by name.
 ORDER = ("real", "teacher", "pruned", "stage2-few", "teacher-few", "student")
@@ -93,11 +95,16 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     return write_page(run, read_run(run), out)
 
 
+def clip_files(run: Path, evals: dict[str, dict]) -> dict[str, Path]:
+    """Where an evaluation keeps the clips of each model."""
+    return {name: run / "evaluate" / f"{name}.safetensors" for name in evals}
+
+
 def write_page(run: Path, found: dict, out: Path | None) -> Path:
     """Write the page of what `read_run` found."""
     evals, logs, ranking = found["evals"], found["logs"], found["importance"]
     sections = {
-        "Clips": clips.evaluated(run, evals),
+        "Clips": clips.evaluated(clip_files(run, evals), evals),
         "Scores": evals and scores.scores(evals),
         "Previews": clips.during_training(run, found["looks"], len(evals)),
         "Block importance": ranking and training.importance(ranking),
@@ -105,28 +112,73 @@ def write_page(run: Path, found: dict, out: Path | None) -> Path:
         "Size and speed": scores.sizes(found),
         "Configuration": training.settings(found["config"]),
     }
+    data = {"importance": training.bars(ranking), "runs": compare.all_curves({"": logs})}
+    top = {"answer": summary.sentence(found), "missing": missing(run, found), "facts": summary.facts(found)}
+    return fill(out or run / "report.html", run.resolve().name, top, sections, data)
+
+
+def fill(out: Path, name: str, top: dict[str, str], sections: dict[str, str], data: dict) -> Path:
+    """Put the parts into the page. Sections without content are left out."""
     sections = {title: content for title, content in sections.items() if content}
     ids = {title: title.split()[0].lower() for title in sections}
-    data = json.dumps({"importance": training.bars(ranking), "curves": training.curves(logs)}, allow_nan=False)
-    script = (PAGE / "script.js").read_text(encoding="utf-8")
+    text, script = json.dumps(data, allow_nan=False), (PAGE / "script.js").read_text(encoding="utf-8")
     page = Template((PAGE / "page.html").read_text(encoding="utf-8")).substitute(
+        top,
         style=(PAGE / "style.css").read_text(encoding="utf-8"),
         script=script,
         policy=policy(script),
-        name=escape(run.resolve().name),
+        name=escape(name),
         nav="".join(f'<a href="#{ids[title]}">{title}</a>' for title in sections),
-        answer=summary.sentence(found),
-        missing=missing(run, found),
-        facts=summary.facts(found),
         body="".join(
             f'<section id="{ids[title]}" aria-labelledby="{ids[title]}-title">'
             f'<h2 id="{ids[title]}-title">{title}</h2>{content}</section>'
             for title, content in sections.items()
         ),
-        data=data.replace("<", "\\u003c"),  # so that no string can close the script element
+        data=text.replace("<", "\\u003c"),  # so that no string can close the script element
     )
-    write_text(out := out or run / "report.html", page)
+    write_text(out, page)
     return out
+
+
+def write_comparison(folders: list[str], out: Path) -> Path:
+    """Write one page about several runs: their students, and the teacher of the first."""
+    names = compare.names_of(folders)
+    found = {names[folder]: read_run(Path(folder)) for folder in folders}
+    made = {n: f["evals"]["student"] for n, f in found.items() if "student" in f["evals"]}
+    students = {name: record | {"title": name} for name, record in made.items()}
+    first = folders[0]
+    teachers = {n: e for n, e in found[names[first]]["evals"].items() if n.startswith("teacher")}
+    evals = teachers | students
+    where = clip_files(Path(first), teachers)
+    where |= {names[f]: Path(f) / "evaluate" / "student.safetensors" for f in folders if names[f] in students}
+    sections = {
+        "Frontier": compare.frontier(students, teachers),
+        "Clips": clips.evaluated(where, evals),
+        "Scores": evals and scores.scores(evals),
+        "Settings that differ": compare.settings({name: f["config"] for name, f in found.items()}),
+        "Training": '<div id="curves"></div>' * any(f["logs"] for f in found.values()),
+        "Size and speed": evals and scores.sizes({"evals": evals, "speed": {}, "blocks": most_blocks(found)}),
+    }
+    data = {"importance": {}, "runs": compare.all_curves({name: f["logs"] for name, f in found.items()})}
+    top = {"answer": compare.sentence(students, paired(students, where)), "missing": "", "facts": ""}
+    return fill(out, compare.heading(names), top, sections, data)
+
+
+def most_blocks(found: dict[str, dict]) -> int:
+    return max(f["blocks"] for f in found.values())
+
+
+def paired(students: dict[str, dict], files: dict[str, Path]) -> dict[str, dict]:
+    """The paired differences of the nearest student to the others that were measured on the same clips."""
+    values = {n: files[n].with_suffix(".values.safetensors") for n in students}
+    ranked = [n for n, e in students.items() if is_number(e["scores"].get(compare.SCORE)) and values[n].is_file()]
+    if len(ranked) < 2:
+        return {}
+    first = min(ranked, key=lambda n: students[n]["scores"][compare.SCORE])
+    seed, clips_ = students[first].get("seed", 0), students[first]["clips"]
+    same = [n for n in ranked if (students[n].get("seed", 0), students[n]["clips"]) == (seed, clips_)]
+    found = {n: resampled({k: v.double() for k, v in read_tensors(values[n]).items()}, seed) for n in same}
+    return {n: compared(found[first], found[n], seed) for n in same if n != first}
 
 
 def policy(script: str) -> str:
@@ -144,6 +196,10 @@ def missing(run: Path, found: dict) -> str:
 
 
 def report(cfg: Report) -> None:
+    if cfg.runs:
+        folders = [name.strip() for name in cfg.runs.split(",") if name.strip()]
+        print(write_comparison(folders, Path(cfg.out or "runs.html")))
+        return
     run = Path(cfg.run)
     found = read_run(run)
     print(write_page(run, found, Path(cfg.out) if cfg.out else None))

@@ -177,9 +177,17 @@ def parse_buckets(text: str) -> list[tuple[int, int]]:
 class Report(Checked):
     """write one self-contained HTML page about a run"""
 
-    run: str = field(REQUIRED, "run folder", everyday=True)
-    out: str = field("", "HTML file to write; empty: RUN/report.html", everyday=True)
+    run: str = field("", "run folder", everyday=True)
+    runs: str = field("", "instead of run: folders to compare, with commas between them", everyday=True)
+    out: str = field("", "HTML file to write; empty: RUN/report.html, or runs.html", everyday=True)
     dry_run: bool = field(False, DRY_RUN)
+
+    def check(self) -> None:
+        if bool(self.run) == bool(self.runs):
+            raise ConfigError("report: wanted run=DIR, or runs=A,B to compare several")
+        folders = [name.strip().rstrip("/") for name in self.runs.split(",") if name.strip()]
+        if self.runs and not (2 <= len(folders) <= 8 and len(set(folders)) == len(folders)):
+            raise ConfigError(f"runs={self.runs}: wanted 2 to 8 different folders with commas between them")
 
 
 COMMANDS = {

@@ -39,14 +39,13 @@ def canvas(number: int, clip: int, label: str) -> str:
     return f'<canvas role="img" data-s="{number}" data-k="{clip}" aria-label="{escape(label)}"></canvas>'
 
 
-def evaluated(run: Path, evals: dict[str, dict]) -> str:
-    """A grid of playing clips: a row per prompt, a column per model."""
-    files = {n: run / "evaluate" / f"{n}.safetensors" for n in evals}
+def evaluated(files: dict[str, Path], evals: dict[str, dict]) -> str:
+    """A grid of playing clips: a row per prompt, a column per model. `files`: the clips of each model."""
     evals = {n: e for n, e in evals.items() if e["shown"] and files[n].is_file()}
     if not evals:
         return ""
     heads = "".join(f'<div class="{"student" * (n == "student")}">{escape(e["title"])}</div>' for n, e in evals.items())
-    values = {n: run / "evaluate" / f"{n}.values.safetensors" for n in evals}
+    values = {n: files[n].with_suffix(".values.safetensors") for n in evals}
     kept: dict[str, Any] = {n: read_tensors(path).get("adherence", []) for n, path in values.items() if path.is_file()}
     rows = []
     longest: list[dict] = max((e["shown"] for e in evals.values()), key=len)  # models may show different numbers

@@ -147,7 +147,7 @@ function curve(title, name, series, width) {
     body + lines + ticks.map((t) => label(x(t), BOTTOM + 20, t.toLocaleString("en"))).join("") + strips);
 }
 
-const rungs = Object.keys(data.curves[3] || {}).map((key) => +key.split("student_x0_gap_rung")[1]).filter(Boolean).sort((a, b) => a - b);
+const rungs = data.runs.length > 1 ? [] : Object.keys(data.runs[0].curves[3] || {}).map((key) => +key.split("student_x0_gap_rung")[1]).filter(Boolean).sort((a, b) => a - b);
 // [stage, title, note, name of the values, [key in metrics.jsonl, label], ...] with one pair per line of the chart
 const CURVES = [
   [0, "Stage 0 · flow matching", "Error of the predicted velocity.", "loss", ["loss", "loss"]],
@@ -176,7 +176,10 @@ if (byId("blocks")) {
   drawn(byId("blocks").querySelector(".frame"), (width) => blocks(data.importance, width));
 }
 for (const [stage, title, note, name, ...lines] of CURVES) {
-  const series = lines.map(([key, line]) => ({ label: line, points: (data.curves[stage] || {})[key] })).filter((s) => s.points);
+  // One run: every line of a chart; several: the first line of each.
+  const [[key]] = lines.length ? lines : [[""]], of = (run, key) => (run.curves[stage] || {})[key];
+  const series = (data.runs.length > 1 ? data.runs.map((run) => ({ label: text(run.name), points: of(run, key) }))
+    : lines.map(([key, line]) => ({ label: line, points: of(data.runs[0], key) }))).filter((s) => s.points);
   if (!series.length) continue;
   const names = series.length > 1 ? '<p class="legend">' + series.map((s, i) => '<span class="' + (i ? "s" + i : "") + '">' + s.label + "</span>").join("") + "</p>" : "";
   byId("curves").insertAdjacentHTML("beforeend", '<figure class="chart"><figcaption><h3>' + title + "</h3><small>" + note + "</small>" + names +

@@ -9,7 +9,7 @@ from fastlightgen.atomic import write_json, write_text
 from fastlightgen.config import ConfigError
 from fastlightgen.config.files import preset, presets
 from fastlightgen.metrics.scores import BETTER, SAME, WORSE
-from fastlightgen.sweeps.figure import against_cost, grid
+from fastlightgen.page.figure import against_cost, grid
 from fastlightgen.sweeps.points import Part, Point, check, point_of, unique
 from fastlightgen.sweeps.table import SHOWN, Row, differences, head, rows_of
 from fastlightgen.sweeps.work import cost_file, cost_of

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from fastlightgen import sweep
 from fastlightgen.config import ConfigError, presets
 from fastlightgen.metrics.intervals import Resampled
-from fastlightgen.sweeps import figure, papers, table
+from fastlightgen.page import figure
+from fastlightgen.sweeps import papers, table
 from fastlightgen.sweeps.points import unique
 
 NAMES = presets("papers")

@@ -40,10 +40,10 @@ def test_numbers_of_the_run_are_on_the_page(run):
     assert [u["score"] for u in data["importance"]["units"]] == [0.9, 0.2, 0.25]
     # five digits; nan is left out
     wanted = {"2": {"loss": [[1, 0.12346]], "distill_pruned": [[1, 0.25]]}, "3": {"fake_loss": [[1, 0.5]]}}
-    assert data["curves"] == wanted
+    assert data["runs"] == [{"name": "", "curves": wanted}]
     with open(run / "stage2" / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')  # a run that is writing at this moment
-    assert json.loads(Page(write_report(run)).scripts[0])["curves"] == wanted
+    assert json.loads(Page(write_report(run)).scripts[0])["runs"][0]["curves"] == wanted
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
@@ -52,7 +52,9 @@ def test_every_rung_that_occurs_has_a_curve():
     keys = ("fake_loss", "student_x0_gap", "student_x0_gap_rung8", "student_x0_gap_rung1")
     found = []
     for curves in ({"3": dict.fromkeys(keys, [[1, 0.5]])}, {}):
-        script = f"const data = {json.dumps({'curves': curves})}; {line} console.log(JSON.stringify(rungs));"
+        script = (
+            f"const data = {json.dumps({'runs': [{'curves': curves}]})}; {line} console.log(JSON.stringify(rungs));"
+        )
         found.append(json.loads(subprocess.run(["node", "-e", script], capture_output=True, check=True).stdout))
     assert found == [[1, 8], []]
 

@@ -1,20 +1,32 @@
-"""Pictures of a sweep as SVG, without a plotting library: a grid over steps and size, and scores against cost."""
+"""Pictures as SVG, without a plotting library: a grid over steps and size, and scores against cost."""
 
 import math
 from collections.abc import Mapping
 from html import escape
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 640, 420, 80, 50, 30, 60
-STYLE = (
-    "text{font:13px sans-serif;fill:#222}.head{font-size:15px;font-weight:600}.small{font-size:11px}"
-    ".line{fill:none;stroke:#555;stroke-dasharray:5 4}.axis{stroke:#888}.dot{fill:#2463a8}"
-    "@media(prefers-color-scheme:dark){text{fill:#ddd}.line,.axis{stroke:#aaa}.dot{fill:#7ab3ee}.cell{fill:#111}}"
-)
+# The rules name the class of the picture, so that they change nothing else on a page that holds it.
+RULES = {
+    "text": "font:13px sans-serif;fill:#222",
+    ".head": "font-size:15px;font-weight:600",
+    ".small": "font-size:11px",
+    ".line": "fill:none;stroke:#555;stroke-dasharray:5 4",
+    ".axis": "stroke:#888",
+    ".dot": "fill:#2463a8",
+}
+DARK = {"text": "fill:#ddd", ".line": "stroke:#aaa", ".dot": "fill:#7ab3ee", ".cell": "fill:#111"}
+
+
+def rules(found: Mapping[str, str]) -> str:
+    return "".join(f".flg {name}{{{rule}}}" for name, rule in found.items())
+
+
+STYLE = f"{rules(RULES)}@media(prefers-color-scheme:dark){{{rules(DARK)}}}"
 SPEEDS = (12.5, 25.0, 50.0, 100.0)  # iso-speed lines: times faster than 50 guided steps with all blocks
 
 
 def page(title: str, body: list[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" class="flg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
     name = f"<title>{escape(title)}</title><style>{STYLE}</style>"
     return "\n".join([head, name, text(LEFT, 26, title, "head", "start"), *body, "</svg>"]) + "\n"
 

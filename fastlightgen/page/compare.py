@@ -1,0 +1,87 @@
+"""Several runs side by side: the sentence on top, the frontier, the settings that differ, curves in one chart."""
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from fastlightgen.config.fields import show
+from fastlightgen.config.files import flatten
+from fastlightgen.metrics.scores import BETTER, SAME, is_number, score
+from fastlightgen.page.figure import against_cost
+from fastlightgen.page.html import note, table
+from fastlightgen.page.summary import cost, count
+from fastlightgen.page.training import curves
+
+SCORE = "frechet"  # the score of the frontier and of the sentence
+MOST = 8  # runs: a curve of each has a colour of its own
+OWN = ("run", "versions", "commit")  # keys of a configuration that always differ
+
+
+def sentence(students: Mapping[str, dict], pairs: Mapping[str, Mapping[str, dict]]) -> str:
+    """Which student is nearest to real clips, and which others are not worse beyond noise.
+
+    `pairs`: other run -> score -> the paired difference of the nearest student to it.
+    """
+    made = {n: e for n, e in students.items() if is_number(e["scores"].get(SCORE))}
+    if not made:
+        return "None of these runs has an evaluated student."
+    first = min(made, key=lambda n: made[n]["scores"][SCORE])
+    out = f"<b>{escape(first)} is nearest to real clips</b>: Frechet distance {score(made[first], SCORE)}, "
+    out += f"adherence {score(made[first], 'adherence')}, {cost(made[first])} block evaluations per clip."
+    for name in (n for n in made if n != first):
+        found = pairs.get(name, {})
+        out += f" Against {escape(name)} ({score(made[name], SCORE)}, {score(made[name], 'adherence')}): "
+        if SCORE not in found:
+            out += "not ranked, as the clips differ or are too few."
+            continue
+        words = {"distance": found[SCORE]["verdict"], "adherence": found.get("adherence", {}).get("verdict", SAME)}
+        out += ", ".join(f"{key} {word}" for key, word in words.items()) + "."
+    return f"{out} <small>{BETTER.capitalize()} or worse: outside the 95% interval of the paired difference.</small>"
+
+
+def frontier(students: Mapping[str, dict], others: Mapping[str, dict]) -> str:
+    """Quality against cost: the students, and the teachers beside them."""
+    models = {**{escape_name(e, n): e for n, e in others.items()}, **students}
+    points = {n: (cost(e), e["scores"][SCORE]) for n, e in models.items() if is_number(e["scores"].get(SCORE))}
+    return (
+        against_cost("Distance against cost", "Frechet distance to real clips, less is better", points)
+        if points
+        else ""
+    )
+
+
+def escape_name(record: Mapping[str, Any], name: str) -> str:
+    """How a model that is no student of the compared runs is named."""
+    return str(record.get("title", name))
+
+
+def settings(configs: Mapping[str, dict]) -> str:
+    """The settings that differ between the runs, a row for each key."""
+    flat = {name: flatten({k: v for k, v in config.items() if k not in OWN}) for name, config in configs.items()}
+    keys = dict.fromkeys(key for values in flat.values() for key in values if key.rpartition(".")[2] not in OWN)
+    rows = []
+    for key in keys:
+        cells = [show(values[key]) if key in values else "" for values in flat.values()]
+        if len(set(cells)) > 1:
+            rows.append([escape(key), *(f"<code>{escape(cell)}</code>" * bool(cell) for cell in cells)])
+    if not rows:
+        return note("The runs have the same settings.")
+    return table("Settings that differ", ["", *map(escape, configs)], rows)
+
+
+def all_curves(logs: Mapping[str, dict[int, list[dict]]]) -> list[dict[str, Any]]:
+    """The data of the curves, a set for each run."""
+    return [{"name": name, "curves": curves(lines)} for name, lines in logs.items()]
+
+
+def names_of(folders: list[str]) -> dict[str, str]:
+    """Folder -> the shortest name that tells it apart: its last parts."""
+    for length in range(1, 20):
+        names = ["/".join(folder.rstrip("/").split("/")[-length:]) for folder in folders]
+        if len(set(names)) == len(folders):
+            return dict(zip(folders, names, strict=True))
+    return {folder: folder for folder in folders}
+
+
+def heading(names: Mapping[str, str]) -> str:
+    return f"{count(len(names), 'run')} compared: {', '.join(names.values())}"

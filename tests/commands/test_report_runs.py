@@ -1,0 +1,114 @@
+"""The report of several runs: who is nearest to real clips, what differs, one chart for all, in a browser too."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from browser import PROGRAM, Browser
+from runs import Page, make_run
+from safetensors.torch import save_file
+
+from fastlightgen import report
+from fastlightgen.config import ConfigError, load
+from fastlightgen.metrics.intervals import Resampled
+from fastlightgen.page.compare import names_of
+from fastlightgen.world import score
+
+
+def spread(values, seed):
+    """In place of the scores that need a reference of real clips: the mean, resampled with a small noise of its own."""
+    out = {}
+    for name, v in values.items():
+        noise = torch.randn(200, generator=torch.Generator().manual_seed(round(1000 * v.mean().item()))).double()
+        out[name] = Resampled(v.mean().item(), v.mean() + 0.01 * noise, 64, 0)
+    return out
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Three runs with the distances 40, 30 and 30.001, and other learning rates of Stage II."""
+    monkeypatch.setattr(report, "resampled", spread)
+    monkeypatch.setattr(score, "reference", lambda seed: SimpleNamespace(look={}))
+    out = []
+    for name, distance, lr in (("a", 40.0, 1e-3), ("b & <c>", 30.0, 2e-3), ("d", 30.001, 1e-3)):
+        run = make_run(tmp_path / name / "run")
+        file = run / "evaluate" / "student.json"
+        made = json.loads(file.read_text())
+        made["scores"] |= {"frechet": distance}
+        made |= {"clips": 64, "seed": 0}
+        file.write_text(json.dumps(made))
+        values = {"frechet": torch.full((64,), distance), "adherence": torch.full((64,), made["scores"]["adherence"])}
+        save_file(values, file.with_suffix(".values.safetensors"))
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["stage2"]["lr"] = lr
+        (run / "config.yaml").write_text(yaml.dump(config))
+        out.append(run)
+    return out
+
+
+def compared(runs, tmp_path):
+    report.report(load([f"runs={','.join(map(str, runs))}", f"out={tmp_path / 'x.html'}"], "report"))
+    return Page(tmp_path / "x.html")
+
+
+def said(page) -> str:
+    """The text, without the marks where elements end."""
+    return page.text.replace("|", "")
+
+
+def test_the_page_says_who_is_nearest(runs, tmp_path):
+    page = compared(runs, tmp_path)
+    text = said(page)
+    assert "b & <c>/run is nearest to real clips: Frechet distance 30.00" in text
+    assert "Against a/run (40.00, 91.2%): distance better, adherence no difference." in text
+    assert "Against d/run (30.00, 91.2%): distance no difference, adherence no difference." in text
+    assert "3 runs compared: a/run, b & <c>/run, d/run" in page.text
+    assert "stage2.lr" in page.text and "Frontier" in page.text and "stage2.iters" not in page.text
+    data = json.loads(page.scripts[0])
+    assert [run["name"] for run in data["runs"]] == ["a/run", "b & <c>/run", "d/run"]
+    assert data["runs"][1]["curves"]["3"] == {"fake_loss": [[1, 0.5]]}
+
+
+def test_other_clips_are_not_ranked(runs, tmp_path):
+    file = runs[0] / "evaluate" / "student.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"seed": 1}))
+    assert "Against a/run (40.00, 91.2%): not ranked, as the clips differ or are too few." in said(
+        compared(runs, tmp_path)
+    )
+
+
+def test_runs_without_a_student(runs, tmp_path):
+    for run in runs:
+        (run / "evaluate" / "student.json").unlink()
+    assert "None of these runs has an evaluated student." in compared(runs[:2], tmp_path).text
+
+
+@pytest.mark.parametrize("words, said", [
+    ([], "wanted run=DIR, or runs=A,B to compare several"),
+    (["run=a", "runs=a,b"], "wanted run=DIR, or runs=A,B"),
+    (["runs=a"], "runs=a: wanted 2 to 8 different folders"),
+    (["runs=a,a/"], "wanted 2 to 8 different folders"),
+])  # fmt: skip
+def test_mistakes(words, said):
+    with pytest.raises(ConfigError, match=said):
+        load(words, "report")
+
+
+def test_names():
+    assert names_of(["x/a", "y/a"]) == {"x/a": "x/a", "y/a": "y/a"} and names_of(["x/a/", "x/b"])["x/b"] == "b"
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="no Chromium is installed")
+def test_in_a_browser(runs, tmp_path):
+    """A curve for each run in every chart, and no error of the script."""
+    compared(runs, tmp_path)
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.open(tmp_path / "x.html", 390)
+        charts = "[...document.querySelectorAll('#curves svg')]"
+        assert browser.run(f"{charts}.map((c) => c.querySelectorAll('.curve').length)") == [3, 3, 3]
+        assert browser.run("document.documentElement.scrollWidth <= 390") and not browser.errors
+    finally:
+        browser.close()
