@@ -154,18 +154,16 @@ def write_comparison(folders: list[str], out: Path) -> Path:
     sections = {
         "Frontier": compare.frontier(students, teachers),
         "Clips": clips.evaluated(where, evals),
-        "Scores": evals and scores.scores(evals),
+        "Scores": scores.scores(evals) if evals else "",
         "Settings that differ": compare.settings({name: f["config"] for name, f in found.items()}),
         "Training": '<div id="curves"></div>' * any(f["logs"] for f in found.values()),
-        "Size and speed": evals and scores.sizes({"evals": evals, "speed": {}, "blocks": most_blocks(found)}),
+        "Size and speed": scores.sizes(
+            {"evals": evals, "speed": {}, "blocks": max(f["blocks"] for f in found.values())}
+        ),
     }
     data = {"importance": {}, "runs": compare.all_curves({name: f["logs"] for name, f in found.items()})}
     top = {"answer": compare.sentence(students, paired(students, where)), "missing": "", "facts": ""}
     return fill(out, compare.heading(names), top, sections, data)
-
-
-def most_blocks(found: dict[str, dict]) -> int:
-    return max(f["blocks"] for f in found.values())
 
 
 def paired(students: dict[str, dict], files: dict[str, Path]) -> dict[str, dict]:

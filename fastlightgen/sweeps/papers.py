@@ -48,7 +48,8 @@ def read(name: str) -> Paper:
         known = ", ".join(presets("papers"))
         raise ConfigError(f"{name.replace('-', '=', 1)}: no such table or figure; there are {known}")
     found = preset(name, "papers")
-    trends = [Trend(*t.get("better", t.get("same")), same="same" in t) for t in found.get("trends", [])]
+    pairs = [(t.get("same") or t["better"], "same" in t) for t in found.get("trends", [])]
+    trends = [Trend(one, other, same) for (one, other), same in pairs]
     if "rows_of" in found:
         found["rows"] = preset(found["rows_of"], "papers")["rows"]
     rows = {row: given or {} for row, given in found["rows"].items()}
@@ -145,7 +146,7 @@ def report(paper: Paper, points: Sequence[Point], out: Path) -> str:
 
 def footer(points: Sequence[Point]) -> str:
     """What the columns are, and what the table cost."""
-    items = [*unique(points), *points]
+    items: list[Part | Point] = [*unique(points), *points]
     seconds = [found for item in items if (found := cost_of(cost_file(item))) is not None]
     counted = f" Training and evaluation took {sum(seconds) / 3600:.1f} hours" if seconds else ""
     part = f", of {len(seconds)} of {len(items)} pieces" if seconds and len(seconds) < len(items) else ""
