@@ -1,4 +1,7 @@
-"""python -m fastlightgen.export model=DIR pipeline=DIR out=DIR: writes a pipeline folder that stock diffusers loads."""
+"""python -m fastlightgen.export model=DIR pipeline=DIR out=DIR: writes a pipeline folder that stock diffusers loads.
+
+to=comfyui out=FILE.safetensors writes one file for ComfyUI, and a workflow beside it.
+"""
 
 from pathlib import Path
 
@@ -6,6 +9,41 @@ from fastlightgen.config import PROMPT, built_in, command, main
 
 
 def export(cfg) -> None:
+    {"diffusers": to_diffusers, "comfyui": to_comfyui}[cfg.to](cfg)
+
+
+def to_comfyui(cfg) -> None:
+    """Write the file and the workflow, and print what they are and how near the file is to the model."""
+    import torch
+
+    from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
+    from fastlightgen.parallel.log import say, size
+    from fastlightgen.parallel.threads import set_threads
+    from fastlightgen.pipelines.comfyui import SAMPLERS, ladder_error, write_comfyui
+
+    set_threads(cfg.threads)
+    folder, out, dtype = trained_folder(cfg.model), Path(cfg.out), getattr(torch, cfg.dtype)
+    if out.exists():
+        raise ValueError(f"out={out}: exists; delete it or give another name")
+    model, card = load_model(folder, dtype=dtype).requires_grad_(False), read_card(folder)
+    report = write_comfyui(model, card, out, dtype, cfg.quant)
+    exact = (
+        "the same weights bit for bit"
+        if report["weights"] == 0
+        else (
+            f"weights within {report['weights']:.2%} and a prediction within {report['prediction']:.2%} of the model's"
+        )
+    )
+    say(f"{out}: {size(report['bytes'])}, read back: {exact}")
+    say(
+        f"{out.with_suffix('.workflow.json')}: {len(card['ladder'])} steps, sampler "
+        f"{SAMPLERS[card['sampler']]}, scheduler simple, shift {card['shift']:g}, cfg 1; its noise levels are at most "
+        f"{ladder_error(card):.1g} from the student's"
+    )
+    say("next: copy the file to ComfyUI's models/diffusion_models, and drop the workflow on its canvas")
+
+
+def to_diffusers(cfg) -> None:
     """Write the folder, compare stock diffusers' network with the model, and print the result."""
     import torch
 

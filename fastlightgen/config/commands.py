@@ -98,13 +98,22 @@ class Generate(Checked):
 
 @dataclass(kw_only=True)
 class Export(Checked):
-    """write a pipeline folder that stock diffusers loads"""
+    """write a pipeline folder that stock diffusers loads, or a file for ComfyUI"""
 
     model: str = field(REQUIRED, "a model folder", everyday=True)
-    pipeline: str = field(
-        REQUIRED, "pipeline folder of the teacher: VAE, encoders and tokenizers come from it", everyday=True
+    to: str = field(
+        "diffusers",
+        "diffusers: a pipeline folder; comfyui: a .safetensors file and a workflow",
+        choices=("diffusers", "comfyui"),
+        everyday=True,
     )
-    out: str = field(REQUIRED, "folder to write", everyday=True)
+    pipeline: str = field(
+        "",
+        "to=diffusers: pipeline folder of the teacher: VAE, encoders and tokenizers come from it",
+        everyday=True,
+    )
+    out: str = field(REQUIRED, "folder to write; to=comfyui: .safetensors file", everyday=True)
+    quant: str = field("none", "to=comfyui: fp8 stores the weights of the blocks in float8", choices=("none", "fp8"))
     dtype: str = field("bfloat16", "type of the written network", choices=("bfloat16", "float32"), everyday=True)
     link: bool = field(False, "link the parts that stay as they are instead of copying them", everyday=True)
     vae: str = field(
@@ -117,6 +126,17 @@ class Export(Checked):
     threads: int = field(0, THREADS, lo=0)
     progress: bool = field(True, "show a progress bar")
     dry_run: bool = field(False, DRY_RUN)
+
+    def check(self) -> None:
+        if self.to == "diffusers":
+            if not self.pipeline:
+                raise ConfigError("pipeline is required: the pipeline folder of the teacher (to=comfyui needs none)")
+            if self.quant != "none":
+                raise ConfigError(f"quant={self.quant}: is for to=comfyui")
+        elif self.pipeline or self.vae or self.lora or self.original or self.link:
+            raise ConfigError(f"to={self.to}: takes no pipeline=, vae=, lora=, original= or link=; leave them out")
+        elif not self.out.endswith(".safetensors"):
+            raise ConfigError(f"out={self.out}: to={self.to} writes one file; give a name that ends in .safetensors")
 
 
 @dataclass(kw_only=True)
@@ -183,8 +203,10 @@ class Report(Checked):
     dry_run: bool = field(False, DRY_RUN)
 
     def check(self) -> None:
-        if bool(self.run) == bool(self.runs):
-            raise ConfigError("report: wanted run=DIR, or runs=A,B to compare several")
+        if not (self.run or self.runs):
+            raise ConfigError("run is required: give run=DIR, or runs=A,B to compare several")
+        if self.run and self.runs:
+            raise ConfigError(f"run={self.run}: give run= or runs=, one of them")
         folders = [name.strip().rstrip("/") for name in self.runs.split(",") if name.strip()]
         if self.runs and not (2 <= len(folders) <= 8 and len(set(folders)) == len(folders)):
             raise ConfigError(f"runs={self.runs}: wanted 2 to 8 different folders with commas between them")

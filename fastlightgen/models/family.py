@@ -13,6 +13,7 @@ from fastlightgen.models.config import NetworkConfig
 from fastlightgen.models.cost import Network
 from fastlightgen.models.encoding import Encoding
 from fastlightgen.models.geometry import Geometry
+from fastlightgen.models.graph import Comfy
 from fastlightgen.models.keys import Format
 from fastlightgen.parallel.shares import Part
 
@@ -76,6 +77,7 @@ class Family:
     stock_inputs: StockInputs
     sets_sigmas: bool  # True: its pipelines pass sigmas 1 - i / N to the scheduler; False: they pass N alone
     cfg_argument: str  # argument of its pipelines that scales classifier-free guidance; 1 turns it off
+    comfy: Comfy | None = None  # what ComfyUI assumes of its networks
     vae_memory: tuple[float, float]  # bytes of the VAE in float32: its weights, and the peak of tiled decoding
 
     @property

@@ -128,7 +128,7 @@ CASES = [
     ("train", [*S3, "stage3.lr=1"], ["key of stage=all, not of stage=3; give lr=..."], [*S3, "lr=1"], ("lr", 1.0)),
     ("train", ["stage=4", "run=r"], ["stage=4: there is no such stage; give stage=0, 1"], ALL, ("stage", "all")),
     ("train", ["stage=1", "run="], ["run= is empty"], ["stage=1", "run=a b"], ("run", "a b")),
-    ("report", [], ["run is required", "give run=..."], ["run=r"], ("run", "r")),
+    ("report", [], ["run is required", "give run=DIR, or runs=A,B"], ["run=r"], ("run", "r")),
     ("train", [*S1, "model=tiney"], ["model=tiney", "wan2.1-i2v-14b", "did you mean tiny?"], [*S1, "model=tiny"], None),
     ("train", [*S1, "data=shape"], ["data=shape", "did you mean shapes?"], [*S1, "data=tests"], ("data", "tests")),
     ("train", [*S2, "teacher=nowhere"], ["teacher=nowhere: neither a folder"], [*S2, "teacher=tests"], None),

@@ -86,8 +86,8 @@ def test_runs_without_a_student(runs, tmp_path):
 
 
 @pytest.mark.parametrize("words, said", [
-    ([], "wanted run=DIR, or runs=A,B to compare several"),
-    (["run=a", "runs=a,b"], "wanted run=DIR, or runs=A,B"),
+    ([], "run is required: give run=DIR, or runs=A,B to compare several"),
+    (["run=a", "runs=a,b"], "run=a: give run= or runs=, one of them"),
     (["runs=a"], "runs=a: wanted 2 to 8 different folders"),
     (["runs=a,a/"], "wanted 2 to 8 different folders"),
 ])  # fmt: skip

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastlightgen.models.base import Cond
 from fastlightgen.models.family import Clips, Family
+from fastlightgen.models.hunyuan.comfyui import COMFY
 from fastlightgen.models.hunyuan.cost import hunyuan
 from fastlightgen.models.hunyuan.encoders import GEOMETRY, TEXT_TOKENS, HunyuanEncoding
 from fastlightgen.models.hunyuan.layers import HunyuanConfig
@@ -67,5 +68,6 @@ HUNYUAN = Family(
     stock_inputs=stock_inputs,
     sets_sigmas=True,
     cfg_argument="true_cfg_scale",
+    comfy=COMFY,
     vae_memory=(0.99e9, 5.14e9),
 )

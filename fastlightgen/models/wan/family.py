@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastlightgen.models.base import Cond
 from fastlightgen.models.family import Clips, Family
+from fastlightgen.models.wan.comfyui import COMFY
 from fastlightgen.models.wan.cost import wan
 from fastlightgen.models.wan.encoders import GEOMETRY, WanEncoding
 from fastlightgen.models.wan.keys import unused_keys
@@ -57,5 +58,6 @@ WAN = Family(
     stock_inputs=stock_inputs,
     sets_sigmas=False,
     cfg_argument="guidance_scale",
+    comfy=COMFY,
     vae_memory=(0.51e9, 1.27e9),
 )

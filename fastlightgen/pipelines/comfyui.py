@@ -1,0 +1,153 @@
+"""Export for ComfyUI: one file with the original repository's keys, and a workflow with the student's sampler.
+
+ComfyUI reads the depth of a network off its keys, so a pruned one loads; its scheduler `simple` under ModelSamplingSD3
+follows a student's ladder, its sampler `lcm` adds fresh noise after each step, and `euler` takes Euler steps.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlightgen.atomic import write_json
+from fastlightgen.config import UserError
+from fastlightgen.files.tensors import read_tensors, save_tensors
+from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.families import family_of
+from fastlightgen.models.folder.original import key_table, original_config, to_original
+from fastlightgen.models.graph import Comfy, Graph
+from fastlightgen.models.keys import inverse
+from fastlightgen.ops.float8 import LARGEST
+from fastlightgen.pipelines.scheduler import TOLERANCE
+
+SAMPLERS = {"stochastic": "lcm", "ode": "euler"}
+TABLE = 1000  # sigmas that ComfyUI's flow models tabulate
+SCALE = "weight_scale"
+
+
+def sigmas(steps: int, shift: float) -> list[float]:
+    """The noise levels of scheduler `simple`: every so many of TABLE levels (i + 1) / TABLE, shifted."""
+    levels = [(TABLE - int(i * TABLE / steps)) / TABLE for i in range(steps)]
+    return [shift * u / (1 + (shift - 1) * u) for u in levels]
+
+
+def comfy_of(model: VideoDiT, card: dict) -> Comfy:
+    """What ComfyUI needs for this network; raise if it would load as another network or be sampled in another way."""
+    family, config = family_of(model.config), model.config
+    if family.comfy is None:
+        raise UserError(f"to=comfyui: {family.title} has no such export yet; use to=diffusers")
+    original_config(config)
+    if not card.get("ladder"):
+        raise UserError("to=comfyui: wanted a student of Stage III, whose steps and shift the workflow sets")
+    for key, wanted in family.comfy.assumes.items():
+        got = tuple(config[key]) if isinstance(config[key], list | tuple) else config[key]
+        if got != wanted:
+            raise UserError(f"to=comfyui: the network has {key} {got}, and ComfyUI assumes {wanted}; use to=diffusers")
+    if not model.cfg.is_stock:
+        raise UserError("to=comfyui: width pruning left fewer heads, which ComfyUI cannot load; use to=diffusers")
+    if (error := ladder_error(card)) > TOLERANCE:
+        raise UserError(f"to=comfyui: its scheduler misses the student's ladder by {error:.2g}; use to=diffusers")
+    return family.comfy
+
+
+def ladder_error(card: dict) -> float:
+    """How far the noise levels of scheduler `simple` are from the student's."""
+    times = card["ladder"]
+    return max(abs(a - b) for a, b in zip(sigmas(len(times), card["shift"]), times, strict=True))
+
+
+def workflow(model: VideoDiT, card: dict, comfy: Comfy, file: str, shape: tuple[int, int, int], fps: float) -> dict:
+    """The nodes from the file to a saved video, in the form that ComfyUI's API and canvas take."""
+    graph, config = Graph(), model.config
+    guidance, embeds = float(card.get("guidance") or 1.0), family_of(config).settings(config).embeds_guidance
+    network = graph.add("UNETLoader", unet_name=file, weight_dtype="default")
+    shifted = graph.add("ModelSamplingSD3", shift=float(card["shift"]), model=network)
+    given = comfy.inputs(graph, config, shape, guidance)
+    clip = graph.add(
+        "KSampler",
+        model=shifted,
+        seed=0,
+        steps=len(card["ladder"]),
+        cfg=1.0 if embeds else guidance,
+        sampler_name=SAMPLERS[card["sampler"]],
+        scheduler="simple",
+        denoise=1.0,
+        positive=given.positive,
+        negative=given.negative,
+        latent_image=given.latent,
+    )
+    frames = graph.add("VAEDecode", samples=clip, vae=given.vae)
+    video = graph.add("CreateVideo", images=frames, fps=fps)
+    graph.add("SaveVideo", video=video, filename_prefix=Path(file).stem, format="mp4", codec="h264")
+    return graph.nodes
+
+
+def float8_layers(state: dict[str, Tensor]) -> list[str]:
+    """The layers whose weights go to float8: the matrices of the blocks, which hold nearly all parameters."""
+    ends = ".weight"
+    return [k.removesuffix(ends) for k, v in state.items() if "blocks." in k and k.endswith(ends) and v.dim() == 2]
+
+
+def to_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight in float8 and its scale: the weight is their product."""
+    scale = (weight.float().abs().amax() / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    return (weight.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def write_comfyui(
+    model: VideoDiT, card: dict, out: Path, dtype: torch.dtype, quant: str, shape: tuple[int, int, int] | None = None
+) -> dict[str, Any]:
+    """Write OUT and OUT.workflow.json, read the file back, and compare. Return the bytes and the differences."""
+    comfy, family = comfy_of(model, card), family_of(model.config)
+    if quant == "fp8" and not comfy.float8:
+        raise UserError(f"quant=fp8: ComfyUI renames the layers of {family.title}; leave quant= out")
+    state = {key: value.detach().to("cpu", dtype) for key, value in to_original(model).items()}
+    metadata = {"format": "pt", "fastlightgen": json.dumps(shown_card(model, card))}
+    if quant == "fp8":
+        layers = float8_layers(state)
+        for name in layers:
+            state[f"{name}.weight"], state[f"{name}.{SCALE}"] = to_float8(state[f"{name}.weight"])
+        kinds = {name: {"format": "float8_e4m3fn"} for name in layers}
+        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": kinds})
+    save_tensors(out, state, metadata)
+    del state
+    height, width = family.clips.buckets[0]
+    graph = workflow(model, card, comfy, out.name, shape or (height, width, family.clips.frames), family.clips.fps)
+    write_json(out.with_suffix(".workflow.json"), graph)
+    return {"bytes": out.stat().st_size} | compared(model, out)
+
+
+def shown_card(model: VideoDiT, card: dict) -> dict[str, Any]:
+    """What the file says of the student. The depth is its own: a teacher's would override what ComfyUI detects."""
+    keys = ("family", "stage", "ladder", "shift", "sampler", "guidance", "steps", "kept_blocks")
+    return {key: card[key] for key in keys if card.get(key) is not None} | {"num_blocks": model.num_blocks}
+
+
+@torch.no_grad()
+def compared(model: VideoDiT, file: Path) -> dict[str, Any]:
+    """The largest relative error of a weight that the file holds, and that of a prediction with its weights."""
+    found, own = read_tensors(file), model.state_dict()
+    worst = 0.0
+    state: dict[str, Tensor] = {}
+    for key, pieces in inverse(key_table(model.config)).items():
+        values, start = dequantised(key, found), 0
+        for piece in pieces:
+            wanted = piece.of(own[piece.key])
+            rows = values[start : start + len(wanted)].to(wanted)
+            start += len(wanted)
+            worst = max(worst, ((rows - wanted).float().norm() / wanted.float().norm().clamp(min=1e-12)).item())
+            if not torch.equal(rows, wanted):
+                state.setdefault(piece.key, own[piece.key].clone())
+                piece.of(state[piece.key]).copy_(rows)
+    if not state:
+        return {"weights": 0.0, "prediction": 0.0}  # bit for bit the same network
+    x_t, t, cond, _ = model.eval().example_inputs(batch=1, seed=0)
+    before, after = (torch.func.functional_call(model, own | new, (x_t, t, cond)).float() for new in ({}, state))
+    return {"weights": worst, "prediction": ((after - before).norm() / before.norm()).item()}
+
+
+def dequantised(key: str, found: dict[str, Tensor]) -> Tensor:
+    scale = found.get(f"{key.removesuffix('.weight')}.{SCALE}") if key.endswith(".weight") else None
+    return found[key] if scale is None else found[key].float() * scale
