@@ -77,42 +77,43 @@ def sweep(words: Sequence[str]) -> None:
         print(f"fastlightgen {fastlightgen.__version__}")
         return
     own, swept = settings(words)
-    seeds, clips = seeds_of(own["seeds"]), int(own["clips"])
-    asked = [*names("table", own["table"]), *names("figure", own["figure"])]
-    run = Path(own["run"] or ("runs/papers" if asked else "runs/sweep"))
-    at_once = int(own["at_once"]) or max(1, torch.cuda.device_count())
-    groups = of_papers(asked, swept, run, seeds, clips) if asked else {}
+    run, groups = folder_of(own), groups_of(own, swept)
     points = [point for group in groups.values() for point in group]
-    points = points or points_of(run, {"model": ["tiny"], "data": ["shapes"]} | swept, seeds, clips)
-    say("\n".join(plan(points, bool(clips), at_once)))
+    evaluate, at_once = own["clips"] != "0", int(own["at_once"]) or max(1, torch.cuda.device_count())
+    say("\n".join(plan(points, evaluate, at_once)))
     if own["dry_run"] == "true":
         return
-    failed = work(points, bool(clips), at_once)
+    failed = work(points, evaluate, at_once)
     for name, group in groups.items():
-        if text := papers.report(papers.read(name), group, run):
-            say(f"{text}\n\n{run / name}.md\n")
-    if not groups and (text := table(points, run)):
-        say(f"{text}\n\n{run / 'table.md'}")
+        text = papers.report(papers.read(name), group, run) if name else table(group, run)
+        if text:
+            say(f"{text}\n\n{run / (name or 'table')}.md\n")
     if failed:
         raise UserError(f"{len(failed)} failed, first {failed[0]}; mend the cause, and the same command goes on")
 
 
-def names(kind: str, asked: str) -> list[str]:
-    """The files of configs/papers for `table=2,5` or `figure=all`."""
-    known = [name for name in presets("papers") if name.startswith(f"{kind}-")]
-    return known if asked == "all" else [f"{kind}-{value}" for value in values_of(asked) if value]
+def folder_of(own: dict[str, str]) -> Path:
+    return Path(own["run"] or ("runs/papers" if own["table"] or own["figure"] else "runs/sweep"))
 
 
-def of_papers(
-    asked: Sequence[str], swept: dict[str, list[str]], run: Path, seeds: Sequence[int], clips: int
-) -> dict[str, list[Point]]:
-    """The points of each table and figure. They share what is equal."""
+def groups_of(own: dict[str, str], swept: dict[str, list[str]]) -> dict[str, list[Point]]:
+    """The points of each table and figure, which share what is equal; under "" those of the lists."""
+    run, seeds, clips = folder_of(own), seeds_of(own["seeds"]), int(own["clips"])
+    asked = [*names("table", own["table"]), *names("figure", own["figure"])]
+    if not asked:
+        return {"": points_of(run, {"model": ["tiny"], "data": ["shapes"]} | swept, seeds, clips)}
     for key, values in swept.items():
         if len(values) > 1:
             raise ConfigError(f"{key}={','.join(values)}: a table of the paper takes one value of a key")
     known: dict[Path, Part] = {}
     more = {key: values[0] for key, values in swept.items()}
     return {name: papers.points_of(run, papers.read(name), more, seeds, clips, known) for name in asked}
+
+
+def names(kind: str, asked: str) -> list[str]:
+    """The files of configs/papers for `table=2,5` or `figure=all`."""
+    known = [name for name in presets("papers") if name.startswith(f"{kind}-")]
+    return known if asked == "all" else [f"{kind}-{value}" for value in values_of(asked) if value]
 
 
 if __name__ == "__main__":
