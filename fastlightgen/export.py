@@ -1,18 +1,19 @@
 """python -m fastlightgen.export model=DIR pipeline=DIR out=DIR: writes a pipeline folder that stock diffusers loads.
 
-to=comfyui out=FILE.safetensors writes one file for ComfyUI, and a workflow beside it.
+to=comfyui out=FILE.safetensors and to=gguf out=FILE.gguf write one file for ComfyUI, and a workflow beside it.
 """
 
 from pathlib import Path
 
 from fastlightgen.config import PROMPT, built_in, command, main
+from fastlightgen.config.commands import FILES
 
 
 def export(cfg) -> None:
-    {"diffusers": to_diffusers, "comfyui": to_comfyui}[cfg.to](cfg)
+    (to_diffusers if cfg.to == "diffusers" else to_file)(cfg)
 
 
-def to_comfyui(cfg) -> None:
+def to_file(cfg) -> None:
     """Write the file and the workflow, and print what they are and how near the file is to the model."""
     import torch
 
@@ -20,13 +21,15 @@ def to_comfyui(cfg) -> None:
     from fastlightgen.parallel.log import say, size
     from fastlightgen.parallel.threads import set_threads
     from fastlightgen.pipelines.comfyui import SAMPLERS, ladder_error, write_comfyui
+    from fastlightgen.pipelines.gguf_file import write_gguf
 
     set_threads(cfg.threads)
     folder, out, dtype = trained_folder(cfg.model), Path(cfg.out), getattr(torch, cfg.dtype)
     if out.exists():
         raise ValueError(f"out={out}: exists; delete it or give another name")
     model, card = load_model(folder, dtype=dtype).requires_grad_(False), read_card(folder)
-    report = write_comfyui(model, card, out, dtype, cfg.quant)
+    quant = FILES[cfg.to][1][0] if cfg.quant == "auto" else cfg.quant
+    report = {"comfyui": write_comfyui, "gguf": write_gguf}[cfg.to](model, card, out, dtype, quant)
     exact = (
         "the same weights bit for bit"
         if report["weights"] == 0
@@ -40,7 +43,8 @@ def to_comfyui(cfg) -> None:
         f"{SAMPLERS[card['sampler']]}, scheduler simple, shift {card['shift']:g}, cfg 1; its noise levels are at most "
         f"{ladder_error(card):.1g} from the student's"
     )
-    say("next: copy the file to ComfyUI's models/diffusion_models, and drop the workflow on its canvas")
+    place = "diffusion_models" if cfg.to == "comfyui" else "unet"
+    say(f"next: copy the file to ComfyUI's models/{place}, and drop the workflow on its canvas")
 
 
 def to_diffusers(cfg) -> None:

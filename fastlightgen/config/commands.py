@@ -96,15 +96,21 @@ class Generate(Checked):
             raise ConfigError("prompt is required: give prompt=TEXT or prompts=FILE, one of them")
 
 
+FILES = {  # to= -> the end of the file's name, the ways to store matrices
+    "comfyui": (".safetensors", ("none", "fp8")),
+    "gguf": (".gguf", ("q8_0", "q5_1", "q4_0")),
+}
+
+
 @dataclass(kw_only=True)
 class Export(Checked):
-    """write a pipeline folder that stock diffusers loads, or a file for ComfyUI"""
+    """write a pipeline folder that stock diffusers loads, or one file for ComfyUI"""
 
     model: str = field(REQUIRED, "a model folder", everyday=True)
     to: str = field(
         "diffusers",
-        "diffusers: a pipeline folder; comfyui: a .safetensors file and a workflow",
-        choices=("diffusers", "comfyui"),
+        "diffusers: a pipeline folder; comfyui, gguf: one file (.safetensors, .gguf) and a workflow",
+        choices=("diffusers", "comfyui", "gguf"),
         everyday=True,
     )
     pipeline: str = field(
@@ -112,8 +118,12 @@ class Export(Checked):
         "to=diffusers: pipeline folder of the teacher: VAE, encoders and tokenizers come from it",
         everyday=True,
     )
-    out: str = field(REQUIRED, "folder to write; to=comfyui: .safetensors file", everyday=True)
-    quant: str = field("none", "to=comfyui: fp8 stores the weights of the blocks in float8", choices=("none", "fp8"))
+    out: str = field(REQUIRED, "folder to write; to=comfyui and gguf: the file", everyday=True)
+    quant: str = field(
+        "auto",
+        "how the matrices of the blocks are stored; to=comfyui: none, fp8; to=gguf: q8_0, q5_1, q4_0; auto: the first",
+        choices=("auto", "none", "fp8", "q8_0", "q5_1", "q4_0"),
+    )
     dtype: str = field("bfloat16", "type of the written network", choices=("bfloat16", "float32"), everyday=True)
     link: bool = field(False, "link the parts that stay as they are instead of copying them", everyday=True)
     vae: str = field(
@@ -131,12 +141,16 @@ class Export(Checked):
         if self.to == "diffusers":
             if not self.pipeline:
                 raise ConfigError("pipeline is required: the pipeline folder of the teacher (to=comfyui needs none)")
-            if self.quant != "none":
-                raise ConfigError(f"quant={self.quant}: is for to=comfyui")
-        elif self.pipeline or self.vae or self.lora or self.original or self.link:
+            if self.quant != "auto":
+                raise ConfigError(f"quant={self.quant}: is for to=comfyui and to=gguf; leave it out")
+            return
+        suffix, quants = FILES[self.to]
+        if self.pipeline or self.vae or self.lora or self.original or self.link:
             raise ConfigError(f"to={self.to}: takes no pipeline=, vae=, lora=, original= or link=; leave them out")
-        elif not self.out.endswith(".safetensors"):
-            raise ConfigError(f"out={self.out}: to={self.to} writes one file; give a name that ends in .safetensors")
+        if not self.out.endswith(suffix):
+            raise ConfigError(f"out={self.out}: to={self.to} writes one file; give a name that ends in {suffix}")
+        if self.quant not in ("auto", *quants):
+            raise ConfigError(f"quant={self.quant}: to={self.to} has {', '.join(quants)}")
 
 
 @dataclass(kw_only=True)

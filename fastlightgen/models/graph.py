@@ -42,6 +42,7 @@ class Comfy:
 
     assumes: Mapping[str, Any]  # key of config.json -> the value that its code takes for granted
     inputs: Callable[[Graph, Mapping, tuple[int, int, int], float], Inputs]  # of (config, (H, W, frames), guidance)
+    gguf: str  # the family's name in GGUF files
     float8: bool  # can its loader read float8 weights of this family by the names in the file?
 
 

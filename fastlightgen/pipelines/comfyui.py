@@ -5,6 +5,7 @@ follows a student's ladder, its sampler `lcm` adds fresh noise after each step, 
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastlightgen.pipelines.scheduler import TOLERANCE
 SAMPLERS = {"stochastic": "lcm", "ode": "euler"}
 TABLE = 1000  # sigmas that ComfyUI's flow models tabulate
 SCALE = "weight_scale"
+LOADER = "UNETLoader"
 
 
 def sigmas(steps: int, shift: float) -> list[float]:
@@ -58,13 +60,16 @@ def ladder_error(card: dict) -> float:
     return max(abs(a - b) for a, b in zip(sigmas(len(times), card["shift"]), times, strict=True))
 
 
-def workflow(model: VideoDiT, card: dict, comfy: Comfy, file: str, shape: tuple[int, int, int], fps: float) -> dict:
-    """The nodes from the file to a saved video, in the form that ComfyUI's API and canvas take."""
-    graph, config = Graph(), model.config
+def write_workflow(model: VideoDiT, card: dict, comfy: Comfy, out: Path, loader: str) -> None:
+    """Write OUT.workflow.json: the nodes from the file to a saved video, as ComfyUI's API and canvas take them.
+
+    `loader`: the class of the node that loads the network.
+    """
+    graph, config, clips = Graph(), model.config, family_of(model.config).clips
     guidance, embeds = float(card.get("guidance") or 1.0), family_of(config).settings(config).embeds_guidance
-    network = graph.add("UNETLoader", unet_name=file, weight_dtype="default")
+    network = graph.add(loader, unet_name=out.name, **({"weight_dtype": "default"} if loader == LOADER else {}))
     shifted = graph.add("ModelSamplingSD3", shift=float(card["shift"]), model=network)
-    given = comfy.inputs(graph, config, shape, guidance)
+    given = comfy.inputs(graph, config, (*clips.buckets[0], clips.frames), guidance)
     clip = graph.add(
         "KSampler",
         model=shifted,
@@ -79,13 +84,13 @@ def workflow(model: VideoDiT, card: dict, comfy: Comfy, file: str, shape: tuple[
         latent_image=given.latent,
     )
     frames = graph.add("VAEDecode", samples=clip, vae=given.vae)
-    video = graph.add("CreateVideo", images=frames, fps=fps)
-    graph.add("SaveVideo", video=video, filename_prefix=Path(file).stem, format="mp4", codec="h264")
-    return graph.nodes
+    video = graph.add("CreateVideo", images=frames, fps=clips.fps)
+    graph.add("SaveVideo", video=video, filename_prefix=out.stem, format="mp4", codec="h264")
+    write_json(out.with_suffix(".workflow.json"), graph.nodes)
 
 
-def float8_layers(state: dict[str, Tensor]) -> list[str]:
-    """The layers whose weights go to float8: the matrices of the blocks, which hold nearly all parameters."""
+def matrices(state: dict[str, Tensor]) -> list[str]:
+    """The layers that are quantised: the matrices of the blocks, which hold nearly all parameters."""
     ends = ".weight"
     return [k.removesuffix(ends) for k, v in state.items() if "blocks." in k and k.endswith(ends) and v.dim() == 2]
 
@@ -96,9 +101,7 @@ def to_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scale).to(torch.float8_e4m3fn), scale
 
 
-def write_comfyui(
-    model: VideoDiT, card: dict, out: Path, dtype: torch.dtype, quant: str, shape: tuple[int, int, int] | None = None
-) -> dict[str, Any]:
+def write_comfyui(model: VideoDiT, card: dict, out: Path, dtype: torch.dtype, quant: str) -> dict[str, Any]:
     """Write OUT and OUT.workflow.json, read the file back, and compare. Return the bytes and the differences."""
     comfy, family = comfy_of(model, card), family_of(model.config)
     if quant == "fp8" and not comfy.float8:
@@ -106,17 +109,16 @@ def write_comfyui(
     state = {key: value.detach().to("cpu", dtype) for key, value in to_original(model).items()}
     metadata = {"format": "pt", "fastlightgen": json.dumps(shown_card(model, card))}
     if quant == "fp8":
-        layers = float8_layers(state)
+        layers = matrices(state)
         for name in layers:
             state[f"{name}.weight"], state[f"{name}.{SCALE}"] = to_float8(state[f"{name}.weight"])
         kinds = {name: {"format": "float8_e4m3fn"} for name in layers}
         metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": kinds})
     save_tensors(out, state, metadata)
     del state
-    height, width = family.clips.buckets[0]
-    graph = workflow(model, card, comfy, out.name, shape or (height, width, family.clips.frames), family.clips.fps)
-    write_json(out.with_suffix(".workflow.json"), graph)
-    return {"bytes": out.stat().st_size} | compared(model, out)
+    write_workflow(model, card, comfy, out, LOADER)
+    found = read_tensors(out)
+    return {"bytes": out.stat().st_size} | compared(model, lambda key: dequantised(key, found))
 
 
 def shown_card(model: VideoDiT, card: dict) -> dict[str, Any]:
@@ -126,16 +128,19 @@ def shown_card(model: VideoDiT, card: dict) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def compared(model: VideoDiT, file: Path) -> dict[str, Any]:
-    """The largest relative error of a weight that the file holds, and that of a prediction with its weights."""
-    found, own = read_tensors(file), model.state_dict()
+def compared(model: VideoDiT, read: Callable[[str], Tensor]) -> dict[str, Any]:
+    """The largest relative error of a weight that a file holds, and that of a prediction with its weights.
+
+    `read`: original key -> the tensor in the file, dequantised.
+    """
+    own = model.state_dict()
     worst = 0.0
     state: dict[str, Tensor] = {}
     for key, pieces in inverse(key_table(model.config)).items():
-        values, start = dequantised(key, found), 0
+        values, start = read(key), 0
         for piece in pieces:
             wanted = piece.of(own[piece.key])
-            rows = values[start : start + len(wanted)].to(wanted)
+            rows = values[start : start + len(wanted)].reshape(wanted.shape).to(wanted)
             start += len(wanted)
             worst = max(worst, ((rows - wanted).float().norm() / wanted.float().norm().clamp(min=1e-12)).item())
             if not torch.equal(rows, wanted):

@@ -1,9 +1,10 @@
-"""export to=comfyui: the file by diffusers' own converter, float8 by hand, the workflow, ComfyUI itself if given."""
+"""export to=comfyui and to=gguf: the file by diffusers' converter, float8 and blocks by hand, the workflow."""
 
 import json
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import error_line
@@ -111,6 +112,62 @@ def test_float8(students, tmp_path):
         assert (error <= w.abs() / 16 + scale * 2**-10).all() and error.max() > 0
     others = {key for key in plain if key.removesuffix(".weight") not in scaled}
     assert all(torch.equal(state[key], plain[key]) for key in others)
+
+
+def by_hand(kind: str, rows: np.ndarray) -> np.ndarray:
+    """Values of GGUF blocks [N, bytes] of 32 numbers: a half-precision scale d, perhaps a least value m, digits."""
+    halves = rows[:, :4].copy().view(np.float16).astype(np.float32)
+    d, m = halves[:, :1], halves[:, 1:]
+    if kind == "q8_0":
+        return d * rows[:, 2:].copy().view(np.int8)
+    low = rows[:, -16:]
+    digits = np.concatenate([low & 15, low >> 4], 1).astype(np.float32)
+    if kind == "q4_0":
+        return d * (digits - 8)
+    fifth = np.unpackbits(rows[:, 4:8], axis=1, bitorder="little")
+    return d * (digits + 16 * fifth) + m
+
+
+@pytest.mark.parametrize("quant, bits, step", [("q8_0", 8.5, 1 / 127), ("q5_1", 6, 2 / 31), ("q4_0", 4.5, 1 / 8)])
+def test_gguf(students, tmp_path, quant, bits, step):
+    """The blocks by hand: no number moves by more than half a step (a whole one where Q4_0 clips)."""
+    import gguf
+
+    plain, _ = run(students["wan i2v"][1], tmp_path / "a.safetensors")
+    words = [f"model={students['wan i2v'][1]}", "to=gguf", f"out={tmp_path / 'a.gguf'}", "dtype=float32", "threads=1"]
+    main(export, "export", [*words, f"quant={quant}"])
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    assert reader.get_field("general.architecture").contents() == "wan"
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert tensors.keys() == plain.keys()
+    matrices = [name for name, tensor in tensors.items() if tensor.tensor_type.name == quant.upper()]
+    assert len(matrices) == 2 * 12  # as float8, and two for the picture in each block
+    for name, tensor in tensors.items():
+        wanted = plain[name].flatten(1).numpy() if plain[name].dim() > 1 else plain[name].numpy()
+        if name not in matrices:
+            assert np.array_equal(tensor.data.reshape(wanted.shape), wanted)
+            continue
+        blocks = wanted.reshape(-1, 32)
+        found = by_hand(quant, np.array(tensor.data).reshape(len(blocks), -1))
+        assert np.allclose(
+            found.reshape(wanted.shape), gguf.quants.dequantize(tensor.data, tensor.tensor_type), atol=1e-6
+        )
+        limit = np.abs(blocks).max(1, keepdims=True) * step
+        assert (np.abs(found - blocks) <= limit * (1 if quant == "q4_0" else 0.51) + 1e-4).all()
+        assert tensor.n_bytes * 8 == bits * wanted.size
+    patch = "patch_embedding.weight"
+    shape = reader.get_field(f"comfy.gguf.orig_shape.{patch}").contents()
+    assert shape == list(plain[patch].shape) and len(shape) == 5
+    graph = json.loads((tmp_path / "a.workflow.json").read_text())
+    assert graph["1"] == {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": "a.gguf"}}
+
+
+def test_gguf_refuses_rows_that_its_blocks_do_not_fit(tmp_path, capsys):
+    model = build(CONFIGS["wan t2v"] | {"ffn_dim": 200})
+    card = {"ladder": ladder(4, 5.0), "shift": 5.0, "guidance": 1.0, "sampler": "ode"}
+    folder = save_model(model, tmp_path / "odd", **card)
+    line = error_line(capsys, refused, f"model={folder}", "to=gguf", f"out={tmp_path / 'x.gguf'}")
+    assert "blocks.0.ffn.2.weight has rows of 200, not a multiple of 32" in line and not list(tmp_path.glob("*.gguf"))
 
 
 @pytest.mark.parametrize("steps, limit", [(1, 2e-8), (2, 2e-8), (3, 1e-3), (4, 2e-8), (8, 2e-8)])

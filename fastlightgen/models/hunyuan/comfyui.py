@@ -42,5 +42,6 @@ COMFY = Comfy(
         "num_refiner_layers": 2,
     },
     inputs=inputs,
+    gguf="hyvid",
     float8=False,  # it renames the keys of the original format, and not the names of the float8 layers
 )

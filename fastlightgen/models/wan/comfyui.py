@@ -40,5 +40,6 @@ COMFY = Comfy(
         "eps": 1e-6,
     },
     inputs=inputs,
+    gguf="wan",
     float8=True,
 )
