@@ -4,6 +4,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from fastlightgen import __version__
 from fastlightgen.config import UserError, called, guarded
@@ -35,12 +36,18 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the first word names; without one, list the commands."""
     name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    check = (lambda cfg: command(name).check_start(cfg)) if name == "train" else None
     if name == "sweep":
-        guarded(lambda: importlib.import_module("fastlightgen.sweep").sweep(words))
+        guarded(lambda: command("sweep").sweep(words))
     elif name in ABOUT and name != "ops":
-        start(lambda cfg: getattr(importlib.import_module(f"fastlightgen.{name}"), name)(cfg), name, words)
+        start(lambda cfg: getattr(command(name), name)(cfg), name, words, check)
     else:
         guarded(lambda: own(name, words))
+
+
+def command(name: str) -> Any:
+    """The module of a command, which is imported when it is needed: most load torch."""
+    return importlib.import_module(f"fastlightgen.{name}")
 
 
 def own(name: str, words: Sequence[str]) -> None:

@@ -85,6 +85,7 @@ def measure(cfg: Evaluate, subject: Subject, teacher: Result | None = None) -> R
         },
         "shown": shown(cfg, asked),
     }
+    say(f"{subject.title}: computing the scores of {cfg.clips} clips and their 95% intervals ...")
     if shipped is not None:
         record["note"] = "scores that ship with this model, measured when it was trained"
         return scored(cfg, record, clips, *shipped, teacher)
@@ -151,6 +152,7 @@ def shipped_values(cfg: Evaluate, subject: Subject) -> tuple[Values, dict] | Non
 
 def real_result(cfg: Evaluate) -> Result:
     """Measure the held-out real clips: the scores of a perfect model."""
+    say(f"real clips: computing the scores of {cfg.clips} clips and their 95% intervals ...")
     world = Shapes(seed=cfg.seed, split="test")
     asked, spread = world.batch(range(cfg.clips)), None
     record = {"name": "real", "title": "Real clips", "world": WORLD, "shown": shown(cfg, asked)}
@@ -261,7 +263,7 @@ def evaluate(cfg: Evaluate) -> None:
     if out.parent.name == "evaluate" and (run := out.parent.parent / "config.yaml").is_file():
         say(f"next: {command('report', run=run.parent)}")
     else:
-        say(f"next: {command('generate', model=cfg.model, prompt=SHAPES_PROMPT, out='clip.gif')}")
+        say(f"next: {command('generate', model=cfg.model, prompt=SHAPES_PROMPT, out=out.with_name('clip.gif'))}")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def generate(cfg: Generate) -> None:
 def following(cfg: Generate, pipeline: Path | None) -> str:
     """What to do after a clip: measure a model of the built-in world, export one for diffusers, use an exported one."""
     if pipeline is None:
-        return command("evaluate", model=cfg.model, out="scores.json")
+        return command("evaluate", model=cfg.model, out=Path(cfg.out).with_name("scores.json"))
     if cfg.pipeline:
         return command("export", model=cfg.model, pipeline=cfg.pipeline, out="student")
     return f"in Python, without this package: diffusers.DiffusionPipeline.from_pretrained({cfg.model!r})"

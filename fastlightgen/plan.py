@@ -30,7 +30,14 @@ from fastlightgen.planner.advice import faster, machines, recipe_for
 from fastlightgen.planner.budget import PAPER, Budget, budget, load_network, paper_operations
 from fastlightgen.planner.remedies import price, remedies, words
 from fastlightgen.stages.check import require_embedded
+from fastlightgen.stages.start import require_fitting
 from fastlightgen.world.source import ShapesSource
+
+UNKNOWN = {  # words of the next command that stand for what the plan does not know
+    "MODEL": "the teacher's folder",
+    "CACHE": "the folder that `encode` wrote",
+    "HOST": "the name of the first host; start the command on every host",
+}
 
 
 def plan(cfg: Plan) -> None:
@@ -44,7 +51,10 @@ def plan(cfg: Plan) -> None:
     if not all(part["plan"]["fits"] for part in record.get("stages", [record]) if "plan" in part):
         sys.exit(1)
     if not cfg.table:
-        print(f"\nnext: {after_plan(cfg)}")
+        line = after_plan(cfg)
+        words = line.replace("=", " ").replace(":", " ").split()
+        unknown = [f"{word}: {what}" for word, what in UNKNOWN.items() if word in words]
+        print("", *([f"in the next command, {'; '.join(unknown)}"] * bool(unknown)), f"next: {line}", sep="\n")
 
 
 def room_of(cfg: Plan) -> float:
@@ -85,7 +95,9 @@ def network_of(cfg: Plan, config: dict[str, Any]) -> tuple[Network, Plan]:
 
 def every(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
     """Return the plans of stages 1, 2 and 3 one after the other, and what they take together."""
-    plans = [one(plan_of_stage(cfg, stage)) for stage in IN_TURN]
+    stages = [plan_of_stage(cfg, stage) for stage in IN_TURN]
+    require_fitting(*stages[1:])
+    plans = [one(stage) for stage in stages]
     records = [record for _, record in plans]
     gpu_days = sum(record["plan"]["gpu_days"] for record in records)
     stage, peak = max(((r["stage"], r["plan"]["peak"]) for r in records), key=itemgetter(1))

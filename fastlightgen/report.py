@@ -114,7 +114,8 @@ def write_page(run: Path, found: dict, out: Path | None) -> Path:
     }
     data = {"importance": training.bars(ranking), "runs": compare.all_curves({"": logs})}
     top = {"answer": summary.sentence(found), "missing": missing(run, found), "facts": summary.facts(found)}
-    return fill(out or run / "report.html", run.resolve().name, top, sections, data)
+    name = str(Path(*run.resolve().parts[-2:]))
+    return fill(out or run / "report.html", name, top, sections, data)
 
 
 def fill(out: Path, name: str, top: dict[str, str], sections: dict[str, str], data: dict) -> Path:
@@ -127,7 +128,7 @@ def fill(out: Path, name: str, top: dict[str, str], sections: dict[str, str], da
         style=(PAGE / "style.css").read_text(encoding="utf-8"),
         script=script,
         policy=policy(script),
-        name=escape(name),
+        title=escape(f"FastLightGen: {name}"),
         nav="".join(f'<a href="#{ids[title]}">{title}</a>' for title in sections),
         body="".join(
             f'<section id="{ids[title]}" aria-labelledby="{ids[title]}-title">'

@@ -18,7 +18,6 @@ from fastlightgen.config import (
     after_stage,
     compute_type,
     exit_code,
-    for_stage,
     main,
     method_for,
     numbers,
@@ -55,7 +54,7 @@ from fastlightgen.planner.fit import check_fit
 from fastlightgen.report import write_report
 from fastlightgen.rng import generator, rand
 from fastlightgen.stages.build import Builder
-from fastlightgen.stages.earlier import announcement, missing
+from fastlightgen.stages.earlier import announcement, stages_of
 from fastlightgen.stages.rank import Config as RankConfig
 from fastlightgen.stages.rank import rank
 from fastlightgen.train_decoder import train_decoder
@@ -95,7 +94,7 @@ def run(cfg: Any) -> None:
     say(describe())
     say(attention.describe())
     scored = cfg.stage != "all" or can_score(cfg)  # says now, before three stages, that there will be no evaluation
-    stages = [for_stage(cfg, n) for n in (1, 2, 3)] if cfg.stage == "all" else [*missing(cfg), cfg]
+    stages = stages_of(cfg)
     if cfg.stage != "all" and len(stages) > 1:
         source, device = open_source(cfg.data, cfg.seed, cfg.negative), pick_device(cfg.device)
         say("\n".join(announcement(stages, source, device)))
@@ -117,6 +116,14 @@ def choose_threads(cfg: Any) -> None:
         say(line)
 
 
+def check_start(cfg: Any) -> None:
+    """For dry_run=true: raise what would stop the start of the command before it reads weights."""
+    if cfg.stage == "decoder":
+        return
+    first, source = stages_of(cfg)[0], open_source(cfg.data, cfg.seed, cfg.negative)
+    check_latents(method_for(first).subject(first, None)[0], source.description)
+
+
 def shift_of_teacher(cfg: Any) -> list[str]:
     """Say so if the teacher's own sampler takes another time shift than the training of its student."""
     try:
@@ -129,7 +136,7 @@ def shift_of_teacher(cfg: Any) -> list[str]:
     if not others:
         return []
     where = f"the teacher itself is sampled with shift={shift} ({own.sources['shift']})"
-    return [f"  {where}; for a student of few steps training takes {others}: docs/method.md, Time shift"]
+    return [f"  {where}; training takes {others}, which suits a student with few steps (docs/method.md, Time shift)"]
 
 
 def end(err: BaseException) -> NoReturn:
@@ -296,4 +303,4 @@ def rank_blocks(
 
 
 if __name__ == "__main__":
-    main(train, "train")
+    main(train, "train", check=check_start)

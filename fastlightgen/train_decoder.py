@@ -13,6 +13,7 @@ from fastlightgen.engine.loop import train as train_loop
 from fastlightgen.engine.writers import check_installed
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
+from fastlightgen.parallel.threads import set_threads
 from fastlightgen.stages import decoder
 
 
@@ -21,10 +22,10 @@ def train_decoder(cfg: Any) -> None:
     check_installed(cfg)
     if ranks.launched() > 1:
         raise ValueError(f"stage=decoder: runs in one process, {ranks.launched()} were launched; launch one")
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    line, device = set_threads(cfg.threads), pick_device(cfg.device)
+    if device.type == "cpu":
+        say(line)
     torch.set_flush_denormal(True)  # denormal numbers slow a CPU down
-    device = pick_device(cfg.device)
     cfg = with_type(cfg, compute_type(cfg.dtype, device.type == "cuda", real=True))
     more = decoder.inputs(cfg)
     config, decisive = asdict(cfg) | more, [*numbers(cfg), *more]

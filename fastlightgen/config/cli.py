@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 import fastlightgen
 from fastlightgen.config.commands import COMMANDS
 from fastlightgen.config.fields import ConfigError
-from fastlightgen.config.files import presets, to_yaml
+from fastlightgen.config.files import built_in, presets, repositories, to_yaml
 from fastlightgen.config.help import ALL, front_page, help_text
 from fastlightgen.config.layers import COMMAND_LINE, CONFIG, assign, leaves, shipped_layers
 from fastlightgen.config.plan import PLANNED, plan_all_root, plan_root
@@ -52,17 +53,27 @@ def load(argv: Sequence[str], command: str = "train") -> Any:
     layers = layers_of(cls, from_file | given, file, from_file)
     node = assigned(cls, layers)
     assign(node, cls, given, "")
-    cfg = build(node, cls)
+    origins = {key: where for where, values in [*layers, (COMMAND_LINE, given)] for key in values}
+    try:
+        cfg = build(node, cls)
+    except ConfigError as err:
+        raise ConfigError(f"{err}{set_by(str(err), cls, origins)}") from None
     for key in leaves(cls):
         name, value = key.rpartition(".")[2], OmegaConf.select(node, key)
         if name in (*MODELS, "data") and value:
             check_place(key, value, "data" if name == "data" else "model")
-        if name == "pipeline" and value and not os.path.isdir(value) and (hint := download(value)):
-            raise ConfigError(f"{key}={value}: there is no such folder{hint}")
-    cfg.origins = {key: where for where, values in [*layers, (COMMAND_LINE, given)] for key in values} | (
-        {CONFIG: file} if file else {}
-    )
+        if name == "pipeline" and value and not os.path.isdir(value) and not built_in(value):
+            raise ConfigError(f"{key}={value}: there is no such folder{download(value)}")
+    cfg.origins = origins | ({CONFIG: file} if file else {})
     return cfg
+
+
+def set_by(error: str, cls: type, origins: Mapping[str, str]) -> str:
+    """What set the key that an error is about, if it does not stand on the command line, else ""."""
+    key = error.partition("=")[0]
+    if key not in leaves(cls) or origins.get(key) == COMMAND_LINE:
+        return ""
+    return f" ({key} comes from {origins[key]})" if key in origins else f" ({key} has its default)"
 
 
 def help_page(argv: Sequence[str], command: str) -> str:
@@ -173,19 +184,34 @@ def check_place(key: str, value: str, kind: str) -> None:
         return
     near = difflib.get_close_matches(value, presets(kind), n=1)
     hint = download(value) or (f"; did you mean {near[0]}?" if near else "")
+    if os.path.dirname(value) and not os.path.exists(value):  # a path, and no name of a preset
+        raise ConfigError(f"{key}={value}: there is no such folder{hint}")
     raise ConfigError(f"{key}={value}: neither a folder nor a preset ({', '.join(presets(kind))}){hint}")
 
 
 def download(value: str) -> str:
-    """The hint for a value of the form owner/name, as models on the Hugging Face Hub have; else ""."""
-    owner, _, name = value.partition("/")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", value) or os.path.isdir(owner):
+    """How to download the model that a value names, if it is on the Hugging Face Hub; else "".
+
+    Known are the names of the presets' repositories, with or without owner; others have the form owner/name.
+    """
+    name = os.path.basename(os.path.normpath(value))
+    for model, repository in repositories().items():
+        own = repository.rpartition("/")[2]
+        if name == own or value == model:
+            folder = value if name == own and value != repository else own
+            return f"; download it first: hf download {repository} --local-dir {shlex.quote(folder)}"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", value) or os.path.isdir(os.path.dirname(value)):
         return ""
     return f"; if it is a model of the Hugging Face Hub, download it first: hf download {value} --local-dir {name}"
 
 
-def main(fn: Callable[[Any], None], command: str = "train", argv: Sequence[str] | None = None) -> None:
-    """Run a command with the keys of the command line."""
+def main(
+    fn: Callable[[Any], None],
+    command: str = "train",
+    argv: Sequence[str] | None = None,
+    check: Callable[[Any], None] | None = None,
+) -> None:
+    """Run a command with the keys of the command line; `check` raises what dry_run=true is to warn of."""
 
     def work() -> None:
         try:
@@ -195,7 +221,11 @@ def main(fn: Callable[[Any], None], command: str = "train", argv: Sequence[str] 
                 sys.exit(2)
             raise
         if cfg.dry_run:
-            print(to_yaml(cfg), end="")
+            print(to_yaml(cfg), end="", flush=True)
+            try:
+                (check or (lambda cfg: None))(cfg)
+            except (ValueError, OSError) as err:
+                print(f"warning: this would stop at once: {plain(str(err))}", file=sys.stderr)
         else:
             fn(cfg)
 

@@ -31,6 +31,12 @@ def preset(name: str, kind: str = "model") -> dict[str, Any]:
     return read_yaml(config_root() / kind / f"{name}.yaml")
 
 
+def repositories() -> dict[str, str]:
+    """Preset -> the repository of the Hugging Face Hub with the released model, as owner/name."""
+    found = {name: preset(name).get("repository", "") for name in presets()}
+    return {name: repository for name, repository in found.items() if repository}
+
+
 def built_in(model: str) -> bool:
     """True for the presets of the built-in world's networks, False for those of released networks and for folders."""
     return model in presets() and model.startswith("tiny")

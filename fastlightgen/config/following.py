@@ -12,13 +12,14 @@ from typing import Any
 from fastlightgen.config.cli import load
 from fastlightgen.config.fields import ConfigError, default_of, show
 from fastlightgen.config.files import find_preset_weights, presets
-from fastlightgen.config.layers import CONFIG, leaves
+from fastlightgen.config.layers import CONFIG, default_run, leaves
 from fastlightgen.config.plan import IN_TURN, Plan
 from fastlightgen.config.run import Run
 from fastlightgen.config.stages import DEFAULT, STAGES, declared, method_of
 
 SHAPES_PROMPT, PROMPT = "a red ball moves right fast then turns up", "A cat runs over wet sand."
 OF_ONE_START = {"stage", "overwrite", "earlier", "dry_run"}  # keys that the next command leaves out
+HOST = "HOST"  # stands for the name of the first host
 OF_ALL = ("device", "threads", "allow_pt")  # keys that train, evaluate and generate have
 
 
@@ -36,13 +37,18 @@ def settings(cfg: Any) -> list[str]:
 def command(name: str, **keys: Any) -> str:
     """`python -m fastlightgen.NAME key=value ...`, quoted for bash and zsh; train: with as many processes as now."""
     torchrun = name == "train" and "TORCHELASTIC_RUN_ID" in os.environ
-    start = launcher(*(int(os.environ[k]) for k in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))) if torchrun else ["python"]
+    start = ["python"]
+    if torchrun:
+        per_host, processes = (int(os.environ[k]) for k in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+        start = launcher(per_host, processes, os.environ.get("MASTER_ADDR", HOST))
     return shlex.join([*start, "-m", f"fastlightgen.{name}", *words(keys)])
 
 
-def launcher(per_host: int, processes: int) -> list[str]:
-    """The words that start one of `processes` equal processes on this host, and `per_host` of them on every host."""
-    hosts = [f"--nnodes={-(-processes // per_host)}"] if processes > per_host else []
+def launcher(per_host: int, processes: int, first: str = HOST) -> list[str]:
+    """The words that start this host's share of `processes`; `first`: the host at which all hosts meet."""
+    hosts = []
+    if processes > per_host:
+        hosts = [f"--nnodes={-(-processes // per_host)}", "--rdzv-backend=c10d", f"--rdzv-endpoint={first}:29500"]
     return ["torchrun", *hosts, f"--nproc-per-node={min(per_host, processes)}"]
 
 
@@ -116,8 +122,8 @@ def after_stage(cfg: Any) -> str:
 
 
 def after_plan(cfg: Plan) -> str:
-    """The training command that a plan is about. MODEL and CACHE stand for folders that the plan does not know."""
-    start = {"stage": cfg.stage, "model": cfg.model}
+    """The training command that a plan is about. MODEL, CACHE and HOST stand for what the plan does not know."""
+    start = {"stage": cfg.stage, "run": cfg.run or default_run(cfg.model), "model": cfg.model}
     if file := cfg.origins.get(CONFIG):  # a recipe; a file with keys of `plan` alone is written out instead
         with suppress(ConfigError):
             load(words({CONFIG: file, **start}))

@@ -88,6 +88,6 @@ def find(file: str) -> str | Path:
         return file
     if stem in shipped:
         return shipped[stem]
-    if near := difflib.get_close_matches(stem, shipped, n=1):
-        raise ConfigError(f"config={file}: there is no such file; did you mean config={FOLDER}/{near[0]}.yaml?")
-    return file
+    near = difflib.get_close_matches(stem, shipped, n=1)
+    hint = f"did you mean config={FOLDER}/{near[0]}.yaml?" if near else f"the recipes are {', '.join(shipped)}"
+    raise ConfigError(f"config={file}: there is no such file; {hint}")

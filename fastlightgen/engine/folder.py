@@ -172,7 +172,7 @@ def damage_of(result: Path) -> str:
         else:
             read_json(result, IMPORTANCE, "")
     except ValueError as err:
-        return str(err).replace(f"{result}/", "").removesuffix("; ")
+        return str(err).replace(f"{result}/", "").partition("; ")[0]  # without the remedy
     return ""
 
 

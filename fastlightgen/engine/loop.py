@@ -140,7 +140,7 @@ def train(
         closing(metrics) if metrics else nullcontext(),
         interruptible() as signals,
         saves,
-        bar(stage.iters, title, cfg.progress, start) as progress,
+        bar(stage.iters, title, cfg.progress and stage.iters > 0, start) as progress,
     ):
 
         def save(done: int) -> None:

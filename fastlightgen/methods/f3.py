@@ -39,7 +39,7 @@ from fastlightgen.planner.walk import Route
 from fastlightgen.stages.attention import Silent, attention_mass, keep_silent, masks_of, silence
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.matching import distance
-from fastlightgen.stages.method import Guess, Method, Subject
+from fastlightgen.stages.method import ALONE, SILENCED, Guess, Method, Subject
 from fastlightgen.stages.networks import guided_prediction
 from fastlightgen.stages.prune import eq7
 from fastlightgen.stages.teacher import noised
@@ -271,6 +271,10 @@ def subject(cfg: Config, guess: Guess | None = None) -> Subject:
     return config, undropped(depth(config), cfg.ratio)
 
 
+def leaves(cfg: Config) -> str:
+    return ALONE if cfg.f3 == "block" else SILENCED
+
+
 def inputs(cfg: Config) -> dict[str, Any]:
     return {"attention_used": digest(Path(cfg.attention))} if cfg.attention else {}
 
@@ -285,4 +289,5 @@ METHOD = Method(
     walks=walks,
     subject=subject,
     inputs=inputs,
+    leaves=leaves,
 )

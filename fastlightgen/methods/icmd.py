@@ -37,7 +37,7 @@ from fastlightgen.stages.adversarial import pushed, twice
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.discriminator import generator_loss
 from fastlightgen.stages.matching import distance
-from fastlightgen.stages.method import Method
+from fastlightgen.stages.method import Method, alone
 from fastlightgen.stages.teacher import flow_matching_loss, noised
 
 DRAWS, HEADS, INSTANCE = 20, 21, 22  # the purposes of this file's random draws
@@ -280,5 +280,6 @@ METHOD = Method(
     subject=prune.subject,
     inputs=prune.inputs,
     needs=prune.needs,
+    leaves=alone,
     savings=({"mca_every": 20},),
 )

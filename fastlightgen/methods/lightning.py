@@ -26,7 +26,7 @@ from fastlightgen.planner.step import Head, Iteration, Net, Walk
 from fastlightgen.planner.walk import Route
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.matching import distance
-from fastlightgen.stages.method import Guess, Method, Subject
+from fastlightgen.stages.method import Guess, Method, Subject, alone
 from fastlightgen.stages.narrow import WidthKeys, narrow_folder, student_config
 from fastlightgen.stages.prune import ranking_of
 from fastlightgen.stages.start import require_model
@@ -259,4 +259,5 @@ METHOD = Method(
     subject=subject,
     inputs=inputs,
     needs=needs,
+    leaves=alone,
 )

@@ -40,7 +40,7 @@ class Clips:
         return f"{height}x{width}x{self.frames}"
 
     def at(self, size: str) -> "Clips":
-        """The same clips at another size, lying and standing."""
+        """The same clips at another size, in landscape and in portrait."""
         height, width, frames = map(int, size.split("x"))
         return replace(self, frames=frames, buckets=((height, width), (width, height)))
 

@@ -69,6 +69,7 @@ def again(run: Path, config: dict, stage: int) -> str:
 def checked(line: str) -> str:
     """The command line, or "" if the command would refuse it, for example because a folder has moved."""
     _, _, module, *words = shlex.split(line)  # python -m fastlightgen.NAME
+    words = [word.replace("=PIPELINE", "=.") for word in words]  # a folder that only the user knows
     try:
         load(words, module.removeprefix("fastlightgen."))
     except ValueError:

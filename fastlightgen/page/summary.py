@@ -83,7 +83,7 @@ def unscored(found: dict) -> str:
     data = (found["config"].get("stage3") or {}).get("data", "shapes")
     reason = "it is not evaluated" if data == "shapes" else "only clips of the built-in world can be scored"
     made = f"The student makes a clip in {count(len(card['ladder']), 'step')} with {kept}."
-    return f"{made} How good it is, this page cannot say: {reason}."
+    return f"{made} This page has no scores of it: {reason}."
 
 
 def facts(found: dict) -> str:

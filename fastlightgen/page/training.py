@@ -1,6 +1,7 @@
 """Block importance, training curves, alarms, time shares, methods and configuration."""
 
 import math
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -12,6 +13,18 @@ from fastlightgen.metrics.importance import is_log
 from fastlightgen.metrics.scores import is_number
 from fastlightgen.page.html import details, note
 
+SEARCHES = {
+    "single_skip": "each block is skipped alone, and those that do the least damage are dropped",
+    "iterative": "the least harmful block is dropped, then the others are scored again without it",
+    "exhaustive": "every set of that many blocks is scored, and the least harmful one is dropped",
+}
+SCORES = {
+    "elbo": "how far the predicted clip is from the real one (Eq. 4)",
+    "output_mse": "how much the network's output changes (Eq. 3)",
+    "l2": "the sum of the block's squared weights",
+    "taylor": "how much the loss would change without the block, to first order",
+}
+
 
 def importance(r: dict) -> str:
     rows = [
@@ -21,9 +34,15 @@ def importance(r: dict) -> str:
     return (
         f"<p>The error when one block is skipped, ± standard error over {r['num_samples']} samples. A bar starts "
         "at the error of the network with all blocks: its length is the damage. "
-        f"Search: {escape(r['search'])}; score: {escape(r['score_kind'])}; dropped: {escape(show(r['pruned']))}.</p>"
+        f"{meaning('Search', r['search'], SEARCHES)} {meaning('Score', r['score_kind'], SCORES)} "
+        f"Dropped: {escape(show(r['pruned']))}.</p>"
         '<div id="blocks"></div>' + details("The numbers", ["Block", "Error", "Standard error", "Choice"], rows)
     )
+
+
+def meaning(title: str, name: str, known: Mapping[str, str]) -> str:
+    """A choice of Stage I and what it means: "Search: single_skip (each block is skipped alone ...)."."""
+    return f"{title}: {escape(name)} ({known[name]})." if name in known else f"{title}: {escape(name)}."
 
 
 def bars(r: dict) -> dict:

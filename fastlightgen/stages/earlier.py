@@ -1,4 +1,4 @@
-"""Earlier stages: those whose results a stage needs and its run folder lacks, and the time that all will take."""
+"""The stages that a command runs, among them earlier ones whose results the run folder lacks, and their time."""
 
 import time
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import torch
 from fastlightgen.config import (
     command,
     find_preset_weights,
+    for_stage,
     keys_for,
     load,
     method_for,
@@ -33,9 +34,19 @@ from fastlightgen.planner.budget import budget
 from fastlightgen.planner.fit import plan_of
 from fastlightgen.planner.step import undropped
 from fastlightgen.planner.walk import Route, walk
+from fastlightgen.stages.start import require_fitting
 
 LONGEST = 5.0  # seconds after which no further step is measured
 STEPS = 3  # training steps whose median time gives the speed of this machine
+
+
+def stages_of(cfg: Any) -> list[Any]:
+    """The stages that the command runs, in order; raise if a later one cannot start from what an earlier one leaves."""
+    if cfg.stage != "all":
+        return [*missing(cfg), cfg]
+    stages = [for_stage(cfg, n) for n in (1, 2, 3)]
+    require_fitting(*stages[1:])
+    return stages
 
 
 def missing(cfg: Any) -> list[Any]:

@@ -28,7 +28,9 @@ class FewStepKeys(StudentKeys):
 class MatchingKeys(FewStepKeys):
     """Keys of methods with a critic: a network that learns the scores of the student's own clips."""
 
-    iters: int = field(3000, "iterations; see count", lo=1, everyday=True)
+    iters: int = field(
+        3000, "iterations: updates of the critic, or with count=generator of the student", lo=1, everyday=True
+    )
     betas: list[float] = field([0.0, 0.999], "AdamW's two decay rates", lo=0, below=1)
     clip: float = field(10.0, "largest gradient norm", above=0)
     warmup: int = field(0, "steps over which the learning rates rise from 0", lo=0)
@@ -69,11 +71,15 @@ class MatchingKeys(FewStepKeys):
         self.check_ordered("t_clamp")
         critics = self.iters * self.order.critics_per_step
         if self.critic_start % self.ratio:  # then updates of the student would fall between the lines of the log
-            raise ConfigError(f"critic_start={self.critic_start}: wanted a multiple of ratio={self.ratio}")
-        if self.critic_start >= critics:
+            near = self.critic_start // self.ratio * self.ratio
             raise ConfigError(
-                f"critic_start={self.critic_start}: iters={self.iters} leaves no update of the student; wanted below "
-                f"{critics}: give more iterations, or critic_start=0"
+                f"critic_start={self.critic_start}: wanted a multiple of ratio={self.ratio}; give critic_start={near}"
+            )
+        if self.critic_start >= critics:
+            least = self.critic_start // self.order.critics_per_step + 1
+            raise ConfigError(
+                f"critic_start={self.critic_start}: iters={self.iters} leaves no update of the student, which follows "
+                f"{self.critic_start} of the critic; give critic_start=0, or iters={least} or more"
             )
 
     @property

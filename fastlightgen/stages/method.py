@@ -13,6 +13,18 @@ Guess = Callable[[int], Sequence[int]]  # number of blocks -> the blocks that a 
 Subject = tuple[dict[str, Any], Sequence[int]]  # config.json of a network, and the blocks of its pruned path
 
 
+# What a method of Stage II leaves: all blocks with a pruned path; the pruned network alone; one with silenced heads.
+BOTH, ALONE, SILENCED = "both paths", "the pruned network alone", "silenced heads"
+
+
+def both_paths(cfg: Any) -> str:
+    return BOTH
+
+
+def alone(cfg: Any) -> str:
+    return ALONE
+
+
 def nothing(cfg: Any) -> dict[str, Any]:
     """Return no inputs: the stage's result depends on its own configuration alone."""
     return {}
@@ -37,4 +49,5 @@ class Method:
     subject: Callable[[Any, Guess | None], Subject]  # the network that the stage starts from
     inputs: Callable[[Any], Mapping[str, Any]] = nothing  # results of earlier stages that affect this one
     needs: Callable[[Any], str] = no_stage  # the stage whose result in the run folder this one reads
+    leaves: Callable[[Any], str] = both_paths  # of Stage II: BOTH, ALONE or SILENCED
     savings: Sequence[Mapping[str, Any]] = field(default=())  # values of its own keys that save memory

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastlightgen.config import numbers, root
+from fastlightgen.config import method_for, numbers, root
 from fastlightgen.engine.folder import as_used, read_run
 from fastlightgen.models.families import depth, family_of, narrowed
 from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import read_card
-from fastlightgen.stages.method import Guess, Subject
+from fastlightgen.stages.method import BOTH, SILENCED, Guess, Subject
 
 
 class Keys(Protocol):
@@ -127,6 +127,20 @@ def student_from(start_model: str, result: Pruned) -> Pruned:
             f"{result.folder}; give a model that was made with the same importance="
         )
     return start
+
+
+def require_fitting(stage2: Any, stage3: Any) -> None:
+    """Raise if this Stage III of stage=all cannot start from what this Stage II will leave."""
+    left, method = method_for(stage2).leaves(stage2), method_for(stage3)
+    if method.needs(stage3) != "2" or left == BOTH:
+        return
+    strong = ["stage3.strong=original"] * (vars(stage3).get("strong") == "stage2")
+    said = f"stage2.method={stage2.method}: leaves {left}"
+    if left == SILENCED:
+        use = " ".join(["stage2.f3=block", *strong])
+        raise ValueError(f"{said} (f3={stage2.f3}), which stage 3 would train again; use {use}")
+    if strong:
+        raise ValueError(f"{said}, and Eq. 9 needs a strong teacher; use {strong[0]}")
 
 
 def require_model(folder: Path, wanted: str = "that stage=2 made") -> None:

@@ -6,6 +6,7 @@ from statistics import median
 
 from fastlightgen.config import Evaluate
 from fastlightgen.metrics.speed import Speed
+from fastlightgen.parallel.log import say
 from fastlightgen.world.shapes import Shapes
 from fastlightgen.world.source import shapes_batch
 from fastlightgen.world.subject import Subject, draw
@@ -19,6 +20,7 @@ def timed(cfg: Evaluate, subjects: Sequence[Subject]) -> list[list[float]]:
 
     Every second turn goes backwards: what gets slower or faster steadily then favours nobody.
     """
+    say(f"timing: each model makes {batch_of(cfg)} clips, {TURNS} times in turn ...")
     once = replace(cfg, progress=False, batch=batch_of(cfg))
     draw(once, subjects[-1], once.batch)  # warm-up; a student, whose run is short, comes last
     seconds: list[list[float]] = [[] for _ in subjects]

@@ -24,6 +24,7 @@ from fastlightgen import sweep
 from fastlightgen.__main__ import ABOUT
 from fastlightgen.__main__ import main as front
 from fastlightgen.config import load
+from fastlightgen.config.files import repositories
 from fastlightgen.data.lists import Row
 from fastlightgen.data.video import read_clip
 
@@ -192,6 +193,11 @@ def test_links_and_files(page):
         assert not anchor or anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, target
     for file in re.findall(r"`(configs/recipes/[\w.-]+\.yaml)`", text):
         assert file == "configs/recipes/NAME.yaml" or (ROOT / file).is_file(), file
+
+
+def test_the_table_of_repositories():
+    text = (ROOT / "docs/real-models.md").read_text()
+    assert dict(re.findall(r"^\| `([\w.-]+)` \| `([\w.-]+/[\w.-]+)` \|$", text, flags=re.MULTILINE)) == repositories()
 
 
 @pytest.mark.parametrize(("page", "program"), PROGRAMS, ids=[page for page, _ in PROGRAMS])

@@ -221,20 +221,42 @@ def test_a_prompt_may_hold_anything():
     assert load(["stage=1", "run=a =b"]).run == "a =b"
 
 
-def test_an_id_of_the_hub_is_answered_with_its_download(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("value", "folder"),
+    [
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-1.3B-Diffusers"),
+        ("Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-1.3B-Diffusers"),
+        ("my models/Wan2.1-T2V-1.3B-Diffusers", "'my models/Wan2.1-T2V-1.3B-Diffusers'"),
+    ],
+)
+def test_a_model_of_the_hub_is_answered_with_its_download(value, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    wanted = f"download it first: hf download {name} --local-dir Wan2.1-T2V-1.3B-Diffusers"
+    wanted = f"; download it first: hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir {folder}$"
     for words, command in (
-        (["stage=1", f"model={name}"], "train"),
-        (["videos=v", "out=c", f"pipeline={name}"], "encode"),
+        (["stage=1", f"model={value}"], "train"),
+        (["videos=v", "out=c", f"pipeline={value}"], "encode"),
     ):
         with pytest.raises(ConfigError, match=wanted):
             load(words, command)
-    (tmp_path / "Wan-AI").mkdir()  # then it is a path that is wrong
-    with pytest.raises(ConfigError, match="neither a folder nor a preset") as err:
-        load(["stage=1", f"model={name}"])
-    assert "download" not in str(err.value)
+
+
+def test_a_folder_that_does_not_exist_is_said_to_be_absent(tmp_path, monkeypatch):
+    """owner/name may be a model that no preset knows, unless a folder `owner` is here."""
+    monkeypatch.chdir(tmp_path)
+    hint = "; if it is a model of the Hugging Face Hub, download it first: hf download me/mine --local-dir mine"
+    for words, command in (
+        (["stage=1", "model=me/mine"], "train"),
+        (["videos=v", "out=c", "pipeline=me/mine"], "encode"),
+        (["pipeline=.", "out=c", "model=me/mine"], "export"),
+    ):
+        for more in (hint, ""):
+            (tmp_path / "me").mkdir() if not more else None
+            with pytest.raises(ConfigError, match=f"=me/mine: there is no such folder{more}$"):
+                load(words, command)
+        (tmp_path / "me").rmdir()
+    (tmp_path / "file.yaml").touch()
+    with pytest.raises(ConfigError, match="model=./file.yaml: neither a folder nor a preset"):
+        load(["stage=1", "model=./file.yaml"])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from fastlightgen.generate import generate
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.train import settled
 
+TWO_HOSTS = "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=%s:29500 -m fastlightgen.train"
+
 
 def following(*words: str) -> tuple[str, dict[str, str]]:
     """(command, keys) that follow a stage of a run in the folder `r`."""
@@ -53,12 +55,12 @@ def test_a_config_file_stays_in_the_next_command_if_the_next_stage_has_its_keys(
 def test_the_next_command_after_a_plan():
     words = "stage=2 model=wan2.1-t2v-1.3b gpus=16 offload=optimizer lr=2e-5".split()
     line = after_plan(load(words, "plan"))
-    assert line.startswith("torchrun --nnodes=2 --nproc-per-node=8 -m fastlightgen.train stage=2 model=MODEL ")
+    assert line.startswith(f"{TWO_HOSTS % 'HOST'} stage=2 run=runs/wan2.1-t2v-1.3b model=MODEL ")
     given = dict(word.split("=", 1) for word in line.split() if "=" in word and not word.startswith("-"))
     wanted = {"data": "CACHE", "engine": "deepspeed", "offload": "optimizer", "lr": "2e-05"}
-    assert given == wanted | {"stage": "2", "model": "MODEL"}
+    assert given == wanted | {"stage": "2", "run": "runs/wan2.1-t2v-1.3b", "model": "MODEL"}
     assert after_plan(load("model=tiny gpus=1 engine=local checkpointing=false".split(), "plan")) == (
-        "python -m fastlightgen.train stage=3 model=tiny"
+        "python -m fastlightgen.train stage=3 run=runs/tiny model=tiny"
     )
 
 
@@ -68,17 +70,19 @@ def test_the_next_command_after_the_plan_of_a_recipe(tmp_path):
     for words, others in ([], []), (["lr=2e-5"], ["lr=2e-05"]):
         line = after_plan(load([recipe, "stage=2", *words], "plan"))
         start = "torchrun --nproc-per-node=8 -m fastlightgen.train"
-        assert line == " ".join([start, recipe, "stage=2 model=MODEL", *others, "data=CACHE"])
+        assert line == " ".join([start, recipe, "stage=2 run=runs/wan2.1-i2v-14b model=MODEL", *others, "data=CACHE"])
     (tmp_path / "c.yaml").write_text("gpus: 8\noffload: all\nmodel: wan2.1-i2v-14b")
     line = after_plan(load([f"config={tmp_path}/c.yaml"], "plan"))
     assert "config=" not in line and "offload=all" in line
 
 
 def test_torchrun_starts_the_next_stage_too(monkeypatch):
-    for key, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_WORLD_SIZE", "8"), ("WORLD_SIZE", "16")):
+    for key, value in (
+        ("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_WORLD_SIZE", "8"), ("WORLD_SIZE", "16"), ("MASTER_ADDR", "node7"),
+    ):  # fmt: skip
         monkeypatch.setenv(key, value)
     line = after_stage(load(["stage=1", "run=r", "engine=deepspeed"]))
-    assert line == "torchrun --nnodes=2 --nproc-per-node=8 -m fastlightgen.train stage=2 run=r engine=deepspeed"
+    assert line == f"{TWO_HOSTS % 'node7'} stage=2 run=r engine=deepspeed"
 
 
 def test_it_is_the_last_line(tmp_path, capsys, monkeypatch):
@@ -101,4 +105,4 @@ def test_it_is_the_last_line(tmp_path, capsys, monkeypatch):
     main(evaluate, "evaluate", [f"model={student}", f"out={tmp_path / 'a run/evaluate/student.json'}", "clips=8"])
     assert last() == ("report", [f"run={tmp_path / 'a run'}"])
     main(generate, "generate", [f"model={student}", "prompt=a red ball", f"out={tmp_path / 'a.png'}"])
-    assert last() == ("evaluate", [f"model={student}", "out=scores.json"])
+    assert last() == ("evaluate", [f"model={student}", f"out={tmp_path / 'scores.json'}"])

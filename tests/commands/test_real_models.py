@@ -6,11 +6,13 @@ import sys
 import pytest
 from helpers import run_train, small_wan
 
+from fastlightgen.__main__ import main as front
 from fastlightgen.config import main
 from fastlightgen.data.cache import write_cache
 from fastlightgen.evaluate import evaluate
 from fastlightgen.generate import generate
 from fastlightgen.models.folder.weights import save_model
+from fastlightgen.train import check_start, train
 from fastlightgen.world.source import ShapesSource
 
 
@@ -55,6 +57,24 @@ def test_a_real_network_without_data(pipeline, tmp_path, fails, kind):
     assert "planned" not in out  # before anything is planned or read
 
 
+@pytest.mark.parametrize("start", ["front", "module"])
+def test_a_dry_run_warns_of_what_stops_the_start(start, pipeline, tmp_path, capsys):
+    """The configuration on stdout, the refusal of the test above on stderr; the toy's own start is not refused."""
+
+    def dry(*words: str) -> tuple[str, str]:
+        words = (*words, f"run={tmp_path}/run", "dry_run=true")
+        front(["train", *words]) if start == "front" else main(train, "train", words, check=check_start)
+        said = capsys.readouterr()
+        assert f"\nrun: {tmp_path}/run\n" in said.out and not (tmp_path / "run").exists()
+        return said.err
+
+    refused = dry("stage=1", f"model={pipeline('wan_t2v')}")
+    assert refused.startswith("warning: this would stop at once: data=shapes: is the toy's data, with latents of 12")
+    assert refused.count("\n") == 1
+    assert "stage2.method=icmd: leaves the pruned network alone" in dry("stage=all", "stage2.method=icmd")
+    assert dry("stage=1") == dry("stage=all") == ""
+
+
 def test_a_real_network_without_pipeline(pipeline, tmp_path, fails):
     def run(*words: str) -> None:
         main(generate, "generate", words)
@@ -87,4 +107,6 @@ def test_a_preset_without_weights(tmp_path, fails, stage):
 def test_a_real_preset_without_weights(tmp_path, fails, stage):
     """Stage III does not name the commands of earlier stages first, which would be refused."""
     _, line = fails(run_train, f"stage={stage}", f"run={tmp_path}/run", "model=wan2.1-t2v-1.3b")
-    assert "model=wan2.1-t2v-1.3b: this preset has no weights here; give model=FOLDER, a folder with its" in line
+    wanted = "model=wan2.1-t2v-1.3b: this preset has no weights here; download them: hf download "
+    name = "Wan2.1-T2V-1.3B-Diffusers"
+    assert f"{wanted}Wan-AI/{name} --local-dir {name}; then give model={name}" in line

@@ -70,6 +70,8 @@ def test_the_name_of_a_recipe_is_enough(tmp_path, monkeypatch):
         wanted = f"^config={file}: there is no such file; did you mean config=configs/recipes/{name}.yaml[?]$"
         with pytest.raises(ConfigError, match=wanted):
             load(["stage=3", f"config={file}"], "plan")
+    with pytest.raises(ConfigError, match=f"^config=zzz: there is no such file; the recipes are .*, {name}, "):
+        load(["stage=3", "config=zzz"], "plan")
     (tmp_path / name).write_text("offload: all")
     assert load(["stage=3", f"config={name}"], "plan").offload == "all"
     with pytest.raises(ConfigError, match="^mine/a.yaml: not found"):

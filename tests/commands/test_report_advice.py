@@ -69,7 +69,7 @@ def test_the_commands_lead_from_stage_1_to_the_end(inputs, tmp_path, kind):
         assert "against the teacher in 2 steps it is not ranked: 8 clips" in page and 'id="scores"' in page
     else:
         assert seen == ["stage=2", "stage=3"] and 'id="scores"' not in page
-        wanted = "The student makes a clip in 2 steps with 2 of 4 blocks. How good it is, this page cannot say: "
+        wanted = "The student makes a clip in 2 steps with 2 of 4 blocks. This page has no scores of it: "
         assert wanted + "only clips of the built-in world can be scored." in page
 
 

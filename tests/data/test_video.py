@@ -200,6 +200,7 @@ def test_a_folder_with_captions(files):
         ("l.jsonl", '{"file": 3\n', "l.jsonl, line 1: cannot be read as JSON"),
         ("l.jsonl", '{"file": "a"}\n', "l.jsonl: line 1 is not an object like"),
         ("l.txt", "a", "l.txt: neither a folder nor a .csv or .jsonl file"),
+        ("absent", None, "absent: there is no such folder; wanted one, or a .csv or .jsonl file"),
         ("absent.csv", None, "absent.csv: not found"),
     ],
 )

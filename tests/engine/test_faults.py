@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import assert_same, result, run_train, write_inputs, write_ranking
 
 from fastlightgen.engine import checkpoint
 from fastlightgen.engine.log import Lines, read_metrics
+from fastlightgen.models.folder.weights import WEIGHTS
 from fastlightgen.stages.teacher import Teacher
 
 
@@ -122,6 +124,25 @@ def test_a_damaged_checkpoint_is_put_aside(inputs, tmp_path, fails, monkeypatch,
     assert "continues at step 3 of" in said and latest.with_name("damaged-step-000006").is_dir()
     run_train("stage=0", f"run={tmp_path}/whole", *inputs[0])
     assert_same(result(tmp_path, 0), result(tmp_path / "whole", 0))
+
+
+def test_a_damaged_result_is_made_again_as_the_error_says(inputs, tmp_path, fails):
+    """One bit of the run's own Stage II is flipped: Stage III names a remedy, which gives the same file again."""
+    second, folder = ["stage=2", f"run={tmp_path}", *inputs[2]], tmp_path / "stage2/model"
+    run_train(*second)
+    file = folder / WEIGHTS
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    third = ["stage=3", f"run={tmp_path}", *(w for w in inputs[3] if not w.startswith("stage2_model="))]
+    line = fails(*third)
+    assert "is damaged (its checksum is wrong)" in line and str(file) in line
+    remedy = f"delete {folder} and type the command of stage=2 again, which makes it from the last checkpoint"
+    assert f"; {remedy}, or delete checksums.json if you" in line
+    assert f"{folder}: is damaged (diffusion_pytorch_model.safetensors: " in (again := fails(*second))
+    assert again.endswith(" is damaged (its checksum is wrong)); delete it, and the same command makes it again\n")
+    shutil.rmtree(folder)
+    run_train(*second)
+    assert file.read_bytes() == whole
 
 
 @pytest.mark.parametrize(

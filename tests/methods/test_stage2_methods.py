@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fastlightgen.engine.log import read_metrics
 from fastlightgen.evaluate import evaluate
 from fastlightgen.models.folder.weights import load_model, read_card, save_model
 from fastlightgen.plan import plan
+from fastlightgen.stages.earlier import stages_of
 
 HUNYUAN = [0, 2, 3]  # kept of 2 double and 3 single blocks
 RIVALS = {
@@ -202,7 +204,8 @@ def test_the_paper_s_settings_of_icmd():
 def test_f3_without_training_is_one_command(wan, tmp_path, capsys):
     """No log and no checkpoint; the model samples, and a second start finds it complete."""
     run_train("stage=2", "method=f3", wan[0], f"run={tmp_path}", "shift=3", "batch=2", "clips=2", "timesteps=1")
-    assert "trains nothing" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "trains nothing" in said.out and "attention between frames: 100%" in said.err and "0it" not in said.err
     card = read_card(tmp_path / "stage2/model")
     assert len(card["silent"]) == 1 and card["kept_blocks"] == list(range(BLOCKS)) and card["world"] == 2
     assert not (tmp_path / "stage2/start").exists() and (tmp_path / "stage2/attention.json").is_file()
@@ -211,6 +214,41 @@ def test_f3_without_training_is_one_command(wan, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_train("stage=3", wan[0], f"run={tmp_path}", "shift=3", "batch=2", "iters=2", "critic_start=0")
     assert "silenced the self-attention of 1 blocks" in capsys.readouterr().err
+
+
+ALONE = "leaves the pruned network alone, and Eq. 9 needs a strong teacher; use stage3.strong=original"
+SILENCED = "which stage 3 would train again; use stage2.f3=block"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["stage2.method=icmd"], f"stage2.method=icmd: {ALONE}"),
+        (["stage2.method=lightning"], f"stage2.method=lightning: {ALONE}"),
+        (["stage2.method=f3", "stage2.f3=block"], f"stage2.method=f3: {ALONE}"),
+        (
+            ["stage2.method=f3"],
+            f"stage2.method=f3: leaves silenced heads (f3=attention), {SILENCED} stage3.strong=",
+        ),
+        (["stage2.method=f3", "stage2.f3=head", "stage3.method=lcm"], f"leaves silenced heads (f3=head), {SILENCED}"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_stage_all_names_what_stage_3_can_start_from(words, said, tmp_path, capsys):
+    """Before anything runs; the same words with those that the line names are taken."""
+    for command in (partial(run_train, f"run={tmp_path / 'run'}"), lambda *w: main(plan, "plan", [*w, "gpus=1"])):
+        with pytest.raises(SystemExit) as stop:
+            command("stage=all", *words)
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and said in line and line.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    given = dict(word.split("=") for word in [*words, *line.partition("; use ")[2].split()])
+    stages_of(load(["stage=all", *(f"{k}={v}" for k, v in given.items())]))
+
+
+def test_a_student_with_all_blocks_reads_no_stage_2():
+    for method in ("icmd", "f3"):
+        stages_of(load(["stage=all", f"stage2.method={method}", "stage3.method=dmd2", "stage3.student=full"]))
 
 
 def test_models_that_do_not_fit_are_refused(wan, hunyuan, tmp_path):

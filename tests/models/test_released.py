@@ -67,7 +67,7 @@ def test_the_sizes_and_steps_of_image_to_video_differ_from_text_to_video(tmp_pat
 
 
 def test_clips_are_encoded_at_the_models_size():
-    """Lying and standing, at the family's frame rate."""
+    """Landscape and portrait, at the family's frame rate."""
     clips = FAMILIES["wan"].clips.at("720x1280x41")
     assert (clips.fps, clips.frames, clips.buckets) == (16, 41, ((720, 1280), (1280, 720)))
     assert clips.size == "720x1280x41"
@@ -127,14 +127,14 @@ def test_a_teacher_that_is_sampled_with_another_shift_than_its_student_is_traine
     """Wan2.1 I2V at 480p: its scheduler says 3, students take 5. Where both are equal nothing is said."""
     wan = pipeline(tmp_path / "wan", config_of("wan2.1-i2v-14b"), flow_shift=3.0)
     scheduler = f"{wan}/scheduler/scheduler_config.json"
-    said = f"  the teacher itself is sampled with shift=3.0 ({scheduler}); for a student of few steps training takes "
+    said = f"  the teacher itself is sampled with shift=3.0 ({scheduler}); training takes "
     for words, others in (
         (["stage=1"], "shift=5.0"),
         (["stage=3", "shift=4"], "shift=4.0"),
         (["stage=all", "stage1.shift=3"], "stage2.shift=5.0, stage3.shift=5.0"),
     ):
         lines = shift_of_teacher(load([*words, f"model={wan}"]))
-        assert lines == [f"{said}{others}: docs/method.md, Time shift"]
+        assert lines == [f"{said}{others}, which suits a student with few steps (docs/method.md, Time shift)"]
     for words in (["stage=3", f"model={wan}", "shift=3"], ["stage=0", f"model={wan}"], ["stage=1"]):
         assert shift_of_teacher(load(words)) == []
     assert shift_of_teacher(load(["stage=1", f"model={tmp_path}"])) == []  # no network

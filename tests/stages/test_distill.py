@@ -318,16 +318,24 @@ def test_critic_only_start(folders, count):
 
 def test_a_start_that_never_ends_is_refused(folders):
     for words, message in (
-        (["critic_start=7"], "critic_start=7: wanted a multiple of ratio=5"),
-        (["critic_start=20", "iters=20"], "critic_start=20: iters=20 leaves no update of the student; wanted below 20"),
+        (["critic_start=7"], "critic_start=7: wanted a multiple of ratio=5; give critic_start=5"),
+        (
+            ["critic_start=20", "iters=20"],
+            "critic_start=20: iters=20 leaves no update of the student, which follows 20 of the critic; give "
+            "critic_start=0, or iters=21 or more",
+        ),
         (
             ["critic_start=20", "iters=4", "count=generator"],
-            "critic_start=20: iters=4 leaves no update of the student; wanted below 20",
+            "critic_start=20: iters=4 leaves no update of the student, which follows 20 of the critic; give "
+            "critic_start=0, or iters=5 or more",
         ),
+        (["iters=20"], "critic_start=100: iters=20 leaves .* or iters=101 or more .critic_start has its default."),
+        (["model=tiny", "iters=20"], "critic_start=20: .* .critic_start comes from configs/model/tiny.yaml."),
     ):
-        with pytest.raises(ConfigError, match=f"^{message}"):
+        with pytest.raises(ConfigError, match=f"^{message}$"):
             config(3, *folders, *words)
     config(3, *folders, "critic_start=20", "iters=21")
+    config(3, *folders, "critic_start=20", "iters=5", "count=generator")
 
 
 @pytest.mark.parametrize("words", [[], ["critic_start=4"], ["count=generator", "critic_start=4"]], ids=" ".join)

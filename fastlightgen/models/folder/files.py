@@ -127,11 +127,19 @@ def verify_tensor(key: str, value: Tensor, sums: Mapping[str, int], file: Path) 
         try:
             files.verify(key, value, sums[key], file)
         except ValueError as err:
-            how = f"copy the folder again, or delete {CHECKSUMS} if you changed the weights yourself"
+            how = f"{again(file.parent)}, or delete {CHECKSUMS} if you changed the weights yourself"
             raise ValueError(f"{err}; {how}") from None
     # nan is its own minimum and maximum, so that one pass finds it and both infinities.
     if value.is_floating_point() and value.numel() and not all(map(math.isfinite, value.aminmax())):
         raise ValueError(f"{file}: {key} holds numbers that are not finite; copy the folder again, or train again")
+
+
+def again(folder: Path) -> str:
+    """How to get a model folder again: a stage makes its result from its last checkpoint."""
+    stage = folder.parent.name.removeprefix("stage")
+    if folder.name != "model" or folder.parent.name not in {f"stage{n}" for n in range(4)}:
+        return "copy the folder again"
+    return f"delete {folder} and type the command of stage={stage} again, which makes it from the last checkpoint"
 
 
 def verify_model(folder: Path) -> None:

@@ -58,9 +58,10 @@ def trained_folder(path_or_preset: str) -> Path:
         return Path(path_or_preset)
     folder = find_preset_weights(path_or_preset)
     if folder is None:
-        run = f"runs/{path_or_preset}-teacher"
-        how = "give model=FOLDER, a folder with its released weights"
-        if "iters" in preset(path_or_preset).get("stage0", {}):  # a network that Stage 0 trains from random weights
+        repository, run = preset(path_or_preset).get("repository", ""), f"runs/{path_or_preset}-teacher"
+        name = repository.rpartition("/")[2]
+        how = f"download them: hf download {repository} --local-dir {name}; then give model={name}"
+        if not repository:  # a network that Stage 0 trains from random weights
             how = (
                 f"make them with: python -m fastlightgen.train stage=0 model={path_or_preset} run={run}; "
                 f"then give model={run}/stage0/model"
