@@ -218,7 +218,7 @@ def table(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
     return [f"{about}, with the changes that make it fit ({short})", *lines], record
 
 
-ENOUGH = 1e6  # GiB
+ENOUGH = 1e6  # GB
 TABLE = ("4090", "l40s", "h100", "h200")  # one kind for each size of memory
 SHORT = {"sequence_parallel": "sp", "checkpointing": "ckpt", "fake_mode": "critic", "micro_batch": "micro"}
 

@@ -46,10 +46,11 @@ def command(name: str, **keys: Any) -> str:
 
 def launcher(per_host: int, processes: int, first: str = HOST) -> list[str]:
     """The words that start this host's share of `processes`; `first`: the host at which all hosts meet."""
-    hosts = []
-    if processes > per_host:
-        hosts = [f"--nnodes={-(-processes // per_host)}", "--rdzv-backend=c10d", f"--rdzv-endpoint={first}:29500"]
-    return ["torchrun", *hosts, f"--nproc-per-node={min(per_host, processes)}"]
+    each = f"--nproc-per-node={min(per_host, processes)}"
+    if processes <= per_host:
+        return ["torchrun", each]
+    hosts = -(-processes // per_host)
+    return ["torchrun", f"--nnodes={hosts}", each, "--rdzv-backend=c10d", f"--rdzv-endpoint={first}:29500"]
 
 
 def words(keys: Mapping[str, Any]) -> list[str]:

@@ -37,7 +37,7 @@ def read_list(videos: str | Path, min_dover: float) -> list[Row]:
         wanted = f"a folder with {', '.join(VIDEOS)} files or folders of pictures, each with a .txt of the same name"
     else:
         if path.suffix not in READERS:
-            found = "is neither a folder nor" if path.exists() else "there is no such folder; wanted one, or"
+            found = "neither a folder nor" if path.exists() else "there is no such folder; wanted one, or"
             raise ValueError(f"videos={path}: {found} a {' or '.join(READERS)} file")
         try:
             records = READERS[path.suffix](path)

@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/*.md: it parses, bash and zsh read it alike, and the story of real videos runs.
+"""Every command of README.md and docs/: it parses, bash and zsh read it alike, and the story of real videos runs.
 
 A fenced block without a language holds commands. Placeholders such as TEACHER are names of stand-ins in the folder
 where the tests run (`place`), so the lines stay as they are printed.
@@ -29,9 +29,9 @@ from fastlightgen.data.lists import Row
 from fastlightgen.data.video import read_clip
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RECIPE = ROOT / "configs/recipes/wan2.1-14b-480p-8x80gb.yaml"
-PIPELINES = ("TEACHER", "Wan2.1-I2V-14B-480P-Diffusers")
+PIPELINES = ("TEACHER", "PIPELINE", "Wan2.1-I2V-14B-480P-Diffusers")
 MODELS = ("MODEL", "STUDENT", "VERSION_1", "student", "DIR/stage3/model", "runs/wan/stage3/model")
 CACHES = ("CACHE", "cache")
 INLINE = ("python -m fastlightgen.", "fastlightgen ", "train stage=", "... stage=")
