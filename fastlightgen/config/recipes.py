@@ -89,5 +89,5 @@ def find(file: str) -> str | Path:
     if stem in shipped:
         return shipped[stem]
     near = difflib.get_close_matches(stem, shipped, n=1)
-    hint = f"did you mean config={FOLDER}/{near[0]}.yaml?" if near else f"the recipes are {', '.join(shipped)}"
+    hint = f"did you mean config={FOLDER}/{near[0]}.yaml?" if near else f"the recipes are {', '.join(sorted(shipped))}"
     raise ConfigError(f"config={file}: there is no such file; {hint}")

@@ -19,8 +19,8 @@ SEARCHES = {
     "exhaustive": "every set of that many blocks is scored, and the least harmful one is dropped",
 }
 SCORES = {
-    "elbo": "how far the predicted clip is from the real one (Eq. 4)",
-    "output_mse": "how much the network's output changes (Eq. 3)",
+    "elbo": "Eq. 4, how far the predicted clip is from the real one",
+    "output_mse": "Eq. 3, how much the network's output changes",
     "l2": "the sum of the block's squared weights",
     "taylor": "how much the loss would change without the block, to first order",
 }

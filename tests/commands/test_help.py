@@ -156,7 +156,7 @@ def test_a_pipe_has_80_columns():
     [
         (["stage=4"], "stage=4: there is no such stage"),
         (["stage=3", "model=tiney"], "did you mean tiny?"),
-        (["stage=3", "config=no.yaml"], "no.yaml: not found"),
+        (["stage=3", "config=no.yaml"], "config=no.yaml: there is no such file; the recipes are hunyuan"),
         (["--stage=3"], "keys have no dashes; write stage=3"),
     ],
 )

@@ -129,5 +129,5 @@ def test_a_recipe_is_found_without_a_checkout(tmp_path, monkeypatch):
     """An installed package has configs/ inside; the path of the docs still names it."""
     monkeypatch.chdir(tmp_path)
     assert load(["stage=2", of("wan2.1-1.3b-1x24gb").word], "plan").gpu == "4090"
-    with pytest.raises(ConfigError, match="configs/recipes/none.yaml: not found"):
+    with pytest.raises(ConfigError, match="configs/recipes/none.yaml: there is no such file"):
         load(["stage=2", "config=configs/recipes/none.yaml"], "plan")

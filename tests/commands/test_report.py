@@ -32,9 +32,11 @@ def test_numbers_of_the_run_are_on_the_page(run):
     for shown in (
         *("36.1×", "37.5×", "50 x 2 / (4 x 8/12)", "0.9 s → 0.025 s per clip, batch 8", "67%", "2 of 3"),
         *("99.1%", "87.4%", "91.2%", "0.400", "0.430", "50.0%", "1.23 M", "0.125 s", "50 · ode · guidance 2"),
-        *("Measured on 32 held-out clips.", "16 samples", "dropped: [1]", "0.0003", "[0.9,0.999]", "9.8.7", "abc123"),
+        *("Measured on 32 held-out clips.", "16 samples", "Dropped: [1].", "0.0003", "[0.9,0.999]", "9.8.7", "abc123"),
     ):
         assert shown in page.text, shown
+    assert page.text.count(f"FastLightGen: {run.parent.name}/my run|") == 2  # title and heading
+    assert "Score: elbo (Eq. 4, how far the predicted clip is from the real one)." in page.text
     data = json.loads(page.scripts[0])
     assert data["importance"]["baseline_score"] == 0.15 and data["importance"]["kept"] == [0, 2]
     assert [u["score"] for u in data["importance"]["units"]] == [0.9, 0.2, 0.25]
@@ -78,7 +80,7 @@ def test_the_axis_of_steps_has_the_steps(steps, wanted):
 
 
 def test_alarms_and_time_shares(run):
-    assert "alarm" not in Page(write_report(run)).text
+    assert "Alarms of" not in Page(write_report(run)).text
     lines = [{"step": k, "share_data": 0.1 * k, "share_forward": 0.5, "loss": 1.0} for k in (1, 3)]
     (run / "stage2" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     alarm = {"step": 40, "alarm": f"motion collapse: {HOSTILE}", "value": 0.1234, "usual": 5.678, "good": 20}
