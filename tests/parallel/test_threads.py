@@ -1,6 +1,7 @@
 """The number of CPU threads, and what a command says about it."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +91,8 @@ def test_cores_are_busy_by_the_system_s_own_count(monkeypatch, tmp_path):
     turns = iter(states)
     tick()
     assert threads.busy_cores(windows=2) == pytest.approx(0.0 + 0.2)  # the least of 1.3 and 0.2
+
+
+def test_every_command_sets_its_threads_here():
+    package = Path(threads.__file__).parents[1]
+    assert [p.name for p in package.rglob("*.py") if "set_num_threads(" in p.read_text()] == ["threads.py"]
