@@ -5,7 +5,6 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,7 +42,6 @@ from fastlightgen.metrics.frechet import features
 from fastlightgen.metrics.importance import plot_importance
 from fastlightgen.metrics.latent import latent_features
 from fastlightgen.models.base import VideoDiT
-from fastlightgen.models.folder.released import sampling
 from fastlightgen.ops import attention, describe, float8
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
@@ -54,6 +52,7 @@ from fastlightgen.planner.fit import check_fit
 from fastlightgen.report import write_report
 from fastlightgen.rng import generator, rand
 from fastlightgen.stages.build import Builder
+from fastlightgen.stages.check import shift_of_teacher
 from fastlightgen.stages.earlier import announcement, stages_of
 from fastlightgen.stages.rank import Config as RankConfig
 from fastlightgen.stages.rank import rank
@@ -122,21 +121,6 @@ def check_start(cfg: Any) -> None:
         return
     first, source = stages_of(cfg)[0], open_source(cfg.data, cfg.seed, cfg.negative)
     check_latents(method_for(first).subject(first, None)[0], source.description)
-
-
-def shift_of_teacher(cfg: Any) -> list[str]:
-    """Say so if the teacher's own sampler takes another time shift than the training of its student."""
-    try:
-        own = sampling(cfg.model)
-    except ValueError:  # no known network; building the stage stops at it
-        return []
-    shift, sections = own.values["shift"], {"all": ("stage1.", "stage2.", "stage3."), "0": ()}.get(cfg.stage, ("",))
-    trained = {f"{section}shift": attrgetter(f"{section}shift")(cfg) for section in sections}
-    others = ", ".join(f"{key}={value}" for key, value in trained.items() if value != shift)
-    if not others:
-        return []
-    where = f"the teacher itself is sampled with shift={shift} ({own.sources['shift']})"
-    return [f"  {where}; training takes {others}, which suits a student with few steps (docs/method.md, Time shift)"]
 
 
 def end(err: BaseException) -> NoReturn:

@@ -1,9 +1,11 @@
-"""Two checks before a stage starts: the cache was made for this network, and the teacher can reproduce its clips.
+"""Checks before a stage starts: of the cache, of the teacher on its clips, and of the time shift.
 
 Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B].
 """
 
 import math
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from fastlightgen import flow
 from fastlightgen.config import StageConfig
 from fastlightgen.data.source import Source
 from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.folder.released import sampling
 from fastlightgen.parallel.log import say
 from fastlightgen.rng import generator, normal_like
 
@@ -98,3 +101,18 @@ def check_teacher(cfg: StageConfig, model: VideoDiT, source: Source) -> None:
     if cfg.data_check == "stop":
         raise ValueError(f"{message}, or go on with data_check=warn")
     say(f"warning: {message}")
+
+
+def shift_of_teacher(cfg: Any) -> list[str]:
+    """Say so if the teacher's own sampler takes another time shift than the training of its student."""
+    try:
+        own = sampling(cfg.model)
+    except ValueError:  # no known network; building the stage stops at it
+        return []
+    shift, sections = own.values["shift"], {"all": ("stage1.", "stage2.", "stage3."), "0": ()}.get(cfg.stage, ("",))
+    trained = {f"{section}shift": attrgetter(f"{section}shift")(cfg) for section in sections}
+    others = ", ".join(f"{key}={value}" for key, value in trained.items() if value != shift)
+    if not others:
+        return []
+    where = f"the teacher itself is sampled with shift={shift} ({own.sources['shift']})"
+    return [f"  {where}; training takes {others}, which suits a student with few steps (docs/method.md, Time shift)"]

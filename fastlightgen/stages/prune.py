@@ -216,8 +216,7 @@ class Prune:
         if not error <= cfg.guard * self.start_error:  # also stops at nan
             raise ValueError(
                 f"step {step}: the x0 error of the full path is {error:.4g}, {error / self.start_error:.2f} times its "
-                f"start, and guard={cfg.guard} is the most; the run has diverged: use target=frozen, a lower lr, or "
-                "alpha below 1"
+                f"start, above guard={cfg.guard}; the run has diverged: use target=frozen, a lower lr, or alpha below 1"
             )
 
     def sampler(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fastlightgen.models.families import FAMILIES
 from fastlightgen.models.folder.networks import config_of
 from fastlightgen.models.folder.original import original_config
 from fastlightgen.models.folder.released import sampling
-from fastlightgen.train import shift_of_teacher
+from fastlightgen.stages.check import shift_of_teacher
 
 UNKNOWN = CONFIG | {"_class_name": "WanTransformer3DModel"}
 
