@@ -229,7 +229,8 @@ def test_all_stages_are_planned_in_turn(capsys, tmp_path):
     alone = []
     for stage in "123":
         run(f"stage={stage}", *words, *["lr=1e-6"] * (stage == "2"))
-        alone.append((json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out.split("\nnext: ")[0]))
+        text = capsys.readouterr().out.split("\nin the next command, ")[0]
+        alone.append((json.loads((tmp_path / "plan.json").read_text()), text))
     run("stage=all", *words, "stage2.lr=1e-6")
     out, record = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
     assert record["stages"] == [one for one, _ in alone] and out.startswith("\n".join(text for _, text in alone))
@@ -240,7 +241,7 @@ def test_all_stages_are_planned_in_turn(capsys, tmp_path):
         in out
     )
     last = out.splitlines()[-1]
-    assert last.startswith("next: torchrun --nproc-per-node=8 -m fastlightgen.train stage=all model=MODEL ")
+    assert last.startswith("next: torchrun --nproc-per-node=8 -m fastlightgen.train stage=all run=runs/wan2.1-t2v-14b model=")
     assert " stage2.lr=1e-06 " in last and "stage3" not in last
     with pytest.raises(SystemExit) as stop:
         run("stage=all", "gpus=1", "gpu=4090")
