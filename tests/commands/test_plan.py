@@ -241,7 +241,8 @@ def test_all_stages_are_planned_in_turn(capsys, tmp_path):
         in out
     )
     last = out.splitlines()[-1]
-    assert last.startswith("next: torchrun --nproc-per-node=8 -m fastlightgen.train stage=all run=runs/wan2.1-t2v-14b model=")
+    start = "next: torchrun --nproc-per-node=8 -m fastlightgen.train stage=all"
+    assert last.startswith(f"{start} run=runs/wan2.1-t2v-14b model=MODEL ")
     assert " stage2.lr=1e-06 " in last and "stage3" not in last
     with pytest.raises(SystemExit) as stop:
         run("stage=all", "gpus=1", "gpu=4090")
