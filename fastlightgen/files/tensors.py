@@ -44,8 +44,11 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file in place; what the disk refuses is an OSError, as for other files."""
+    file.touch()  # to learn the mode that this user's files have: safetensors makes files for their owner alone
+    mode = file.stat().st_mode & 0o777
     try:
         save_file(dict(tensors), file, metadata)
+        file.chmod(mode)
     except SafetensorError as err:
         code = errno.ENOSPC if "No space left" in str(err) else errno.EIO
         raise OSError(code, " ".join(str(err).split()), str(file)) from None

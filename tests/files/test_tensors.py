@@ -71,6 +71,13 @@ def test_a_file_is_verified(tmp_path):
     assert tensors.read_tensors(file).keys() == {"w", "b"}
 
 
+def test_others_may_read_what_they_may_read_of_any_new_file(tmp_path):
+    """safetensors makes files for their owner alone; a student must be readable for colleagues."""
+    (tmp_path / "plain").touch()
+    tensors.save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_full_disk_is_an_os_error(tmp_path):
     with pytest.raises(OSError, match="No such file|cannot|Error"):
         tensors.write_tensors(tmp_path / "absent" / "a.safetensors", {"w": torch.zeros(3)})
