@@ -22,6 +22,7 @@ ORDER = [  # from the top down; no two units share a level
     "encode",
     "export",
     "plan",
+    "evaluation",
     # the method: losses and updates, given their models, engines and data
     "methods",
     "stages",

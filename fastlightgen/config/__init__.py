@@ -2,7 +2,7 @@
 (cli). Imports no torch."""
 
 from fastlightgen.config.cli import exit_code, guarded, load, main, report
-from fastlightgen.config.commands import Encode, Evaluate, Generate, Report, for_evaluate, parse_buckets
+from fastlightgen.config.commands import Encode, Evaluate, Generate, Report, for_evaluate, parse_buckets, parse_size
 from fastlightgen.config.fields import Checked, ConfigError, UserError, field
 from fastlightgen.config.files import (
     built_in,
@@ -83,6 +83,7 @@ __all__ = [
     "method_for",
     "numbers",
     "parse_buckets",
+    "parse_size",
     "plan_for",
     "plan_of_stage",
     "plan_root",
