@@ -15,6 +15,7 @@ from fastlightgen.config import SHAPES_PROMPT, Evaluate, Run, command, for_evalu
 from fastlightgen.data.frames import to_uint8
 from fastlightgen.data.version import check_model, check_version, same_latents
 from fastlightgen.engine.local import pick_device
+from fastlightgen.evaluation.latents import evaluate_latents
 from fastlightgen.evaluation.videos import evaluate_videos
 from fastlightgen.files.border import read_json
 from fastlightgen.files.kinds import SHIPPED
@@ -240,9 +241,11 @@ def listed(record: dict[str, Any]) -> str:
 
 
 def evaluate(cfg: Evaluate) -> None:
-    """Evaluate a model and, if teacher= is given, the teacher and the speedup; or any videos."""
+    """Evaluate a model and, if teacher= is given, the teacher and the speedup; on a cache; or any videos."""
     if cfg.videos:
         return evaluate_videos(cfg)
+    if cfg.data != "shapes":
+        return evaluate_latents(cfg)
     set_threads(cfg.threads)
     torch.set_flush_denormal(True)  # denormal numbers slow CPUs down
     out = Path(cfg.out)
