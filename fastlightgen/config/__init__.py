@@ -2,7 +2,16 @@
 (cli). Imports no torch."""
 
 from fastlightgen.config.cli import exit_code, guarded, load, main, report
-from fastlightgen.config.commands import Encode, Evaluate, Generate, Report, for_evaluate, parse_buckets, parse_size
+from fastlightgen.config.commands import (
+    Encode,
+    Evaluate,
+    Generate,
+    Report,
+    VBench,
+    for_evaluate,
+    parse_buckets,
+    parse_size,
+)
 from fastlightgen.config.fields import Checked, ConfigError, UserError, field
 from fastlightgen.config.files import (
     built_in,
@@ -59,6 +68,7 @@ __all__ = [
     "StudentKeys",
     "TrainingKeys",
     "UserError",
+    "VBench",
     "after_plan",
     "after_stage",
     "another_stage",

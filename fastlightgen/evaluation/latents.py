@@ -33,12 +33,6 @@ from fastlightgen.world.source import open_source
 
 PURPOSE = 15  # of these random draws
 AT_ONCE = 2_000_000  # numbers of the latents of one network call: one clip of 480x832x81, more of small ones
-MEANING = {  # score: (format, goal, meaning)
-    "motion": ("{:.3f}", "one", "energy of differences between frames, over that of the clips; below 1: too still"),
-    "detail": ("{:.3f}", "one", "energy of differences between neighbours, over that of the clips; blur lowers it"),
-    "contrast": ("{:.3f}", "one", "variance of the latents over that of the clips; too long a Stage III raises it"),
-    "to_teacher": ("{:.3f}", "low", "squared distance to the teacher's latents from the same noise, over their energy"),
-}
 
 
 @dataclass
@@ -136,7 +130,8 @@ def motion(x0: Tensor) -> Tensor:
 
 def detail(x0: Tensor) -> Tensor:
     """Mean square of the differences between neighbours in rows and in columns [B]."""
-    return sum(x0.double().diff(dim=axis).flatten(1).square().mean(1) for axis in (3, 4)) / 2  # type: ignore[return-value]
+    rows, columns = (x0.double().diff(dim=axis).flatten(1).square().mean(1) for axis in (3, 4))
+    return (rows + columns) / 2
 
 
 def statistics(subject: Sampled, real: Sampled) -> Statistics:

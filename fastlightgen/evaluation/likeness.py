@@ -54,8 +54,8 @@ def naturalness(made: Footage, real: Footage) -> list[float]:
 def farthest(own: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> list[Farthest]:
     """For each clip the score in which it is farthest from the real clips.
 
-    A score that is better than theirs is not far. A deviation counts as at least 5 % of the mean, because real clips may
-    be all alike.
+    A score that is better than theirs is not far. A deviation counts as at least 5 % of the mean, because real clips
+    may be all alike.
     """
     usual = {score: x[x.isfinite()] for score, x in real.items() if score in MEANING}
     known = {score: (float(x.mean()), float(x.std())) for score, x in usual.items() if len(x) > 1}

@@ -80,7 +80,8 @@ def test_the_clips_themselves_have_no_distance(evaluated):
         latents.note(subject, clips)
     same, still, blurred = (latents.scores_of(latents.statistics(s, real)) for s in (same, still, blurred))
     assert (same["motion"], same["detail"], same["contrast"]) == pytest.approx((1, 1, 1))
-    assert same["frechet"] == pytest.approx(0, abs=1e-6) and still["motion"] == 0
+    # 7 clips in 60 dimensions: roots of zero eigenvalues that rounding moved by 1e-16, sqrt(1e-16) each
+    assert same["frechet"] == pytest.approx(0, abs=1e-4) and still["motion"] == 0
     assert blurred["detail"] < 0.5 and min(still["frechet"], blurred["frechet"]) > same["frechet"] + 1
 
 

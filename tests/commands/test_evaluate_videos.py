@@ -46,7 +46,7 @@ def run(root: Path, capsys, *words: str) -> tuple[dict, str]:
 def test_frozen_videos_rank_below_moving_ones(folders, capsys):
     good, text = run(folders, capsys, f"videos={folders / 'good'}", f"real={folders / 'real'}")
     still, _ = run(folders, capsys, f"videos={folders / 'still'}", f"real={folders / 'real'}")
-    # 8 frames of 128 x 96 pixels a clip; a real video of 24 frames gives three. 2 of 96 pixels 8 times a second: 16.7 %.
+    # A real video of 24 frames gives three clips of 8. 2 of 96 pixels, 8 times a second, are 16.7 % a second.
     assert (good["size"], good["fps"], good["clips"], good["real_clips"]) == ([96, 128, 8], 8.0, 3, 9)
     assert good["scores"]["movement"] == pytest.approx(2 / 96 * 800, rel=0.1)
     assert still["scores"]["movement"] == 0 and still["unusual"][0]["score"] == "movement"
