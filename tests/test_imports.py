@@ -17,6 +17,7 @@ ORDER = [  # from the top down; no two units share a level
     "train",
     "train_decoder",
     "evaluate",
+    "speed",
     "vbench",
     "report",
     "generate",

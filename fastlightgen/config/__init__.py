@@ -7,7 +7,6 @@ from fastlightgen.config.commands import (
     Evaluate,
     Generate,
     Report,
-    VBench,
     for_evaluate,
     parse_buckets,
     parse_size,
@@ -40,6 +39,7 @@ from fastlightgen.config.following import (
 )
 from fastlightgen.config.gpus import GPUS, chip
 from fastlightgen.config.help import called
+from fastlightgen.config.measuring import Speed, VBench
 from fastlightgen.config.plan import IN_TURN, Plan, another_stage, plan_for, plan_of_stage, plan_root
 from fastlightgen.config.recipes import Recipe, recipes
 from fastlightgen.config.run import Run, compute_type
@@ -64,6 +64,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Run",
+    "Speed",
     "StageConfig",
     "StudentKeys",
     "TrainingKeys",
