@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from fastlightgen.atomic import write_json
 from fastlightgen.config import Evaluate
@@ -34,7 +35,7 @@ def evaluate_videos(cfg: Evaluate) -> None:
             raise ValueError(f"{key}={getattr(cfg, key)}: no clip can be measured ({name}: {why}); see size= and fps=")
     complete(real, real)
     worst, measured = complete(made, real), statistics(made, real)
-    unusual = [
+    unusual: list[dict[str, Any]] = [
         {"clip": name, "score": score, "value": made.values[score][i], "real": mean, "deviations": deviations}
         for i, (name, (deviations, score, mean)) in enumerate(zip(made.names, worst, strict=True))
         if score
