@@ -18,7 +18,7 @@ from fastlightgen.atomic import write_json
 from fastlightgen.config import Evaluate, compute_type
 from fastlightgen.data.source import Batch, Source
 from fastlightgen.engine.local import pick_device
-from fastlightgen.evaluation.sets import Statistics, distances, intervals_of, means, scores_of
+from fastlightgen.evaluation.sets import Statistics, differences, distances, intervals_of, means, scores_of
 from fastlightgen.metrics.frechet import normalise
 from fastlightgen.metrics.intervals import MIN_CLIPS
 from fastlightgen.metrics.latent import latent_features
@@ -32,6 +32,9 @@ from fastlightgen.stages.check import check_source
 from fastlightgen.world.source import open_source
 
 PURPOSE = 15  # of these random draws
+GOALS = {"motion": "one", "detail": "one", "contrast": "one", "frechet": "low", "kid": "low"} | dict.fromkeys(
+    ("precision", "recall", "coverage"), "high"
+)
 AT_ONCE = 2_000_000  # numbers of the latents of one network call: one clip of 480x832x81, more of small ones
 
 
@@ -71,12 +74,17 @@ def evaluate_latents(cfg: Evaluate) -> None:
                 note(subject, made[name], made.get("teacher") if name == "student" else None)
                 ticks.update(len(batch.x0))
     record = {name: measured(cfg, subject, real) for name, subject in subjects.items()}
-    out = record["student"] | ({"teacher": record["teacher"]} if cfg.teacher else {})
+    out = dict(record["student"])
+    if cfg.teacher:
+        found = (statistics(subjects[name], real) for name in ("student", "teacher"))
+        out |= {"teacher": record["teacher"], "against_teacher": differences(*found, GOALS, cfg.seed)}
     write_json(Path(cfg.out), out | {"data": cfg.data, "data_hash": source.name, "clips": clips, "seed": cfg.seed})
     for name in subjects:
         listed = ", ".join(f"{score} {value:.4g}" for score, value in record[name]["scores"].items())
         folder = subjects[name].folder
         say(f"{folder}: {listed}; {record[name]['seconds_per_clip']:.3g} s a clip")
+    if against := out.get("against_teacher"):
+        say("against the teacher: " + ", ".join(f"{score} {away['verdict']}" for score, away in against.items()))
 
 
 def opened(cfg: Evaluate, model: str, source: Source, device: torch.device, own: bool = False) -> Sampled:

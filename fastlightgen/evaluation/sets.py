@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from fastlightgen.metrics.coverage import COVERAGE_NEIGHBOURS, Regions
 from fastlightgen.metrics.frechet import Units, frechet_statistic
-from fastlightgen.metrics.intervals import MIN_CLIPS, Statistic, interval, mean_of, resample, value
+from fastlightgen.metrics.intervals import MIN_CLIPS, Statistic, compare, interval, mean_of, resample, value
 from fastlightgen.metrics.kernel import kernel_statistic
 
 WIDEST = 512  # features; with more of them 200 resamples of a Frechet distance take minutes
@@ -59,3 +60,13 @@ def intervals_of(statistics: Statistics, seed: int, features: int = 0) -> dict[s
             if math.isfinite(found.value):
                 out[name] = interval(found)
     return out
+
+
+def differences(model: Statistics, other: Statistics, goals: Mapping[str, str], seed: int) -> dict[str, dict]:
+    """The difference of each score to another model on the same clips and noise, with its interval and the verdict.
+
+    `goals`: of metrics.scores, for the scores to compare. Fewer than MIN_CLIPS clips are not compared.
+    """
+    shared = [name for name in goals if name in model and name in other and model[name][1] >= MIN_CLIPS]
+    pairs = {name: [resample(*found[name], seed) for found in (model, other)] for name in shared}
+    return {name: asdict(compare(*pairs[name], goals[name], comparisons=len(shared))) for name in shared}

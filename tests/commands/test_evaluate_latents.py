@@ -11,6 +11,7 @@ from fastlightgen.data.cache import Cache, write_cache
 from fastlightgen.data.source import CacheSource
 from fastlightgen.evaluate import evaluate
 from fastlightgen.evaluation import latents
+from fastlightgen.evaluation.sets import differences
 from fastlightgen.metrics.kernel import kernel_distance
 from fastlightgen.metrics.latent import latent_features
 from fastlightgen.models.folder.weights import load_model, save_model
@@ -52,7 +53,7 @@ def test_the_scores_are_those_of_the_sampled_latents(evaluated):
     root, record = evaluated
     x0, theirs = made(root, "student").double(), made(root, "teacher").double()
     real = CacheSource(Cache(root / "cache"), 3).held_out(0, 7).x0.double()
-    assert record["clips"] == 7 and record["intervals"] == {}
+    assert record["clips"] == 7 and record["intervals"] == record["against_teacher"] == {}
     scores = record["scores"]
     frames = real.shape[2]
     wanted = (x0[:, :, 1:] - x0[:, :, :-1]).square().sum() / (real[:, :, 1:] - real[:, :, :-1]).square().sum()
@@ -83,6 +84,27 @@ def test_the_clips_themselves_have_no_distance(evaluated):
     # 7 clips in 60 dimensions: roots of zero eigenvalues that rounding moved by 1e-16, sqrt(1e-16) each
     assert same["frechet"] == pytest.approx(0, abs=1e-4) and still["motion"] == 0
     assert blurred["detail"] < 0.5 and min(still["frechet"], blurred["frechet"]) > same["frechet"] + 1
+
+
+def test_a_blurred_network_is_worse_than_a_sharp_one_beyond_noise():
+    """64 clips each: paired differences of the energies; one network against itself differs in nothing."""
+    draw = torch.Generator().manual_seed(0)
+    x0, other = (torch.randn(64, 4, 3, 6, 6, generator=draw) for _ in range(2))
+    real, sharp, blurred = (latents.Sampled(None, None, {}, None) for _ in range(3))
+    latents.note(real, x0)
+    latents.note(sharp, other)
+    latents.note(blurred, torch.nn.functional.avg_pool3d(other, (1, 3, 3), 1, (0, 1, 1)))
+    found = {name: latents.statistics(s, real) for name, s in (("sharp", sharp), ("blurred", blurred))}
+    away = differences(found["blurred"], found["sharp"], latents.GOALS, 0)
+    assert {score: away[score]["verdict"] for score in ("detail", "contrast", "kid")} == dict.fromkeys(
+        ("detail", "contrast", "kid"), "worse"
+    )
+    blur, plain = (float(found[name]["detail"][0](torch.arange(64)[None])) for name in ("blurred", "sharp"))
+    assert away["detail"]["difference"] == pytest.approx(abs(blur - 1) - abs(plain - 1))
+    same = differences(found["sharp"], found["sharp"], latents.GOALS, 0)
+    assert {row["verdict"] for row in same.values()} == {"no difference"} and set(same) == set(latents.GOALS)
+    few = {name: (statistic, 63) for name, (statistic, _) in found["sharp"].items()}
+    assert differences(few, few, latents.GOALS, 0) == {}
 
 
 def test_refused(evaluated, capsys):
