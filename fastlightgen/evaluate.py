@@ -51,8 +51,8 @@ def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
     folder = trained_folder(model)
     if not same_latents(config_of(folder), ShapesSource.description):
         raise ValueError(
-            f"model={model}: makes latents of real videos; evaluate scores clips of the built-in world only, as their "
-            "truth is known"
+            f"model={model}: makes latents of real videos, and data=shapes is the toy's data; give data=CACHE, or "
+            "measure its videos (videos=FOLDER real=FOLDER)"
         )
     check_model(folder, ShapesSource.description)
     card = read_card(folder)

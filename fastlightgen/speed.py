@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastlightgen.atomic import write_json
-from fastlightgen.config import Speed, compute_type, main
+from fastlightgen.config import PROMPT, Speed, compute_type, main
 from fastlightgen.engine.local import pick_device
 from fastlightgen.evaluation import speed as timing
 from fastlightgen.evaluation.speed import Clip, Subject
@@ -39,7 +39,7 @@ def speed(cfg: Speed) -> None:
         bar((cfg.turns + 1) * len(subjects), "timing", cfg.progress, unit="clip") as ticks,
     ):
         timing.timed(subjects, cfg.turns, partial(clip_of, cfg, Path(folder)), ticks.update)
-        wish = subjects[0].world.wish(cfg.prompt, None, first_picture(cfg, subjects[0], Path(folder)), 1)
+        wish = subjects[0].world.wish(cfg.prompt or PROMPT, None, first_picture(cfg, subjects[0], Path(folder)), 1)
     records = [timing.measured(subject, wish) for subject in subjects]
     memory, of = timing.peak_memory(device)
     by_name = {record["name"]: record for record in records}
@@ -82,7 +82,7 @@ def first_picture(cfg: Speed, subject: Subject, folder: Path) -> str:
 
 def clip_of(cfg: Speed, folder: Path, subject: Subject) -> Clip:
     run = timing.own_clip if subject.stock is None else timing.stock_clip
-    return run(subject, cfg.prompt, "", first_picture(cfg, subject, folder), cfg.seed)
+    return run(subject, cfg.prompt or PROMPT, "", first_picture(cfg, subject, folder), cfg.seed)
 
 
 def device_name(device: torch.device) -> str:

@@ -23,7 +23,7 @@ from fastlightgen.config.run import (
 
 # Keys of `evaluate` that the other kind of evaluation does not read.
 OF_MODELS = ("teacher", "path", "allow_pt", "data", "clips", "batch", "steps", "guidance", "sampler", "noises")
-OF_VIDEOS = ("size", "fps", "torchscript")
+OF_VIDEOS = ("size", "fps", "i3d", "torchscript")
 
 
 @dataclass(kw_only=True)
@@ -55,6 +55,7 @@ class Evaluate(EvaluateKeys):
     real: str = field("", "real videos that `videos` are compared with: a folder or a list", everyday=True)
     size: str = field("", f"clips of `videos` and `real`, as {SIZE}; empty: those of the first video")
     fps: float = field(0.0, "frames per second of these clips; 0: those of the first video", lo=0)
+    i3d: str = field("", "weights of I3D as safetensors, for FVD of these clips; empty: none")
     torchscript: str = field(
         "",
         "a TorchScript program that gives features of these clips, such as FVD's I3D; it is executed: trust its maker",
@@ -80,6 +81,8 @@ class Evaluate(EvaluateKeys):
             if getattr(self, key) != self.__dataclass_fields__[key].default:
                 other = "videos" if self.videos else "model"
                 raise ConfigError(f"{key}={show(getattr(self, key))}: means nothing with {other}=; leave it out")
+        if self.i3d and self.torchscript:
+            raise ConfigError(f"i3d={self.i3d} torchscript={self.torchscript}: give one of them")
         if self.size:
             parse_size(self.size)
 

@@ -29,7 +29,7 @@ class Speed(Checked):
     teacher: str = field("", "a pipeline or model folder to compare with; empty: none", everyday=True)
     stock: bool = field(True, "also time diffusers' own pipeline with the same weights", everyday=True)
     out: str = field("", "JSON file to write; empty: none", everyday=True)
-    prompt: str = field("A cat runs over wet sand.", "what the clips show")
+    prompt: str = field("", "what the clips show; empty: a cat")
     image: str = field("", "picture to start from; empty: a random one, which takes as long")
     size: str = field("", f"{SIZE}, for example 480x832x81; empty: the family's own", everyday=True)
     steps: int = field(0, STEPS, lo=0, everyday=True)

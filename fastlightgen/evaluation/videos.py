@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastlightgen.atomic import write_json
 from fastlightgen.config import Evaluate
 from fastlightgen.data.lists import videos_in
@@ -13,20 +15,27 @@ from fastlightgen.evaluation.likeness import against_themselves, complete, numbe
 from fastlightgen.evaluation.sets import intervals_of, scores_of
 from fastlightgen.files.program import load_program
 from fastlightgen.metrics.footage import MEANING
+from fastlightgen.metrics.i3d import read_i3d
 from fastlightgen.metrics.network import Network
 from fastlightgen.parallel.log import say
 from fastlightgen.parallel.threads import set_threads
+
+
+def network_of(cfg: Evaluate, device: torch.device) -> Network | None:
+    """The feature network that the user names, if any."""
+    if cfg.i3d:
+        return Network(read_i3d(cfg.i3d, device), f"i3d={cfg.i3d}", device)
+    if cfg.torchscript:
+        program = load_program(cfg.torchscript, "torchscript", device)
+        return Network(program, f"torchscript={cfg.torchscript}", device)
+    return None
 
 
 def evaluate_videos(cfg: Evaluate) -> None:
     """Measure the videos and the real ones, print a table, and write a JSON file."""
     set_threads(cfg.threads)
     device, rows = pick_device(cfg.device), {key: videos_in(getattr(cfg, key), key) for key in ("videos", "real")}
-    network = None
-    if cfg.torchscript:
-        network = Network(
-            load_program(cfg.torchscript, "torchscript", device), f"torchscript={cfg.torchscript}", device
-        )
+    network = network_of(cfg, device)
     cut = cut_of(cfg, rows["videos"])
     made, real = (measure(rows[key], cut, network, f"measuring {key}", cfg.progress) for key in ("videos", "real"))
     for key, found in (("videos", made), ("real", real)):
