@@ -76,8 +76,8 @@ def evaluate_latents(cfg: Evaluate) -> None:
     record = {name: measured(cfg, subject, real) for name, subject in subjects.items()}
     out = dict(record["student"])
     if cfg.teacher:
-        found = (statistics(subjects[name], real) for name in ("student", "teacher"))
-        out |= {"teacher": record["teacher"], "against_teacher": differences(*found, GOALS, cfg.seed)}
+        own, theirs = (statistics(subjects[name], real) for name in ("student", "teacher"))
+        out |= {"teacher": record["teacher"], "against_teacher": differences(own, theirs, GOALS, cfg.seed)}
     write_json(Path(cfg.out), out | {"data": cfg.data, "data_hash": source.name, "clips": clips, "seed": cfg.seed})
     for name in subjects:
         listed = ", ".join(f"{score} {value:.4g}" for score, value in record[name]["scores"].items())

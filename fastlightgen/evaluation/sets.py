@@ -68,5 +68,8 @@ def differences(model: Statistics, other: Statistics, goals: Mapping[str, str], 
     `goals`: of metrics.scores, for the scores to compare. Fewer than MIN_CLIPS clips are not compared.
     """
     shared = [name for name in goals if name in model and name in other and model[name][1] >= MIN_CLIPS]
-    pairs = {name: [resample(*found[name], seed) for found in (model, other)] for name in shared}
-    return {name: asdict(compare(*pairs[name], goals[name], comparisons=len(shared))) for name in shared}
+    found = {}
+    for name in shared:
+        own, theirs = (resample(*statistics[name], seed) for statistics in (model, other))
+        found[name] = asdict(compare(own, theirs, goals[name], comparisons=len(shared)))
+    return found
