@@ -77,7 +77,7 @@ def first_picture(cfg: Speed, subject: Subject, folder: Path) -> str:
     """The picture that a clip begins with; "" for a pipeline that takes none."""
     if not subject.world.encoders.from_image:
         return ""
-    return cfg.image or timing.picture(folder, *subject.world.size[:2])
+    return cfg.image or timing.random_picture(folder, *subject.world.size[:2])
 
 
 def clip_of(cfg: Speed, folder: Path, subject: Subject) -> Clip:

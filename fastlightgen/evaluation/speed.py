@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from fastlightgen.files.border import picture
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.sample import Wish, sample
 from fastlightgen.pipelines.world import ENCODERS, Pipeline
@@ -136,7 +137,7 @@ def stock_clip(subject: Subject, prompt: str, negative: str, image: str, seed: i
     if negative:
         call["negative_prompt"] = negative
     if image:
-        call["image"] = Image.open(image).convert("RGB").resize((width, height))
+        call["image"] = picture(image).resize((width, height))
 
     ends: list[float] = []
 
@@ -248,7 +249,7 @@ def table(records: Sequence[dict[str, Any]]) -> list[str]:
     return ["  ".join([row[0].strip().ljust(widths[0]), *row[1:]]) for row in cells]
 
 
-def picture(folder: Path, height: int, width: int) -> str:
+def random_picture(folder: Path, height: int, width: int) -> str:
     """Write a picture to start from: its content does not change the time."""
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (height, width, 3), generator=draw, dtype=torch.uint8)
