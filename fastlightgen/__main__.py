@@ -14,7 +14,10 @@ from fastlightgen.config.commands import COMMANDS
 ABOUT = {  # in the order in which they are used
     "train": "distil a model: run one stage, or all of them",
     "plan": "count memory, operations, traffic and time of a run before it is started",
-    **{name: COMMANDS[name].__doc__ for name in ("encode", "export", "generate", "evaluate", "report")},
+    **{
+        name: COMMANDS[name].__doc__
+        for name in ("encode", "export", "generate", "evaluate", "speed", "vbench", "report")
+    },
     "sweep": "distil once per combination of settings, and compare the students",
     "ops": "show which compiled parts are installed and what computes the operators",
 }

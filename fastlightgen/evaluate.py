@@ -15,6 +15,8 @@ from fastlightgen.config import SHAPES_PROMPT, Evaluate, Run, command, for_evalu
 from fastlightgen.data.frames import to_uint8
 from fastlightgen.data.version import check_model, check_version, same_latents
 from fastlightgen.engine.local import pick_device
+from fastlightgen.evaluation.latents import evaluate_latents
+from fastlightgen.evaluation.videos import evaluate_videos
 from fastlightgen.files.border import read_json
 from fastlightgen.files.kinds import SHIPPED
 from fastlightgen.files.tensors import save_tensors
@@ -49,8 +51,8 @@ def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
     folder = trained_folder(model)
     if not same_latents(config_of(folder), ShapesSource.description):
         raise ValueError(
-            f"model={model}: makes latents of real videos; evaluate scores clips of the built-in world only, as their "
-            "truth is known"
+            f"model={model}: makes latents of real videos, and data=shapes is the toy's data; give data=CACHE, or "
+            "measure its videos (videos=FOLDER real=FOLDER)"
         )
     check_model(folder, ShapesSource.description)
     card = read_card(folder)
@@ -239,7 +241,11 @@ def listed(record: dict[str, Any]) -> str:
 
 
 def evaluate(cfg: Evaluate) -> None:
-    """Evaluate a model and, if teacher= is given, the teacher and the speedup."""
+    """Evaluate a model and, if teacher= is given, the teacher and the speedup; on a cache; or any videos."""
+    if cfg.videos:
+        return evaluate_videos(cfg)
+    if cfg.data != "shapes":
+        return evaluate_latents(cfg)
     set_threads(cfg.threads)
     torch.set_flush_denormal(True)  # denormal numbers slow CPUs down
     out = Path(cfg.out)

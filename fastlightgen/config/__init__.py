@@ -2,7 +2,15 @@
 (cli). Imports no torch."""
 
 from fastlightgen.config.cli import exit_code, guarded, load, main, report
-from fastlightgen.config.commands import Encode, Evaluate, Generate, Report, for_evaluate, parse_buckets
+from fastlightgen.config.commands import (
+    Encode,
+    Evaluate,
+    Generate,
+    Report,
+    for_evaluate,
+    parse_buckets,
+    parse_size,
+)
 from fastlightgen.config.fields import Checked, ConfigError, UserError, field
 from fastlightgen.config.files import (
     built_in,
@@ -31,6 +39,7 @@ from fastlightgen.config.following import (
 )
 from fastlightgen.config.gpus import GPUS, chip
 from fastlightgen.config.help import called
+from fastlightgen.config.measuring import Speed, VBench
 from fastlightgen.config.plan import IN_TURN, Plan, another_stage, plan_for, plan_of_stage, plan_root
 from fastlightgen.config.recipes import Recipe, recipes
 from fastlightgen.config.run import Run, compute_type
@@ -55,10 +64,12 @@ __all__ = [
     "Recipe",
     "Report",
     "Run",
+    "Speed",
     "StageConfig",
     "StudentKeys",
     "TrainingKeys",
     "UserError",
+    "VBench",
     "after_plan",
     "after_stage",
     "another_stage",
@@ -83,6 +94,7 @@ __all__ = [
     "method_for",
     "numbers",
     "parse_buckets",
+    "parse_size",
     "plan_for",
     "plan_of_stage",
     "plan_root",

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastlightgen.config.fields import REQUIRED, Checked, ConfigError, field
+from fastlightgen.config.fields import REQUIRED, Checked, ConfigError, field, show
+from fastlightgen.config.measuring import Speed, VBench
 from fastlightgen.config.run import (
     ALLOW_PT,
     DEVICE,
@@ -15,9 +16,14 @@ from fastlightgen.config.run import (
     MAX_SEED,
     SAMPLER,
     SAMPLERS,
+    SIZE,
     STEPS,
     THREADS,
 )
+
+# Keys of `evaluate` that the other kind of evaluation does not read.
+OF_MODELS = ("teacher", "path", "allow_pt", "data", "clips", "batch", "steps", "guidance", "sampler", "noises")
+OF_VIDEOS = ("size", "fps", "i3d", "torchscript")
 
 
 @dataclass(kw_only=True)
@@ -40,11 +46,20 @@ class EvaluateKeys(Checked):
 
 @dataclass(kw_only=True)
 class Evaluate(EvaluateKeys):
-    """measure a model: quality, speed, size"""
+    """measure a model or any videos: quality, speed, size"""
 
-    model: str = field(REQUIRED, "a preset or a model folder", everyday=True)
+    model: str = field("", "a preset or a model folder; empty: measure `videos` instead", everyday=True)
     out: str = field(REQUIRED, "JSON file to write", everyday=True)
     teacher: str = field("", "model folder to compare with; empty: none", everyday=True)
+    videos: str = field("", "instead of model: a folder of videos, or a .csv or .jsonl list", everyday=True)
+    real: str = field("", "real videos that `videos` are compared with: a folder or a list", everyday=True)
+    size: str = field("", f"clips of `videos` and `real`, as {SIZE}; empty: those of the first video")
+    fps: float = field(0.0, "frames per second of these clips; 0: those of the first video", lo=0)
+    i3d: str = field("", "weights of I3D as safetensors, for FVD of these clips; empty: none")
+    torchscript: str = field(
+        "",
+        "a TorchScript program that gives features of these clips, such as FVD's I3D; it is executed: trust its maker",
+    )
     path: str = field("full", "which blocks of a Stage II model run", choices=("full", "pruned"))
     allow_pt: bool = field(False, ALLOW_PT)
     data: str = field("shapes", "a preset, or a folder with a latent cache", everyday=True)
@@ -52,6 +67,24 @@ class Evaluate(EvaluateKeys):
     threads: int = field(0, THREADS, lo=0)
     progress: bool = field(True, "show a progress bar")
     dry_run: bool = field(False, DRY_RUN)
+
+    def check(self) -> None:
+        super().check()
+        if bool(self.model) == bool(self.videos):
+            raise ConfigError(
+                "model is required (a preset or a model folder): give model=..., or videos=FOLDER and real=FOLDER, "
+                "one of the two"
+            )
+        if bool(self.videos) != bool(self.real):
+            raise ConfigError(f"videos={self.videos} real={self.real}: give both, the videos to measure and real ones")
+        for key in OF_MODELS if self.videos else OF_VIDEOS:
+            if getattr(self, key) != self.__dataclass_fields__[key].default:
+                other = "videos" if self.videos else "model"
+                raise ConfigError(f"{key}={show(getattr(self, key))}: means nothing with {other}=; leave it out")
+        if self.i3d and self.torchscript:
+            raise ConfigError(f"i3d={self.i3d} torchscript={self.torchscript}: give one of them")
+        if self.size:
+            parse_size(self.size)
 
 
 @dataclass(kw_only=True)
@@ -79,7 +112,7 @@ class Generate(Checked):
         "prompt to steer away from, where guidance is not 1; official: the one that the model's authors publish",
         everyday=True,
     )
-    size: str = field("", "HEIGHTxWIDTHxFRAMES, for example 480x832x81; empty: the family's own", everyday=True)
+    size: str = field("", f"{SIZE}, for example 480x832x81; empty: the family's own", everyday=True)
     count: int = field(1, "number of clips", lo=1, everyday=True)
     steps: int = field(0, STEPS, lo=0, everyday=True)
     guidance: float = field(-1.0, GUIDANCE, everyday=True)
@@ -199,6 +232,15 @@ class Encode(Checked):
         parse_buckets(self.buckets)
 
 
+def parse_size(text: str) -> tuple[int, int, int]:
+    """ "480x832x81" as (height, width, frames)."""
+    numbers = text.split("x")
+    if len(numbers) != 3 or not all(n.isdecimal() and int(n) for n in numbers):
+        raise ConfigError(f"size={text}: wanted {SIZE}, for example 480x832x81")
+    height, width, frames = map(int, numbers)
+    return height, width, frames
+
+
 def parse_buckets(text: str) -> list[tuple[int, int]]:
     """ "[480x832,832x480]" as [(480, 832), (832, 480)], heights first."""
     sizes = [part.strip().split("x") for part in text.strip("[] ").split(",") if part.strip()]
@@ -232,6 +274,8 @@ COMMANDS = {
     "export": Export,
     "evaluate": Evaluate,
     "report": Report,
+    "speed": Speed,
+    "vbench": VBench,
 }
 
 

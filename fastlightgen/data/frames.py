@@ -11,12 +11,15 @@ from torch import Tensor
 from fastlightgen.files.border import picture
 
 
-def write_clips(path: Path, frames: NDArray, fps: int) -> None:
-    """Write all clips of a batch into one file, which appears complete or not at all."""
+def write_clips(path: Path, frames: NDArray, fps: int, crf: str = "") -> None:
+    """Write all clips of a batch into one file, which appears complete or not at all. `crf`: quality of an mp4."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")  # another process may write the same file
     try:
-        WRITERS[path.suffix](temporary, frames, fps)
+        if crf:
+            write_mp4(temporary, frames, fps, {"crf": crf})
+        else:
+            WRITERS[path.suffix](temporary, frames, fps)
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -70,11 +73,11 @@ def write_sheet(path: Path, frames: NDArray, fps: int) -> None:
     Image.fromarray(np.concatenate([np.concatenate(list(clip), 1) for clip in frames], 0)).save(path)
 
 
-def write_mp4(path: Path, frames: NDArray, fps: int) -> None:
+def write_mp4(path: Path, frames: NDArray, fps: int, options: dict[str, str] | None = None) -> None:
     av = _av(path)
     with av.open(str(path), "w") as container:
         film = in_rows(frames)
-        stream = container.add_stream("libx264", rate=fps)
+        stream = container.add_stream("libx264", rate=fps, options=options or {})
         stream.height, stream.width, stream.pix_fmt = film.shape[1], film.shape[2], "yuv420p"
         for picture in film:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

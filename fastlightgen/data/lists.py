@@ -70,7 +70,23 @@ def list_in(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def folder_rows(folder: Path) -> list[Row]:
+def videos_in(videos: str | Path, key: str) -> list[Row]:
+    """List the videos of a folder, or of a .csv or .jsonl list, that are measured: those of a folder need no caption.
+
+    `key`: what the user calls them, for messages.
+    """
+    path = Path(videos)
+    if not path.is_dir():
+        try:
+            return read_list(path, -math.inf)
+        except ValueError as err:
+            raise ValueError(f"{key}={str(err).removeprefix('videos=')}") from None
+    if not (rows := folder_rows(path, captions=False)):
+        raise ValueError(f"{key}={videos}: holds no videos; wanted {', '.join(VIDEOS)} files or folders of pictures")
+    return rows
+
+
+def folder_rows(folder: Path, captions: bool = True) -> list[Row]:
     """List the videos and the folders of pictures in a folder, sorted by name; NAME.txt holds the caption."""
     rows = []
     for file in sorted(folder.iterdir()):
@@ -78,7 +94,7 @@ def folder_rows(folder: Path) -> list[Row]:
             text = file.with_suffix(".txt")
             # A caption in another encoding must not stop the list.
             caption = read_text(text, errors="replace").strip() if text.is_file() else ""
-            problem = unfit(file) or ("" if caption else f"no caption: {text.name} is missing or empty")
+            problem = unfit(file) or ("" if caption or not captions else f"no caption: {text.name} is missing or empty")
             rows.append(Row(file.name.encode(errors="replace").decode(), file, caption, problem=problem))
     return rows
 

@@ -95,6 +95,22 @@ WEIGHT_MAP = record({"weight_map": table(FILE, most=1_000_000)})
 # a line of a list of prompts
 PROMPT = record({"prompt": text(100_000)}, {"image": maybe(text(4_000))}, rest=lambda value: "is no key of a prompt")
 
+# VBench-I2V: its list of prompts, and a result file: dimension -> [score, ..., a record per video]
+VBENCH_PROMPTS = items(
+    record({"prompt_en": name(250), "dimension": items(NAME, most=100, least=1), "image_name": FILE}), least=1
+)
+VBENCH_SCORE = number(0, 1)
+
+
+def VBENCH_RESULTS(value: object) -> str:
+    """The score of a dimension stands first in its list; the rest, a record per video, is not read."""
+    found = table(items(anything, most=10, least=1), most=100)(value)
+    if found or not isinstance(value, dict):
+        return found
+    wrongs = ((key, VBENCH_SCORE(result[0])) for key, result in value.items())
+    return next((inside(key, inside(0, said)) for key, said in wrongs if said), "")
+
+
 # a run folder: state.json of a checkpoint, lines of logs
 STATE = record(
     {"step": whole(0), "files": items(FILE, most=100_000), "count": table(whole(0))},

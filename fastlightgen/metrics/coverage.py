@@ -1,13 +1,13 @@
 """Precision and recall, density and coverage of a set of clips: which of two failures makes a distance large?
 
 Around each clip of a set lies a ball that reaches its k-th nearest neighbour in the set. The balls together are the
-region that the set occupies. Features [n,D] are normalised by the reference, like those of the Frechet distance.
+region that the set occupies. Features [n,D] have the units of the Frechet distance.
 """
 
 import torch
 from torch import Tensor
 
-from fastlightgen.metrics.frechet import normalise
+from fastlightgen.metrics.frechet import Units, normalise
 from fastlightgen.metrics.intervals import Statistic, counts, mean_of, value
 
 RECALL_NEIGHBOURS, COVERAGE_NEIGHBOURS = 3, 5  # the values of the two papers
@@ -26,8 +26,8 @@ class Regions:
     Equal numbers, because the balls shrink as a set grows. Resamples keep the balls of the full set.
     """
 
-    def __init__(self, reference: Tensor, feats: Tensor) -> None:
-        y, x = normalise(reference, reference[: len(feats)]), normalise(reference, feats)
+    def __init__(self, reference: Tensor, feats: Tensor, units: Units = normalise) -> None:
+        y, x = units(reference, reference[: len(feats)]), units(reference, feats)
         self.clips, distance = len(x), _distances(x, y)  # [clip, reference clip]
         self.near = distance <= radii(y, RECALL_NEIGHBOURS)  # the clip lies in the reference clip's ball
         self.holds = distance <= radii(x, RECALL_NEIGHBOURS)[:, None]  # the reverse

@@ -4,6 +4,8 @@ The features measure position and motion of saturated pixels, colours, contrast,
 frames (the features of a random network barely depend on motion). Video is [B,F,3,H,W] in [0,1]; D features per clip.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -107,9 +109,17 @@ def normalise(reference: Tensor, feats: Tensor) -> Tensor:
     return (feats - reference.mean(0)) / reference.std(0).clamp_min(MIN_DEVIATION)
 
 
-def frechet_statistic(reference: Tensor, feats: Tensor) -> Statistic:
+def raw(reference: Tensor, feats: Tensor) -> Tensor:
+    """Features as they are: those of a network, whose published distances (FID, FVD) are taken of the plain numbers."""
+    return feats
+
+
+Units = Callable[[Tensor, Tensor], Tensor]  # `normalise` or `raw`
+
+
+def frechet_statistic(reference: Tensor, feats: Tensor, units: Units = normalise) -> Statistic:
     """The Frechet distance of resampled features [n,D] to reference features [N,D]."""
-    a, b = normalise(reference, feats), normalise(reference, reference)
+    a, b = units(reference, feats), units(reference, reference)
     mean, cov = b.mean(0), b.T.cov()
 
     def statistic(rows: Tensor) -> Tensor:

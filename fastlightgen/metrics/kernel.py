@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastlightgen.metrics.frechet import normalise
+from fastlightgen.metrics.frechet import Units, normalise
 from fastlightgen.metrics.intervals import Statistic, counts, value
 
 
@@ -14,12 +14,12 @@ def kernel(x: Tensor, y: Tensor) -> Tensor:
 
 # Binkowski et al. 2018, Demystifying MMD GANs (arXiv 1801.01401), section 3; N reference clips y and n clips x:
 #   KID = sum_{i != j} k(x_i, x_j) / (n (n-1)) + sum_{i != j} k(y_i, y_j) / (N (N-1)) - 2 mean_{i, j} k(x_i, y_j)
-def kernel_statistic(reference: Tensor, feats: Tensor) -> Statistic:
-    """The kernel distance of resampled features [n,D] to reference features [N,D], normalised by the reference.
+def kernel_statistic(reference: Tensor, feats: Tensor, units: Units = normalise) -> Statistic:
+    """The kernel distance of resampled features [n,D] to reference features [N,D].
 
     Pairs of a clip with its own copy in a resample do not count, so that a resample is unbiased too.
     """
-    y, x = normalise(reference, reference), normalise(reference, feats)
+    y, x = units(reference, reference), units(reference, feats)
     own, cross = kernel(x, x).fill_diagonal_(0), kernel(x, y).mean(1)
     real = _pairs(kernel(y, y).fill_diagonal_(0), torch.ones(1, len(y), dtype=y.dtype))
 

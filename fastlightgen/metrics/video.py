@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastlightgen.data.frames import to_uint8
 
-_GREY = (0.299, 0.587, 0.114)  # Rec. 601 weights of red, green, blue
+GREY = (0.299, 0.587, 0.114)  # Rec. 601 weights of red, green, blue
 
 
 def _levels(video: Tensor) -> Tensor:
@@ -64,4 +64,4 @@ def frame_difference(video: Tensor) -> Tensor:
 
 def _grey(video: Tensor) -> Tensor:
     """Grey levels 0..255, [B,F,H,W]."""
-    return (_levels(video) * torch.tensor(_GREY, dtype=torch.float64, device=video.device).view(3, 1, 1)).sum(2)
+    return (_levels(video) * torch.tensor(GREY, dtype=torch.float64, device=video.device).view(3, 1, 1)).sum(2)

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastlightgen.config import parse_size
 from fastlightgen.data.frames import read_image, to_uint8
 from fastlightgen.models.folder.released import sampling
 from fastlightgen.models.geometry import Geometry
@@ -70,10 +71,7 @@ class Pipeline:
 
 def read_size(text: str, geometry: Geometry) -> tuple[int, int, int]:
     """Parse a size such as 480x832x81 as (height, width, frames); raises ValueError if it does not fit `geometry`."""
-    numbers = text.split("x")
-    if len(numbers) != 3 or not all(n.isdigit() and int(n) for n in numbers):
-        raise ValueError(f"size={text}: wanted HEIGHTxWIDTHxFRAMES, for example 480x832x81")
-    height, width, frames = map(int, numbers)
+    height, width, frames = parse_size(text)
     if not geometry.takes(height, width) or not geometry.takes_frames(frames):
         n = geometry.frame_stride
         raise ValueError(

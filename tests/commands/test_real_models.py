@@ -87,7 +87,7 @@ def test_a_real_network_without_pipeline(pipeline, tmp_path, fails):
         main(evaluate, "evaluate", words)
 
     _, line = fails(measure, f"model={model}", f"out={tmp_path}/a.json")
-    assert f"model={model}: makes latents of real videos; evaluate scores clips of the built-in world only" in line
+    assert f"model={model}: makes latents of real videos, and data=shapes is the toy's data; give data=CACHE" in line
 
 
 @pytest.mark.parametrize("stage", ["all", "1", "2"])

@@ -106,7 +106,9 @@ class HunyuanModel(VideoDiT):
         return len(x_t) * math.prod(self.grid(x_t)) * self.cfg.dim * self.proj_out.weight.element_size()
 
     def block_flops(self, x_t: Tensor, cond: Cond) -> list[int]:
-        cfg, tokens, size = self.cfg, math.prod(self.grid(x_t)) + cond.text.shape[1], len(x_t)
+        # A walk leaves out the padding behind the longest text.
+        text = cond.text.shape[1] if cond.text_len is None else int(cond.text_len.max())
+        cfg, tokens, size = self.cfg, math.prod(self.grid(x_t)) + text, len(x_t)
         dim, inner, attended = cfg.dim, cfg.ffn_width, cfg.heads * cfg.attention_head_dim
         # Multiply-adds of the products that both kinds of blocks have: projections, feed-forward, attention.
         shared = size * tokens * (4 * dim * attended + 2 * dim * inner) + 2 * size * tokens * tokens * attended

@@ -1,0 +1,1 @@
+"""What the command evaluate measures beside the built-in world: videos, latent caches, VBench."""
