@@ -42,6 +42,7 @@ from fastlightgen.stages.matching import distance
 from fastlightgen.stages.method import ALONE, SILENCED, Guess, Method, Subject
 from fastlightgen.stages.networks import guided_prediction
 from fastlightgen.stages.prune import eq7
+from fastlightgen.stages.scores import evaluation_set
 from fastlightgen.stages.teacher import noised
 
 DRAWS = 23  # the purpose of this file's random draws
@@ -211,7 +212,8 @@ def measured(cfg: Config, with_: Builder, folder: Path) -> Tensor:
     with_.read_guidance(cfg.teacher_guidance, net, theirs)
     with_.check_data(net, theirs)
     say(f"measuring the attention between frames: {cfg.clips} clips at {cfg.timesteps} times")
-    return attention_mass(cfg, net.requires_grad_(False), with_.batches)
+    samples = list(evaluation_set(cfg, with_.batches))
+    return attention_mass(cfg, net.requires_grad_(False), samples, "method=f3")
 
 
 def write_start(cfg: Config, with_: Builder, folder: Path, made: Path) -> None:
