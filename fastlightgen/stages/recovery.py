@@ -5,6 +5,7 @@ its own inside RUN/stage1, with Stage II's own code, checkpoints and checks. It 
 """
 
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from fastlightgen.stages.sweep import Sweeps
 SHORT = {"iters": "100", "warmup": "10", "guided": "1"}  # Stage II's keys in a recovery; those of `recovery` win
 # Keys of a recovery that the search sets, or that are those of Stage I.
 SET = ("stage", "method", "run", "model", "data", "seed", "importance", "teacher", "config", "overwrite", "dry_run")
+SEPARATOR = re.compile(r",(?![^\[]*\])")  # a comma outside a list
 QUIET: Mapping[str, Any] = {  # Stage I has looked at the data; nobody watches a recovery
     "data_check": "off", "sample_every": 0, "keep_every": 0, "tensorboard": False, "wandb": "", "trackio": "",
 }  # fmt: skip
@@ -37,10 +39,10 @@ QUIET: Mapping[str, Any] = {  # Stage I has looked at the data; nobody watches a
 
 def recovery_keys(text: str) -> dict[str, str]:
     """The keys of Stage II in a recovery: SHORT with the words of `recovery`; raise if Stage II refuses them."""
-    given = [word.partition("=") for word in text.split()]
+    given = [word.partition("=") for word in SEPARATOR.split(text) if word]
     for key, equals, _ in given:
         if not equals or key in SET:
-            what = "is set by the search" if equals else "wanted words like iters=200 lr=1e-5"
+            what = "is set by the search" if equals else "wanted keys like iters=200,lr=1e-5"
             raise ConfigError(f"recovery={text}: {key}: {what}; give keys of stage=2")
     keys = SHORT | {key: value for key, _, value in given}
     try:

@@ -103,12 +103,13 @@ def test_the_planner_counts_what_runs(make, words, prompts):
     """The planner leaves out the last set alone: all dropped blocks together."""
     model, cfg, (opened, _) = make().requires_grad_(False), config(1, *WORDS, *words), sweeps()
     cost = network(model.config, (2, 4, 4), 16)
-    planned = step_cost(cost, walks(cost, [], cfg), cfg)
+    declared = walks(cost, [], cfg)
+    planned = step_cost(cost, declared, cfg)
     model.block_calls = 0
     record = rank(cfg, model, batches(2), [1.0] * model.num_blocks, opened)
     last = prompts * cfg.steps * len(record["kept"])
     assert model.block_calls == len(SIZES) * (planned.total("calls") + last)
-    assert (planned.count, planned.clips) == (2, 2)
+    assert (declared.count, declared.clips) == (2, 2)
 
 
 def test_clips_that_are_not_finite_are_refused():
