@@ -255,9 +255,8 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     """Count the student's prediction, the teacher's, and from mca_start on the discriminator's of both clips."""
     late = len(cfg.adversarial_steps) / cfg.iters
     # Of each layer the gradient of its hidden states, and these themselves unless checkpointing keeps them anyway.
-    kept_anyway = (
-        cfg.checkpointing and cfg.sequence_parallel == 1
-    )  # several processes join the states that they compare
+    # Processes that share a clip's tokens join the states that they compare.
+    kept_anyway = cfg.checkpointing and cfg.sequence_parallel == 1
     followed = Head(0, Work(), Saved((1 if kept_anyway else 2) * len(keep) * image_states(net), 0))
     judging = "discriminator" if cfg.mca else "teacher"
     nets = {"student": Net(keep, updates=1, head=followed), judging: Net()}
