@@ -50,7 +50,7 @@ def rank_blocks(cfg: RankConfig, source: Source, folder: StageFolder, run_stage:
     say(f"stage 1: keeps blocks {record['kept']}, drops {record['pruned']}: {folder.result}")
 
 
-def swept(cfg: RankConfig, source: Source, folder: StageFolder) -> tuple[Scores, dict[str, Any]]:
+def swept(cfg: Any, source: Source, folder: StageFolder) -> tuple[Scores, dict[str, Any]]:
     """Score the blocks. The network is gone afterwards: search=calibrated needs its memory."""
     engine = make_engine(cfg, pick_device(cfg.device))
     with_ = Builder(cfg, source, engine.device, engine.place)
