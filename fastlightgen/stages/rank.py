@@ -76,7 +76,7 @@ class RankKeys(BatchKeys):
     guidance: float = field(-1.0, f"score=frechet: {GUIDANCE}")
     candidates: int = field(4, "search=calibrated: sets of blocks that are recovered", lo=2)
     recovery: str = field(
-        "", f"search=calibrated: keys of the short Stage II, with commas; besides them it has {','.join(words(SHORT))}"
+        "", f"search=calibrated: keys of the short Stage II, with commas, on top of {','.join(words(SHORT))}"
     )
     protect_first: int = field(0, "blocks at the start that are never dropped", lo=0)
     protect_last: int = field(0, "blocks at the end that are never dropped", lo=0)
