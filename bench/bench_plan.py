@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from measured_with import versions
@@ -37,7 +38,7 @@ from fastlightgen.rng import generator, rows
 from fastlightgen.stages.distill import Distill
 from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.prune import Prune
-from fastlightgen.stages.rank import score_sets
+from fastlightgen.stages.sweep import score_sets
 from fastlightgen.stages.teacher import Teacher
 
 OUT, CPU = Path("bench/results/plan-cpu.json"), torch.device("cpu")
@@ -152,7 +153,9 @@ def run(case: dict, shape: tuple) -> dict[str, int]:
         Path("/proc/self/clear_refs").write_text("5")
         # DeepSpeed records the first walk, and fetches ahead from the second walk on.
         samples = [(x0, torch.tensor([0.5]), x0, Cond(text))] * 2 * case["ranks"]
-        score_sets(net, samples, keeps, "elbo", cfg.memory, lambda n: None)
+        table = torch.full((len(keeps), len(samples)), torch.nan)
+        sweep = SimpleNamespace(table=table, tick=lambda scores: None, note=lambda: None)
+        score_sets(net, samples, keeps, "elbo", cfg.memory, sweep)
         return seen | {"peak": resident("VmHWM")}
     stage = stage_of(cfg, shape)
     engine.prepare(stage)

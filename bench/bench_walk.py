@@ -21,7 +21,7 @@ from fastlightgen.models.base import Job, Stream
 from fastlightgen.models.wan.model import WanConfig, WanModel
 from fastlightgen.stages.distill import Distill
 from fastlightgen.stages.networks import Networks
-from fastlightgen.stages.rank import score_sets
+from fastlightgen.stages.sweep import score_sets
 
 N = int(os.environ.get("FLG_BENCH_BLOCKS", 12))
 DROPPED = [i for i in range(N) if 0.35 * N <= i < 0.65 * N]  # the middle, as in the paper's Fig. 4
@@ -172,7 +172,9 @@ def bench_stage1_sweep(benchmark, world):
                 w.net(w.x_t, w.t, w.cond, keep)
 
     def shared():
-        score_sets(w.net, [sample], [*skips, None], "elbo", 4.0, lambda n: None)
+        table = torch.full((len(skips) + 1, len(w.t)), torch.nan)
+        sweep = SimpleNamespace(table=table, tick=lambda scores: None, note=lambda: None)
+        score_sets(w.net, [sample], [*skips, None], "elbo", 4.0, sweep)
 
     compare(benchmark, naive, shared, N * N / (N * (N + 1) / 2), rounds=3)
 

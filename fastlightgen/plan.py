@@ -30,6 +30,7 @@ from fastlightgen.planner.advice import faster, machines, recipe_for
 from fastlightgen.planner.budget import PAPER, Budget, budget, load_network, paper_operations
 from fastlightgen.planner.remedies import price, remedies, words
 from fastlightgen.stages.check import require_embedded
+from fastlightgen.stages.recovery import recovery_plan
 from fastlightgen.stages.start import require_fitting
 from fastlightgen.world.source import ShapesSource
 
@@ -48,13 +49,19 @@ def plan(cfg: Plan) -> None:
     print("\n".join(lines))
     if cfg.out:
         write_json(Path(cfg.out), record)
-    if not all(part["plan"]["fits"] for part in record.get("stages", [record]) if "plan" in part):
+    if not all(part["plan"]["fits"] for part in parts_of(record.get("stages", [record]))):
         sys.exit(1)
     if not cfg.table:
         line = after_plan(cfg)
         words = line.replace("=", " ").replace(":", " ").split()
         unknown = [f"{word}: {what}" for word, what in UNKNOWN.items() if word in words]
         print("", *([f"in the next command, {'; '.join(unknown)}"] * bool(unknown)), f"next: {line}", sep="\n")
+
+
+def parts_of(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The plans of all runs in some records: that of a Stage I may hold another one, of the recoveries after it."""
+    parts = [part for record in records for part in (record, record.get("recovery", {}))]
+    return [part for part in parts if "plan" in part]
 
 
 def room_of(cfg: Plan) -> float:
@@ -77,6 +84,10 @@ def one(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
     totals = {"peak": b.peak, "host_peak": b.host_peak, "fits": b.peak < room}
     record = asdict(cfg) | {"plan": asdict(b) | totals, "measured": False}
     record["changes"] = [{"change": what, "peak": after.peak, "cost": cost} for what, after, cost in changes]
+    if vars(cfg).get("search") == "calibrated":  # Stage I trains after its sweep
+        more, record["recovery"] = one(recovery_plan(cfg))
+        what = f"then search=calibrated trains {vars(cfg)['candidates']} sets of blocks, here as one run of Stage II:"
+        lines += ["", what, *more]
     return lines, record
 
 
@@ -99,8 +110,8 @@ def every(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
     require_fitting(*stages[1:])
     plans = [one(stage) for stage in stages]
     records = [record for _, record in plans]
-    gpu_days = sum(record["plan"]["gpu_days"] for record in records)
-    stage, peak = max(((r["stage"], r["plan"]["peak"]) for r in records), key=itemgetter(1))
+    gpu_days = sum(record["plan"]["gpu_days"] for record in parts_of(records))
+    stage, peak = max(((r["stage"], r["plan"]["peak"]) for r in parts_of(records)), key=itemgetter(1))
     time = f"{gpu_days / cfg.gpus:.2f} days, {gpu_days:.1f} GPU-days; " if gpu_days else ""
     total = f"stages 1, 2 and 3 together: {time}the largest peak is {size(peak)} per {unit(cfg)}, in stage {stage}"
     return [*(line for lines, _ in plans for line in (*lines, "")), total], {"stages": records, "measured": False}

@@ -10,9 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastlightgen.atomic import write_json
 from fastlightgen.config import (
-    Run,
     StageConfig,
     after_stage,
     compute_type,
@@ -31,17 +29,12 @@ from fastlightgen.engine.choice import Choice
 from fastlightgen.engine.folder import CLIPS, StageFolder
 from fastlightgen.engine.hang import HangWatch
 from fastlightgen.engine.local import LocalEngine, pick_device
-from fastlightgen.engine.loop import Engine, interruptible
+from fastlightgen.engine.loop import Engine
 from fastlightgen.engine.loop import train as train_loop
 from fastlightgen.engine.preview import Preview, World, turns
 from fastlightgen.engine.roles import Stage
-from fastlightgen.engine.scores import Scores
 from fastlightgen.engine.writers import check_installed
 from fastlightgen.evaluate import can_score, evaluate_run
-from fastlightgen.metrics.frechet import features
-from fastlightgen.metrics.importance import plot_importance
-from fastlightgen.metrics.latent import latent_features
-from fastlightgen.models.base import VideoDiT
 from fastlightgen.ops import attention, describe, float8
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
@@ -54,12 +47,9 @@ from fastlightgen.rng import generator, rand
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.check import shift_of_teacher
 from fastlightgen.stages.earlier import announcement, stages_of
-from fastlightgen.stages.rank import Config as RankConfig
-from fastlightgen.stages.rank import rank
 from fastlightgen.train_decoder import train_decoder
+from fastlightgen.train_rank import features_of, made_on, make_engine, rank_blocks
 from fastlightgen.world.builtin import BuiltIn
-from fastlightgen.world.codec import Codec
-from fastlightgen.world.shapes import WORLD
 from fastlightgen.world.source import open_source
 
 OWN = ("run", "device", "threads", "progress")  # keys that may differ between the processes of a run
@@ -176,18 +166,18 @@ def run_stage(cfg: Any, later: Sequence[StageConfig] = (), ratio: float | None =
         check_latents(method.subject(cfg, None)[0], source.description)
         if source.name != "shapes":
             say(f"null prompt: {shortened(source.null_prompt)!r} (negative={cfg.negative})")
-        engine = make_engine(cfg, device)
-        choice = choice_of(cfg, engine, source, folder)
         check_fit(cfg, source, device)
         for other in later:
             check_fit(other, source, device, ratio)
+        if number == 1:
+            rank_blocks(cfg, source, folder, run_stage)
+            return
+        engine = make_engine(cfg, device)
+        choice = choice_of(cfg, engine, source, folder)
         builder = Builder(cfg, source, device, engine.place)
         made = method.build(cfg, builder)
         with HangWatch(cfg.timeout, number):
-            if number == 1:
-                rank_blocks(cfg, builder, folder, engine, *made)
-            else:
-                train_stage(cfg, builder, folder, engine, made, choice)
+            train_stage(cfg, builder, folder, engine, made, choice)
     except BaseException:
         folder.undo()
         raise
@@ -207,11 +197,6 @@ def open_folder(cfg: StageConfig, source: Source) -> StageFolder:
     return StageFolder(cfg.run, int(cfg.stage), config, decisive, cfg.overwrite, auto_type=bool(unset_type(cfg)))
 
 
-def made_on(cfg: Run) -> dict[str, int]:
-    """Return the version of the built-in world, on which a stage's results depend; {} with data=CACHE."""
-    return {"world": WORLD} if cfg.data == "shapes" else {}
-
-
 def train_stage(
     cfg: StageConfig, with_: Builder, folder: StageFolder, engine: Engine, stage: Stage, choice: Choice | None
 ) -> None:
@@ -223,15 +208,6 @@ def train_stage(
     say(f"stage {stage.number}: {folder.result}")
 
 
-def make_engine(cfg: StageConfig, device: torch.device) -> Engine:
-    """Create the engine that the configuration names."""
-    if cfg.engine == "local":
-        return LocalEngine(device, cfg.dtype, cfg.batch, cfg.micro_batch if int(cfg.stage) != 1 else 0)
-    from fastlightgen.engine.deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine(device, cfg)
-
-
 def choice_of(cfg: Any, engine: Engine, source: Source, folder: StageFolder) -> Choice | None:
     """Return what chooses the weights that become the result (choose=best), or None."""
     if vars(cfg).get("choose") != "best":
@@ -240,9 +216,7 @@ def choice_of(cfg: Any, engine: Engine, source: Source, folder: StageFolder) -> 
         raise ValueError(
             "choose=best: works with engine=local only; use choose=last, and keep_every= to choose among checkpoints"
         )
-    in_pixels = source.name == "shapes"
-    measure = (lambda x0: features(Codec().decode(x0))) if in_pixels else latent_features
-    return Choice(cfg, engine, source, folder.path, measure)
+    return Choice(cfg, engine, source, folder.path, features_of(source))
 
 
 def preview_of(cfg: StageConfig, source: Source, device: torch.device) -> Preview | None:
@@ -259,31 +233,6 @@ def preview_of(cfg: StageConfig, source: Source, device: torch.device) -> Previe
     elif shows:
         world = Pipeline(Path(folder), device, torch.float32, decode_only=True)
     return Preview(source, world, cfg.seed, device, cfg.sequence_parallel)
-
-
-def rank_blocks(
-    cfg: RankConfig,
-    with_: Builder,
-    folder: StageFolder,
-    engine: Engine,
-    model: VideoDiT,
-    costs: Sequence[float],
-) -> None:
-    """Run Stage I and write importance.json and its plot."""
-    engine.place(model)
-    if cfg.engine == "deepspeed":
-        with_.check_teacher(model)
-    source, batches = with_.source, with_.batches
-    with interruptible() as signals:
-        scores = Scores(folder, source.name, signals, cfg.overwrite, cfg.progress)
-        found = rank(cfg, model, batches, costs, scores.sweep)
-    if ranks.rank():
-        return
-    record = {"model": cfg.model, "data_hash": source.name, **made_on(cfg)} | found
-    plot_importance(record, folder.path / "importance.png")
-    write_json(folder.result, record)
-    scores.clear()
-    say(f"stage 1: keeps blocks {record['kept']}, drops {record['pruned']}: {folder.result}")
 
 
 if __name__ == "__main__":

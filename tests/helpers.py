@@ -98,9 +98,9 @@ def batches(size: int = 2, dtype: torch.dtype = torch.float32):
     return batch
 
 
-def empty_sweep(sets: int, samples: int) -> SimpleNamespace:
+def empty_sweep(sets: int, samples: int, width: int = 0) -> SimpleNamespace:
     """A sweep of Stage I that stands in no file and has no bar."""
-    table = torch.full((sets, samples), torch.nan)
+    table = torch.full((sets, samples, width) if width else (sets, samples), torch.nan)
     return SimpleNamespace(table=table, tick=lambda scores: None, note=lambda: None)
 
 

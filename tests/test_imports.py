@@ -15,6 +15,7 @@ ORDER = [  # from the top down; no two units share a level
     "sweep",
     "sweeps",
     "train",
+    "train_rank",
     "train_decoder",
     "evaluate",
     "speed",

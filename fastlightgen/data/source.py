@@ -1,6 +1,7 @@
 """Training batches: the interface of a source, and the source that draws from a latent cache."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -22,15 +23,21 @@ class Batch:
     null: Cond
 
     def to(self, device: torch.device) -> "Batch":
-        # Tensors shared by cond and null must stay shared: the network then processes them once for both.
-        moved: dict[int, Tensor] = {}
+        return self.map(lambda x: x.to(device))
 
-        def move(x: Tensor) -> Tensor:
-            if id(x) not in moved:
-                moved[id(x)] = x.to(device)
-            return moved[id(x)]
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+        """Apply fn to every tensor.
 
-        return Batch(move(self.x0), self.cond.map(move), self.null.map(move))
+        Tensors shared by cond and null stay shared: the network then processes them once for both.
+        """
+        made: dict[int, Tensor] = {}
+
+        def once(x: Tensor) -> Tensor:
+            if id(x) not in made:
+                made[id(x)] = fn(x)
+            return made[id(x)]
+
+        return Batch(once(self.x0), self.cond.map(once), self.null.map(once))
 
     def with_guidance(self, scale: float) -> "Batch":
         """Return the same clips for networks that read a guidance scale."""

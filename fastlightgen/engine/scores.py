@@ -1,7 +1,8 @@
 """The scores of Stage I on disk, so that an interrupted sweep goes on where it stopped.
 
-A sweep measures a table [block sets, samples]. RUN/stage1/scores.safetensors holds the tables of all sweeps so far,
-with NaN where nothing is computed yet. It is written after every walk. A finished stage removes it.
+A sweep measures a table [block sets, samples], or [block sets, clips, D] where a score is made of D features.
+RUN/stage1/scores.safetensors holds the tables of all sweeps so far, with NaN where nothing is computed yet. It is
+written after every walk. A finished stage removes it.
 """
 
 import json
@@ -33,7 +34,7 @@ def measured(stage: Path) -> tuple[int, int]:
         table = read_tensors(stage / SCORES)[FIRST]
     except (ValueError, KeyError):  # there is none, or Stage I will refuse it
         return 0, 0
-    return count(table), table.numel()
+    return count(table), total(table)
 
 
 class Scores:
@@ -55,11 +56,11 @@ class Scores:
             raise ValueError(error)
 
     @contextmanager
-    def sweep(self, sets: int, samples: int, title: str) -> Iterator["Sweep"]:
-        """Open the next sweep, with a progress bar that counts scores."""
+    def sweep(self, sets: int, samples: int, title: str, width: int = 0) -> Iterator["Sweep"]:
+        """Open the next sweep, with a progress bar that counts scores; `width`: numbers of a score, 0: it is one."""
         name = f"sweep-{self.sweeps:04d}"
         self.sweeps += 1
-        table = torch.full((sets, samples), torch.nan)
+        table = torch.full((sets, samples, width) if width else (sets, samples), torch.nan)
         if ranks.size() > 1 and ranks.rank():
             table.zero_()  # the sum below is then rank 0's table
         elif name in self.tables:
@@ -69,8 +70,8 @@ class Scores:
         self.tables[name] = table = ranks.summed(table)
         done = count(table)
         if done:
-            say(f"{title}: continues with {done} of {table.numel()} scores")
-        with self.bar(table.numel(), title, start=done) as progress:
+            say(f"{title}: continues with {done} of {total(table)} scores")
+        with self.bar(total(table), title, start=done) as progress:
             yield Sweep(self, table, title, progress)
 
     def save(self) -> None:
@@ -114,13 +115,18 @@ class Sweep:
         done = count(self.table)
         self.progress.update(done - self.progress.n)
         if ranks.anyone(bool(self.scores.signals)):
-            what = f"{done} of {self.table.numel()} scores ({self.title})"
+            what = f"{done} of {total(self.table)} scores ({self.title})"
             raise saved_and_stopped(what, self.scores.signals, self.scores.overwrite)
 
 
 def count(table: Tensor) -> int:
     """Return how many scores of a table are known."""
-    return int((~table.isnan()).sum())
+    return int((~table.isnan()).reshape(*table.shape[:2], -1).all(-1).sum())
+
+
+def total(table: Tensor) -> int:
+    """Return how many scores a table has."""
+    return table.shape[0] * table.shape[1]
 
 
 def damaged(file: object, why: str) -> ValueError:

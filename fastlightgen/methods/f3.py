@@ -42,6 +42,7 @@ from fastlightgen.stages.matching import distance
 from fastlightgen.stages.method import ALONE, SILENCED, Guess, Method, Subject
 from fastlightgen.stages.networks import guided_prediction
 from fastlightgen.stages.prune import eq7
+from fastlightgen.stages.scores import evaluation_set
 from fastlightgen.stages.teacher import noised
 
 DRAWS = 23  # the purpose of this file's random draws
@@ -191,27 +192,33 @@ def made_with(cfg: Config) -> dict[str, Any]:
     return {key: getattr(cfg, key) for key in keys}
 
 
+def read_attention(file: str, blocks: int, heads: int) -> Tensor:
+    """Read the attention between frames [blocks, heads] from an attention.json."""
+    mass = read_json(Path(file), ATTENTION, "wanted an attention.json that method=f3 wrote")["mass"]
+    found = sorted({len(row) for row in mass})
+    if (len(mass), found) != (blocks, [heads]):
+        raise ValueError(
+            f"attention={file}: has {len(mass)} blocks of {' or '.join(map(str, found))} heads, the model {blocks} of "
+            f"{heads}; leave attention= out to measure it"
+        )
+    return torch.tensor(mass, dtype=torch.float64)
+
+
 def measured(cfg: Config, with_: Builder, folder: Path) -> Tensor:
     """The attention between frames [blocks, heads], from the file `attention` or from the teacher.
 
     The teacher is loaded whole by every process, which a GPU that generates clips with it has room for.
     """
     if cfg.attention:
-        mass = read_json(Path(cfg.attention), ATTENTION, "wanted an attention.json that method=f3 wrote")["mass"]
         config = config_of(folder)
-        blocks, heads = depth(config), config["num_attention_heads"]
-        if [len(row) for row in mass] != [heads] * blocks:
-            raise ValueError(
-                f"attention={cfg.attention}: has {len(mass)} blocks of {len(mass[0])} heads, the model {blocks} of "
-                f"{heads}; leave attention= out to measure it"
-            )
-        return torch.tensor(mass, dtype=torch.float64)
+        return read_attention(cfg.attention, depth(config), config["num_attention_heads"])
     dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
     net, theirs = load_model(folder, with_.device, dtype, cfg.seed, cfg.allow_pt), read_card(folder)
     with_.read_guidance(cfg.teacher_guidance, net, theirs)
     with_.check_data(net, theirs)
     say(f"measuring the attention between frames: {cfg.clips} clips at {cfg.timesteps} times")
-    return attention_mass(cfg, net.requires_grad_(False), with_.batches)
+    samples = list(evaluation_set(cfg, with_.batches))
+    return attention_mass(cfg, net.requires_grad_(False), samples, "method=f3")
 
 
 def write_start(cfg: Config, with_: Builder, folder: Path, made: Path) -> None:

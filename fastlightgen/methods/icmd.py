@@ -25,6 +25,7 @@ from fastlightgen.engine.roles import Role, Update
 from fastlightgen.models.base import Cond, Features, Stream, VideoDiT
 from fastlightgen.models.constant import constant
 from fastlightgen.models.cost import Network, Saved, Work
+from fastlightgen.models.families import image_states
 from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import read_card, save_model
 from fastlightgen.models.sample import preview_plan
@@ -254,12 +255,14 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     """Count the student's prediction, the teacher's, and from mca_start on the discriminator's of both clips."""
     late = len(cfg.adversarial_steps) / cfg.iters
     # Of each layer the gradient of its hidden states, and these themselves unless checkpointing keeps them anyway.
-    followed = Head(0, Work(), Saved((1 if cfg.checkpointing else 2) * len(keep) * net.hidden, 0))
+    # Processes that share a clip's tokens join the states that they compare.
+    kept_anyway = cfg.checkpointing and cfg.sequence_parallel == 1
+    followed = Head(0, Work(), Saved((1 if kept_anyway else 2) * len(keep) * image_states(net), 0))
     judging = "discriminator" if cfg.mca else "teacher"
     nets = {"student": Net(keep, updates=1, head=followed), judging: Net()}
     walked = [Walk("student", [Route(grad=True)], head=True), Walk(judging, [Route()])]
     if cfg.mca:
-        head = frame_heads.cost(net, cfg.mca_every)
+        head = frame_heads.cost(net, cfg.mca_every, kept_anyway)
         read = range(frame_heads.read_blocks(len(net.blocks), cfg.mca_every)[-1] + 1)
         nets[judging] = Net(updates=late, head=head, fixed=True)
         walked += [

@@ -18,7 +18,7 @@ from fastlightgen.data.source import Batch
 from fastlightgen.engine.roles import Role, Update
 from fastlightgen.models.base import Features, Stream, VideoDiT
 from fastlightgen.models.cost import Network, Saved, Work
-from fastlightgen.models.families import depth
+from fastlightgen.models.families import depth, image_states
 from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import digest, read_card, save_model
 from fastlightgen.models.sample import preview_plan
@@ -224,8 +224,7 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     config = student_config(cfg, net.config)
     own = keep if cfg.student == "pruned" else None  # start_model names a network that is as deep as its config says
     pairs = aligned_pairs(keep if own or cfg.start_model else range(blocks), blocks, cfg.align_every)
-    image = net.hidden - net.text_hidden
-    kept = Head(0, Work(), Saved(0, len(pairs) * image))  # the differences of hidden states, in float32
+    kept = Head(0, Work(), Saved(0, len(pairs) * image_states(net)))  # the differences of hidden states, in float32
     student = Net(own, updates=1, network=net.of(config), head=kept)
     share = cfg.aligned_steps / cfg.iters
     walked = [Walk("student", [Route(grad=True)], share, head=True)] if share else []

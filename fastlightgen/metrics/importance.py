@@ -8,6 +8,8 @@ LABELS = {
     "output_mse": "change of v (Eq. 3)",
     "l2": "sum of squared weights",
     "taylor": "|sum of w dL/dw|",
+    "frechet": "distance of clips to real ones",
+    "attention_mass": "attention between frames",
 }
 
 

@@ -1,5 +1,6 @@
 """The registry of model families, and functions that find the family of a config.json, a pipeline or a checkpoint."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -115,3 +116,8 @@ def network(
         raise ValueError(
             f"config.json: {err.args[0]} is missing; wanted a {family.config_class} configuration of diffusers"
         ) from None
+
+
+def image_states(net: Network) -> int:
+    """Elements of the hidden states of all image tokens, also where processes share them: kept states are joined."""
+    return math.prod(FAMILIES[net.family].geometry.grid(net.latent)) * net.width

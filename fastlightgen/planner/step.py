@@ -21,6 +21,7 @@ class Head:
     params: int
     work: Work
     saved: Saved  # kept for the backward pass
+    constant: Saved | None = None  # kept where its weights are constants; None: as much
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ def step_cost(net: Network, declared: Iteration, cfg: Any) -> StepCost:
             work = held.head.work
             cost.forward += work.forward
             cost.backward += work.linear if declared_walk.beside else work.backward
-            cost.keep(held.head.saved)
+            fixed = held.head.constant if declared_walk.beside else None
+            cost.keep(fixed or held.head.saved)
         cost = cost.joined(declared_walk.joined)
         step.passes.append(
             Pass(declared_walk.net, cost, declared_walk.times, declared_walk.joined, declared_walk.beside)

@@ -3,30 +3,30 @@
 Shapes: x_t [B, C, F, H, W]; t [B]; q, k [B, L, heads, head_dim], the image tokens first, frame slowest.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from operator import itemgetter
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastlightgen.data.source import Batch
 from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import bar
 from fastlightgen.rng import generator
 from fastlightgen.stages.frame_heads import grid_of
-from fastlightgen.stages.scores import EvaluationKeys, evaluation_set
+from fastlightgen.stages.scores import Sample
 
 QUERIES = 24  # the purpose of this file's random draws
 Silent = dict[int, list[int]]  # block -> its silenced heads
 
 
-class Keys(EvaluationKeys, Protocol):
+class Keys(Protocol):
     """The keys of the measurement; the method documents them."""
 
     queries: int
     progress: bool
+    seed: int
 
 
 def between_frames(q: Tensor, k: Tensor, frame_q: Tensor, frame_k: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -46,33 +46,36 @@ def between_frames(q: Tensor, k: Tensor, frame_q: Tensor, frame_k: Tensor, mask:
 
 
 @torch.no_grad()
-def attention_mass(cfg: Keys, net: VideoDiT, batches: Callable[[int], Batch]) -> Tensor:
-    """The mean of `between_frames` over clips and times [blocks, heads]. The ranks divide the samples."""
+def attention_mass(cfg: Keys, net: VideoDiT, samples: Sequence[Sample], key: str) -> Tensor:
+    """The mean of `between_frames` over clips and times [blocks, heads], which the setting `key` asks for.
+
+    The ranks divide clips and times. Clips are walked one at a time, because their attention takes memory, and every
+    rank walks equally many, for the sake of sharded weights.
+    """
     total = torch.zeros(net.num_blocks, net.config["num_attention_heads"], dtype=torch.float64)
-    walks = bar(cfg.clips * cfg.timesteps, "attention between frames", cfg.progress)
-    for index, (x_t, t, _, cond) in enumerate(evaluation_set(cfg, batches)):
-        walks.update(len(x_t))
-        if index % ranks.size() != ranks.rank():
-            continue
+    places = [(index, clip) for index, (x_t, *_) in enumerate(samples) for clip in range(len(x_t))]
+    walks = bar(len(places), "attention between frames", cfg.progress)
+    for (index, clip), reports in [(places[place], reports) for place, reports in ranks.turns(len(places), 1)]:
+        x_t, t, _, cond = samples[index]
         frames, rows, columns = grid_of(net, x_t)
         if frames < 2:
-            raise ValueError("method=f3: the clips have 1 latent frame, and attention between frames needs 2 or more")
+            raise ValueError(f"{key}: the clips have 1 latent frame, and attention between frames needs 2 or more")
         frame = torch.arange(frames, device=x_t.device).repeat_interleave(rows * columns)
         picked = torch.randperm(len(frame), generator=generator(cfg.seed, QUERIES, index))[: cfg.queries].sort().values
         picked = picked.to(x_t.device)
-        for clip in range(len(x_t)):  # one at a time: the scores take memory
-            found: list[Tensor] = []  # the blocks run in order
+        found: list[Tensor] = []  # the blocks run in order
 
-            def look(q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-                found.append(between_frames(q[:, picked], k, frame[picked], frame, mask)[0])  # noqa: B023
+        def look(q: Tensor, k: Tensor, mask: Tensor | None) -> None:
+            found.append(between_frames(q[:, picked], k, frame[picked], frame, mask)[0])  # noqa: B023
 
-            own = itemgetter(slice(clip, clip + 1))
-            net.watch = look
-            net(own(x_t), own(t), cond.map(lambda x: own(x) if len(x) == len(x_t) else x))  # noqa: B023
-            total += torch.stack(found).cpu()
-    net.watch = None
+        own = itemgetter(slice(clip, clip + 1))
+        net.watch = look
+        net(own(x_t), own(t), cond.map(lambda x: own(x) if len(x) == len(x_t) else x))  # noqa: B023
+        net.watch = None
+        total += reports * torch.stack(found).cpu()
+        walks.update(ranks.size())
     walks.close()
-    return ranks.summed(total) / (cfg.clips * cfg.timesteps)
+    return ranks.summed(total) / len(places)
 
 
 def masks_of(net: VideoDiT, silent: Silent) -> dict[str, Tensor]:

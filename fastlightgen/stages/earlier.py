@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastlightgen.config import (
+    GPUS,
     command,
     find_preset_weights,
     for_stage,
@@ -30,10 +31,11 @@ from fastlightgen.models.folder.networks import trained_folder
 from fastlightgen.models.folder.weights import load_model
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
-from fastlightgen.planner.budget import budget
-from fastlightgen.planner.fit import plan_of
+from fastlightgen.planner.budget import budget, paper_efficiency
+from fastlightgen.planner.fit import kind_of, plan_of
 from fastlightgen.planner.step import undropped
 from fastlightgen.planner.walk import Route, walk
+from fastlightgen.stages.recovery import recovery
 from fastlightgen.stages.start import require_fitting
 
 LONGEST = 5.0  # seconds after which no further step is measured
@@ -100,6 +102,30 @@ def announcement(stages: Sequence[Any], source: Source, device: torch.device) ->
         f"  {span(sum(seconds))} in all: {times}; estimated from the operations, at the {speed / 1e9:.3g} "
         "GFLOP/s that a training step reached just now",
     ]
+
+
+def price(cfg: Any, source: Source, device: torch.device) -> list[str]:
+    """Say how long a Stage I will take that makes clips or trains: much longer than a usual one."""
+    works: list[tuple[str, Any, float]] = []
+    if cfg.score == "frechet":
+        works.append((f"score=frechet: each candidate makes {cfg.clips} clips in {cfg.steps} steps", cfg, left(cfg)))
+    if cfg.search == "calibrated":
+        own = recovery(cfg, cfg.run)
+        what = f"search=calibrated: then trains {cfg.candidates} candidates for {own.iters} steps each"
+        works.append((what, own, float(cfg.candidates)))
+    if not works:
+        return []
+    flops = [operations(one, source, cfg.ratio) * times for _, one, times in works]
+    if device.type == "cpu":
+        speed = measured_speed(cfg, source, device)
+        how = f"the {speed / 1e9:.3g} GFLOP/s that a training step reached just now"
+    elif (kind := kind_of(device)) is None:
+        return [f"{what}: {f / 1e15:.3g} PFLOP per process" for (what, *_), f in zip(works, flops, strict=True)]
+    else:
+        share = paper_efficiency()
+        speed, how = share * getattr(GPUS[kind], cfg.dtype), f"{share:.1%} of the GPU's peak, not measured here"
+    times = [f"{what}: {span(f / speed)}" for (what, *_), f in zip(works, flops, strict=True)]
+    return [*times, f"  estimated from the operations, {sum(flops) / 1e15:.3g} PFLOP per process, at {how}"]
 
 
 def left(cfg: Any) -> float:

@@ -107,8 +107,12 @@ def attach(net: VideoDiT, every: int, gen: torch.Generator) -> FrameDiscriminato
     return made
 
 
-def cost(net: Network, every: int) -> HeadCost:
-    """The cost of a discriminator for the planner. Every process reads all tokens of its clips."""
+def cost(net: Network, every: int, kept_anyway: bool) -> HeadCost:
+    """The cost of a discriminator for the planner. Every process reads all tokens of its clips.
+
+    `kept_anyway`: the hidden states that it reads are those that checkpointing keeps. A norm keeps its input, a linear
+    layer its input where it trains, a convolution its input always.
+    """
     blocks, dim, width = len(read_blocks(len(net.blocks), every)), net.width, min(net.width, WIDTH)
     tokens = math.prod(FAMILIES[net.family].geometry.grid(net.latent))
     taps = KERNEL**2 + KERNEL  # of both convolutions
@@ -116,6 +120,8 @@ def cost(net: Network, every: int) -> HeadCost:
     return HeadCost(
         params=blocks * (2 * dim + biased((dim, width)) + convolutions),
         work=Work(blocks * linear(tokens, (dim, width), (width, taps * width), (width, 2))),
-        # Before and after the norm; the narrow features, and in each head before and after its norm and after SiLU.
-        saved=Saved(blocks * tokens * (2 * dim + 7 * width), 0),
+        # Before and after the norm; the narrow features in the order of each head, before and after its norm and after
+        # SiLU.
+        saved=Saved(blocks * tokens * (2 * dim + 8 * width), 0),
+        constant=Saved(blocks * tokens * (dim * (not kept_anyway) + 8 * width), 0),
     )

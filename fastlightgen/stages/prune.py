@@ -32,7 +32,7 @@ from fastlightgen.stages.build import Builder
 from fastlightgen.stages.matching import distance
 from fastlightgen.stages.method import Guess, Method, Subject
 from fastlightgen.stages.networks import guided_prediction
-from fastlightgen.stages.rank import held_out_error
+from fastlightgen.stages.scores import held_out_error
 from fastlightgen.stages.teacher import noised
 
 DRAWS, COIN = 2, 3  # the purposes of this stage's random draws

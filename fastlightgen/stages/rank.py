@@ -1,56 +1,46 @@
 """Stage I: rank the blocks by the x0 error that skipping each one causes (Tweedie, Eq. 2 to 4).
 
 Stage I takes no optimizer step: it is one sweep over a fixed set of clips and times. So it does not run in the training
-loop, which exists to accumulate, clip, step and save. It only lets the engine place the network.
+loop, which exists to accumulate, clip, step and save. It only lets the engine place the network. search=calibrated
+trains after the sweep, with runs of Stage II (recovery.py).
 
 Shapes: x0, noise, x_t, v [B, C, F, H, W]; t [B]; errors [clips x timesteps].
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate, pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlightgen import flow
-from fastlightgen.config import BatchKeys, ConfigError, Run, field
+from fastlightgen.config import BatchKeys, ConfigError, Run, field, words
+from fastlightgen.config.run import GUIDANCE
 from fastlightgen.data.source import Batch
-from fastlightgen.engine.guard import held_out_mean
 from fastlightgen.engine.shards import shape
-from fastlightgen.models.base import Cond, Stream, VideoDiT
+from fastlightgen.metrics.latent import latent_features
+from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.cost import Network
 from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import read_card
-from fastlightgen.parallel import ranks
-from fastlightgen.planner.step import Iteration, Net, Walk
+from fastlightgen.planner.step import Iteration, Net, Walk, dropped
 from fastlightgen.planner.walk import Route
-from fastlightgen.rng import generator, normal_like
+from fastlightgen.stages import generated
+from fastlightgen.stages.attention import attention_mass
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.method import Guess, Method, Subject
-from fastlightgen.stages.scores import BLOCK_SCORES, Sample, evaluation_set, output_mse, x0_error
-from fastlightgen.stages.search import SEARCHES, counts_of, lists_of, without
+from fastlightgen.stages.recovery import SHORT, recovery_keys
+from fastlightgen.stages.scores import Sample, evaluation_set, l2, taylor
+from fastlightgen.stages.search import SEARCHES, candidates, counts_of, dropping, lists_of, swaps, without
+from fastlightgen.stages.sweep import Keeps, Sweeps, score_sets
 
-HELD_OUT = 4  # the purpose of this file's random draws
-
-
-class Sweep(Protocol):
-    """The errors [block sets, samples] of one sweep: NaN where they are not known yet; float32, on the CPU."""
-
-    table: Tensor
-
-    def tick(self, scores: int) -> object:
-        """Called during a walk: so many more scores are nearly known."""
-
-    def note(self) -> None:
-        """Called on all ranks after every walk: `table` holds its errors now. May end the run after a signal."""
-
-
-Sweeps = Callable[[int, int, str], AbstractContextManager[Sweep]]  # (block sets, samples, title) -> the next sweep
+# Scores of single blocks, which say nothing of sets of blocks; the others are those of networks that skip a set.
+BLOCK_SCORES: dict[str, Callable[[Any, VideoDiT, Sequence[Sample]], Tensor]] = {
+    "l2": lambda cfg, net, samples: l2(net),
+    "taylor": lambda cfg, net, samples: taylor(net, samples),
+    "attention_mass": lambda cfg, net, samples: attention_mass(cfg, net, samples, "score=attention_mass").mean(1),
+}
 
 
 @dataclass(kw_only=True)
@@ -67,18 +57,27 @@ class RankKeys(BatchKeys):
     )
     search: str = field(
         "single_skip",
-        "single_skip: each block alone; iterative: least harmful first, then again; exhaustive: all subsets (tests)",
-        choices=("single_skip", "iterative", "exhaustive"),
+        "single_skip: each block alone; iterative: least harmful first, then again; exhaustive: all subsets (tests); "
+        "calibrated: a short Stage II for each of the best few sets, then the best",
+        choices=(*SEARCHES, "calibrated"),
         everyday=True,
     )
     score: str = field(
         "elbo",
-        "elbo: error against the data; output_mse: change of v; l2: sum of squared weights; taylor: |sum of w dL/dw|",
-        choices=("elbo", "output_mse", *BLOCK_SCORES),
+        "elbo: error against the data; output_mse: change of v; frechet: distance of generated clips to real ones; of "
+        "single blocks: l2: sum of squared weights; taylor: |sum of w dL/dw|; attention_mass: attention between frames",
+        choices=("elbo", "output_mse", "frechet", *BLOCK_SCORES),
     )
     clips: int = field(64, "clips of the evaluation set", lo=1, everyday=True)
     timesteps: int = field(8, "stratified times per clip", lo=1, everyday=True)
     t_range: list[float] = field([0.02, 0.98], "range of the times before the shift", lo=0, hi=1)
+    queries: int = field(256, "score=attention_mass: tokens per clip and time whose attention is measured", lo=1)
+    steps: int = field(8, "score=frechet: sampling steps of a clip", lo=1)
+    guidance: float = field(-1.0, f"score=frechet: {GUIDANCE}")
+    candidates: int = field(4, "search=calibrated: sets of blocks that are recovered", lo=2)
+    recovery: str = field(
+        "", f"search=calibrated: keys of the short Stage II, with commas, on top of {','.join(words(SHORT))}"
+    )
     protect_first: int = field(0, "blocks at the start that are never dropped", lo=0)
     protect_last: int = field(0, "blocks at the end that are never dropped", lo=0)
     memory: float = field(
@@ -88,102 +87,36 @@ class RankKeys(BatchKeys):
     def check(self) -> None:
         super().check()
         self.check_ordered("t_range")
-        if self.score in BLOCK_SCORES and self.search != "single_skip":
+        if self.score in BLOCK_SCORES and self.search not in ("single_skip", "calibrated"):
             raise ConfigError(
                 f"score={self.score}: scores single blocks, search={self.search} needs scores of sets of blocks; "
-                "use search=single_skip"
+                "use search=single_skip or calibrated"
             )
+        if self.score == "frechet" and self.clips < generated.FEWEST:
+            raise ConfigError(f"clips={self.clips}: score=frechet needs {generated.FEWEST} or more")
+        if self.recovery and self.search != "calibrated":
+            raise ConfigError(f"recovery={self.recovery}: belongs to search=calibrated, not search={self.search}")
+        if self.search == "calibrated":
+            recovery_keys(self.recovery)
 
 
 class Config(RankKeys, Run):
     """A configuration of this stage: its own keys and those of every stage."""
 
 
-def denoising_error(
-    net: VideoDiT, keep: Sequence[int] | None, x0: Tensor, t: Tensor, noise: Tensor, cond: Cond
-) -> Tensor:
-    """Eq. 4 per sample, for a network that runs the blocks `keep`."""
-    x_t = flow.add_noise(x0, noise, t)
-    return x0_error(net(x_t, t, cond, keep), x_t, t, x0)
-
-
-def held_out_error(net: VideoDiT, batch: Batch, cfg: Any, keep: Sequence[int] | None = None) -> float:
-    """The mean of Eq. 4 over held-out clips, as many at a time as in training, for memory."""
-    times = flow.shift_time(torch.linspace(0.02, 0.98, len(batch.x0)), cfg.shift)
-    noise = normal_like(batch.x0, generator(cfg.seed, HELD_OUT))
-    measure = partial(denoising_error, net, keep)
-    at_once = cfg.micro_batch or max(1, cfg.batch // ranks.shares(cfg.sequence_parallel)[1])
-    clips = batch.x0, times, noise
-    return held_out_mean(measure, clips, batch.cond, net.device, at_once, cfg.sequence_parallel)
-
-
-@torch.no_grad()
-def score_sets(
-    model: VideoDiT,
-    samples: Sequence[Sample],
-    keeps: Sequence[Sequence[int] | None],
-    kind: str,
-    memory: float,
-    sweep: Sweep,
-) -> Tensor:
-    """Return the errors [block sets, samples] of the block sets `keeps`, from walks that share prefixes.
-
-    All single skips and the full pass take N (N + 1) / 2 block evaluations instead of N^2. A walk holds two hidden
-    tensors per block set, so they are walked in groups of at most `memory` GB. The ranks divide the samples. What the
-    sweep knows already is not measured again; it learns the new errors after every walk.
-    """
-    together = model.sequence.size if model.sequence else 1  # ranks that share a clip's tokens
-    _, groups = ranks.shares(together)
-    offsets = [0, *accumulate(len(t) for _, t, _, _ in samples)]
-    table = sweep.table
-    for turn, (index, reports) in enumerate(ranks.turns(len(samples), together)):
-        x_t, t, x0, cond = samples[index]
-        own = slice(offsets[index], offsets[index + 1])
-        # The samples of this turn, of all ranks: every rank walks the same block sets, for the sake of sharded weights.
-        first, last = turn * groups, min((turn + 1) * groups, len(samples))
-        columns = slice(offsets[first], offsets[last])
-        left = table[:, columns].isnan().any(1).nonzero().flatten().tolist()
-        size = max(1, int(memory * 1e9 * together / (2 * model.hidden_bytes(x_t))))
-        v_full = None
-        for start in range(0, len(left), size):
-            group = left[start : start + size]
-            whole = kind == "output_mse" and v_full is None  # the full pass joins the first group
-            streams = [Stream(cond)] * whole + [Stream(cond, keeps[row]) for row in group]
-            with ticking(model, len(group) * (offsets[last] - offsets[first]), sweep.tick):
-                out = model.walk(x_t, t, streams)
-            if whole:
-                v_full = out.pop(0)
-            found = table.new_zeros(len(group), table.shape[1])
-            if reports:
-                errors = [x0_error(v, x_t, t, x0) if v_full is None else output_mse(v, v_full) for v in out]
-                found[:, own] = torch.stack(errors).cpu()
-            table[group, columns] = ranks.summed(found)[:, columns]
-            sweep.note()
-    return table
-
-
-@contextmanager
-def ticking(model: VideoDiT, scores: int, tick: Callable[[int], object]) -> Iterator[None]:
-    """During one walk, tick `scores` in all, a part after each block: a walk of a large model takes minutes."""
-    ends = [scores * (i + 1) // model.num_blocks for i in range(model.num_blocks)]
-    parts = (end - start for start, end in pairwise([0, *ends]))
-
-    def after(*_: Any) -> None:
-        tick(next(parts, 0))
-
-    hooks = [block.register_forward_hook(after) for block in model.blocks]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    tick(sum(parts))  # blocks that no stream ran
-
-
 def rank(
-    cfg: Config, model: VideoDiT, batches: Callable[[int], Batch], costs: Sequence[float], sweeps: Sweeps
+    cfg: Config,
+    model: VideoDiT,
+    batches: Callable[[int], Batch],
+    costs: Sequence[float],
+    sweeps: Sweeps,
+    measure: generated.Measure = latent_features,
 ) -> dict[str, Any]:
-    """Return the contents of importance.json: scores, kept and pruned blocks, and how they were measured."""
+    """Return the contents of importance.json: scores, kept and pruned blocks, and how they were measured.
+
+    `measure` gives the features of clips for score=frechet. With search=calibrated the choice is not yet made: the
+    sets stand in "candidates", and the dropped blocks are those of the first one.
+    """
     n, units = model.num_blocks, model.units()
     lists = lists_of(units, cfg.units)
     free = [[i for i in blocks if cfg.protect_first <= i < n - cfg.protect_last] for blocks in lists]
@@ -193,40 +126,48 @@ def rank(
                 f"protect_first, protect_last: leave {len(left)} of {len(blocks)} blocks to choose from; "
                 "at least 2 are needed"
             )
-    samples = list(evaluation_set(cfg, batches))
+    direct = BLOCK_SCORES.get(cfg.score)
+    samples = list(evaluation_set(cfg, batches)) if cfg.score != "frechet" else []
+    clips = generated.Generated(cfg, model, batches, measure) if cfg.score == "frechet" else None
+    count = cfg.clips * (1 if clips else cfg.timesteps)
 
-    def scores(keeps: Sequence[Sequence[int] | None], title: str) -> Tensor:
-        with sweeps(len(keeps), sum(len(t) for _, t, _, _ in samples), title) as sweep:
+    def scores(keeps: Keeps, title: str) -> Tensor:
+        if clips:
+            return clips.scores(keeps, title, sweeps)
+        with sweeps(len(keeps), count, title) as sweep:
             return score_sets(model, samples, keeps, cfg.score, cfg.memory, sweep)
 
     # Single skips: the paper's ranking, and the start of the other searches.
-    direct = BLOCK_SCORES.get(cfg.score)
     if direct is None:
         table = scores([without(n, i) for i in range(n)] + [None], "stage 1: skip each block")
         single, base = table[:-1], table[-1]
     else:
-        single, base = direct(model, samples)[:, None], torch.zeros(1)
+        single, base = direct(cfg, model, samples)[:, None], torch.zeros(1)
     mean = single.mean(1).tolist()
     counts = counts_of(cfg, free, lists, costs, mean)
-    pruned = SEARCHES[cfg.search](n, free, counts, mean, scores)
-    keep = without(n, *pruned)
-    together = scores([keep], "stage 1: all of them dropped")[0] if direct is None else single[pruned].sum()
-    return {
+    record: dict[str, Any] = {
         "units": [u | {"score": single[i].mean().item(), "stderr": stderr(single[i])} for i, u in enumerate(units)],
         "baseline_score": base.mean().item(),
         "baseline_stderr": stderr(base),
-        "pruned_score": together.mean().item(),
-        # most important block first; the block to drop first is last
-        "ranking": sorted(keep, key=lambda i: -mean[i]) + pruned[::-1],
-        "kept": keep,
-        "pruned": sorted(pruned),
-        "pruning_ratio": len(pruned) / n,
-        "prefix": min(pruned),
         "search": cfg.search,
         "score_kind": cfg.score,
-        "num_samples": sum(len(t) for _, t, _, _ in samples),
+        "num_samples": count,
         "seed": cfg.seed,
     }
+    if cfg.search == "calibrated":
+        sets = None if direct else scores
+        found = candidates(cfg.candidates, n, free, counts, mean, sets, greedy(cfg))
+        first = sorted(found[0]["pruned"], key=mean.__getitem__)
+        return record | dropping(mean, first) | {"pruned_score": found[0]["score"], "candidates": found}
+    pruned = SEARCHES[cfg.search](n, free, counts, mean, scores)
+    keep = without(n, *pruned)
+    together = single[pruned].sum() if direct else scores([keep], "stage 1: all of them dropped")[0]
+    return record | dropping(mean, pruned) | {"pruned_score": together.mean().item()}
+
+
+def greedy(cfg: Config) -> bool:
+    """Does search=calibrated try the iterative search too? Where a set costs a share of a walk, and no clips."""
+    return cfg.score in ("elbo", "output_mse")
 
 
 def stderr(x: Tensor) -> float:
@@ -239,6 +180,8 @@ def build(cfg: Config, with_: Builder) -> tuple[VideoDiT, list[float]]:
     folder = trained_folder(cfg.model)
     if cfg.score == "taylor" and cfg.engine == "deepspeed" and (cfg.zero == 3 or cfg.sequence_parallel > 1):
         raise ValueError("score=taylor: needs gradients of whole weights; use zero=1 or 2 and sequence_parallel=1")
+    if cfg.score == "attention_mass" and cfg.sequence_parallel > 1:
+        raise ValueError("score=attention_mass: looks at all tokens of a clip; use sequence_parallel=1")
     model = with_.load(folder).requires_grad_(False)
     with_.check_data(model, read_card(folder))
     costs = [1.0] * model.num_blocks
@@ -251,17 +194,40 @@ def build(cfg: Config, with_: Builder) -> tuple[VideoDiT, list[float]]:
 
 
 def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
-    """Count one batch of clips at one time: all single skips and the full pass, in groups of `memory` GiB."""
+    """Count one batch of clips, at one time where time does not run: the single skips, the full pass, a search's sets.
+
+    Sets that share walks come in groups of `memory` GB. The recoveries of search=calibrated are a plan of their own.
+    """
     n, clips = len(net.blocks), min(cfg.batch, cfg.clips)
-    count = math.ceil(cfg.clips / clips) * cfg.timesteps
+    batches = math.ceil(cfg.clips / clips)
+    if cfg.score == "attention_mass":
+        return Iteration({"model": Net()}, [Walk("model", [Route()])], clips=1, count=cfg.clips * cfg.timesteps)
     if cfg.score in BLOCK_SCORES:
         own = [Walk("model", [Route(grad=True)])] if cfg.score == "taylor" else []
-        return Iteration({"model": Net()}, own, clips=clips, count=count)
+        return Iteration({"model": Net()}, own, clips=clips, count=batches * cfg.timesteps)
+    sweeps: list[Keeps] = [[*(without(n, i) for i in range(n)), None], *further(cfg, n)]
+    if cfg.score == "frechet":
+        sampled = generated.walks(net, [keep for keeps in sweeps for keep in keeps], cfg)
+        return Iteration({"model": Net()}, sampled, clips=clips, count=batches)
     size = 4 if cfg.dtype == "float32" else 2  # bytes of a number
     group = max(1, int(cfg.memory * 1e9 / (2 * clips * net.hidden * size)))
-    routes = [Route(keep=without(n, i)) for i in range(n)] + [Route()]
-    sweep = [Walk("model", routes[i : i + group]) for i in range(0, n + 1, group)]
-    return Iteration({"model": Net()}, sweep, clips=clips, count=count)
+    groups = [keeps[i : i + group] for keeps in sweeps for i in range(0, len(keeps), group)]
+    walked = [Walk("model", [Route(keep=keep) for keep in keeps]) for keeps in groups]
+    return Iteration({"model": Net()}, walked, clips=clips, count=batches * cfg.timesteps)
+
+
+def further(cfg: Config, n: int) -> list[Keeps]:
+    """The sweeps that follow the single skips, if the middle blocks turn out to be the ones to drop."""
+    gone = dropped(n, cfg.ratio)
+    sweeps: list[Keeps] = []
+    if cfg.search == "iterative" or (cfg.search == "calibrated" and greedy(cfg)):
+        for k in range(len(gone)):
+            left = without(n, *gone[:k])
+            sweeps.append([[i for i in left if i != skipped] for skipped in left])
+    if cfg.search == "calibrated":
+        near = [gone, *swaps([range(n)], gone, [float(i not in gone) for i in range(n)])]
+        sweeps.append([without(n, *pruned) for pruned in near])
+    return sweeps
 
 
 def subject(cfg: Config, guess: Guess | None = None) -> Subject:

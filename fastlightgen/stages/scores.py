@@ -1,49 +1,60 @@
-"""Scores of blocks, and the clips on which they are measured.
+"""Errors of networks that run some of their blocks, scores of single blocks, and the clips on which all are measured.
 
-Scores are the errors of walks that skip blocks, or magnitude and Taylor expansion (VDMini, Table 3). The latter two
-rank blocks one by one and say nothing of sets of blocks. Shapes: x_t, x0, v [B, C, F, H, W]; t [B].
+Magnitude and Taylor expansion (VDMini, Table 3) rank blocks one by one and say nothing of sets of blocks.
+Shapes: x_t, x0, v [B, C, F, H, W]; t [B].
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastlightgen import flow
 from fastlightgen.data.source import Batch
+from fastlightgen.engine.guard import held_out_mean
 from fastlightgen.engine.shards import gathered_weight
 from fastlightgen.models.base import Cond, VideoDiT
 from fastlightgen.parallel import ranks
 from fastlightgen.rng import generator, normal_like
 
-DRAWS = 1  # the purpose of this file's random draws
+DRAWS, HELD_OUT = 1, 4  # the purposes of this file's random draws
 Sample = tuple[Tensor, Tensor, Tensor, Cond]  # x_t, t, x0, cond
 
 
-class EvaluationKeys(Protocol):
-    """The keys that decide the evaluation set."""
+class ClipKeys(Protocol):
+    """The keys that decide the clips."""
 
     clips: int
+    batch: int
+
+
+class EvaluationKeys(ClipKeys, Protocol):
+    """The keys that decide the evaluation set."""
+
     timesteps: int
     t_range: list[float]
-    batch: int
     shift: float
     seed: int
+
+
+def evaluation_clips(cfg: ClipKeys, batches: Callable[[int], Batch]) -> Iterator[tuple[int, Batch]]:
+    """Yield (number of the first clip, clips), `clips` in all."""
+    for start in range(0, cfg.clips, cfg.batch):
+        size = min(cfg.batch, cfg.clips - start)
+        yield start, batches(start // cfg.batch).map(itemgetter(slice(size)))
 
 
 def evaluation_set(cfg: EvaluationKeys, batches: Callable[[int], Batch]) -> Iterator[Sample]:
     """Yield `clips` clips at `timesteps` stratified times each; all candidates see the same x0, noise and t."""
     low, high = cfg.t_range
-    for start in range(0, cfg.clips, cfg.batch):
-        batch = batches(start // cfg.batch)
-        size = min(cfg.batch, cfg.clips - start)
-        x0, cond = batch.x0[:size], batch.cond.map(itemgetter(slice(size)))
+    for start, batch in evaluation_clips(cfg, batches):
+        x0, cond = batch.x0, batch.cond
         for k in range(cfg.timesteps):
             gen = generator(cfg.seed, DRAWS, start, k)
-            u = (k + torch.rand(size, generator=gen)) / cfg.timesteps  # stratum k of U(0, 1)
+            u = (k + torch.rand(len(x0), generator=gen)) / cfg.timesteps  # stratum k of U(0, 1)
             t = flow.shift_time(low + (high - low) * u, cfg.shift).to(x0.device)
             yield flow.add_noise(x0, normal_like(x0, gen), t), t, x0, cond
 
@@ -58,9 +69,27 @@ def output_mse(v: Tensor, v_full: Tensor) -> Tensor:
     return (v.float() - v_full.float()).square().flatten(1).mean(1)
 
 
+def denoising_error(
+    net: VideoDiT, keep: Sequence[int] | None, x0: Tensor, t: Tensor, noise: Tensor, cond: Cond
+) -> Tensor:
+    """Eq. 4 per sample, for a network that runs the blocks `keep`."""
+    x_t = flow.add_noise(x0, noise, t)
+    return x0_error(net(x_t, t, cond, keep), x_t, t, x0)
+
+
+def held_out_error(net: VideoDiT, batch: Batch, cfg: Any, keep: Sequence[int] | None = None) -> float:
+    """The mean of Eq. 4 over held-out clips, as many at a time as in training, for memory."""
+    times = flow.shift_time(torch.linspace(0.02, 0.98, len(batch.x0)), cfg.shift)
+    noise = normal_like(batch.x0, generator(cfg.seed, HELD_OUT))
+    measure = partial(denoising_error, net, keep)
+    at_once = cfg.micro_batch or max(1, cfg.batch // ranks.shares(cfg.sequence_parallel)[1])
+    clips = batch.x0, times, noise
+    return held_out_mean(measure, clips, batch.cond, net.device, at_once, cfg.sequence_parallel)
+
+
 @torch.no_grad()
-def l2(net: VideoDiT, samples: Sequence[Sample]) -> Tensor:
-    """The sum of squares of a block's parameters. It needs no clips."""
+def l2(net: VideoDiT) -> Tensor:
+    """The sum of squares of a block's parameters."""
     out = torch.zeros(net.num_blocks, dtype=torch.float64)
     for i, block in enumerate(net.blocks):
         for p in block.parameters():
@@ -99,6 +128,3 @@ def taylor(net: VideoDiT, samples: Sequence[Sample]) -> Tensor:
     for p in trained:
         p.requires_grad_(True)
     return ranks.summed(out).abs()
-
-
-BLOCK_SCORES: dict[str, Callable[[VideoDiT, Sequence[Sample]], Tensor]] = {"l2": l2, "taylor": taylor}

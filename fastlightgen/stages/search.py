@@ -2,12 +2,12 @@
 
 n: number of blocks of the network; `free`: for each list of blocks, those that may be dropped; `counts`: how many
 blocks of each list to drop; `mean`: the error of each single skip. Every search returns the dropped blocks, the least
-harmful one first.
+harmful one first. `candidates` returns several such sets, for a choice after a short recovery of each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, product
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from fastlightgen.blocks import num_dropped
 
 Lists = Sequence[Sequence[int]]  # per list of blocks, their indices
+MARGIN = 2  # blocks on each side of the limit between dropped and kept that `swaps` exchanges
 Scores = Callable[[Sequence[Sequence[int] | None], str], Tensor]  # (block sets, title) -> errors [sets, samples]
 
 
@@ -97,3 +98,46 @@ def exhaustive(n: int, free: Lists, counts: Sequence[int], mean: Sequence[float]
 
 
 SEARCHES = {"single_skip": single_skip, "iterative": iterative, "exhaustive": exhaustive}
+
+
+def swaps(free: Lists, pruned: Sequence[int], mean: Sequence[float]) -> Iterator[list[int]]:
+    """`pruned` with one block, of the last to drop, exchanged for a kept one of its list, of the first to keep."""
+    for blocks in free:
+        order = sorted(blocks, key=mean.__getitem__)
+        back = [i for i in order if i in pruned][-MARGIN:]
+        for out, kept in product([i for i in order if i not in pruned][:MARGIN], back):
+            yield [*(i for i in pruned if i != kept), out]
+
+
+def candidates(
+    most: int, n: int, free: Lists, counts: Sequence[int], mean: Sequence[float], scores: Scores | None, greedy: bool
+) -> list[dict[str, Any]]:
+    """At most `most` sets with their error: the single skips' set, with `greedy` the iterative one, the best swaps.
+
+    `scores` is None for scores of single blocks alone: their sum stands for the error of a set.
+    """
+    found = [single_skip(n, free, counts, mean, lambda keeps, title: torch.empty(0))]
+    if greedy and scores:
+        found.append(iterative(n, free, counts, mean, scores))
+    found += [swapped for pruned in list(found) for swapped in swaps(free, pruned, mean)]
+    sets = list(dict.fromkeys(tuple(sorted(pruned)) for pruned in found))
+    first = len({tuple(sorted(pruned)) for pruned in found[: 1 + (greedy and scores is not None)]})
+    if scores:
+        errors = scores([without(n, *pruned) for pruned in sets], "stage 1: sets near the best").mean(1).tolist()
+    else:
+        errors = [sum(mean[i] for i in pruned) for pruned in sets]
+    rest = sorted(range(first, len(sets)), key=errors.__getitem__)[: max(0, most - first)]
+    return [{"pruned": list(sets[i]), "score": errors[i]} for i in [*range(first), *rest]]
+
+
+def dropping(mean: Sequence[float], pruned: Sequence[int]) -> dict[str, Any]:
+    """The part of importance.json that depends on the dropped blocks, `pruned`, the least harmful first."""
+    keep = without(len(mean), *pruned)
+    return {
+        # most important block first; the block to drop first is last
+        "ranking": sorted(keep, key=lambda i: -mean[i]) + list(pruned)[::-1],
+        "kept": keep,
+        "pruned": sorted(pruned),
+        "pruning_ratio": len(pruned) / len(mean),
+        "prefix": min(pruned),
+    }

@@ -41,7 +41,8 @@ from fastlightgen.stages.build import Builder
 from fastlightgen.stages.distill import Distill
 from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.prune import Prune
-from fastlightgen.stages.rank import evaluation_set, score_sets
+from fastlightgen.stages.scores import evaluation_set
+from fastlightgen.stages.sweep import score_sets
 from fastlightgen.stages.teacher import Teacher
 from fastlightgen.world.source import ShapesSource
 

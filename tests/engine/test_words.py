@@ -6,8 +6,8 @@ from helpers import empty_sweep, run_train, small_wan, write_inputs
 
 from fastlightgen.engine.local import LocalEngine
 from fastlightgen.engine.roles import Role, Update, in_words, title
-from fastlightgen.stages.rank import score_sets
 from fastlightgen.stages.search import without
+from fastlightgen.stages.sweep import score_sets
 
 
 class Two:

@@ -19,6 +19,7 @@ from fastlightgen.data.lists import read_list
 from fastlightgen.engine import checkpoint, damage
 from fastlightgen.engine.log import read_metrics
 from fastlightgen.generate import read_prompts
+from fastlightgen.methods.f3 import read_attention
 from fastlightgen.models.folder.card import read_card
 from fastlightgen.models.folder.weights import config_of, without_memory
 from fastlightgen.models.sample import sampling_plan
@@ -28,6 +29,12 @@ CARD = {
     "family": "wan", "stage": 3, "num_blocks": 3, "kept_blocks": [0, 1, 3], "ladder": [1.0, 0.9, 0.5], "shift": 3.0,
     "guidance": 1.0, "source": "x", "sampler": "ode", "steps": 4, "world": 2, "pruned_path": [0, 2],
 }  # fmt: skip
+# That of a network with silenced heads, which method=f3 wrote, and of one that method=icmd has pruned.
+SILENT = {
+    "family": "wan", "stage": 2, "num_blocks": 3, "kept_blocks": [0, 1, 2], "shift": 3.0, "guidance": 5.0,
+    "source": "x", "steps": 50, "silent": {"0": [0, 1], "2": [1]}, "f3": {"f3": "head", "ratio": 0.4, "seed": 0},
+}  # fmt: skip
+PRUNED = {key: value for key, value in SILENT.items() if key not in ("silent", "f3")} | {"kept_blocks": [0, 2, 3]}
 IMPORTANCE = {
     "units": [{"name": f"blocks.{i}", "kind": "block", "index": i, "score": 0.1, "stderr": 0.0} for i in range(3)],
     "kept": [0, 2], "pruned": [1], "baseline_score": 0.1, "num_samples": 4, "search": "x", "score_kind": "y",
@@ -68,17 +75,37 @@ def state(path: Path) -> None:
         raise ValueError(f"state.json: {why}")
 
 
+def silent(path: Path) -> None:
+    """Read by method=f3's recovery, by Stage III and by export."""
+    found = read_card(path.parent)
+    quiet = {int(block): heads for block, heads in found.get("silent", {}).items()}
+    assert all(head >= 0 for heads in quiet.values() for head in heads)
+    card(path)
+
+
 def prompts(path: Path) -> None:
     read_prompts(SimpleNamespace(prompt="", prompts=str(path), image=""))
 
 
 READERS: dict[str, tuple[str, Any, Callable[[Path], Any]]] = {
     "card": ("fastlightgen.json", CARD, card),
+    "card of f3": ("fastlightgen.json", SILENT, silent),
+    "card of icmd": ("fastlightgen.json", PRUNED, card),
+    "attention of f3": (
+        "attention.json",
+        {"model": "x", "seed": 0, "mass": [[0.9, 0.1], [0.3, 0.2], [0.05, 0.35]]},
+        lambda path: read_attention(str(path), 3, 2),
+    ),
     "ranking": ("importance.json", IMPORTANCE, lambda path: read_importance(path, 3)),
     "network": ("config.json", CONFIG, network),
     "pipeline": ("model_index.json", PIPELINE, lambda path: read_index(path.parent)),
     "cache": ("index.json", None, cache),
     "checkpoint": ("state.json", {"step": 3, "files": ["a"], "count": {"student": 3}, "engine": "local"}, state),
+    "checkpoint of icmd": (
+        "state.json",
+        {"step": 3, "files": ["a"], "count": {"student": 3, "discriminator": 2}, "engine": "local"},
+        state,
+    ),
     "log": ("metrics.jsonl", {"step": 3, "loss": 0.5}, lambda path: read_metrics(path)),
     "prompts": ("p.jsonl", {"prompt": "a cat", "image": "a.png"}, prompts),
     "list": (
@@ -96,10 +123,10 @@ def original(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Any,
     if request.param == "cache":
         write_cache(tmp_path, [{"latents": torch.zeros(2, 1, 1, 2, 2)}], {"text": torch.zeros(4, 3)}, world="x")
         value = json.loads((tmp_path / name).read_text())
-    if request.param == "checkpoint":
+    if request.param.startswith("checkpoint"):
         folder = checkpoint.path(tmp_path, 3)
         files = {"a": {"w": torch.zeros(4)}}
-        checkpoint.save(tmp_path, 3, files, {"count": {"student": 3}, "engine": "local"}, keep=1).wait()
+        checkpoint.save(tmp_path, 3, files, {key: value[key] for key in ("count", "engine")}, keep=1).wait()
         return folder / name, json.loads((folder / name).read_text()), read
     return tmp_path / name, value, read
 

@@ -5,10 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from alive import Alive
 from helpers import counted
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastlightgen.config import preset
 from fastlightgen.models.base import Stream
@@ -33,26 +31,6 @@ VARIANTS = {
     "latent_concat": {"in_channels": 9, "image_condition_type": "latent_concat", "guidance_embeds": False},
     "token_replace": {"image_condition_type": "token_replace"},
 }
-
-
-class Alive(TorchDispatchMode):
-    """Counts the bytes of tensors created inside this context that are still alive (in autograd's graph, say)."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        old = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)}
-        for tensor in (v for v in tree_leaves(out) if isinstance(v, torch.Tensor)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in old:
-                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return out
-
-    def bytes(self) -> int:
-        return sum(size for ref, size in self.made.values() if not ref.expired())
 
 
 @pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.1-i2v-14b", "tiny"])

@@ -15,7 +15,7 @@ from fastlightgen.planner.step import StepCost, step_cost
 from fastlightgen.stages.distill import Distill
 from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.prune import Prune
-from fastlightgen.stages.rank import score_sets
+from fastlightgen.stages.sweep import score_sets
 from fastlightgen.stages.teacher import Teacher
 
 

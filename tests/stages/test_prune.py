@@ -14,7 +14,7 @@ from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages import prune
 from fastlightgen.stages import rank as stage1
 from fastlightgen.stages.prune import Prune
-from fastlightgen.stages.rank import held_out_error
+from fastlightgen.stages.scores import held_out_error
 from fastlightgen.stages.teacher import noised
 
 DOUBLE = batches(2, torch.float64)

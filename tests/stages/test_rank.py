@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.stages import rank as stage1
 from fastlightgen.stages.build import Builder
-from fastlightgen.stages.rank import evaluation_set, rank, score_sets
+from fastlightgen.stages.rank import rank
+from fastlightgen.stages.scores import evaluation_set
 from fastlightgen.stages.search import drop_until
+from fastlightgen.stages.sweep import score_sets
 from fastlightgen.world.source import ShapesSource
 
 CONTRACT = {
@@ -30,8 +32,8 @@ class Sweeps:
         self.tables = []
 
     @contextmanager
-    def __call__(self, sets: int, samples: int, title: str):
-        sweep = empty_sweep(sets, samples)
+    def __call__(self, sets: int, samples: int, title: str, width: int = 0):
+        sweep = empty_sweep(sets, samples, width)
         self.tables.append(sweep.table)
         yield sweep
 
