@@ -17,12 +17,15 @@ SEARCHES = {
     "single_skip": "each block is skipped alone, and those that do the least damage are dropped",
     "iterative": "the least harmful block is dropped, then the others are scored again without it",
     "exhaustive": "every set of that many blocks is scored, and the least harmful one is dropped",
+    "calibrated": "the best few sets got a short Stage II each, and the one with the smallest error afterwards is dropped",
 }
 SCORES = {
     "elbo": "Eq. 4, how far the predicted clip is from the real one",
     "output_mse": "Eq. 3, how much the network's output changes",
     "l2": "the sum of the block's squared weights",
     "taylor": "how much the loss would change without the block, to first order",
+    "attention_mass": "how much its attention looks at other frames",
+    "frechet": "the distance of clips that are made without the block to real clips",
 }
 
 
