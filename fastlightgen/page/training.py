@@ -17,7 +17,7 @@ SEARCHES = {
     "single_skip": "each block is skipped alone, and those that do the least damage are dropped",
     "iterative": "the least harmful block is dropped, then the others are scored again without it",
     "exhaustive": "every set of that many blocks is scored, and the least harmful one is dropped",
-    "calibrated": "the best few sets got a short Stage II each, and the one with the smallest error afterwards is dropped",
+    "calibrated": "the best few sets got a short Stage II each; the one with the smallest error then is dropped",
 }
 SCORES = {
     "elbo": "Eq. 4, how far the predicted clip is from the real one",
