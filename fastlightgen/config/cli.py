@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import fastlightgen
 from fastlightgen.config.commands import COMMANDS
-from fastlightgen.config.fields import ConfigError
+from fastlightgen.config.fields import ConfigError, clipped
 from fastlightgen.config.files import built_in, presets, repositories, to_yaml
 from fastlightgen.config.help import ALL, front_page, help_text
 from fastlightgen.config.layers import COMMAND_LINE, CONFIG, assign, leaves, shipped_layers
@@ -121,18 +121,18 @@ def parse(argv: Sequence[str]) -> dict[str, str]:
     for word in argv:
         key, equals, value = word.partition("=")
         if word.startswith("-"):
-            raise ConfigError(
-                f"{word}: keys have no dashes; write {key.lstrip('-').replace('-', '_')}={value or 'VALUE'}"
-            )
+            written = clipped(f"{key.lstrip('-').replace('-', '_')}={value or 'VALUE'}")
+            raise ConfigError(f"{clipped(word)}: keys have no dashes; write {written}")
         if not (key and equals):
-            raise ConfigError(f"{word!r}: wanted key=value, for example seed=1 (--help lists the keys)")
+            raise ConfigError(f"{clipped(word)!r}: wanted key=value, for example seed=1 (--help lists the keys)")
         if key not in TEXTS and (second := re.search(r"\s([a-z][\w.]*)=", value)):
             raise ConfigError(
-                f"{key}={value!r}: holds {second[0]!r}: the shell passed several words as one, as zsh does with $T; "
-                f"write the words out, {key}=... {second[1]}=..."
+                f"{key}={clipped(value)!r}: holds {clipped(second[0])!r}: the shell passed several words as one, as "
+                f"zsh does with $T; write the words out, {key}=... {clipped(second[1])}=..."
             )
         if key in given:
-            raise ConfigError(f"{key} is given twice, as {key}={given[key]} and {key}={value}: keep one")
+            both = " and ".join(f"{key}={text}" for text in map(clipped, (given[key], value)))
+            raise ConfigError(f"{clipped(key)} is given twice, as {both}: keep one")
         given[key] = value
     return given
 
@@ -185,8 +185,8 @@ def check_place(key: str, value: str, kind: str) -> None:
     near = difflib.get_close_matches(value, presets(kind), n=1)
     hint = download(value) or (f"; did you mean {near[0]}?" if near else "")
     if os.path.dirname(value) and not os.path.exists(value):  # a path, and no name of a preset
-        raise ConfigError(f"{key}={value}: there is no such folder{hint}")
-    raise ConfigError(f"{key}={value}: neither a folder nor a preset ({', '.join(presets(kind))}){hint}")
+        raise ConfigError(f"{key}={clipped(value)}: there is no such folder{hint}")
+    raise ConfigError(f"{key}={clipped(value)}: neither a folder nor a preset ({', '.join(presets(kind))}){hint}")
 
 
 def download(value: str) -> str:
