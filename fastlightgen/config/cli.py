@@ -6,6 +6,7 @@ configs/method/NAME.yaml, the model preset's section, config=FILE, the command l
 
 import dataclasses
 import difflib
+import errno
 import json
 import os
 import re
@@ -32,6 +33,17 @@ from fastlightgen.config.stages import CHOOSES, DEFAULT, STAGES, root
 REQUEUE = 75  # exit code of a run that a scheduler stopped, to be started again (EX_TEMPFAIL)
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 LESS = "`fastlightgen plan` with the same keys shows what the memory is needed for"
+REMEDIES = {  # for errors of the system
+    errno.ENOSPC: "make room, and the same command continues",
+    errno.EDQUOT: "make room, and the same command continues",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), and the same command continues",
+    errno.EACCES: "give a place that you may write to, or change its permissions",
+    errno.EPERM: "give a place that you may write to, or change its permissions",
+    errno.EROFS: "give a place that can be written to",
+    errno.EMFILE: "raise the limit on open files (ulimit -n 1024), and the same command continues",
+    errno.ENFILE: "close other programs, and the same command continues",
+    errno.ENOMEM: "free some memory, and the same command continues",
+}
 STOPPED_READING = 128 + signal.SIGPIPE  # exit code after `| head`, as a shell gives it
 MODELS = ("model", "teacher", "init", "stage2_model")  # keys that name a model: a preset or a folder
 TEXTS = ("prompt", "null_prompt", "negative")  # keys whose values may hold any words
@@ -261,6 +273,8 @@ def report(err: BaseException) -> int:
         print(str(err) or "interrupted", file=sys.stderr)
     else:
         said = f"{str(err) or 'out of memory'}; {LESS}" if isinstance(err, MemoryError) else str(err)
+        if isinstance(err, OSError) and err.errno in REMEDIES:
+            said = f"{said}; {REMEDIES[err.errno]}"
         line = f"error: {plain(said)}"
         print(line, file=sys.stderr)
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun repeats it at the end of its own report

@@ -7,6 +7,7 @@ attacker.
 
 import errno
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastlightgen.atomic import put
+from fastlightgen.atomic import claimed, put
 from fastlightgen.files.border import opened, parsed, regular
 from fastlightgen.files.schema import Shape, table, whole
 
@@ -64,16 +65,15 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         save_file(dict(tensors), file, metadata)
         file.chmod(mode)
     except SafetensorError as err:
-        code = errno.ENOSPC if "No space left" in str(err) else errno.EIO
-        raise OSError(code, " ".join(str(err).split()), str(file)) from None
+        code = re.search(r"os error (\d+)", said := " ".join(str(err).split()))
+        raise OSError(int(code[1]) if code else errno.EIO, said, str(file)) from None
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file that appears complete or not at all. safetensors refuses strides, so they are copied."""
-    temporary = file.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)  # of a process that was killed
-    write_tensors(temporary, {k: v.contiguous() for k, v in tensors.items()}, metadata)
-    put(temporary, file)
+    with claimed(temporary := file.with_suffix(".tmp")):
+        write_tensors(temporary, {k: v.contiguous() for k, v in tensors.items()}, metadata)
+        put(temporary, file)
 
 
 def open_tensors(file: Path) -> Any:

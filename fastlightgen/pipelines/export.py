@@ -5,15 +5,19 @@ the other parts unchanged, copied or linked. It is written under a temporary nam
 last; when all files agree with it, the folder is renamed.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fastlightgen.atomic import put, write_json
+from fastlightgen.atomic import claimed, put, write_json
 from fastlightgen.config import Run
 from fastlightgen.decoder.folder import check_replaces, copy_vae
 from fastlightgen.models.base import Block, VideoDiT
@@ -144,11 +148,13 @@ def write_pipeline(
     check_room(model, pipeline, names if not link else [], out, dtype, original)
     check_parts(pipeline, names)
 
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    report: dict = {}
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary, report = out.with_name(f".{out.name}.tmp"), dict[str, Any]()
+    with ExitStack() as held:
+        held.enter_context(claimed(out.with_name(f".{out.name}.lock"), wait=False))
+        held.callback(shutil.rmtree, temporary, ignore_errors=True)  # of a process that was killed, or of this one
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         copied = copy_parts(pipeline, temporary, names, link, progress)
         if small:
             copy_vae(small[0], temporary / "vae")
@@ -178,9 +184,6 @@ def write_pipeline(
         write_manifest(temporary, copied)
         verify_files(temporary)
         put(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return report
 
 
@@ -248,7 +251,12 @@ def copy_parts(pipeline: Path, folder: Path, names: list[str], link: bool, progr
                 shown.update(os.path.getsize(target))
 
             for name in names:
-                shutil.copytree(pipeline / name, folder / name, copy_function=copy)
+                try:
+                    shutil.copytree(pipeline / name, folder / name, copy_function=copy)
+                except shutil.Error as err:  # a list of (source, target, what the system said)
+                    _, target, why = err.args[0][0]
+                    code = int(found[1]) if (found := re.search(r"Errno (\d+)", why)) else errno.EIO
+                    raise OSError(code, os.strerror(code), target) from None
     for file in (f for f in pipeline.glob("LICENSE*") if within(f, pipeline)):
         shutil.copyfile(file, folder / file.name)
     return copied
