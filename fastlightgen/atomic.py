@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # said by file systems that know no locks
+
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
@@ -41,6 +43,9 @@ def claimed(temporary: Path, wait: bool = True) -> Iterator[int]:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise ValueError(f"{temporary}: another process holds it; wait for it, or write elsewhere") from None
+            except OSError as err:
+                if err.errno not in WITHOUT_LOCKS:
+                    raise
             if not _is(temporary, handle):  # the process before this one has renamed or deleted it
                 continue
             os.ftruncate(handle, 0)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastlightgen.atomic import claimed, put, write_json
+from fastlightgen.atomic import claimed, naming, put, write_json
 from fastlightgen.config import Run
 from fastlightgen.decoder.folder import check_replaces, copy_vae
 from fastlightgen.models.base import Block, VideoDiT
@@ -152,6 +152,7 @@ def write_pipeline(
     temporary, report = out.with_name(f".{out.name}.tmp"), dict[str, Any]()
     with ExitStack() as held:
         held.enter_context(claimed(out.with_name(f".{out.name}.lock"), wait=False))
+        held.enter_context(naming(temporary))
         held.callback(shutil.rmtree, temporary, ignore_errors=True)  # of a process that was killed, or of this one
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()

@@ -43,7 +43,7 @@ BLOCK_SCORES: dict[str, Callable[[Any, VideoDiT, Sequence[Sample]], Tensor]] = {
     "attention_mass": lambda cfg, net, samples: attention_mass(cfg, net, samples, "score=attention_mass").mean(1),
 }
 
-MOST_SAMPLES = 1_000_000  # scores of one candidate, all of which stay in memory
+MOST_SAMPLES = 100_000  # clips times timesteps: all of them stay in memory
 
 
 @dataclass(kw_only=True)

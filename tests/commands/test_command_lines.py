@@ -138,7 +138,7 @@ LARGE = [
     ["gpus=1000000", "gpus_per_node=1", "sequence_parallel=1000"],
     ["size=16384x16384x16381", "batch=100000"],
     ["size=480x832x81", "text_tokens=1000000", "iters=1000000000"],
-    ["stage=1", "clips=100000", "timesteps=10", "memory=1e-9"],
+    ["stage=1", "clips=10000", "timesteps=10", "memory=1e-9"],
     ["stage=1", "clips=100000", "timesteps=1000"],
     ["stage=2", "method=f3", "clips=100000", "timesteps=1000", "queries=1000000"],
     ["stage=3", "steps=8", "ratio=1000000000", "iters=1000000000"],
