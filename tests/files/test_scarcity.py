@@ -34,9 +34,10 @@ def forked(command: Callable[[], None], said: Path, prepare: Callable[[], None] 
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.read_text()
     code = 1
     try:
-        sys.stdout, sys.stderr = open(os.devnull, "w"), open(said, "w", buffering=1)
-        os.dup2(sys.stdout.fileno(), 1)
-        os.dup2(sys.stderr.fileno(), 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(said, os.O_WRONLY | os.O_TRUNC), 2)
+        os.closerange(3, 4096)  # what the tests before this one have left open
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
         prepare()
         command()
         code = 0
