@@ -71,10 +71,10 @@ def test_nothing_grows(tmp_path, stage):
     rows = np.array(watched(process, run, stage))
     assert process.wait() == 0, (tmp_path / "out.txt").read_text()[-2_000:]
     rows = rows[rows[:, 0] > 0]
-    late = rows[rows[:, 0] > rows[-1, 0] / 4]  # by then all caches are full and the first clips are made
+    late = rows[rows[:, 0] > rows[-1, 0] / 2]  # by then all caches are full and the first clips are made
     step, cpu, memory, files, threads = late.T
     grown = slope(step, memory)
-    print(f"\nstage {stage}, the last three quarters: {memory[0] / 1e6:.1f} to {memory[-1] / 1e6:.1f} MB of memory,")
+    print(f"\nstage {stage}, the second half: {memory[0] / 1e6:.1f} to {memory[-1] / 1e6:.1f} MB of memory,")
     print(f"  growth by a line {grown / 1e6:+.2f} MB; {files.min():.0f} to {files.max():.0f} open files,", end=" ")
     print(f"{threads.min():.0f} to {threads.max():.0f} threads")
     assert grown < 8 * MEGABYTE
