@@ -71,9 +71,14 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file that appears complete or not at all. safetensors refuses strides, so they are copied."""
-    with claimed(temporary := file.with_suffix(".tmp")):
-        write_tensors(temporary, {k: v.contiguous() for k, v in tensors.items()}, metadata)
-        put(temporary, file)
+    written = file.with_suffix(".new.tmp")
+    with claimed(file.with_suffix(".tmp")):  # not the file itself: safetensors puts another one in its place
+        try:
+            written.unlink(missing_ok=True)
+            write_tensors(written, {k: v.contiguous() for k, v in tensors.items()}, metadata)
+            put(written, file)
+        finally:
+            written.unlink(missing_ok=True)
 
 
 def open_tensors(file: Path) -> Any:

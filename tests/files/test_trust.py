@@ -66,7 +66,8 @@ def test_links_in_the_place_of_own_files_are_not_followed(tmp_path):
             pass
     (tmp_path / ".a.json.tmp").symlink_to(private)
     atomic.write_json(tmp_path / "a.json", [1])
-    (tmp_path / "b.tmp").symlink_to(private)
+    for name in ("b.tmp", "b.new.tmp"):
+        (tmp_path / name).symlink_to(private)
     tensors.save_tensors(tmp_path / "b.safetensors", {"w": torch.zeros(2)})
     assert private.read_text() == "mine" and json.loads((tmp_path / "a.json").read_text()) == [1]
     assert not (tmp_path / "b.safetensors").is_symlink() and not list(tmp_path.glob("*.tmp"))
