@@ -74,10 +74,12 @@ class RankKeys(BatchKeys):
     clips: int = field(64, "clips of the evaluation set", lo=1, hi=MOST_CLIPS, everyday=True)
     timesteps: int = field(8, "stratified times per clip", lo=1, hi=1_000, everyday=True)
     t_range: list[float] = field([0.02, 0.98], "range of the times before the shift", lo=0, hi=1)
-    queries: int = field(256, "score=attention_mass: tokens per clip and time whose attention is measured", lo=1)
-    steps: int = field(8, "score=frechet: sampling steps of a clip", lo=1)
+    queries: int = field(
+        256, "score=attention_mass: tokens per clip and time whose attention is measured", lo=1, hi=1_000_000
+    )
+    steps: int = field(8, "score=frechet: sampling steps of a clip", lo=1, hi=1_000)
     guidance: float = field(-1.0, f"score=frechet: {GUIDANCE}")
-    candidates: int = field(4, "search=calibrated: sets of blocks that are recovered", lo=2)
+    candidates: int = field(4, "search=calibrated: sets of blocks that are recovered", lo=2, hi=1_000)
     recovery: str = field(
         "", f"search=calibrated: keys of the short Stage II, with commas, on top of {','.join(words(SHORT))}"
     )

@@ -80,8 +80,8 @@ def test_nothing_grows(tmp_path, stage):
     print(f"{threads.min():.0f} to {threads.max():.0f} threads")
     assert grown < 8 * MEGABYTE
     half = len(late) // 2
-    for counted in (files, threads):  # a save or a result opens some for a moment
-        assert np.median(counted[half:]) <= np.median(counted[:half])
+    for counted in (files, threads):  # a save opens some for a moment; one that stays open would raise the least
+        assert counted[half:].min() <= counted[:half].min()
     if stage != 1:
         first, last = (
             np.interp(b, rows[:, 0], rows[:, 1]) - np.interp(a, rows[:, 0], rows[:, 1])
