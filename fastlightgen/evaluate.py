@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlightgen.atomic import write_json
+from fastlightgen.atomic import check_place, write_json
 from fastlightgen.blocks import read_importance
 from fastlightgen.config import SHAPES_PROMPT, Evaluate, Run, command, for_evaluate, for_stage, main, method_for
 from fastlightgen.data.frames import to_uint8
@@ -242,6 +242,7 @@ def listed(record: dict[str, Any]) -> str:
 
 def evaluate(cfg: Evaluate) -> None:
     """Evaluate a model and, if teacher= is given, the teacher and the speedup; on a cache; or any videos."""
+    check_place(cfg.out)
     if cfg.videos:
         return evaluate_videos(cfg)
     if cfg.data != "shapes":

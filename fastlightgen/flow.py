@@ -49,7 +49,8 @@ def ladder(num_steps: int, shift: float) -> list[float]:
     """The N sampling times shift_time(1 - i/N), i < N: from 1 down, without the final 0."""
     if num_steps < 1:
         raise ValueError(f"ladder: num_steps is {num_steps}; at least 1 is needed")
-    return [shift_time(1 - i / num_steps, shift) for i in range(num_steps)]
+    # The first is 1 for every shift; below 1/2 the formula rounds.
+    return [1.0, *(shift_time(1 - i / num_steps, shift) for i in range(1, num_steps))]
 
 
 def draw_times(batch: int, shift: float, kind: str, generator: torch.Generator) -> Tensor:

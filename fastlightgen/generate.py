@@ -16,10 +16,11 @@ from fastlightgen.models.families import depth
 from fastlightgen.models.folder.networks import full_depth
 from fastlightgen.models.folder.weights import config_of, load_model, read_card, trained_folder
 from fastlightgen.models.sample import sample, sampling_plan
-from fastlightgen.parallel.log import bar, say
+from fastlightgen.parallel.log import bar, say, size
 from fastlightgen.parallel.threads import set_threads
 from fastlightgen.pipelines.export import check_fits, is_pipeline
 from fastlightgen.pipelines.world import Pipeline
+from fastlightgen.planner.fit import host_free
 from fastlightgen.world.builtin import BuiltIn
 from fastlightgen.world.source import ShapesSource
 
@@ -46,6 +47,8 @@ def generate(cfg: Generate) -> None:
     dtype = getattr(torch, compute_type(cfg.dtype, device.type == "cuda", pipeline is not None))
     with clock("load"):
         world = Pipeline(pipeline, device, dtype, cfg.size, vae=cfg.vae) if pipeline else BuiltIn(cfg.size)
+    if isinstance(world, Pipeline):
+        check_memory(cfg, *world.size)
     card = read_card(folder)
     plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler, world.defaults)
     warn_of_changes(cfg, card)
@@ -74,6 +77,16 @@ def generate(cfg: Generate) -> None:
     where = f"{out.with_stem(f'{out.stem}-000')} ... {len(wishes)} files" if cfg.prompts else str(out)
     say(f"{where}: {cfg.count} clip(s), {len(plan['times'])} steps, guidance {plan['guidance']:g}; {clock}")
     say(f"next: {following(cfg, pipeline)}")
+
+
+def check_memory(cfg: Generate, height: int, width: int, frames: int) -> None:
+    """Raise ValueError if this host has no room for the clips in float32, and once more while they are cut to bytes."""
+    need = 2 * 4 * 3 * cfg.count * height * width * frames
+    if need > (free := host_free()):
+        raise ValueError(
+            f"count={cfg.count} size={height}x{width}x{frames}: the clips alone take {size(need)} of memory, "
+            f"{size(free)} are free; use fewer or smaller ones"
+        )
 
 
 def following(cfg: Generate, pipeline: Path | None) -> str:

@@ -15,7 +15,10 @@ import torch
 
 import fastlightgen
 from fastlightgen.config import ConfigError, UserError, guarded
+from fastlightgen.config.fields import clipped
 from fastlightgen.config.files import presets
+from fastlightgen.config.limits import MOST_CLIPS, MOST_POINTS, MOST_THREADS
+from fastlightgen.config.run import MAX_SEED
 from fastlightgen.parallel.log import say
 from fastlightgen.sweeps import papers
 from fastlightgen.sweeps.estimate import plan
@@ -46,26 +49,39 @@ def values_of(text: str) -> list[str]:
 
 def settings(words: Sequence[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Split the command line into the sweep's own keys and the lists of training keys."""
-    own, swept = dict(OWN), {}
+    own, swept, given = dict(OWN), {}, set[str]()
     for word in words:
         key, equals, value = word.partition("=")
         if not (key and equals and value):
-            raise ConfigError(f"{word!r}: wanted key=value, for example steps=2,4 (sweep --help lists the keys)")
+            raise ConfigError(
+                f"{clipped(word)!r}: wanted key=value, for example steps=2,4 (sweep --help lists the keys)"
+            )
+        if key in given:
+            raise ConfigError(f"{clipped(key)} is given twice: keep one")
+        given.add(key)
         if key in OWN:
             own[key] = value
         else:
             swept[key] = values_of(value)
-    for key in ("at_once", "clips"):
-        if not own[key].isdigit():
-            raise ConfigError(f"{key}={own[key]}: wanted a whole number from 0 up")
+    for key, most in (("at_once", MOST_THREADS), ("clips", MOST_CLIPS)):
+        whole_number(key, own[key], most)
+    if own["dry_run"] not in ("true", "false"):
+        raise ConfigError(f"dry_run={clipped(own['dry_run'])}: wanted true or false")
     return own, swept
 
 
+def whole_number(key: str, text: str, most: int, wanted: str = "a whole number") -> int:
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) > most:
+        raise ConfigError(f"{key}={clipped(text)}: wanted {wanted} from 0 to {most}")
+    return int(text)
+
+
 def seeds_of(text: str) -> list[int]:
+    """ "2" -> [0, 1]; "3,7" -> [3, 7]."""
     numbers = values_of(text)
-    if not all(number.isdigit() for number in numbers):
-        raise ConfigError(f"seeds={text}: wanted a number of seeds, or a list as 0,1,2")
-    return [int(n) for n in numbers] if len(numbers) > 1 else list(range(int(numbers[0])))
+    if len(numbers) > 1:
+        return [whole_number("seeds", number, MAX_SEED, "seeds") for number in numbers]
+    return list(range(whole_number("seeds", text, MOST_POINTS, "a list as 0,1,2, or a number of seeds")))
 
 
 def sweep(words: Sequence[str]) -> None:
@@ -104,7 +120,9 @@ def groups_of(own: dict[str, str], swept: dict[str, list[str]]) -> dict[str, lis
         return {"": points_of(run, {"model": ["tiny"], "data": ["shapes"]} | swept, seeds, clips)}
     for key, values in swept.items():
         if len(values) > 1:
-            raise ConfigError(f"{key}={','.join(values)}: a table of the paper takes one value of a key")
+            raise ConfigError(
+                f"{clipped(key)}={clipped(','.join(values))}: a table of the paper takes one value of a key"
+            )
     known: dict[Path, Part] = {}
     more = {key: values[0] for key, values in swept.items()}
     return {name: papers.points_of(run, papers.read(name), more, seeds, clips, known) for name in asked}

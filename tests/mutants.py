@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 HOSTILE: list[Any] = [
-    None, True, -1, 0, 1e308, 10**30, 2.5, float("nan"), "", "3", "../x", "\x1b]0;x", "x" * 20_000, [], [None], {},
-    {"a": {}}, [1, 1, 1], [3, 2, 1], [[[]]], ["evil", "Code"],
+    None, True, -1, 0, 1e308, 10**9, 10**30, 2.5, float("nan"), "", "3", "../x", "\x1b]0;x", "x" * 20_000, [], [None],
+    {}, {"a": {}}, [1, 1, 1], [3, 2, 1], [[[]]], ["evil", "Code"],
 ]  # fmt: skip
 
 

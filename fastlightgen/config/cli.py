@@ -6,6 +6,7 @@ configs/method/NAME.yaml, the model preset's section, config=FILE, the command l
 
 import dataclasses
 import difflib
+import errno
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import fastlightgen
 from fastlightgen.config.commands import COMMANDS
-from fastlightgen.config.fields import ConfigError
+from fastlightgen.config.fields import ConfigError, clipped
 from fastlightgen.config.files import built_in, presets, repositories, to_yaml
 from fastlightgen.config.help import ALL, front_page, help_text
 from fastlightgen.config.layers import COMMAND_LINE, CONFIG, assign, leaves, shipped_layers
@@ -32,6 +33,17 @@ from fastlightgen.config.stages import CHOOSES, DEFAULT, STAGES, root
 REQUEUE = 75  # exit code of a run that a scheduler stopped, to be started again (EX_TEMPFAIL)
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 LESS = "`fastlightgen plan` with the same keys shows what the memory is needed for"
+REMEDIES = {  # for errors of the system
+    errno.ENOSPC: "make room, and the same command continues",
+    errno.EDQUOT: "make room, and the same command continues",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), and the same command continues",
+    errno.EACCES: "give a place that you may write to, or change its permissions",
+    errno.EPERM: "give a place that you may write to, or change its permissions",
+    errno.EROFS: "give a place that can be written to",
+    errno.EMFILE: "raise the limit on open files (ulimit -n 1024), and the same command continues",
+    errno.ENFILE: "close other programs, and the same command continues",
+    errno.ENOMEM: "free some memory, and the same command continues",
+}
 STOPPED_READING = 128 + signal.SIGPIPE  # exit code after `| head`, as a shell gives it
 MODELS = ("model", "teacher", "init", "stage2_model")  # keys that name a model: a preset or a folder
 TEXTS = ("prompt", "null_prompt", "negative")  # keys whose values may hold any words
@@ -121,18 +133,18 @@ def parse(argv: Sequence[str]) -> dict[str, str]:
     for word in argv:
         key, equals, value = word.partition("=")
         if word.startswith("-"):
-            raise ConfigError(
-                f"{word}: keys have no dashes; write {key.lstrip('-').replace('-', '_')}={value or 'VALUE'}"
-            )
+            written = clipped(f"{key.lstrip('-').replace('-', '_')}={value or 'VALUE'}")
+            raise ConfigError(f"{clipped(word)}: keys have no dashes; write {written}")
         if not (key and equals):
-            raise ConfigError(f"{word!r}: wanted key=value, for example seed=1 (--help lists the keys)")
+            raise ConfigError(f"{clipped(word)!r}: wanted key=value, for example seed=1 (--help lists the keys)")
         if key not in TEXTS and (second := re.search(r"\s([a-z][\w.]*)=", value)):
             raise ConfigError(
-                f"{key}={value!r}: holds {second[0]!r}: the shell passed several words as one, as zsh does with $T; "
-                f"write the words out, {key}=... {second[1]}=..."
+                f"{key}={clipped(value)!r}: holds {clipped(second[0])!r}: the shell passed several words as one, as "
+                f"zsh does with $T; write the words out, {key}=... {clipped(second[1])}=..."
             )
         if key in given:
-            raise ConfigError(f"{key} is given twice, as {key}={given[key]} and {key}={value}: keep one")
+            both = " and ".join(f"{key}={text}" for text in map(clipped, (given[key], value)))
+            raise ConfigError(f"{clipped(key)} is given twice, as {both}: keep one")
         given[key] = value
     return given
 
@@ -185,8 +197,8 @@ def check_place(key: str, value: str, kind: str) -> None:
     near = difflib.get_close_matches(value, presets(kind), n=1)
     hint = download(value) or (f"; did you mean {near[0]}?" if near else "")
     if os.path.dirname(value) and not os.path.exists(value):  # a path, and no name of a preset
-        raise ConfigError(f"{key}={value}: there is no such folder{hint}")
-    raise ConfigError(f"{key}={value}: neither a folder nor a preset ({', '.join(presets(kind))}){hint}")
+        raise ConfigError(f"{key}={clipped(value)}: there is no such folder{hint}")
+    raise ConfigError(f"{key}={clipped(value)}: neither a folder nor a preset ({', '.join(presets(kind))}){hint}")
 
 
 def download(value: str) -> str:
@@ -261,6 +273,8 @@ def report(err: BaseException) -> int:
         print(str(err) or "interrupted", file=sys.stderr)
     else:
         said = f"{str(err) or 'out of memory'}; {LESS}" if isinstance(err, MemoryError) else str(err)
+        if isinstance(err, OSError) and err.errno in REMEDIES:
+            said = f"{said}; {REMEDIES[err.errno]}"
         line = f"error: {plain(said)}"
         print(line, file=sys.stderr)
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun repeats it at the end of its own report

@@ -3,7 +3,16 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastlightgen.config.fields import REQUIRED, Checked, ConfigError, field, show
+from fastlightgen.config.fields import REQUIRED, Checked, ConfigError, clipped, field, show
+from fastlightgen.config.limits import (
+    MOST_CLIPS,
+    MOST_FPS,
+    MOST_FRAMES,
+    MOST_STEPS,
+    MOST_THREADS,
+    MOST_WORKERS,
+    sides,
+)
 from fastlightgen.config.measuring import Speed, VBench
 from fastlightgen.config.run import (
     ALLOW_PT,
@@ -30,13 +39,17 @@ OF_VIDEOS = ("size", "fps", "i3d", "torchscript")
 class EvaluateKeys(Checked):
     """Keys of an evaluation, alone or at the end of stage=all."""
 
-    clips: int = field(128, "held-out clips; more of them rank closer models", lo=1, numbers=False, everyday=True)
-    batch: int = field(64, "clips per network call", lo=1, numbers=False)
-    steps: int = field(0, STEPS, lo=0, numbers=False, everyday=True)
+    clips: int = field(
+        128, "held-out clips; more of them rank closer models", lo=1, hi=MOST_CLIPS, numbers=False, everyday=True
+    )
+    batch: int = field(64, "clips per network call", lo=1, hi=MOST_CLIPS, numbers=False)
+    steps: int = field(0, STEPS, lo=0, hi=MOST_STEPS, numbers=False, everyday=True)
     guidance: float = field(-1.0, GUIDANCE, numbers=False, everyday=True)
     sampler: str = field("auto", SAMPLER, choices=SAMPLERS, numbers=False)
-    show: int = field(8, "clips kept for the report", lo=0, numbers=False)
-    noises: int = field(1, "clips per caption, of `clips` more, to measure diversity; 1: do not", lo=1, numbers=False)
+    show: int = field(8, "clips kept for the report", lo=0, hi=1_000, numbers=False)
+    noises: int = field(
+        1, "clips per caption, of `clips` more, to measure diversity; 1: do not", lo=1, hi=MOST_CLIPS, numbers=False
+    )
     seed: int = field(0, "decides held-out clips, reference and noise", lo=0, hi=MAX_SEED, numbers=False, everyday=True)
 
     def check(self) -> None:
@@ -64,7 +77,7 @@ class Evaluate(EvaluateKeys):
     allow_pt: bool = field(False, ALLOW_PT)
     data: str = field("shapes", "a preset, or a folder with a latent cache", everyday=True)
     device: str = field("auto", DEVICE, choices=DEVICES, everyday=True)
-    threads: int = field(0, THREADS, lo=0)
+    threads: int = field(0, THREADS, lo=0, hi=MOST_THREADS)
     progress: bool = field(True, "show a progress bar")
     dry_run: bool = field(False, DRY_RUN)
 
@@ -113,14 +126,14 @@ class Generate(Checked):
         everyday=True,
     )
     size: str = field("", f"{SIZE}, for example 480x832x81; empty: the family's own", everyday=True)
-    count: int = field(1, "number of clips", lo=1, everyday=True)
-    steps: int = field(0, STEPS, lo=0, everyday=True)
+    count: int = field(1, "number of clips", lo=1, hi=1_000, everyday=True)
+    steps: int = field(0, STEPS, lo=0, hi=MOST_STEPS, everyday=True)
     guidance: float = field(-1.0, GUIDANCE, everyday=True)
     sampler: str = field("auto", SAMPLER, choices=SAMPLERS)
     seed: int = field(0, "decides the noise", lo=0, hi=MAX_SEED, everyday=True)
     device: str = field("auto", DEVICE, choices=DEVICES, everyday=True)
     dtype: str = field("auto", DTYPE, choices=DTYPES)
-    threads: int = field(0, THREADS, lo=0)
+    threads: int = field(0, THREADS, lo=0, hi=MOST_THREADS)
     progress: bool = field(True, "show a progress bar")
     dry_run: bool = field(False, DRY_RUN)
 
@@ -166,7 +179,7 @@ class Export(Checked):
     original: bool = field(
         False, "also write the network in the format of the family's original repository", everyday=True
     )
-    threads: int = field(0, THREADS, lo=0)
+    threads: int = field(0, THREADS, lo=0, hi=MOST_THREADS)
     progress: bool = field(True, "show a progress bar")
     dry_run: bool = field(False, DRY_RUN)
 
@@ -205,22 +218,32 @@ class Encode(Checked):
         "", "sizes that clips are cropped to, as [480x832,832x480]; empty: the pipeline's own", everyday=True
     )
     frames: int = field(
-        0, "frames per clip, for Wan and HunyuanVideo 4 k + 1; 0: the pipeline's own, 81 or 129", lo=0, everyday=True
+        0,
+        "frames per clip, for Wan and HunyuanVideo 4 k + 1; 0: the pipeline's own, 81 or 129",
+        lo=0,
+        hi=MOST_FRAMES,
+        everyday=True,
     )
     fps: float = field(
-        0.0, "frames per second; 0: the pipeline's own, 16 for Wan, 24 for HunyuanVideo", lo=0, everyday=True
+        0.0,
+        "frames per second; 0: the pipeline's own, 16 for Wan, 24 for HunyuanVideo",
+        lo=0,
+        hi=MOST_FPS,
+        everyday=True,
     )
     min_dover: float = field(80.0, "lists with a column dover: skip the clips whose score is below this")
     null_prompt: str = field("", "prompt of the null prediction, which guidance needs", everyday=True)
     dtype: str = field("bfloat16", "type that text encoders compute in", choices=("bfloat16", "float32"))
     save_dtype: str = field("float16", "type of saved latents", choices=("float16", "bfloat16", "float32"))
     tiling: bool = field(False, "VAE in overlapping tiles: less memory, slightly other latents")
-    shard: int = field(16, "clips per file; an interruption costs at most one file's work", lo=1)
-    workers: int = field(2, "processes that decode videos; 0: none beside this one", lo=0)
-    rank: int = field(-1, "number of this process, of `ranks` that share the work; -1: RANK of torchrun, or 0", lo=-1)
-    ranks: int = field(0, "processes that share the work; 0: WORLD_SIZE of torchrun, or 1", lo=0)
+    shard: int = field(16, "clips per file; an interruption costs at most one file's work", lo=1, hi=MOST_CLIPS)
+    workers: int = field(2, "processes that decode videos; 0: none beside this one", lo=0, hi=MOST_WORKERS)
+    rank: int = field(
+        -1, "number of this process, of `ranks` that share the work; -1: RANK of torchrun, or 0", lo=-1, hi=MOST_CLIPS
+    )
+    ranks: int = field(0, "processes that share the work; 0: WORLD_SIZE of torchrun, or 1", lo=0, hi=MOST_CLIPS)
     device: str = field("auto", DEVICE, choices=DEVICES, everyday=True)
-    threads: int = field(0, THREADS, lo=0)
+    threads: int = field(0, THREADS, lo=0, hi=MOST_THREADS)
     progress: bool = field(True, "show a progress bar")
     dry_run: bool = field(False, DRY_RUN)
 
@@ -234,19 +257,19 @@ class Encode(Checked):
 
 def parse_size(text: str) -> tuple[int, int, int]:
     """ "480x832x81" as (height, width, frames)."""
-    numbers = text.split("x")
-    if len(numbers) != 3 or not all(n.isdecimal() and int(n) for n in numbers):
-        raise ConfigError(f"size={text}: wanted {SIZE}, for example 480x832x81")
-    height, width, frames = map(int, numbers)
+    numbers = sides("size", text)
+    if len(numbers) != 3:
+        raise ConfigError(f"size={clipped(text)}: wanted {SIZE}, for example 480x832x81")
+    height, width, frames = numbers
     return height, width, frames
 
 
 def parse_buckets(text: str) -> list[tuple[int, int]]:
     """ "[480x832,832x480]" as [(480, 832), (832, 480)], heights first."""
-    sizes = [part.strip().split("x") for part in text.strip("[] ").split(",") if part.strip()]
-    if not all(len(size) == 2 and all(n.isdecimal() and int(n) for n in size) for size in sizes):
-        raise ConfigError(f"buckets={text}: wanted HEIGHTxWIDTH, for example [480x832,832x480]")
-    return [(int(height), int(width)) for height, width in sizes]
+    sizes = [sides("buckets", part) for part in text.strip("[] ").split(",") if part.strip()]
+    if not all(len(size) == 2 for size in sizes):
+        raise ConfigError(f"buckets={clipped(text)}: wanted HEIGHTxWIDTH, for example [480x832,832x480]")
+    return [(height, width) for height, width in sizes]
 
 
 @dataclass(kw_only=True)

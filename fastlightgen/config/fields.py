@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from omegaconf import MISSING
 
 REQUIRED = MISSING  # the default of a key that the user must give
+MOST = 1_000_000_000  # the largest number of a key without a limit of its own, and the negative of the smallest
 
 
 class UserError(ValueError):
@@ -73,7 +74,7 @@ def limits(f: dataclasses.Field) -> str:
 
 def check_value(f: dataclasses.Field, value: Any, key: str) -> None:
     """Check one value: choices, range, two numbers in a pair."""
-    shown = show(value)
+    shown = clipped(show(value))
     if value == "" and default_of(f) != "":
         raise ConfigError(f"{key}= is empty; {f.metadata['help']}: give {key}=...")
     if f.metadata["choices"] and value not in f.metadata["choices"]:
@@ -89,6 +90,14 @@ def check_value(f: dataclasses.Field, value: Any, key: str) -> None:
         fits = (r["lo"] is None or x >= r["lo"]) and (r["hi"] is None or x <= r["hi"])
         if not (fits and (r["above"] is None or x > r["above"]) and (r["below"] is None or x < r["below"])):
             raise ConfigError(f"{key}={shown}: wanted {limits(f)}")
+        low = next((r[key] for key in ("lo", "above") if r[key] is not None), -MOST)
+        if not low <= x <= next((r[key] for key in ("hi", "below") if r[key] is not None), MOST):
+            raise ConfigError(f"{key}={shown}: wanted a number from {-MOST} to {MOST}")
+
+
+def clipped(text: str) -> str:
+    """A user's text in a message, cut off where it is too long to be read."""
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def show(value: Any) -> str:

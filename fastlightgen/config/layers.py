@@ -13,13 +13,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fastlightgen.config.fields import REQUIRED, ConfigError, check_value, default_of, show, type_of
+from fastlightgen.config.fields import REQUIRED, ConfigError, check_value, clipped, default_of, show, type_of
 from fastlightgen.config.files import config_root, flatten, preset, presets, read_yaml, recipe
 from fastlightgen.config.stages import DEFAULT, METHODS, STAGES, keys_of, root
 
 COMMAND_LINE, CONFIG = "the command line", "config"  # in `origins`: the source of given words, the key of config=FILE
 STARTS = ("init", "teacher", "model")  # keys that name the network a stage starts from; the first one given does
 RELEASED = "fastlightgen.models.folder.released"
+LONGEST = 200  # characters of two numbers
 TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", list[float]: "[number,number]"}
 
 
@@ -106,7 +107,9 @@ def assign(node: DictConfig, cls: type, values: Mapping[str, Any], where: str) -
         if key not in known:
             raise ConfigError(unknown_key(key, value, cls) + where)
         f = known[key]
-        wanted = ConfigError(f"{key}={show(value)}: wanted {TYPES[type_of(f)]}, for example {key}={example(f)}{where}")
+        wanted = ConfigError(
+            f"{key}={clipped(show(value))}: wanted {TYPES[type_of(f)]}, for example {key}={example(f)}{where}"
+        )
         try:
             OmegaConf.update(node, key, literal(value, type_of(f)))
             check_value(f, plain(OmegaConf.select(node, key, throw_on_missing=True)), key)
@@ -119,6 +122,8 @@ def assign(node: DictConfig, cls: type, values: Mapping[str, Any], where: str) -
 def literal(value: Any, kind: type) -> Any:
     """A value in the form in which OmegaConf leaves it alone: no lookup of ${...}, no "yes" for true."""
     if isinstance(value, str) and kind == list[float]:
+        if len(value) > LONGEST:  # the parser calls itself for every bracket
+            raise TypeError
         value = yaml.safe_load(value)
     if kind is bool and str(value).lower() not in ("true", "false"):
         raise TypeError
@@ -138,7 +143,8 @@ def example(f: dataclasses.Field) -> str:
 
 def unknown_key(key: str, value: Any, cls: type) -> str:
     """The error for an unknown key: where the key would be valid, or which key the user probably meant."""
-    known, shown = leaves(cls), f"{key}={show(value)}"
+    known, key = leaves(cls), clipped(key)
+    shown = f"{key}={clipped(show(value))}"
     inside = [name for name in known if name.startswith(f"{key}.")]
     if inside:
         return f"{shown}: {key} is a section; give {inside[0]}=... or another of its keys"

@@ -26,16 +26,16 @@ class Machine(Checked):
     """Keys of the machine, and guesses at the result of Stage I."""
 
     gpu: str = field("h100", f"kind of GPU: {', '.join(GPUS)}; cpu: processes on a CPU in place of GPUs", everyday=True)
-    gpus: int = field(16, "GPUs in all", lo=1, everyday=True)
-    gpus_per_node: int = field(8, "GPUs in one host", lo=1, everyday=True)
+    gpus: int = field(16, "GPUs in all", lo=1, hi=1_000_000, everyday=True)
+    gpus_per_node: int = field(8, "GPUs in one host", lo=1, hi=1_000_000, everyday=True)
     efficiency: float = field(
         0.0, "share of the GPU's peak that the run reaches; 0: what the paper's 80 GPU-days imply", lo=0, hi=1
     )
     size: str = field("", "height x width x frames of the clips, in pixels; empty: the model's own", everyday=True)
-    text_tokens: int = field(0, "tokens of a prompt; 0: what the family is used with", lo=0)
+    text_tokens: int = field(0, "tokens of a prompt; 0: what the family is used with", lo=0, hi=1_000_000)
     previews: bool = field(True, "a pipeline's VAE shows clips during training (pipeline= and sample_every= of train)")
     dropped: float = field(0.3, "share of the blocks that Stage I drops", above=0, below=1)
-    prefix: int = field(-1, "first dropped block (they are taken to be adjacent); -1: in the middle", lo=-1)
+    prefix: int = field(-1, "first dropped block (they are taken to be adjacent); -1: in the middle", lo=-1, hi=10_000)
     table: bool = field(False, "instead: what fits on each kind of GPU, for every preset and stage", everyday=True)
     out: str = field("", "JSON file to write as well; empty: none", everyday=True)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from fastlightgen.config.fields import REQUIRED, Checked, ConfigError, field, show
+from fastlightgen.config.limits import MOST_CLIPS, MOST_THREADS
 
 MAX_SEED = 2**31 - 1  # leaves room to count up and fits every generator
 DEVICES, SAMPLERS = ("auto", "cpu", "cuda"), ("auto", "ode", "stochastic")
@@ -107,6 +108,7 @@ class Run(Checked):
         1,
         "engine=deepspeed: processes that share the tokens of one clip; a divisor of the heads and of all processes",
         lo=1,
+        hi=MOST_THREADS,
         numbers=False,
     )
     micro_batch: int = field(
@@ -114,6 +116,7 @@ class Run(Checked):
         "clips per process (with sequence_parallel: per group) in one forward pass, of `batch` per step; 0: all of its "
         "share",
         lo=0,
+        hi=MOST_CLIPS,
         numbers=False,
     )
     fit: str = field(
@@ -162,7 +165,7 @@ class Run(Checked):
     wandb: str = field("", "log to this Weights & Biases project as well; empty: do not", numbers=False)
     trackio: str = field("", "log to this Trackio project as well; empty: do not", numbers=False)
     overwrite: bool = field(False, "start anew in a run folder that is in use", numbers=False, everyday=True)
-    threads: int = field(0, THREADS, lo=0, numbers=False, everyday=True)
+    threads: int = field(0, THREADS, lo=0, hi=MOST_THREADS, numbers=False, everyday=True)
     progress: bool = field(True, "show a progress bar", numbers=False)
     dry_run: bool = field(False, DRY_RUN, numbers=False)
 

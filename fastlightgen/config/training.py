@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fastlightgen.config.fields import Checked, field
+from fastlightgen.config.limits import MOST_CLIPS
 
 TIMES = ("uniform", "logit_normal")
 SCHEDULE = "after the warm-up: hold the learning rate, or let it fall to 0"
@@ -17,8 +18,8 @@ TEACHER_GUIDANCE = (
 class BatchKeys(Checked):
     """Keys of every stage that draws clips."""
 
-    batch: int = field(16, "clips per step, of all processes together", lo=1, everyday=True)
-    shift: float = field(5.0, "time shift s: t -> s t / (1 + (s - 1) t)", above=0, everyday=True)
+    batch: int = field(16, "clips per step, of all processes together", lo=1, hi=MOST_CLIPS, everyday=True)
+    shift: float = field(5.0, "time shift s: t -> s t / (1 + (s - 1) t)", lo=0.01, hi=1_000, everyday=True)
 
 
 @dataclass(kw_only=True)
@@ -55,4 +56,4 @@ class StudentKeys(TrainingKeys):
         everyday=True,
     )
     choose_every: int = field(50, "choose=best: updates of the student between two looks", lo=1)
-    choose_clips: int = field(64, "choose=best: held-out prompts", lo=8)
+    choose_clips: int = field(64, "choose=best: held-out prompts", lo=8, hi=MOST_CLIPS)

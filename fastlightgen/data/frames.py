@@ -1,6 +1,5 @@
 """Writes clips as .mp4, .gif or a .png sheet, and reads pictures. Frames are uint8 [B, F, H, W, 3]."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -8,21 +7,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastlightgen.atomic import check_place, claimed, put
 from fastlightgen.files.border import picture
 
 
 def write_clips(path: Path, frames: NDArray, fps: int, crf: str = "") -> None:
     """Write all clips of a batch into one file, which appears complete or not at all. `crf`: quality of an mp4."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # another process may write the same file
-    try:
+    with claimed(temporary := path.with_name(f".tmp-{path.name}")):
         if crf:
             write_mp4(temporary, frames, fps, {"crf": crf})
         else:
             WRITERS[path.suffix](temporary, frames, fps)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        put(temporary, path)
 
 
 def check_suffix(out: str) -> Path:
@@ -32,9 +29,7 @@ def check_suffix(out: str) -> Path:
         raise ValueError(f"out={out}: the suffix is {path.suffix!r}; wanted one of {', '.join(WRITERS)}")
     if path.suffix == ".mp4":
         _av(path)  # fails here, before any sampling, if PyAV is missing
-    place = next(p for p in path.absolute().parents if p.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)) or path.is_dir():
-        raise ValueError(f"out={out}: cannot be written; give a file in a folder that you may write to")
+    check_place(out)
     return path
 
 

@@ -34,7 +34,7 @@ from fastlightgen.files.tensors import open_tensors, save_tensors
 from fastlightgen.parallel.log import bar, say
 
 # Files of processes that were killed while writing. Other names are not ours.
-LEFTOVERS = ("shard-*.tmp", "null.tmp", "negative.tmp", ".*.json.tmp", "parts/.*.json.tmp")
+LEFTOVERS = ("shard-*.tmp", "null*.tmp", "negative*.tmp", ".*.json.tmp", "parts/.*.json.tmp")
 OWN = re.compile(r"\.lock.*|\..*\.tmp|.*\.tmp|parts|skipped\.json|encode\.json|(null|negative|shard-.*)\.safetensors")
 Clip = tuple[dict[str, Tensor], dict]  # the fields, and the clip's origin for the shard's metadata
 # The keys of encode.json that say which clips there are. The others are settings, which do not change.

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastlightgen.atomic import write_text
+from fastlightgen.atomic import naming, write_text
 from fastlightgen.engine.writers import Writer
 from fastlightgen.files.border import parsed, read_lines, read_text
 from fastlightgen.files.kinds import LOGGED
@@ -27,7 +27,7 @@ class Lines:
         write_text(path, "".join(kept))
 
     def write(self, record: dict) -> None:
-        with open(self.path, "a") as file:
+        with naming(self.path), open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
 
 

@@ -89,6 +89,9 @@ CONFIG = record({}, {"_class_name": maybe(NAME), "architectures": items(NAME)})
 COMPONENT = items(maybe(NAME), most=2, least=2)
 PIPELINE = record({"_class_name": NAME}, rest=either(COMPONENT, text(), flag, number(), maybe(record({}))))
 
+# manifest.json of an export
+MANIFEST = record({"files": table(record({"size": whole(), "sum": whole(0, 2**32)}))})
+
 # model.safetensors.index.json
 WEIGHT_MAP = record({"weight_map": table(FILE, most=1_000_000)})
 

@@ -7,6 +7,7 @@ attacker.
 
 import errno
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastlightgen.atomic import put
-from fastlightgen.files.border import parsed, regular
+from fastlightgen.atomic import claimed, put
+from fastlightgen.files.border import opened, parsed, regular
 from fastlightgen.files.schema import Shape, table, whole
 
 SUMS = "sums"  # metadata key: name of a tensor -> its checksum, as JSON
 SHAPE = table(whole(0, 2**32), most=10_000_000)
-BLOCK = 4096  # bytes
+BLOCK, CHUNK = 4096, 1 << 22  # bytes
 
 
 def checksum(value: Tensor) -> int:
@@ -33,9 +34,23 @@ def checksum(value: Tensor) -> int:
     data = value.detach().contiguous().reshape(-1).view(torch.uint8)
     if data.storage_offset() % 8 or data.data_ptr() % 8:  # a mapped tensor may begin anywhere
         data = data.clone()
+    return _added(data, 0)
+
+
+def _added(data: Tensor, before: int) -> int:
+    """Continue the checksum `before` with more bytes; all but the last ones are whole blocks."""
     whole_blocks = len(data) // BLOCK * BLOCK
     sums = data[:whole_blocks].view(torch.int64).view(-1, BLOCK // 8).sum(1)
-    return zlib.crc32(data[whole_blocks:].numpy().data, zlib.crc32(sums.numpy().data))
+    return zlib.crc32(data[whole_blocks:].numpy().data, zlib.crc32(sums.numpy().data, before))
+
+
+def file_checksum(path: Path) -> tuple[int, int]:
+    """The number of a file's bytes, and their checksum: that of a tensor with these bytes."""
+    size, out, buffer = 0, 0, torch.empty(CHUNK, dtype=torch.uint8)
+    with opened(path) as file:
+        while count := file.readinto(buffer.numpy().data):  # type: ignore[attr-defined]  # of a buffered reader
+            size, out = size + count, _added(buffer[:count], out)
+    return size, out
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -50,16 +65,20 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         save_file(dict(tensors), file, metadata)
         file.chmod(mode)
     except SafetensorError as err:
-        code = errno.ENOSPC if "No space left" in str(err) else errno.EIO
-        raise OSError(code, " ".join(str(err).split()), str(file)) from None
+        code = re.search(r"os error (\d+)", said := " ".join(str(err).split()))
+        raise OSError(int(code[1]) if code else errno.EIO, said, str(file)) from None
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file that appears complete or not at all. safetensors refuses strides, so they are copied."""
-    temporary = file.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)  # of a process that was killed
-    write_tensors(temporary, {k: v.contiguous() for k, v in tensors.items()}, metadata)
-    put(temporary, file)
+    written = file.with_suffix(".new.tmp")
+    with claimed(file.with_suffix(".tmp")):  # not the file itself: safetensors puts another one in its place
+        try:
+            written.unlink(missing_ok=True)
+            write_tensors(written, {k: v.contiguous() for k, v in tensors.items()}, metadata)
+            put(written, file)
+        finally:
+            written.unlink(missing_ok=True)
 
 
 def open_tensors(file: Path) -> Any:

@@ -21,6 +21,7 @@ from fastlightgen import flow
 from fastlightgen.atomic import write_json
 from fastlightgen.blocks import num_dropped
 from fastlightgen.config import GUIDANCES, TEACHER_GUIDANCE, TIMES, ConfigError, Run, TrainingKeys, field
+from fastlightgen.config.limits import MOST_CLIPS
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.roles import Role, Update
 from fastlightgen.files.border import read_json
@@ -62,10 +63,10 @@ class F3Keys(TrainingKeys):
     recover: bool = field(
         False, "false: no training, as in the paper; true: train the rest for `iters` steps", everyday=True
     )
-    clips: int = field(16, "clips on which attention is measured", lo=1)
-    timesteps: int = field(8, "stratified times per clip", lo=1)
+    clips: int = field(16, "clips on which attention is measured", lo=1, hi=MOST_CLIPS)
+    timesteps: int = field(8, "stratified times per clip", lo=1, hi=1_000)
     t_range: list[float] = field([0.02, 0.98], "range of the times before the shift", lo=0, hi=1)
-    queries: int = field(256, "tokens per clip and time whose attention is measured", lo=1)
+    queries: int = field(256, "tokens per clip and time whose attention is measured", lo=1, hi=1_000_000)
     attention: str = field("", "attention.json of another run; empty: measure")
     iters: int = field(4000, "recover: optimizer steps", lo=1, everyday=True)
     lr: float = field(1e-5, "recover: learning rate", lo=0, everyday=True)

@@ -38,7 +38,9 @@ class LcmKeys(rival.RivalKeys, FewStepKeys):
 
     iters: int = field(3000, "optimizer steps", lo=1)
     lr: float = field(8e-6, "learning rate", lo=0)
-    points: int = field(50, "points of the grid between data and noise; a step of the teacher goes to the next", lo=2)
+    points: int = field(
+        50, "points of the grid between data and noise; a step of the teacher goes to the next", lo=2, hi=1_000
+    )
     distance: str = field(
         "huber", "between two x0 estimates; huber: mean of sqrt(d^2 + c^2) - c; l2: of d^2", choices=("huber", "l2")
     )

@@ -38,7 +38,7 @@ ADAPTERS, HEADS, TRUTH = 7, 16, 18  # the purposes of this file's random draws
 class MagicKeys(rival.RivalKeys, AdversarialKeys):
     """Keys of MagicDistillation."""
 
-    lora_rank: int = field(64, "rank of the critic's adapters", lo=1)
+    lora_rank: int = field(64, "rank of the critic's adapters", lo=1, hi=10_000)
     alpha_strong: float = field(1.0, "strength of the adapters in the critic", above=0)
     alpha_weak: float = field(
         0.25, "strength of the same adapters in the real network, which guidance then steers; 0: none", lo=0, hi=1

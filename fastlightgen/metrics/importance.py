@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+from fastlightgen.atomic import claimed, put
+
 LABELS = {
     "elbo": "x0 error (Eq. 4)",
     "output_mse": "change of v (Eq. 3)",
@@ -48,4 +50,6 @@ def plot_importance(record: dict, path: Path) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.9")
     ax.legend(frameon=False)
-    figure.savefig(path, format="png")
+    with claimed(temporary := path.with_name(f".tmp-{path.name}")):
+        figure.savefig(temporary, format="png")
+        put(temporary, path)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlightgen.atomic import write_json
 from fastlightgen.config import UserError
-from fastlightgen.files.tensors import read_tensors, save_tensors
+from fastlightgen.files.tensors import read_tensors, save_tensors, summed
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import family_of
 from fastlightgen.models.folder.original import key_table, original_config, to_original
@@ -114,7 +114,7 @@ def write_comfyui(model: VideoDiT, card: dict, out: Path, dtype: torch.dtype, qu
             state[f"{name}.weight"], state[f"{name}.{SCALE}"] = to_float8(state[f"{name}.weight"])
         kinds = {name: {"format": "float8_e4m3fn"} for name in layers}
         metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": kinds})
-    save_tensors(out, state, metadata)
+    save_tensors(out, state, metadata | summed(state))  # verified when it is read back
     del state
     write_workflow(model, card, comfy, out, LOADER)
     found = read_tensors(out)

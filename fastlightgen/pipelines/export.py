@@ -1,22 +1,29 @@
 """Export: write a diffusers pipeline folder with a student in place of its network.
 
 An export holds transformer/ (the student), scheduler/ (its ladder), model_index.json, README.md, fastlightgen.json and
-the other parts unchanged, copied or linked. It is written under a temporary name, compared, and then renamed.
+the other parts unchanged, copied or linked. It is written under a temporary name and compared. manifest.json comes
+last; when all files agree with it, the folder is renamed.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fastlightgen.atomic import put, write_json
+from fastlightgen.atomic import claimed, naming, put, write_json
 from fastlightgen.config import Run
 from fastlightgen.decoder.folder import check_replaces, copy_vae
 from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.models.families import block_counts, family_of, family_of_pipeline
+from fastlightgen.models.folder.files import mapped
+from fastlightgen.models.folder.manifest import Entry, entry, verify_files, write_manifest
 from fastlightgen.models.folder.networks import read_config
 from fastlightgen.models.folder.original import original_config
 from fastlightgen.models.folder.weights import save_model, save_original
@@ -139,13 +146,17 @@ def write_pipeline(
     names = [n for n in parts if n != NETWORK and not (student and n == "scheduler") and not (vae and n == "vae")]
     small = check_replaces(vae, pipeline, encodes_frames(pipeline)) if vae else None
     check_room(model, pipeline, names if not link else [], out, dtype, original)
+    check_parts(pipeline, names)
 
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    report: dict = {}
-    try:
-        copy_parts(pipeline, temporary, names, link, progress)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary, report = out.with_name(f".{out.name}.tmp"), dict[str, Any]()
+    with ExitStack() as held:
+        held.enter_context(claimed(out.with_name(f".{out.name}.lock"), wait=False))
+        held.enter_context(naming(temporary))
+        held.callback(shutil.rmtree, temporary, ignore_errors=True)  # of a process that was killed, or of this one
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        copied = copy_parts(pipeline, temporary, names, link, progress)
         if small:
             copy_vae(small[0], temporary / "vae")
         card = card | {"block_map": blocks, "call": call_of(card, config)}
@@ -171,10 +182,9 @@ def write_pipeline(
         )
         (temporary / "README.md").write_text(text)
         report |= verify(temporary)
+        write_manifest(temporary, copied)
+        verify_files(temporary)
         put(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return report
 
 
@@ -213,8 +223,20 @@ def check_room(
         raise ValueError(f"out={out}: needs {size(need)} and {where} has {size(free)} free; make room, or link=true")
 
 
-def copy_parts(pipeline: Path, folder: Path, names: list[str], link: bool, progress: bool) -> None:
-    """Copy or link the unchanged parts into `folder`, and copy the licence files."""
+def check_parts(pipeline: Path, names: list[str]) -> None:
+    """Raise ValueError if a part of the pipeline is damaged: by its manifest, or by the headers of its weights."""
+    verify_files(pipeline, lambda file: file.partition("/")[0] in names)
+    for file in (f for name in names for f in sorted((pipeline / name).rglob("*.safetensors"))):
+        with mapped(file):  # compares the header with the size
+            pass
+
+
+def copy_parts(pipeline: Path, folder: Path, names: list[str], link: bool, progress: bool) -> dict[str, Entry]:
+    """Copy or link the unchanged parts into `folder`, and copy the licence files.
+
+    Return the manifest's records of what was copied, taken from the sources.
+    """
+    copied: dict[str, Entry] = {}
     if link:
         for name in names:
             (folder / name).symlink_to((pipeline / name).resolve(), target_is_directory=True)
@@ -226,9 +248,16 @@ def copy_parts(pipeline: Path, folder: Path, names: list[str], link: bool, progr
                 if not within(Path(source), pipeline):
                     raise ValueError(f"{source}: is a link out of the pipeline, so it is not copied; delete it")
                 shutil.copyfile(source, target)  # follows the links of a download cache
+                copied[Path(target).relative_to(folder).as_posix()] = entry(Path(source))
                 shown.update(os.path.getsize(target))
 
             for name in names:
-                shutil.copytree(pipeline / name, folder / name, copy_function=copy)
+                try:
+                    shutil.copytree(pipeline / name, folder / name, copy_function=copy)
+                except shutil.Error as err:  # a list of (source, target, what the system said)
+                    _, target, why = err.args[0][0]
+                    code = int(found[1]) if (found := re.search(r"Errno (\d+)", why)) else errno.EIO
+                    raise OSError(code, os.strerror(code), target) from None
     for file in (f for f in pipeline.glob("LICENSE*") if within(f, pipeline)):
         shutil.copyfile(file, folder / file.name)
+    return copied

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlightgen.atomic import put
+from fastlightgen.atomic import claimed, put
 from fastlightgen.config import UserError
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.original import to_original
@@ -42,23 +42,22 @@ def write_gguf(model: VideoDiT, card: dict, out: Path, dtype: torch.dtype, quant
         if (width := state[name].shape[1]) % BLOCK:
             raise UserError(f"quant={quant}: {name} has rows of {width}, not a multiple of {BLOCK}; use to=comfyui")
     kinds = gguf.GGMLQuantizationType
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.unlink(missing_ok=True)  # of a process that was killed
-    writer = gguf.GGUFWriter(temporary, comfy.gguf)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_string("fastlightgen", json.dumps(shown_card(model, card)))
-    for key, value in state.items():
-        wide = kinds.BF16 if value.dim() > 1 and dtype == torch.bfloat16 else kinds.F32
-        kind = kinds[quant.upper()] if key in names else wide
-        if value.dim() > MOST:
-            writer.add_array(f"{SHAPE}{key}", list(value.shape))
-            value = value.flatten(1)
-        writer.add_tensor(key, gguf.quants.quantize(value.float().numpy(), kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    put(temporary, out)
+    with claimed(temporary := out.with_name(f".{out.name}.tmp")):
+        writer = gguf.GGUFWriter(temporary, comfy.gguf)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_string("fastlightgen", json.dumps(shown_card(model, card)))
+        for key, value in state.items():
+            wide = kinds.BF16 if value.dim() > 1 and dtype == torch.bfloat16 else kinds.F32
+            kind = kinds[quant.upper()] if key in names else wide
+            if value.dim() > MOST:
+                writer.add_array(f"{SHAPE}{key}", list(value.shape))
+                value = value.flatten(1)
+            writer.add_tensor(key, gguf.quants.quantize(value.float().numpy(), kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        put(temporary, out)
     del state
     write_workflow(model, card, comfy, out, "UnetLoaderGGUF")
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from fastlightgen.config import GPUS, Plan, plan_root, preset, recipe
+from fastlightgen.config.limits import sides
 from fastlightgen.models.cost import Network
 from fastlightgen.models.families import FAMILIES, family_of, network
 from fastlightgen.parallel.shares import Part, divisors, token_shares
@@ -64,10 +65,10 @@ class Budget:
 
 def load_network(config: dict, size: str, text_tokens: int, fused: bool = True) -> Network:
     """The network of a config.json at the size "HEIGHTxWIDTHxFRAMES"."""
-    numbers = size.lower().split("x")
-    if len(numbers) != 3 or not all(n.isdecimal() for n in numbers):
+    numbers = sides("size", size)
+    if len(numbers) != 3:
         raise ValueError(f"size={size}: wanted HEIGHTxWIDTHxFRAMES in pixels, for example size=480x832x81")
-    latent = family_of(config).geometry.latent_size(*map(int, numbers))
+    latent = family_of(config).geometry.latent_size(*numbers)
     return network(config, latent, text_tokens, fused)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastlightgen.config import Checked, ConfigError, field, parse_buckets
 from fastlightgen.config.fields import REQUIRED
+from fastlightgen.config.limits import MOST_CLIPS, MOST_FPS, MOST_FRAMES, MOST_WORKERS
 from fastlightgen.config.training import SCHEDULE
 from fastlightgen.decoder.clips import Clips, video_rows
 from fastlightgen.decoder.folder import CARD, read_vae, read_vae_card, read_vae_config, write_vae
@@ -46,7 +47,7 @@ class DecoderKeys(Checked):
     videos: str = field(REQUIRED, "a .csv or .jsonl list of clips, or a folder of videos", everyday=True)
     keep_channels: float = field(0.5, "share of the channels that stay in every layer", above=0, hi=1, everyday=True)
     drop_layers: int = field(
-        0, "residual blocks that every level loses; the result then has no encoder", lo=0, everyday=True
+        0, "residual blocks that every level loses; the result then has no encoder", lo=0, hi=1_000, everyday=True
     )
     score: str = field(
         "taylor",
@@ -54,11 +55,11 @@ class DecoderKeys(Checked):
         "of its weights",
         choices=("taylor", "norm"),
     )
-    score_clips: int = field(8, "clips that choose residual blocks and channels", lo=1)
+    score_clips: int = field(8, "clips that choose residual blocks and channels", lo=1, hi=MOST_CLIPS)
     size: str = field("256x256", "HEIGHTxWIDTH that clips are cropped to", everyday=True)
-    frames: int = field(17, "frames per clip, 4 k + 1", lo=1, everyday=True)
-    fps: float = field(0.0, "frames per second; 0: the VAE's own, 16 for Wan, 24 for HunyuanVideo", lo=0)
-    batch: int = field(8, "clips per step", lo=1, everyday=True)
+    frames: int = field(17, "frames per clip, 4 k + 1", lo=1, hi=MOST_FRAMES, everyday=True)
+    fps: float = field(0.0, "frames per second; 0: the VAE's own, 16 for Wan, 24 for HunyuanVideo", lo=0, hi=MOST_FPS)
+    batch: int = field(8, "clips per step", lo=1, hi=MOST_CLIPS, everyday=True)
     iters: int = field(15000, "optimizer steps", lo=1, everyday=True)
     lr: float = field(5e-5, "learning rate of the decoder", lo=0, everyday=True)
     betas: list[float] = field([0.9, 0.999], "AdamW's two decay rates", lo=0, below=1)
@@ -75,8 +76,8 @@ class DecoderKeys(Checked):
     adversarial: float = field(0.2, "weight of the adversarial term; 0: no discriminator", lo=0, everyday=True)
     adversarial_start: float = field(0.2, "share of the steps before the adversarial term sets in", lo=0, hi=1)
     adversarial_lr: float = field(1e-4, "learning rate of the discriminator", lo=0)
-    adversarial_width: int = field(32, "channels of the discriminator's first layer", lo=1)
-    workers: int = field(2, "threads that read clips ahead; 0: none", lo=0, numbers=False)
+    adversarial_width: int = field(32, "channels of the discriminator's first layer", lo=1, hi=10_000)
+    workers: int = field(2, "threads that read clips ahead; 0: none", lo=0, hi=MOST_WORKERS, numbers=False)
 
     def check(self) -> None:
         super().check()

@@ -50,7 +50,7 @@ class DistillKeys(MatchingKeys):
         choices=("copy", "lora"),
         everyday=True,
     )
-    lora_rank: int = field(16, "fake_mode=lora: rank of the critic's adapters", lo=1)
+    lora_rank: int = field(16, "fake_mode=lora: rank of the critic's adapters", lo=1, hi=10_000)
     guidance_times: str = field(
         "same",
         "when Eq. 9's guidance part (beta1 - 1) (v_pc - v_pn) is taken; same: at the time of the other part; below: at "

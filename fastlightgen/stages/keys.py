@@ -64,7 +64,7 @@ class MatchingKeys(FewStepKeys):
     normaliser: str = field(
         "dmd", "dmd: divide the gradient by mean |x0 - x0_real|; none: do not", choices=("dmd", "none")
     )
-    score_shift: float = field(0.0, "time shift of the score's time; 0: same as shift", lo=0)
+    score_shift: float = field(0.0, "time shift of the score's time; 0: same as shift", lo=0, hi=1_000)
 
     def check(self) -> None:
         super().check()

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from fastlightgen.config import Checked, field
+from fastlightgen.config.limits import MOST_CLIPS
 from fastlightgen.data.source import Batch
 from fastlightgen.engine import checkpoint
 from fastlightgen.models.base import VideoDiT
@@ -42,7 +43,7 @@ class WidthKeys(Checked):
         lo=0,
         everyday=True,
     )
-    clips: int = field(64, "clips on which saliency is measured, rounded up to whole batches", lo=1)
+    clips: int = field(64, "clips on which saliency is measured, rounded up to whole batches", lo=1, hi=MOST_CLIPS)
     start_model: str = field(
         "", "model folder of a pruned network to go on with, in place of pruning the teacher", everyday=True
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastlightgen.config import BatchKeys, ConfigError, Run, field, words
+from fastlightgen.config.limits import MOST_CLIPS
 from fastlightgen.config.run import GUIDANCE
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.shards import shape
@@ -42,12 +43,14 @@ BLOCK_SCORES: dict[str, Callable[[Any, VideoDiT, Sequence[Sample]], Tensor]] = {
     "attention_mass": lambda cfg, net, samples: attention_mass(cfg, net, samples, "score=attention_mass").mean(1),
 }
 
+MOST_SAMPLES = 100_000  # clips times timesteps: all of them stay in memory
+
 
 @dataclass(kw_only=True)
 class RankKeys(BatchKeys):
     """Keys of Stage I."""
 
-    batch: int = field(16, "clips per network call", lo=1, everyday=True)
+    batch: int = field(16, "clips per network call", lo=1, hi=MOST_CLIPS, everyday=True)
     ratio: float = field(0.3, "share of the network to drop", above=0, below=1, everyday=True)
     ratio_unit: str = field("blocks", "what `ratio` counts", choices=("blocks", "params", "flops"))
     units: str = field(
@@ -68,13 +71,15 @@ class RankKeys(BatchKeys):
         "single blocks: l2: sum of squared weights; taylor: |sum of w dL/dw|; attention_mass: attention between frames",
         choices=("elbo", "output_mse", "frechet", *BLOCK_SCORES),
     )
-    clips: int = field(64, "clips of the evaluation set", lo=1, everyday=True)
-    timesteps: int = field(8, "stratified times per clip", lo=1, everyday=True)
+    clips: int = field(64, "clips of the evaluation set", lo=1, hi=MOST_CLIPS, everyday=True)
+    timesteps: int = field(8, "stratified times per clip", lo=1, hi=1_000, everyday=True)
     t_range: list[float] = field([0.02, 0.98], "range of the times before the shift", lo=0, hi=1)
-    queries: int = field(256, "score=attention_mass: tokens per clip and time whose attention is measured", lo=1)
-    steps: int = field(8, "score=frechet: sampling steps of a clip", lo=1)
+    queries: int = field(
+        256, "score=attention_mass: tokens per clip and time whose attention is measured", lo=1, hi=1_000_000
+    )
+    steps: int = field(8, "score=frechet: sampling steps of a clip", lo=1, hi=1_000)
     guidance: float = field(-1.0, f"score=frechet: {GUIDANCE}")
-    candidates: int = field(4, "search=calibrated: sets of blocks that are recovered", lo=2)
+    candidates: int = field(4, "search=calibrated: sets of blocks that are recovered", lo=2, hi=1_000)
     recovery: str = field(
         "", f"search=calibrated: keys of the short Stage II, with commas, on top of {','.join(words(SHORT))}"
     )

@@ -1,6 +1,7 @@
 """From lists of values, or rows of a table, to models, and to the stages that they share."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlightgen.config import ConfigError, fingerprint, load, method_for, result_of
+from fastlightgen.config.fields import clipped
+from fastlightgen.config.limits import MOST_POINTS
 from fastlightgen.config.stages import CHOOSES, METHODS
 
 STAGES = ("1", "2", "3")
@@ -87,7 +90,9 @@ def check(point: Mapping[str, str], last: str = "3") -> None:
     taken = {word for stage in upto(last) for word in words_of(stage, point)}
     for key, value in point.items():
         if f"{key.rpartition('.')[2]}={value}" not in taken:
-            raise ConfigError(f"{key}={value}: no stage takes this; `fastlightgen train --help all` lists the keys")
+            raise ConfigError(
+                f"{clipped(key)}={clipped(value)}: no stage takes this; `fastlightgen train --help all` lists the keys"
+            )
 
 
 def upto(last: str) -> tuple[str, ...]:
@@ -131,6 +136,8 @@ def point_of(
 
 def points_of(run: Path, swept: Mapping[str, list[str]], seeds: Sequence[int], clips: int) -> list[Point]:
     """Every combination of the lists, for every seed, evaluated on `clips` clips."""
+    if (count := len(seeds) * math.prod(map(len, swept.values()))) > MOST_POINTS:
+        raise ConfigError(f"the lists and seeds make {count} students, wanted at most {MOST_POINTS}")
     known: dict[Path, Part] = {}
     several = [key for key, values in swept.items() if len(values) > 1]
     out = []

@@ -97,8 +97,8 @@ def test_image_to_video(exported, monkeypatch):
 def test_what_is_written(exported):
     source, model, out = exported("wan_t2v")
     assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "fastlightgen.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer",
-        "vae",
+        "README.md", "fastlightgen.json", "manifest.json", "model_index.json", "scheduler", "text_encoder", "tokenizer",
+        "transformer", "vae",
     ]  # fmt: skip
     for name in ("text_encoder", "tokenizer", "vae"):
         for file in (source / name).iterdir():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import error_line
 from PIL import Image
 from students import STEPS, make_student, same_noise, stock
 
@@ -172,6 +173,15 @@ def test_mistakes(exported, tmp_path, capsys, words, message):
         run(f"model={out}", f"prompt={PROMPT}", f"out={tmp_path / 'a.png'}", *words)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and err.count("\n") == 1
+
+
+def test_clips_larger_than_the_memory_are_refused_before_the_network_is_read(exported, tmp_path, capsys, monkeypatch):
+    _, out = exported("wan_t2v")
+    words = [f"model={out}", f"prompt={PROMPT}", f"out={tmp_path / 'a.png'}", f"size={H}x{W}x{F}", "count=7"]
+    need = 7 * H * W * F * 3 * 8  # float32, twice
+    monkeypatch.setattr("fastlightgen.generate.host_free", lambda: need - 1)
+    monkeypatch.setattr("fastlightgen.generate.load_model", None)
+    assert f"count=7 size={H}x{W}x{F}: the clips alone take" in error_line(capsys, run, *words)
 
 
 def test_mistakes_of_folders_and_lists(exported, pipeline, tmp_path, capsys):

@@ -67,7 +67,7 @@ def test_lists():
         (["stepz=2,4"], "stepz=2: no stage takes this"),
         (["steps=2,x"], "steps=x: no stage takes this"),
         (["steps"], "wanted key=value"),
-        (["seeds=a"], "seeds=a: wanted a number of seeds, or a list"),
+        (["seeds=a"], "seeds=a: wanted a list as 0,1,2, or a number of seeds from 0 to 1000"),
         (["at_once=-1"], "at_once=-1: wanted a whole number"),
         (["stage4.lr=1"], "stage4.lr=1: no stage takes this"),
     ],

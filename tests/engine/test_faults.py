@@ -269,3 +269,11 @@ def test_damaged_config_yaml_is_named(inputs, tmp_path, fails):
     run_train("stage=0", f"run={tmp_path}", *inputs[0], "iters=1")
     (tmp_path / "config.yaml").write_text("a: [1")
     assert f"{tmp_path}/config.yaml: is not valid YAML" in fails("stage=0", f"run={tmp_path}", *inputs[0], "iters=1")
+
+
+def test_a_damaged_line_of_a_log_costs_that_line_alone(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\x00ep": \n{"step": 3}\n{"step": 9}\n')
+    Lines(path, 3).write({"step": 4})
+    assert [line["step"] for line in read_metrics(path)] == [1, 3, 4]
+    assert "metrics.jsonl: a line is damaged and left out" in capsys.readouterr().out

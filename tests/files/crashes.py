@@ -13,7 +13,8 @@ from pathlib import Path
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "shutil.rmtree"}
 WRITES = os.O_WRONLY | os.O_RDWR
-READ_FD = 1000  # the pipe to the parent gets a number that no command uses
+# The commands that write; conftest.py has the fixture `case` of each.
+CASES = ("stage0", "stage1", "stage2", "stage3", "encode", "export", "generate", "evaluate", "report")
 
 _seen, _limit, _root = 0, 0, ""
 

@@ -16,8 +16,9 @@ from fastlightgen.atomic import write_json
 from fastlightgen.config import preset, presets
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import build, family_of, family_of_original, original_files, recognise
-from fastlightgen.models.folder.card import read_card, write_card
+from fastlightgen.models.folder.card import CARD, read_card, write_card
 from fastlightgen.models.folder.files import (
+    CHECKSUMS,
     WEIGHTS,
     digest,
     mapped,
@@ -30,6 +31,7 @@ from fastlightgen.models.folder.files import (
     weight_files,
     write_tensors,
 )
+from fastlightgen.models.folder.manifest import verify_files
 from fastlightgen.models.folder.networks import config_of, model_folder, read_config, trained_folder
 from fastlightgen.models.folder.original import SHARD_BYTES, key_table, save_original, to_original
 from fastlightgen.models.keys import Source, Table
@@ -81,6 +83,9 @@ def load_model(
                 place(p)
         return model
     folder = model_folder(path_or_preset)
+    if folder != Path(path_or_preset):  # of a pipeline; the tensors have checksums of their own
+        own = (CARD, f"{folder.name}/config.json", f"{folder.name}/{CARD}", f"{folder.name}/{CHECKSUMS}")
+        verify_files(Path(path_or_preset), own.__contains__)
     model = without_memory(folder)
     load_weights(model, folder, device, dtype, allow_pt, placed(model) if placed else None)
     return model
