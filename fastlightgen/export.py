@@ -1,16 +1,17 @@
 """python -m fastlightgen.export model=DIR pipeline=DIR out=DIR: writes a pipeline folder that stock diffusers loads.
 
 to=comfyui out=FILE.safetensors and to=gguf out=FILE.gguf write one file for ComfyUI, and a workflow beside it.
+to=onnx out=DIR writes a folder that makes clips with onnxruntime and numpy.
 """
 
 from pathlib import Path
 
-from fastlightgen.config import PROMPT, built_in, command, main
+from fastlightgen.config import PROMPT, SHAPES_PROMPT, built_in, command, main
 from fastlightgen.config.commands import FILES
 
 
 def export(cfg) -> None:
-    (to_diffusers if cfg.to == "diffusers" else to_file)(cfg)
+    {"diffusers": to_diffusers, "onnx": to_onnx}.get(cfg.to, to_file)(cfg)
 
 
 def to_file(cfg) -> None:
@@ -45,6 +46,37 @@ def to_file(cfg) -> None:
     )
     place = "diffusion_models" if cfg.to == "comfyui" else "unet"
     say(f"next: copy the file to ComfyUI's models/{place}, and drop the workflow on its canvas")
+
+
+def to_onnx(cfg) -> None:
+    """Write the folder, and print how near it is to the model."""
+    import torch
+
+    from fastlightgen.data.version import check_model, same_latents
+    from fastlightgen.models.folder.weights import config_of, load_model, read_card, trained_folder
+    from fastlightgen.parallel.log import say, size
+    from fastlightgen.parallel.threads import set_threads
+    from fastlightgen.pipelines.onnx_folder import need_onnx, write_onnx
+    from fastlightgen.world.source import ShapesSource
+
+    need_onnx()
+    set_threads(cfg.threads)
+    folder, out = trained_folder(cfg.model), Path(cfg.out)
+    if out.exists():
+        raise ValueError(f"out={out}: exists; delete it or give another name")
+    check_model(folder, ShapesSource.description)
+    world = same_latents(config_of(folder), ShapesSource.description)
+    model = load_model(folder, dtype=torch.float32).requires_grad_(False)
+    report = write_onnx(model, read_card(folder), out, cfg.quant.replace("auto", "none"), cfg.size, world)
+    settings = report["settings"]
+    near = f"the same weights bit for bit; a step is {report['flops'] / 1e12:.3g} TFLOP and was not run"
+    if "largest" in report:
+        near = f"onnxruntime predicts v within {report['largest']:.2g}, {report['relative']:.2%}, of the model's"
+    elif settings["weights"] == "int8":
+        near = f"8 bits of the same weights; a step is {report['flops'] / 1e12:.3g} TFLOP and was not run"
+    say(f"{out}/step.onnx: {size(report['bytes'])}, {settings['weights']}, {settings['size']}, read back: {near}")
+    given = f'prompt="{SHAPES_PROMPT}" out=clip.png' if world else "inputs=FOLDER"
+    say(f"next: python {out}/generate.py {given}; it needs onnxruntime and numpy alone, {out}/README.md explains it")
 
 
 def to_diffusers(cfg) -> None:
