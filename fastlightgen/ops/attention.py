@@ -37,6 +37,8 @@ ON_CPU = ("flash", "math")
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention of [B, L, heads, head_dim] tensors -> [B, L, D]; `mask` is true where a key may be read."""
+    if mask is not None and torch.compiler.is_exporting():
+        mask = mask.expand(-1, -1, q.shape[1], -1)  # onnxruntime takes no mask that all queries share
     args = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask  # torch wants [B, heads, L, head_dim]
     if torch.compiler.is_compiling() or (kernels := _kernels(q.is_cuda, mask is not None)) is None:
         out = F.scaled_dot_product_attention(*args)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastlightgen.atomic import put, write_json, write_text
 from fastlightgen.config import UserError
-from fastlightgen.files.border import read_text
+from fastlightgen.files.border import read_text, shorter
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import family_of
 from fastlightgen.ops.plain import PLAIN
@@ -152,8 +152,13 @@ def predict(file: Path, inputs: dict[str, Tensor]) -> Tensor:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
+    options.log_severity_level = 4  # errors are raised, not logged as well
+    given = {name: value.numpy() for name, value in inputs.items()}
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return torch.from_numpy(session.run(None, given)[0])
+    except Exception as err:  # its exceptions have no common class
+        raise ValueError(f"to=onnx: onnxruntime does not run this network ({shorter(err)}); use to=diffusers") from None
 
 
 def check_weights(model: VideoDiT, file: Path) -> None:
