@@ -71,7 +71,9 @@ def to_onnx(cfg) -> None:
     settings = report["settings"]
     near = f"the same weights bit for bit; a step is {report['flops'] / 1e12:.3g} TFLOP and was not run"
     if "largest" in report:
-        near = f"onnxruntime predicts v within {report['largest']:.2g} of the model's (relative {report['relative']:.2g})"
+        near = (
+            f"onnxruntime predicts v within {report['largest']:.2g} of the model's (relative {report['relative']:.2g})"
+        )
     elif settings["weights"] == "int8":
         near = f"8 bits of the same weights; a step is {report['flops'] / 1e12:.3g} TFLOP and was not run"
     say(f"{out}/step.onnx: {size(report['bytes'])}, {settings['weights']}, {settings['size']}, read back: {near}")

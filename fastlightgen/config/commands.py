@@ -156,8 +156,8 @@ class Export(Checked):
     model: str = field(REQUIRED, "a model folder", everyday=True)
     to: str = field(
         "diffusers",
-        "diffusers: a pipeline folder; comfyui, gguf: one file (.safetensors, .gguf) and a workflow; onnx: a folder with "
-        "one step of the network in float32, and code that makes clips without torch",
+        "diffusers: a pipeline folder; comfyui, gguf: one file (.safetensors, .gguf) and a workflow; onnx: a folder "
+        "with one step of the network in float32, and code that makes clips without torch",
         choices=("diffusers", *FILES),
         everyday=True,
     )
@@ -175,10 +175,13 @@ class Export(Checked):
     )
     size: str = field(
         "",
-        "to=onnx: the clips that it makes, HEIGHTxWIDTHxFRAMES; empty: the family's own, or those of the built-in world",
+        "to=onnx: size of its clips, HEIGHTxWIDTHxFRAMES; empty: the family's own; the built-in world has one size",
     )
     dtype: str = field(
-        "bfloat16", "type of the written network; to=onnx: always float32", choices=("bfloat16", "float32"), everyday=True
+        "bfloat16",
+        "type of the written network; to=onnx: always float32",
+        choices=("bfloat16", "float32"),
+        everyday=True,
     )
     link: bool = field(False, "link the parts that stay as they are instead of copying them", everyday=True)
     vae: str = field(

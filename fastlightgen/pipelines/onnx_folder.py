@@ -25,7 +25,6 @@ from fastlightgen.files.border import read_text, shorter
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import family_of
 from fastlightgen.ops.plain import PLAIN
-from fastlightgen.parallel.log import size as shown
 from fastlightgen.pipelines.comfyui import shown_card
 from fastlightgen.pipelines.onnx_readme import readme
 from fastlightgen.pipelines.world import read_size
@@ -36,7 +35,7 @@ from fastlightgen.world.shapes import WORLD
 
 OPSET = 23  # the first with an operator for attention
 LARGEST = 2 * 10**9  # bytes of weights in the file itself; ONNX allows 2 GiB, larger ones stand beside it
-MOST_FLOPS = 4e12  # of a step that is run for a comparison: minutes on a few cores
+MOST_FLOPS, MOST_SCORES = 4e12, 2e9  # of a step that is run for a comparison: minutes on a few cores, bytes
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -136,6 +135,12 @@ def is_large(model: VideoDiT) -> bool:
     return sum(4 * p.numel() for p in model.parameters()) > LARGEST
 
 
+def attention_bytes(model: VideoDiT, settings: dict[str, Any]) -> int:
+    """Bytes of the attention weights of one block, which onnxruntime holds in float32 on a CPU."""
+    tokens = math.prod(family_of(model.config).geometry.grid(tuple(settings["latent"][2:])))
+    return 4 * model.cfg.heads * tokens**2
+
+
 def quantise(source: Path, target: Path, large: bool) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -187,6 +192,8 @@ def write_onnx(model: VideoDiT, card: dict, out: Path, quant: str, size: str, wo
     inputs = example(model.eval(), settings)
     cond = family_of(model.config).cond(**dict(list(inputs.items())[2:]))
     flops = sum(model.block_flops(inputs["x_t"], cond))
+    attention = attention_bytes(model, settings)
+    runs = flops <= MOST_FLOPS and attention <= MOST_SCORES
     settings |= {"inputs": {name: list(value.shape) for name, value in list(inputs.items())[2:]}, "weights": "float32"}
 
     made = out.with_name(f".{out.name}.tmp")
@@ -195,7 +202,7 @@ def write_onnx(model: VideoDiT, card: dict, out: Path, quant: str, size: str, wo
     try:
         file = made / "step.onnx"
         write_step(model, inputs, settings["guidance"], file)
-        if flops > MOST_FLOPS:
+        if not runs:
             check_weights(model, file)
         if quant == "int8":
             settings["weights"] = "int8"
@@ -206,7 +213,7 @@ def write_onnx(model: VideoDiT, card: dict, out: Path, quant: str, size: str, wo
             quantise(plain / file.name, file, is_large(model))
             shutil.rmtree(plain)
         report: dict[str, Any] = {"flops": flops, "settings": settings}
-        if flops <= MOST_FLOPS:
+        if runs:
             v = Step(model, list(inputs)[2:], settings["guidance"])(*inputs.values())
             difference = predict(file, inputs) - v
             report["largest"] = difference.abs().max().item()
@@ -216,7 +223,7 @@ def write_onnx(model: VideoDiT, card: dict, out: Path, quant: str, size: str, wo
         report["bytes"] = sum(part.stat().st_size for part in made.glob("step.onnx*"))
         write_json(made / "fastlightgen.json", settings)
         write_text(made / "generate.py", read_text(Path(__file__).with_name("onnx_generate.py")))
-        write_text(made / "README.md", readme(settings, shown(report["bytes"])))
+        write_text(made / "README.md", readme(settings, report["bytes"], attention))
         put(made, out)
     finally:
         shutil.rmtree(made, ignore_errors=True)

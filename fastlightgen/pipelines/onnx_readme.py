@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from fastlightgen.parallel.log import size
+
 PAGE = """# A student as ONNX
 
-`step.onnx` ({bytes}, {weights} weights) is one evaluation of the network at {size} (height x width x frames), batch 1. All
-shapes are static. `generate.py` needs Python, numpy and onnxruntime 1.23 or newer, and nothing else:
+`step.onnx` ({bytes}, {weights} weights) is one evaluation of the network for one clip of {size} (height x width x
+frames). All shapes are static. On a CPU, onnxruntime also holds the attention weights of one block: {attention}.
+`generate.py` needs Python, numpy and onnxruntime 1.23 or newer, and nothing else:
 
 ```
 {calls}
@@ -18,9 +21,9 @@ noise after each step), `threads=N` limits the CPU cores.
 
 ## Sampling
 
-{steps} steps at t = {times}, sampler `{sampler}`, guidance {guidance:g} (in the weights: one prediction per step), shift
-{shift:g}, {fps} frames per second. The network predicts v = noise - clip. {rule} Other steps, samplers or guidance
-are not what this student was trained for.
+{steps} steps at t = {times} (shift {shift:g}), sampler `{sampler}`, guidance {guidance:g} with one prediction per step,
+{fps} frames per second. This student was trained for no others. The network predicts v = noise - clip.
+{rule}
 
 ## Inputs and output
 
@@ -34,12 +37,12 @@ RULES = {
     "stochastic": "A step from t to t' is (1 - t') (x - t v) + t' noise with fresh noise; the last result is x - t v.",
 }
 
-WORLD = """The prompt is a sentence of the built-in world; a word that it does not know is refused with the list of those that it does.
-`out=FILE.png` is an animated picture, `out=FILE.npy` the frames as uint8 [frame, row, column, colour]. The picture that a
-clip may start from is not among the keys: its input channels are zeros."""
+WORLD = """The prompt is a sentence of the built-in world; an unknown word is refused with the list of all words.
+`out=FILE.png` is an animated picture, `out=FILE.npy` the frames as uint8 [frame, row, column, colour]. No key gives the
+picture that a clip may start from: its input channels are zeros."""
 
-REAL = """`FOLDER` holds one `NAME.npy` per input below, except x_t and t, and `hint.npy` where the pipeline has one. The result is
-latents: encoders and decoder are not part of this folder. With the pipeline of the teacher:
+REAL = """`FOLDER` holds one `NAME.npy` per input below, except x_t and t, and `hint.npy` where the pipeline has one.
+The result is latents: encoders and decoder are not part of this folder. With the pipeline of the teacher:
 
 ```python
 import numpy, torch
@@ -59,8 +62,8 @@ WORLD_PROMPT = "a red ball moves right fast then stops"
 PROMPT = "a cat runs over wet sand at sunset"
 
 
-def readme(settings: dict[str, Any], shown_bytes: str) -> str:
-    """Compose the text; `settings`: contents of fastlightgen.json."""
+def readme(settings: dict[str, Any], stored: int, attention: int) -> str:
+    """Compose the text; `settings`: contents of fastlightgen.json, `stored`, `attention`: bytes."""
     inputs, latent, world = settings["inputs"], settings["latent"], "world" in settings
     call = f'prompt="{WORLD_PROMPT}" out=clip.png' if world else "inputs=FOLDER out=latents.npy"
     picture = '"first.png"' if "image" in inputs else '""'
@@ -70,7 +73,8 @@ def readme(settings: dict[str, Any], shown_bytes: str) -> str:
         for name, shape in named.items()
     ]
     return PAGE.format(
-        bytes=shown_bytes,
+        bytes=size(stored),
+        attention=size(attention),
         weights=settings["weights"],
         size=settings["size"],
         calls=f"pip install numpy onnxruntime\npython generate.py {call}",

@@ -1,7 +1,8 @@
-"""export to=onnx: onnxruntime against the network, generate.py without torch against `generate`, README.md as it stands."""
+"""export to=onnx: onnxruntime against the network, generate.py without torch against `generate`, README.md itself."""
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -139,7 +140,9 @@ def test_readme_takes_a_real_student_to_frames(students, folders, pipeline, tmp_
     names: dict = {}
     exec(before, names)
     file = noises(REAL_LATENT, tmp_path / "noise.npy")
-    done = run_alone(folders["real"], f"inputs={tmp_path / 'FOLDER'}", f"out={tmp_path / 'latents.npy'}", f"noise={file}")
+    done = run_alone(
+        folders["real"], f"inputs={tmp_path / 'FOLDER'}", f"out={tmp_path / 'latents.npy'}", f"noise={file}"
+    )
     assert done.returncode == 0, done.stderr
     exec("#" + after, names)
     assert names["frames"].shape == (1, 5, 32, 48, 3)
@@ -148,8 +151,25 @@ def test_readme_takes_a_real_student_to_frames(students, folders, pipeline, tmp_
     wanted = sample(model, cond, None, first, ladder(4, 5.0), 1.0, "stochastic", SEED)
     assert np.abs(np.load(tmp_path / "latents.npy") - wanted.numpy()).max() <= 1e-4 * wanted.abs().max()
 
+    mixed = np.load(file)  # by hand, as `Wish.start` mixes it
+    hint = np.full((1, 16, 1, 4, 6), 30.0, np.float32)
+    mixed[0] = 0.999 * mixed[0] + 0.001 * hint[0]
+    np.save(tmp_path / "mixed.npy", mixed)
+    run_alone(
+        folders["real"], f"inputs={tmp_path / 'FOLDER'}", f"out={tmp_path / 'a.npy'}", f"noise={tmp_path / 'mixed.npy'}"
+    )
+    np.save(tmp_path / "FOLDER" / "hint.npy", hint)
+    run_alone(folders["real"], f"inputs={tmp_path / 'FOLDER'}", f"out={tmp_path / 'b.npy'}", f"noise={file}")
+    hinted = np.load(tmp_path / "b.npy")
+    assert np.abs(hinted - np.load(tmp_path / "a.npy")).max() <= 1e-5
+    assert np.abs(hinted - np.load(tmp_path / "latents.npy")).max() > 1e-3
 
-def test_eight_bits(students, folders, tmp_path, capsys):
+
+def test_eight_bits(students, folders, tmp_path, capsys, monkeypatch):
+    def traced(model, inputs, guidance, file):
+        shutil.copy(folders["wan"] / "step.onnx", file)
+
+    monkeypatch.setattr(onnx_folder, "write_step", traced)  # a trace takes seconds
     capsys.readouterr()
     main(export, "export", words(students["wan"], tmp_path / "q", "quant=int8"))
     said = capsys.readouterr().out

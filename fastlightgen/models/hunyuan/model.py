@@ -133,7 +133,9 @@ class HunyuanModel(VideoDiT):
             if not torch.compiler.is_exporting():  # lengths are inputs of a traced network: it keeps padding and mask
                 longest, shortest = int(lengths.max()), int(lengths.min())
                 if not 1 <= shortest <= longest <= text.shape[1]:
-                    raise ValueError(f"Hunyuan: text_len is {shortest} to {longest}, wanted 1 to {text.shape[1]} tokens")
+                    raise ValueError(
+                        f"Hunyuan: text_len is {shortest} to {longest}, wanted 1 to {text.shape[1]} tokens"
+                    )
             # Cut off the padding that no text of the batch reaches. Texts of equal length (or a single text) then need
             # no mask, and attention without a mask has faster kernels.
             text = text[:, :longest]
