@@ -60,7 +60,7 @@ CONCRETE = (
     "world",
     "data.cache",
 )
-HEAVY = ("deepspeed", "diffusers", "transformers", "triton", "av", "matplotlib")
+HEAVY = ("deepspeed", "diffusers", "transformers", "triton", "av", "matplotlib", "onnx", "onnxruntime", "onnxscript")
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 

@@ -152,7 +152,7 @@ def test_readme_takes_a_real_student_to_frames(students, folders, pipeline, tmp_
     assert np.abs(np.load(tmp_path / "latents.npy") - wanted.numpy()).max() <= 1e-4 * wanted.abs().max()
 
     mixed = np.load(file)  # by hand, as `Wish.start` mixes it
-    hint = np.full((1, 16, 1, 4, 6), 30.0, np.float32)
+    hint = np.full((1, 16, 1, 4, 6), 300.0, np.float32)
     mixed[0] = 0.999 * mixed[0] + 0.001 * hint[0]
     np.save(tmp_path / "mixed.npy", mixed)
     run_alone(
@@ -161,7 +161,7 @@ def test_readme_takes_a_real_student_to_frames(students, folders, pipeline, tmp_
     np.save(tmp_path / "FOLDER" / "hint.npy", hint)
     run_alone(folders["real"], f"inputs={tmp_path / 'FOLDER'}", f"out={tmp_path / 'b.npy'}", f"noise={file}")
     hinted = np.load(tmp_path / "b.npy")
-    assert np.abs(hinted - np.load(tmp_path / "a.npy")).max() <= 1e-5
+    assert np.abs(hinted - np.load(tmp_path / "a.npy")).max() <= 1e-4
     assert np.abs(hinted - np.load(tmp_path / "latents.npy")).max() > 1e-3
 
 
