@@ -175,7 +175,7 @@ class Export(Checked):
     )
     size: str = field(
         "",
-        "to=onnx: size of its clips, HEIGHTxWIDTHxFRAMES; empty: the family's own; the built-in world has one size",
+        f"to=onnx: clips that it makes, as {SIZE}; empty: the family's own; the built-in world has one size",
     )
     dtype: str = field(
         "bfloat16",
@@ -196,8 +196,10 @@ class Export(Checked):
     dry_run: bool = field(False, DRY_RUN)
 
     def check(self) -> None:
-        if self.size and self.to != "onnx":
-            raise ConfigError(f"size={self.size}: is for to=onnx; leave it out")
+        if self.size:
+            parse_size(self.size)
+            if self.to != "onnx":
+                raise ConfigError(f"size={self.size}: is for to=onnx; leave it out")
         if self.to == "diffusers":
             if not self.pipeline:
                 raise ConfigError("pipeline is required: the pipeline folder of the teacher (to=comfyui needs none)")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastlightgen.atomic import put, write_json, write_text
+from fastlightgen.atomic import claimed, naming, put, write_json, write_text
 from fastlightgen.config import UserError
 from fastlightgen.files.border import read_text, shorter
 from fastlightgen.models.base import VideoDiT
@@ -196,35 +196,41 @@ def write_onnx(model: VideoDiT, card: dict, out: Path, quant: str, size: str, wo
     runs = flops <= MOST_FLOPS and attention <= MOST_SCORES
     settings |= {"inputs": {name: list(value.shape) for name, value in list(inputs.items())[2:]}, "weights": "float32"}
 
+    out.parent.mkdir(parents=True, exist_ok=True)
     made = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(made, ignore_errors=True)  # of a process that was killed
-    made.mkdir(parents=True)
-    try:
-        file = made / "step.onnx"
-        write_step(model, inputs, settings["guidance"], file)
-        if not runs:
-            check_weights(model, file)
-        if quant == "int8":
-            settings["weights"] = "int8"
-            plain = made / "plain"
-            plain.mkdir()
-            for part in made.glob("step.onnx*"):
-                part.rename(plain / part.name)
-            quantise(plain / file.name, file, is_large(model))
-            shutil.rmtree(plain)
-        report: dict[str, Any] = {"flops": flops, "settings": settings}
-        if runs:
-            v = Step(model, list(inputs)[2:], settings["guidance"])(*inputs.values())
-            difference = predict(file, inputs) - v
-            report["largest"] = difference.abs().max().item()
-            report["relative"] = (difference.norm() / v.norm()).item()
-            if not math.isfinite(report["largest"]) or (quant == "none" and report["largest"] > 1e-3 * v.abs().max()):
-                raise ValueError(f"{out}: onnxruntime predicts another v, by {report['largest']:.2g}; use to=diffusers")
-        report["bytes"] = sum(part.stat().st_size for part in made.glob("step.onnx*"))
-        write_json(made / "fastlightgen.json", settings)
-        write_text(made / "generate.py", read_text(Path(__file__).with_name("onnx_generate.py")))
-        write_text(made / "README.md", readme(settings, report["bytes"], attention))
-        put(made, out)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+    with claimed(out.with_name(f".{out.name}.lock"), wait=False), naming(made):
+        shutil.rmtree(made, ignore_errors=True)  # of a process that was killed
+        made.mkdir()
+        try:
+            file = made / "step.onnx"
+            write_step(model, inputs, settings["guidance"], file)
+            if not runs:
+                check_weights(model, file)
+            if quant == "int8":
+                settings["weights"] = "int8"
+                plain = made / "plain"
+                plain.mkdir()
+                for part in made.glob("step.onnx*"):
+                    part.rename(plain / part.name)
+                quantise(plain / file.name, file, is_large(model))
+                shutil.rmtree(plain)
+            report: dict[str, Any] = {"flops": flops, "settings": settings}
+            if runs:
+                v = Step(model, list(inputs)[2:], settings["guidance"])(*inputs.values())
+                difference = predict(file, inputs) - v
+                report["largest"] = difference.abs().max().item()
+                report["relative"] = (difference.norm() / v.norm()).item()
+                if not math.isfinite(report["largest"]) or (
+                    quant == "none" and report["largest"] > 1e-3 * v.abs().max()
+                ):
+                    raise ValueError(
+                        f"{out}: onnxruntime predicts another v, by {report['largest']:.2g}; use to=diffusers"
+                    )
+            report["bytes"] = sum(part.stat().st_size for part in made.glob("step.onnx*"))
+            write_json(made / "fastlightgen.json", settings)
+            write_text(made / "generate.py", read_text(Path(__file__).with_name("onnx_generate.py")))
+            write_text(made / "README.md", readme(settings, report["bytes"], attention))
+            put(made, out)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
     return report
