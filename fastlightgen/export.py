@@ -7,7 +7,7 @@ to=onnx out=DIR writes a folder that makes clips with onnxruntime and numpy.
 from pathlib import Path
 
 from fastlightgen.config import PROMPT, SHAPES_PROMPT, built_in, command, main
-from fastlightgen.config.commands import FILES
+from fastlightgen.config.exporting import FILES
 
 
 def export(cfg) -> None:

@@ -46,6 +46,7 @@ REMEDIES = {  # for errors of the system
 }
 STOPPED_READING = 128 + signal.SIGPIPE  # exit code after `| head`, as a shell gives it
 MODELS = ("model", "teacher", "init", "stage2_model")  # keys that name a model: a preset or a folder
+LONGEST = 1_000  # characters of a value, so that every message that repeats it can be read
 TEXTS = ("prompt", "null_prompt", "negative")  # keys whose values may hold any words
 
 
@@ -75,7 +76,7 @@ def load(argv: Sequence[str], command: str = "train") -> Any:
         if name in (*MODELS, "data") and value:
             check_place(key, value, "data" if name == "data" else "model")
         if name == "pipeline" and value and not os.path.isdir(value) and not built_in(value):
-            raise ConfigError(f"{key}={value}: there is no such folder{download(value)}")
+            raise ConfigError(f"{key}={clipped(value)}: there is no such folder{download(value)}")
     cfg.origins = origins | ({CONFIG: file} if file else {})
     return cfg
 
@@ -137,6 +138,8 @@ def parse(argv: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"{clipped(word)}: keys have no dashes; write {written}")
         if not (key and equals):
             raise ConfigError(f"{clipped(word)!r}: wanted key=value, for example seed=1 (--help lists the keys)")
+        if key not in TEXTS and len(value) > LONGEST:
+            raise ConfigError(f"{clipped(key)}={clipped(value)}: has {len(value)} characters, wanted {LONGEST} at most")
         if key not in TEXTS and (second := re.search(r"\s([a-z][\w.]*)=", value)):
             raise ConfigError(
                 f"{key}={clipped(value)!r}: holds {clipped(second[0])!r}: the shell passed several words as one, as "

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fastlightgen.config.exporting import Export
 from fastlightgen.config.fields import REQUIRED, Checked, ConfigError, clipped, field, show
 from fastlightgen.config.limits import (
     MOST_CLIPS,
@@ -11,6 +12,7 @@ from fastlightgen.config.limits import (
     MOST_STEPS,
     MOST_THREADS,
     MOST_WORKERS,
+    parse_size,
     sides,
 )
 from fastlightgen.config.measuring import Speed, VBench
@@ -142,81 +144,6 @@ class Generate(Checked):
             raise ConfigError("prompt is required: give prompt=TEXT or prompts=FILE, one of them")
 
 
-FILES = {  # to= -> the end of the file's name ("": a folder), the ways to store matrices
-    "comfyui": (".safetensors", ("none", "fp8")),
-    "gguf": (".gguf", ("q8_0", "q5_1", "q4_0")),
-    "onnx": ("", ("none", "int8")),
-}
-
-
-@dataclass(kw_only=True)
-class Export(Checked):
-    """write a pipeline folder that stock diffusers loads, one file for ComfyUI, or ONNX"""
-
-    model: str = field(REQUIRED, "a model folder", everyday=True)
-    to: str = field(
-        "diffusers",
-        "diffusers: a pipeline folder; comfyui, gguf: one file (.safetensors, .gguf) and a workflow; onnx: a folder "
-        "with one step of the network in float32, and code that makes clips without torch",
-        choices=("diffusers", *FILES),
-        everyday=True,
-    )
-    pipeline: str = field(
-        "",
-        "to=diffusers: pipeline folder of the teacher: VAE, encoders and tokenizers come from it",
-        everyday=True,
-    )
-    out: str = field(REQUIRED, "folder to write; to=comfyui and gguf: the file", everyday=True)
-    quant: str = field(
-        "auto",
-        "how the matrices of the blocks are stored; to=comfyui: none, fp8; to=gguf: q8_0, q5_1, q4_0; to=onnx: none, "
-        "int8; auto: the first",
-        choices=("auto", "none", "fp8", "q8_0", "q5_1", "q4_0", "int8"),
-    )
-    size: str = field(
-        "",
-        f"to=onnx: clips that it makes, as {SIZE}; empty: the family's own; the built-in world has one size",
-    )
-    dtype: str = field(
-        "bfloat16",
-        "type of the written network; to=onnx: always float32",
-        choices=("bfloat16", "float32"),
-        everyday=True,
-    )
-    link: bool = field(False, "link the parts that stay as they are instead of copying them", everyday=True)
-    vae: str = field(
-        "", "folder of a VAE that stage=decoder wrote, in place of the pipeline's; empty: the pipeline's", everyday=True
-    )
-    lora: str = field("", "LoRA file trained on the teacher, to renumber for the model; empty: none", everyday=True)
-    original: bool = field(
-        False, "also write the network in the format of the family's original repository", everyday=True
-    )
-    threads: int = field(0, THREADS, lo=0, hi=MOST_THREADS)
-    progress: bool = field(True, "show a progress bar")
-    dry_run: bool = field(False, DRY_RUN)
-
-    def check(self) -> None:
-        if self.size:
-            parse_size(self.size)
-            if self.to != "onnx":
-                raise ConfigError(f"size={self.size}: is for to=onnx; leave it out")
-        if self.to == "diffusers":
-            if not self.pipeline:
-                raise ConfigError("pipeline is required: the pipeline folder of the teacher (to=comfyui needs none)")
-            if self.quant != "auto":
-                raise ConfigError(f"quant={self.quant}: is for to={', '.join(FILES)}; leave it out")
-            return
-        suffix, quants = FILES[self.to]
-        if self.pipeline or self.vae or self.lora or self.original or self.link:
-            raise ConfigError(f"to={self.to}: takes no pipeline=, vae=, lora=, original= or link=; leave them out")
-        if not self.out.endswith(suffix):
-            raise ConfigError(f"out={self.out}: to={self.to} writes one file; give a name that ends in {suffix}")
-        if self.to == "onnx" and self.out.endswith(".onnx"):
-            raise ConfigError(f"out={self.out}: to=onnx writes a folder; give a name without .onnx")
-        if self.quant not in ("auto", *quants):
-            raise ConfigError(f"quant={self.quant}: to={self.to} has {', '.join(quants)}")
-
-
 @dataclass(kw_only=True)
 class Encode(Checked):
     """turn videos and captions into a latent cache"""
@@ -271,15 +198,6 @@ class Encode(Checked):
         if (self.rank >= 0) != (self.ranks > 0):
             raise ConfigError(f"rank={self.rank}, ranks={self.ranks}: give both, or neither")
         parse_buckets(self.buckets)
-
-
-def parse_size(text: str) -> tuple[int, int, int]:
-    """ "480x832x81" as (height, width, frames)."""
-    numbers = sides("size", text)
-    if len(numbers) != 3:
-        raise ConfigError(f"size={clipped(text)}: wanted {SIZE}, for example 480x832x81")
-    height, width, frames = numbers
-    return height, width, frames
 
 
 def parse_buckets(text: str) -> list[tuple[int, int]]:

@@ -20,3 +20,12 @@ def sides(key: str, text: str) -> list[int]:
     if any(len(part) > 9 or int(part) > MOST_SIDE for part in parts):
         raise ConfigError(f"{key}={clipped(text)}: wanted numbers up to {MOST_SIDE}")
     return [int(part) for part in parts]
+
+
+def parse_size(text: str) -> tuple[int, int, int]:
+    """ "480x832x81" as (height, width, frames)."""
+    numbers = sides("size", text)
+    if len(numbers) != 3:
+        raise ConfigError(f"size={clipped(text)}: wanted HEIGHTxWIDTHxFRAMES, for example 480x832x81")
+    height, width, frames = numbers
+    return height, width, frames
