@@ -59,6 +59,9 @@ class Family:
     cost: Cost
     text_tokens: int  # tokens of a prompt, if the planner has no other number
     cond: type[Cond] = Cond
+    # A family that shares its classes in diffusers with another one says which config.json, original config.json and
+    # model_index.json are its own; the registry asks it first. None: all that name its classes.
+    owns: Callable[[Mapping], bool] | None = None
 
     # Its weights on disk.
     signs: Mapping[str, str]  # prefix of a key that only this family's weights have -> name of their format

@@ -190,8 +190,8 @@ def write_pipeline(
 
 def encodes_frames(pipeline: Path) -> bool:
     """True if the pipeline starts from a first frame, which its VAE encodes."""
-    name = read_index(pipeline).get("_class_name", "")
-    family = family_of_pipeline(name)
+    index = read_index(pipeline)
+    name, family = index.get("_class_name", ""), family_of_pipeline(index)
     return family.pipelines[name] if family else "ImageToVideo" in name
 
 
