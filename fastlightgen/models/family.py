@@ -71,7 +71,8 @@ class Family:
     # Its pipelines in diffusers.
     geometry: Geometry
     clips: Clips
-    pipelines: Mapping[str, bool]  # pipeline class -> True if it starts from a first frame
+    # Pipeline class -> True if it starts from a first frame, False if not, None if it takes one or none.
+    pipelines: Mapping[str, bool | None]
     negatives: Mapping[str, str] = field(default_factory=dict)  # pipeline class -> negative prompt that is published
     encoding: type[Encoding]
     libraries: tuple[str, ...] = ()  # modules of its pipelines' classes, beside diffusers and transformers

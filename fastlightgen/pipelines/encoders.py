@@ -48,7 +48,8 @@ class Encoders:
     ):
         self.folder, self.device = Path(folder), torch.device(device)
         self.name, self.family = family_of_folder(folder)
-        self.from_image = self.family.pipelines[self.name]
+        self.takes_image = self.family.pipelines[self.name]  # None: it may get one
+        self.from_image = bool(self.takes_image)
         self.official_negative = self.family.negatives.get(self.name, "")  # "": none is published
         self.network = read_config(self.folder / "transformer")
         if "in_channels" not in self.network:

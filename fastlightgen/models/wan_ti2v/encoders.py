@@ -4,6 +4,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastlightgen.models.encoding import pixels
 from fastlightgen.models.geometry import Geometry
 from fastlightgen.models.wan.encoders import WanEncoding
 from fastlightgen.models.wan_ti2v.config import CHANNELS
@@ -22,7 +23,9 @@ class TI2VEncoding(WanEncoding):
 
     def image(self, first: NDArray, frames: int) -> dict[str, Tensor]:
         """The condition `image` [1 + C, 1, h, w]: ones, then the latent of the first frame."""
-        latent = self.frame_latents(first, frames)[0]
+        vae, (shift, scale) = self.pipe.vae, self.normalisation()
+        z = vae.encode(pixels(first[None])[None].to(self.device, vae.dtype)).latent_dist.mode()[0].float()
+        latent = (z - shift.to(z)) * scale.to(z)
         return {"image": torch.cat([torch.ones_like(latent[:1]), latent])}
 
     def put_given(self, clip: dict[str, Tensor]) -> None:

@@ -43,6 +43,7 @@ WAN_TI2V = replace(
     original=ORIGINAL,
     geometry=GEOMETRY,
     clips=Clips(fps=24, frames=121, buckets=((704, 1280), (1280, 704))),
+    pipelines={"WanPipeline": None, "WanImageToVideoPipeline": True},
     encoding=TI2VEncoding,
     stock_inputs=stock_inputs,
     comfy=COMFY,
