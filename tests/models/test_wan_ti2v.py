@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlightgen import flow
+from fastlightgen.config import preset
 from fastlightgen.models.base import Cond, Stream
 from fastlightgen.models.families import build
 from fastlightgen.models.sample import sample
@@ -98,6 +99,12 @@ def test_float64_gradients_of_every_weight_equal_diffusers():
     for name, p in other.named_parameters():
         # diffusers computes norms in float32, which limits the agreement.
         torch.testing.assert_close(model.get_parameter(name).grad, p.grad, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_the_preset_has_the_published_size():
+    with torch.device("meta"):
+        model = build(preset("wan2.2-ti2v-5b")["network"])
+    assert isinstance(model, TI2VModel) and sum(p.numel() for p in model.parameters()) == 4_999_787_712
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

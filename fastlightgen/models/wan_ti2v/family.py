@@ -47,5 +47,5 @@ WAN_TI2V = replace(
     encoding=TI2VEncoding,
     stock_inputs=stock_inputs,
     comfy=COMFY,
-    vae_memory=(2.82e9, 7.0e9),
+    vae_memory=(2.82e9, 1.43e9),
 )
