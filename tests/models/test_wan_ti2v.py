@@ -147,6 +147,20 @@ def test_a_given_frame_is_read_clean_and_costs_no_loss():
     assert all(g is None or not g.any() for g in grads)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_registered_operators_take_a_modulation_per_frame(checkpointing: bool, monkeypatch):
+    """The operators with kernels, which run where torch compiles, so this pretends that it does: v and gradients."""
+    model, x_t, t, cond, _, _ = case({}, (3, 4, 4), [True, False])
+    model.checkpointing = checkpointing
+    found = []
+    for fused in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda fused=fused: fused)
+        v = model(x_t, t, cond)
+        found.append([v, *torch.autograd.grad(v.square().mean(), list(model.parameters()))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["ode", "stochastic"])
 def test_samples_keep_the_given_frame_bit_for_bit(kind: str):
     model, noise, _, cond, null, first = case({}, (3, 4, 4), [True, False])
