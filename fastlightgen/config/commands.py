@@ -251,6 +251,7 @@ class Encode(Checked):
     )
     min_dover: float = field(80.0, "lists with a column dover: skip the clips whose score is below this")
     null_prompt: str = field("", "prompt of the null prediction, which guidance needs", everyday=True)
+    first_frame: bool = field(False, "Wan2.2 TI2V: store each clip's first frame as given, for image-to-video")
     dtype: str = field("bfloat16", "type that text encoders compute in", choices=("bfloat16", "float32"))
     save_dtype: str = field("float16", "type of saved latents", choices=("float16", "bfloat16", "float32"))
     tiling: bool = field(False, "VAE in overlapping tiles: less memory, slightly other latents")

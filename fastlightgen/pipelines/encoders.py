@@ -44,12 +44,21 @@ class Encoders:
     """The VAE and the encoders of a pipeline folder, without its network. VAE and image encoder compute in float32."""
 
     def __init__(
-        self, folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32, tiling: bool = False, without=()
+        self,
+        folder: str | Path,
+        device="cpu",
+        dtype: torch.dtype = torch.float32,
+        tiling: bool = False,
+        without=(),
+        first_frame: bool = False,
     ):
+        """`without`: parts to leave out. `first_frame`: clips have one, if the pipeline takes one or none."""
         self.folder, self.device = Path(folder), torch.device(device)
         self.name, self.family = family_of_folder(folder)
         self.takes_image = self.family.pipelines[self.name]  # None: it may get one
-        self.from_image = bool(self.takes_image)
+        if first_frame and self.takes_image is False:
+            raise ValueError(f"first_frame=true: {self.name} of {folder} takes no first frame; leave first_frame= out")
+        self.from_image = first_frame or bool(self.takes_image)
         self.official_negative = self.family.negatives.get(self.name, "")  # "": none is published
         self.network = read_config(self.folder / "transformer")
         if "in_channels" not in self.network:

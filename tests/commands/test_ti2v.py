@@ -100,6 +100,19 @@ def test_a_cache_holds_the_stock_latents(pipeline, folder: Path):
     assert encoders.numbers(H * W, F) == (got["latents"].numel() + got["image"].numel(), got["text"].numel())
 
 
+def test_first_frames_in_a_cache_of_the_text_pipeline(pipeline):
+    """Both pipelines hold the same VAE and text encoder."""
+    plain, given = (Encoders(pipeline("ti2v"), first_frame=first) for first in (False, True))
+    wanted = Encoders(pipeline("ti2v_i2v")).clip(film(1), PROMPT)
+    got, without = given.clip(film(1), PROMPT), plain.clip(film(1), PROMPT)
+    assert got.keys() == wanted.keys() == without.keys() | {"image"}
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+    assert torch.equal(got["latents"][:, 1:], without["latents"][:, 1:])
+    assert [e.description()["image_condition"] for e in (plain, given)] == [None, "first_frame"]
+    with pytest.raises(ValueError, match="first_frame=true: WanPipeline of .* takes no first frame; leave"):
+        Encoders(pipeline("wan_t2v"), first_frame=True)
+
+
 def test_the_stages_read_the_cache(pipeline, folder: Path, tmp_path):
     words = [f"data={folder / 'cache'}", f"run={tmp_path}", f"model={pipeline('ti2v_i2v')}", "shift=5", *WORDS]
     words += ["data_check=off"]
