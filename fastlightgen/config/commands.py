@@ -237,14 +237,14 @@ class Encode(Checked):
     )
     frames: int = field(
         0,
-        "frames per clip, for Wan and HunyuanVideo 4 k + 1; 0: the pipeline's own, 81 or 129",
+        "frames per clip, for Wan and HunyuanVideo 4 k + 1; 0: the pipeline's own, 81 to 129",
         lo=0,
         hi=MOST_FRAMES,
         everyday=True,
     )
     fps: float = field(
         0.0,
-        "frames per second; 0: the pipeline's own, 16 for Wan, 24 for HunyuanVideo",
+        "frames per second; 0: the pipeline's own, 16 for Wan2.1, else 24",
         lo=0,
         hi=MOST_FPS,
         everyday=True,
