@@ -71,6 +71,7 @@ class Encoders:
         self.cfg = self.family.settings(self.network)
         self.pipe = load_pipeline(self.folder, self.name, self.family, self.device, dtype, without)
         self.encoding = self.family.encoding(self.folder, self.pipe, self.cfg, self.from_image, self.device)
+        self.encoding.check()
         self.vae, self.tiling = self.pipe.vae, tiling
         self.decoder: Any = self.vae  # the VAE that decodes
         self.tiny: TinyDecoder | None = None  # or what decodes in its place

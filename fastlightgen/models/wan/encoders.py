@@ -1,13 +1,8 @@
 """Wan2.1's pipelines: UMT5 text, CLIP image tokens and condition channels; latents normalised per channel."""
 
-from pathlib import Path
-from typing import Any
-
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastlightgen.models.config import NetworkConfig
 from fastlightgen.models.encoding import Encoding, picture, wide
 from fastlightgen.models.geometry import Geometry
 from fastlightgen.models.wan.layers import TEXT_TOKENS
@@ -20,12 +15,12 @@ class WanEncoding(Encoding):
 
     geometry, text_tokens = GEOMETRY, TEXT_TOKENS
 
-    def __init__(self, folder: Path, pipe: Any, cfg: NetworkConfig, from_image: bool, device: torch.device):
-        super().__init__(folder, pipe, cfg, from_image, device)
-        got = pipe.vae.config.z_dim, pipe.vae.config.scale_factor_spatial
+    def check(self) -> None:
+        vae = self.pipe.vae.config
+        got = vae.z_dim, vae.scale_factor_spatial
         if got != (wanted := (self.geometry.channels, self.geometry.pixel_stride)):
             raise ValueError(
-                f"{folder}/vae: makes latents of {got[0]} channels, {got[1]} pixels wide, and this network reads "
+                f"{self.folder}/vae: makes latents of {got[0]} channels, {got[1]} pixels wide, and this network reads "
                 f"{wanted[0]} channels, {wanted[1]} pixels wide; copy the VAE of the network's own pipeline"
             )
 
