@@ -136,7 +136,7 @@ def load_encoders(cfg: Encode, rank: int):
     device = pick_device(cfg.device)
     if device.type == "cuda":  # one GPU per rank of this host
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
-    return Encoders(cfg.pipeline, device, getattr(torch, cfg.dtype), cfg.tiling)
+    return Encoders(cfg.pipeline, device, getattr(torch, cfg.dtype), cfg.tiling, first_frame=cfg.first_frame)
 
 
 def make_parts(cfg: Encode, writer, encoders, rows: Sequence[Row], numbers: Sequence[int], read: Read) -> None:

@@ -89,6 +89,36 @@ def wan_i2v(folder: Path) -> Path:
     return save(pipe, folder)
 
 
+def ti2v_parts() -> dict:
+    """As wan_parts, with a VAE of Wan2.2's kind (48 channels, 4 x 16 x 16), and its network."""
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    statistics = {"latents_mean": [0.1 * (i % 5 - 2) for i in range(48)]}
+    statistics["latents_std"] = [0.5 + 0.01 * i for i in range(48)]
+    vae = AutoencoderKLWan(
+        base_dim=8, decoder_base_dim=8, z_dim=48, dim_mult=[1, 1, 1, 1], num_res_blocks=1, is_residual=True,
+        in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16, **statistics,
+    )  # fmt: skip
+    network = WanTransformer3DModel(**WAN | {"in_channels": 48, "out_channels": 48})
+    return wan_parts() | {"vae": vae, "transformer": network, "expand_timesteps": True}
+
+
+@seeded(4)
+def ti2v(folder: Path) -> Path:
+    """WanPipeline with a time per token, which also takes a first frame."""
+    from diffusers import WanPipeline
+
+    return save(WanPipeline(**ti2v_parts()), folder)
+
+
+@seeded(4)
+def ti2v_i2v(folder: Path) -> Path:
+    """WanImageToVideoPipeline with a time per token."""
+    from diffusers import WanImageToVideoPipeline
+
+    return save(WanImageToVideoPipeline(image_encoder=None, image_processor=None, **ti2v_parts()), folder)
+
+
 @seeded(2)
 def hunyuan_t2v(folder: Path) -> Path:
     """HunyuanVideoPipeline: Llama, CLIP text, AutoencoderKLHunyuanVideo, embedded guidance."""
@@ -140,7 +170,7 @@ def hunyuan_i2v_token(folder: Path) -> Path:
 
 
 KINDS: dict[str, Callable[[Path], Path]] = {
-    f.__name__: f for f in (wan_t2v, wan_i2v, hunyuan_t2v, hunyuan_i2v, hunyuan_i2v_token)
+    f.__name__: f for f in (wan_t2v, wan_i2v, ti2v, ti2v_i2v, hunyuan_t2v, hunyuan_i2v, hunyuan_i2v_token)
 }
 
 

@@ -53,6 +53,7 @@ ORDER = [  # from the top down; no two units share a level
 RANK = {name: place for place, name in enumerate(ORDER)}
 CONCRETE = (
     "models.wan",
+    "models.wan_ti2v",
     "models.hunyuan",
     "engine.loop",
     "engine.local",

@@ -164,20 +164,21 @@ class Encode(Checked):
     )
     frames: int = field(
         0,
-        "frames per clip, for Wan and HunyuanVideo 4 k + 1; 0: the pipeline's own, 81 or 129",
+        "frames per clip, for Wan and HunyuanVideo 4 k + 1; 0: the pipeline's own, 81 to 129",
         lo=0,
         hi=MOST_FRAMES,
         everyday=True,
     )
     fps: float = field(
         0.0,
-        "frames per second; 0: the pipeline's own, 16 for Wan, 24 for HunyuanVideo",
+        "frames per second; 0: the pipeline's own, 16 for Wan2.1, else 24",
         lo=0,
         hi=MOST_FPS,
         everyday=True,
     )
     min_dover: float = field(80.0, "lists with a column dover: skip the clips whose score is below this")
     null_prompt: str = field("", "prompt of the null prediction, which guidance needs", everyday=True)
+    first_frame: bool = field(False, "Wan2.2 TI2V: store each clip's first frame as given, for image-to-video")
     dtype: str = field("bfloat16", "type that text encoders compute in", choices=("bfloat16", "float32"))
     save_dtype: str = field("float16", "type of saved latents", choices=("float16", "bfloat16", "float32"))
     tiling: bool = field(False, "VAE in overlapping tiles: less memory, slightly other latents")

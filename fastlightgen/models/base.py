@@ -278,6 +278,10 @@ class VideoDiT(nn.Module, Generic[AnyPrompt, AnyTables]):
         """Turn the hidden states after the last block into v; under a sequence group, into this process's part of v."""
         raise NotImplementedError
 
+    def with_given(self, x: Tensor, cond: Cond) -> Tensor:
+        """Sampled latents [B, C, F, H, W] with the frames that the condition gives, exactly as given."""
+        return x
+
     def check(self, x_t: Tensor, conds: list[Cond]) -> None:
         """Raise ValueError if the latent or a condition does not fit the network."""
         raise NotImplementedError

@@ -25,6 +25,9 @@ class Encoding:
         """`pipe`: the diffusers pipeline of `folder`; `from_image`: True if it starts from a first frame."""
         self.folder, self.pipe, self.cfg, self.from_image, self.device = folder, pipe, cfg, from_image, device
 
+    def check(self) -> None:
+        """Raise ValueError if the pipeline's VAE is not that of the network."""
+
     @property
     def condition(self) -> str | None:
         """The way in which the network reads the first frame, as a cache's index.json names it; None without one."""

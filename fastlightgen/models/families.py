@@ -12,9 +12,10 @@ from fastlightgen.models.cost import Network
 from fastlightgen.models.family import Family
 from fastlightgen.models.hunyuan.family import HUNYUAN
 from fastlightgen.models.wan.family import WAN
+from fastlightgen.models.wan_ti2v.family import WAN_TI2V
 from fastlightgen.parallel.shares import WHOLE, Part
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, HUNYUAN)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, WAN_TI2V, HUNYUAN)}
 DEFAULT = WAN.config_class  # the class of a config.json without _class_name
 # Prefixes of keys that no video transformer has -> the kind of network that has them.
 OTHERS = {"down_blocks.": "a UNet", "decoder.": "a VAE", "encoder.": "an encoder"}
@@ -23,31 +24,36 @@ OTHERS = {"down_blocks.": "a UNet", "decoder.": "a VAE", "encoder.": "an encoder
 def register(family: Family) -> None:
     """Add a family to the registry; every command then knows it."""
     for other in FAMILIES.values():
-        shared = other.pipelines.keys() & family.pipelines.keys()
-        assert other.name != family.name and other.config_class != family.config_class and not shared, family.name
+        shared = other.config_class == family.config_class or other.pipelines.keys() & family.pipelines.keys()
+        assert other.name != family.name and (family.owns or not shared), family.name
     FAMILIES[family.name] = family
+
+
+def owner(values: Mapping, named: Iterable[Family]) -> Family | None:
+    """The family of a file with these values, among those whose class it names."""
+    found = sorted(named, key=lambda family: family.owns is None)
+    return next((family for family in found if family.owns is None or family.owns(values)), None)
 
 
 def family_of(config: Mapping) -> Family:
     """The family of a diffusers config.json."""
     name = config.get("_class_name", DEFAULT)
-    for family in FAMILIES.values():
-        if family.config_class == name:
-            return family
+    if family := owner(config, [f for f in FAMILIES.values() if f.config_class == name]):
+        return family
     known = [f.config_class for f in FAMILIES.values()]
     known += [f.original.network for f in FAMILIES.values() if f.original]
-    raise ValueError(f"config.json: _class_name is {name!r}; supported: {', '.join(known)}")
+    raise ValueError(f"config.json: _class_name is {name!r}; supported: {', '.join(dict.fromkeys(known))}")
 
 
 def family_of_original(config: Mapping) -> Family | None:
     """The family of an original repository's config.json; None if it is no such file."""
-    formats = {f.original.network: f for f in FAMILIES.values() if f.original}
-    return formats.get(config.get("_class_name", ""))
+    name = config.get("_class_name", "")
+    return owner(config, [f for f in FAMILIES.values() if f.original and f.original.network == name])
 
 
-def family_of_pipeline(name: str) -> Family | None:
-    """The family of a diffusers pipeline class; None if no family lists it."""
-    return next((family for family in FAMILIES.values() if name in family.pipelines), None)
+def family_of_pipeline(index: Mapping) -> Family | None:
+    """The family of a pipeline's model_index.json; None if no family lists its class."""
+    return owner(index, [f for f in FAMILIES.values() if index.get("_class_name") in f.pipelines])
 
 
 def cond_of(description: Mapping) -> type[Cond]:

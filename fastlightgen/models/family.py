@@ -59,6 +59,9 @@ class Family:
     cost: Cost
     text_tokens: int  # tokens of a prompt, if the planner has no other number
     cond: type[Cond] = Cond
+    # A family that shares its classes in diffusers with another one says which config.json, original config.json and
+    # model_index.json are its own; the registry asks it first. None: all that name its classes.
+    owns: Callable[[Mapping], bool] | None = None
 
     # Its weights on disk.
     signs: Mapping[str, str]  # prefix of a key that only this family's weights have -> name of their format
@@ -68,7 +71,8 @@ class Family:
     # Its pipelines in diffusers.
     geometry: Geometry
     clips: Clips
-    pipelines: Mapping[str, bool]  # pipeline class -> True if it starts from a first frame
+    # Pipeline class -> True if it starts from a first frame, False if not, None if it takes one or none.
+    pipelines: Mapping[str, bool | None]
     negatives: Mapping[str, str] = field(default_factory=dict)  # pipeline class -> negative prompt that is published
     encoding: type[Encoding]
     libraries: tuple[str, ...] = ()  # modules of its pipelines' classes, beside diffusers and transformers

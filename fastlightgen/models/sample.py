@@ -64,7 +64,7 @@ def sample(
     def renoise(i: int) -> Tensor:
         return normal_like(noise, generator(seed, i))
 
-    return rollout(predict, noise, times, kind, renoise)
+    return model.with_given(rollout(predict, noise, times, kind, renoise), cond)
 
 
 PREVIEW_STEPS = 8

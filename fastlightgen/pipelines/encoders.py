@@ -21,7 +21,7 @@ from fastlightgen.decoder.taehv import TinyDecoder, read_tiny
 from fastlightgen.files.border import opened, read_json
 from fastlightgen.files.schema import record
 from fastlightgen.models.encoding import pixels
-from fastlightgen.models.families import FAMILIES, family_of_pipeline
+from fastlightgen.models.families import FAMILIES, family_of, family_of_pipeline
 from fastlightgen.models.family import Family
 from fastlightgen.models.folder.manifest import verify_files
 from fastlightgen.pipelines.index import read_index
@@ -30,12 +30,12 @@ from fastlightgen.pipelines.index import read_index
 def family_of_folder(folder: str | Path) -> tuple[str, Family]:
     """The pipeline class that model_index.json names, and its family."""
     try:
-        name = read_index(folder)["_class_name"]
+        index = read_index(folder)
     except ValueError as err:
         raise ValueError(f"pipeline={folder}: is not a diffusers pipeline folder ({err})") from None
-    family = family_of_pipeline(name)
+    name, family = index["_class_name"], family_of_pipeline(index)
     if family is None:
-        known = [pipeline for f in FAMILIES.values() for pipeline in f.pipelines]
+        known = dict.fromkeys(pipeline for f in FAMILIES.values() for pipeline in f.pipelines)
         raise ValueError(f"pipeline={folder}: is a {name}; wanted one of {', '.join(known)}")
     return name, family
 
@@ -44,18 +44,34 @@ class Encoders:
     """The VAE and the encoders of a pipeline folder, without its network. VAE and image encoder compute in float32."""
 
     def __init__(
-        self, folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32, tiling: bool = False, without=()
+        self,
+        folder: str | Path,
+        device="cpu",
+        dtype: torch.dtype = torch.float32,
+        tiling: bool = False,
+        without=(),
+        first_frame: bool = False,
     ):
+        """`without`: parts to leave out. `first_frame`: clips have one, if the pipeline takes one or none."""
         self.folder, self.device = Path(folder), torch.device(device)
         self.name, self.family = family_of_folder(folder)
-        self.from_image = self.family.pipelines[self.name]
+        self.takes_image = self.family.pipelines[self.name]  # None: it may get one
+        if first_frame and self.takes_image is False:
+            raise ValueError(f"first_frame=true: {self.name} of {folder} takes no first frame; leave first_frame= out")
+        self.from_image = first_frame or bool(self.takes_image)
         self.official_negative = self.family.negatives.get(self.name, "")  # "": none is published
         self.network = read_config(self.folder / "transformer")
         if "in_channels" not in self.network:
             raise ValueError(f"pipeline={folder}: has no transformer/config.json; copy the folder again")
+        if (own := family_of(self.network)) is not self.family:
+            raise ValueError(
+                f"pipeline={folder}: model_index.json describes {self.family.title}, transformer/config.json "
+                f"{own.title}; copy the folder again"
+            )
         self.cfg = self.family.settings(self.network)
         self.pipe = load_pipeline(self.folder, self.name, self.family, self.device, dtype, without)
         self.encoding = self.family.encoding(self.folder, self.pipe, self.cfg, self.from_image, self.device)
+        self.encoding.check()
         self.vae, self.tiling = self.pipe.vae, tiling
         self.decoder: Any = self.vae  # the VAE that decodes
         self.tiny: TinyDecoder | None = None  # or what decodes in its place

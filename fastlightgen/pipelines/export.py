@@ -189,10 +189,10 @@ def write_pipeline(
 
 
 def encodes_frames(pipeline: Path) -> bool:
-    """True if the pipeline starts from a first frame, which its VAE encodes."""
-    name = read_index(pipeline).get("_class_name", "")
-    family = family_of_pipeline(name)
-    return family.pipelines[name] if family else "ImageToVideo" in name
+    """True if the pipeline can start from a first frame, which its VAE encodes."""
+    index = read_index(pipeline)
+    name, family = index.get("_class_name", ""), family_of_pipeline(index)
+    return family.pipelines[name] is not False if family else "ImageToVideo" in name
 
 
 def narrower(model: VideoDiT, teacher: dict) -> bool:

@@ -15,7 +15,7 @@ def read_index(pipeline: str | Path) -> dict:
     """Read model_index.json. Parts must be classes of diffusers and transformers: other names are code to load."""
     path = Path(pipeline) / INDEX
     index: dict = read_json(path, PIPELINE, "give a folder that diffusers' save_pretrained wrote")
-    family = family_of_pipeline(index["_class_name"])
+    family = family_of_pipeline(index)
     own = family.libraries if family else ()
     for name, part in index.items():
         if name.startswith("_") or not isinstance(part, list):

@@ -65,7 +65,7 @@ def model_card(
     is not the teacher's.
     """
     # The family may not list the pipeline class; diffusers puts ImageToVideo into the names of such classes.
-    pictured = family.pipelines.get(pipeline, "ImageToVideo" in pipeline)
+    pictured = bool(family.pipelines.get(pipeline, "ImageToVideo" in pipeline))
     facts = {
         "network": ", ".join(f"{len(blocks[k])} of {n} `{k}`" for k, n in teacher.items()),
         "dropped": "; ".join(f"`{k}` {dropped(blocks[k], n)}" for k, n in teacher.items() if len(blocks[k]) < n),

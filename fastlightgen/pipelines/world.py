@@ -37,7 +37,7 @@ class Pipeline:
 
     def wish(self, prompt: str, negative: str | None, image: str, count: int) -> Wish:
         """Encode a request for `count` clips. `negative`: the null prompt; None if there is no second prediction."""
-        if bool(image) != (needed := self.encoders.from_image):
+        if (needed := self.encoders.takes_image) is not None and bool(image) != needed:
             wanted = "needs a picture: give image=FILE" if needed else "takes no picture: leave image= out"
             raise ValueError(f"image={image}: this pipeline {wanted}")
         (height, width, frames), first = self.size, None

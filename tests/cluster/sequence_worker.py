@@ -29,6 +29,7 @@ HUNYUAN |= {"in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_la
 NETWORKS = {
     "wan t2v": WAN,
     "wan i2v": WAN | {"in_channels": 9, "image_dim": 16, "added_kv_proj_dim": 32},
+    "wan ti2v": WAN | {"expand_timesteps": True},
     "hunyuan t2v": HUNYUAN | {"image_condition_type": None},
     "hunyuan token replace": HUNYUAN | {"image_condition_type": "token_replace"},
 }

@@ -19,6 +19,8 @@ WAN = {"patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 
 WAN |= {"text_dim": 20, "freq_dim": 32, "ffn_dim": 160, "num_layers": 3, "cross_attn_norm": True}
 WAN |= {"image_dim": None, "added_kv_proj_dim": None}
 I2V = WAN | {"in_channels": 9, "image_dim": 8, "added_kv_proj_dim": 64}
+TI2V = WAN | {"expand_timesteps": True}
+WANS = {"t2v": WAN, "i2v": I2V, "ti2v": TI2V}
 HUNYUAN = {"_class_name": "HunyuanVideoTransformer3DModel", "in_channels": 4, "out_channels": 4, "mlp_ratio": 3.0}
 HUNYUAN |= {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "num_single_layers": 3}
 HUNYUAN |= {"num_refiner_layers": 1, "patch_size": 2, "patch_size_t": 1, "guidance_embeds": True}
@@ -33,7 +35,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.1-i2v-14b", "tiny"])
+@pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.1-i2v-14b", "wan2.2-ti2v-5b", "tiny"])
 def test_parameters_of_the_wan_presets(name):
     config = preset(name)["network"]
     with torch.device("meta"):
@@ -62,7 +64,7 @@ def test_parameters_of_hunyuan(changes):
         assert net.params == 12_821_012_544  # the released weights
 
 
-@pytest.mark.parametrize("config", [WAN, I2V, I2V | {"kept_attention_heads": 1}], ids=["t2v", "i2v", "narrow i2v"])
+@pytest.mark.parametrize("config", [*WANS.values(), I2V | {"kept_attention_heads": 1}], ids=[*WANS, "narrow i2v"])
 @pytest.mark.parametrize(("checkpointing", "kept"), [(False, 0), (True, 0), (True, 2)])
 def test_operations_of_a_wan_forward_and_backward(config, checkpointing, kept):
     model = build(config, seed=0)
@@ -177,7 +179,7 @@ NARROW_IDS = ["narrow i2v", "narrow hunyuan"]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("checkpointing", "kept"), [(False, 0), (True, 0), (True, 99)])
-@pytest.mark.parametrize("config", [WAN, I2V, TINY_HUNYUAN, *NARROW], ids=["t2v", "i2v", "hunyuan", *NARROW_IDS])
+@pytest.mark.parametrize("config", [*WANS.values(), TINY_HUNYUAN, *NARROW], ids=[*WANS, "hunyuan", *NARROW_IDS])
 def test_tensors_kept_for_the_backward_pass(config, checkpointing, kept, dtype, fused):
     counts = []
     for layers in (2, 6):
@@ -194,7 +196,7 @@ def test_tensors_kept_for_the_backward_pass(config, checkpointing, kept, dtype, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("config", [WAN, I2V, TINY_HUNYUAN], ids=["t2v", "i2v", "hunyuan"])
+@pytest.mark.parametrize("config", [*WANS.values(), TINY_HUNYUAN], ids=[*WANS, "hunyuan"])
 def test_the_most_that_is_alive_in_a_step(config, checkpointing, dtype, fused):
     """Peak of forward and backward, and of a forward alone; weight gradients grow while activations are freed."""
     run, cost, net = case(config, 3, dtype, fused, checkpointing, size=(4, 32, 32))

@@ -180,6 +180,11 @@ class HunyuanModel(VideoDiT):
         given = (x_t - image[:, :, :1].to(x_t.dtype)) / t.to(x_t.dtype)
         return torch.cat([given, v[:, :, 1:]], 2)
 
+    def with_given(self, x: Tensor, cond: Cond) -> Tensor:
+        if not self.replaces_first or cond.image is None:
+            return x
+        return torch.cat([cond.image[:, :, :1].to(x.dtype), x[:, :, 1:]], 2)
+
     def check(self, x_t: Tensor, conds: list[Cond]) -> None:
         """Raise ValueError for inputs that the network would misread, or that would fail far from their cause."""
         for cond in {id(c): c for c in conds}.values():

@@ -15,6 +15,15 @@ class WanEncoding(Encoding):
 
     geometry, text_tokens = GEOMETRY, TEXT_TOKENS
 
+    def check(self) -> None:
+        vae = self.pipe.vae.config
+        got = vae.z_dim, vae.scale_factor_spatial
+        if got != (wanted := (self.geometry.channels, self.geometry.pixel_stride)):
+            raise ValueError(
+                f"{self.folder}/vae: makes latents of {got[0]} channels, {got[1]} pixels wide, and this network reads "
+                f"{wanted[0]} channels, {wanted[1]} pixels wide; copy the VAE of the network's own pipeline"
+            )
+
     def normalisation(self) -> tuple[Tensor, Tensor]:
         cfg = self.pipe.vae.config
         return wide(cfg.latents_mean), 1.0 / wide(cfg.latents_std)

@@ -112,23 +112,29 @@ class WanBlock(Block):
         k, v = text_keys[self]
         return k.expand(len(text), -1, -1, -1), v.expand(len(text), -1, -1, -1)
 
+    def modulation(self, tables: Any, prompt: Any) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the self-attention, then those of the feed-forward: [B, D] each."""
+        return (self.scale_shift_table + tables.mod).unbind(1)
+
     def run(self, job: Job, tables: WanTables, keys: dict[WanPrompt, Any], settle: bool = False) -> list[State]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + tables.mod).unbind(1)
+        # Prompts of one job started from the same image, so they have the same modulation.
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(tables, job.prompts[0])
+        # A family with a time per frame has hidden states [B, F, L / F, D]; attention reads them as [B, L, D].
         x, h = gate_residual_norm_modulate(*job.state.parts(), scale1, shift1, self.eps)
-        y = self.attn1.to_itself(h, tables)
+        y = self.attn1.to_itself(h.flatten(1, -2), tables).view_as(x)
         # The text enters in the loop below. Until there, the cross-attention's query included, all prompts share.
         if isinstance(self.norm2, nn.LayerNorm):
             x, h = gate_residual_norm_modulate(x, y, gate1, None, None, self.eps, self.norm2.weight, self.norm2.bias)
         else:
             x = h = add_residual(x, y, gate1)
-        q = self.attn2.query(h)
+        q = self.attn2.query(h.flatten(1, -2))
         out = []
         for prompt, grad in zip(job.prompts, job.grads, strict=True):
             with gradient(grad):
                 y = attend(q, *keys[prompt][0])
                 for image in keys[prompt][1:]:
                     y = y + attend(q, *image)
-                y = self.attn2.to_out[0](y)
+                y = self.attn2.to_out[0](y).view_as(x)
                 x_2, h = gate_residual_norm_modulate(x, y, None, scale2, shift2, self.eps)
                 out.append(State(self.ffn.onto(x_2, gate2, h)) if settle else State(x_2, self.ffn(h), gate2))
         return out
@@ -139,6 +145,7 @@ class WanModel(VideoDiT):
 
     family = "wan"
     config_class = "WanTransformer3DModel"
+    block = WanBlock
     cfg: WanConfig
 
     def __init__(self, cfg: WanConfig):
@@ -146,7 +153,7 @@ class WanModel(VideoDiT):
         self.cfg = cfg
         self.patch_embedding = nn.Conv3d(cfg.in_channels, cfg.dim, cfg.patch_size, cfg.patch_size)
         self.condition_embedder = ConditionEmbedder(cfg)
-        self.blocks = nn.ModuleList([WanBlock(cfg) for _ in range(cfg.num_layers)])
+        self.blocks = nn.ModuleList([self.block(cfg) for _ in range(cfg.num_layers)])
         self.proj_out = nn.Linear(cfg.dim, cfg.out_channels * math.prod(cfg.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
 
@@ -197,8 +204,12 @@ class WanModel(VideoDiT):
         x = x_t if image is None else torch.cat([x_t, image.to(x_t.dtype)], 1)
         return State(self.patch_embedding(x.to(self.dtype)).flatten(2).transpose(1, 2))
 
+    def last_modulation(self, prompt: Any, tables: Any) -> tuple[Tensor, ...]:
+        """Shift and scale [B, D] of the last norm."""
+        return (self.scale_shift_table + tables.temb[:, None]).unbind(1)
+
     def unembed(self, state: State, prompt: Prompt, tables: WanTables) -> Tensor:
-        shift, scale = (self.scale_shift_table + tables.temb[:, None]).unbind(1)
+        shift, scale = self.last_modulation(prompt, tables)
         _, h = gate_residual_norm_modulate(*state.parts(), scale, shift, self.cfg.eps)
         (f, h_p, w_p), (_, ph, pw) = tables.grid, self.cfg.patch_size
         # [B, F, h, w, ph, pw, C] -> [B, C, F, h ph, w pw]
