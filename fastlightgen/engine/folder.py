@@ -28,7 +28,7 @@ CLIPS = "data_hash"  # names the clips of a cache, which may grow between two st
 RESTORE = "restore it or use another run="
 TYPE, USED = "dtype", "dtype_used"  # with dtype=auto a record holds the type that was computed in, too
 # Keys that a folder may be older than, with the value that it was made with.
-BEFORE = {"fp8": "off", "queries": 256, "steps": 8, "guidance": -1.0, "candidates": 4, "recovery": ""}
+BEFORE = {"fp8": "off", "queries": 256, "score_steps": 8, "score_guidance": -1.0, "candidates": 4, "recovery": ""}
 ANEW = "use another run=, or overwrite=true to delete it and start anew"
 
 

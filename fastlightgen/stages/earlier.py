@@ -108,7 +108,9 @@ def price(cfg: Any, source: Source, device: torch.device) -> list[str]:
     """Say how long a Stage I will take that makes clips or trains: much longer than a usual one."""
     works: list[tuple[str, Any, float]] = []
     if cfg.score == "frechet":
-        works.append((f"score=frechet: each candidate makes {cfg.clips} clips in {cfg.steps} steps", cfg, left(cfg)))
+        works.append(
+            (f"score=frechet: each candidate makes {cfg.clips} clips in {cfg.score_steps} steps", cfg, left(cfg))
+        )
     if cfg.search == "calibrated":
         own = recovery(cfg, cfg.run)
         what = f"search=calibrated: then trains {cfg.candidates} candidates for {own.iters} steps each"

@@ -34,14 +34,14 @@ class Keys(ClipKeys, Protocol):
     """The keys that decide the generated clips; Stage I documents them."""
 
     model: str
-    steps: int
-    guidance: float
+    score_steps: int
+    score_guidance: float
     seed: int
 
 
 def scale_of(cfg: Keys) -> float:
     """The guidance scale of the clips; a negative `guidance` is the model's own."""
-    return cfg.guidance if cfg.guidance >= 0 else float(sampling(cfg.model).values["guidance"])
+    return cfg.score_guidance if cfg.score_guidance >= 0 else float(sampling(cfg.model).values["guidance"])
 
 
 class Generated:
@@ -51,7 +51,7 @@ class Generated:
         self.cfg, self.model, self.measure = cfg, model, measure
         self.clips = list(evaluation_clips(cfg, batches))
         self.reference = torch.cat([measure(batch.x0.float().cpu()) for _, batch in self.clips]).double()
-        times = ladder(cfg.steps, float(sampling(cfg.model).values["shift"]))
+        times = ladder(cfg.score_steps, float(sampling(cfg.model).values["shift"]))
         self.how: dict[str, Any] = {"times": times, "guidance": scale_of(cfg), "kind": "ode"}
 
     def features(self, index: int, keep: Sequence[int] | None, tick: Callable[[], object]) -> Tensor:
@@ -83,4 +83,4 @@ def walks(net: Network, keeps: Keeps, cfg: Keys) -> list[Walk]:
     """Count one batch of clips of every candidate."""
     embeds = FAMILIES[net.family].settings(net.config).embeds_guidance
     prompts = range(1 if scale_of(cfg) == 1 or embeds else 2)
-    return [Walk("model", [Route(prompt, keep) for prompt in prompts], cfg.steps) for keep in keeps]
+    return [Walk("model", [Route(prompt, keep) for prompt in prompts], cfg.score_steps) for keep in keeps]

@@ -77,8 +77,8 @@ class RankKeys(BatchKeys):
     queries: int = field(
         256, "score=attention_mass: tokens per clip and time whose attention is measured", lo=1, hi=1_000_000
     )
-    steps: int = field(8, "score=frechet: sampling steps of a clip", lo=1, hi=1_000)
-    guidance: float = field(-1.0, f"score=frechet: {GUIDANCE}")
+    score_steps: int = field(8, "score=frechet: sampling steps of a clip", lo=1, hi=1_000)
+    score_guidance: float = field(-1.0, f"score=frechet: {GUIDANCE}")
     candidates: int = field(4, "search=calibrated: sets of blocks that are recovered", lo=2, hi=1_000)
     recovery: str = field(
         "", f"search=calibrated: keys of the short Stage II, with commas, on top of {','.join(words(SHORT))}"

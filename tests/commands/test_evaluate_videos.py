@@ -98,7 +98,7 @@ REFUSED = [
     (("videos=good", "real=real", "size=96x128x4"), "size=96x128x4: clips of 4 frames; wanted 5 or more"),
     (("videos=good", "real=real", "i3d=a", "torchscript=b"), "i3d=a torchscript=b: give one of them"),
     (("videos=good", "real=real", "i3d=none.safetensors"), "none.safetensors: damaged or missing"),
-    (("videos=good", "real=none"), "real=none: neither a folder nor a .csv or .jsonl file"),
+    (("videos=good", "real=none"), "real=none: there is no such folder; wanted one, or a .csv or .jsonl file"),
     (("videos=good", "real=empty"), "real=empty: holds no videos; wanted .mp4"),
     (("videos=good", "real=real", "size=96x128x99"), "videos=good: no clip can be measured (3.mp4: too short"),
     (("videos=good", "real=real", "torchscript=good/3.mp4"), "torchscript=good/3.mp4: is no TorchScript program"),

@@ -64,6 +64,9 @@ class Still:
     def __call__(self, x, *_):
         return x
 
+    def with_given(self, x, cond):
+        return x
+
 
 def test_a_signal_is_heard_between_clips(tmp_path):
     from fastlightgen.engine.preview import Preview

@@ -20,7 +20,7 @@ from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages.generated import Generated
 from fastlightgen.stages.rank import rank, walks
 
-WORDS = ["score=frechet", "clips=3", "batch=2", "steps=2"]
+WORDS = ["score=frechet", "clips=3", "batch=2", "score_steps=2"]
 SIZES = [2, 1]  # clips of the two batches
 TIMES = [1.0, 0.75, 0.0]  # 1 and 1/2 through the shift 3 of the built-in world: 3 u / (1 + 2 u)
 
@@ -73,7 +73,7 @@ def distance(real: np.ndarray, made: np.ndarray) -> float:
 def test_the_score_by_hand(guidance):
     """A negative guidance is the model's own, which is 2 here."""
     model, (opened, tables) = small_wan(seed=3).requires_grad_(False), sweeps()
-    record = rank(config(1, *WORDS, f"guidance={guidance}", "ratio=0.5"), model, batches(2), [1.0] * 4, opened)
+    record = rank(config(1, *WORDS, f"score_guidance={guidance}", "ratio=0.5"), model, batches(2), [1.0] * 4, opened)
     real = torch.cat([batches(2)(0).x0, batches(2)(1).x0[:1]])
     real = latent_features(real).numpy()
     w = 2.0 if guidance < 0 else guidance
@@ -93,10 +93,10 @@ def test_the_score_by_hand(guidance):
     ("make", "words", "prompts"),
     [
         (small_wan, [], 2),
-        (small_wan, ["guidance=1"], 1),
+        (small_wan, ["score_guidance=1"], 1),
         (small_wan, ["search=iterative", "ratio=0.5"], 2),
         (small_hunyuan, [], 2),
-        (lambda: small_hunyuan(guidance_embeds=True), ["guidance=6"], 1),  # it reads the scale
+        (lambda: small_hunyuan(guidance_embeds=True), ["score_guidance=6"], 1),  # it reads the scale
     ],
 )
 def test_the_planner_counts_what_runs(make, words, prompts):
@@ -107,7 +107,7 @@ def test_the_planner_counts_what_runs(make, words, prompts):
     planned = step_cost(cost, declared, cfg)
     model.block_calls = 0
     record = rank(cfg, model, batches(2), [1.0] * model.num_blocks, opened)
-    last = prompts * cfg.steps * len(record["kept"])
+    last = prompts * cfg.score_steps * len(record["kept"])
     assert model.block_calls == len(SIZES) * (planned.total("calls") + last)
     assert (declared.count, declared.clips) == (2, 2)
 

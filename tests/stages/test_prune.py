@@ -10,9 +10,9 @@ from helpers import BLOCKS, KEPT, PRUNED, batches, config, run_train, small_wan,
 from fastlightgen import flow
 from fastlightgen.blocks import draw_keep
 from fastlightgen.engine.local import LocalEngine
+from fastlightgen.parallel import ranks
 from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages import prune
-from fastlightgen.stages import rank as stage1
 from fastlightgen.stages.prune import Prune
 from fastlightgen.stages.scores import held_out_error
 from fastlightgen.stages.teacher import noised
@@ -227,11 +227,11 @@ def test_ranks_share_the_held_out_clips(monkeypatch, together):
     alone = held_out_error(stage.net, stage.held_out(), stage.cfg)
     real = stage.net._walk
     monkeypatch.setattr(stage.net, "_walk", lambda *a: walks.append(len(a[0])) or real(*a))
-    monkeypatch.setattr(stage1.ranks, "summed", lambda table: tables.append(table) or table)
+    monkeypatch.setattr(ranks, "summed", lambda table: tables.append(table) or table)
     stage.cfg.sequence_parallel = together
-    monkeypatch.setattr(stage1.ranks, "size", lambda: 3 * together)
+    monkeypatch.setattr(ranks, "size", lambda: 3 * together)
     for rank in range(3 * together):
-        monkeypatch.setattr(stage1.ranks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
         held_out_error(stage.net, stage.held_out(), stage.cfg)
     assert walks == [1, 1] * 3 * together
     assert sum(tables).mean().item() == pytest.approx(alone, rel=1e-6)
