@@ -7,7 +7,6 @@ to=onnx out=DIR writes a folder that makes clips with onnxruntime and numpy.
 from pathlib import Path
 
 from fastlightgen.config import PROMPT, SHAPES_PROMPT, built_in, command, main
-from fastlightgen.config.exporting import FILES
 
 
 def export(cfg) -> None:
@@ -29,8 +28,7 @@ def to_file(cfg) -> None:
     if out.exists():
         raise ValueError(f"out={out}: exists; delete it or give another name")
     model, card = load_model(folder, dtype=dtype).requires_grad_(False), read_card(folder)
-    quant = FILES[cfg.to][1][0] if cfg.quant == "auto" else cfg.quant
-    report = {"comfyui": write_comfyui, "gguf": write_gguf}[cfg.to](model, card, out, dtype, quant)
+    report = {"comfyui": write_comfyui, "gguf": write_gguf}[cfg.to](model, card, out, dtype, cfg.stored)
     exact = (
         "the same weights bit for bit"
         if report["weights"] == 0
@@ -67,7 +65,7 @@ def to_onnx(cfg) -> None:
     check_model(folder, ShapesSource.description)
     world = same_latents(config_of(folder), ShapesSource.description)
     model = load_model(folder, dtype=torch.float32).requires_grad_(False)
-    report = write_onnx(model, read_card(folder), out, cfg.quant.replace("auto", "none"), cfg.size, world)
+    report = write_onnx(model, read_card(folder), out, cfg.stored, cfg.size, world)
     settings = report["settings"]
     near = f"the same weights bit for bit; a step is {report['flops'] / 1e12:.3g} TFLOP and was not run"
     if "largest" in report:

@@ -16,7 +16,7 @@ from fastlightgen.engine.scores import measured
 from fastlightgen.files import border, kinds
 from fastlightgen.files.schema import Shape
 from fastlightgen.files.tensors import read_tensors
-from fastlightgen.metrics.scores import check_versions, is_number
+from fastlightgen.metrics.scores import check_versions
 from fastlightgen.page import clips, compare, scores, summary, training
 from fastlightgen.page.advice import next_step
 from fastlightgen.world.score import compared, resampled
@@ -170,12 +170,10 @@ def write_comparison(folders: list[str], out: Path) -> Path:
 def paired(students: dict[str, dict], files: dict[str, Path]) -> dict[str, dict]:
     """The paired differences of the nearest student to the others that were measured on the same clips."""
     values = {n: files[n].with_suffix(".values.safetensors") for n in students}
-    ranked = [n for n, e in students.items() if is_number(e["scores"].get(compare.SCORE)) and values[n].is_file()]
-    if len(ranked) < 2:
+    if (first := compare.nearest(students)) is None or not values[first].is_file():
         return {}
-    first = min(ranked, key=lambda n: students[n]["scores"][compare.SCORE])
-    seed, clips_ = students[first].get("seed", 0), students[first]["clips"]
-    same = [n for n in ranked if (students[n].get("seed", 0), students[n]["clips"]) == (seed, clips_)]
+    seed, count = students[first].get("seed", 0), students[first]["clips"]
+    same = [n for n, e in students.items() if (e.get("seed", 0), e["clips"]) == (seed, count) and values[n].is_file()]
     found = {n: resampled({k: v.double() for k, v in read_tensors(values[n]).items()}, seed) for n in same}
     return {n: compared(found[first], found[n], seed) for n in same if n != first}
 

@@ -136,6 +136,16 @@ def run_train(*words: str) -> None:
     main(train, "train", [f"{k}={v}" for k, v in plain(words).items()])
 
 
+def with_random_norms(model: VideoDiT, seed: int) -> VideoDiT:
+    """Move the weights of all norms, which start as the identity, so that a lost one is seen."""
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p += 0.3 * torch.randn(p.shape, generator=gen)
+    return model
+
+
 def error_line(capsys: pytest.CaptureFixture, run: Callable[..., None], *words: str) -> str:
     """The one line with which a command refuses its words."""
     capsys.readouterr()

@@ -59,6 +59,11 @@ class Export(Checked):
     progress: bool = field(True, "show a progress bar")
     dry_run: bool = field(False, DRY_RUN)
 
+    @property
+    def stored(self) -> str:
+        """How matrices are stored: `quant`, or the first way of this output."""
+        return FILES[self.to][1][0] if self.quant == "auto" else self.quant
+
     def check(self) -> None:
         if self.size:
             parse_size(self.size)

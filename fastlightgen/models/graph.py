@@ -26,6 +26,19 @@ def output(node: Link, number: int) -> Link:
     return [node[0], number]
 
 
+def prompts(graph: Graph, clip: Link) -> tuple[Link, Link]:
+    """A prompt and the empty one, both encoded."""
+    positive = graph.add("CLIPTextEncode", text=PROMPT, clip=clip)
+    return positive, graph.add("CLIPTextEncode", text="", clip=clip)
+
+
+def picture(graph: Graph, clip_vision: str) -> tuple[Link, Link]:
+    """The first frame, and its embedding by the image encoder in this file."""
+    image = graph.add("LoadImage", image="first.png")
+    eye = graph.add("CLIPVisionLoader", clip_name=clip_vision)
+    return image, graph.add("CLIPVisionEncode", clip_vision=eye, image=image, crop="none")
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a family's part of a workflow leaves for the sampler."""

@@ -13,8 +13,13 @@ from fastlightgen.page.summary import cost, count
 from fastlightgen.page.training import curves
 
 SCORE = "frechet"  # the score of the frontier and of the sentence
-MOST = 8  # runs: a curve of each has a colour of its own
 OWN = ("run", "versions", "commit")  # keys of a configuration that always differ
+
+
+def nearest(students: Mapping[str, dict]) -> str | None:
+    """The student that is nearest to real clips; None if none has been evaluated."""
+    distances = {n: d for n, e in students.items() if is_number(d := e["scores"].get(SCORE))}
+    return min(distances, key=distances.__getitem__, default=None)
 
 
 def sentence(students: Mapping[str, dict], pairs: Mapping[str, Mapping[str, dict]]) -> str:
@@ -23,9 +28,8 @@ def sentence(students: Mapping[str, dict], pairs: Mapping[str, Mapping[str, dict
     `pairs`: other run -> score -> the paired difference of the nearest student to it.
     """
     made = {n: e for n, e in students.items() if is_number(e["scores"].get(SCORE))}
-    if not made:
+    if (first := nearest(students)) is None:
         return "None of these runs has an evaluated student."
-    first = min(made, key=lambda n: made[n]["scores"][SCORE])
     out = f"<b>{escape(first)} is nearest to real clips</b>: Frechet distance {score(made[first], SCORE)}, "
     out += f"adherence {score(made[first], 'adherence')}, {cost(made[first])} block evaluations per clip."
     for name in (n for n in made if n != first):
@@ -41,18 +45,13 @@ def sentence(students: Mapping[str, dict], pairs: Mapping[str, Mapping[str, dict
 
 def frontier(students: Mapping[str, dict], others: Mapping[str, dict]) -> str:
     """Quality against cost: the students, and the teachers beside them."""
-    models = {**{escape_name(e, n): e for n, e in others.items()}, **students}
+    models = {**{e["title"]: e for e in others.values()}, **students}
     points = {n: (cost(e), e["scores"][SCORE]) for n, e in models.items() if is_number(e["scores"].get(SCORE))}
     return (
         against_cost("Distance against cost", "Frechet distance to real clips, less is better", points)
         if points
         else ""
     )
-
-
-def escape_name(record: Mapping[str, Any], name: str) -> str:
-    """How a model that is no student of the compared runs is named."""
-    return str(record.get("title", name))
 
 
 def settings(configs: Mapping[str, dict]) -> str:

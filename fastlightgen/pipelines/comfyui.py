@@ -20,7 +20,7 @@ from fastlightgen.models.families import family_of
 from fastlightgen.models.folder.original import key_table, original_config, to_original
 from fastlightgen.models.graph import Comfy, Graph
 from fastlightgen.models.keys import inverse
-from fastlightgen.ops.float8 import LARGEST
+from fastlightgen.ops.float8 import quantised
 from fastlightgen.pipelines.scheduler import TOLERANCE
 
 SAMPLERS = {"stochastic": "lcm", "ode": "euler"}
@@ -97,8 +97,8 @@ def matrices(state: dict[str, Tensor]) -> list[str]:
 
 def to_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight in float8 and its scale: the weight is their product."""
-    scale = (weight.float().abs().amax() / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-    return (weight.float() / scale).to(torch.float8_e4m3fn), scale
+    rows, scale = quantised(weight.reshape(1, -1))  # the whole weight as one row, which has one scale
+    return rows.view(weight.shape), scale.view(())
 
 
 def write_comfyui(model: VideoDiT, card: dict, out: Path, dtype: torch.dtype, quant: str) -> dict[str, Any]:

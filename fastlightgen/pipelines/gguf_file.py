@@ -18,7 +18,6 @@ from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.original import to_original
 from fastlightgen.pipelines.comfyui import comfy_of, compared, matrices, shown_card, write_workflow
 
-QUANTS = ("q8_0", "q5_1", "q4_0")
 BLOCK = 32  # numbers that share a scale
 MOST = 4  # dimensions of a tensor in GGUF
 SHAPE = "comfy.gguf.orig_shape."

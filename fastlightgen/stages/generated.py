@@ -40,7 +40,7 @@ class Keys(ClipKeys, Protocol):
 
 
 def scale_of(cfg: Keys) -> float:
-    """The guidance scale of the clips; a negative `guidance` is the model's own."""
+    """The guidance scale of the clips; a negative `score_guidance` is the model's own."""
     return cfg.score_guidance if cfg.score_guidance >= 0 else float(sampling(cfg.model).values["guidance"])
 
 

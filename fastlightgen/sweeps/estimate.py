@@ -32,17 +32,13 @@ def plan(points: Sequence[Point], evaluate: bool, at_once: int) -> list[str]:
     if (left or scored) and configs:
         source = open_source(configs[0].data, configs[0].seed, configs[0].negative)
         speed = measured_speed(configs[0], source, pick_device(configs[0].device))
-        training = sum(operations(part.cfg, source, ratio_of(points, part.folder)) for part in left) / speed
+        training = (
+            sum(operations(part.cfg, source, RATIO if part.dropped is None else part.dropped) for part in left) / speed
+        )
         scoring = sum(sampling(point, source) for point in scored) / speed
         times = f"{span(training)} of training and {span(scoring)} of evaluation"
         lines.append(f"  {times}, {at_once} at a time; estimated from the operations")
     return lines
-
-
-def ratio_of(points: Sequence[Point], folder: object) -> float:
-    """The share of the blocks that is dropped for the point of a part."""
-    stages = [p for point in points if any(part.folder == folder for part in point.parts) for p in point.parts]
-    return next((part.cfg.ratio for part in stages if part.stage == "1"), RATIO)
 
 
 def sampling(point: Point, source: Source) -> float:
@@ -51,10 +47,10 @@ def sampling(point: Point, source: Source) -> float:
     net: Network = cost_of(config_of(folder), source.largest())
     given = dict(word.split("=", 1) for word in point.plan)
     clips = int(given.get("clips", MIN_CLIPS))
-    student = bool(point.parts) and point.parts[-1].stage == "3"
-    steps = (
-        point.parts[-1].cfg.steps if student else int(given.get("steps", 0)) or read_card(folder).get("steps") or STEPS
-    )
-    pruned = [part.cfg.ratio for part in point.parts if part.stage == "1"]
-    share = 1.0 - (pruned[0] if pruned else 0.0)
-    return clips * steps * (1 if student else 2) * share * walk(net, [Route()]).flops
+    last = point.parts[-1] if point.parts else None
+    share = 1.0 - (last.dropped or 0.0 if last else 0.0)
+    if last and last.stage == "3":
+        steps, predictions = last.cfg.steps, 1
+    else:
+        steps, predictions = int(given.get("steps", 0)) or read_card(folder).get("steps") or STEPS, 2
+    return clips * steps * predictions * share * walk(net, [Route()]).flops

@@ -134,7 +134,7 @@ def report(paper: Paper, points: Sequence[Point], out: Path) -> str:
     lines += ["", *sentences, "", footer(points)]
     write_json(out / f"{paper.name}.json", {"title": paper.title, "rows": record, "trends": sentences})
     write_text(out / f"{paper.name}.md", "\n".join(lines) + "\n")
-    values = {name: sum(row.scores()[SCORE]) / len(row.found) for name, row in rows.items()}
+    values = {name: row.means()[SCORE] for name, row in rows.items()}
     if paper.figure == "grid":
         cells = {tuple(paper.rows[name]["at"]): value for name, value in values.items()}
         write_text(out / f"{paper.name}.svg", grid(paper.title, SCORE_TITLE, cells))

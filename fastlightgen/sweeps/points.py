@@ -36,6 +36,12 @@ class Part:
     def done(self) -> bool:
         return self.result.exists()
 
+    @property
+    def dropped(self) -> float | None:
+        """The share of the blocks that its Stage I drops; None without one."""
+        shares = [self.cfg.ratio if self.stage == "1" else None, *(part.dropped for part in self.after)]
+        return next((share for share in shares if share is not None), None)
+
 
 @dataclass
 class Point:

@@ -37,10 +37,13 @@ class Row:
         """The value of each score with each seed."""
         return {k: [f[k].value for f in self.found] for k in SHOWN if all(k in f for f in self.found)}
 
-    def cells(self) -> list[str]:
+    def means(self) -> dict[str, float]:
         """The mean of each score over the seeds."""
-        scores = self.scores()
-        return [f"{sum(scores[k]) / len(self.found):.4g}" if k in scores else "" for k in SHOWN]
+        return {k: sum(values) / len(values) for k, values in self.scores().items()}
+
+    def cells(self) -> list[str]:
+        means = self.means()
+        return [f"{means[k]:.4g}" if k in means else "" for k in SHOWN]
 
 
 def rows_of(points: Sequence[Point]) -> dict[str, Row]:

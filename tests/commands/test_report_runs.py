@@ -79,6 +79,13 @@ def test_other_clips_are_not_ranked(runs, tmp_path):
     )
 
 
+def test_the_nearest_without_values_is_not_ranked(runs, tmp_path):
+    """The differences that the sentence gives are those of the student that it names."""
+    (runs[1] / "evaluate" / "student.values.safetensors").unlink()
+    text = said(compared(runs, tmp_path))
+    assert "b & <c>/run is nearest" in text and "better" not in text.partition("Better or worse")[0]
+
+
 def test_runs_without_a_student(runs, tmp_path):
     for run in runs:
         (run / "evaluate" / "student.json").unlink()

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from helpers import with_random_norms
 from torch import Tensor
 
 from fastlightgen.config import preset
@@ -30,13 +31,7 @@ CASES = {  # name -> (changes of BASE, latent size)
 
 def network(changes: dict, seed: int) -> WanModel:
     """A network with random weights, norms included, which start as the identity."""
-    model = build(BASE | changes, seed)
-    gen = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "norm" in name:
-                p += 0.3 * torch.randn(p.shape, generator=gen)
-    return model
+    return with_random_norms(build(BASE | changes, seed), seed)
 
 
 def stock(model: WanModel):

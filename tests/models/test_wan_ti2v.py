@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import with_random_norms
 from torch import Tensor
 
 from fastlightgen import flow
@@ -29,12 +30,7 @@ def network(changes: dict, seed: int = 1) -> TI2VModel:
     """A network with random weights, norms included, which start as the identity."""
     model = build(BASE | changes, seed)
     assert isinstance(model, TI2VModel)
-    gen = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "norm" in name:
-                p += 0.3 * torch.randn(p.shape, generator=gen)
-    return model
+    return with_random_norms(model, seed)
 
 
 def stock(model: TI2VModel):

@@ -2,21 +2,18 @@
 
 from collections.abc import Mapping
 
-from fastlightgen.models.graph import PROMPT, Comfy, Graph, Inputs, output, size_of
+from fastlightgen.models.graph import Comfy, Graph, Inputs, output, picture, prompts, size_of
 
 
 def inputs(graph: Graph, config: Mapping, shape: tuple[int, int, int], guidance: float) -> Inputs:
     """Text encoder, VAE, and for image-to-video the first frame with its CLIP embedding."""
     clip = graph.add("CLIPLoader", clip_name="umt5_xxl_fp8_e4m3fn_scaled.safetensors", type="wan")
-    positive = graph.add("CLIPTextEncode", text=PROMPT, clip=clip)
-    negative = graph.add("CLIPTextEncode", text="", clip=clip)
+    positive, negative = prompts(graph, clip)
     vae = graph.add("VAELoader", vae_name="wan_2.1_vae.safetensors")
     if config["image_dim"] is None:
         latent = graph.add("EmptyHunyuanLatentVideo", **size_of(shape))  # the same latents: 16 channels, 4 x 8 x 8
         return Inputs(positive, negative, latent, vae)
-    image = graph.add("LoadImage", image="first.png")
-    eye = graph.add("CLIPVisionLoader", clip_name="clip_vision_h.safetensors")
-    seen = graph.add("CLIPVisionEncode", clip_vision=eye, image=image, crop="none")
+    image, seen = picture(graph, "clip_vision_h.safetensors")
     start = graph.add(
         "WanImageToVideo",
         positive=positive,
