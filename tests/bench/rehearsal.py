@@ -1,6 +1,7 @@
 """bench/gpu.sh on a CPU: rehearsals, and rehearsals that are killed.
 
-`python tests/bench/rehearsal.py 60 30` kills 60 at random moments of their first 30 seconds.
+`python tests/bench/rehearsal.py 60 30 FILE.json` kills 60 at random moments of their first 30 seconds, and writes
+what each one kept.
 ncu and compute-sanitizer are stand-ins that run the command which they are given.
 """
 
@@ -12,7 +13,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+from fastlightgen.atomic import write_json
+from fastlightgen.engine.folder import commit
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("ncu", "compute-sanitizer")
@@ -96,16 +101,22 @@ def kill(folder: Path, seconds: float, **more: str) -> tuple[int, int] | None:
     return len(cases), len(begun(run))
 
 
-def main(times: int, longest: float) -> None:
-    killed = 0
-    while killed < times:
+def main(times: int, longest: float, out: str = "") -> None:
+    killed: list[dict] = []
+    while len(killed) < times:
         with tempfile.TemporaryDirectory() as folder:
             seconds = random.uniform(0.5, longest)
             kept = kill(Path(folder), seconds, PARTS=ALL, TESTS="tests/ops/test_dmd_gradient.py")
-            killed += kept is not None
+            if kept:
+                killed.append({"seconds": round(seconds, 1), "kept": kept[0], "begun": kept[1]})
             said = f"{kept[0]} benches have their line, {kept[1]} had begun" if kept else "it was over before"
-            print(f"{killed} of {times}, at {seconds:.1f} s: {said}", flush=True)
+            print(f"{len(killed)} of {times}, at {seconds:.1f} s: {said}", flush=True)
+    if out:
+        command = f"python tests/bench/rehearsal.py {times} {longest:g} {out}"
+        lost = max(each["begun"] - each["kept"] for each in killed)
+        made = {"date": time.strftime("%Y-%m-%d"), "commit": commit()}
+        write_json(Path(out), {"command": command, **made, "most benches lost": lost, "killed": killed})
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]))
+    main(int(sys.argv[1]), float(sys.argv[2]), *sys.argv[3:])
