@@ -12,9 +12,9 @@ clips of evaluate.seed=1, which no row uses: rows=trials seeds=99 are those of t
 bench/results/rival-trials.json.
 """
 
+import os
 import subprocess
 import sys
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,19 @@ def train(name: str, seed: int, threads: int) -> None:
     run, made = RUNS / f"{name}-{seed}", folder(name, seed)
     if made.exists():
         return
-    before = {2: "importance", 3: "stage2_model"}
-    keys = [f"{before[what.stage]}={folder(what.after, seed)}"] if what.after else []
+    input_key = {2: "importance", 3: "stage2_model"}
+    keys = [f"{input_key[what.stage]}={folder(what.after, seed)}"] if what.after else []
     keys += [f"{key}={folder(other, seed)}" for key, other in what.inputs.items()]
     words = [f"stage={what.stage}", f"run={run}", "model=tiny", "data=shapes", f"seed={seed}", f"threads={threads}"]
     words += ["dtype=bfloat16", "sample_every=0", *keys, *what.keys]
-    start = time.time()
+    before = cpu_time()
     subprocess.run([sys.executable, "-m", "fastlightgen.train", *words], check=True)
-    write_json(run / "cost.json", {"core_minutes": (time.time() - start) * threads / 60, "words": words})
+    write_json(run / "cost.json", {"core_minutes": (cpu_time() - before) / 60, "words": words})
+
+
+def cpu_time() -> float:
+    """Seconds of all cores that this process and its children have taken, on a machine that may have other work."""
+    return sum(os.times()[:4])
 
 
 def measure_row(name: str, seed: int, clips: int, noises: int, threads: int) -> None:
@@ -90,9 +95,9 @@ def measure_row(name: str, seed: int, clips: int, noises: int, threads: int) -> 
         subject.plan |= {"times": ladder(steps, STUDENT["shift"]), "kind": STUDENT["sampler"]}
     if row.keep:
         subject.keep = read_importance(folder("rank", seed), subject.model.num_blocks)["kept"]
-    start = time.time()
+    before = cpu_time()
     result = measure(cfg, subject)
-    cost = (time.time() - start) * threads / 60
+    cost = (cpu_time() - before) / 60
     result.record |= {"plan": subject.plan, "core_minutes": cost, "trained": costs(row.model, seed), **versions()}
     save_file({k: v.half() for k, v in result.values.items()}, out.with_suffix(".safetensors"))
     write_json(out, result.record)
