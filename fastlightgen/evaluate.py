@@ -62,7 +62,7 @@ def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
         if keep is None and card.get("stage") != 2:  # other methods of Stage II leave the pruned network alone
             raise ValueError(f"path=pruned: {folder} names no pruned_path; wanted a model that stage=2 made")
     net = load_model(folder, pick_device(cfg.device), allow_pt=cfg.allow_pt).requires_grad_(False)
-    plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler, net.released)
+    plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler, net.released, force=cfg.force)
     return Subject(name, title, net, folder, plan, keep)
 
 

@@ -50,8 +50,7 @@ def generate(cfg: Generate) -> None:
     if isinstance(world, Pipeline):
         check_memory(cfg, *world.size)
     card = read_card(folder)
-    plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler, world.defaults)
-    warn_of_changes(cfg, card)
+    plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler, world.defaults, force=cfg.force)
     if not card:
         warn_without_card(cfg, folder, pipeline, plan)
     negative = negative_of(cfg, world) if plan["guidance"] != 1.0 else None  # without guidance nothing reads it
@@ -96,20 +95,6 @@ def following(cfg: Generate, pipeline: Path | None) -> str:
     if cfg.pipeline:
         return command("export", model=cfg.model, pipeline=cfg.pipeline, out="student")
     return f"in Python, without this package: diffusers.DiffusionPipeline.from_pretrained({cfg.model!r})"
-
-
-def warn_of_changes(cfg: Generate, card: dict) -> None:
-    """Warn if a student is asked for steps or a guidance that it was not trained for."""
-    if not (ladder := card.get("ladder")):
-        return
-    steps, guidance = len(ladder), float(card.get("guidance") or 1)
-    changed = [f"steps={cfg.steps}"] * (cfg.steps not in (0, steps))
-    changed += [f"guidance={cfg.guidance:g}"] * (cfg.guidance >= 0 and cfg.guidance != guidance)
-    if changed:
-        say(
-            f"warning: {' '.join(changed)}: this student was trained for {steps} steps and guidance {guidance:g}; "
-            "leave the words out for its own"
-        )
 
 
 def warn_without_card(cfg: Generate, folder: Path, pipeline: Path | None, plan: dict) -> None:

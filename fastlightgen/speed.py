@@ -70,7 +70,7 @@ def opened(cfg: Speed, model: str, name: str, device: torch.device, worlds: dict
     if pipeline != folder:
         check_fits(net.config, pipeline)
     asked = (cfg.steps, cfg.guidance) if name == "model" else (0, -1.0)
-    return Subject(name, net, world, sampling_plan(read_card(folder), *asked, "auto", world.defaults))
+    return Subject(name, net, world, sampling_plan(read_card(folder), *asked, "auto", world.defaults, force=True))
 
 
 def first_picture(cfg: Speed, subject: Subject, folder: Path) -> str:

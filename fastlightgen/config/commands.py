@@ -23,6 +23,7 @@ from fastlightgen.config.run import (
     DRY_RUN,
     DTYPE,
     DTYPES,
+    FORCE,
     GUIDANCE,
     MAX_SEED,
     SAMPLER,
@@ -33,7 +34,7 @@ from fastlightgen.config.run import (
 )
 
 # Keys of `evaluate` that the other kind of evaluation does not read.
-OF_MODELS = ("teacher", "path", "allow_pt", "data", "clips", "batch", "steps", "guidance", "sampler", "noises")
+OF_MODELS = ("teacher", "path", "allow_pt", "data", "clips", "batch", "steps", "guidance", "sampler", "noises", "force")
 OF_VIDEOS = ("size", "fps", "i3d", "torchscript")
 
 
@@ -76,6 +77,7 @@ class Evaluate(EvaluateKeys):
         "a TorchScript program that gives features of these clips, such as FVD's I3D; it is executed: trust its maker",
     )
     path: str = field("full", "which blocks of a Stage II model run", choices=("full", "pruned"))
+    force: bool = field(False, FORCE)
     allow_pt: bool = field(False, ALLOW_PT)
     data: str = field("shapes", "a preset, or a folder with a latent cache", everyday=True)
     device: str = field("auto", DEVICE, choices=DEVICES, everyday=True)
@@ -132,6 +134,7 @@ class Generate(Checked):
     steps: int = field(0, STEPS, lo=0, hi=MOST_STEPS, everyday=True)
     guidance: float = field(-1.0, GUIDANCE, everyday=True)
     sampler: str = field("auto", SAMPLER, choices=SAMPLERS)
+    force: bool = field(False, FORCE)
     seed: int = field(0, "decides the noise", lo=0, hi=MAX_SEED, everyday=True)
     device: str = field("auto", DEVICE, choices=DEVICES, everyday=True)
     dtype: str = field("auto", DTYPE, choices=DTYPES)
@@ -242,4 +245,4 @@ COMMANDS = {
 def for_evaluate(cfg: Any, model: str, teacher: str, out: str) -> Evaluate:
     """The evaluation that ends `stage=all`; its seed is evaluate.seed, so that runs of any seed meet the same clips."""
     common = {key: getattr(cfg, key) for key in ("data", "device", "threads", "progress", "allow_pt")}
-    return Evaluate(model=model, teacher=teacher, out=out, **common, **asdict(cfg.evaluate))
+    return Evaluate(model=model, teacher=teacher, out=out, force=True, **common, **asdict(cfg.evaluate))

@@ -10,6 +10,7 @@ from fastlightgen.config.run import (
     DRY_RUN,
     DTYPE,
     DTYPES,
+    FORCE,
     GUIDANCE,
     MAX_SEED,
     SAMPLER,
@@ -69,6 +70,7 @@ class VBench(Checked):
     steps: int = field(0, STEPS, lo=0, everyday=True)
     guidance: float = field(-1.0, GUIDANCE, everyday=True)
     sampler: str = field("auto", SAMPLER, choices=SAMPLERS)
+    force: bool = field(False, FORCE)
     seed: int = field(0, "decides the noise", lo=0, hi=MAX_SEED - 10_000, everyday=True)
     rank: int = field(-1, "number of this process, of `ranks` that share the videos; -1: one process", lo=-1)
     ranks: int = field(0, "processes that share the videos; 0: one", lo=0)

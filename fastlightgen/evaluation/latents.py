@@ -98,7 +98,7 @@ def opened(cfg: Evaluate, model: str, source: Source, device: torch.device, own:
     net = load_model(folder, device, dtype, allow_pt=cfg.allow_pt).requires_grad_(False)
     check_source(source, net, card, cfg.data)
     asked = (0, -1.0, "auto") if own else (cfg.steps, cfg.guidance, cfg.sampler)
-    return Sampled(net, folder, sampling_plan(card, *asked, net.released), keep)
+    return Sampled(net, folder, sampling_plan(card, *asked, net.released, force=cfg.force), keep)
 
 
 def batches(cfg: Evaluate, source: Source, clips: int) -> Iterator[tuple[int, Batch]]:

@@ -72,19 +72,35 @@ PREVIEW_STEPS = 8
 
 def preview_plan(card: dict, shift: float, released: dict) -> dict:
     """Arguments of `sample` for quick, rough previews of a many-step network during training."""
-    return sampling_plan(card | {"shift": shift}, PREVIEW_STEPS, -1.0, "ode", released)
+    return sampling_plan(card | {"shift": shift}, PREVIEW_STEPS, -1.0, "ode", released, force=True)
 
 
-def sampling_plan(card: dict, steps: int, guidance: float, kind: str, released: dict) -> dict:
+def sampling_plan(card: dict, steps: int, guidance: float, kind: str, released: dict, *, force: bool = False) -> dict:
     """Arguments of `sample`. The model folder's card fills in the values that the user left open (0, negative, "auto").
 
     `card`: contents of fastlightgen.json. `released`: settings of the family's released weights, used if the card lacks
-    them.
+    them. A student is refused with settings that it was not trained for, unless `force`.
     """
     card = released | {k: v for k, v in card.items() if v is not None}
     student = "ladder" in card
+    if student and not force:
+        refuse_changes(card, steps, guidance, kind)
     return {
         "times": card["ladder"] if student and not steps else ladder(steps or card["steps"], card["shift"]),
         "guidance": float(card["guidance"]) if guidance < 0 else guidance,
         "kind": card.get("sampler", "ode") if kind == "auto" else kind,
     }
+
+
+def refuse_changes(card: dict, steps: int, guidance: float, kind: str) -> None:
+    """Raise ValueError if a student is asked for steps, a guidance or a sampler that it was not trained for."""
+    own = {
+        "steps": f"{len(card['ladder'])}",
+        "guidance": f"{card['guidance']:g}",
+        "sampler": card.get("sampler", "ode"),
+    }
+    asked = {"steps": f"{steps or own['steps']}", "guidance": own["guidance"] if guidance < 0 else f"{guidance:g}"}
+    asked["sampler"] = own["sampler"] if kind == "auto" else kind
+    if changed := " ".join(f"{key}={value}" for key, value in asked.items() if value != own[key]):
+        trained = " ".join(f"{key}={value}" for key, value in own.items())
+        raise ValueError(f"{changed}: this student was trained for {trained}; leave {changed} out, or give force=true")
