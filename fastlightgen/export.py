@@ -2,6 +2,7 @@
 
 to=comfyui out=FILE.safetensors and to=gguf out=FILE.gguf write one file for ComfyUI, and a workflow beside it.
 to=onnx out=DIR writes a folder that makes clips with onnxruntime and numpy.
+to=lora teacher=DIR out=FILE.safetensors writes what turns the teacher into a student with all blocks.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ from fastlightgen.config import PROMPT, SHAPES_PROMPT, built_in, command, main
 
 
 def export(cfg) -> None:
-    {"diffusers": to_diffusers, "onnx": to_onnx}.get(cfg.to, to_file)(cfg)
+    {"diffusers": to_diffusers, "onnx": to_onnx, "lora": to_lora}.get(cfg.to, to_file)(cfg)
 
 
 def to_file(cfg) -> None:
@@ -77,6 +78,42 @@ def to_onnx(cfg) -> None:
     say(f"{out}/step.onnx: {size(report['bytes'])}, {settings['weights']}, {settings['size']}, read back: {near}")
     given = f'prompt="{SHAPES_PROMPT}" out=clip.png' if world else "inputs=FOLDER"
     say(f"next: python {out}/generate.py {given}; it needs onnxruntime and numpy alone, {out}/README.md explains it")
+
+
+def to_lora(cfg) -> None:
+    """Write the two files, and print how much of the student they hold."""
+    import torch
+
+    from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
+    from fastlightgen.parallel.log import say, size
+    from fastlightgen.parallel.threads import set_threads
+    from fastlightgen.pipelines.comfyui import SAMPLERS
+    from fastlightgen.pipelines.lora_student import check_pair, write_lora
+
+    set_threads(cfg.threads)
+    folder, out = trained_folder(cfg.model), Path(cfg.out)
+    if out.exists():
+        raise ValueError(f"out={out}: exists; delete it or give another name")
+    model = load_model(folder, dtype=torch.float32).requires_grad_(False)
+    card, base = read_card(folder), trained_folder(cfg.teacher)
+    teacher = load_model(base, dtype=torch.float32).requires_grad_(False)
+    check_pair(model, teacher, cfg.teacher)
+    report = write_lora(model, card, teacher, out, getattr(torch, cfg.dtype), cfg.rank)
+    for path, count in report["files"].items():
+        say(f"{path}: {size(count)}")
+    left = ", ".join(f"rank {rank}: {error:.1%}" for rank, error in report["errors"].items())
+    say(f"{report['layers']} linear layers; what each rank leaves out of their change: {left}")
+    say(
+        f"norms, biases and tables are {report['left']:.1%} of the change: diffusers' file leaves them out, ComfyUI's "
+        f"holds them. A prediction of the teacher is {report['before']:.1%} from the student's, with diffusers' file "
+        f"{report['after']:.1%}"
+    )
+    if card.get("ladder"):
+        say(
+            f"sample with {len(card['ladder'])} steps, shift {card['shift']:g}, guidance {card['guidance']:g}, sampler "
+            f"{card['sampler']} (ComfyUI: {SAMPLERS[card['sampler']]}, scheduler simple)"
+        )
+    say(f"next: in Python, diffusers.DiffusionPipeline.from_pretrained(TEACHER).load_lora_weights({str(out)!r})")
 
 
 def to_diffusers(cfg) -> None:

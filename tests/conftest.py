@@ -1,5 +1,6 @@
 """Tests run offline, and pytest-xdist's workers share the cores, so that they time alike on all machines."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
@@ -16,6 +17,12 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 THREADS = max(1, min(2, (os.cpu_count() or 1) // WORKERS))
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of the processes that tests start
 torch.set_num_threads(THREADS)
+
+
+def pytest_collection_finish() -> None:
+    """The collector need not look through torch and the tests' own code again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ FILES = {  # to= -> the end of the file's name ("": a folder), the ways to store
     "comfyui": (".safetensors", ("none", "fp8")),
     "gguf": (".gguf", ("q8_0", "q5_1", "q4_0")),
     "onnx": ("", ("none", "int8")),
+    "lora": (".safetensors", ("none",)),
 }
 
 
@@ -21,7 +22,8 @@ class Export(Checked):
     to: str = field(
         "diffusers",
         "diffusers: a pipeline folder; comfyui, gguf: one file (.safetensors, .gguf) and a workflow; onnx: a folder "
-        "with one step of the network in float32, and code that makes clips without torch",
+        "with one step of the network in float32, and code that makes clips without torch; lora: a file for diffusers "
+        "and one for ComfyUI that turn the teacher into a student with all blocks",
         choices=("diffusers", *FILES),
         everyday=True,
     )
@@ -30,7 +32,9 @@ class Export(Checked):
         "to=diffusers: pipeline folder of the teacher: VAE, encoders and tokenizers come from it",
         everyday=True,
     )
-    out: str = field(REQUIRED, "folder to write; to=comfyui and gguf: the file", everyday=True)
+    out: str = field(REQUIRED, "folder to write; to=comfyui, gguf and lora: the file", everyday=True)
+    teacher: str = field("", "to=lora: the student's teacher, a preset or a model folder", everyday=True)
+    rank: int = field(64, "to=lora: of every linear layer", lo=1, hi=10_000)
     quant: str = field(
         "auto",
         "how the matrices of the blocks are stored; to=comfyui: none, fp8; to=gguf: q8_0, q5_1, q4_0; to=onnx: none, "
@@ -69,6 +73,12 @@ class Export(Checked):
             parse_size(self.size)
             if self.to != "onnx":
                 raise ConfigError(f"size={self.size}: is for to=onnx; leave it out")
+        if bool(self.teacher) != (self.to == "lora"):
+            raise ConfigError(
+                "teacher is required: to=lora writes the difference to it"
+                if self.to == "lora"
+                else f"teacher={self.teacher}: is for to=lora; leave it out"
+            )
         if self.to == "diffusers":
             if not self.pipeline:
                 raise ConfigError("pipeline is required: the pipeline folder of the teacher (to=comfyui needs none)")

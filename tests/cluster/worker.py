@@ -3,6 +3,7 @@
 python -m torch.distributed.run --nproc-per-node 2 worker.py CASES.json RESULTS.json
 """
 
+import gc
 import json
 import shutil
 import sys
@@ -345,6 +346,8 @@ BUILDS = {0: teacher.build, 2: prune.build, 3: distill.build}
 def main(cases: Path, results: Path) -> None:
     torch.set_num_threads(1)
     ranks.join(CPU, 900)
+    gc.collect()
+    gc.freeze()  # DeepSpeed collects garbage at every start of an engine, and would look through torch each time
     done = {name: run(case) for name, case in json.loads(cases.read_text()).items()}
     if ranks.rank() == 0:
         results.write_text(json.dumps(done))
