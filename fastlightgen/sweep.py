@@ -64,15 +64,15 @@ def settings(words: Sequence[str]) -> tuple[dict[str, str], dict[str, list[str]]
         else:
             swept[key] = values_of(value)
     for key, most in (("at_once", MOST_THREADS), ("clips", MOST_CLIPS)):
-        whole_number(key, own[key], most)
+        whole_number(key, own[key], 0, most)
     if own["dry_run"] not in ("true", "false"):
         raise ConfigError(f"dry_run={clipped(own['dry_run'])}: wanted true or false")
     return own, swept
 
 
-def whole_number(key: str, text: str, most: int, wanted: str = "a whole number") -> int:
-    if not re.fullmatch("[0-9]{1,10}", text) or int(text) > most:
-        raise ConfigError(f"{key}={clipped(text)}: wanted {wanted} from 0 to {most}")
+def whole_number(key: str, text: str, least: int, most: int, wanted: str = "a whole number") -> int:
+    if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
+        raise ConfigError(f"{key}={clipped(text)}: wanted {wanted} from {least} to {most}")
     return int(text)
 
 
@@ -80,8 +80,8 @@ def seeds_of(text: str) -> list[int]:
     """ "2" -> [0, 1]; "3,7" -> [3, 7]."""
     numbers = values_of(text)
     if len(numbers) > 1:
-        return [whole_number("seeds", number, MAX_SEED, "seeds") for number in numbers]
-    return list(range(whole_number("seeds", text, MOST_POINTS, "a list as 0,1,2, or a number of seeds")))
+        return [whole_number("seeds", number, 0, MAX_SEED, "seeds") for number in numbers]
+    return list(range(whole_number("seeds", text, 1, MOST_POINTS, "a list as 0,1,2, or a number of seeds")))
 
 
 def sweep(words: Sequence[str]) -> None:
@@ -92,6 +92,8 @@ def sweep(words: Sequence[str]) -> None:
     if "--version" in words:
         print(f"fastlightgen {fastlightgen.__version__}")
         return
+    if not words:
+        raise ConfigError("wanted what to compare, for example steps=2,4, or table=5 (sweep --help lists the keys)")
     own, swept = settings(words)
     run, groups = folder_of(own), groups_of(own, swept)
     points = [point for group in groups.values() for point in group]

@@ -10,7 +10,7 @@ from fastlightgen.config import ConfigError
 from fastlightgen.config.files import preset, presets
 from fastlightgen.metrics.scores import BETTER, SAME, WORSE
 from fastlightgen.page.figure import against_cost, grid
-from fastlightgen.sweeps.points import Part, Point, check, point_of, unique
+from fastlightgen.sweeps.points import Part, Point, check, point_of, refusal, unique
 from fastlightgen.sweeps.table import SHOWN, Row, differences, head, rows_of
 from fastlightgen.sweeps.work import cost_file, cost_of
 
@@ -75,16 +75,35 @@ def points_of(
 ) -> list[Point]:
     """The models of a table, for every seed. `more`: keys of the user, which stand over those of the file."""
     out = []
+    check_more(paper, more)
     for name, row in paper.rows.items():
-        last, plan = str(row.get("stage", 3)), strings(row.get("evaluate", {}))
+        last, plan = last_of(row), strings(row.get("evaluate", {}))
         words = [f"clips={clips}", *(f"{key}={value}" for key, value in plan.items())]
         for seed in seeds if last != "0" else seeds[:1]:
-            keys = {"model": "tiny", "data": "shapes", **paper.keys, **strings(row.get("keys", {})), **more}
+            keys = keys_of(paper, row, more)
             if last != "0":
                 keys["seed"] = str(seed)
                 check(taken(keys, more), last)
             out.append(point_of(run, name, keys, known, last, words))
     return out
+
+
+def last_of(row: Mapping[str, Any]) -> str:
+    """The last stage of a row's model; "0" for the model that all stages start from."""
+    return str(row.get("stage", 3))
+
+
+def keys_of(paper: Paper, row: Mapping[str, Any], more: Mapping[str, str]) -> dict[str, str]:
+    return {"model": "tiny", "data": "shapes", **paper.keys, **strings(row.get("keys", {})), **more}
+
+
+def check_more(paper: Paper, more: Mapping[str, str]) -> None:
+    """Raise if no row of a table takes a key of the user, or its value."""
+    rows = [row for row in paper.rows.values() if last_of(row) != "0"]
+    for key, value in more.items():
+        faults = [refusal(key, value, keys_of(paper, row, more), last_of(row)) for row in rows]
+        if faults and all(faults):
+            raise ConfigError(faults[-1])
 
 
 def taken(keys: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
