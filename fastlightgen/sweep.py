@@ -19,6 +19,7 @@ from fastlightgen.config.fields import clipped
 from fastlightgen.config.files import presets
 from fastlightgen.config.limits import MOST_CLIPS, MOST_POINTS, MOST_THREADS
 from fastlightgen.config.run import MAX_SEED
+from fastlightgen.metrics.intervals import MIN_CLIPS
 from fastlightgen.parallel.log import say
 from fastlightgen.sweeps import papers
 from fastlightgen.sweeps.estimate import plan
@@ -98,6 +99,10 @@ def sweep(words: Sequence[str]) -> None:
     run, groups = folder_of(own), groups_of(own, swept)
     points = [point for group in groups.values() for point in group]
     evaluate, at_once = own["clips"] != "0", int(own["at_once"]) or max(1, torch.cuda.device_count())
+    if 0 < int(own["clips"]) < MIN_CLIPS:
+        say(
+            f"warning: clips={own['clips']}: {MIN_CLIPS} clips or more rank models; with fewer the table has no verdict"
+        )
     say("\n".join(plan(points, evaluate, at_once)))
     if own["dry_run"] == "true":
         return

@@ -11,7 +11,7 @@ from fastlightgen.config.files import preset, presets
 from fastlightgen.metrics.scores import BETTER, SAME, WORSE
 from fastlightgen.page.figure import against_cost, grid
 from fastlightgen.sweeps.points import Part, Point, check, point_of, refusal, unique
-from fastlightgen.sweeps.table import SHOWN, Row, differences, head, rows_of
+from fastlightgen.sweeps.table import SHOWN, Row, differences, head, ranking, rows_of
 from fastlightgen.sweeps.work import cost_file, cost_of
 
 SCORE = "frechet"  # the score that decides whether a trend holds
@@ -119,6 +119,8 @@ def sentence(trend: Trend, paper: Paper, rows: Mapping[str, Row]) -> str:
     said = f" ({numbers[0]} and {numbers[1]})" if None not in numbers else ""
     claim = f"{trend.one} {'as good as' if trend.same else 'better than'} {trend.other}{said}"
     found = differences(rows[trend.one], rows[trend.other])
+    if SCORE not in found:
+        return f"- Not ranked: the paper has {claim}. {ranking(rows[trend.one].record['clips'])}"
     d = found[SCORE]
     beside = found.get(BESIDE, {}).get("verdict", "not measured")
     number = f"{SCORE} {d['difference']:+.3g} +- {d['two_deviations']:.2g}, {BESIDE} {beside}"
@@ -153,12 +155,12 @@ def report(paper: Paper, points: Sequence[Point], out: Path) -> str:
     lines += ["", *sentences, "", footer(points)]
     write_json(out / f"{paper.name}.json", {"title": paper.title, "rows": record, "trends": sentences})
     write_text(out / f"{paper.name}.md", "\n".join(lines) + "\n")
-    values = {name: row.means()[SCORE] for name, row in rows.items()}
-    if paper.figure == "grid":
+    values = {name: means[SCORE] for name, row in rows.items() if SCORE in (means := row.means())}
+    if values and paper.figure == "grid":
         cells = {tuple(paper.rows[name]["at"]): value for name, value in values.items()}
         write_text(out / f"{paper.name}.svg", grid(paper.title, SCORE_TITLE, cells))
-    if paper.figure == "cost":
-        points_at = {name: (row.cost, values[name]) for name, row in rows.items()}
+    if values and paper.figure == "cost":
+        points_at = {name: (rows[name].cost, value) for name, value in values.items()}
         write_text(out / f"{paper.name}.svg", against_cost(paper.title, SCORE_TITLE, points_at))
     return "\n".join(lines)
 

@@ -169,7 +169,8 @@ def test_the_table(tmp_path, monkeypatch):
         values = {name: value + noise for name in names}
         save_file(values, point.scores.with_suffix(".values.safetensors"))
         sampler = {"kind": "ode", "steps": 2, "guidance": 1.0, "evaluations": 2}
-        record = {"title": "x", "clips": 64, "scores": {}, "shown": [], "attributes": {}, "sampler": sampler}
+        scores = {name: v.mean().item() for name, v in values.items()}
+        record = {"title": "x", "clips": 64, "scores": scores, "shown": [], "attributes": {}, "sampler": sampler}
         record |= {"num_params": 1, "num_blocks": 8, "kept_blocks": None, "seed": 0}
         point.scores.write_text(json.dumps(record))
     text = table.table(points, tmp_path)
