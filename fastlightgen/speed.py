@@ -8,16 +8,18 @@ import torch
 
 from fastlightgen.atomic import write_json
 from fastlightgen.config import PROMPT, Speed, compute_type, main
+from fastlightgen.data.version import same_latents
 from fastlightgen.engine.local import pick_device
 from fastlightgen.evaluation import speed as timing
 from fastlightgen.evaluation.speed import Clip, Subject
-from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
+from fastlightgen.models.folder.weights import config_of, load_model, read_card, trained_folder
 from fastlightgen.models.sample import sampling_plan
 from fastlightgen.parallel.log import bar, say, size
 from fastlightgen.parallel.threads import set_threads
 from fastlightgen.pipelines.export import check_fits, is_pipeline
 from fastlightgen.pipelines.stock import need_diffusers
 from fastlightgen.pipelines.world import Pipeline
+from fastlightgen.world.source import ShapesSource
 
 
 def speed(cfg: Speed) -> None:
@@ -61,6 +63,8 @@ def opened(cfg: Speed, model: str, name: str, device: torch.device, worlds: dict
     folder = trained_folder(model)
     pipeline = folder if is_pipeline(folder) else Path(cfg.pipeline)
     if not is_pipeline(pipeline):
+        if same_latents(config_of(folder), ShapesSource.description):
+            raise ValueError(f"{name}={model}: the built-in world has no pipeline; `evaluate` times its models")
         raise ValueError(f"pipeline is required: {name}={model} is no pipeline folder; give that of its teacher")
     dtype = getattr(torch, compute_type(cfg.dtype, device.type == "cuda", True))
     if pipeline not in worlds:

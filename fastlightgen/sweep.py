@@ -19,6 +19,7 @@ from fastlightgen.config.fields import clipped
 from fastlightgen.config.files import presets
 from fastlightgen.config.limits import MOST_CLIPS, MOST_POINTS, MOST_THREADS
 from fastlightgen.config.run import MAX_SEED
+from fastlightgen.metrics.intervals import MIN_CLIPS
 from fastlightgen.parallel.log import say
 from fastlightgen.sweeps import papers
 from fastlightgen.sweeps.estimate import plan
@@ -64,15 +65,15 @@ def settings(words: Sequence[str]) -> tuple[dict[str, str], dict[str, list[str]]
         else:
             swept[key] = values_of(value)
     for key, most in (("at_once", MOST_THREADS), ("clips", MOST_CLIPS)):
-        whole_number(key, own[key], most)
+        whole_number(key, own[key], 0, most)
     if own["dry_run"] not in ("true", "false"):
         raise ConfigError(f"dry_run={clipped(own['dry_run'])}: wanted true or false")
     return own, swept
 
 
-def whole_number(key: str, text: str, most: int, wanted: str = "a whole number") -> int:
-    if not re.fullmatch("[0-9]{1,10}", text) or int(text) > most:
-        raise ConfigError(f"{key}={clipped(text)}: wanted {wanted} from 0 to {most}")
+def whole_number(key: str, text: str, least: int, most: int, wanted: str = "a whole number") -> int:
+    if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
+        raise ConfigError(f"{key}={clipped(text)}: wanted {wanted} from {least} to {most}")
     return int(text)
 
 
@@ -80,8 +81,8 @@ def seeds_of(text: str) -> list[int]:
     """ "2" -> [0, 1]; "3,7" -> [3, 7]."""
     numbers = values_of(text)
     if len(numbers) > 1:
-        return [whole_number("seeds", number, MAX_SEED, "seeds") for number in numbers]
-    return list(range(whole_number("seeds", text, MOST_POINTS, "a list as 0,1,2, or a number of seeds")))
+        return [whole_number("seeds", number, 0, MAX_SEED, "seeds") for number in numbers]
+    return list(range(whole_number("seeds", text, 1, MOST_POINTS, "a list as 0,1,2, or a number of seeds")))
 
 
 def sweep(words: Sequence[str]) -> None:
@@ -92,10 +93,16 @@ def sweep(words: Sequence[str]) -> None:
     if "--version" in words:
         print(f"fastlightgen {fastlightgen.__version__}")
         return
+    if not words:
+        raise ConfigError("wanted what to compare, for example steps=2,4, or table=5 (sweep --help lists the keys)")
     own, swept = settings(words)
     run, groups = folder_of(own), groups_of(own, swept)
     points = [point for group in groups.values() for point in group]
     evaluate, at_once = own["clips"] != "0", int(own["at_once"]) or max(1, torch.cuda.device_count())
+    if 0 < int(own["clips"]) < MIN_CLIPS:
+        say(
+            f"warning: clips={own['clips']}: {MIN_CLIPS} clips or more rank models; with fewer the table has no verdict"
+        )
     say("\n".join(plan(points, evaluate, at_once)))
     if own["dry_run"] == "true":
         return

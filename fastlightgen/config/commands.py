@@ -87,10 +87,11 @@ class Evaluate(EvaluateKeys):
 
     def check(self) -> None:
         super().check()
-        if bool(self.model) == bool(self.videos):
+        if self.model and self.videos:
+            raise ConfigError(f"model={self.model} videos={self.videos}: give one of them, not both")
+        if not self.model and not self.videos:
             raise ConfigError(
-                "model is required (a preset or a model folder): give model=..., or videos=FOLDER and real=FOLDER, "
-                "one of the two"
+                "model is required (a preset or a model folder): give model=..., or videos=FOLDER and real=FOLDER"
             )
         if bool(self.videos) != bool(self.real):
             raise ConfigError(f"videos={self.videos} real={self.real}: give both, the videos to measure and real ones")

@@ -58,7 +58,7 @@ def help_text(command: str, page: Page, given: Mapping[str, Any], everything: bo
     lines += listing(command, ordered, node, everything) + methods(stage)
     if hidden := sum(not is_everyday(command, key, f) for key, f in known.items() if key != "stage"):
         words = " ".join([called(command), *[f"stage={stage}"] * bool(stage), "--help", ALL])
-        lines += [] if everything else ["", *wrapped(f"{hidden} more keys: {words}")]
+        lines += [] if everything else ["", *wrapped(f"{hidden} more key{'s' * (hidden > 1)}: {words}")]
     return "\n".join([*lines, "", *wrapped(ALSO)])
 
 

@@ -119,6 +119,15 @@ def assign(node: DictConfig, cls: type, values: Mapping[str, Any], where: str) -
             raise wanted from None
 
 
+def misfit(cls: type, key: str, value: Any) -> str:
+    """Why a root class takes no such key, or not this value, whatever the other keys are; "" if it takes it."""
+    try:
+        assign(OmegaConf.structured(cls), cls, {key: value}, "")
+    except ConfigError as err:
+        return str(err)
+    return ""
+
+
 def literal(value: Any, kind: type) -> Any:
     """A value in the form in which OmegaConf leaves it alone: no lookup of ${...}, no "yes" for true."""
     if isinstance(value, str) and kind == list[float]:
@@ -164,7 +173,8 @@ def unknown_key(key: str, value: Any, cls: type) -> str:
         if parts := [k for k in known if k.endswith(f".{name}")]:
             return f"{shown}: {section} has no {name}; give {' or '.join(f'{k}=...' for k in parts)}"
     if others := stages_with(key) if here else []:
-        remedy = f"; give {name}=..." if section == f"stage{stage}" else ""
+        elsewhere = "" if section == f"stage{stage}" else f" to stage={section[5:]}, or type stage=all"
+        remedy = f"; give {name}=...{elsewhere}" if section in ("stage1", "stage2", "stage3") else ""
         return f"{shown}: {key} is a key of {', '.join(others)}, not of stage={stage}{remedy}"
     return f"{shown}: unknown key; {suggestion(key, known, stage)}"
 

@@ -35,22 +35,22 @@ def sigmas(steps: int, shift: float) -> list[float]:
     return [shift * u / (1 + (shift - 1) * u) for u in levels]
 
 
-def comfy_of(model: VideoDiT, card: dict) -> Comfy:
+def comfy_of(model: VideoDiT, card: dict, to: str = "comfyui") -> Comfy:
     """What ComfyUI needs for this network; raise if it would load as another network or be sampled in another way."""
     family, config = family_of(model.config), model.config
     if family.comfy is None:
-        raise UserError(f"to=comfyui: {family.title} has no such export yet; use to=diffusers")
+        raise UserError(f"to={to}: {family.title} has no such export yet; use to=diffusers")
     original_config(config)
     if not card.get("ladder"):
-        raise UserError("to=comfyui: wanted a student of Stage III, whose steps and shift the workflow sets")
+        raise UserError(f"to={to}: wanted a student of Stage III, whose steps and shift the workflow sets")
     for key, wanted in family.comfy.assumes.items():
         got = tuple(config[key]) if isinstance(config[key], list | tuple) else config[key]
         if got != wanted:
-            raise UserError(f"to=comfyui: the network has {key} {got}, and ComfyUI assumes {wanted}; use to=diffusers")
+            raise UserError(f"to={to}: the network has {key} {got}, and ComfyUI assumes {wanted}; use to=diffusers")
     if not model.cfg.is_stock:
-        raise UserError("to=comfyui: width pruning left fewer heads, which ComfyUI cannot load; use to=diffusers")
+        raise UserError(f"to={to}: width pruning left fewer heads, which ComfyUI cannot load; use to=diffusers")
     if (error := ladder_error(card)) > TOLERANCE:
-        raise UserError(f"to=comfyui: its scheduler misses the student's ladder by {error:.2g}; use to=diffusers")
+        raise UserError(f"to={to}: its scheduler misses the student's ladder by {error:.2g}; use to=diffusers")
     return family.comfy
 
 

@@ -34,7 +34,7 @@ def need_gguf() -> Any:
 def write_gguf(model: VideoDiT, card: dict, out: Path, dtype: torch.dtype, quant: str) -> dict[str, Any]:
     """Write OUT and OUT.workflow.json, read the file back, and compare. Return the bytes and the differences."""
     gguf = need_gguf()
-    comfy = comfy_of(model, card)
+    comfy = comfy_of(model, card, "gguf")
     state = {key: value.detach().to("cpu", dtype) for key, value in to_original(model).items()}
     names = {f"{name}.weight" for name in matrices(state)}
     for name in sorted(names):

@@ -53,7 +53,7 @@ def read_prompt(prompt: str, inputs: dict[str, list[int]], world: dict) -> dict[
     words = [*prompt.split(), "<end>"]
     unknown = [w for w in words if w not in world["words"]]
     if unknown or len(words) > world["tokens"]:
-        known = " ".join(world["words"])
+        known = " ".join(w for w in world["words"] if w != "<end>")
         sys.exit(f"prompt={prompt}: wanted at most {world['tokens'] - 1} of these words: {known}")
     text = np.zeros(inputs["text"], np.float32)
     codes = hadamard(32)

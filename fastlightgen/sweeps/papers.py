@@ -10,8 +10,8 @@ from fastlightgen.config import ConfigError
 from fastlightgen.config.files import preset, presets
 from fastlightgen.metrics.scores import BETTER, SAME, WORSE
 from fastlightgen.page.figure import against_cost, grid
-from fastlightgen.sweeps.points import Part, Point, check, point_of, unique
-from fastlightgen.sweeps.table import SHOWN, Row, differences, head, rows_of
+from fastlightgen.sweeps.points import Part, Point, check, point_of, refusal, unique
+from fastlightgen.sweeps.table import SHOWN, Row, differences, head, ranking, rows_of
 from fastlightgen.sweeps.work import cost_file, cost_of
 
 SCORE = "frechet"  # the score that decides whether a trend holds
@@ -75,16 +75,35 @@ def points_of(
 ) -> list[Point]:
     """The models of a table, for every seed. `more`: keys of the user, which stand over those of the file."""
     out = []
+    check_more(paper, more)
     for name, row in paper.rows.items():
-        last, plan = str(row.get("stage", 3)), strings(row.get("evaluate", {}))
+        last, plan = last_of(row), strings(row.get("evaluate", {}))
         words = [f"clips={clips}", *(f"{key}={value}" for key, value in plan.items())]
         for seed in seeds if last != "0" else seeds[:1]:
-            keys = {"model": "tiny", "data": "shapes", **paper.keys, **strings(row.get("keys", {})), **more}
+            keys = keys_of(paper, row, more)
             if last != "0":
                 keys["seed"] = str(seed)
                 check(taken(keys, more), last)
             out.append(point_of(run, name, keys, known, last, words))
     return out
+
+
+def last_of(row: Mapping[str, Any]) -> str:
+    """The last stage of a row's model; "0" for the model that all stages start from."""
+    return str(row.get("stage", 3))
+
+
+def keys_of(paper: Paper, row: Mapping[str, Any], more: Mapping[str, str]) -> dict[str, str]:
+    return {"model": "tiny", "data": "shapes", **paper.keys, **strings(row.get("keys", {})), **more}
+
+
+def check_more(paper: Paper, more: Mapping[str, str]) -> None:
+    """Raise if no row of a table takes a key of the user, or its value."""
+    rows = [row for row in paper.rows.values() if last_of(row) != "0"]
+    for key, value in more.items():
+        faults = [refusal(key, value, keys_of(paper, row, more), last_of(row)) for row in rows]
+        if faults and all(faults):
+            raise ConfigError(faults[-1])
 
 
 def taken(keys: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
@@ -100,6 +119,8 @@ def sentence(trend: Trend, paper: Paper, rows: Mapping[str, Row]) -> str:
     said = f" ({numbers[0]} and {numbers[1]})" if None not in numbers else ""
     claim = f"{trend.one} {'as good as' if trend.same else 'better than'} {trend.other}{said}"
     found = differences(rows[trend.one], rows[trend.other])
+    if SCORE not in found:
+        return f"- Not ranked: the paper has {claim}. {ranking(rows[trend.one].record['clips'])}"
     d = found[SCORE]
     beside = found.get(BESIDE, {}).get("verdict", "not measured")
     number = f"{SCORE} {d['difference']:+.3g} +- {d['two_deviations']:.2g}, {BESIDE} {beside}"
@@ -134,12 +155,12 @@ def report(paper: Paper, points: Sequence[Point], out: Path) -> str:
     lines += ["", *sentences, "", footer(points)]
     write_json(out / f"{paper.name}.json", {"title": paper.title, "rows": record, "trends": sentences})
     write_text(out / f"{paper.name}.md", "\n".join(lines) + "\n")
-    values = {name: row.means()[SCORE] for name, row in rows.items()}
-    if paper.figure == "grid":
+    values = {name: means[SCORE] for name, row in rows.items() if SCORE in (means := row.means())}
+    if values and paper.figure == "grid":
         cells = {tuple(paper.rows[name]["at"]): value for name, value in values.items()}
         write_text(out / f"{paper.name}.svg", grid(paper.title, SCORE_TITLE, cells))
-    if paper.figure == "cost":
-        points_at = {name: (row.cost, values[name]) for name, row in rows.items()}
+    if values and paper.figure == "cost":
+        points_at = {name: (rows[name].cost, value) for name, value in values.items()}
         write_text(out / f"{paper.name}.svg", against_cost(paper.title, SCORE_TITLE, points_at))
     return "\n".join(lines)
 

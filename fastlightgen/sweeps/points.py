@@ -11,8 +11,9 @@ from typing import Any
 
 from fastlightgen.config import ConfigError, fingerprint, load, method_for, result_of
 from fastlightgen.config.fields import clipped
+from fastlightgen.config.layers import leaves, misfit
 from fastlightgen.config.limits import MOST_POINTS
-from fastlightgen.config.stages import CHOOSES, METHODS
+from fastlightgen.config.stages import CHOOSES, DEFAULT, METHODS, root
 
 STAGES = ("1", "2", "3")
 INPUTS = {"1": "importance", "2": "stage2_model"}  # the key that names the result of a stage
@@ -67,38 +68,56 @@ class Point:
 
 
 def words_of(stage: str, point: Mapping[str, str]) -> list[str]:
-    """The words of a point that a stage understands: stageN.key, or a key whose value the stage accepts."""
-    method = point.get(f"stage{stage}.method", point.get("method", ""))
-    own = method if stage in CHOOSES and method in METHODS[stage] else ""
-    out = {}
+    """The words of a point that a stage understands: a key whose value fits it, and stageN.key, which wins."""
+    method = method_of(stage, point)
+    out = {key: value for key, value in point.items() if "." not in key and not fault(stage, method, key, value)}
     for key, value in point.items():
-        prefix, _, name = key.rpartition(".")
-        if prefix == f"stage{stage}" or (not prefix and accepts(stage, own, point.get("model", "tiny"), key, value)):
+        section, _, name = key.rpartition(".")
+        if section == f"stage{stage}":
             out[name] = value
     return [f"{key}={value}" for key, value in out.items()]
 
 
+def method_of(stage: str, point: Mapping[str, str]) -> str:
+    """The method of a stage that a point names; "" if it names none of this stage."""
+    method = point.get(f"stage{stage}.method", point.get("method", ""))
+    return method if stage in CHOOSES and method in METHODS[stage] else ""
+
+
 @cache
-def accepts(stage: str, method: str, model: str, key: str, value: str) -> bool:
-    """Does a stage have this key, and may it have this value? `ratio` is a share in Stage I, a number in Stage III."""
+def fault(stage: str, method: str, key: str, value: str) -> str:
+    """Why a stage cannot take a key with this value; "" if it can. `ratio`: a share in Stage I, a number in Stage III.
+
+    Rules between several keys are no concern here: the stage checks them when it is loaded.
+    """
     if key == "method":
-        return bool(method)
-    words = [f"stage={stage}", "run=x", f"model={model}", *([f"method={method}"] if method else [])]
-    try:
-        load([*(word for word in words if word.partition("=")[0] != key), f"{key}={value}"])
-    except ConfigError:
-        return False
-    return True
+        known = ", ".join(name for one in CHOOSES for name in METHODS[one] if name != DEFAULT)
+        return "" if method else f"method={clipped(value)}: wanted one of {DEFAULT}, {known}"
+    return misfit(root(stage, {stage: method or DEFAULT}), key, value)
 
 
 def check(point: Mapping[str, str], last: str = "3") -> None:
     """Raise if no stage up to the last takes a key, or its value."""
-    taken = {word for stage in upto(last) for word in words_of(stage, point)}
     for key, value in point.items():
-        if f"{key.rpartition('.')[2]}={value}" not in taken:
-            raise ConfigError(
-                f"{clipped(key)}={clipped(value)}: no stage takes this; `fastlightgen train --help all` lists the keys"
-            )
+        if why := refusal(key, value, point, last):
+            raise ConfigError(why)
+
+
+def refusal(key: str, value: str, point: Mapping[str, str], last: str) -> str:
+    """Why no stage up to the last takes a key of a point, in the words of a stage that has the key; "" if one does."""
+    shown, (section, _, name) = f"{clipped(key)}={clipped(value)}", key.rpartition(".")
+    if key == "stage":
+        return f"{shown}: a sweep runs stages 1 to 3; leave it out"
+    if section:
+        known = [f"stage{stage}" for stage in upto(last)]
+        return "" if section in known else f"{shown}: wanted {' or '.join(f'{k}.{clipped(name)}' for k in known)}"
+    methods = {stage: method_of(stage, point) for stage in upto(last)}
+    faults = {stage: fault(stage, method, key, value) for stage, method in methods.items()}
+    if not all(faults.values()):
+        return ""
+    having = [n for n, method in methods.items() if key in leaves(root(n, {n: method or DEFAULT}))]
+    brackets = f"; to compare several values, leave the brackets out: {key}={value[1:-1]}" if value[0] == "[" else ""
+    return faults[having[0] if having else last] + (brackets if having else "")
 
 
 def upto(last: str) -> tuple[str, ...]:

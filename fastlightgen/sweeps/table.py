@@ -1,6 +1,7 @@
 """The table of a sweep: the scores of its models, and their differences over seeds and clips."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from fastlightgen.atomic import write_json, write_text
 from fastlightgen.files.border import read_json
 from fastlightgen.files.kinds import EVALUATION
 from fastlightgen.files.tensors import read_tensors
-from fastlightgen.metrics.intervals import Resampled
+from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled
 from fastlightgen.metrics.seeds import over_seeds
 from fastlightgen.page.summary import cost
 from fastlightgen.sweeps.points import Point
@@ -22,11 +23,16 @@ AGAIN = "delete it, and the same command makes it again"
 
 @dataclass
 class Row:
-    """A model that is measured: the record of the first seed, and the resampled scores of every seed."""
+    """A model that is measured: the record and the resampled scores of every seed; few clips have no resamples."""
 
     name: str
-    record: dict[str, Any]
+    records: list[dict[str, Any]]
     found: list[dict[str, Resampled]]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The record of the first seed."""
+        return self.records[0]
 
     @property
     def cost(self) -> int:
@@ -35,7 +41,8 @@ class Row:
 
     def scores(self) -> dict[str, list[float]]:
         """The value of each score with each seed."""
-        return {k: [f[k].value for f in self.found] for k in SHOWN if all(k in f for f in self.found)}
+        scores = [{k: v for k, v in r["scores"].items() if v is not None and math.isfinite(v)} for r in self.records]
+        return {k: [own[k] for own in scores] for k in SHOWN if all(k in own for own in scores)}
 
     def means(self) -> dict[str, float]:
         """The mean of each score over the seeds."""
@@ -55,7 +62,7 @@ def rows_of(points: Sequence[Point]) -> dict[str, Row]:
             records = [read_json(point.scores, EVALUATION, AGAIN) for point in own]
             files = [point.scores.with_suffix(".values.safetensors") for point in own]
             found = [resampled({k: v.double() for k, v in read_tensors(f).items()}, 0) for f in files]
-            rows[name] = Row(name, records[0], found)
+            rows[name] = Row(name, records, found)
     return rows
 
 
@@ -69,6 +76,13 @@ def differences(one: Row, other: Row) -> dict[str, dict]:
 def head(*names: str) -> list[str]:
     columns = ["", *names]
     return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+
+
+def ranking(clips: int) -> str:
+    """Which differences of a table count."""
+    if clips < MIN_CLIPS:
+        return f"{clips} clips rank no models; {MIN_CLIPS} or more do (clips=N)."
+    return "A difference counts if it exceeds two standard deviations."
 
 
 def table(points: Sequence[Point], out: Path) -> str:
@@ -85,7 +99,7 @@ def table(points: Sequence[Point], out: Path) -> str:
         lines.append(f"| {name} | {row.cost} | {len(row.found)} | {' | '.join(row.cells())} | {said} |")
         record[name] = {"cost": row.cost, "scores": row.scores(), "clips": row.record["clips"]}
         record[name] |= {"against_the_first": pairs}
-    lines.append("\nCost: block evaluations per clip. A difference counts if it exceeds two standard deviations.")
+    lines.append(f"\nCost: block evaluations per clip. {ranking(first.record['clips'])}")
     write_json(out / "sweep.json", record)
     write_text(out / "table.md", "\n".join(lines) + "\n")
     return "\n".join(lines)

@@ -24,6 +24,13 @@ CASES = [
         [*S1, "clips=9"],
         ("clips", 9),
     ),
+    (
+        "train",
+        [*S2, "stage1.clips=4"],
+        ["key of stage=all, not of stage=2; give clips=... to stage=1, or type stage=all"],
+        ["stage=1", "run=r", "clips=4"],
+        ("clips", 4),
+    ),
     ("train", [*S2, "stage2.lr=1"], ["stage=all, not of stage=2"], [*S2, "lr=1"], ("lr", 1.0)),
     ("train", [*ALL, "lr=1"], ["stage2.lr=..., stage3.lr=..."], [*ALL, "stage2.lr=1"], ("stage2.lr", 1.0)),
     (

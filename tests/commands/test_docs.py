@@ -12,9 +12,11 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
+import pipelines
 import pytest
 from helpers import numbered, typed, write_video
 from PIL import Image
@@ -154,6 +156,8 @@ def other(words: list[str]) -> None:
         assert words[1:3] == ["install", "-e"] and (extras := re.fullmatch(r"\.\[([a-z,]+)\]", words[3]))
         table = (ROOT / "pyproject.toml").read_text()
         assert all(f"\n{name} = [" in table for name in extras[1].split(","))
+    elif words[0] == "PYTHONPATH=tests":  # test_the_pipeline_without_a_download runs it
+        assert words[1:3] == ["python", "-c"]
     else:
         assert words[:2] == ["hf", "download"] and words[3] == "--local-dir"
         assert words[2].split("/")[1] == words[4] and words[4] in PIPELINES
@@ -225,6 +229,19 @@ def smaller(name: str, words: list[str]) -> list[str]:
     small = " ".join((SMALL[name], SMALL.get(f"{name} {given.get('stage')}", "")))
     given |= dict(word.split("=", 1) for word in small.split())
     return [f"{key}={value}" for key, value in given.items() if value]
+
+
+def test_the_pipeline_without_a_download(tmp_path):
+    [line] = [
+        line for page, line in FENCED if page == "real-models.md" and line.startswith("PYTHONPATH=tests python -c")
+    ]
+    code = shlex.split(line)[-1].replace("TEACHER", str(tmp_path / "TEACHER"))
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", check=True)
+    assert (tmp_path / "TEACHER/model_index.json").exists()
+    kinds = (
+        (ROOT / "docs/real-models.md").read_text().partition("with `size=32x48x5`. ")[2].partition(" in place of")[0]
+    )
+    assert all(hasattr(pipelines, kind) for kind in re.findall("`(.+?)`", kinds)) and kinds.count("`") == 6
 
 
 @pytest.mark.parametrize("page", ["docs/real-models.md", "README.md"])

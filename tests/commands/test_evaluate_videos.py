@@ -90,7 +90,7 @@ def test_distance_over_a_network(tmp_path, capsys):
 
 REFUSED = [
     ((), "model is required (a preset or a model folder): give model=..., or videos=FOLDER and real=FOLDER"),
-    (("model=tiny", "videos=good", "real=real"), "one of the two"),
+    (("model=tiny", "videos=good", "real=real"), "model=tiny videos=good: give one of them"),
     (("videos=good",), "videos=good real=: give both"),
     (("videos=good", "real=real", "clips=3"), "clips=3: means nothing with videos=; leave it out"),
     (("model=tiny", "size=96x128x8"), "size=96x128x8: means nothing with model=; leave it out"),

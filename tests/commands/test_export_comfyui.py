@@ -190,6 +190,8 @@ def test_what_it_cannot_carry_is_refused_before_anything_is_written(students, tm
     out = f"out={tmp_path / 'x.safetensors'}"
     assert "the network has attention_head_dim 32, and ComfyUI assumes 128" in said(small_heads(tmp_path), out)
     assert "wanted a student of Stage III" in said("tiny", out)
+    line = error_line(capsys, refused, "model=tiny", "to=gguf", f"out={tmp_path / 'x.gguf'}")
+    assert line.startswith("error: to=gguf: wanted a student of Stage III")
     assert "give a name that ends in .safetensors" in said(students["wan t2v"][1], f"out={tmp_path / 'x'}")
     assert "takes no pipeline=" in said(students["wan t2v"][1], out, "pipeline=p")
     assert "ComfyUI renames the layers of HunyuanVideo" in said(students["hunyuan"][1], out, "quant=fp8")

@@ -246,7 +246,11 @@ def test_what_it_cannot_carry_is_refused_before_anything_is_written(students, tm
 
 def test_generate_refuses_in_one_line(folders, tmp_path):
     for name, given, wanted in (
-        ("wan", ["prompt=a pink ball"], "wanted at most 15 of these words: a moves"),
+        (
+            "wan",
+            ["prompt=a pink ball"],
+            "wanted at most 15 of these words: a moves then goes on stops turns back with r",
+        ),
         ("wan", ["out=x.png"], "prompt is required"),
         ("wan", ["prompt=a", "out=x.mp4"], "wanted a name that ends in .npy or .png"),
         ("real", ["prompt=a"], "inputs is required"),

@@ -91,6 +91,32 @@ def constant(values, seed):
     return {k: Resampled(v.mean().item(), v.mean() + torch.zeros(200).double(), 64, 0) for k, v in values.items()}
 
 
+def write_scores(point, frechet, clips):
+    """The files of an evaluation with this distance."""
+    point.scores.parent.mkdir(exist_ok=True)
+    values = {"frechet": torch.full((clips,), frechet), "adherence": torch.full((clips,), 0.9)}
+    save_file(values, point.scores.with_suffix(".values.safetensors"))
+    sampler = {"kind": "ode", "steps": 4, "guidance": 1.0, "evaluations": 4}
+    scores = {"frechet": frechet, "adherence": 0.9}
+    record = {"title": "x", "clips": clips, "scores": scores, "shown": [], "attributes": {}, "sampler": sampler}
+    point.scores.write_text(json.dumps(record | {"num_params": 1, "num_blocks": 8, "kept_blocks": None}))
+
+
+@pytest.mark.parametrize("name", ["table-5", "figure-1"])
+def test_few_clips_give_scores_and_no_verdict(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(table, "resampled", lambda values, seed: {})
+    monkeypatch.setattr(table, "reference", lambda seed: SimpleNamespace(look={"persistence": 0.7}))
+    found = points(name, tmp_path)
+    for point in found:
+        write_scores(point, 20.0, 8)
+    text = papers.report(papers.read(name), found, tmp_path)
+    assert text.count("| 0.9 | 20 |") == len(papers.read(name).rows)
+    trends = [line for line in text.splitlines() if line.startswith("- ")]
+    assert all("Not ranked" in line and "8 clips rank no models; 64 or more do" in line for line in trends)
+    text = table.table(found, tmp_path)
+    assert "| 0.9 | 20 |" in text and text.endswith("8 clips rank no models; 64 or more do (clips=N).")
+
+
 def test_the_report(tmp_path, monkeypatch):
     """Two rows with known scores: the table, the sentence, the record."""
     monkeypatch.setattr(table, "resampled", constant)
@@ -98,12 +124,7 @@ def test_the_report(tmp_path, monkeypatch):
     paper = papers.read("table-9")
     found = points("table-9", tmp_path, seeds=(0, 1))
     for point, value in zip(found, (20.0, 22.0, 30.0, 36.0), strict=True):
-        point.scores.parent.mkdir(exist_ok=True)
-        values = {"frechet": torch.full((64,), value), "adherence": torch.full((64,), 0.9)}
-        save_file(values, point.scores.with_suffix(".values.safetensors"))
-        sampler = {"kind": "ode", "steps": 4, "guidance": 1.0, "evaluations": 4}
-        record = {"title": "x", "clips": 64, "scores": {}, "shown": [], "attributes": {}, "sampler": sampler}
-        point.scores.write_text(json.dumps(record | {"num_params": 1, "num_blocks": 8, "kept_blocks": None}))
+        write_scores(point, value, 64)
     text = papers.report(paper, found, tmp_path)
     assert "| pruned | 0.829 | 32 | 2 | 0.9 | 21 |" in text and "| unpruned | 0.809 | 32 | 2 | 0.9 | 33 |" in text
     # By hand: the differences are -10 and -14, their variance 8, that of their mean 4

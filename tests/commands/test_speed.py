@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import counted_flops
+from helpers import counted_flops, error_line
 from PIL import Image
 from students import STEPS, make_student, stock
 
@@ -32,6 +32,11 @@ def timings(request, pipeline, tmp_path_factory):
     words += ["threads=1", "device=cpu", f"out={root / 'speed.json'}", *["steps=2"] * (kind != "wan_i2v")]
     main(speed, "speed", words)
     return model, pipeline(kind), json.loads((root / "speed.json").read_text())
+
+
+def test_the_built_in_world_has_no_pipeline(capsys):
+    line = error_line(capsys, lambda *words: main(speed, "speed", words), "model=tiny")
+    assert line == "error: model=tiny: the built-in world has no pipeline; `evaluate` times its models\n"
 
 
 def test_counts_and_parts(timings, tmp_path):

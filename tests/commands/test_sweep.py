@@ -64,17 +64,37 @@ def test_lists():
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["stepz=2,4"], "stepz=2: no stage takes this"),
-        (["steps=2,x"], "steps=x: no stage takes this"),
+        (["stepz=2,4"], "stepz=2: unknown key; did you mean steps?"),
+        (["steps=2,x"], "steps=x: wanted whole number, for example steps="),
+        (["steps=[2,4]"], "wanted whole number, for example steps=4; .* leave the brackets out: steps=2,4"),
         (["steps"], "wanted key=value"),
-        (["seeds=a"], "seeds=a: wanted a list as 0,1,2, or a number of seeds from 0 to 1000"),
+        (["seeds=a"], "seeds=a: wanted a list as 0,1,2, or a number of seeds from 1 to 1000"),
+        (["seeds=0"], "seeds=0: wanted a list as 0,1,2, or a number of seeds from 1 to 1000"),
         (["at_once=-1"], "at_once=-1: wanted a whole number"),
-        (["stage4.lr=1"], "stage4.lr=1: no stage takes this"),
+        (["stage4.lr=1"], "stage4.lr=1: wanted stage1.lr or stage2.lr or stage3.lr"),
+        (["stage2.itres=1"], "itres=1: unknown key; did you mean iters?"),
+        (["stage=3"], "stage=3: a sweep runs stages 1 to 3; leave it out"),
+        (["method=dmd"], "method=dmd: wanted one of fastlightgen, f3, .*, dmd2"),
+        (["stage3.iters=6"], "critic_start=20: iters=6 leaves no update"),
+        (["table=5", "itres=6"], "itres=6: unknown key; did you mean iters?"),
     ],
 )
 def test_mistakes(tmp_path, words, said):
     with pytest.raises(ConfigError, match=said):
         sweep.sweep([f"run={tmp_path}", "dry_run=true", *words])
+
+
+def test_a_sweep_of_nothing_is_no_training():
+    with pytest.raises(ConfigError, match="wanted what to compare, for example steps=2,4"):
+        sweep.sweep([])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_key_of_a_stage_wins_over_the_key_of_all(tmp_path, order):
+    swept = {"stage2.iters": ["3"], "iters": ["6"], "critic_start": ["0"]}
+    [point] = points_of(tmp_path, dict(list(swept.items())[::order]), [0], 64)
+    _, second, third = point.parts
+    assert (second.cfg.iters, third.cfg.iters, third.cfg.critic_start) == (3, 6, 0)
 
 
 def test_dry_run_writes_nothing_and_counts(tmp_path, capsys):
@@ -149,7 +169,8 @@ def test_the_table(tmp_path, monkeypatch):
         values = {name: value + noise for name in names}
         save_file(values, point.scores.with_suffix(".values.safetensors"))
         sampler = {"kind": "ode", "steps": 2, "guidance": 1.0, "evaluations": 2}
-        record = {"title": "x", "clips": 64, "scores": {}, "shown": [], "attributes": {}, "sampler": sampler}
+        scores = {name: v.mean().item() for name, v in values.items()}
+        record = {"title": "x", "clips": 64, "scores": scores, "shown": [], "attributes": {}, "sampler": sampler}
         record |= {"num_params": 1, "num_blocks": 8, "kept_blocks": None, "seed": 0}
         point.scores.write_text(json.dumps(record))
     text = table.table(points, tmp_path)

@@ -147,6 +147,14 @@ def test_shards(folder: Path):
     assert [p.name for p in folder.glob("*.safetensors*")] == [WEIGHTS]
 
 
+def test_the_folder_of_a_run_names_its_latest_result(tmp_path: Path):
+    for stage in (2, 3):
+        (tmp_path / f"stage{stage}/model").mkdir(parents=True)
+        (tmp_path / f"stage{stage}/model/config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"is the folder of a run; give model={tmp_path}/stage3/model"):
+        load_model(tmp_path)
+
+
 def test_neither_folder_nor_preset(tmp_path: Path):
     with pytest.raises(ValueError, match=r"neither a folder with config.json nor a preset \(.*tiny"):
         load_model(tmp_path)
