@@ -44,12 +44,14 @@ def generate(cfg: Generate) -> None:
                 "pipeline of its teacher with VAE and encoders, or model=FOLDER of a pipeline that `export` wrote"
             )
         check_model(folder, ShapesSource.description)
-    dtype = getattr(torch, compute_type(cfg.dtype, device.type == "cuda", pipeline is not None))
+    dtype, card = (
+        getattr(torch, compute_type(cfg.dtype, device.type == "cuda", pipeline is not None)),
+        read_card(folder),
+    )
     with clock("load"):
-        world = Pipeline(pipeline, device, dtype, cfg.size, vae=cfg.vae) if pipeline else BuiltIn(cfg.size)
+        world = Pipeline(pipeline, device, dtype, cfg.size, vae=cfg.vae, card=card) if pipeline else BuiltIn(cfg.size)
     if isinstance(world, Pipeline):
         check_memory(cfg, *world.size)
-    card = read_card(folder)
     plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler, world.defaults, force=cfg.force)
     if not card:
         warn_without_card(cfg, folder, pipeline, plan)

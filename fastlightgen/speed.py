@@ -68,7 +68,7 @@ def opened(cfg: Speed, model: str, name: str, device: torch.device, worlds: dict
         raise ValueError(f"pipeline is required: {name}={model} is no pipeline folder; give that of its teacher")
     dtype = getattr(torch, compute_type(cfg.dtype, device.type == "cuda", True))
     if pipeline not in worlds:
-        worlds[pipeline] = Pipeline(pipeline, device, dtype, cfg.size)
+        worlds[pipeline] = Pipeline(pipeline, device, dtype, cfg.size, card=read_card(trained_folder(cfg.model)))
     world = worlds[pipeline]
     net = load_model(folder, device, dtype, allow_pt=cfg.allow_pt).eval().requires_grad_(False)
     if pipeline != folder:

@@ -108,9 +108,9 @@ def write_videos(cfg: VBench, out: Path, wanted: Sequence[tuple[Prompt, int]]) -
     pipeline = Path(cfg.pipeline) if cfg.pipeline else folder
     if not is_pipeline(pipeline):
         raise ValueError(f"pipeline is required: model={cfg.model} is no pipeline folder; give that of its teacher")
-    defaults = dict(sampling(pipeline).values)
-    plan = sampling_plan(read_card(folder), cfg.steps, cfg.guidance, cfg.sampler, defaults, force=cfg.force)
-    size = cfg.size or defaults["size"]
+    defaults, card = dict(sampling(pipeline).values), read_card(folder)
+    plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler, defaults, force=cfg.force)
+    size = cfg.size or card.get("clips", defaults)["size"]
     left = [(prompt, k) for prompt, k in own if not (out / "videos" / prompt.file(k)).is_file()]
     note(cfg, out, plan, size)
     if left:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlightgen.data.cache import NEGATIVE, NULL, Cache
 from fastlightgen.models.base import Cond
-from fastlightgen.models.families import cond_of
+from fastlightgen.models.families import FAMILIES, cond_of
 from fastlightgen.rng import generator
 
 
@@ -75,6 +75,15 @@ class Source(Protocol):
     def largest(self) -> Batch: ...
 
 
+def most_clips(cache: Cache) -> dict[str, Any]:
+    """Size and rate of the most frequent clips, for the card of a model; {} if the cache does not record them."""
+    family, fps = FAMILIES.get(cache.description.get("family", "")), cache.description.get("fps")
+    latent = cache.sizes[cache.groups()[0][0]] if cache.sizes else ()
+    if family is None or not fps or len(latent) != 4:
+        return {}
+    return {"size": family.geometry.size(latent[1:]), "fps": fps}
+
+
 class CacheSource:
     """Clips of a latent cache. All clips of a batch have the same size.
 
@@ -87,6 +96,8 @@ class CacheSource:
         self.null, self.null_prompt = cache.prompt(NEGATIVE if negative == "official" else NULL)
         self.cache, self.seed, self.name, self.description = cache, seed, cache.digest, cache.description
         self.groups, self.cond = cache.groups(), cond_of(cache.description)
+        if shown := most_clips(cache):
+            self.description = cache.description | {"clips": shown}
         clips = self.groups[0] if self.groups else []
         cut = len(clips) - max(1, len(clips) // 10)
         if cut < 1:

@@ -6,6 +6,7 @@ from fastlightgen.files.schema import (
     flag,
     inside,
     items,
+    like,
     maybe,
     name,
     number,
@@ -23,6 +24,7 @@ NAME, FILE = name(1_000), name()
 SAMPLERS = ("ode", "stochastic")
 GUIDANCE = number(-1_000, 1_000)
 WIDTHS = items(whole(1, 10_000_000), most=2, least=2)  # of the width-pruned network and of its teacher
+SIZE = like(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", "HEIGHTxWIDTHxFRAMES")
 PLAIN = number(finite=False)  # a measured number; a run that diverged logs nan
 
 # fastlightgen.json beside weights
@@ -44,6 +46,7 @@ CARD = record(
         "silent": table(items(BLOCK, most=BLOCKS, least=1)),  # block -> its silenced heads
         "f3": record({}),
         "widths": record({"heads": WIDTHS, "ffn": WIDTHS}),
+        "clips": record({"size": SIZE, "fps": number(0, 1_000, above=True)}),
     },
 )
 

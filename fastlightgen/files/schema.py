@@ -5,6 +5,7 @@ KEPT({"kept": [3, 3]}) -> "kept: is not rising at 3"
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,6 +74,11 @@ def name(longest: int = 255) -> Shape:
     return lambda value: (
         plain(value) or ("" if value.isprintable() else wrong(value, "a name without control characters"))
     )
+
+
+def like(pattern: str, wanted: str) -> Shape:
+    """A text that matches a pattern as a whole."""
+    return lambda value: "" if isinstance(value, str) and re.fullmatch(pattern, value) else wrong(value, wanted)
 
 
 def flag(value: Any) -> str:

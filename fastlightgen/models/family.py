@@ -44,6 +44,11 @@ class Clips:
         height, width, frames = map(int, size.split("x"))
         return replace(self, frames=frames, buckets=((height, width), (width, height)))
 
+    def of(self, card: Mapping[str, Any]) -> "Clips":
+        """The clips of a trained model's card; these for a model that names none."""
+        own = card.get("clips")
+        return replace(self.at(own["size"]), fps=own["fps"]) if own else self
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:

@@ -1,5 +1,6 @@
 """Sizes of clips in pixels, latents and tokens. F, H, W: latent frames, rows and columns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -42,6 +43,11 @@ class Geometry:
     def latent(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
         """Latent (F, H, W) of a clip; its size must be valid."""
         return self.latent_frames(frames), height // self.pixel_stride, width // self.pixel_stride
+
+    def size(self, latent: Sequence[int]) -> str:
+        """HEIGHTxWIDTHxFRAMES of the clip that a latent (F, H, W) decodes to."""
+        frames, height, width = latent
+        return f"{height * self.pixel_stride}x{width * self.pixel_stride}x{self.frames(frames)}"
 
     def latent_size(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
         """Latent (F, H, W) of a clip; raises ValueError for an invalid size."""

@@ -65,7 +65,7 @@ def write_workflow(model: VideoDiT, card: dict, comfy: Comfy, out: Path, loader:
 
     `loader`: the class of the node that loads the network.
     """
-    graph, config, clips = Graph(), model.config, family_of(model.config).clips
+    graph, config, clips = Graph(), model.config, family_of(model.config).clips.of(card)
     guidance, embeds = float(card.get("guidance") or 1.0), family_of(config).settings(config).embeds_guidance
     network = graph.add(loader, unet_name=out.name, **({"weight_dtype": "default"} if loader == LOADER else {}))
     shifted = graph.add("ModelSamplingSD3", shift=float(card["shift"]), model=network)
@@ -123,7 +123,7 @@ def write_comfyui(model: VideoDiT, card: dict, out: Path, dtype: torch.dtype, qu
 
 def shown_card(model: VideoDiT, card: dict) -> dict[str, Any]:
     """What the file says of the student. The depth is its own: a teacher's would override what ComfyUI detects."""
-    keys = ("family", "stage", "ladder", "shift", "sampler", "guidance", "steps", "kept_blocks")
+    keys = ("family", "stage", "ladder", "shift", "sampler", "guidance", "steps", "kept_blocks", "clips")
     return {key: card[key] for key in keys if card.get(key) is not None} | {"num_blocks": model.num_blocks}
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from fastlightgen.models.family import Family
+from fastlightgen.models.family import Clips, Family
 from fastlightgen.parallel.log import count
 from fastlightgen.pipelines.origin import hub_id, licence, name_of
 
@@ -66,12 +66,14 @@ def model_card(
     """
     # The family may not list the pipeline class; diffusers puts ImageToVideo into the names of such classes.
     pictured = bool(family.pipelines.get(pipeline, "ImageToVideo" in pipeline))
+    clips = family.clips.of(card)
     facts = {
         "network": ", ".join(f"{len(blocks[k])} of {n} `{k}`" for k, n in teacher.items()),
         "dropped": "; ".join(f"`{k}` {dropped(blocks[k], n)}" for k, n in teacher.items() if len(blocks[k]) < n),
         "time shift": card.get("shift"),
         "sampling times": ", ".join(f"{t:.4f}" for t in card["ladder"]) if card.get("ladder") else None,
         "sampler": card.get("sampler") if card.get("ladder") else None,
+        "clips": f"{clips.size}, {clips.fps:g} frames per second" if card.get("clips") else None,
         "trained from": card.get("source"),
         "stage": card.get("stage"),
         "LoRA": lora_row(name, *lora) if lora is not None else None,
@@ -83,7 +85,7 @@ def model_card(
         name=name,
         summary=summary(card, teacher, blocks),
         language="python" if is_stock(card) else "bash",
-        code=code(name, family, pictured, card["call"]) if is_stock(card) else own_code(name, pictured),
+        code=code(name, clips, pictured, card["call"]) if is_stock(card) else own_code(name, pictured),
         calling=calling(card, family),
         facts="\n".join(f"| {k} | {v} |" for k, v in facts.items() if v not in (None, "")),
     )
@@ -106,18 +108,18 @@ def head(task: str, teacher: Path) -> str:
     return text if owner else text + "# base_model: this is the name of the teacher's folder; give its owner/name\n"
 
 
-def code(name: str, family: Family, pictured: bool, call: dict) -> str:
+def code(name: str, clips: Clips, pictured: bool, call: dict) -> str:
     """A program that makes a clip with stock diffusers and Pillow, which diffusers needs anyway."""
-    height, width = family.clips.buckets[0]
+    height, width = clips.buckets[0]
     arguments: dict[str, object] = {"prompt": '"a cat runs over wet sand at sunset"'}
     if pictured:
         arguments["image"] = 'load_image("first.png")'
-    arguments |= {"height": height, "width": width, "num_frames": family.clips.frames, **call, "output_type": '"pil"'}
+    arguments |= {"height": height, "width": width, "num_frames": clips.frames, **call, "output_type": '"pil"'}
     return CODE.format(
         imports="from diffusers.utils import load_image\n" * pictured,
         name=name,
         arguments="\n".join(f"    {k}={v}," for k, v in arguments.items()),
-        fps=f"{family.clips.fps:g}",
+        fps=f"{clips.fps:g}",
     )
 
 

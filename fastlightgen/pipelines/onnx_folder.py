@@ -81,9 +81,10 @@ def settings_of(model: VideoDiT, card: dict, size: str, world: bool) -> dict[str
         language = {"words": list(WORDS), "tokens": TOKENS, "low_mean": LOW_MEAN, "scale": SCALE}
         return out | {"latent": latent, "world": language | {"version": WORLD, "enlarge": BuiltIn.scale}}
     family = family_of(model.config)
-    height, width, frames = read_size(size or family.clips.size, family.geometry)
+    clips = family.clips.of(card)
+    height, width, frames = read_size(size or clips.size, family.geometry)
     latent = [1, family.geometry.channels, *family.geometry.latent(height, width, frames)]
-    return out | {"fps": round(family.clips.fps), "size": f"{height}x{width}x{frames}", "latent": latent}
+    return out | {"fps": round(clips.fps), "size": f"{height}x{width}x{frames}", "latent": latent}
 
 
 def example(model: VideoDiT, settings: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,6 +1,9 @@
 """A diffusers pipeline in the role of a world: encode prompts and pictures, decode latents to uint8 [B, F, H, W, 3]."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 from fastlightgen.config import parse_size
 from fastlightgen.data.frames import read_image, to_uint8
 from fastlightgen.models.folder.released import sampling
+from fastlightgen.models.folder.weights import read_card
 from fastlightgen.models.geometry import Geometry
 from fastlightgen.models.sample import Wish
 from fastlightgen.pipelines.encoders import Encoders, family_of_folder
@@ -21,19 +25,28 @@ class Pipeline:
     """The VAE and the encoders of a pipeline folder, without its network."""
 
     def __init__(
-        self, folder: Path, device: torch.device, dtype: torch.dtype, size: str = "", decode_only=False, vae: str = ""
+        self,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        size: str = "",
+        decode_only=False,
+        vae: str = "",
+        card: Mapping[str, Any] = MappingProxyType({}),
     ):
-        """`vae`: what decodes in place of the pipeline's VAE, see `Encoders.decode_with`."""
+        """`vae`: what decodes in place of the pipeline's VAE, see `Encoders.decode_with`. `card`: of the network, whose
+        clips are the default."""
         _, family = family_of_folder(folder)
         self.defaults = dict(sampling(folder).values)
-        self.family, self.size = family, read_size(size or self.defaults["size"], family.geometry)
+        clips = family.clips.at(self.defaults["size"]).of(card or read_card(folder))
+        self.family, self.size = family, read_size(size or clips.size, family.geometry)
         # Training decodes previews and has little memory left: decode in tiles, and leave out the encoders.
         self.encoders = Encoders(folder, device, dtype, tiling=decode_only, without=ENCODERS if decode_only else ())
         if vae:
             self.encoders.decode_with(vae)
         self.official_negative = self.encoders.official_negative
         self.nulls: dict[str, dict[str, Tensor]] = {}
-        self.fps = round(family.clips.fps)
+        self.fps = round(clips.fps)
 
     def wish(self, prompt: str, negative: str | None, image: str, count: int) -> Wish:
         """Encode a request for `count` clips. `negative`: the null prompt; None if there is no second prediction."""

@@ -130,8 +130,9 @@ class Builder:
         """Return a model card: the given values, and what later data and stages must have in common with this run.
 
         That is the VAE of a cache or the version of the built-in world, the null prompt, and the teacher's guidance.
+        Size and rate of a cache's clips are those that the model is sampled with.
         """
         made_with = self.source.description
-        values |= {key: made_with[key] for key in ("vae", "world") if key in made_with}
+        values |= {key: made_with[key] for key in ("vae", "world", "clips") if key in made_with}
         values |= {"negative": "official"} if self.cfg.negative == "official" else {}
         return values | ({"teacher_guidance": "embedded"} if self.guidance is not None else {})

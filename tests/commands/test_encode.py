@@ -21,6 +21,7 @@ from fastlightgen.data.cache import NEGATIVE, NULL, Cache
 from fastlightgen.data.lists import read_list
 from fastlightgen.data.source import CacheSource
 from fastlightgen.data.video import read_clip, source_hash
+from fastlightgen.generate import generate
 from fastlightgen.pipelines.encoders import Encoders
 from fastlightgen.world.source import open_source
 
@@ -337,6 +338,13 @@ def test_the_stages_train_from_it(finished, pipeline, tmp_path, capsys):
         assert card["negative"] == "official"
         card = json.loads((tmp_path / "run" / f"stage{stage}" / "model" / "fastlightgen.json").read_text())
         assert card["vae"] == Cache(finished).description["vae"]
+        assert card["clips"] == {"size": "32x48x5", "fps": 8}
+    student = [f"model={tmp_path}/run/stage3/model", f"pipeline={pipeline('wan_i2v')}", "prompt=a cat", "threads=1"]
+    Image.new("RGB", (64, 64)).save(picture := tmp_path / "first.png")
+    main(generate, "generate", [*student, f"image={picture}", f"out={tmp_path / 'a.gif'}"])  # in the size of its card
+    with Image.open(tmp_path / "a.gif") as made:
+        assert (made.size, made.n_frames) == ((48, 32), 5)
+    capsys.readouterr()
 
     index = json.loads((finished / "index.json").read_text())
     for key, value, said in [

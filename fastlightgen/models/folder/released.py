@@ -40,6 +40,8 @@ def sampling(model: str | Path) -> Sampling:
     layers += [(preset_file(found), preset(found)["inference"])] if found else []
     where, own = ("", None) if name in presets() else own_shift(Path(model))
     layers += [(where, {"shift": own})] if own is not None else []
+    if name not in presets() and (card := read_card(model)).get("clips"):
+        layers += [(str(Path(model) / "fastlightgen.json"), {"size": card["clips"]["size"]})]
     values = {key: value for _, settings in layers for key, value in settings.items()}
     sources = {key: source for source, settings in layers for key in settings}
     return Sampling(found, values, sources)
