@@ -12,6 +12,7 @@ from dataclasses import Field
 from functools import cache
 
 import pytest
+import tally
 
 from fastlightgen import sweep
 from fastlightgen.config import ConfigError, load, to_yaml
@@ -103,6 +104,7 @@ def outcome(call, words: list[str]) -> tuple[object, str]:
     except Exception as err:
         raise AssertionError(f"{type(err).__name__}: {err} of {shown}") from err
     assert time.process_time() - began < SECONDS, shown
+    tally.count("command lines", bool(said))
     return out, said
 
 
