@@ -1,7 +1,7 @@
 """How many hostile inputs a run of the tests has tried, by class.
 
-FLG_FAULTS_OUT=FILE pytest ... writes the counts into FILE, in one process (without xdist). bench/results/faults.json holds
-those of one run.
+FLG_FAULTS_OUT=FILE pytest ... writes the counts into FILE, in one process (without xdist). bench/results/faults.json
+holds those of one run.
 """
 
 import os

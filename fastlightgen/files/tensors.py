@@ -1,8 +1,8 @@
 """safetensors files: written with a checksum of every tensor, and verified when they are read.
 
 The checksum adds up the bytes as 64-bit integers in blocks of 4 KiB, and takes the CRC-32 of the sums. It sees a
-flipped bit, a lost or moved block and a shortened file, and runs at the speed of memory. It does not see 64-bit words that
-change places within a block, and does not protect against an attacker.
+flipped bit, a lost or moved block and a shortened file, and runs at the speed of memory. It does not see 64-bit words
+that change places within a block, and does not protect against an attacker.
 """
 
 import errno
