@@ -1,4 +1,5 @@
-// Registers the functions of fastlightgen._C. Built without nvcc, the module reads weights and says that it has no kernels.
+// Registers the functions of fastlightgen._C. Built without nvcc, the module reads weights and says that it has no
+// kernels.
 #include <pybind11/pybind11.h>
 
 #include "flg/error.h"

@@ -13,8 +13,8 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int64_t kWords = 512;    // 64-bit words of a block
-constexpr int64_t kShare = 1024;   // blocks that are worth a thread of their own: 4 MiB
+constexpr int64_t kWords = 512;   // 64-bit words of a block
+constexpr int64_t kShare = 1024;  // blocks that are worth a thread of their own: 4 MiB
 
 // Choose instructions when the module is loaded: 256 bits wide where the processor has them.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
@@ -26,8 +26,8 @@ constexpr int64_t kShare = 1024;   // blocks that are worth a thread of their ow
 // `exponent`: the exponent bits of every number in a word. A number is not finite if all of them are set; then adding
 // their lowest bit carries into the place of the sign.
 template <bool kCopy>
-inline __attribute__((always_inline)) bool read(const char* __restrict from, char* __restrict to, uint64_t* __restrict sums, int64_t blocks,
-          uint64_t exponent) {
+inline __attribute__((always_inline)) bool read(const char* __restrict from, char* __restrict to,
+                                                uint64_t* __restrict sums, int64_t blocks, uint64_t exponent) {
   const uint64_t lowest = exponent & ~(exponent << 1), sign = (exponent << 1) & ~exponent;
   uint64_t seen = 0;
   for (int64_t block = 0; block < blocks; ++block) {
