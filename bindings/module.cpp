@@ -1,10 +1,12 @@
-// Registers the functions of fastlightgen._C. Built without nvcc, the module only reports that it has no kernels.
+// Registers the functions of fastlightgen._C. Built without nvcc, the module reads weights and says that it has no
+// kernels.
 #include <pybind11/pybind11.h>
 
 #include "flg/error.h"
 
 namespace py = pybind11;
 
+void bind_read_blocks(py::module_& m);
 #ifdef FLG_CUDA_ARCHS
 void bind_dmd_gradient(py::module_& m);
 void bind_gate_residual_norm_modulate(py::module_& m);
@@ -15,6 +17,7 @@ void bind_gemm(py::module_& m);
 #endif
 
 PYBIND11_MODULE(_C, m) {
+  bind_read_blocks(m);
   m.attr("interface") = 4;  // increase with every change of a binding; ops/dispatch.py refuses another number
 #ifdef FLG_CUDA_ARCHS
   m.def("cuda_built", [] { return true; });

@@ -3,6 +3,7 @@
 import os
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from fastlightgen.engine.choice import Choice
 from fastlightgen.engine.folder import CLIPS, StageFolder
 from fastlightgen.engine.hang import HangWatch
 from fastlightgen.engine.local import LocalEngine, pick_device
-from fastlightgen.engine.loop import Engine
+from fastlightgen.engine.loop import Engine, stoppable
 from fastlightgen.engine.loop import train as train_loop
 from fastlightgen.engine.preview import Preview, World, turns
 from fastlightgen.engine.roles import Stage
@@ -57,6 +58,12 @@ OWN = ("run", "device", "threads", "progress")  # keys that may differ between t
 
 def train(cfg: Any) -> None:
     """Run the command. With several ranks this function ends the process and does not return."""
+    with stoppable() if ranks.launched() == 1 else nullcontext():
+        train_all(cfg)
+
+
+def train_all(cfg: Any) -> None:
+    """The work of `train`."""
     if cfg.stage == "decoder":
         train_decoder(cfg)
         return

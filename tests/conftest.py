@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pipelines
 import pytest
+import tally
 import torch
 from locks import alone
 
@@ -49,3 +50,8 @@ def pipeline(tmp_path_factory) -> Callable[[str], Path]:
         return root / kind
 
     return folder
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    words = " ".join(str(word) for word in session.config.invocation_params.args)
+    tally.written(f"FLG_FAULTS_OUT=FILE pytest {words}", session.testsfailed)

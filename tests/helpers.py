@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from fastlightgen.config import load, main, preset
 from fastlightgen.data.source import Batch
+from fastlightgen.engine.folder import commit
 from fastlightgen.engine.log import read_metrics
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.weights import build, save_model
@@ -37,6 +39,11 @@ NETWORK = {
     "freq_dim": 16,
     "ffn_dim": 24,
 }
+
+
+def measured_with() -> dict[str, str | None]:
+    """What a file of results says about its origin."""
+    return {"torch": str(torch.__version__), "date": time.strftime("%Y-%m-%d"), "commit": commit()}
 
 
 def small_wan(blocks: int = BLOCKS, seed: int = 0) -> VideoDiT:

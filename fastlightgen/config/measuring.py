@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fastlightgen.config.fields import REQUIRED, Checked, ConfigError, field
+from fastlightgen.config.limits import MOST_CLIPS, MOST_STEPS, MOST_THREADS, parse_size
 from fastlightgen.config.run import (
     ALLOW_PT,
     DEVICE,
@@ -33,16 +34,20 @@ class Speed(Checked):
     prompt: str = field("", "what the clips show; empty: a cat")
     image: str = field("", "picture to start from; empty: a random one, which takes as long")
     size: str = field("", f"{SIZE}, for example 480x832x81; empty: the family's own", everyday=True)
-    steps: int = field(0, STEPS, lo=0, everyday=True)
+    steps: int = field(0, STEPS, lo=0, hi=MOST_STEPS, everyday=True)
     guidance: float = field(-1.0, GUIDANCE, everyday=True)
-    turns: int = field(3, "clips of each that count, after one that does not", lo=1, everyday=True)
+    turns: int = field(3, "clips of each that count, after one that does not", lo=1, hi=MOST_CLIPS, everyday=True)
     allow_pt: bool = field(False, ALLOW_PT)
     seed: int = field(0, "decides the noise", lo=0, hi=MAX_SEED)
     device: str = field("auto", DEVICE, choices=DEVICES, everyday=True)
     dtype: str = field("auto", DTYPE, choices=DTYPES)
-    threads: int = field(0, THREADS, lo=0)
+    threads: int = field(0, THREADS, lo=0, hi=MOST_THREADS)
     progress: bool = field(True, "show a progress bar")
     dry_run: bool = field(False, DRY_RUN)
+
+    def check(self) -> None:
+        if self.size:
+            parse_size(self.size)
 
 
 @dataclass(kw_only=True)
@@ -67,16 +72,18 @@ class VBench(Checked):
     allow_pt: bool = field(False, ALLOW_PT)
     negative: str = field("", "prompt to steer away from, where guidance is not 1")
     size: str = field("", f"{SIZE}, for example 480x832x81; empty: the family's own", everyday=True)
-    steps: int = field(0, STEPS, lo=0, everyday=True)
+    steps: int = field(0, STEPS, lo=0, hi=MOST_STEPS, everyday=True)
     guidance: float = field(-1.0, GUIDANCE, everyday=True)
     sampler: str = field("auto", SAMPLER, choices=SAMPLERS)
     force: bool = field(False, FORCE)
     seed: int = field(0, "decides the noise", lo=0, hi=MAX_SEED - 10_000, everyday=True)
-    rank: int = field(-1, "number of this process, of `ranks` that share the videos; -1: one process", lo=-1)
-    ranks: int = field(0, "processes that share the videos; 0: one", lo=0)
+    rank: int = field(
+        -1, "number of this process, of `ranks` that share the videos; -1: one process", lo=-1, hi=MOST_CLIPS
+    )
+    ranks: int = field(0, "processes that share the videos; 0: one", lo=0, hi=MOST_CLIPS)
     device: str = field("auto", DEVICE, choices=DEVICES, everyday=True)
     dtype: str = field("auto", DTYPE, choices=DTYPES)
-    threads: int = field(0, THREADS, lo=0)
+    threads: int = field(0, THREADS, lo=0, hi=MOST_THREADS)
     progress: bool = field(True, "show a progress bar")
     dry_run: bool = field(False, DRY_RUN)
 
@@ -87,3 +94,5 @@ class VBench(Checked):
             raise ConfigError("vbench is required with python=: give vbench=FOLDER, a checkout of VBench")
         if (self.rank >= 0) != (self.ranks > 0) or (self.ranks and self.rank >= self.ranks):
             raise ConfigError(f"rank={self.rank}, ranks={self.ranks}: give both or neither, rank from 0 to ranks - 1")
+        if self.size:
+            parse_size(self.size)

@@ -5,9 +5,10 @@ A signal ends it after the current step and a save. A resumed run computes bit f
 
 import math
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Protocol
 
 import torch
@@ -80,14 +81,37 @@ def interruptible():
 
     def note(number: int, _frame) -> None:
         seen.append(signal.Signals(number).name)
-        # Restore the old handlers, so that a second signal ends a run whose step hangs.
+        # A second signal ends a run whose step hangs. Python's own handlers would wait for the end of a hanging call.
         for s, handler in old.items():
-            signal.signal(s, handler)
+            signal.signal(s, signal.SIG_DFL if s in REQUEUE else handler)
 
     for s in old:
         signal.signal(s, note)
     try:
         yield seen
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Context outside the steps, such as loading, in which a scheduler's signal raises Stopped; a second one kills.
+
+    Only for one process: a handler in Python waits for the end of a collective, which may never come.
+    """
+    old = {s: signal.getsignal(s) for s in REQUEUE}
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        for s in old:
+            signal.signal(s, signal.SIG_DFL)
+        name = signal.Signals(number).name
+        raise Stopped(f"{name}: stopped outside the steps; {ranks.GO_ON}", name)
+
+    for s in old:
+        signal.signal(s, stop)
+    try:
+        yield
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)

@@ -24,6 +24,7 @@ from fastlightgen.config import UserError
 from fastlightgen.files.border import read_text, shorter
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import family_of
+from fastlightgen.models.folder.manifest import verify_files, write_manifest
 from fastlightgen.ops.plain import PLAIN
 from fastlightgen.pipelines.comfyui import shown_card
 from fastlightgen.pipelines.onnx_readme import readme
@@ -231,6 +232,8 @@ def write_onnx(model: VideoDiT, card: dict, out: Path, quant: str, size: str, wo
             write_json(made / "fastlightgen.json", settings)
             write_text(made / "generate.py", read_text(Path(__file__).with_name("onnx_generate.py")))
             write_text(made / "README.md", readme(settings, report["bytes"], attention))
+            write_manifest(made, {})
+            verify_files(made)
             put(made, out)
         finally:
             shutil.rmtree(made, ignore_errors=True)

@@ -34,6 +34,27 @@ def sample(card: dict, given: dict[str, Any], noises: Iterator[Any], threads: in
     return x
 
 
+def checksum(path: Path) -> int:
+    """CRC-32 of the 64-bit sums of blocks of 4 KiB, and of the rest."""
+    total = 0
+    with open(path, "rb") as file:
+        while data := file.read(1 << 22):
+            rest = len(data) // 4096 * 4096
+            sums = np.frombuffer(data, np.int64, rest // 8).reshape(-1, 512).sum(1)
+            total = zlib.crc32(data[rest:], zlib.crc32(sums.data, total))
+    return total
+
+
+def verify() -> None:
+    """Compare the files of this folder with manifest.json, and end with one line if one is damaged."""
+    manifest = HERE / "manifest.json"
+    recorded = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.is_file() else {}
+    for name, record in recorded.items():
+        file = HERE / name
+        if not file.is_file() or file.stat().st_size != record["size"] or checksum(file) != record["sum"]:
+            sys.exit(f"{file}: is damaged or missing; copy the folder again, or delete manifest.json if you changed it")
+
+
 def draw(shape: list[int], seed: int) -> Iterator[Any]:
     generator = np.random.default_rng(seed)
     while True:
@@ -96,6 +117,7 @@ def main(given: list[str]) -> None:
     keys = KEYS | dict(word.partition("=")[::2] for word in given)
     if extra := sorted(keys.keys() - KEYS.keys()):
         sys.exit(f"{extra[0]}: unknown; the keys are {', '.join(f'{key}=' for key in KEYS)}")
+    verify()
     card = json.loads((HERE / "fastlightgen.json").read_text(encoding="utf-8"))
     world, out = card.get("world"), Path(keys["out"] or ("clip.png" if card.get("world") else "latents.npy"))
     if (needed := "prompt" if world else "inputs") and not keys[needed]:

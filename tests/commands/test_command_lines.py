@@ -12,6 +12,7 @@ from dataclasses import Field
 from functools import cache
 
 import pytest
+import tally
 
 from fastlightgen import sweep
 from fastlightgen.config import ConfigError, load, to_yaml
@@ -19,6 +20,7 @@ from fastlightgen.config import layers as config_layers
 from fastlightgen.config.cli import pick_root, plain
 from fastlightgen.config.fields import check_value, default_of, show
 from fastlightgen.config.layers import leaves
+from fastlightgen.config.limits import MOST_THREADS
 from fastlightgen.config.stages import METHODS, STAGES
 from fastlightgen.plan import plan
 
@@ -48,8 +50,11 @@ STARTS: dict[str, list[list[str]]] = {
     "export": [["model=.", "pipeline=.", "out=o"]],
     "evaluate": [["model=tiny", "out=e.json"]],
     "report": [["run=r"]],
+    "speed": [["model=.", "pipeline=."], ["model=tiny"]],
+    "vbench": [["prompts=p.json", "out=o"], ["prompts=p.json", "out=o", "model=.", "images=i"]],
 }
-LINES = {"train": 900, "plan": 250, "generate": 300, "encode": 250, "export": 120, "evaluate": 250, "report": 80}
+LINES = {"train": 900, "plan": 250, "generate": 300, "encode": 250, "export": 120, "evaluate": 250}
+LINES |= {"report": 80, "speed": 200, "vbench": 250}
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +104,7 @@ def outcome(call, words: list[str]) -> tuple[object, str]:
     except Exception as err:
         raise AssertionError(f"{type(err).__name__}: {err} of {shown}") from err
     assert time.process_time() - began < SECONDS, shown
+    tally.count("command lines", bool(said))
     return out, said
 
 
@@ -131,6 +137,21 @@ def test_every_number_has_limits():
         for value in (math.inf, math.nan, 1e10, 10**10, -1e10, -(10**10)):
             with pytest.raises(ConfigError, match=rf"^{key}=.*: wanted "):
                 check_value(f, value, key)
+
+
+def test_counts_that_cost_time_or_memory_have_limits_of_their_own():
+    counts = ("threads", "turns", "steps", "rank", "ranks", "workers", "count", "samples")
+    limits = {(key, f.metadata["range"]["hi"]) for key, f in numeric_fields() if key in counts}
+    assert {key for key, _ in limits} == set(counts) and (("threads", MOST_THREADS) in limits)
+    assert not [key for key, limit in limits if limit is None]
+    assert len([key for key, _ in limits if key == "threads"]) == 1  # the same in every command
+
+
+@pytest.mark.parametrize("command", ["speed", "vbench"])
+@pytest.mark.parametrize("size", ["axb", "0x0x0", "480x832", "1000000000x16x1"])
+def test_a_wrong_size_is_refused_before_a_model_is_read(command, size):
+    _, said = outcome(lambda: load([*STARTS[command][0], f"size={size}"], command), [size])
+    assert said.startswith(f"size={size}: wanted ")
 
 
 LARGE = [

@@ -16,12 +16,13 @@ from PIL import Image
 
 from fastlightgen.config import SHAPES_PROMPT, main
 from fastlightgen.export import export
+from fastlightgen.files import tensors
 from fastlightgen.flow import ladder
 from fastlightgen.generate import generate
 from fastlightgen.models.families import family_of
 from fastlightgen.models.folder.weights import load_model, save_model
 from fastlightgen.models.sample import sample
-from fastlightgen.pipelines import onnx_folder
+from fastlightgen.pipelines import onnx_folder, onnx_generate
 from fastlightgen.rng import generator
 from fastlightgen.world.shapes import WORLD
 
@@ -212,7 +213,9 @@ def test_large_networks_are_not_run_and_keep_weights_beside_the_file(students, f
 
 def test_the_folder_speaks_of_the_student_alone(folders):
     for folder in folders.values():
-        assert {p.name for p in folder.iterdir()} == {"step.onnx", "fastlightgen.json", "generate.py", "README.md"}
+        assert {p.name for p in folder.iterdir()} == {
+            "step.onnx", "fastlightgen.json", "generate.py", "README.md", "manifest.json"
+        }  # fmt: skip
         root = str(Path(onnx_folder.__file__).parents[2]).encode()
         assert all(root not in p.read_bytes() for p in folder.iterdir())  # a trace notes where the code stands
     card = json.loads((folders["real"] / "fastlightgen.json").read_text())
@@ -258,3 +261,34 @@ def test_generate_refuses_in_one_line(folders, tmp_path):
     ):
         done = run_alone(folders[name], *given)
         assert done.returncode == 1 and wanted in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_generate_refuses_damaged_files(folders, tmp_path):
+    """One flipped bit, one byte less, another program. Without manifest.json nothing is compared."""
+    folder = shutil.copytree(folders["wan"], tmp_path / "student")
+    given = [f"prompt={SHAPES_PROMPT}", f"out={tmp_path / 'a.png'}"]
+    manifest = folder / "manifest.json"
+    names = json.loads(manifest.read_text())["files"]
+    assert set(names) == {path.name for path in folder.iterdir()} - {"README.md", "manifest.json"}
+    for name in ("step.onnx", "fastlightgen.json"):
+        whole = (folder / name).read_bytes()
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 1
+        for damaged in (bytes(flipped), whole[:-1]):
+            (folder / name).write_bytes(damaged)
+            ended = run_alone(folder, *given)
+            said = f"{folder / name}: is damaged or missing; copy the folder again, or delete manifest.json if you"
+            assert (
+                ended.returncode == 1 and ended.stderr == f"{said} changed it\n" and not (tmp_path / "a.png").exists()
+            )
+        (folder / name).write_bytes(whole)
+    (folder / "generate.py").write_text((folder / "generate.py").read_text() + "\n# mine\n")
+    assert "generate.py: is damaged or missing" in run_alone(folder, *given).stderr
+    manifest.unlink()
+    assert run_alone(folder, *given).returncode == 0 and (tmp_path / "a.png").is_file()
+
+
+def test_the_checksum_of_generate_is_that_of_the_manifest(tmp_path):
+    for size in (0, 1, 4095, 4096, 10_000, (1 << 22) + 4_100):
+        (tmp_path / "f").write_bytes(np.random.default_rng(size).bytes(size))
+        assert onnx_generate.checksum(tmp_path / "f") == tensors.file_checksum(tmp_path / "f")[1]

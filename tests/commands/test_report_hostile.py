@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tally
 import yaml
 from mutants import mutants
 from runs import Page, make_run
@@ -66,12 +67,14 @@ def test_every_mutant_is_shown_or_refused(run, tmp_path, name):
     refused = 0
     for mutant in mutants(value, [SCRIPT, 10**30, -1, None, [], {}, float("nan"), "1", [SCRIPT], {SCRIPT: SCRIPT}]):
         write(path, mutant)
+        said = ""
         try:
             write_report(run, out)
             harmless(out)
         except ValueError as err:
-            refused += 1
+            refused, said = refused + 1, str(err)
             assert "\n" not in str(err) and "\x1b" not in str(err) and name.split("/")[-1] in str(err), str(err)
+        tally.count("run folders, shown in a report", bool(said))
     assert refused
 
 

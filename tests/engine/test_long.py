@@ -1,6 +1,7 @@
 """Long runs on the built-in world with a very small network: memory, files, threads and time per step stay flat.
 
-FLG_STEPS=N pytest -m slow -s tests/engine/test_long.py: N steps of each stage (2000).
+FLG_STEPS=N pytest -m slow -s tests/engine/test_long.py: N steps of each stage (2000). A step of Stage I is a walk.
+FLG_LONG_OUT=FILE keeps the numbers; bench/results/long-runs.json holds those of one run.
 """
 
 import os
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import write_inputs
+from helpers import measured_with, write_inputs
 
 import fastlightgen
+from fastlightgen.atomic import write_json
 from fastlightgen.engine.log import read_metrics
+from fastlightgen.files.border import read_json
 
 psutil = pytest.importorskip("psutil")  # comes with deepspeed
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
@@ -61,6 +64,16 @@ def slope(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.polyfit(x - x[0], y, 1)[0] * (x[-1] - x[0]))
 
 
+def kept(stage: int, numbers: dict[str, object]) -> None:
+    """With FLG_LONG_OUT=FILE, write the numbers of a stage into it, beside those of the other stages."""
+    if not (file := os.environ.get("FLG_LONG_OUT")):
+        return
+    words = f"FLG_STEPS={STEPS} FLG_LONG_OUT=FILE pytest -m slow tests/engine/test_long.py"
+    before = read_json(Path(file))["stages"] if Path(file).is_file() else {}
+    stages = before | {str(stage): numbers | {"steps": STEPS, "measured with": measured_with()}}
+    write_json(Path(file), {"command": words, "stages": dict(sorted(stages.items()))})
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_nothing_grows(tmp_path, stage):
     inputs, run = write_inputs(tmp_path / "inputs"), tmp_path / "run"
@@ -78,6 +91,12 @@ def test_nothing_grows(tmp_path, stage):
     print(f"\nstage {stage}, from 50% to 90%: {memory[0] / 1e6:.1f} to {memory[-1] / 1e6:.1f} MB of memory,")
     print(f"  growth by a line {grown / 1e6:+.2f} MB; {files.min():.0f} to {files.max():.0f} open files,", end=" ")
     print(f"{threads.min():.0f} to {threads.max():.0f} threads")
+    numbers: dict[str, object] = {
+        "memory_mb": round(float(memory[-1]) / 1e6, 1),
+        "memory_mb_per_1000_steps": round(grown / MEGABYTE / (0.4 * STEPS) * 1000, 3),
+        "open_files": [int(files.min()), int(files.max())],
+        "threads": [int(threads.min()), int(threads.max())],
+    }
     assert grown < 8 * MEGABYTE
     half = len(late) // 2
     for counted in (files, threads):  # a save opens some for a moment; one that stays open would raise the least
@@ -88,4 +107,6 @@ def test_nothing_grows(tmp_path, stage):
             for a, b in ((PART, 2 * PART), (STEPS - 2 * PART, STEPS - PART))
         )
         print(f"  CPU time of the last {PART} steps / of the first: {last / first:.2f}")
+        numbers["time_of_the_last_steps_to_the_first"] = round(float(last / first), 3)
         assert last / first < 1.5  # a poll is a few steps wide, and a checkpoint may fall into one of the two
+    kept(stage, numbers)

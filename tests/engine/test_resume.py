@@ -13,6 +13,7 @@ from helpers import assert_same, result, run_train, write_inputs
 
 import fastlightgen
 from fastlightgen.engine import checkpoint
+from fastlightgen.engine.loop import Stopped, interruptible, stoppable
 from fastlightgen.files import tensors
 from fastlightgen.world.source import ShapesSource
 
@@ -196,6 +197,43 @@ ShapesSource.batch = batch"""
     assert checkpoint.steps(tmp_path / f"stage{stage}/checkpoints") == [5]
     run_train(*command)
     assert_same(result(tmp_path, stage), finished(kind))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("after_a_save", [False, True])
+def test_a_scheduler_stops_it_while_it_loads(inputs, finished, tmp_path, sent, after_a_save):
+    """One line, exit code 75; nothing is left of a first start, and a checkpoint serves the next one."""
+    kind = "teacher with ema"
+    stage, words = RUNS[kind]
+    run = tmp_path / "run"
+    command = [f"stage={stage}", f"run={run}", *inputs[stage], *words, "keep=1"]
+    if after_a_save:
+        process = child("from fastlightgen.engine import ema\nreal, calls = ema.Ema.update, []\n"
+                        "def update(*words):\n    real(*words)\n    calls.append(1)\n"
+                        "    if len(calls) == 5:\n        import os\n        os.kill(os.getpid(), 15)\n"
+                        "ema.Ema.update = update", *command)  # fmt: skip
+        process.communicate()
+        assert process.returncode == 75
+    process = child(f"import os\nfrom fastlightgen.stages.build import Builder\nreal = Builder.load\n"
+                    f"def load(*words, **more):\n    os.kill(os.getpid(), {int(sent)})\n"
+                    f"    return real(*words, **more)\nBuilder.load = load", *command)  # fmt: skip
+    _, err = process.communicate()
+    said = f"{sent.name}: stopped outside the steps; run the same command (without overwrite=true) to continue from the"
+    assert process.returncode == 75 and err.strip() == f"{said} last checkpoint, if there is one"
+    assert run.exists() == after_a_save
+    run_train(*command)
+    assert_same(result(run, stage), finished(kind))
+
+
+def test_a_second_signal_kills():
+    """Also where Python's own handlers would wait, and the handlers before are back afterwards."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped), stoppable():
+        with interruptible() as seen:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert seen == ["SIGTERM"] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_sigterm_does_the_same(inputs, finished, tmp_path, monkeypatch, capsys):

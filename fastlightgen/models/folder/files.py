@@ -1,7 +1,6 @@
 """Weight files and JSON on disk: find and map shards without reading them, write a folder completely or not at all."""
 
 import hashlib
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from fastlightgen.atomic import put, write_json
 from fastlightgen.files import tensors as files
 from fastlightgen.files.border import opened, read_json, regular
 from fastlightgen.files.kinds import WEIGHT_MAP
+from fastlightgen.files.onepass import read_once
 
 CHECKSUMS = "checksums.json"  # tensor -> its checksum; absent from folders of other programs
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -121,16 +121,16 @@ def read_checksums(folder: Path) -> dict[str, int]:
     return found
 
 
-def verify_tensor(key: str, value: Tensor, sums: Mapping[str, int], file: Path) -> None:
-    """Raise ValueError if a stored tensor is damaged or holds numbers that are not finite."""
+def verify_tensor(key: str, value: Tensor, sums: Mapping[str, int], file: Path, into: Tensor | None = None) -> None:
+    """Raise ValueError if a stored tensor is damaged or holds numbers that are not finite; copy it into `into`."""
+    total, finite = read_once(value, into)
     if key in sums:
         try:
-            files.verify(key, value, sums[key], file)
+            files.check_sum(key, total, sums[key], file)
         except ValueError as err:
             how = f"{again(file.parent)}, or delete {CHECKSUMS} if you changed the weights yourself"
             raise ValueError(f"{err}; {how}") from None
-    # nan is its own minimum and maximum, so that one pass finds it and both infinities.
-    if value.is_floating_point() and value.numel() and not all(map(math.isfinite, value.aminmax())):
+    if not finite:
         raise ValueError(f"{file}: {key} holds numbers that are not finite; copy the folder again, or train again")
 
 

@@ -7,6 +7,7 @@ mapped files into the wanted type and device. Memory beside the network: one ten
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,8 +122,8 @@ def load_weights(
 ) -> None:
     """Load the folder's weights into `model`, on the meta device or another; keys and shapes must match exactly."""
     state = model.state_dict()
-    for key, stored, source in stored_tensors(folder, model.config, state, allow_pt):
-        value = assign(model, key, copied(stored, source, state[key], device or "cpu", dtype))
+    for key, loaded in loaded_tensors(folder, model.config, state, allow_pt, device or "cpu", dtype):
+        value = assign(model, key, loaded)
         if placed and isinstance(value, nn.Parameter):
             placed(value)
     rest = [name for name, v in [*model.named_parameters(), *model.named_buffers()] if v.is_meta]
@@ -144,22 +145,24 @@ def file_values(
     # Pruning renumbers the blocks; the tensors themselves tell which old name became which new one.
     new = {id(tensor): name for name, tensor in pruned.state_dict(keep_vars=True).items()}
     names = {key: new[id(tensor)] for key, tensor in state.items() if id(tensor) in new}
-    for key, stored, source in stored_tensors(folder, config, state, allow_pt, names, values):
-        yield names[key], copied(stored, source, state[key], "cpu", torch.float32) if values else state[key]
+    for key, value in loaded_tensors(folder, config, state, allow_pt, "cpu", torch.float32, names, values):
+        yield names[key], value
 
 
-def stored_tensors(
+def loaded_tensors(
     folder: Path,
     config: Mapping,
     state: Mapping[str, Tensor],
     allow_pt: bool,
+    device: Any,
+    dtype: torch.dtype | None,
     wanted: Collection[str] | None = None,
     read: bool = True,
-) -> Iterator[tuple[str, Tensor, Source]]:
-    """Yield (key of the network, mapped tensor of the file, its rows that belong to the key), in file order.
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (key of the network, its verified values in memory of their own), in file order.
 
     `config` and `state` describe the network; the file's keys and shapes must match them exactly. `wanted`: the keys to
-    yield (None: all). Without `read`, the tensors stand on the meta device.
+    yield (None: all). Without `read` nothing is read: yield the tensors of `state`.
     """
     files = weight_files(folder, original_files(), allow_pt)
     headers = read_headers(files)
@@ -179,12 +182,35 @@ def stored_tensors(
             file = headers[group[0]][0]
             with mapped(file) as (_, get):
                 for name in group:
-                    value = headers[name][1]
-                    if name in takers and read:
-                        verify_tensor(name, value := get(name), sums, file)
-                    for key in takers.get(name, []):
-                        yield key, value, table[key]
+                    keys = takers.get(name, [])
+                    if not read:
+                        yield from ((key, state[key]) for key in keys)
+                    elif keys:
+                        yield from verified(
+                            get(name), name, sums, file, {k: (table[k], state[k]) for k in keys}, device, dtype
+                        )
                     progress.update(headers[name][1].numel() * headers[name][1].element_size())
+
+
+def verified(
+    stored: Tensor,
+    name: str,
+    sums: Mapping[str, int],
+    file: Path,
+    takers: Mapping[str, tuple[Source, Tensor]],
+    device: Any,
+    dtype: torch.dtype | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Verify a stored tensor and copy it for each of its takers, key -> (its rows, a tensor of its shape)."""
+    if len(takers) == 1 and torch.device(device).type == "cpu" and not next(iter(takers.values()))[0].rows:
+        ((key, (_, like)),) = takers.items()  # the usual case: verified and copied in one pass
+        out = torch.empty(like.shape, dtype=dtype or like.dtype)
+        verify_tensor(name, stored, sums, file, out)
+        yield key, out
+        return
+    verify_tensor(name, stored, sums, file)
+    for key, (source, like) in takers.items():
+        yield key, copied(stored, source, like, device, dtype)
 
 
 def check_fit(
