@@ -195,14 +195,14 @@ def missing(run: Path, found: dict) -> str:
 def report(cfg: Report) -> None:
     if cfg.runs:
         folders = [name.strip() for name in cfg.runs.split(",") if name.strip()]
-        print(write_comparison(folders, Path(cfg.out or "runs.html")))
+        print(page := write_comparison(folders, Path(cfg.out or "runs.html")))
+        print(f"next: open {page} in a browser")
         return
     run = Path(cfg.run)
     found = read_run(run)
-    print(write_page(run, found, Path(cfg.out) if cfg.out else None))
+    print(page := write_page(run, found, Path(cfg.out) if cfg.out else None))
     _, command = following(run, found)
-    if command:
-        print(f"next: {command}")
+    print(f"next: {command or f'open {page} in a browser'}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastlightgen.atomic import write_json
-from fastlightgen.config import PROMPT, Speed, compute_type, main
+from fastlightgen.config import PROMPT, Speed, command, compute_type, main
 from fastlightgen.data.version import same_latents
 from fastlightgen.engine.local import pick_device
 from fastlightgen.evaluation import speed as timing
@@ -56,6 +56,9 @@ def speed(cfg: Speed) -> None:
         about = {"device": device_name(device), "threads": torch.get_num_threads(), "size": subjects[0].world.size}
         about |= {"peak_memory": memory, "peak_memory_of": of, "turns": cfg.turns}
         write_json(Path(cfg.out), about | {"records": records, "speedups": found})
+    more = {"pipeline": cfg.pipeline} if cfg.pipeline else {}
+    more |= {"image": "first.png"} if subjects[0].world.encoders.from_image else {}
+    say(f"next: {command('generate', model=cfg.model, **more, prompt=PROMPT, out='clip.mp4')}")
 
 
 def opened(cfg: Speed, model: str, name: str, device: torch.device, worlds: dict[Path, Pipeline]) -> Subject:

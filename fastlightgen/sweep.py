@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import fastlightgen
-from fastlightgen.config import ConfigError, UserError, guarded
+from fastlightgen.config import SHAPES_PROMPT, ConfigError, UserError, command, guarded
 from fastlightgen.config.fields import clipped
 from fastlightgen.config.files import presets
 from fastlightgen.config.limits import MOST_CLIPS, MOST_POINTS, MOST_THREADS
@@ -105,7 +105,7 @@ def sweep(words: Sequence[str]) -> None:
         )
     say("\n".join(plan(points, evaluate, at_once)))
     if own["dry_run"] == "true":
-        return
+        return say("next: the same command without dry_run=true")
     failed = work(points, evaluate, at_once)
     for name, group in groups.items():
         text = papers.report(papers.read(name), group, run) if name else table(group, run)
@@ -113,6 +113,11 @@ def sweep(words: Sequence[str]) -> None:
             say(f"{text}\n\n{run / (name or 'table')}.md\n")
     if failed:
         raise UserError(f"{len(failed)} failed, first {failed[0]}; mend the cause, and the same command goes on")
+    last = points[-1]
+    if last.scorable:
+        say(f"next: {command('generate', model=last.model, prompt=SHAPES_PROMPT, out=run / 'clip.gif')}")
+    else:
+        say(f"next: {command('export', model=last.model, pipeline='PIPELINE', out=run / 'student')}")
 
 
 def folder_of(own: dict[str, str]) -> Path:

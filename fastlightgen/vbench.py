@@ -49,6 +49,7 @@ def vbench(cfg: VBench) -> None:
     missing = [prompt.file(k) for prompt, k in wanted if not (out / "videos" / prompt.file(k)).is_file()]
     if missing:
         say(f"{out / 'videos'}: {len(wanted) - len(missing)} of {len(wanted)} videos; the first missing: {missing[0]}")
+        say(f"next: the same command {'for the other ranks' if cfg.model else 'with model=DIR, which writes them'}")
         return
     found = read_results(out / "results")
     left = [dimension for dimension in dimensions if dimension not in found]
@@ -64,6 +65,8 @@ def vbench(cfg: VBench) -> None:
     for line in report(found):
         say(line)
     write_json(out / "scores.json", {"scores": found, **summary(found)})
+    if not left or cfg.python:
+        say("next: the same command with model=TEACHER out=OTHER, to compare")
 
 
 def report(found: dict[str, float]) -> list[str]:

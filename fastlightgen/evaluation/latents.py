@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlightgen.atomic import write_json
-from fastlightgen.config import Evaluate, compute_type
+from fastlightgen.config import Evaluate, command, compute_type
 from fastlightgen.data.source import Batch, Source
 from fastlightgen.engine.local import pick_device
 from fastlightgen.evaluation.sets import Statistics, differences, distances, intervals_of, means, scores_of
@@ -85,6 +85,7 @@ def evaluate_latents(cfg: Evaluate) -> None:
         say(f"{folder}: {listed}; {record[name]['seconds_per_clip']:.3g} s a clip")
     if against := out.get("against_teacher"):
         say("against the teacher: " + ", ".join(f"{score} {away['verdict']}" for score, away in against.items()))
+    say(f"next: {command('speed', model=cfg.model, pipeline='PIPELINE')}")
 
 
 def opened(cfg: Evaluate, model: str, source: Source, device: torch.device, own: bool = False) -> Sampled:

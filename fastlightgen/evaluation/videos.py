@@ -68,6 +68,12 @@ def evaluate_videos(cfg: Evaluate) -> None:
     write_json(Path(cfg.out), record)
     for line in table(record):
         say(line)
+    following = "the same command with videos= of another model, to compare"
+    if unusual:
+        following = (
+            f"look at {unusual[0]['clip']}, the clip least like the real ones; `unusual` in {cfg.out} lists more"
+        )
+    say(f"next: {following}")
 
 
 NAMES = {  # of scores of the set; those of a network are called the same

@@ -45,7 +45,8 @@ def run(root: Path, capsys, *words: str) -> tuple[dict, str]:
 
 def test_frozen_videos_rank_below_moving_ones(folders, capsys):
     good, text = run(folders, capsys, f"videos={folders / 'good'}", f"real={folders / 'real'}")
-    still, _ = run(folders, capsys, f"videos={folders / 'still'}", f"real={folders / 'real'}")
+    still, said = run(folders, capsys, f"videos={folders / 'still'}", f"real={folders / 'real'}")
+    assert said.splitlines()[-1].startswith(f"next: look at {still['unusual'][0]['clip']}, the clip least like")
     # A real video of 24 frames gives three clips of 8. 2 of 96 pixels, 8 times a second, are 16.7 % a second.
     assert (good["size"], good["fps"], good["clips"], good["real_clips"]) == ([96, 128, 8], 8.0, 3, 9)
     assert good["scores"]["movement"] == pytest.approx(2 / 96 * 800, rel=0.1)

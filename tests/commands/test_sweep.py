@@ -102,6 +102,7 @@ def test_dry_run_writes_nothing_and_counts(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "4 models; 8 of 8 trainings are left: 2 of stage 1, 2 of stage 2, 4 of stage 3; 4 evaluations" in said
     assert "of training and" in said and "of evaluation, 1 at a time" in said and not (tmp_path / "s").exists()
+    assert said.endswith("next: the same command without dry_run=true\n")
 
 
 def test_what_another_process_has_is_left_to_it(tmp_path):
