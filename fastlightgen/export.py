@@ -94,9 +94,8 @@ def to_lora(cfg) -> None:
     folder, out = trained_folder(cfg.model), Path(cfg.out)
     if out.exists():
         raise ValueError(f"out={out}: exists; delete it or give another name")
-    model = load_model(folder, dtype=torch.float32).requires_grad_(False)
     card, base = read_card(folder), trained_folder(cfg.teacher)
-    teacher = load_model(base, dtype=torch.float32).requires_grad_(False)
+    model, teacher = (load_model(place).requires_grad_(False) for place in (folder, base))
     check_pair(model, teacher, cfg.teacher)
     report = write_lora(model, card, teacher, out, getattr(torch, cfg.dtype), cfg.rank)
     for path, count in report["files"].items():

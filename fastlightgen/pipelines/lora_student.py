@@ -6,7 +6,7 @@ alone. OUT.comfyui has the original keys; there, what is no matrix (norms, biase
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from fastlightgen.config import UserError
 from fastlightgen.files.tensors import read_tensors, save_tensors, summed
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.original import assembled, key_table
-from fastlightgen.models.keys import Table, inverse
+from fastlightgen.models.keys import Piece, Table, inverse
 from fastlightgen.pipelines.comfyui import shown_card
 
 EXACT = 1024  # the largest side of a matrix whose singular values are all computed; above, only the largest ones
@@ -72,77 +72,87 @@ def for_diffusers(lows: Mapping[str, Low]) -> dict[str, Tensor]:
     return downs | {f"{name}.{UP}": low.up for name, low in pairs.items()}
 
 
-def for_comfyui(new: Mapping[str, Tensor], old: Mapping[str, Tensor], lows: Mapping[str, Low], table: Table):
-    """The tensors of a LoRA by the original keys. A layer that fuses several has their ranks beside each other.
+def for_comfyui(
+    new: Mapping[str, Tensor], old: Mapping[str, Tensor], lows: Mapping[str, Low], table: Table
+) -> dict[str, Tensor]:
+    """The tensors of a LoRA by the original keys.
 
     What is no linear layer: NAME.diff is added to NAME or NAME.weight, NAME.diff_b to NAME.bias.
     """
     out: dict[str, Tensor] = {}
     for key, pieces in inverse(table).items():
-        name, names = key.removesuffix(".weight"), [p.key.removesuffix(".weight") for p in pieces]
-        used = list(dict.fromkeys(n for n in names if n in lows))
-        if used and key != name:
-            ups = {n: lows[n].up for n in used}
-            ranks = [u.shape[1] for u in ups.values()]
-            starts = dict(zip(used, torch.tensor([0, *ranks]).cumsum(0).tolist(), strict=False))
-            heights = [len(p.of(new[p.key])) for p in pieces]
-            up, row = torch.zeros(sum(heights), sum(ranks)), 0
-            for piece, n, height in zip(pieces, names, heights, strict=True):
-                if n in ups:
-                    up[row : row + height, starts[n] : starts[n] + ups[n].shape[1]] = piece.of(ups[n])
-                row += height
-            down = torch.cat([lows[n].down for n in used])
-            alpha = torch.tensor(float(len(down)))  # strength 1
-            out |= {f"{COMFY}{name}.lora_down.weight": down, f"{COMFY}{name}.lora_up.weight": up}
-            out[f"{COMFY}{name}.alpha"] = alpha
-            continue
-        change = assembled(new, pieces).float() - assembled(old, pieces).float()
-        if change.any():
-            end = ".diff_b" if key.endswith(".bias") else ".diff"
-            out[f"{COMFY}{name.removesuffix('.bias')}{end}"] = change
+        name = f"{COMFY}{key.removesuffix('.weight').removesuffix('.bias')}"
+        if key.endswith(".weight") and (used := layers(pieces) & lows.keys()):
+            down, up = side_by_side(pieces, {layer: lows[layer] for layer in sorted(used)}, new)
+            out |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+            out[f"{name}.alpha"] = torch.tensor(float(len(down)))  # strength 1
+        elif (change := assembled(new, pieces).float() - assembled(old, pieces).float()).any():
+            out[f"{name}.diff_b" if key.endswith(".bias") else f"{name}.diff"] = change
     return out
+
+
+def layers(pieces: Sequence[Piece]) -> set[str]:
+    """The layers whose weights make up an original tensor."""
+    return {piece.key.removesuffix(".weight") for piece in pieces}
+
+
+def side_by_side(
+    pieces: Sequence[Piece], lows: Mapping[str, Low], state: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(down, up) of a layer that fuses several: their ranks beside each other, each with its own rows."""
+    ups: list[Tensor] = []
+    for piece in pieces:
+        own = piece.key.removesuffix(".weight")
+        height = len(piece.of(state[piece.key]))
+        row = [
+            piece.of(low.up) if name == own else low.up.new_zeros(height, low.up.shape[1]) for name, low in lows.items()
+        ]
+        ups.append(torch.cat(row, 1))
+    return torch.cat([low.down for low in lows.values()]), torch.cat(ups)
 
 
 @torch.no_grad()
 def write_lora(model: VideoDiT, card: dict, teacher: VideoDiT, out: Path, dtype: torch.dtype, rank: int) -> dict:
     """Write both files, read diffusers' back into the teacher, and compare its prediction with the student's."""
     new, old = model.state_dict(), teacher.state_dict()
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    changes = {key: new[key].float() - old[key].float() for key in new}
-    norms = {key: change.double().square().sum().item() for key, change in changes.items()}
-    lows = {name: factors(changes[f"{name}.weight"], rank) for name in linear if norms[f"{name}.weight"]}
-    if not any(norms.values()):
+    linear = {f"{name}.weight": name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    lows, within, others = dict[str, Low](), 0.0, 0.0  # squared norms of the change in linear layers, and in all else
+    for key, value in new.items():
+        change = value.float() - old[key].float()
+        if not (norm := change.double().square().sum().item()):
+            continue
+        if key in linear:
+            lows[linear[key]], within = factors(change, rank), within + norm
+        else:
+            others += norm
+    if not within + others:
         raise UserError("to=lora: student and teacher have the same weights, nothing to write")
-    within = sum(norms[f"{name}.weight"] for name in lows)
-    held = {
-        r: sum(low.energy[r - 1].item() for low in lows.values())
-        for r in sorted({min(r, rank) for r in (4, 16, 64, rank)})
-    }
-    comfyui = for_comfyui(new, old, lows, key_table(model.config))
     metadata = {"format": "pt", "fastlightgen": json.dumps(shown_card(model, card) | {"lora_rank": rank})}
-    files = {}
+    report: dict[str, Any] = {"files": {}, "layers": len(lows), "left": (others / (within + others)) ** 0.5}
+    comfyui = for_comfyui(new, old, lows, key_table(model.config))
     for path, tensors in ((out, for_diffusers(lows)), (out.with_suffix(".comfyui.safetensors"), comfyui)):
         tensors = {key: value.to(dtype).contiguous() for key, value in tensors.items()}
         save_tensors(path, tensors, metadata | summed(tensors))
-        files[str(path)] = path.stat().st_size
-    report: dict[str, Any] = {"files": files, "layers": len(lows)}
-    report["errors"] = {r: max(0.0, 1 - some / within) ** 0.5 for r, some in held.items()} if within else {}
-    report["left"] = (1 - within / sum(norms.values())) ** 0.5
+        report["files"][str(path)] = path.stat().st_size
+    ranks = sorted({min(r, rank) for r in (4, 16, 64, rank)}) if lows else []
+    held = {r: sum(low.energy[r - 1].item() for low in lows.values()) for r in ranks}
+    report["errors"] = {r: max(0.0, 1 - some / within) ** 0.5 for r, some in held.items()}
     return report | predictions(model, teacher, read_tensors(out))
 
 
+@torch.no_grad()
 def predictions(model: VideoDiT, teacher: VideoDiT, tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """How far the teacher's prediction is from the student's, with and without the LoRA, over the student's norm."""
-    state = {k: v.clone() for k, v in teacher.state_dict().items()}
+    """How far the teacher's prediction is from the student's, without and with the LoRA, over the student's norm.
+
+    The LoRA stays in the teacher.
+    """
+    x_t, t, cond, _ = model.eval().example_inputs(batch=1, seed=0)
+    wanted, bare = (net(x_t, t, cond).float() for net in (model, teacher.eval()))
+    state = teacher.state_dict()
     for key in tensors:
         if key.endswith(f".{DOWN}"):
             name = key.removesuffix(f".{DOWN}")
             weight = state[f"{name.removeprefix(PEFT)}.weight"]
             weight += (tensors[f"{name}.{UP}"].float() @ tensors[key].float()).to(weight)
-    x_t, t, cond, _ = model.eval().example_inputs(batch=1, seed=0)
-    wanted = model(x_t, t, cond).float()
-    bare, with_lora = (
-        torch.func.functional_call(teacher, s, (x_t, t, cond)).float() for s in (teacher.state_dict(), state)
-    )
-    norm = wanted.norm()
-    return {"before": ((bare - wanted).norm() / norm).item(), "after": ((with_lora - wanted).norm() / norm).item()}
+    after, norm = teacher(x_t, t, cond).float(), wanted.norm()
+    return {"before": ((bare - wanted).norm() / norm).item(), "after": ((after - wanted).norm() / norm).item()}
