@@ -228,7 +228,7 @@ def test_for_stage_gives_the_stage_its_own_configuration():
     assert config.for_stage(whole, 1) == load([*S1, "seed=4", "log_every=3"])
     assert config.for_stage(whole, 3) == load([*S3, "seed=4", "log_every=3"])
     measured = config.for_evaluate(whole, model="tiny", teacher="", out="e.json")
-    assert measured == load([*EVALUATE, "seed=7", "steps=2"], "evaluate")  # not the seed of training
+    assert measured == load([*EVALUATE, "seed=7", "steps=2", "force=true"], "evaluate")  # not the seed of training
 
 
 def test_diff():

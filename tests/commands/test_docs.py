@@ -239,7 +239,7 @@ def test_the_pipeline_without_a_download(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", check=True)
     assert (tmp_path / "TEACHER/model_index.json").exists()
     kinds = (
-        (ROOT / "docs/real-models.md").read_text().partition("with `size=32x48x5`. ")[2].partition(" in place of")[0]
+        (ROOT / "docs/real-models.md").read_text().partition("the size of the cache. ")[2].partition(" in place of")[0]
     )
     assert all(hasattr(pipelines, kind) for kind in re.findall("`(.+?)`", kinds)) and kinds.count("`") == 6
 
