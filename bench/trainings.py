@@ -70,13 +70,13 @@ EQUAL = {"dmd2": 49, "dmd2-no-gan": 85, "magicdistillation": 38, "lcm": 289, "st
 
 
 def rival(name: str, which: int, share: float = 1.0, after: str = "stage2") -> Training:
-    """A method of Stage III with one of its three settings, for a share of the equal time."""
+    """A method of Stage III with one of its settings, for a share of the equal time."""
     count = int(EQUAL[name] * share)
-    length = updates(count) if "lr_fake" in "".join(TRIALS[name][which]) else (f"iters={count}",)
+    length = (f"iters={count}",) if name in ("lcm", "stage3-regression") else updates(count)  # the others have a critic
     return Training(3, after, (*METHODS[name], *TRIALS[name][which], *length))
 
 
-TUNED = 99  # the training seed of trials; they see the clips of evaluate.seed=1, which no row uses
+TUNED, TUNED_CLIPS = 99, 1  # training seed and evaluate.seed of trials, which no row uses
 TRAININGS: dict[str, Training] = {
     "rank": Training(1),
     "stage2": Training(2, "rank", (f"iters={STEPS}",)),

@@ -14,6 +14,12 @@ def export(cfg) -> None:
     {"diffusers": to_diffusers, "onnx": to_onnx, "lora": to_lora}.get(cfg.to, to_file)(cfg)
 
 
+def check_new(out: Path) -> None:
+    """Raise ValueError if the file or folder exists: an export never replaces anything."""
+    if out.exists():
+        raise ValueError(f"out={out}: exists; delete it or give another name")
+
+
 def to_file(cfg) -> None:
     """Write the file and the workflow, and print what they are and how near the file is to the model."""
     import torch
@@ -26,8 +32,7 @@ def to_file(cfg) -> None:
 
     set_threads(cfg.threads)
     folder, out, dtype = trained_folder(cfg.model), Path(cfg.out), getattr(torch, cfg.dtype)
-    if out.exists():
-        raise ValueError(f"out={out}: exists; delete it or give another name")
+    check_new(out)
     model, card = load_model(folder, dtype=dtype).requires_grad_(False), read_card(folder)
     report = {"comfyui": write_comfyui, "gguf": write_gguf}[cfg.to](model, card, out, dtype, cfg.stored)
     exact = (
@@ -61,8 +66,7 @@ def to_onnx(cfg) -> None:
     need_onnx()
     set_threads(cfg.threads)
     folder, out = trained_folder(cfg.model), Path(cfg.out)
-    if out.exists():
-        raise ValueError(f"out={out}: exists; delete it or give another name")
+    check_new(out)
     check_model(folder, ShapesSource.description)
     world = same_latents(config_of(folder), ShapesSource.description)
     model = load_model(folder, dtype=torch.float32).requires_grad_(False)
@@ -92,8 +96,7 @@ def to_lora(cfg) -> None:
 
     set_threads(cfg.threads)
     folder, out = trained_folder(cfg.model), Path(cfg.out)
-    if out.exists():
-        raise ValueError(f"out={out}: exists; delete it or give another name")
+    check_new(out)
     card, base = read_card(folder), trained_folder(cfg.teacher)
     model, teacher = (load_model(place).requires_grad_(False) for place in (folder, base))
     check_pair(model, teacher, cfg.teacher)

@@ -44,10 +44,8 @@ def generate(cfg: Generate) -> None:
                 "pipeline of its teacher with VAE and encoders, or model=FOLDER of a pipeline that `export` wrote"
             )
         check_model(folder, ShapesSource.description)
-    dtype, card = (
-        getattr(torch, compute_type(cfg.dtype, device.type == "cuda", pipeline is not None)),
-        read_card(folder),
-    )
+    dtype = getattr(torch, compute_type(cfg.dtype, device.type == "cuda", pipeline is not None))
+    card = read_card(folder)
     with clock("load"):
         world = Pipeline(pipeline, device, dtype, cfg.size, vae=cfg.vae, card=card) if pipeline else BuiltIn(cfg.size)
     if isinstance(world, Pipeline):

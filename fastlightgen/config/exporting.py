@@ -73,12 +73,10 @@ class Export(Checked):
             parse_size(self.size)
             if self.to != "onnx":
                 raise ConfigError(f"size={self.size}: is for to=onnx; leave it out")
-        if bool(self.teacher) != (self.to == "lora"):
-            raise ConfigError(
-                "teacher is required: to=lora writes the difference to it"
-                if self.to == "lora"
-                else f"teacher={self.teacher}: is for to=lora; leave it out"
-            )
+        if self.to == "lora" and not self.teacher:
+            raise ConfigError("teacher is required: to=lora writes the difference to it")
+        if self.teacher and self.to != "lora":
+            raise ConfigError(f"teacher={self.teacher}: is for to=lora; leave it out")
         if self.to == "diffusers":
             if not self.pipeline:
                 raise ConfigError("pipeline is required: the pipeline folder of the teacher (to=comfyui needs none)")

@@ -1,7 +1,7 @@
 """Training batches: the interface of a source, and the source that draws from a latent cache."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -75,10 +75,10 @@ class Source(Protocol):
     def largest(self) -> Batch: ...
 
 
-def most_clips(cache: Cache) -> dict[str, Any]:
-    """Size and rate of the most frequent clips, for the card of a model; {} if the cache does not record them."""
+def shown_clips(cache: Cache, clips: Sequence[int]) -> dict[str, Any]:
+    """Size and rate of clips of one size, for the card of a model; {} if the cache does not record them."""
     family, fps = FAMILIES.get(cache.description.get("family", "")), cache.description.get("fps")
-    latent = cache.sizes[cache.groups()[0][0]] if cache.sizes else ()
+    latent = cache.sizes[clips[0]] if clips else ()
     if family is None or not fps or len(latent) != 4:
         return {}
     return {"size": family.geometry.size(latent[1:]), "fps": fps}
@@ -96,9 +96,9 @@ class CacheSource:
         self.null, self.null_prompt = cache.prompt(NEGATIVE if negative == "official" else NULL)
         self.cache, self.seed, self.name, self.description = cache, seed, cache.digest, cache.description
         self.groups, self.cond = cache.groups(), cond_of(cache.description)
-        if shown := most_clips(cache):
-            self.description = cache.description | {"clips": shown}
         clips = self.groups[0] if self.groups else []
+        if shown := shown_clips(cache, clips):
+            self.description = cache.description | {"clips": shown}
         cut = len(clips) - max(1, len(clips) // 10)
         if cut < 1:
             raise ValueError(

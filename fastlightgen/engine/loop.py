@@ -74,24 +74,31 @@ class Engine(Protocol):
 
 
 @contextmanager
-def interruptible():
-    """Context with a list to which the first signal appends its name. A second signal acts at once, as usual."""
-    seen: list[str] = []
-    old = {s: signal.getsignal(s) for s in (signal.SIGINT, *REQUEUE)}
+def handling(signals: Sequence[signal.Signals], first: Callable[[str], None]) -> Iterator[None]:
+    """Context in which the first signal calls `first` with its name, and a second one acts at once."""
+    old = {s: signal.getsignal(s) for s in signals}
 
-    def note(number: int, _frame) -> None:
-        seen.append(signal.Signals(number).name)
+    def note(number: int, _frame: FrameType | None) -> None:
         # A second signal ends a run whose step hangs. Python's own handlers would wait for the end of a hanging call.
         for s, handler in old.items():
             signal.signal(s, signal.SIG_DFL if s in REQUEUE else handler)
+        first(signal.Signals(number).name)
 
     for s in old:
         signal.signal(s, note)
     try:
-        yield seen
+        yield
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)
+
+
+@contextmanager
+def interruptible() -> Iterator[list[str]]:
+    """Context with a list to which the first signal appends its name."""
+    seen: list[str] = []
+    with handling((signal.SIGINT, *REQUEUE), seen.append):
+        yield seen
 
 
 @contextmanager
@@ -100,21 +107,12 @@ def stoppable() -> Iterator[None]:
 
     Only for one process: a handler in Python waits for the end of a collective, which may never come.
     """
-    old = {s: signal.getsignal(s) for s in REQUEUE}
 
-    def stop(number: int, _frame: FrameType | None) -> None:
-        for s in old:
-            signal.signal(s, signal.SIG_DFL)
-        name = signal.Signals(number).name
+    def stop(name: str) -> None:
         raise Stopped(f"{name}: stopped outside the steps; {ranks.GO_ON}", name)
 
-    for s in old:
-        signal.signal(s, stop)
-    try:
+    with handling(REQUEUE, stop):
         yield
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
 
 
 class Show(Protocol):
