@@ -44,15 +44,27 @@ def updates(count: int, ratio: int = RATIO) -> tuple[str, ...]:
     return (f"iters={FIRST + count * ratio}", f"ratio={ratio}", "ema=0.9")
 
 
-# Rivals of Stage III: three settings of each, tried with training seed 99 for half of the time. LCM had five, because
-# its first three made Stage II's network worse. FastLightGen's own learning rates had as many trials (docs/results.md).
+# Rivals of Stage III: three settings of each, tried with training seed 99 for half of the time. LCM had eight, because
+# its first three made Stage II's network worse, and the last three ran for the whole time, because more steps can make
+# it worse too. FastLightGen's own learning rates had as many trials (docs/results.md).
 # Lightning Video ends with DMD2 without a discriminator.
 CRITICS = tuple((f"lr={lr:g}", f"lr_fake={2 * lr:g}") for lr in (2e-4, 4e-4, 8e-4))
+BEST = ("choose=best", "choose_every=48")
+WHOLE = ("lcm-try-5", "lcm-try-6", "lcm-try-7")  # trials that run for the whole time
 TRIALS: dict[str, tuple[tuple[str, ...], ...]] = {
     "dmd2": CRITICS,
     "dmd2-no-gan": CRITICS,
     "magicdistillation": (("lr_fake=8e-4",), ("lr_fake=2e-3",), ("lr_fake=5e-3",)),
-    "lcm": (("lr=1e-4",), ("lr=3e-4",), ("lr=1e-3",), ("lr=2e-5",), ("lr=2e-5", "target=ema")),
+    "lcm": (
+        ("lr=1e-4",),
+        ("lr=3e-4",),
+        ("lr=1e-3",),
+        ("lr=2e-5",),
+        ("lr=2e-5", "target=ema"),
+        ("lr=2e-5", "target=ema", *BEST),
+        ("lr=5e-5", "target=ema", "target_decay=0.99", *BEST),
+        ("lr=2e-5", "distance=l2", *BEST),
+    ),
     "stage3-regression": (("lr=4e-4",), ("lr=1e-3",), ("lr=2e-3",)),
 }
 # The trial with the smallest distance, bench/results/rival-trials.json.
@@ -105,7 +117,7 @@ TRAININGS: dict[str, Training] = {
     "f3-blocks": Training(2, "", (f"iters={STEPS}", "method=f3", "f3=block", "recover=true")),
     "lightning-2": Training(2, "", ("method=lightning", "prune_heads=1", "prune_ffn=0.5", f"iters={STEPS}")),
     **{name: rival(name, CHOSEN[name]) for name in TRIALS},
-    **{f"{name}-try-{i}": rival(name, i, 0.5) for name, tried in TRIALS.items() for i in range(len(tried))},
+    **{f"{name}-try-{i}": rival(name, i, 1 if f"{name}-try-{i}" in WHOLE else 0.5) for name, tried in TRIALS.items() for i in range(len(tried))},
     "lightning": rival("dmd2-no-gan", CHOSEN["dmd2-no-gan"], after="lightning-2"),
 }
 ROWS: dict[str, Row] = {
