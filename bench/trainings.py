@@ -117,7 +117,11 @@ TRAININGS: dict[str, Training] = {
     "f3-blocks": Training(2, "", (f"iters={STEPS}", "method=f3", "f3=block", "recover=true")),
     "lightning-2": Training(2, "", ("method=lightning", "prune_heads=1", "prune_ffn=0.5", f"iters={STEPS}")),
     **{name: rival(name, CHOSEN[name]) for name in TRIALS},
-    **{f"{name}-try-{i}": rival(name, i, 1 if f"{name}-try-{i}" in WHOLE else 0.5) for name, tried in TRIALS.items() for i in range(len(tried))},
+    **{
+        f"{name}-try-{i}": rival(name, i, 1.0 if f"{name}-try-{i}" in WHOLE else 0.5)
+        for name, tried in TRIALS.items()
+        for i in range(len(tried))
+    },
     "lightning": rival("dmd2-no-gan", CHOSEN["dmd2-no-gan"], after="lightning-2"),
 }
 ROWS: dict[str, Row] = {
