@@ -1,17 +1,22 @@
-"""Measure the loading of a model folder: bytes per second, and the peak of host memory above the network's size.
+"""Measure the loading of a model folder and of a checkpoint: bytes per second, memory, the share of the checks.
 
 FLG_LOAD_BLOCKS=30 FLG_LOAD_MODEL=wan2.1-t2v-1.3b measures a published size; it writes the file and removes it. The
-shares of the checks are of minima of FLG_LOAD_TURNS=9 loads each.
+shares of the checks are of minima of FLG_LOAD_TURNS=9 loads each. A load from the disk counts only if the system read
+the files from the disk.
 """
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from bench_plan import CPU, stage_of
 
-from fastlightgen.config import preset
+from fastlightgen.config import load, preset
+from fastlightgen.engine import checkpoint, damage
+from fastlightgen.engine.local import LocalEngine
 from fastlightgen.files import onepass
 from fastlightgen.models.folder import weights
 from fastlightgen.models.folder.files import verify_tensor
@@ -33,13 +38,36 @@ def only_copied(key: str, value: torch.Tensor, sums: dict, file: Path, into: tor
         into.copy_(value)
 
 
-def forgotten(folder: Path) -> None:
-    """Drop a folder's files from the page cache."""
-    for path in folder.iterdir():
+def forgotten(folder: Path) -> int:
+    """Drop a folder's files from the page cache; return their size in bytes."""
+    size = 0
+    for path in filter(Path.is_file, folder.rglob("*")):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
+        size += path.stat().st_size
+    return size
+
+
+def read_from_disk() -> int:
+    """Bytes that the system has read from disks for this process."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def share_of_checks(folder: Path, read: Callable[[bool], object], cold: bool) -> float:
+    """The share of read(True), which verifies the folder, that read(False) saves; `cold`: from the disk."""
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for turn in range(2 * TURNS):  # in turn, so that a slower moment of the machine meets both
+        checked = bool(turn % 2)
+        size, before = forgotten(folder) if cold else 0, read_from_disk()
+        start = time.perf_counter()
+        read(checked)
+        times[checked].append(time.perf_counter() - start)
+        got = read_from_disk() - before
+        assert got >= 0.9 * size, f"{got} of {size} bytes came from the disk"
+    return 1 - min(times[False]) / min(times[True])
 
 
 def cost_of_verifying(folder: Path, cold: bool, compiled: bool = True) -> float:
@@ -47,19 +75,15 @@ def cost_of_verifying(folder: Path, cold: bool, compiled: bool = True) -> float:
 
     From the page cache, or `cold`, from the disk; with the compiled pass, or with torch's three.
     """
-    times: dict[bool, list[float]] = {True: [], False: []}
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:
             patch.setattr(onepass, "compiled", lambda: None)
-        for turn in range(2 * TURNS):  # in turn, so that a slower moment of the machine meets both
-            checked = bool(turn % 2)
+
+        def read(checked: bool) -> None:
             patch.setattr(weights, "verify_tensor", verify_tensor if checked else only_copied)
-            if cold:
-                forgotten(folder)
-            start = time.perf_counter()
             load_model(folder, dtype=torch.bfloat16)
-            times[checked].append(time.perf_counter() - start)
-    return 1 - min(times[False]) / min(times[True])
+
+        return share_of_checks(folder, read, cold)
 
 
 @pytest.mark.benchmark(group="load")
@@ -84,3 +108,28 @@ def bench_load(benchmark, tmp_path: Path):
     benchmark.extra_info["verified"] = found
     print("\nchecks of the values:", ", ".join(f"{share:.1%} of the time {way}" for way, share in found.items()))
     print(f"{MODEL}, {BLOCKS} blocks: network {size / 2**20:.0f} MiB, peak {over / 2**20:.0f} MiB above it")
+
+
+@pytest.mark.benchmark(group="load")
+def bench_resume(benchmark, tmp_path: Path):
+    """A checkpoint is verified, then read: the second time from the page cache, if the host's memory holds it."""
+    cfg = load(["stage=0", "run=unused", "batch=1", "ema=0.99", "checkpointing=false"])
+    stage, engine = stage_of(cfg, (512, 2048, 8, (8, 8, 8), 32)), LocalEngine(CPU, "float32")
+    engine.prepare(stage)
+    for update in stage.updates(0):
+        engine.apply(update, 0)
+    engine.save(tmp_path, 1, 1, 0).wait()
+    files = checkpoint.latest(tmp_path, "local")[2]
+
+    def read(checked: bool) -> None:
+        if checked:
+            damage.check(tmp_path, "refuse")
+        for tensors in checkpoint.load(files).values():
+            for value in tensors.values():
+                checkpoint.host_copy(value)
+
+    benchmark.pedantic(read, (True,), rounds=1)
+    ways = {"from the page cache": False, "from the disk": True}
+    found = {way: share_of_checks(tmp_path, read, cold) for way, cold in ways.items()}
+    benchmark.extra_info["verified"] = found
+    print("\nchecks of a checkpoint:", ", ".join(f"{share:.1%} of the time {way}" for way, share in found.items()))
