@@ -9,7 +9,7 @@ CXX_FILES := $(wildcard bindings/* csrc/*.cu csrc/include/flg/* csrc/gemm/* csrc
 TWO := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: soak help install demo test test-all coverage lint format bench clean
+.PHONY: soak help install demo test test-all coverage lint format docs bench clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ format: $(STAMP) ## repair what ruff and clang-format can repair
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+docs: $(STAMP) ## write the documentation as pages with search, site/index.html
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench: $(STAMP) ## run the kernel benches (with small shapes if there is no GPU)
 	$(PY) -m pytest bench --benchmark-only -q
