@@ -1,4 +1,4 @@
-"""The documentation's site: mkdocs builds it without a warning, it holds every key, and its search works from a disk."""
+"""The documentation as pages: mkdocs builds them without a warning, they hold every key, the search needs no server."""
 
 import importlib.util
 import re
