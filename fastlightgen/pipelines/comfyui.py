@@ -127,9 +127,8 @@ def shown_card(model: VideoDiT, card: dict) -> dict[str, Any]:
     return {key: card[key] for key in keys if card.get(key) is not None} | {"num_blocks": model.num_blocks}
 
 
-@torch.no_grad()
-def compared(model: VideoDiT, read: Callable[[str], Tensor]) -> dict[str, Any]:
-    """The largest relative error of a weight that a file holds, and that of a prediction with its weights.
+def held(model: VideoDiT, read: Callable[[str], Tensor]) -> tuple[dict[str, Tensor], float]:
+    """The network's tensors that a file holds otherwise, as it holds them, and the largest relative error of a weight.
 
     `read`: original key -> the tensor in the file, dequantised.
     """
@@ -146,8 +145,16 @@ def compared(model: VideoDiT, read: Callable[[str], Tensor]) -> dict[str, Any]:
             if not torch.equal(rows, wanted):
                 state.setdefault(piece.key, own[piece.key].clone())
                 piece.of(state[piece.key]).copy_(rows)
+    return state, worst
+
+
+@torch.no_grad()
+def compared(model: VideoDiT, read: Callable[[str], Tensor]) -> dict[str, Any]:
+    """The largest relative error of a weight that a file holds, and that of a prediction with its weights."""
+    state, worst = held(model, read)
     if not state:
         return {"weights": 0.0, "prediction": 0.0}  # bit for bit the same network
+    own = model.state_dict()
     x_t, t, cond, _ = model.eval().example_inputs(batch=1, seed=0)
     before, after = (torch.func.functional_call(model, own | new, (x_t, t, cond)).float() for new in ({}, state))
     return {"weights": worst, "prediction": ((after - before).norm() / before.norm()).item()}
