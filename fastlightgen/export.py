@@ -5,6 +5,7 @@ to=onnx out=DIR writes a folder that makes clips with onnxruntime and numpy.
 to=lora teacher=DIR out=FILE.safetensors writes what turns the teacher into a student with all blocks.
 """
 
+from operator import itemgetter
 from pathlib import Path
 
 from fastlightgen.config import PROMPT, SHAPES_PROMPT, built_in, command, main
@@ -122,11 +123,12 @@ def to_diffusers(cfg) -> None:
     """Write the folder, compare stock diffusers' network with the model, and print the result."""
     import torch
 
-    from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
+    from fastlightgen.models.folder.pair import networks
+    from fastlightgen.models.folder.weights import load_model, trained_folder
     from fastlightgen.parallel.log import say
     from fastlightgen.parallel.threads import set_threads
     from fastlightgen.pipelines.encoders import family_of_folder
-    from fastlightgen.pipelines.export import check_out, parts_of, write_pipeline
+    from fastlightgen.pipelines.export import check_number, check_out, parts_of, write_pipeline
     from fastlightgen.pipelines.stock import compare, compare_own, need_diffusers, say_not_stock
 
     need_diffusers()
@@ -137,22 +139,27 @@ def to_diffusers(cfg) -> None:
         raise ValueError(
             f"pipeline={cfg.pipeline}: the built-in world has no pipeline folder; diffusers loads {folder} as it is"
         )
-    parts_of(pipeline)
-    stock = say_not_stock(folder)
-    model, card = load_model(folder, dtype=getattr(torch, cfg.dtype)).requires_grad_(False), read_card(folder)
-    if silent := card.get("silent"):
+    found = networks(folder)
+    check_number(parts_of(pipeline), len(found), pipeline)
+    stock, dtype = say_not_stock(folder), getattr(torch, cfg.dtype)
+    nets = {part: (load_model(place, dtype=dtype).requires_grad_(False), card) for part, (place, card) in found.items()}
+    for silent in (card["silent"] for _, card in nets.values() if card.get("silent")):
         heads = sum(map(len, silent.values()))
         say(
             f"note: {heads} heads in {len(silent)} blocks are silenced by zeroed weights (method=f3); stock diffusers "
             "computes them all the same, so that they save no time"
         )
+
+    def verify(written: Path) -> dict:
+        reports = [(compare if stock else compare_own)(net, card, written, part) for part, (net, card) in nets.items()]
+        return max(reports, key=itemgetter("difference"))
+
     report = write_pipeline(
-        model,
-        card,
+        nets,
         pipeline,
         out,
-        lambda written: (compare if stock else compare_own)(model, card, written),
-        dtype=getattr(torch, cfg.dtype),
+        verify,
+        dtype=dtype,
         link=cfg.link,
         vae=cfg.vae,
         lora=Path(cfg.lora) if cfg.lora else None,
@@ -164,9 +171,10 @@ def to_diffusers(cfg) -> None:
     if "sigmas" in report:
         times = ", ".join(f"{s:.4f}" for s in report["sigmas"])
         say(f"scheduler: steps at {times}; at most {report['ladder_error']:.1g} from the student's ladder")
+    subject = f"networks, {' and '.join(nets)}" if len(nets) > 1 else "network"
     whose = "stock diffusers" if stock else "fastlightgen, and not stock diffusers,"
     say(
-        f"network: {whose} holds the same weights bit for bit and predicts the same v within "
+        f"{subject}: {whose} holds the same weights bit for bit and predicts the same v within "
         f"{report['difference']:.2g} ({cfg.dtype}, random inputs)"
     )
     if cfg.vae:

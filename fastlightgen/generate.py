@@ -14,7 +14,8 @@ from fastlightgen.files.border import parsed, read_text
 from fastlightgen.files.kinds import PROMPT
 from fastlightgen.models.families import depth
 from fastlightgen.models.folder.networks import full_depth
-from fastlightgen.models.folder.weights import config_of, load_model, read_card, trained_folder
+from fastlightgen.models.folder.pair import load_sampler, sampler_card
+from fastlightgen.models.folder.weights import config_of, trained_folder
 from fastlightgen.models.sample import sample, sampling_plan
 from fastlightgen.parallel.log import bar, say, size
 from fastlightgen.parallel.threads import set_threads
@@ -45,7 +46,7 @@ def generate(cfg: Generate) -> None:
             )
         check_model(folder, ShapesSource.description)
     dtype = getattr(torch, compute_type(cfg.dtype, device.type == "cuda", pipeline is not None))
-    card = read_card(folder)
+    card = sampler_card(folder)
     with clock("load"):
         world = Pipeline(pipeline, device, dtype, cfg.size, vae=cfg.vae, card=card) if pipeline else BuiltIn(cfg.size)
     if isinstance(world, Pipeline):
@@ -58,7 +59,7 @@ def generate(cfg: Generate) -> None:
         wishes = [world.wish(prompt, negative, image, cfg.count) for prompt, image in asked]
         world.release()
     with clock("load"):
-        model = load_model(folder, device, dtype, allow_pt=cfg.allow_pt).requires_grad_(False)
+        model = load_sampler(folder, device, dtype, cfg.allow_pt).requires_grad_(False)
     if pipeline and pipeline != folder:
         check_fits(model.config, pipeline)
 

@@ -103,6 +103,31 @@ def ti2v_parts() -> dict:
     return wan_parts() | {"vae": vae, "transformer": network, "expand_timesteps": True}
 
 
+def a14b_parts(**changes) -> dict:
+    """The parts of Wan2.2 A14B: two networks with other weights, which meet at a boundary; no CLIP."""
+    from diffusers import WanTransformer3DModel
+
+    high, low = (WanTransformer3DModel(**WAN | changes) for _ in range(2))
+    return wan_parts() | {"transformer": high, "transformer_2": low}
+
+
+@seeded(5)
+def a14b(folder: Path) -> Path:
+    """WanPipeline with two experts."""
+    from diffusers import WanPipeline
+
+    return save(WanPipeline(boundary_ratio=0.875, **a14b_parts()), folder)
+
+
+@seeded(6)
+def a14b_i2v(folder: Path) -> Path:
+    """WanImageToVideoPipeline with two experts and 36 channels."""
+    from diffusers import WanImageToVideoPipeline
+
+    parts = a14b_parts(in_channels=36)
+    return save(WanImageToVideoPipeline(image_encoder=None, image_processor=None, boundary_ratio=0.9, **parts), folder)
+
+
 @seeded(4)
 def ti2v(folder: Path) -> Path:
     """WanPipeline with a time per token, which also takes a first frame."""
@@ -170,7 +195,7 @@ def hunyuan_i2v_token(folder: Path) -> Path:
 
 
 KINDS: dict[str, Callable[[Path], Path]] = {
-    f.__name__: f for f in (wan_t2v, wan_i2v, ti2v, ti2v_i2v, hunyuan_t2v, hunyuan_i2v, hunyuan_i2v_token)
+    f.__name__: f for f in (wan_t2v, wan_i2v, a14b, a14b_i2v, ti2v, ti2v_i2v, hunyuan_t2v, hunyuan_i2v, hunyuan_i2v_token)
 }
 
 

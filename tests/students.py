@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from fastlightgen.flow import ladder
+from fastlightgen.models.folder.experts import experts_of
 from fastlightgen.models.folder.weights import load_model, save_model
 
 KEEP, STEPS, SHIFT = [0, 2, 3], 4, 5.0
@@ -16,6 +17,17 @@ def make_student(pipeline: Path, folder: Path, sampler: str = "stochastic", sour
     card = {"ladder": ladder(STEPS, SHIFT), "shift": SHIFT, "guidance": 1.0, "sampler": sampler}
     student = load_model(pipeline / "transformer").prune(KEEP)
     return save_model(student, folder, stage=3, kept_blocks=KEEP, source=source, **card)
+
+
+def make_pair(pipeline: Path, folder: Path, sampler: str = "stochastic") -> Path:
+    """Students of both experts, as the runs of Stage III leave them; they keep other blocks."""
+    pair = experts_of(pipeline)
+    assert pair is not None
+    for expert, keep in (("high", KEEP), ("low", [1, 3])):
+        card = {"ladder": ladder(STEPS, SHIFT), "shift": SHIFT, "guidance": 1.0, "sampler": sampler}
+        card |= {"expert": expert, "boundary": pair.boundary, "stage": 3, "kept_blocks": keep, "source": "a teacher"}
+        save_model(load_model(pair.of(expert)).prune(keep), folder / expert / "stage3/model", **card)
+    return folder
 
 
 def stock(folder: Path):

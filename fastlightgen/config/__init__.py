@@ -42,11 +42,12 @@ from fastlightgen.config.help import called
 from fastlightgen.config.measuring import Speed, VBench
 from fastlightgen.config.plan import IN_TURN, Plan, another_stage, plan_for, plan_of_stage, plan_root
 from fastlightgen.config.recipes import Recipe, recipes
-from fastlightgen.config.run import Run, compute_type
+from fastlightgen.config.run import EXPERTS, Run, compute_type
 from fastlightgen.config.stages import StageConfig, declared, for_stage, method_for, register, root
 from fastlightgen.config.training import GUIDANCES, TEACHER_GUIDANCE, TIMES, BatchKeys, StudentKeys, TrainingKeys
 
 __all__ = [
+    "EXPERTS",
     "GPUS",
     "GUIDANCES",
     "IN_TURN",

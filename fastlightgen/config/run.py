@@ -10,6 +10,7 @@ DEVICES, SAMPLERS = ("auto", "cpu", "cuda"), ("auto", "ode", "stochastic")
 DEVICE = "where to compute; auto takes the GPU if there is one"
 THREADS = "CPU threads; 0: torch's choice, but no more than the cores that this process may use"
 ALLOW_PT = "also read weights from .pt, .pth and .bin files, as plain tensors"
+EXPERTS = ("high", "low")  # of a model with two networks: the one for the noisier times, and the other one
 DTYPES = ("auto", "float32", "bfloat16")
 DTYPE = (
     "type the networks compute in; auto: bfloat16 for a released network on a GPU, float32 on a CPU and for the "

@@ -43,6 +43,8 @@ CARD = record(
         "sampler": maybe(one_of(*SAMPLERS)),
         "source": maybe(text()),
         "world": maybe(whole(1, 1_000)),
+        "expert": one_of("high", "low"),  # of a model with two networks
+        "boundary": number(0, 1, above=True),
         "silent": table(items(BLOCK, most=BLOCKS, least=1)),  # block -> its silenced heads
         "f3": record({}),
         "widths": record({"heads": WIDTHS, "ffn": WIDTHS}),

@@ -5,7 +5,7 @@ stores several of diffusers' tensors as one, an entry names rows of it. `Format`
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -61,6 +61,9 @@ class Format:
     files: tuple[str, ...] = ()  # names of its weight files, the preferred one first; loading tries diffusers' too
     read: Callable[[Mapping], dict[str, Any]] = nothing  # original values -> further fields of diffusers
     write: Callable[[Mapping], dict[str, Any]] = nothing  # diffusers configuration -> further original fields
+    # Start of a key of the weights -> a value for `read`, true if there are such keys: what config.json does not tell.
+    marks: Mapping[str, str] = field(default_factory=dict)
+    boundary: Callable[[Mapping], float] | None = None  # of the released models with two experts of this network
 
 
 def named(modules: Mapping[str, str], prefix: str = "", original: str = "", leaves=WEIGHT_BIAS) -> dict[str, str]:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastlightgen.flow import ladder, rollout
 from fastlightgen.guidance import guided
-from fastlightgen.models.base import Cond, Stream, VideoDiT
+from fastlightgen.models.base import Cond, Stream
+from fastlightgen.models.experts import Model
 from fastlightgen.rng import generator, normal_like
 
 
@@ -32,7 +33,7 @@ class Wish:
 
 @torch.no_grad()
 def sample(
-    model: VideoDiT,
+    model: Model,
     cond: Cond,
     null: Cond | None,
     noise: Tensor,

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from fastlightgen.config import Run
 from fastlightgen.decoder.folder import check_replaces, copy_vae
 from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.models.families import block_counts, family_of, family_of_pipeline
+from fastlightgen.models.folder.experts import ORIGINAL_PARTS, PIPELINE_PARTS
 from fastlightgen.models.folder.files import mapped
 from fastlightgen.models.folder.manifest import Entry, entry, verify_files, write_manifest
-from fastlightgen.models.folder.networks import read_config
-from fastlightgen.models.folder.original import original_config
+from fastlightgen.models.folder.original import original_config, read_config
 from fastlightgen.models.folder.weights import save_model, save_original
 from fastlightgen.parallel.log import bar, size
 from fastlightgen.pipelines.index import INDEX, read_index, within
@@ -34,7 +34,7 @@ from fastlightgen.pipelines.modelcard import model_card
 from fastlightgen.pipelines.origin import name_of
 from fastlightgen.pipelines.scheduler import CLASS, scheduler_config
 
-NETWORK = "transformer"
+NETWORK, SECOND = NETWORKS = PIPELINE_PARTS  # with two experts the high- and the low-noise one
 
 
 def is_pipeline(folder: str | Path) -> bool:
@@ -48,7 +48,7 @@ def vae_folder(cfg: Run) -> str:
 
 
 def parts_of(pipeline: Path) -> dict[str, str]:
-    """Read the parts of a pipeline folder, name -> class, and check that it holds them and one network."""
+    """Read the parts of a pipeline folder, name -> class, and check that it holds them and a network."""
     if not is_pipeline(pipeline):
         raise ValueError(f"pipeline={pipeline}: has no {INDEX}; give a folder that diffusers' save_pretrained wrote")
     index = read_index(pipeline)
@@ -56,16 +56,26 @@ def parts_of(pipeline: Path) -> dict[str, str]:
         k: v[1] for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and len(v) == 2 and v[1]
     }
     for name in parts:
-        if name not in ("scheduler", NETWORK) and not (pipeline / name).is_dir():
+        if name not in ("scheduler", *NETWORKS) and not (pipeline / name).is_dir():
             raise ValueError(f"{pipeline}: {INDEX} names {name}, and there is no such folder; copy it again")
-    if NETWORK not in parts or "transformer_2" in parts:
-        raise ValueError(f"pipeline={pipeline}: wanted one network, `{NETWORK}`; this is {index.get('_class_name')}")
+    if NETWORK not in parts:
+        raise ValueError(f"pipeline={pipeline}: wanted a network, `{NETWORK}`; this is {index.get('_class_name')}")
     return parts
 
 
-def network_config(pipeline: Path) -> dict:
+def check_number(parts: Mapping[str, str], networks: int, pipeline: Path) -> None:
+    """Raise ValueError if the pipeline has two experts and the model one network, or the reverse."""
+    if (found := sum(name in parts for name in NETWORKS)) != networks:
+        count = {1: "one network, as Wan2.1 has", 2: "two experts, as Wan2.2 A14B has"}
+        raise ValueError(
+            f"pipeline={pipeline}: has {count[found]}, and the model {count[networks]}; give the pipeline of the "
+            "teacher that the model comes from"
+        )
+
+
+def network_config(pipeline: Path, part: str = NETWORK) -> dict:
     """Read transformer/config.json: the configuration of the pipeline's own network."""
-    return read_config(pipeline / NETWORK)
+    return read_config(pipeline / part)
 
 
 def check_fits(config: dict, pipeline: Path) -> None:
@@ -114,9 +124,11 @@ def call_of(card: dict, config: dict) -> dict:
     return call | {k: v for k, v in guidance.items() if v is not None}
 
 
+Networks = Mapping[str, tuple[VideoDiT, dict]]  # part of the pipeline -> network and card
+
+
 def write_pipeline(
-    model: VideoDiT,
-    card: dict,
+    networks: Networks,
     pipeline: Path,
     out: Path,
     verify: Callable[[Path], dict],
@@ -130,22 +142,30 @@ def write_pipeline(
 ) -> dict:
     """Write the export to a temporary folder, let `verify` compare it, and rename it to `out`.
 
+    `networks`: one, or two experts that sample with one ladder, whose cards name their boundary.
     `vae`: the folder of a VAE that takes the place of the pipeline's. Returns the measurements of `verify`. With a LoRA
     they include `lora`: the number of blocks that the renumbered file still changes, and the number that it lost.
     """
-    parts, config, family = parts_of(pipeline), model.config, family_of(model.config)
-    check_fits(config, pipeline)
-    if original:
-        original_config(config)  # raises before anything is written if that format cannot hold this network
-    teacher = network_config(pipeline)
-    if lora is not None and narrower(model, teacher):
-        raise ValueError(f"lora={lora}: changes rows that width pruning dropped from the model; leave lora= out")
-    counts = block_counts(teacher)
-    blocks = block_map(config, card.get("kept_blocks"), teacher)
+    parts = parts_of(pipeline)
+    check_number(parts, len(networks), pipeline)
+    if lora is not None and len(networks) > 1:
+        raise ValueError(f"lora={lora}: belongs to one of two experts; leave lora= out")
+    blocks: dict[str, BlockMap] = {}
+    for part, (model, card) in networks.items():
+        check_fits(model.config, pipeline)
+        if original:
+            original_config(model.config)  # raises before anything is written if that format cannot hold this network
+        teacher = network_config(pipeline, part)
+        if lora is not None and narrower(model, teacher):
+            raise ValueError(f"lora={lora}: changes rows that width pruning dropped from the model; leave lora= out")
+        blocks[part] = block_map(model.config, card.get("kept_blocks"), teacher)
+    model, card = networks[NETWORK]
+    family, counts = family_of(model.config), block_counts(network_config(pipeline))
     student = card.get("ladder") is not None
-    names = [n for n in parts if n != NETWORK and not (student and n == "scheduler") and not (vae and n == "vae")]
+    replaced = {*networks, *["scheduler"] * student, *["vae"] * bool(vae)}
+    names = [name for name in parts if name not in replaced]
     small = check_replaces(vae, pipeline, encodes_frames(pipeline)) if vae else None
-    check_room(model, pipeline, names if not link else [], out, dtype, original)
+    check_room([net for net, _ in networks.values()], pipeline, names if not link else [], out, dtype, original)
     check_parts(pipeline, names)
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -159,13 +179,22 @@ def write_pipeline(
         copied = copy_parts(pipeline, temporary, names, link, progress)
         if small:
             copy_vae(small[0], temporary / "vae")
-        card = card | {"block_map": blocks, "call": call_of(card, config)}
-        card |= {} if model.cfg.is_stock else {"stock": False}
-        if card.get("source"):
-            card["source"] = name_of(card["source"])  # an export goes to others, to whom a path here says nothing
-        save_model(model, temporary / NETWORK, dtype, **card)
-        shutil.copy(temporary / NETWORK / "fastlightgen.json", temporary)
         index = read_index(pipeline)
+        for part, (net, own) in networks.items():
+            shown = own | {"block_map": blocks[part], "call": call_of(own, net.config)}
+            shown |= {} if net.cfg.is_stock else {"stock": False}
+            if shown.get("source"):
+                shown["source"] = name_of(shown["source"])  # an export goes to others, to whom a path here says nothing
+            save_model(net, temporary / part, dtype, **shown)
+            if original:
+                own_folder = ORIGINAL_PARTS[NETWORKS.index(part)] if SECOND in networks else ""
+                save_original(net, temporary / "original" / own_folder, **shown)
+            if part == NETWORK:
+                card = shown
+        if SECOND in networks:
+            index["boundary_ratio"] = card["boundary"]
+        else:
+            shutil.copy(temporary / NETWORK / "fastlightgen.json", temporary)
         if student:
             shape = scheduler_config(family, card["ladder"], card["shift"], card.get("sampler", "stochastic"))
             write_json(temporary / "scheduler" / "scheduler_config.json", shape)
@@ -173,9 +202,7 @@ def write_pipeline(
         write_json(temporary / INDEX, {k: v for k, v in index.items() if k != "_name_or_path"})
         if lora is not None:
             file = temporary / "lora" / f"{lora.stem}.safetensors"
-            report["lora"] = remap_lora(lora, file, blocks, counts)
-        if original:
-            save_original(model, temporary / "original", **card)
+            report["lora"] = remap_lora(lora, file, blocks[NETWORK], counts)
         changed = None if lora is None else (f"{lora.stem}.safetensors", *report["lora"])
         text = model_card(
             out.name, family, index["_class_name"], pipeline, card, blocks, counts, changed, small[1] if small else None
@@ -212,11 +239,16 @@ def check_out(out: Path) -> None:
 
 
 def check_room(
-    model: VideoDiT, pipeline: Path, names: list[str], out: Path, dtype: torch.dtype | None, original: bool
+    models: Sequence[VideoDiT],
+    pipeline: Path,
+    names: list[str],
+    out: Path,
+    dtype: torch.dtype | None,
+    original: bool,
 ) -> None:
     """Raise ValueError if the disk has too little room for the export."""
     each = dtype.itemsize if dtype else 4  # bytes per parameter
-    need = sum(p.numel() for p in model.parameters()) * each * (1 + original)
+    need = sum(p.numel() for model in models for p in model.parameters()) * each * (1 + original)
     need += sum(f.stat().st_size for n in names for f in (pipeline / n).rglob("*") if f.is_file())
     where = next(p for p in out.absolute().parents if p.is_dir())
     if need > (free := shutil.disk_usage(where).free):

@@ -1,11 +1,14 @@
 """README.md of an export: how to load and call the student, and its origin."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from fastlightgen.models.family import Clips, Family
 from fastlightgen.parallel.log import count
+from fastlightgen.pipelines.lora_file import BlockMap
 from fastlightgen.pipelines.origin import hub_id, licence, name_of
 
 CARD = """---
@@ -52,24 +55,29 @@ def model_card(
     pipeline: str,
     teacher_folder: Path,
     card: dict,
-    blocks: dict[str, dict[int, int]],
+    blocks: Mapping[str, BlockMap],
     teacher: dict[str, int],
     lora: tuple[str, int, int] | None,
     vae: dict | None = None,
 ) -> str:
     """Compose the text of README.md.
 
-    `pipeline`: its class; `teacher_folder`: the folder that the other parts come from; `blocks`: per block list
-    {teacher's index: student's}; `teacher`: number of the teacher's blocks per list; `lora`: file name of the
+    `pipeline`: its class; `teacher_folder`: the folder that the other parts come from; `blocks`: per network and block
+    list {teacher's index: student's}; `teacher`: number of the teacher's blocks per list; `lora`: file name of the
     renumbered LoRA, number of blocks that it still changes, number that it lost; `vae`: fastlightgen.json of a VAE that
     is not the teacher's.
     """
     # The family may not list the pipeline class; diffusers puts ImageToVideo into the names of such classes.
     pictured = bool(family.pipelines.get(pipeline, "ImageToVideo" in pipeline))
     clips = family.clips.of(card)
-    facts = {
-        "network": ", ".join(f"{len(blocks[k])} of {n} `{k}`" for k, n in teacher.items()),
-        "dropped": "; ".join(f"`{k}` {dropped(blocks[k], n)}" for k, n in teacher.items() if len(blocks[k]) < n),
+    facts: dict[str, Any] = {}
+    for part, kept in blocks.items():
+        own = f"`{part}`: " if len(blocks) > 1 else ""
+        facts[f"{own}network"] = ", ".join(f"{len(kept[k])} of {n} `{k}`" for k, n in teacher.items())
+        gone = [f"`{k}` {dropped(kept[k], n)}" for k, n in teacher.items() if len(kept[k]) < n]
+        facts[f"{own}dropped"] = "; ".join(gone)
+    facts |= {
+        "boundary": card.get("boundary"),
         "time shift": card.get("shift"),
         "sampling times": ", ".join(f"{t:.4f}" for t in card["ladder"]) if card.get("ladder") else None,
         "sampler": card.get("sampler") if card.get("ladder") else None,
@@ -148,9 +156,10 @@ def vae_row(vae: dict) -> str:
     return f"a smaller decoder, {count(after)} of {count(before)} parameters, {vae.get('steps', 0)} steps{encoder}"
 
 
-def summary(card: dict, teacher: dict[str, int], blocks: dict[str, dict[int, int]]) -> str:
+def summary(card: dict, teacher: dict[str, int], blocks: Mapping[str, BlockMap]) -> str:
     """The sentence under the title: size and number of sampling steps."""
-    total, left = sum(teacher.values()), sum(map(len, blocks.values()))
+    total = len(blocks) * sum(teacher.values())
+    left = sum(len(kept) for lists in blocks.values() for kept in lists.values())
     size = f"with {left} of its teacher's {total} blocks" if left < total else f"with all {total} blocks of its teacher"
     if not is_stock(card):
         size += " and fewer heads in each"

@@ -11,7 +11,7 @@ from fastlightgen.models.family import Family
 from fastlightgen.models.folder.networks import config_of
 from fastlightgen.models.folder.weights import load_model, read_json
 from fastlightgen.parallel.log import say
-from fastlightgen.pipelines.export import NETWORK, parts_of
+from fastlightgen.pipelines.export import NETWORK, NETWORKS, parts_of
 from fastlightgen.pipelines.scheduler import TOLERANCE
 
 LARGEST = 1e-5  # float32: limit of the largest difference; the two networks sum in different orders
@@ -39,7 +39,7 @@ def is_float(value: object) -> bool:
 
 
 @torch.no_grad()
-def compare(model: VideoDiT, card: dict, folder: Path) -> dict:
+def compare(model: VideoDiT, card: dict, folder: Path, part: str = NETWORK) -> dict:
     """Load the export strictly with stock diffusers, and compare its weights, one prediction and its scheduler.
 
     Returns the largest difference of the prediction and, for a student, the sampling times and their largest error.
@@ -51,7 +51,7 @@ def compare(model: VideoDiT, card: dict, folder: Path) -> dict:
     inputs = family.stock_inputs(model.cfg, x_t, t, cond)
     v = model(x_t, t, cond).float()
     stock, found = getattr(diffusers, model.config_class).from_pretrained(
-        folder / NETWORK, torch_dtype=dtype, output_loading_info=True, local_files_only=True
+        folder / part, torch_dtype=dtype, output_loading_info=True, local_files_only=True
     )
     if wrong := {k: list(v)[:3] for k, v in found.items() if v}:
         raise ValueError(f"{folder}: stock diffusers does not load the weights unchanged: {wrong}; please report this")
@@ -71,8 +71,8 @@ def compare(model: VideoDiT, card: dict, folder: Path) -> dict:
             "the export is not usable, please report this"
         )
     # Load tokenizers, processors and scheduler through the pipeline class, without the large encoders.
-    absent = {n: None for n, kind in parts_of(folder).items() if n == "vae" or "encoder" in n}
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **absent, transformer=stock, local_files_only=True)
+    absent = {n: None for n, kind in parts_of(folder).items() if n == "vae" or n in NETWORKS or "encoder" in n}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **absent | {part: stock}, local_files_only=True)
     return {"difference": worst} | compare_times(pipe.scheduler, card, family, folder)
 
 
@@ -90,10 +90,10 @@ def say_not_stock(folder: Path) -> bool:
 
 
 @torch.no_grad()
-def compare_own(model: VideoDiT, card: dict, folder: Path) -> dict:
+def compare_own(model: VideoDiT, card: dict, folder: Path, part: str = NETWORK) -> dict:
     """`compare` for a network that stock diffusers cannot load: this package loads the export back."""
     diffusers = need_diffusers()
-    again = load_model(folder / NETWORK, dtype=next(model.parameters()).dtype)
+    again = load_model(folder / part, dtype=next(model.parameters()).dtype)
     for name, value in again.named_parameters():
         if not torch.equal(value, model.get_parameter(name).detach().to(value.device)):
             raise ValueError(f"{folder}: {name} differs from the model's; the disk may be failing, export again")

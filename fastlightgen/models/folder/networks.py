@@ -4,16 +4,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fastlightgen.config import find_preset_weights, preset, presets
-from fastlightgen.files.border import read_json
-from fastlightgen.files.kinds import CONFIG
-from fastlightgen.models.families import depth, family_of, family_of_original
-from fastlightgen.models.folder.original import from_original
+from fastlightgen.models.families import depth, family_of
+from fastlightgen.models.folder.experts import experts_of
+from fastlightgen.models.folder.original import read_config
 
 
 def config_of(path_or_preset: str | Path) -> dict:
     """The complete diffusers config of a preset or a model folder, defaults filled in."""
     name = str(path_or_preset)
-    config = preset(name)["network"] if name in presets() else read_config(model_folder(path_or_preset))
+    if name in presets():
+        config = preset(name)["network"]
+    else:
+        pair = experts_of(path_or_preset)  # of two experts the first: they differ in their number of blocks at most
+        config = read_config(model_folder(pair.high if pair else path_or_preset))
     family = family_of(config)
     return {"_class_name": family.config_class} | asdict(family.settings(config))
 
@@ -37,21 +40,15 @@ def model_folder(path: str | Path) -> Path:
     folder = Path(path)
     if (folder / "config.json").is_file():
         return folder
+    if pair := experts_of(folder):
+        raise ValueError(f"{folder}: has two networks; give the folder of one of them, {pair.high} or {pair.low}")
     if (folder / "model_index.json").is_file():
-        if (folder / "transformer_2").is_dir():
-            raise ValueError(f"{folder}: has a transformer_2; give the folder of one of its two networks")
         if (folder / "transformer" / "config.json").is_file():
             return folder / "transformer"
         raise ValueError(f"{folder}: a pipeline without transformer/config.json; give one with a video transformer")
     if results := [file.parent for file in sorted(folder.glob("stage[0-9]/model/config.json"))]:
         raise ValueError(f"model={path}: is the folder of a run; give model={results[-1]}, its latest result")
     raise ValueError(f"model={path}: neither a folder with config.json nor a preset ({', '.join(presets())})")
-
-
-def read_config(folder: Path) -> dict:
-    """config.json of a model folder, converted to diffusers' format if it is in an original one."""
-    config = read_json(folder / "config.json", CONFIG, "wanted the keys of a network: copy the folder again")
-    return from_original(config) if family_of_original(config) else config
 
 
 def trained_folder(path_or_preset: str) -> Path:

@@ -1,6 +1,6 @@
 """Model folders of the original repositories: convert their configurations both ways, and write their format."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,17 +8,39 @@ import torch
 from torch import Tensor
 
 from fastlightgen.atomic import write_json
+from fastlightgen.files.border import read_json
+from fastlightgen.files.kinds import CONFIG, WEIGHT_MAP
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import family_of, family_of_original
 from fastlightgen.models.folder.card import write_card
-from fastlightgen.models.folder.files import replacing, write_tensors
+from fastlightgen.models.folder.files import mapped, replacing, write_tensors
 from fastlightgen.models.keys import Format, Piece, Table, inverse
 
 SHARD_BYTES = 5 * 10**9
 
 
-def from_original(config: Mapping) -> dict:
-    """Convert an original config.json to diffusers' configuration of the same network."""
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder, converted to diffusers' format if it is in an original one."""
+    config = read_json(folder / "config.json", CONFIG, "wanted the keys of a network: copy the folder again")
+    if not (family := family_of_original(config)):
+        return config
+    assert family.original is not None
+    return from_original(config, stored_keys(folder) if family.original.marks else ())
+
+
+def stored_keys(folder: Path) -> list[str]:
+    """The keys of a folder's weights; [] if there are none, or only pickles."""
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        return list(read_json(index, WEIGHT_MAP, "copy the folder again")["weight_map"])
+    keys: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with mapped(file) as (found, _):
+            keys += found
+    return keys
+
+
+def from_original(config: Mapping, keys: Iterable[str] = ()) -> dict:
+    """Convert an original config.json to diffusers' configuration of the same network; `keys`: of its weights."""
     family = family_of_original(config)
     assert family is not None and family.original is not None, config.get("_class_name")
     form = family.original
@@ -29,6 +51,8 @@ def from_original(config: Mapping) -> dict:
         if key in form.fixed and value != form.fixed[key]:
             raise ValueError(f"config.json: {key} is {value!r}; only {form.fixed[key]!r} is supported")
     values = form.defaults | dict(config)
+    if known_keys := list(keys):
+        values |= {mark: any(k.startswith(start) for k in known_keys) for start, mark in form.marks.items()}
     width, heads = values[form.width], values[form.heads]
     if not (type(width) is type(heads) is int and heads > 0 and width % heads == 0):
         raise ValueError(
@@ -49,7 +73,8 @@ def original_config(config: Mapping) -> dict:
     out |= {original: config[key] for original, key in form.same.items()} | form.write(config)
     out = {key: list(value) if isinstance(value, tuple) else value for key, value in out.items()}
     family = family_of(config)
-    own, read = (asdict(family.settings(c)) for c in (config, from_original(out)))
+    stored = [source.key for source in form.keys(config).values()]
+    own, read = (asdict(family.settings(c)) for c in (config, from_original(out, stored)))
     for key, value in own.items():
         if read[key] != value:
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 from fastlightgen.config import preset, presets
 from fastlightgen.files.border import read_json
 from fastlightgen.models.families import family_of
+from fastlightgen.models.folder.experts import expert_of, experts_of
 from fastlightgen.models.folder.networks import config_of
 from fastlightgen.models.folder.weights import read_card
 
@@ -72,7 +73,8 @@ def preset_of(model: str | Path) -> str:
     if str(model) in presets():
         return str(model)
     network, (_, own) = comparable(config_of(model)), own_shift(Path(model))
-    same = [name for name in presets() if network == network_of(name)]
+    two = bool(experts_of(model) or expert_of(model))
+    same = [name for name in presets() if network == network_of(name) and two == bool(experts_of(name))]
     return min(same, key=lambda name: preset(name)["inference"]["shift"] != own, default="")
 
 

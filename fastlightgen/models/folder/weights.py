@@ -33,8 +33,8 @@ from fastlightgen.models.folder.files import (
     write_tensors,
 )
 from fastlightgen.models.folder.manifest import verify_files
-from fastlightgen.models.folder.networks import config_of, model_folder, read_config, trained_folder
-from fastlightgen.models.folder.original import SHARD_BYTES, key_table, save_original, to_original
+from fastlightgen.models.folder.networks import config_of, model_folder, trained_folder
+from fastlightgen.models.folder.original import SHARD_BYTES, key_table, read_config, save_original, to_original
 from fastlightgen.models.keys import Source, Table
 from fastlightgen.parallel.log import bar
 

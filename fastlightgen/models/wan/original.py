@@ -1,4 +1,4 @@
-"""The format of the original Wan2.1 repository: config.json and the keys of the checkpoint."""
+"""The format of the original repositories of Wan2.1 and Wan2.2 A14B: config.json and the keys of the checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,13 +8,15 @@ from fastlightgen.models.wan.keys import wan_table
 from fastlightgen.models.wan.layers import TEXT_TOKENS
 
 IMAGE_DIM = 1280  # width of CLIP ViT-H, a constant in the original code
+CLIP = "reads CLIP"
 
 
 def read(values: Mapping) -> dict[str, Any]:
-    """Further diffusers fields: `model_type` i2v means that the network reads an image embedding."""
+    """Further diffusers fields. A network with `model_type` i2v reads CLIP tokens in Wan2.1, and none in Wan2.2."""
     if values["model_type"] not in ("t2v", "i2v"):
         raise ValueError(f"config.json: model_type is {values['model_type']!r}; only 't2v' and 'i2v' are supported")
-    return {"image_dim": IMAGE_DIM, "added_kv_proj_dim": values["dim"]} if values["model_type"] == "i2v" else {}
+    embeds = values["model_type"] == "i2v" and values.get(CLIP, True)
+    return {"image_dim": IMAGE_DIM, "added_kv_proj_dim": values["dim"]} if embeds else {}
 
 
 def write(config: Mapping) -> dict[str, Any]:
@@ -24,7 +26,13 @@ def write(config: Mapping) -> dict[str, Any]:
         raise ValueError(
             f"{ORIGINAL.network}: image_dim is {image}; the original network's is {IMAGE_DIM}; leave original= out"
         )
-    return {"model_type": "t2v" if image is None else "i2v", "text_len": TEXT_TOKENS}
+    plain = config["in_channels"] == config["out_channels"]
+    return {"model_type": "t2v" if plain and image is None else "i2v", "text_len": TEXT_TOKENS}
+
+
+def boundary(config: Mapping) -> float:
+    """`boundary` in wan/configs/wan_t2v_A14B.py and wan_i2v_A14B.py of Wan2.2."""
+    return 0.875 if config["in_channels"] == config["out_channels"] else 0.9
 
 
 ORIGINAL = Format(
@@ -49,4 +57,6 @@ ORIGINAL = Format(
     fixed={"text_len": TEXT_TOKENS, "qk_norm": True, "window_size": [-1, -1]},
     read=read,
     write=write,
+    marks={"img_emb.": CLIP},
+    boundary=boundary,
 )

@@ -21,4 +21,4 @@ def write(config: Mapping) -> dict[str, Any]:
     return {"model_type": "ti2v", "text_len": TEXT_TOKENS}
 
 
-ORIGINAL = replace(WAN, read=read, write=write)
+ORIGINAL = replace(WAN, read=read, write=write, marks={}, boundary=None)
