@@ -5,7 +5,7 @@ x_t = (1 - t) x0 + t noise, and the networks predict v = noise - x0. Eq. 5 of th
 sign (x0 - x1); Eq. 4, Eq. 8 and the published checkpoints all need the sign used here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -53,12 +53,50 @@ def ladder(num_steps: int, shift: float) -> list[float]:
     return [1.0, *(shift_time(1 - i / num_steps, shift) for i in range(1, num_steps))]
 
 
-def draw_times(batch: int, shift: float, kind: str, generator: torch.Generator) -> Tensor:
-    """Draw t [B] from U(0, 1) or logit-normal, then shift it; on the CPU, so that every device sees the same draw."""
+WHOLE = (0.0, 1.0)  # all times
+
+
+def unshifted(shift: float, between: Sequence[float], low: float = 0.0, high: float = 1.0) -> tuple[float, float]:
+    """The part of the range [low, high] before the shift whose shifted times lie between two bounds."""
+    start, stop = (unshift_time(t, shift) for t in between)
+    if max(low, start) >= min(high, stop):
+        raise ValueError(
+            f"no time from {low:g} to {high:g} lies between {between[0]:g} and {between[1]:g} after the shift of "
+            f"{shift:g}; give another range, shift= or boundary="
+        )
+    return max(low, start), min(high, stop)
+
+
+def draw_times(
+    batch: int, shift: float, kind: str, generator: torch.Generator, between: Sequence[float] = WHOLE
+) -> Tensor:
+    """Draw t [B] from U(0, 1) or logit-normal, then shift it; on the CPU, so that every device sees the same draw.
+
+    `between` bounds the shifted times: the same distribution, given that t lies there.
+    """
+    low, high = unshifted(shift, between)
     u = rand(batch, generator)
-    if kind == "logit_normal":
+    if kind == "logit_normal" and tuple(between) == WHOLE:
         u = torch.sigmoid(randn(batch, generator))
-    return shift_time(u.clamp(1e-4, 1.0), shift)  # t = 0 has no noise to predict
+    elif kind == "logit_normal":  # by the inverse of its distribution function, which is the normal one of logit u
+        below = torch.special.ndtr(torch.tensor([low, high], dtype=torch.float64).logit())
+        u = torch.special.ndtri(below[0] + (below[1] - below[0]) * u.double()).sigmoid().float()
+    elif tuple(between) != WHOLE:
+        u = low + (high - low) * u
+    return shift_time(u.clamp(1e-4, 1.0), shift).clamp(*between)  # t = 0 has no noise to predict
+
+
+def rungs_between(times: Sequence[float], between: Sequence[float]) -> range:
+    """The rungs of a ladder whose times lie between two bounds, the upper one excluded unless it is 1."""
+    low, high = between
+    own = [i for i, t in enumerate(times) if low <= t < high or high == t == 1]
+    if not own:
+        shown = ", ".join(f"{t:.4g}" for t in times)
+        raise ValueError(
+            f"boundary: no rung of the ladder {shown} lies between {low:g} and {high:g}, where this expert predicts; "
+            "give another boundary=, steps= or shift="
+        )
+    return range(own[0], own[-1] + 1)
 
 
 Predict = Callable[[Tensor, float], Tensor]  # (x_t, t) -> v

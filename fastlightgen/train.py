@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from fastlightgen.config import (
+    EXPERTS,
     StageConfig,
     after_stage,
     compute_type,
@@ -36,6 +37,8 @@ from fastlightgen.engine.preview import Preview, World, turns
 from fastlightgen.engine.roles import Stage
 from fastlightgen.engine.writers import check_installed
 from fastlightgen.evaluate import can_score, evaluate_run
+from fastlightgen.models.experts import TwoExperts
+from fastlightgen.models.folder.experts import experts_of
 from fastlightgen.ops import attention, describe, float8
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
@@ -48,6 +51,7 @@ from fastlightgen.rng import generator, rand
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.check import shift_of_teacher
 from fastlightgen.stages.earlier import announcement, stages_of
+from fastlightgen.stages.experts import join, needs_partner, runs_of
 from fastlightgen.train_decoder import train_decoder
 from fastlightgen.train_rank import features_of, made_on, make_engine, rank_blocks
 from fastlightgen.world.builtin import BuiltIn
@@ -70,7 +74,7 @@ def train_all(cfg: Any) -> None:
     try:
         cfg = settled(cfg)
         set_up(cfg)
-        run(cfg)
+        run_all(cfg)
     except (Exception, KeyboardInterrupt) as err:
         if ranks.size() == 1:
             raise
@@ -82,6 +86,20 @@ def settled(cfg: Any) -> Any:
     """Return the configuration with the type that dtype=auto stands for on this device."""
     on_gpu = pick_device(cfg.device).type == "cuda"
     return with_type(cfg, compute_type(cfg.dtype, on_gpu, cfg.data != "shapes"))
+
+
+def run_all(cfg: Any) -> None:
+    """Run the command: of a model with two experts for both of them in turn, or for the one that `expert` names."""
+    runs = runs_of(cfg)
+    for one in runs:
+        run(one)
+    if experts_of(cfg.model) is None:
+        say(f"next: {after_stage(runs[0])}")
+    elif ranks.from_first(join(cfg)):
+        say(f"next: {after_stage(cfg)}")
+    else:
+        other = next(name for name in EXPERTS if name != cfg.expert)
+        say(f"next: the same command with expert={other}")
 
 
 def run(cfg: Any) -> None:
@@ -103,7 +121,6 @@ def run(cfg: Any) -> None:
             choose_threads(cfg)
             evaluate_run(cfg)
         say(f"report: {write_report(Path(cfg.run))}")
-    say(f"next: {after_stage(cfg)}")
 
 
 def choose_threads(cfg: Any) -> None:
@@ -116,7 +133,7 @@ def check_start(cfg: Any) -> None:
     """For dry_run=true: raise what would stop the start of the command before it reads weights."""
     if cfg.stage == "decoder":
         return
-    first, source = stages_of(cfg)[0], open_source(cfg.data, cfg.seed, cfg.negative)
+    first, source = stages_of(runs_of(cfg)[0])[0], open_source(cfg.data, cfg.seed, cfg.negative)
     check_latents(method_for(first).subject(first, None)[0], source.description)
 
 
@@ -164,6 +181,8 @@ def run_stage(cfg: Any, later: Sequence[StageConfig] = (), ratio: float | None =
     `later`: further stages whose memory is checked first, assuming that Stage I drops `ratio` of the blocks.
     """
     number, method = int(cfg.stage), method_for(cfg)
+    if cfg.boundary and not method.experts:
+        raise ValueError(f"method={method.name}: does not know models with two experts; use method=fastlightgen")
     device, source = pick_device(cfg.device), open_source(cfg.data, cfg.seed, cfg.negative)
     folder = open_folder(cfg, source)
     try:
@@ -211,14 +230,27 @@ def train_stage(
     look = None
     if cfg.engine == "deepspeed" and stage.teacher is not None:
         look = partial(with_.check_teacher, stage.teacher)
-    train_loop(stage, engine, folder, cfg, preview_of(cfg, with_.source, engine.device), look, choice)
+    preview = preview_of(cfg, with_.source, engine.device) if makes_clips(cfg, stage) else None
+    train_loop(stage, engine, folder, cfg, preview, look, choice)
     say(f"stage {stage.number}: {folder.result}")
+
+
+def makes_clips(cfg: StageConfig, stage: Stage) -> bool:
+    """Return whether the stage has all networks that a clip takes; one of two experts alone makes none."""
+    whole = not cfg.boundary or isinstance(stage.sampler()["model"], TwoExperts)
+    if not whole and cfg.sample_every:
+        say(f"no clips are made during training: they take both experts, and this stage has expert={cfg.expert} alone")
+    return whole
 
 
 def choice_of(cfg: Any, engine: Engine, source: Source, folder: StageFolder) -> Choice | None:
     """Return what chooses the weights that become the result (choose=best), or None."""
     if vars(cfg).get("choose") != "best":
         return None
+    if cfg.boundary and not needs_partner(cfg):
+        raise ValueError(
+            f"choose=best: makes clips, which take both experts, not expert={cfg.expert} alone; use choose=last"
+        )
     if not isinstance(engine, LocalEngine):
         raise ValueError(
             "choose=best: works with engine=local only; use choose=last, and keep_every= to choose among checkpoints"

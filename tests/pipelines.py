@@ -195,7 +195,8 @@ def hunyuan_i2v_token(folder: Path) -> Path:
 
 
 KINDS: dict[str, Callable[[Path], Path]] = {
-    f.__name__: f for f in (wan_t2v, wan_i2v, a14b, a14b_i2v, ti2v, ti2v_i2v, hunyuan_t2v, hunyuan_i2v, hunyuan_i2v_token)
+    f.__name__: f
+    for f in (wan_t2v, wan_i2v, a14b, a14b_i2v, ti2v, ti2v_i2v, hunyuan_t2v, hunyuan_i2v, hunyuan_i2v_token)
 }
 
 

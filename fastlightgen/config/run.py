@@ -90,6 +90,19 @@ class Run(Checked):
         choices=("off", "frozen"),
     )
     allow_pt: bool = field(False, ALLOW_PT, numbers=False)
+    expert: str = field(
+        "auto",
+        "of a model with two networks (Wan2.2 A14B) the one to train; high: at the times from the boundary up; low: "
+        "below it; both: one after the other; auto: both, or the one that model= names",
+        choices=("auto", *EXPERTS, "both"),
+    )
+    boundary: float = field(0.0, "the time at which two experts meet; 0: the model's own", lo=0, below=1)
+    partner: str = field(
+        "",
+        "stage=3 expert=low: model folder of the student of expert=high, which begins the rollouts; empty: that of the "
+        "same run",
+        numbers=False,
+    )
     engine: str = field(
         "local",
         "what runs the steps; local: one process; deepspeed: one process per GPU, started by torchrun",
@@ -170,6 +183,11 @@ class Run(Checked):
     threads: int = field(0, THREADS, lo=0, hi=MOST_THREADS, numbers=False, everyday=True)
     progress: bool = field(True, "show a progress bar", numbers=False)
     dry_run: bool = field(False, DRY_RUN, numbers=False)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The times at which the trained network predicts."""
+        return {"high": (self.boundary, 1.0), "low": (0.0, self.boundary)}.get(self.expert, (0.0, 1.0))
 
     def check(self) -> None:
         super().check()

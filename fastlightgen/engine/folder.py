@@ -29,6 +29,7 @@ RESTORE = "restore it or use another run="
 TYPE, USED = "dtype", "dtype_used"  # with dtype=auto a record holds the type that was computed in, too
 # Keys that a folder may be older than, with the value that it was made with.
 BEFORE = {"fp8": "off", "queries": 256, "score_steps": 8, "score_guidance": -1.0, "candidates": 4, "recovery": ""}
+BEFORE |= {"expert": "auto", "boundary": 0.0}
 ANEW = "use another run=, or overwrite=true to delete it and start anew"
 
 

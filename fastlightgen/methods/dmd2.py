@@ -18,6 +18,7 @@ from fastlightgen.rng import generator
 from fastlightgen.stages import discriminator, rival
 from fastlightgen.stages.adversarial import Adversarial, AdversarialConfig, AdversarialKeys, critic_walks
 from fastlightgen.stages.build import Builder
+from fastlightgen.stages.experts import rollout_walks
 from fastlightgen.stages.method import Method
 from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.rollouts import STUDENT
@@ -82,7 +83,7 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
         "teacher": Net(),
     }
     walked = [
-        Walk("student", [Route()], cfg.simulated),
+        *rollout_walks(cfg),
         Walk("student", [Route(grad=True)], students),
         Walk("teacher", rival.predictions(cfg, kept_text=True), students),
         *critic_walks(cfg, students, critics),
@@ -101,5 +102,6 @@ METHOD = Method(
     subject=rival.subject,
     inputs=rival.inputs,
     needs=rival.needs,
+    experts=False,
     savings=({"fake_arch": "pruned"},),
 )

@@ -154,5 +154,6 @@ METHOD = Method(
     subject=rival.subject,
     inputs=rival.inputs,
     needs=rival.needs,
+    experts=False,
     savings=({"target": "stopgrad"},),
 )

@@ -26,6 +26,7 @@ from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages import discriminator, rival
 from fastlightgen.stages.adversarial import Adversarial, AdversarialConfig, AdversarialKeys, critic_walks, twice
 from fastlightgen.stages.build import Builder
+from fastlightgen.stages.experts import rollout_walks
 from fastlightgen.stages.matching import distance
 from fastlightgen.stages.method import Method
 from fastlightgen.stages.networks import Networks
@@ -113,7 +114,7 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     # At alpha_weak the adapters change the keys and values of the null prompt with every update of the critic.
     real, kept_text = ("fake", False) if cfg.alpha_weak else ("teacher", True)
     walked = [
-        Walk("student", [Route()], cfg.simulated),
+        *rollout_walks(cfg),
         Walk("student", [Route(grad=True)], students, joined=2 if cfg.gt else 1),
         Walk(real, rival.predictions(cfg, kept_text=kept_text), students),
         *critic_walks(cfg, students, critics),
@@ -132,4 +133,5 @@ METHOD = Method(
     subject=rival.subject,
     inputs=rival.inputs,
     needs=rival.needs,
+    experts=False,
 )

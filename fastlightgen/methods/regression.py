@@ -94,4 +94,5 @@ METHOD = Method(
     subject=rival.subject,
     inputs=rival.inputs,
     needs=rival.needs,
+    experts=False,
 )

@@ -7,7 +7,8 @@ The design, which keeps everything else a matter of one network:
 - The rungs of a student's ladder belong to the experts by the same boundary. `high` leaves the ladder at its own rungs
   and needs nobody else. `low` starts from noise, and its frozen partner, the finished `high` student, takes the first
   rungs. So one network more is resident in Stage III of `low`, and nowhere else.
-- `Pair` is what samples: it picks the network by the time of the step. Rollouts, clips and commands call it as a model.
+- `TwoExperts` is what samples: it picks the network by the time of the step. Rollouts, clips and commands call it as a
+  model.
 - On disk a pair is two model folders (folder/experts.py); an export writes them as transformer/ and transformer_2/.
 """
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from fastlightgen.models.base import Cond, Stream, VideoDiT
 
 
-class Pair(nn.Module):
+class TwoExperts(nn.Module):
     """Both experts, called as one network at one time for the whole batch."""
 
     def __init__(self, high: VideoDiT, low: VideoDiT, boundary: float):
@@ -69,4 +70,4 @@ class Pair(nn.Module):
         return self.high.block_calls + self.low.block_calls
 
 
-Model = VideoDiT | Pair  # whatever samples
+Model = VideoDiT | TwoExperts  # whatever samples

@@ -20,7 +20,7 @@ from fastlightgen.models.folder.weights import file_values, load_model
 from fastlightgen.parallel.clock import clock
 from fastlightgen.parallel.log import say
 from fastlightgen.rng import rows
-from fastlightgen.stages.check import check_source, check_teacher, require_embedded
+from fastlightgen.stages.check import check_expert, check_source, check_teacher, require_embedded
 
 HELD_OUT = 32  # held-out clips on which a guard measures
 
@@ -99,6 +99,7 @@ class Builder:
     def check_source(self, net: VideoDiT, card: dict[str, Any]) -> None:
         """Raise if the cache was made for another network; warn if Stage II learned with another null prompt."""
         check_source(self.source, net, card, self.cfg.data)
+        check_expert(self.cfg, card)
         learned, now = card.get("negative", "empty"), self.cfg.negative
         if card.get("stage") == 2 and learned != now:
             say(f"warning: negative={now}: Stage II learned with negative={learned}; its pruned path knows that one")
@@ -134,5 +135,6 @@ class Builder:
         """
         made_with = self.source.description
         values |= {key: made_with[key] for key in ("vae", "world", "clips") if key in made_with}
+        values |= {key: getattr(self.cfg, key) for key in ("expert", "boundary") if self.cfg.boundary}
         values |= {"negative": "official"} if self.cfg.negative == "official" else {}
         return values | ({"teacher_guidance": "embedded"} if self.guidance is not None else {})

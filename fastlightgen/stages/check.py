@@ -42,6 +42,16 @@ def check_source(source: Source, model: VideoDiT, card: dict, data: str) -> None
             )
 
 
+def check_expert(cfg: StageConfig, card: dict) -> None:
+    """Raise if the network was trained as another expert, or for other times."""
+    for key, wanted in (("expert", cfg.expert), ("boundary", cfg.boundary)):
+        if (got := card.get(key)) is not None and got != wanted:
+            raise ValueError(
+                f"{key}={wanted}: the network was trained with {key}={got}; give {key}={got}, or the network before "
+                "its training"
+            )
+
+
 def require_embedded(embeds: bool) -> None:
     """Raise if a network for teacher_guidance=embedded reads no guidance scale."""
     if not embeds:
@@ -84,6 +94,11 @@ def teacher_errors(model: VideoDiT, source: Source, seed: int) -> dict[float, tu
 def check_teacher(cfg: StageConfig, model: VideoDiT, source: Source) -> None:
     """Warn or raise (data_check) if the teacher cannot reproduce the clips: the commonest silent failure."""
     if cfg.data_check == "off" or "family" not in source.description:  # only a cache can be of another VAE
+        return
+    if cfg.bounds[0] > max(TIMES):
+        say(
+            f"the teacher predicts at times from {cfg.bounds[0]:g} on, where hardly anything is left of a clip to check"
+        )
         return
     with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
         errors = teacher_errors(model, source, cfg.seed)

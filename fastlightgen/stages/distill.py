@@ -19,6 +19,7 @@ from fastlightgen.planner.step import Iteration, Net, Walk
 from fastlightgen.planner.walk import Route
 from fastlightgen.rng import generator
 from fastlightgen.stages.build import Builder
+from fastlightgen.stages.experts import partner, partner_net, rollout_walks
 from fastlightgen.stages.guided import student_gradient
 from fastlightgen.stages.keys import MatchingKeys
 from fastlightgen.stages.matching import dmd_loss
@@ -118,7 +119,7 @@ def build(cfg: Config, with_: Builder) -> Distill:
     with_.checkpoint(cfg, student, fake)
     say(f"learning rates: student {cfg.lr:g}, critic {cfg.critic_lr:g}")
     nets = Networks(student, teacher, path, fake, fake_keep, trained or fake, trained is not None, original)
-    nets.scale = with_.guidance
+    nets.scale, nets.partner = with_.guidance, partner(cfg, with_)
     stage = Distill(cfg, nets, with_.batches, with_.card(source=card.get("source"), kept_blocks=result.kept))
     stage.roles["student"].file_values = with_.file_values(start.folder, start.path)
     if trained is None:  # adapters start from values of their own
@@ -143,8 +144,9 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     predicted = [[v_pc, v_pn, v_uc]] if cfg.guidance_times == "same" else [[v_pc, v_uc], [v_pc, v_pn]]
     if cfg.teacher_guidance == "embedded":
         predicted = [[v_pc, v_uc]]
+    nets |= partner_net(cfg, net, nets["student"])
     walked = [
-        Walk("student", [Route()], cfg.simulated),
+        *rollout_walks(cfg),
         Walk("student", [Route(grad=True)], students),
         Walk("fake", [Route(keep=fake_path)], students),
         Walk("fake", [Route(keep=fake_path, grad=True)], critics),

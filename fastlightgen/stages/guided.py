@@ -25,6 +25,9 @@ class Scores(Protocol):
     t_clamp: list[float]
     normaliser: str
 
+    @property
+    def bounds(self) -> tuple[float, float]: ...
+
 
 class Keys(Scores, Protocol):
     """The keys of the well-guided teacher."""
@@ -89,8 +92,9 @@ def eq8(
 def renoised(
     cfg: Scores, x0: Tensor, gen: torch.Generator, between: Sequence[float] = (0.0, 1.0)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (t, x_t, noise): clips of the student, noised to a time between two bounds."""
-    t = score_times(len(x0), cfg.score_shift or cfg.shift, cfg.t_clamp, gen, between).to(x0.device)
+    """Return (t, x_t, noise): clips of the student, noised to a time between two bounds, and of this expert."""
+    inside = [min(max(t, cfg.bounds[0]), cfg.bounds[1]) for t in between]
+    t = score_times(len(x0), cfg.score_shift or cfg.shift, cfg.t_clamp, gen, inside).to(x0.device)
     noise = normal_like(x0, gen)
     return t, flow.add_noise(x0, noise, t), noise
 

@@ -107,12 +107,3 @@ class MatchingKeys(FewStepKeys):
         critics = self.order.critics_per_step
         start = self.critic_start / (self.iters * critics)  # share of the iterations without the student
         return (1 - start) * critics / self.ratio, critics
-
-    @property
-    def simulated(self) -> float:
-        """Return the mean number of the student's steps without gradient in an iteration: those of its rollouts."""
-        students, critics = self.updates
-        if self.rollouts == "shared":  # one walk of the ladder for `ratio` critic updates
-            return self.steps * critics / self.ratio
-        early = (self.steps - 1) / 2 if self.rollout == "simulate" else 0  # mean number of steps before the exit
-        return students * early + critics * (early + 1)

@@ -50,4 +50,5 @@ class Method:
     inputs: Callable[[Any], Mapping[str, Any]] = nothing  # results of earlier stages that affect this one
     needs: Callable[[Any], str] = no_stage  # the stage whose result in the run folder this one reads
     leaves: Callable[[Any], str] = both_paths  # of Stage II: BOTH, ALONE or SILENCED
+    experts: bool = True  # does it know models with two experts?
     savings: Sequence[Mapping[str, Any]] = field(default=())  # values of its own keys that save memory

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlightgen import flow
 from fastlightgen.data.source import Batch
-from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.experts import Model
 from fastlightgen.rng import generator, normal_like, rows
 
 STUDENT, FAKE, RUNGS, WALK = 5, 6, 12, 13  # the purposes of the random draws
@@ -96,11 +96,15 @@ class Rollouts:
         self,
         cfg: Keys,
         order: Order,
-        student: VideoDiT,
+        student: Model,
         times: Sequence[float],
         batches: Callable[[int], Batch],
+        own: range | None = None,
     ):
-        self.cfg, self.order, self.student, self.times, self.batches = cfg, order, student, times, batches
+        """`own`: the rungs at which the trained network predicts; None: all. A partner takes those before them."""
+        self.own = range(len(times)) if own is None else own
+        self.cfg, self.order, self.student, self.batches = cfg, order, student, batches
+        self.times = times[: self.own.stop]
         self.shared = cfg.rollouts == "shared"
         self.walks: dict[range, Walk] = {}  # of update `walked`: this process's share of the clips -> their walk
         self.walked: int | None = None
@@ -143,10 +147,14 @@ class Rollouts:
         number = g - min(0, self.order.next_student(0))  # counts all walks from 0, those of the critic's start too
         cfg, batch, gen = self.cfg, self.batches(number), generator(self.cfg.seed, WALK, number)
         noise = x = normal_like(batch.x0, gen)
-        inputs, x0 = [], []
+        inputs, x0 = list[Tensor](), list[Tensor]()
         for rung, t in enumerate(self.times):
             if cfg.rollout == "data":
                 x = flow.add_noise(batch.x0, noise, t)
+                if rung not in self.own:  # nobody reads what would follow from it
+                    inputs.append(x)
+                    x0.append(x)
+                    continue
             v = self.student(x, t, batch.cond)
             inputs.append(x)
             x0.append(x - t * v)
@@ -155,16 +163,16 @@ class Rollouts:
         return Walk(batch, inputs, x0)
 
     def rung(self, purpose: int, number: int, gen: torch.Generator) -> int:
-        """Return the exit rung of an update: one for the whole batch, the same on every rank.
+        """Return the exit rung of an update, an own one: one for the whole batch, the same on every rank.
 
         rungs=cycled: each cycle of N updates leaves once at each of the N rungs, in an order of its own. With one order
         for all cycles, a log of every second update would show the same half of the rungs for ever.
         """
-        count = len(self.times)
+        count = len(self.own)
         if self.cfg.rungs == "random":
-            return int(torch.randint(count, (), generator=gen))
+            return self.own[int(torch.randint(count, (), generator=gen))]
         cycle, place = divmod(number, count)
-        return int(torch.randperm(count, generator=generator(self.cfg.seed, RUNGS, purpose, cycle))[place])
+        return self.own[int(torch.randperm(count, generator=generator(self.cfg.seed, RUNGS, purpose, cycle))[place])]
 
     def input_for_student(self, g: int, gen: torch.Generator) -> Clips:
         """Return the inputs of the student's last step in its update g, in place of the clips that this step makes."""

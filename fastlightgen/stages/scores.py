@@ -39,6 +39,9 @@ class EvaluationKeys(ClipKeys, Protocol):
     shift: float
     seed: int
 
+    @property
+    def bounds(self) -> tuple[float, float]: ...
+
 
 def evaluation_clips(cfg: ClipKeys, batches: Callable[[int], Batch]) -> Iterator[tuple[int, Batch]]:
     """Yield (number of the first clip, clips), `clips` in all."""
@@ -49,7 +52,7 @@ def evaluation_clips(cfg: ClipKeys, batches: Callable[[int], Batch]) -> Iterator
 
 def evaluation_set(cfg: EvaluationKeys, batches: Callable[[int], Batch]) -> Iterator[Sample]:
     """Yield `clips` clips at `timesteps` stratified times each; all candidates see the same x0, noise and t."""
-    low, high = cfg.t_range
+    low, high = flow.unshifted(cfg.shift, cfg.bounds, *cfg.t_range)
     for start, batch in evaluation_clips(cfg, batches):
         x0, cond = batch.x0, batch.cond
         for k in range(cfg.timesteps):
@@ -79,7 +82,8 @@ def denoising_error(
 
 def held_out_error(net: VideoDiT, batch: Batch, cfg: Any, keep: Sequence[int] | None = None) -> float:
     """The mean of Eq. 4 over held-out clips, as many at a time as in training, for memory."""
-    times = flow.shift_time(torch.linspace(0.02, 0.98, len(batch.x0)), cfg.shift)
+    low, high = flow.unshifted(cfg.shift, cfg.bounds, 0.02, 0.98)
+    times = flow.shift_time(torch.linspace(low, high, len(batch.x0)), cfg.shift)
     noise = normal_like(batch.x0, generator(cfg.seed, HELD_OUT))
     measure = partial(denoising_error, net, keep)
     at_once = cfg.micro_batch or max(1, cfg.batch // ranks.shares(cfg.sequence_parallel)[1])

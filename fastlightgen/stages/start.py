@@ -10,6 +10,7 @@ from fastlightgen.engine.folder import as_used, read_run
 from fastlightgen.models.families import depth, family_of, narrowed
 from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import read_card
+from fastlightgen.stages.experts import partner_used
 from fastlightgen.stages.method import BOTH, SILENCED, Guess, Subject
 
 
@@ -172,7 +173,7 @@ def subject(cfg: Keys, guess: Guess | None = None) -> Subject:
 def inputs(cfg: Keys) -> dict[str, Any]:
     """Return the settings of the run's own Stage II: another Stage II makes another student."""
     if cfg.stage2_model:
-        return {}
+        return partner_used(cfg)
     made = as_used(read_run(Path(cfg.run)).get("stage2") or {})
     keys = numbers(root("2", {"2": made.get("method", "fastlightgen")})(run=cfg.run))
-    return {"stage2_made_with": {k: made[k] for k in [*keys, "ranking_used"] if k in made}}
+    return {"stage2_made_with": {k: made[k] for k in [*keys, "ranking_used"] if k in made}} | partner_used(cfg)

@@ -15,6 +15,7 @@ from fastlightgen.config import Run
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.roles import Role, Update
 from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.experts import Model, TwoExperts
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.rng import generator
 from fastlightgen.stages.guided import renoised
@@ -40,14 +41,22 @@ class FewStep:
     cfg: FewStepConfig
 
     def __init__(
-        self, cfg: FewStepConfig, student: VideoDiT, teacher: VideoDiT, card: dict[str, Any], scale: float | None
+        self,
+        cfg: FewStepConfig,
+        student: VideoDiT,
+        teacher: VideoDiT,
+        card: dict[str, Any],
+        scale: float | None,
+        partner: VideoDiT | None = None,
     ):
-        """`scale`: the guidance that the student reads as a number; None: it reads none."""
+        """`scale`: the guidance that the student reads as a number; None: it reads none. `partner`: see Networks."""
         self.cfg, self.student, self.teacher, self.card, self.iters = cfg, student, teacher, card, cfg.iters
         self.guidance = scale or 1.0
         self.times = flow.ladder(cfg.steps, cfg.shift)
+        # What makes clips: the student, after its partner's rungs.
+        self.sampled: Model = TwoExperts(partner, student, cfg.boundary) if partner else student
         self.roles = {"student": Role.of(student, cfg, ema=cfg.ema, ema_start=cfg.ema_start)}
-        self.frozen = [teacher]
+        self.frozen = [teacher, *[partner] * bool(partner)]
 
     def begin(self) -> None:
         """Nothing to measure before training."""
@@ -56,7 +65,7 @@ class FewStep:
         """Nothing to check beyond the loop's own checks."""
 
     def sampler(self) -> dict[str, Any]:
-        return {"model": self.student, "times": self.times, "guidance": self.guidance, "kind": self.cfg.sampler}
+        return {"model": self.sampled, "times": self.times, "guidance": self.guidance, "kind": self.cfg.sampler}
 
     def save(self, folder: Path, write: Callable[..., Any] = save_model) -> None:
         card = {"stage": 3, "ladder": self.times, "shift": self.cfg.shift, "sampler": self.cfg.sampler}
@@ -70,12 +79,14 @@ class Matching(FewStep):
     cfg: MatchingConfig
 
     def __init__(self, cfg: MatchingConfig, nets: Networks, batches: Callable[[int], Batch], card: dict[str, Any]):
-        super().__init__(cfg, nets.student, nets.teacher, card, nets.scale)
+        super().__init__(cfg, nets.student, nets.teacher, card, nets.scale, nets.partner)
         self.nets, self.order = nets, cfg.order
-        self.rollouts = Rollouts(cfg, self.order, nets.student, self.times, batches)
+        own = flow.rungs_between(self.times, cfg.bounds)
+        self.rollouts = Rollouts(cfg, self.order, self.sampled, self.times, batches, own)
         host = nets.teacher if nets.lora else None
         self.roles["fake"] = Role.of(nets.fake_trained, cfg, cfg.critic_lr, title="critic", host=host)
-        self.frozen = [net for net in ((None if nets.lora else nets.teacher), nets.original) if net is not None]
+        frozen = (None if nets.lora else nets.teacher), nets.original, nets.partner
+        self.frozen = [net for net in frozen if net is not None]
 
     def updates(self, step: int) -> list[Update]:
         """Return the student's update, if it is due, then the critic's; see `Order`."""

@@ -56,7 +56,7 @@ def noised(batch: Batch, cfg: Any, *keys: int) -> tuple[Tensor, Tensor, Tensor, 
     """Draw times, noise and dropped prompts, as stages 0 and 2 do: return (x_t, t, noise, cond)."""
     gen = generator(*keys)
     size = batch.x0.shape[0]
-    t = flow.draw_times(size, cfg.shift, cfg.time, gen).to(batch.x0.device)
+    t = flow.draw_times(size, cfg.shift, cfg.time, gen, cfg.bounds).to(batch.x0.device)
     cond = batch.drop_text(rand(size, gen) < cfg.text_dropout)
     noise = normal_like(batch.x0, gen)
     return flow.add_noise(batch.x0, noise, t), t, noise, cond

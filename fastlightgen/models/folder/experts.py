@@ -2,7 +2,7 @@
 
     pipeline of diffusers   transformer/, transformer_2/, and boundary_ratio in model_index.json
     original repository     high_noise_model/, low_noise_model/; the boundary is that of the released model
-    run folder              high/, low/; the latest result of each, whose cards name the boundary
+    result of a stage       high/, low/, links to the results of both runs; their cards name the boundary
 
 `high` predicts at the times t >= boundary, `low` below it. A preset of such a model has the key `boundary`.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastlightgen.config import EXPERTS, preset, presets
 from fastlightgen.files.border import read_json
-from fastlightgen.files.kinds import PIPELINE
+from fastlightgen.files.schema import record
 from fastlightgen.models.families import family_of
 from fastlightgen.models.folder.card import read_card
 from fastlightgen.models.folder.original import read_config
@@ -44,34 +44,27 @@ def experts_of(model: str | Path) -> Experts | None:
     if (folder / "config.json").is_file():
         return None
     for parts in (ORIGINAL_PARTS, EXPERTS):
-        places = [latest(folder / part) for part in parts]
-        if any(places):
-            high, low = (present(folder, part, place) for part, place in zip(parts, places, strict=True))
+        if any((folder / part / "config.json").is_file() for part in parts):
+            high, low = (present(folder, part) for part in parts)
             return checked(folder, high, low, boundary_of(folder, high, low))
     return None
 
 
-def latest(folder: Path) -> Path | None:
-    """The folder itself if it is a model folder, or the latest result in the folder of a run; None if there is none."""
-    if (folder / "config.json").is_file():
-        return folder
-    return next((file.parent for file in sorted(folder.glob("stage[0-9]/model/config.json"), reverse=True)), None)
-
-
-def present(folder: Path, part: str, place: Path | None) -> Path:
-    if place is None:
+def present(folder: Path, part: str) -> Path:
+    """The folder of one expert, if it is a model folder."""
+    if not (folder / part / "config.json").is_file():
         raise ValueError(
             f"{folder}: has two experts, and {part}/ holds no model; copy or train it, or give the folder of the other "
             "one alone"
         )
-    return place
+    return folder / part
 
 
 def of_pipeline(folder: Path) -> Experts | None:
     """The experts of a pipeline folder of diffusers."""
-    index = read_json(folder / INDEX, PIPELINE, "copy the folder again")
+    index = read_json(folder / INDEX, record({}), "copy the folder again")
     boundary, part = index.get("boundary_ratio"), index.get(PIPELINE_PARTS[1])
-    named = isinstance(part, list) and part[1] is not None
+    named = isinstance(part, list) and part[-1:] not in ([], [None])
     if boundary is None and not named:
         return None
     if not named:
@@ -79,7 +72,7 @@ def of_pipeline(folder: Path) -> Experts | None:
             f"{folder}: {INDEX} has a boundary_ratio, as Wan2.2 A14B has, and no transformer_2; copy the folder again, "
             "or for a pipeline of one network delete boundary_ratio"
         )
-    high, low = (present(folder, part, latest(folder / part)) for part in PIPELINE_PARTS)
+    high, low = (present(folder, part) for part in PIPELINE_PARTS)
     if not isinstance(boundary, float) or not 0 < boundary < 1:
         raise ValueError(
             f"{folder}: {INDEX} names two experts and the boundary_ratio {boundary}; wanted a number between 0 and 1, "

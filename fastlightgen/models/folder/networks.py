@@ -46,7 +46,7 @@ def model_folder(path: str | Path) -> Path:
         if (folder / "transformer" / "config.json").is_file():
             return folder / "transformer"
         raise ValueError(f"{folder}: a pipeline without transformer/config.json; give one with a video transformer")
-    if results := [file.parent for file in sorted(folder.glob("stage[0-9]/model/config.json"))]:
+    if results := [file for file in sorted(folder.glob("stage[0-9]/model")) if any(file.glob("**/config.json"))]:
         raise ValueError(f"model={path}: is the folder of a run; give model={results[-1]}, its latest result")
     raise ValueError(f"model={path}: neither a folder with config.json nor a preset ({', '.join(presets())})")
 

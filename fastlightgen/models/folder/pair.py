@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlightgen.config import EXPERTS
-from fastlightgen.models.experts import Model, Pair
+from fastlightgen.models.experts import Model, TwoExperts
 from fastlightgen.models.folder.experts import PIPELINE_PARTS, Experts, expert_of, experts_of
 from fastlightgen.models.folder.networks import model_folder
 from fastlightgen.models.folder.weights import load_model, read_card
@@ -37,7 +37,7 @@ def load_sampler(model: str | Path, device: Any = None, dtype: Any = None, allow
             )
         return load_model(model, device, dtype, allow_pt=allow_pt)
     high, low = (load_model(place, device, dtype, allow_pt=allow_pt) for place in (pair.high, pair.low))
-    return Pair(high, low, pair.boundary)
+    return TwoExperts(high, low, pair.boundary)
 
 
 def sampler_card(model: str | Path) -> dict[str, Any]:
