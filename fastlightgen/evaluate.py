@@ -22,7 +22,8 @@ from fastlightgen.files.kinds import SHIPPED
 from fastlightgen.files.tensors import save_tensors
 from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled, interval
 from fastlightgen.metrics.speed import Speed, clocked, counted, warning
-from fastlightgen.models.folder.weights import config_of, load_model, read_card, read_tensors, trained_folder
+from fastlightgen.models.folder.pair import load_sampler, sampler_card
+from fastlightgen.models.folder.weights import config_of, read_card, read_tensors, trained_folder
 from fastlightgen.models.sample import sampling_plan
 from fastlightgen.parallel.log import say
 from fastlightgen.parallel.threads import set_threads
@@ -55,13 +56,13 @@ def load_subject(cfg: Evaluate, model: str, name: str, title: str) -> Subject:
             "measure its videos (videos=FOLDER real=FOLDER)"
         )
     check_model(folder, ShapesSource.description)
-    card = read_card(folder)
+    card = sampler_card(folder)
     keep = None
     if cfg.path == "pruned":
         keep = card.get("pruned_path")
         if keep is None and card.get("stage") != 2:  # other methods of Stage II leave the pruned network alone
             raise ValueError(f"path=pruned: {folder} names no pruned_path; wanted a model that stage=2 made")
-    net = load_model(folder, pick_device(cfg.device), allow_pt=cfg.allow_pt).requires_grad_(False)
+    net = load_sampler(folder, pick_device(cfg.device), allow_pt=cfg.allow_pt).requires_grad_(False)
     plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler, net.released, force=cfg.force)
     return Subject(name, title, net, folder, plan, keep)
 
@@ -78,7 +79,7 @@ def measure(cfg: Evaluate, subject: Subject, teacher: Result | None = None) -> R
         "world": WORLD,
         "num_params": subject.num_params,
         "num_blocks": len(subject.keep or range(subject.model.num_blocks)),
-        "kept_blocks": subject.keep or read_card(subject.folder).get("kept_blocks"),
+        "kept_blocks": subject.keep or sampler_card(subject.folder).get("kept_blocks"),
         "sampler": {
             "kind": subject.plan["kind"],
             "steps": len(subject.plan["times"]),

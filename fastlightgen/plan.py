@@ -30,6 +30,7 @@ from fastlightgen.planner.advice import faster, machines, recipe_for
 from fastlightgen.planner.budget import PAPER, Budget, budget, load_network, paper_operations
 from fastlightgen.planner.remedies import price, remedies, words
 from fastlightgen.stages.check import require_embedded
+from fastlightgen.stages.experts import runs_of
 from fastlightgen.stages.recovery import recovery_plan
 from fastlightgen.stages.start import require_fitting
 from fastlightgen.world.source import ShapesSource
@@ -70,7 +71,8 @@ def room_of(cfg: Plan) -> float:
 
 
 def one(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
-    """Return the plan of one run, as lines and as a record."""
+    """Return the plan of one run, as lines and as a record; of two experts that of the low-noise one, the larger."""
+    cfg = runs_of(cfg)[-1]
     config = config_of(cfg.model)
     net, cfg = network_of(cfg, config)
     if vars(cfg).get("teacher_guidance") == "embedded":
@@ -134,16 +136,18 @@ def advice(net: Network, cfg: Plan, b: Budget, changes: Sequence[tuple[str, Budg
 
 
 def title(net: Network, cfg: Plan) -> list[str]:
-    """Return the two lines that name the network and the machine."""
+    """Return the lines that name the network and the machine."""
     sharding = "one process" if cfg.engine == "local" else f"ZeRO-{cfg.zero}, offload {cfg.offload}"
     if cfg.sequence_parallel > 1:
         sharding += f", sequence parallel {cfg.sequence_parallel}"
     hosts = math.ceil(cfg.gpus / cfg.gpus_per_node)
     where = f" in {hosts} hosts of {cfg.gpus_per_node}" if hosts > 1 else ""
     clips = cfg.groups * cfg.micro * cfg.accumulation
+    expert = [f"expert={cfg.expert} alone; the other one's turn takes as long"] if cfg.boundary else []
     return [
         f"{cfg.model}, stage {cfg.stage}: {net.params:,} parameters, {len(net.blocks)} blocks, {cfg.size}",
         f"{cfg.gpus} x {cfg.gpu}{where}, {sharding}, {cfg.dtype}, {clips} clips per iteration",
+        *expert,
     ]
 
 
@@ -219,7 +223,7 @@ def table(cfg: Plan) -> tuple[list[str], dict[str, Any]]:
         size = cfg.size or sampling(name).values["size"]
         net = load_network(config_of(name), size, cfg.text_tokens)
         for stage in PLANNED:
-            cells = {gpu: cell(net, another_stage(cfg, stage, model=name, gpu=gpu)) for gpu in TABLE}
+            cells = {gpu: cell(net, runs_of(another_stage(cfg, stage, model=name, gpu=gpu))[-1]) for gpu in TABLE}
             rows.append([name, size, stage, *(cells[gpu]["text"] for gpu in TABLE)])
             record["rows"].append({"model": name, "size": size, "stage": stage, "gpus": cells})
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -51,7 +51,7 @@ from fastlightgen.rng import generator, rand
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.check import shift_of_teacher
 from fastlightgen.stages.earlier import announcement, stages_of
-from fastlightgen.stages.experts import join, needs_partner, runs_of
+from fastlightgen.stages.experts import check_expert_run, join, runs_of
 from fastlightgen.train_decoder import train_decoder
 from fastlightgen.train_rank import features_of, made_on, make_engine, rank_blocks
 from fastlightgen.world.builtin import BuiltIn
@@ -95,7 +95,7 @@ def run_all(cfg: Any) -> None:
         run(one)
     if experts_of(cfg.model) is None:
         say(f"next: {after_stage(runs[0])}")
-    elif ranks.from_first(join(cfg)):
+    elif ranks.from_first(ranks.rank() == 0 and join(cfg)):
         say(f"next: {after_stage(cfg)}")
     else:
         other = next(name for name in EXPERTS if name != cfg.expert)
@@ -181,8 +181,7 @@ def run_stage(cfg: Any, later: Sequence[StageConfig] = (), ratio: float | None =
     `later`: further stages whose memory is checked first, assuming that Stage I drops `ratio` of the blocks.
     """
     number, method = int(cfg.stage), method_for(cfg)
-    if cfg.boundary and not method.experts:
-        raise ValueError(f"method={method.name}: does not know models with two experts; use method=fastlightgen")
+    check_expert_run(cfg)
     device, source = pick_device(cfg.device), open_source(cfg.data, cfg.seed, cfg.negative)
     folder = open_folder(cfg, source)
     try:
@@ -247,10 +246,6 @@ def choice_of(cfg: Any, engine: Engine, source: Source, folder: StageFolder) -> 
     """Return what chooses the weights that become the result (choose=best), or None."""
     if vars(cfg).get("choose") != "best":
         return None
-    if cfg.boundary and not needs_partner(cfg):
-        raise ValueError(
-            f"choose=best: makes clips, which take both experts, not expert={cfg.expert} alone; use choose=last"
-        )
     if not isinstance(engine, LocalEngine):
         raise ValueError(
             "choose=best: works with engine=local only; use choose=last, and keep_every= to choose among checkpoints"

@@ -18,9 +18,10 @@ from fastlightgen.evaluation import vbench as suite
 from fastlightgen.evaluation.vbench import Prompt, read_prompts, read_results, summary
 from fastlightgen.files.border import read_json
 from fastlightgen.files.schema import record
-from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.experts import Model
+from fastlightgen.models.folder.pair import load_sampler, sampler_card
 from fastlightgen.models.folder.released import sampling
-from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
+from fastlightgen.models.folder.weights import trained_folder
 from fastlightgen.models.sample import sample, sampling_plan
 from fastlightgen.parallel.log import bar, say
 from fastlightgen.parallel.threads import set_threads
@@ -111,7 +112,7 @@ def write_videos(cfg: VBench, out: Path, wanted: Sequence[tuple[Prompt, int]]) -
     pipeline = Path(cfg.pipeline) if cfg.pipeline else folder
     if not is_pipeline(pipeline):
         raise ValueError(f"pipeline is required: model={cfg.model} is no pipeline folder; give that of its teacher")
-    defaults, card = dict(sampling(pipeline).values), read_card(folder)
+    defaults, card = dict(sampling(pipeline).values), sampler_card(folder)
     plan = sampling_plan(card, cfg.steps, cfg.guidance, cfg.sampler, defaults, force=cfg.force)
     size = cfg.size or card.get("clips", defaults)["size"]
     left = [(prompt, k) for prompt, k in own if not (out / "videos" / prompt.file(k)).is_file()]
@@ -123,7 +124,7 @@ def write_videos(cfg: VBench, out: Path, wanted: Sequence[tuple[Prompt, int]]) -
         world = Pipeline(pipeline, device, dtype, size)
         if not world.encoders.from_image:
             raise ValueError(f"pipeline={pipeline}: makes videos from text alone; VBench-I2V begins with a picture")
-        model = load_model(folder, device, dtype, allow_pt=cfg.allow_pt).requires_grad_(False)
+        model = load_sampler(folder, device, dtype, cfg.allow_pt).requires_grad_(False)
         if pipeline != folder:
             check_fits(model.config, pipeline)
         with bar(len(left), "VBench-I2V videos", cfg.progress, unit="video") as ticks:
@@ -133,7 +134,7 @@ def write_videos(cfg: VBench, out: Path, wanted: Sequence[tuple[Prompt, int]]) -
 
 
 def made(
-    cfg: VBench, world: Pipeline, model: VideoDiT, plan: dict[str, Any], left: Sequence[tuple[Prompt, int]]
+    cfg: VBench, world: Pipeline, model: Model, plan: dict[str, Any], left: Sequence[tuple[Prompt, int]]
 ) -> Iterator[tuple[Prompt, int, NDArray]]:
     """Yield (prompt, number, frames) of each video; its noise depends on the seed, the prompt's place, the number."""
     device = next(model.parameters()).device

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastlightgen.config import presets
 from fastlightgen.models.folder.networks import config_of
-from fastlightgen.models.folder.weights import read_card
+from fastlightgen.models.folder.pair import sampler_card
 
 
 def check_version(
@@ -46,7 +46,7 @@ def check_model(model: str | Path, description: Mapping[str, Any]) -> None:
     """
     if "world" not in description or str(model) in presets():
         return
-    card = read_card(model)
+    card = sampler_card(model)
     if (stage := card.get("stage")) is None or not same_latents(config_of(model), description):
         return
     remedy = f"train it again (stage={stage}) or use the release that made it"

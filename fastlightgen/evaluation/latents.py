@@ -22,8 +22,9 @@ from fastlightgen.evaluation.sets import Statistics, differences, distances, int
 from fastlightgen.metrics.frechet import normalise
 from fastlightgen.metrics.intervals import MIN_CLIPS
 from fastlightgen.metrics.latent import latent_features
-from fastlightgen.models.base import VideoDiT
-from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
+from fastlightgen.models.experts import Model
+from fastlightgen.models.folder.pair import load_sampler, sampler_card
+from fastlightgen.models.folder.weights import trained_folder
 from fastlightgen.models.sample import sample, sampling_plan
 from fastlightgen.parallel.log import bar, say
 from fastlightgen.parallel.threads import set_threads
@@ -42,7 +43,7 @@ AT_ONCE = 2_000_000  # numbers of the latents of one network call: one clip of 4
 class Sampled:
     """A network with its plan, and what was measured of its latents."""
 
-    net: VideoDiT
+    net: Model
     folder: Path
     plan: dict[str, Any]
     keep: list[int] | None
@@ -91,12 +92,12 @@ def evaluate_latents(cfg: Evaluate) -> None:
 def opened(cfg: Evaluate, model: str, source: Source, device: torch.device, own: bool = False) -> Sampled:
     """Load a network; `own`: with its own sampling plan, whatever the keys ask of the student."""
     folder = trained_folder(model)
-    card = read_card(folder)
+    card = sampler_card(folder)
     keep = None
     if cfg.path == "pruned" and not own and (keep := card.get("pruned_path")) is None:
         raise ValueError(f"path=pruned: {folder} names no pruned_path; wanted a model that stage=2 made")
     dtype = getattr(torch, compute_type("auto", device.type == "cuda", cfg.data != "shapes"))
-    net = load_model(folder, device, dtype, allow_pt=cfg.allow_pt).requires_grad_(False)
+    net = load_sampler(folder, device, dtype, cfg.allow_pt).requires_grad_(False)
     check_source(source, net, card, cfg.data)
     asked = (0, -1.0, "auto") if own else (cfg.steps, cfg.guidance, cfg.sampler)
     return Sampled(net, folder, sampling_plan(card, *asked, net.released, force=cfg.force), keep)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fastlightgen.models.base import Cond, Stream, VideoDiT
+from fastlightgen.models.config import NetworkConfig
 
 
 class TwoExperts(nn.Module):
@@ -42,6 +43,14 @@ class TwoExperts(nn.Module):
 
     def with_given(self, x: Tensor, cond: Cond) -> Tensor:
         return self.low.with_given(x, cond)
+
+    @property
+    def family(self) -> str:
+        return self.high.family
+
+    @property
+    def cfg(self) -> NetworkConfig:
+        return self.high.cfg
 
     @property
     def config(self) -> dict:

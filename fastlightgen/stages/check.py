@@ -14,6 +14,7 @@ from fastlightgen import flow
 from fastlightgen.config import StageConfig
 from fastlightgen.data.source import Source
 from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.experts import Model
 from fastlightgen.models.folder.released import sampling
 from fastlightgen.parallel.log import say
 from fastlightgen.rng import generator, normal_like
@@ -25,7 +26,7 @@ TIMES, CLIPS = (0.1, 0.3, 0.5), 4
 SUSPECT = 0.5
 
 
-def check_source(source: Source, model: VideoDiT, card: dict, data: str) -> None:
+def check_source(source: Source, model: Model, card: dict, data: str) -> None:
     """Raise if the cache is of another family, of other sizes, or of another VAE than the network's card names."""
     made, config = source.description, model.config
     pairs = [

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlightgen import flow
-from fastlightgen.config import EXPERTS, ConfigError, result_of
+from fastlightgen.config import EXPERTS, ConfigError, method_for, result_of
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.cost import Network
 from fastlightgen.models.folder.experts import expert_of, experts_of
@@ -60,16 +60,35 @@ def changed(cfg: Any, name: str, boundary: float, run: str) -> Any:
 
 
 def join(cfg: Any) -> bool:
-    """Once both experts have finished the stage, link their results below that of the stage in the run of `cfg`."""
-    results = {name: result_of(f"{cfg.run}/{name}", int(cfg.stage)) for name in EXPERTS}
-    if not all(place.exists() for place in results.values()):
-        return False
-    shared = result_of(cfg.run, int(cfg.stage))
-    for name, place in results.items():
-        if place.is_dir() and not (shared / name).is_symlink():
-            shared.mkdir(parents=True, exist_ok=True)
-            (shared / name).symlink_to(os.path.relpath(place, shared), target_is_directory=True)
+    """Link the results of both experts below that of the stage in the run of `cfg`; False if one is not finished."""
+    for stage in (2, 3) if cfg.stage == "all" else (int(cfg.stage),):
+        shared, results = result_of(cfg.run, stage), {name: result_of(f"{cfg.run}/{name}", stage) for name in EXPERTS}
+        if not all(place.exists() for place in results.values()):
+            return False
+        for name, place in results.items():
+            if place.is_dir() and not (shared / name).is_symlink():
+                shared.mkdir(parents=True, exist_ok=True)
+                (shared / name).symlink_to(os.path.relpath(place, shared), target_is_directory=True)
     return True
+
+
+def check_expert_run(cfg: Any) -> None:
+    """Raise what would stop the stage of an expert, before anything large is read."""
+    if not cfg.boundary:
+        return
+    method = method_for(cfg)
+    if not method.experts:
+        raise ValueError(f"method={method.name}: does not know models with two experts; use method=fastlightgen")
+    for key, value in (("score", "frechet"), ("choose", "best")):
+        if vars(cfg).get(key) == value and not needs_partner(cfg):
+            raise ValueError(
+                f"{key}={value}: makes clips, which take both experts, and this is the run of expert={cfg.expert} "
+                f"alone; leave {key}= out"
+            )
+    if cfg.stage == "3":
+        flow.rungs_between(flow.ladder(cfg.steps, cfg.shift), cfg.bounds)
+    if needs_partner(cfg):
+        check_partner(cfg)
 
 
 def needs_partner(cfg: Any) -> bool:
@@ -83,8 +102,11 @@ def partner_folder(cfg: Any) -> Path:
 
 def partner(cfg: Any, with_: Builder) -> VideoDiT | None:
     """The frozen student of the high-noise expert, which begins the rollouts of the low-noise one; else None."""
-    if not needs_partner(cfg):
-        return None
+    return with_.load(check_partner(cfg)).requires_grad_(False) if needs_partner(cfg) else None
+
+
+def check_partner(cfg: Any) -> Path:
+    """The folder of the partner; raise unless it is a student that samples with the same ladder."""
     folder = partner_folder(cfg)
     if not (folder / "config.json").is_file():
         raise ValueError(
@@ -98,7 +120,7 @@ def partner(cfg: Any, with_: Builder) -> VideoDiT | None:
             raise ValueError(
                 f"partner={folder}: has {key} {card.get(key)}, this run {value}; both experts sample with one ladder"
             )
-    return with_.load(folder).requires_grad_(False)
+    return folder
 
 
 def partner_used(cfg: Any) -> dict[str, Any]:

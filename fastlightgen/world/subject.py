@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlightgen.config import Evaluate
 from fastlightgen.data.source import Batch
-from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.experts import Model
 from fastlightgen.models.sample import sample
 from fastlightgen.parallel.log import bar
 from fastlightgen.rng import generator
@@ -25,7 +25,7 @@ class Subject:
 
     name: str  # of its files
     title: str  # in reports
-    model: VideoDiT
+    model: Model
     folder: Path
     plan: dict  # arguments of models.sample.sample
     keep: list[int] | None = None  # the blocks that run; None: all
@@ -44,8 +44,11 @@ class Subject:
     @property
     def num_params(self) -> int:
         """Parameters of the network without the blocks that do not run."""
-        dropped = [b for i, b in enumerate(self.model.blocks) if self.keep is not None and i not in self.keep]
-        return sum(p.numel() for p in self.model.parameters()) - sum(p.numel() for b in dropped for p in b.parameters())
+        total = sum(p.numel() for p in self.model.parameters())
+        if self.keep is None:
+            return total
+        dropped = [b for i, b in enumerate(self.model.get_submodule("blocks").children()) if i not in self.keep]
+        return total - sum(p.numel() for b in dropped for p in b.parameters())
 
 
 def draw(cfg: Evaluate, subject: Subject, count: int, noises: int = 1, first: int = 0) -> tuple[Tensor, Clips, float]:

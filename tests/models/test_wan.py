@@ -24,6 +24,7 @@ CASES = {  # name -> (changes of BASE, latent size)
     "patches of 4 x 1": ({"patch_size": (1, 4, 1)}, (2, 8, 3)),
     "no cross_attn_norm": ({"cross_attn_norm": False}, (3, 6, 8)),
     "condition channels, no image tokens": ({"in_channels": 25, "out_channels": 12}, (3, 8, 6)),
+    "i2v of Wan2.2": ({"in_channels": 36}, (3, 4, 6)),
     "i2v": (I2V, (3, 4, 6)),
     "i2v, no cross_attn_norm": (I2V | {"cross_attn_norm": False}, (1, 6, 4)),
 }
