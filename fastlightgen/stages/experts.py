@@ -21,7 +21,7 @@ from fastlightgen.planner.step import Net, Walk
 from fastlightgen.planner.walk import Route
 from fastlightgen.stages.build import Builder
 
-STARTS = ("model", "teacher", "init")  # keys that may name both experts
+STARTS = ("model", "teacher", "init", "stage2_model", "start_model")  # keys that may name both experts
 
 
 def runs_of(cfg: Any) -> list[Any]:

@@ -97,14 +97,16 @@ def test_the_built_in_world_keeps_its_own_settings(model):
     assert cfg.ema == 0.0
 
 
-# The shifts of the teachers' own sampling: Wan2.1, generate.py (5, image to video at 480p 3); Wan2.2 TI2V,
-# wan/configs/wan_ti2v_5B.py (5); HunyuanVideo, hyvideo/config.py (7). Training takes the same, but for 480p image to
-# video: 5, as Self-Forcing-Plus.
+# The shifts of the teachers' own sampling: Wan2.1, generate.py (5, image to video at 480p 3); Wan2.2, wan/configs (T2V
+# A14B 12, I2V A14B and TI2V 5); HunyuanVideo, hyvideo/config.py (7). Training takes the same, but for 480p image to
+# video, as Self-Forcing-Plus, and for T2V A14B: 5.
 SHIFTS = {
     "wan2.1-t2v-1.3b": (5.0, 5.0),
     "wan2.1-t2v-14b": (5.0, 5.0),
     "wan2.1-i2v-14b": (3.0, 5.0),
     "wan2.1-i2v-14b-720p": (5.0, 5.0),
+    "wan2.2-t2v-a14b": (12.0, 5.0),
+    "wan2.2-i2v-a14b": (5.0, 5.0),
     "wan2.2-ti2v-5b": (5.0, 5.0),
     "hunyuanvideo-t2v": (7.0, 7.0),
     "hunyuanvideo-i2v": (7.0, 7.0),
@@ -112,6 +114,7 @@ SHIFTS = {
     "tiny": (3.0, 3.0),
     "tiny-hunyuan": (3.0, 3.0),
     "tiny-ti2v": (3.0, 3.0),
+    "tiny-a14b": (3.0, 3.0),
 }
 
 

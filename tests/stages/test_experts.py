@@ -45,14 +45,15 @@ def test_times_have_the_distribution_of_all_times_given_the_range(expert: str, k
 @pytest.mark.parametrize("expert", RANGES)
 def test_every_draw_lies_inside(expert: str, monkeypatch):
     low, high = RANGES[expert]
-    found = [noised(batches(4)(0), of(expert, 2), 1, step)[1] for step in range(50)]
+    batch, prune = batches(4)(0), of(expert, 2)
+    found = [noised(batch, prune, 1, step)[1] for step in range(50)]
     rank = of(expert, 1, "clips=4", "batch=2", "timesteps=3")
     found += [t for _, t, _, _ in evaluation_set(rank, batches(2))]
     score = of(expert, 3)
     found += [renoised(score, torch.zeros(4, 1, 1, 2, 2), generator(3, i))[0] for i in range(50)]
     net, seen = small_wan(), list[torch.Tensor]()
     net.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
-    held_out_error(net, batches(8)(0), of(expert, 2))
+    held_out_error(net, batches(8)(0), prune)
     times = torch.cat([*found, *seen])
     assert low <= times.min() and times.max() <= high and seen
     assert times.min() < low + 0.1 and times.max() > high - 0.1  # and they fill the range
