@@ -20,13 +20,13 @@ def make_student(pipeline: Path, folder: Path, sampler: str = "stochastic", sour
 
 
 def make_pair(pipeline: Path, folder: Path, sampler: str = "stochastic") -> Path:
-    """Students of both experts, as the runs of Stage III leave them; they keep other blocks."""
+    """A folder with students of both experts, like the result of Stage III; they keep other blocks."""
     pair = experts_of(pipeline)
     assert pair is not None
     for expert, keep in (("high", KEEP), ("low", [1, 3])):
         card = {"ladder": ladder(STEPS, SHIFT), "shift": SHIFT, "guidance": 1.0, "sampler": sampler}
         card |= {"expert": expert, "boundary": pair.boundary, "stage": 3, "kept_blocks": keep, "source": "a teacher"}
-        save_model(load_model(pair.of(expert)).prune(keep), folder / expert / "stage3/model", **card)
+        save_model(load_model(pair.of(expert)).prune(keep), folder / expert, **card)
     return folder
 
 

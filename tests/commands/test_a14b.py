@@ -1,15 +1,18 @@
 """Wan2.2 A14B's pipelines with two experts: generate, export and original folders against stock diffusers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import error_line, run_train
 from PIL import Image
 from students import KEEP, STEPS, make_pair, same_noise, stock
 
 from fastlightgen.config import main
+from fastlightgen.encode import encode
 from fastlightgen.export import export
 from fastlightgen.generate import generate
 from fastlightgen.models.folder.experts import experts_of
@@ -85,6 +88,53 @@ def test_the_teacher_is_the_stock_pipeline(pipeline, kind: str):
     got = sample(load_sampler(source), cond, blank, noise, times, 3.0, "ode")
     assert pair is not None and 0 < sum(t < pair.boundary for t in times) < 6 and wanted.std() > 0.1
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
+def test_the_stages_read_a_cache(pipeline, tmp_path):
+    """Encoded by the pipeline without CLIP; each stage trains both experts, and the next one starts from both."""
+    rng, source = np.random.default_rng(1), pipeline("a14b_i2v")
+    for number in range(3):
+        (tmp_path / f"videos/{number}").mkdir(parents=True)
+        (tmp_path / f"videos/{number}.txt").write_text(PROMPT)
+        for k in range(5):
+            Image.fromarray(rng.integers(0, 256, (32, 48, 3), np.uint8)).save(tmp_path / f"videos/{number}/{k}.png")
+    words = [f"videos={tmp_path / 'videos'}", f"pipeline={source}", f"out={tmp_path / 'cache'}", "workers=0"]
+    main(encode, "encode", [*words, "buckets=[32x48]", "frames=5", "dtype=float32", "save_dtype=float32", *WORDS])
+    words = [f"data={tmp_path / 'cache'}", f"run={tmp_path / 'run'}", f"model={source}", "shift=5", *WORDS]
+    words += ["batch=1", "sample_every=0"]
+    run_train(*words, "stage=1", "clips=1", "timesteps=1")
+    run_train(*words, "stage=2", "iters=1")
+    run_train(*words, "stage=3", "iters=2", "critic_start=0", "ratio=1")
+    cards = [read_card(tmp_path / "run/stage3/model" / expert) for expert in ("high", "low")]
+    assert [(c["expert"], c["boundary"], len(c["kept_blocks"])) for c in cards] == [("high", 0.9, 3), ("low", 0.9, 3)]
+    words = [f"model={tmp_path / 'run/stage3/model'}", f"pipeline={source}", f"out={tmp_path / 'out'}", "dtype=float32"]
+    main(export, "export", [*words, *WORDS])
+    text = (tmp_path / "out/README.md").read_text()
+    assert "| boundary | 0.9 |" in text and "| `transformer_2`: network | 3 of 4 `blocks` |" in text
+
+
+def test_mistakes(pipeline, folder: Path, tmp_path, capsys):
+    """One line each: a model and a pipeline of different releases."""
+    old, new = pipeline("wan_t2v"), pipeline("a14b")
+    for model, source, message in (
+        (
+            folder / "a14b-run",
+            old,
+            "has one network, as Wan2.1 has, and the model two experts, as Wan2.2 A14B has; give",
+        ),
+        (old, new, "has two experts, as Wan2.2 A14B has, and the model one network, as Wan2.1 has; give the pipeline"),
+    ):
+        words = [f"model={model}", f"pipeline={source}", f"out={tmp_path / 'x'}", *WORDS]
+        assert message in error_line(capsys, lambda *w: main(export, "export", list(w)), *words)
+    for kept, other, said in (
+        ("a14b_i2v", "wan_i2v", "reads CLIP tokens, as Wan2.1's, and the pipeline has no"),
+        ("wan_i2v", "a14b_i2v", "reads no CLIP tokens, as Wan2.2's, and the pipeline has an"),
+    ):
+        shutil.copytree(pipeline(kept), mixed := tmp_path / kept)
+        shutil.rmtree(mixed / "transformer")
+        shutil.copytree(pipeline(other) / "transformer", mixed / "transformer")
+        with pytest.raises(ValueError, match=f"its network {said} image_encoder/; give a network and a pipeline"):
+            Encoders(mixed)
 
 
 @pytest.mark.parametrize("kind", KINDS)

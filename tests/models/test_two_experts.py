@@ -140,6 +140,16 @@ def test_folders_that_hold_no_two_experts(made: Path, pipeline, tmp_path):
     assert "its experts were trained for ladder [1.0, 0.5] and [1.0, 0.6]" in fails(sampler_card, other)
 
 
+def test_the_folder_of_a_run_names_its_latest_result(made: Path, tmp_path):
+    for stage in ("stage2", "stage3"):
+        (tmp_path / stage / "model").mkdir(parents=True)
+        for name in ("high", "low"):
+            (tmp_path / stage / "model" / name).symlink_to(made / "ours" / name)
+    assert f"is the folder of a run; give model={tmp_path}/stage3/model, its latest result" in fails(
+        load_model, tmp_path
+    )
+
+
 def test_networks_that_are_taken_for_others(made: Path, pipeline, tmp_path):
     assert "has two networks; give the folder of one of them, " in fails(load_model, made / "ours")
     assert "is the low-noise expert of two, which makes no clips alone" in fails(load_sampler, made / "ours/low")

@@ -46,7 +46,8 @@ def model_folder(path: str | Path) -> Path:
         if (folder / "transformer" / "config.json").is_file():
             return folder / "transformer"
         raise ValueError(f"{folder}: a pipeline without transformer/config.json; give one with a video transformer")
-    if results := [file for file in sorted(folder.glob("stage[0-9]/model")) if any(file.glob("**/config.json"))]:
+    found = [*folder.glob("stage[0-9]/model/config.json"), *folder.glob("stage[0-9]/model/*/config.json")]
+    if results := sorted(folder / file.relative_to(folder).parts[0] / "model" for file in found):
         raise ValueError(f"model={path}: is the folder of a run; give model={results[-1]}, its latest result")
     raise ValueError(f"model={path}: neither a folder with config.json nor a preset ({', '.join(presets())})")
 

@@ -23,6 +23,13 @@ class WanEncoding(Encoding):
                 f"{self.folder}/vae: makes latents of {got[0]} channels, {got[1]} pixels wide, and this network reads "
                 f"{wanted[0]} channels, {wanted[1]} pixels wide; copy the VAE of the network's own pipeline"
             )
+        reads, has = getattr(self.cfg, "image_dim", None) is not None, (self.folder / "image_encoder").is_dir()
+        if self.from_image and reads != has:
+            said = "reads CLIP tokens, as Wan2.1's" if reads else "reads no CLIP tokens, as Wan2.2's"
+            raise ValueError(
+                f"{self.folder}: its network {said}, and the pipeline has {'an' if has else 'no'} image_encoder/; give "
+                "a network and a pipeline of one release"
+            )
 
     def normalisation(self) -> tuple[Tensor, Tensor]:
         cfg = self.pipe.vae.config
