@@ -117,11 +117,7 @@ def test_mistakes(pipeline, folder: Path, tmp_path, capsys):
     """One line each: a model and a pipeline of different releases."""
     old, new = pipeline("wan_t2v"), pipeline("a14b")
     for model, source, message in (
-        (
-            folder / "a14b-run",
-            old,
-            "has one network, as Wan2.1 has, and the model two experts, as Wan2.2 A14B has; give",
-        ),
+        (folder / "a14b-run", old, "has one network, as Wan2.1 has, and the model two experts, as Wan2.2 A14B has"),
         (old, new, "has two experts, as Wan2.2 A14B has, and the model one network, as Wan2.1 has; give the pipeline"),
     ):
         words = [f"model={model}", f"pipeline={source}", f"out={tmp_path / 'x'}", *WORDS]
