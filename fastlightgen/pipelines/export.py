@@ -32,7 +32,7 @@ from fastlightgen.pipelines.index import INDEX, read_index, within
 from fastlightgen.pipelines.lora_file import BlockMap, remap_lora
 from fastlightgen.pipelines.modelcard import model_card
 from fastlightgen.pipelines.origin import name_of
-from fastlightgen.pipelines.scheduler import CLASS, scheduler_config
+from fastlightgen.pipelines.scheduler import CLASS, scheduler_config, stock_boundary
 
 NETWORK, SECOND = NETWORKS = PIPELINE_PARTS  # with two experts the high- and the low-noise one
 
@@ -192,7 +192,7 @@ def write_pipeline(
             if part == NETWORK:
                 card = shown
         if SECOND in networks:
-            index["boundary_ratio"] = card["boundary"]
+            index["boundary_ratio"] = stock_boundary(card["ladder"], card["boundary"]) if student else card["boundary"]
         else:
             shutil.copy(temporary / NETWORK / "fastlightgen.json", temporary)
         if student:

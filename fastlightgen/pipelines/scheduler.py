@@ -32,6 +32,17 @@ def scheduler_config(family: Family, times: list[float], shift: float, kind: str
     return config | {"shift": stretched_shift(steps, shift), "shift_terminal": times[-1]}
 
 
+def stock_boundary(times: list[float], boundary: float) -> float:
+    """`boundary_ratio` with which stock pipelines give each time of a student's ladder to the same expert as we do.
+
+    It is the boundary itself, unless a time lies so near that the scheduler's rounding may carry it to the other side:
+    then it is midway between the two times around it.
+    """
+    if min(abs(t - boundary) for t in times) > TOLERANCE:
+        return boundary
+    return (min(t for t in times if t >= boundary) + max(t for t in times if t < boundary)) / 2
+
+
 def stretched_shift(steps: int, shift: float) -> float:
     """The scheduler's `shift`, called a, with which its spacing equals the ladder; shift_terminal fixes the last time.
 

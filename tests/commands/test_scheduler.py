@@ -6,7 +6,7 @@ import torch
 
 from fastlightgen.flow import ladder, rollout
 from fastlightgen.models.families import FAMILIES
-from fastlightgen.pipelines.scheduler import scheduler_config
+from fastlightgen.pipelines.scheduler import scheduler_config, stock_boundary
 
 
 def stock(family: str, steps: int, shift: float, kind: str = "stochastic"):
@@ -31,6 +31,16 @@ def test_sigmas_are_the_ladder(family: str, shift: float, steps: int):
     # The settings give the ladder exactly, up to float32 rounding (the export allows 2e-3).
     assert np.abs(scheduler.sigmas.numpy() - [*wanted, 0]).max() < 2e-6
     assert np.abs(scheduler.timesteps.numpy() / 1000 - wanted).max() < 2e-6
+
+
+@pytest.mark.parametrize("shift", [3.0, 5.0, 12.0])
+def test_stock_pipelines_give_each_step_to_our_expert(shift: float):
+    """Also if the boundary is a time of the ladder, which the scheduler's rounding may carry to its other side."""
+    times, timesteps = ladder(4, shift), stock("wan", 4, shift).timesteps
+    for boundary in (0.875, *times[1:], *(t + 1e-9 for t in times[1:])):
+        written = stock_boundary(times, boundary)
+        assert (timesteps >= written * 1000).tolist() == [t >= boundary for t in times]
+        assert written == boundary or min(abs(t - boundary) for t in times) < 2e-3
 
 
 def test_longest_ladder_and_beyond():
