@@ -40,7 +40,8 @@ def stock_boundary(times: list[float], boundary: float) -> float:
     """
     if min(abs(t - boundary) for t in times) > TOLERANCE:
         return boundary
-    return (min(t for t in times if t >= boundary) + max(t for t in times if t < boundary)) / 2
+    below = max((t for t in times if t < boundary), default=0.0)
+    return (min(t for t in times if t >= boundary) + below) / 2
 
 
 def stretched_shift(steps: int, shift: float) -> float:
