@@ -180,7 +180,7 @@ def test_clips_larger_than_the_memory_are_refused_before_the_network_is_read(exp
     words = [f"model={out}", f"prompt={PROMPT}", f"out={tmp_path / 'a.png'}", f"size={H}x{W}x{F}", "count=7"]
     need = 7 * H * W * F * 3 * 8  # float32, twice
     monkeypatch.setattr("fastlightgen.generate.host_free", lambda: need - 1)
-    monkeypatch.setattr("fastlightgen.generate.load_model", None)
+    monkeypatch.setattr("fastlightgen.generate.load_sampler", None)
     assert f"count=7 size={H}x{W}x{F}: the clips alone take" in error_line(capsys, run, *words)
 
 
