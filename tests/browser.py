@@ -68,13 +68,13 @@ class Browser:
         self.loaded = self.loaded or message.get("method") == "Page.loadEventFired"
         return message
 
-    def open(self, path: Path, width: int, height: int = 900) -> None:
-        """Load a file in a window of this size and wait until it is drawn."""
+    def open(self, place: Path | str, width: int, height: int = 900) -> None:
+        """Load a file or an address in a window of this size and wait until it is drawn."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         self.loaded = False
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=place if isinstance(place, str) else place.resolve().as_uri())
         while not self.loaded:
             self.receive()
         # Two frames: the first lays out, and resize observers then draw the charts.

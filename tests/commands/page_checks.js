@@ -1,4 +1,4 @@
-// Questions to a report in a browser; test_report_page.py asks them.
+// Questions to a page in a browser; test_report_page.py and test_play.py ask them.
 const all = (selector) => [...document.querySelectorAll(selector)];
 const unfold = () => { all("details").forEach((e) => { e.open = true; }); return new Promise(requestAnimationFrame); };
 const LABELS = "th, td, figcaption, nav a, .legend span, .head div, .fact span, h1, h2, h3";
@@ -44,3 +44,21 @@ const cue = (selector) => getComputedStyle(document.querySelector(selector), "::
 const seek = (frame) => { document.getElementById("seek").value = frame; document.getElementById("seek").oninput(); };
 const painted = () => all("canvas").every((c) =>
   c.getContext("2d").getImageData(0, 0, c.width, c.height).data.some((v, i) => i % 4 < 3 && v > 0));
+// The least contrast of a text with the nearest background behind it.
+function contrast() {
+  const light = (text) => {
+    const parts = text.match(/[\d.]+/g).slice(0, 3).map((v) => v / 255);
+    const [r, g, b] = parts.map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (e) => {
+    const own = getComputedStyle(e).backgroundColor;
+    return own === "rgba(0, 0, 0, 0)" ? behind(e.parentElement) : own;
+  };
+  const texts = all("body *").filter((e) => e.checkVisibility() && !e.disabled &&
+    [...e.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim()));
+  return Math.min(...texts.map((e) => {
+    const [a, b] = [light(getComputedStyle(e).color), light(behind(e))];
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  }));
+}
