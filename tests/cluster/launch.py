@@ -1,43 +1,47 @@
 """Start real ranks for a test, with gloo on the CPU, and end them with the test."""
 
+import importlib.util
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import fastlightgen
+from forks import ROOT, Fork
 
 WORKER = Path(__file__).with_name("worker.py")
 PATIENCE = 900.0  # seconds; a busy machine needs a tenth of it. A hanging collective would wait for twice as long.
 
+# What ranks import before their first step.
+IMPORTS = [
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    *(["deepspeed"] if importlib.util.find_spec("deepspeed") else []),
+]
 
-def wait_for(file: Path, process: subprocess.Popen) -> None:
+
+def wait_for(file: Path, process: Fork) -> None:
     """Wait until a process has created the file. The test's own time limit ends the wait."""
     while not file.exists():
         assert process.poll() is None, process.communicate()[1][-4000:]
         time.sleep(0.02)
 
 
-def launch(ranks: int, *words: str, module: bool = True, **variables: str) -> subprocess.Popen:
+def launch(ranks: int, *words: str, module: bool = True, **variables: str) -> Fork:
     """Start torchrun with `ranks` processes: the train command, or with module=False the file in words[0]."""
     env = os.environ | {
-        "PYTHONPATH": str(Path(fastlightgen.__file__).parents[1]),
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "PYTHONUNBUFFERED": "1",
         **variables,
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["-m", "fastlightgen.train"] if module else []
     last = {w.split("=", 1)[0]: w for w in words}  # a later word replaces an earlier one
-    return subprocess.Popen(
-        [*command, *last.values()], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return Fork([*command, *last.values()], env, IMPORTS)
 
 
-def ranks_of(process: subprocess.Popen) -> list:
+def ranks_of(process: Fork) -> list:
     """Return torchrun's ranks as psutil processes, in the order of their start."""
     import psutil
 
@@ -47,7 +51,7 @@ def ranks_of(process: subprocess.Popen) -> list:
         return []
 
 
-def finish(process: subprocess.Popen, seconds: float = PATIENCE) -> tuple[str, str]:
+def finish(process: Fork, seconds: float = PATIENCE) -> tuple[str, str]:
     """Return stdout and stderr of a process. After `seconds` kill it and its ranks."""
     import psutil
 
