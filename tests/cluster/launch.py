@@ -4,8 +4,10 @@ import importlib.util
 import json
 import os
 import time
+from collections.abc import Container, Iterable
 from pathlib import Path
 
+import pytest
 from forks import ROOT, Fork
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -74,3 +76,14 @@ def on_ranks(count: int, cases: dict, folder: Path) -> dict:
     out, err = finish(process)
     assert process.returncode == 0, err[-4000:]
     return json.loads((folder / "results.json").read_text())
+
+
+def each(names: Iterable[str], seldom: Container[str]) -> list:
+    """Return the parameters of a test, one per case; those of the cases in `seldom` are slow tests."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in seldom else []) for name in names]
+
+
+def chosen(request: pytest.FixtureRequest, cases: dict, seldom: Container[str]) -> dict:
+    """Return the cases without those in `seldom` that no selected test names."""
+    named = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
+    return {name: case for name, case in cases.items() if name not in seldom or name in named}
