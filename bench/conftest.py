@@ -53,9 +53,10 @@ def pytest_runtest_protocol(item: pytest.Item):
         RUNNING.write_text(f"{part_of(file_of(item))} {item.nodeid}")
     if LONGEST < float("inf"):  # the stack of a bench that hangs goes to the log
         faulthandler.dump_traceback_later(LONGEST, exit=True, file=sys.__stderr__)
-    out = yield
-    faulthandler.cancel_dump_traceback_later()
-    return out
+    try:
+        return (yield)
+    finally:  # also when pytest.exit ends the process, whose shutdown takes seconds on a busy machine
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_sessionfinish() -> None:
