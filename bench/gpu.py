@@ -88,10 +88,11 @@ def compiled_from() -> str:
 
 
 def tests(run: Run, found: dict) -> None:
-    command = [PY, "-m", "pytest", *os.environ.get("TESTS", "tests/ops").split(), "-q", "-rfs", "--tb=short"]
+    command = [PY, "-m", "pytest", "-q", "-rfs", "--tb=short"]
     command += ["-m", "not slow", "-k", "gpu or GPU", "-o", "addopts=", "-p", "no:cacheprovider"]
     if found["packages"]["pytest-xdist"]:
         command += ["-n", min(8, os.cpu_count() or 1)]
+    command += os.environ.get("TESTS", "tests/ops").split()
     code = run.call(command, "tests.log", 150, OMP_NUM_THREADS="1")
     said = "out of time" if code == 124 else run.last("tests.log").strip("= ")
     run.say(f"tests: {said} (tests.log)", bad=code not in (0, 5))

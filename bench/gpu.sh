@@ -5,7 +5,7 @@
 #   OUT=DIR              where the run gets its folder DATE-GPU-COMMIT (bench/results)
 #   PARTS=a,b            some of tests,kernels,blocks,steps,ncu,sanitizer (tests,kernels,blocks,ncu)
 #   CASES=EXPRESSION     only these benches (pytest -k), such as '720p and not compile'
-#   TESTS=FILES          the tests of the part tests (tests/ops)
+#   TESTS=FILES          the tests of the part tests, with flags of pytest (tests/ops)
 #   FLG_GPU_SECONDS=570  seconds in all
 #   PYTHON=python3       needs torch, pybind11, setuptools, cmake, ninja, pytest, pytest-benchmark
 # Packages that the machine lacks travel as wheels: bench/wheels.sh fetches them, this script installs them.

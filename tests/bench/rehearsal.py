@@ -70,21 +70,28 @@ def begun(run: Path) -> set[str]:
     return set(re.findall(r"^(bench/\S+::.+\]) ", (run / "run.log").read_text(), re.M))
 
 
-def kill(folder: Path, seconds: float, **more: str) -> tuple[int, int] | None:
+def has_begun(folder: Path, benches: int) -> bool:
+    logs = list((folder / "out").glob("*/run.log"))
+    return bool(logs) and len(begun(logs[0].parent)) >= benches
+
+
+def kill(folder: Path, seconds: float, benches: int = 0, **more: str) -> tuple[int, int] | None:
     """Kill a rehearsal with all its processes after `seconds`. Check that it lost nothing but the running bench.
 
-    Return how many benches it has, and how many had begun; None if it was already over.
+    With `benches`, kill it as soon as so many have begun. Return how many benches it has, and how many had begun; None
+    if it was already over.
     """
     process = subprocess.Popen(
         [ROOT / "bench" / "gpu.sh"], env=environment(folder, **more), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    try:
-        process.wait(seconds)
-        return None
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not (benches and has_begun(folder, benches)):
+        if process.poll() is not None:
+            return None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     found = runs(folder)[-1:] if (folder / "out").exists() else []
     if not found or not (found[0] / "run.log").exists():
         return 0, 0  # killed before there was a folder
