@@ -2,16 +2,14 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Fork
 from helpers import assert_same, result, run_train, write_inputs
 
-import fastlightgen
 from fastlightgen.engine import checkpoint
 from fastlightgen.engine.loop import Stopped, interruptible, stoppable
 from fastlightgen.files import tensors
@@ -139,11 +137,10 @@ def test_a_run_saved_at_every_step_computes_the_same(kind, inputs, finished, tmp
     assert_same(result(tmp_path, stage), finished(kind))
 
 
-def child(code: str, *words: str) -> subprocess.Popen:
+def child(code: str, *words: str) -> Fork:
     """Start a process that runs `code` (a patch) and then the train command with these words."""
     script = f"{code}\nfrom fastlightgen.config import main\nfrom fastlightgen.train import train\nmain(train, 'train')"
-    env = os.environ | {"PYTHONPATH": str(Path(fastlightgen.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", script, *words], env=env, stderr=subprocess.PIPE, text=True)
+    return Fork(["-c", script, *words], os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def test_sigkill_while_saving(inputs, finished, tmp_path):
