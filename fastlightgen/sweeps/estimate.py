@@ -8,6 +8,7 @@ from fastlightgen.metrics.intervals import MIN_CLIPS
 from fastlightgen.models.cost import Network
 from fastlightgen.models.folder.networks import trained_folder
 from fastlightgen.models.folder.weights import config_of, read_card
+from fastlightgen.page.summary import count
 from fastlightgen.planner.walk import Route, walk
 from fastlightgen.stages.earlier import cost_of, measured_speed, operations, span
 from fastlightgen.sweeps.points import STAGES, Point, unique
@@ -15,29 +16,34 @@ from fastlightgen.sweeps.work import lacking
 from fastlightgen.world.source import open_source
 
 STEPS = 50  # of a teacher whose card names none
+SHOWN = 20  # points of a list
+START = 5.0  # seconds until a process computes: imports, building the networks
 RATIO = 0.3  # share of the blocks that the estimate takes as dropped if no Stage I is part of a point
 
 
 def plan(points: Sequence[Point], evaluate: bool, at_once: int) -> list[str]:
-    """What is to do, and how long it takes at the speed of this machine."""
+    """What is to do, point by point, and how long it takes at the speed of this machine."""
     parts = unique(points)
     todo = lacking(points, evaluate)
     left = [part for part in unique(todo) if not part.done]
     each = ", ".join(f"{sum(p.stage == n for p in left)} of stage {n}" for n in STAGES)
-    lines = [f"{len(points)} models; {len(left)} of {len(parts)} trainings are left: {each}"]
+    lines = [f"{count(len(points), 'model')}; {len(left)} of {count(len(parts), 'training')} are left: {each}"]
     scored = list({point.scores: point for point in todo if evaluate and point.scorable}.values())
     if evaluate:
-        lines[0] += f"; {len(scored)} evaluations"
+        lines[0] += f"; {count(len(scored), 'evaluation')}"
+    names = list(dict.fromkeys(point.name for point in points))
+    lines += [f"  {name}" for name in names[:SHOWN]]
+    lines += [f"  and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
     configs = [part.cfg for part in [*left, *parts]]
     if (left or scored) and configs:
         source = open_source(configs[0].data, configs[0].seed, configs[0].negative)
         speed = measured_speed(configs[0], source, pick_device(configs[0].device))
-        training = (
-            sum(operations(part.cfg, source, RATIO if part.dropped is None else part.dropped) for part in left) / speed
-        )
-        scoring = sum(sampling(point, source) for point in scored) / speed
+        dropped = [RATIO if part.dropped is None else part.dropped for part in left]
+        trained = sum(operations(part.cfg, source, share) for part, share in zip(left, dropped, strict=True))
+        training = trained / speed + START * len(left)
+        scoring = sum(sampling(point, source) for point in scored) / speed + START * len(scored)
         times = f"{span(training)} of training and {span(scoring)} of evaluation"
-        lines.append(f"  {times}, {at_once} at a time; estimated from the operations")
+        lines.append(f"  {times}, {at_once} at a time; estimated from the operations and {START:g} s per process")
     return lines
 
 

@@ -122,5 +122,5 @@ def start(name: str, item: Part | Point, lock: ExitStack, slot: int) -> Running:
         process = subprocess.Popen(
             [sys.executable, "-m", f"fastlightgen.{command}", *words], env=env, stdout=out, stderr=out
         )
-    say(f"begun: {name}")
+    say(f"begun: {name} ({log})")
     return Running(name, process, lock, log, slot, cost_file(item))

@@ -13,7 +13,7 @@ from fastlightgen.config import ConfigError
 from fastlightgen.metrics.intervals import Resampled
 from fastlightgen.metrics.seeds import over_seeds
 from fastlightgen.sweep import values_of
-from fastlightgen.sweeps import table, work
+from fastlightgen.sweeps import estimate, table, work
 from fastlightgen.sweeps.points import Part, points_of, unique, words_of
 
 SHORT = {"model": ["tiny"], "data": ["shapes"], "stage2.iters": ["3"], "stage3.iters": ["25"]}
@@ -102,7 +102,19 @@ def test_dry_run_writes_nothing_and_counts(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "4 models; 8 of 8 trainings are left: 2 of stage 1, 2 of stage 2, 4 of stage 3; 4 evaluations" in said
     assert "of training and" in said and "of evaluation, 1 at a time" in said and not (tmp_path / "s").exists()
+    assert [line.strip() for line in said.splitlines()].count("steps=2") == 1 and "\n  steps=4\n" in said
     assert said.endswith("next: the same command without dry_run=true\n")
+
+
+def test_the_time_of_many_short_trainings_is_that_of_their_processes(tmp_path, monkeypatch):
+    """On a machine of endless speed: 1 + 1 + 30 trainings and 30 evaluations, 5 s each."""
+    monkeypatch.setattr(estimate, "measured_speed", lambda *_: float("inf"))
+    points = points_of(tmp_path, SHORT | {"stage3.lr": [f"1e-{i}" for i in range(3, 33)]}, [0], 64)
+    first, *shown, times = estimate.plan(points, True, 1)
+    assert first.startswith("30 models; 32 of 32 trainings are left") and first.endswith("; 30 evaluations")
+    assert len(shown) == 21 and shown[-1] == "  and 10 more"
+    assert times.startswith("  about 3 min of training and about 2 min of evaluation, 1 at a time")
+    assert estimate.plan(points[:1], True, 1)[0].startswith("1 model; 3 of 3 trainings are left")
 
 
 def test_what_another_process_has_is_left_to_it(tmp_path):
