@@ -25,6 +25,7 @@ from fastlightgen.models.families import FAMILIES, family_of, family_of_pipeline
 from fastlightgen.models.family import Family
 from fastlightgen.models.folder.manifest import verify_files
 from fastlightgen.pipelines.index import read_index
+from fastlightgen.pipelines.stock import need_diffusers
 
 
 def family_of_folder(folder: str | Path) -> tuple[str, Family]:
@@ -160,10 +161,7 @@ def load_pipeline(
     folder: Path, name: str, family: Family, device: torch.device, dtype: torch.dtype, without: Collection[str] = ()
 ) -> Any:
     """Load the stock pipeline from local safetensors files, without its network and without the parts in `without`."""
-    try:
-        import diffusers
-    except ImportError:
-        raise ValueError("this needs diffusers and transformers: pip install 'fastlightgen[video]'") from None
+    diffusers = need_diffusers()
     for package, purpose in family.packages.items():
         if find_spec(package) is None:
             raise ValueError(f"{purpose}: pip install {package}")

@@ -40,6 +40,18 @@ def clip(encoders):
     return encoders.clip(FRAMES, PROMPT)
 
 
+def test_a_pipeline_is_loaded_without_bars_of_other_libraries(pipeline, capfd):
+    import diffusers
+    import transformers
+
+    folder = pipeline("wan_t2v")
+    for library in (diffusers, transformers):
+        library.utils.logging.enable_progress_bar()
+    capfd.readouterr()  # drop what making the folder and the imports printed
+    Encoders(folder).text(PROMPT)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_network_is_fed_as_by_the_stock_pipeline(kind, pipeline, clip):
     """Bit-equal: the same components run on the same numbers."""
     from PIL import Image
