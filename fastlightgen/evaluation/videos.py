@@ -16,6 +16,7 @@ from fastlightgen.evaluation.sets import intervals_of, scores_of
 from fastlightgen.files.program import load_program
 from fastlightgen.metrics.footage import MEANING
 from fastlightgen.metrics.i3d import read_i3d
+from fastlightgen.metrics.intervals import MIN_CLIPS
 from fastlightgen.metrics.network import Network
 from fastlightgen.parallel.log import say
 from fastlightgen.parallel.threads import set_threads
@@ -100,6 +101,8 @@ def table(record: dict) -> list[str]:
                        (value, record["real_scores"].get(score)))  # fmt: skip
         meaning = f"{meaning}, over the network" if score.startswith("network_") else meaning
         lines.append(f"{score:22}{own:>12}{theirs:>12}  {meaning} ({goal})")
+    if (fewest := min(record["clips"], record["real_clips"])) < MIN_CLIPS:
+        lines.append(f"warning: {fewest} clips are too few to rank models by distances; wanted at least {MIN_CLIPS}")
     for row in record["unusual"][:3]:
         lines.append(f"unusual: {row['clip']}: {row['score']} {row['value']:.4g}, real clips {row['real']:.4g}")
     for key, skipped in record["skipped"].items():

@@ -55,6 +55,7 @@ def test_frozen_videos_rank_below_moving_ones(folders, capsys):
         assert good["scores"][score] < still["scores"][score], score
     assert "broken.mp4" in good["skipped"]["videos"] and "warning: videos: 1 skipped, the first: broken.mp4" in text
     assert good["values"]["clip"] == ["3.mp4", "4.mp4", "5.mp4"] and len(good["values"]["movement"]) == 3
+    assert "warning: 3 clips are too few to rank models by distances; wanted at least 64" in text
     assert "movement" in text and text.startswith(f"{folders / 'good'}: 3 clips of 96x128x8 at 8 per second")
 
 
