@@ -160,6 +160,11 @@ def pick_root(command: str, given: dict[str, Any]) -> type:
         stage = str(given.get("stage", "3"))
         if stage == "all":
             return plan_all_root(methods_in(stage, given))
+        if stage == "decoder":
+            raise ConfigError(
+                "stage=decoder: a decoder has no plan, because one GPU is enough; start train stage=decoder, "
+                "whose bar shows the time that is left"
+            )
         return plan_root(stage, str(given.get("method", DEFAULT))) if stage in PLANNED else plan_root()
     *numbered, last = STAGES
     choices = f"give stage={', '.join(numbered)} or {last} (train --help says what each does)"

@@ -95,12 +95,22 @@ def result_of(run: str | Path, stage: int | str) -> Path:
     return Path(run) / folder_name(stage) / ("importance.json" if stage == 1 else "model")
 
 
+def own_pipeline(folder: str) -> str:
+    """The folder if it is a pipeline; else PIPELINE, which the user has to replace."""
+    return folder if (Path(folder) / "model_index.json").is_file() else "PIPELINE"
+
+
 def after_stage(cfg: Any) -> str:
     """The command that follows a stage."""
     run = Path(cfg.run)
     if cfg.stage == "decoder":
-        own = cfg.vae if (Path(cfg.vae) / "model_index.json").is_file() else "PIPELINE"
-        return command("export", model="STUDENT", pipeline=own, vae=result_of(run, "decoder"), out=run / "student")
+        return command(
+            "export",
+            model="STUDENT",
+            pipeline=own_pipeline(cfg.vae),
+            vae=result_of(run, "decoder"),
+            out=run / "student",
+        )
     if cfg.stage == "0":
         return command("train", **keys_for(cfg, "1", model=result_of(run, 0)))
     if cfg.stage in ("1", "2"):
@@ -108,13 +118,14 @@ def after_stage(cfg: Any) -> str:
         own = {"strong": "original"} if cfg.stage == "2" and vars(cfg).get("method", DEFAULT) != DEFAULT else {}
         if vars(cfg).get("f3", "block") != "block":  # Stage III would train the silenced heads again
             if cfg.data != "shapes":
-                return command("export", model=result_of(run, 2), pipeline=cfg.pipeline or "PIPELINE", out=run / "f3")
+                own_folder = cfg.pipeline or own_pipeline(cfg.model)
+                return command("export", model=result_of(run, 2), pipeline=own_folder, out=run / "f3")
             return command("evaluate", model=result_of(run, 2), teacher=cfg.model, out=run / "evaluate" / "f3.json")
         return command("train", **keys_for(cfg, str(int(cfg.stage) + 1), **own))
     student = result_of(run, 3)
     if cfg.data != "shapes":
-        own = cfg.model if (Path(cfg.model) / "model_index.json").is_file() else "PIPELINE"
-        return command("export", model=student, pipeline=cfg.pipeline or own, out=run / "student")
+        pipeline = cfg.pipeline or own_pipeline(cfg.model)
+        return command("export", model=student, pipeline=pipeline, out=run / "student")
     rest = {f.name: value for f in fields(Run) if f.name in OF_ALL and (value := getattr(cfg, f.name)) != f.default}
     if cfg.stage == "all":  # it was evaluated already
         return command("generate", model=student, prompt=SHAPES_PROMPT, out=run / "clip.gif", **rest)

@@ -179,6 +179,9 @@ def unknown_key(key: str, value: Any, cls: type) -> str:
     return f"{shown}: unknown key; {suggestion(key, known, stage)}"
 
 
+CALLED = {"size": "buckets"}  # key of other commands -> the key of `encode` with the same purpose
+
+
 def stages_with(key: str) -> list[str]:
     return [f"stage={name}" for name in STAGES if key in leaves(root(name))]
 
@@ -191,6 +194,8 @@ def suggestion(key: str, known: Collection[str], stage: str) -> str:
     section, _, name = key.lower().rpartition(".")
     if section in known:
         return f"did you mean {section}?"
+    if CALLED.get(name) in known:
+        return f"did you mean {CALLED[name]}?"
     elsewhere = dict.fromkeys(k for n in STAGES for k in leaves(root(n)) if "." not in k) if stage else {}
     last = {k: k.rpartition(".")[2] for k in [*known, *elsewhere]}
     near = difflib.get_close_matches(name, set(last.values()), n=1)

@@ -70,7 +70,8 @@ def widths_left(cfg: Keys, network: NetworkConfig) -> tuple[int, int]:
     heads, ffn = network.heads - cfg.prune_heads, round(network.ffn_width * (1 - cfg.prune_ffn))
     if heads < 1:
         raise ValueError(
-            f"prune_heads={cfg.prune_heads}: the network has {network.heads} heads; wanted at most {network.heads - 1}"
+            f"prune_heads={cfg.prune_heads}: the network has {network.heads} heads; "
+            f"wanted at most {network.heads - 1}, or prune_heads=0 to keep them all"
         )
     if ffn < 1:
         raise ValueError(f"prune_ffn={cfg.prune_ffn}: leaves none of {network.ffn_width} neurons; give a smaller share")

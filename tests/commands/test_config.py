@@ -11,6 +11,7 @@ from fastlightgen.config import ConfigError, UserError, load
 
 S0, S1, S2, S3, ALL = (f"stage={n} run=r".split() for n in (0, 1, 2, 3, "all"))
 EVALUATE = ["model=tiny", "out=e.json"]
+ENCODE = ["videos=tests", "pipeline=tests", "out=o"]
 
 # command, words, what the one line must say, the accepted neighbour, (key, value) that it must give
 CASES = [
@@ -151,6 +152,14 @@ CASES = [
     ("evaluate", [*EVALUATE, "clip=3"], ["did you mean clips?"], [*EVALUATE, "clips=3"], ("clips", 3)),
     ("evaluate", [*EVALUATE, "stage=1"], ["stage=1: unknown key"], EVALUATE, ("sampler", "auto")),
     ("generate", ["model=tiny", "out=a.png"], ["prompt is required"], ["model=tiny", "out=a.png", "prompt=x"], None),
+    ("encode", [*ENCODE, "size=480x832"], ["did you mean buckets?"], [*ENCODE, "buckets=480x832"], None),
+    (
+        "plan",
+        ["stage=decoder"],
+        ["a decoder has no plan", "start train stage=decoder"],
+        ["gpus=8"],
+        None,
+    ),
     ("report", ["runn=r"], ["did you mean run?"], ["run=r"], ("out", "")),
 ]
 

@@ -27,6 +27,12 @@ def test_the_next_command_after_each_stage(tmp_path, monkeypatch):
     assert following("stage=1", "ratio=0.4", "overwrite=true", *words) == ("train", {"stage": "2"} | kept)
     name, export = following("stage=3", *words)
     assert (name, export) == ("export", {"model": "r/stage3/model", "pipeline": "PIPELINE", "out": "r/student"})
+    f3 = ["stage=2", "method=f3", "f3=head", *words]
+    name, export = following(*f3)
+    assert (name, export) == ("export", {"model": "r/stage2/model", "pipeline": "PIPELINE", "out": "r/f3"})
+    (tmp_path / "m/model_index.json").write_text("{}")
+    assert following(*f3)[1]["pipeline"] == "m"
+    (tmp_path / "m/model_index.json").unlink()
     name, evaluate = following("stage=3", "threads=2", "lr=1")
     assert name == "evaluate" and evaluate == {
         "model": "r/stage3/model", "teacher": "tiny", "out": "r/evaluate/student.json", "threads": "2",

@@ -222,7 +222,7 @@ def test_bad_input(words, tmp_path, capsys):
     wide = save_model(small_wan_of_width(4), tmp_path / "wide", kept_blocks=list(range(BLOCKS)))
     deep = save_model(small_wan(5), tmp_path / "deep")
     for more, message in {
-        ("prune_heads=2",): "prune_heads=2: the network has 2 heads; wanted at most 1",
+        ("prune_heads=2",): "prune_heads=2: the network has 2 heads; wanted at most 1, or prune_heads=0",
         ("prune_ffn=0.99",): "prune_ffn=0.99: leaves none of 24 neurons",
         (f"start_model={wide}",): "hidden states are 32 wide .*, the teacher's 16",
         (f"start_model={deep}",): "its 5 blocks are not some of the teacher's 4",
