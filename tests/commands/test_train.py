@@ -2,13 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from forks import ran
 from helpers import BLOCKS, result, run_train, small_wan, write_inputs
 from safetensors.torch import load_file
 
@@ -22,9 +20,8 @@ from fastlightgen.world.source import ShapesSource
 def test_stage_3_needs_stage_2(tmp_path):
     """A mistake in a real process: exit code 2 and one line, no traceback."""
     folder = save_model(small_wan(), tmp_path / "m")
-    env = os.environ | {"PYTHONPATH": str(Path(fastlightgen.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     words = ["stage=3", f"run={tmp_path}/r", f"model={folder}"]
-    done = subprocess.run([sys.executable, "-m", "fastlightgen.train", *words], env=env, capture_output=True, text=True)
+    done = ran(["-m", "fastlightgen.train", *words], os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 2
     wanted = f"error: {tmp_path}/r/stage2/model: does not exist, and stage=3 needs it; first run: python -m "
     assert done.stderr.startswith(wanted) and done.stderr.count("\n") == 1
