@@ -71,6 +71,7 @@ def test_search_finds_a_key_without_a_server(site, tmp_path, width):
     page = Browser(tmp_path)
     try:
         page.open(site / "index.html", width)
+        assert page.run("document.documentElement.scrollWidth") <= width
         page.run("document.querySelector('[data-md-toggle=search]').click()")
         page.run("const i = document.querySelector('.md-search__input'); i.focus(); i.value = 'guidance_times'")
         page.run("document.querySelector('.md-search__input').dispatchEvent(new Event('keyup', {bubbles: true}))")
@@ -79,7 +80,6 @@ def test_search_finds_a_key_without_a_server(site, tmp_path, width):
             assert time.monotonic() < end, "the search found nothing"
             time.sleep(0.1)
         assert "keys/train.html" in found or "method.html" in found
-        assert page.run("document.documentElement.scrollWidth") <= width
         assert not page.errors
     finally:
         page.close()

@@ -76,4 +76,5 @@ def test_configurations_there_and_back(config):
         assert "leave original= out" in str(err)
         return
     family = family_of(own)
-    assert asdict(family.settings(from_original(original))) == asdict(family.settings(own))
+    stored = [source.key for source in key_table(own).values()]
+    assert asdict(family.settings(from_original(original, stored))) == asdict(family.settings(own))

@@ -66,6 +66,8 @@ def of_pipeline(folder: Path) -> Experts | None:
     boundary, part = index.get("boundary_ratio"), index.get(PIPELINE_PARTS[1])
     named = isinstance(part, list) and part[-1:] not in ([], [None])
     if boundary is None and not named:
+        if (folder / PIPELINE_PARTS[1]).is_dir():
+            raise ValueError(f"{folder}: has a transformer_2/ that {INDEX} does not name; copy the folder again")
         return None
     if not named:
         raise ValueError(
