@@ -38,7 +38,21 @@ def server() -> socket.socket:
     return ours
 
 
-class Fork:
+class Waited:
+    """A process that can be waited for."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit code, or raise TimeoutExpired."""
+        raise NotImplementedError
+
+    def poll(self) -> int | None:
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+
+class Fork(Waited):
     """A process with the words of a python command line; the part of subprocess.Popen that tests use.
 
     Its output goes to files. `first`: modules that the server imports before it forks.
@@ -68,12 +82,6 @@ class Fork:
             self.status.close()
         return self.returncode
 
-    def poll(self) -> int | None:
-        try:
-            return self.wait(0)
-        except subprocess.TimeoutExpired:
-            return None
-
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         self.wait(timeout)
         for file in (self.out, self.err):
@@ -95,7 +103,7 @@ def ran(words: Sequence[object], env: dict[str, str]) -> subprocess.CompletedPro
     return subprocess.CompletedProcess(process.words, process.returncode, out, err)
 
 
-class Child:
+class Child(Waited):
     """A forked child; the part of subprocess.Popen that torchrun uses."""
 
     def __init__(self, pid: int):
@@ -108,12 +116,6 @@ class Child:
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
             os.close(self.end)
         return self.returncode
-
-    def poll(self) -> int | None:
-        try:
-            return self.wait(0)
-        except subprocess.TimeoutExpired:
-            return None
 
 
 def serve(control: socket.socket) -> dict[str, Any]:
