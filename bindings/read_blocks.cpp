@@ -1,5 +1,5 @@
-// One pass over the bytes of a stored tensor: copy them, add them up in blocks of 4 KiB, and look for numbers that are
-// not finite. It serves fastlightgen/files/onepass.py, which does the same with torch where this module is missing.
+// One pass over the bytes of a stored tensor: add them up in blocks of 4 KiB, and look for numbers that are not finite.
+// It serves fastlightgen/files/onepass.py, which does the same with torch where this module is missing.
 #include <pybind11/pybind11.h>
 #include <stdint.h>
 #include <string.h>
@@ -25,37 +25,24 @@ constexpr int64_t kShare = 1024;  // blocks that are worth a thread of their own
 
 // `exponent`: the exponent bits of every number in a word. A number is not finite if all of them are set; then adding
 // their lowest bit carries into the place of the sign.
-template <bool kCopy>
-inline __attribute__((always_inline)) bool read(const char* __restrict from, char* __restrict to,
-                                                uint64_t* __restrict sums, int64_t blocks, uint64_t exponent) {
+FLG_WIDEST bool read(const char* from, uint64_t* sums, int64_t blocks, uint64_t exponent) {
   const uint64_t lowest = exponent & ~(exponent << 1), sign = (exponent << 1) & ~exponent;
   uint64_t seen = 0;
-  for (int64_t block = 0; block < blocks; ++block) {
+  for (int64_t block = 0; block < blocks; ++block, from += 8 * kWords) {
     uint64_t sum = 0;
     for (int64_t i = 0; i < kWords; ++i) {
       uint64_t word;
       memcpy(&word, from + 8 * i, 8);  // a mapped tensor may begin anywhere
-      if (kCopy) memcpy(to + 8 * i, &word, 8);
       sum += word;
       seen |= (word & exponent) + lowest;
     }
     sums[block] = sum;
-    from += 8 * kWords;
-    if (kCopy) to += 8 * kWords;
   }
   return !(seen & sign);
 }
 
-FLG_WIDEST bool read_only(const char* from, uint64_t* sums, int64_t blocks, uint64_t exponent) {
-  return read<false>(from, nullptr, sums, blocks, exponent);
-}
-
-FLG_WIDEST bool read_and_copy(const char* from, char* to, uint64_t* sums, int64_t blocks, uint64_t exponent) {
-  return read<true>(from, to, sums, blocks, exponent);
-}
-
-// Addresses come as integers, so that the module needs no torch headers. `to` is 0 if nothing is copied.
-bool read_blocks(uintptr_t from, uintptr_t to, uintptr_t sums, int64_t blocks, uint64_t exponent, int64_t threads) {
+// Addresses come as integers, so that the module needs no torch headers.
+bool read_blocks(uintptr_t from, uintptr_t sums, int64_t blocks, uint64_t exponent, int64_t threads) {
   py::gil_scoped_release others_go_on;
   threads = std::max<int64_t>(1, std::min(threads, blocks / kShare));
   std::atomic<bool> finite{true};
@@ -63,9 +50,7 @@ bool read_blocks(uintptr_t from, uintptr_t to, uintptr_t sums, int64_t blocks, u
     const int64_t first = blocks * k / threads, count = blocks * (k + 1) / threads - first, skip = first * 8 * kWords;
     const auto* source = reinterpret_cast<const char*>(from) + skip;
     auto* own = reinterpret_cast<uint64_t*>(sums) + first;
-    const bool good = to ? read_and_copy(source, reinterpret_cast<char*>(to) + skip, own, count, exponent)
-                         : read_only(source, own, count, exponent);
-    if (!good) finite = false;
+    if (!read(source, own, count, exponent)) finite = false;
   };
   std::vector<std::thread> crew;
   for (int64_t k = 1; k < threads; ++k) crew.emplace_back(part, k);
