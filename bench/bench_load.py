@@ -73,7 +73,7 @@ def share_of_checks(folder: Path, read: Callable[[bool], object], cold: bool) ->
 def cost_of_verifying(folder: Path, cold: bool, compiled: bool = True) -> float:
     """The share of a load that goes into checksums and the search for infinite values.
 
-    From the page cache, or `cold`, from the disk; with the compiled pass, or with torch's three.
+    From the page cache, or `cold`, from the disk; with the compiled pass, or with torch's two.
     """
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:

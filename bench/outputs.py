@@ -9,10 +9,10 @@ import copy
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import gguf
@@ -36,7 +36,7 @@ from fastlightgen.world.subject import Subject, draw
 
 OUT = Path("bench/results/outputs.json")
 RANKS = (4, 16, 64)
-REPORTED = ("bytes", "weights", "prediction", "largest", "relative", "after")  # of an export's report
+REPORTED = ("bytes", "largest", "relative", "after")  # of an export's report
 Form = tuple[str, VideoDiT, dict[str, Any]]  # name, the network that it stands for, what its export reports
 
 
@@ -72,15 +72,17 @@ def files(model: VideoDiT, card: dict, folder: Path, threads: int) -> Iterator[F
     """
     state = to_original(model)
     names = {f"{name}.weight" for name in matrices(state)}
-    kinds = gguf.GGMLQuantizationType
 
     def stored(key: str, quant: str) -> Tensor:
         value = state[key].detach()
-        if quant in ("bfloat16", "fp8") or key not in names:
-            value = value if quant.startswith("q") else value.bfloat16()
-            return torch.mul(*map(Tensor.float, to_float8(value))) if quant == "fp8" and key in names else value
-        packed = gguf.quants.quantize(value.float().numpy(), kinds[quant.upper()])
-        return torch.from_numpy(np.array(gguf.quants.dequantize(packed, kinds[quant.upper()])))
+        if not quant.startswith("q"):
+            value = value.bfloat16()
+        if quant == "bfloat16" or key not in names:
+            return value
+        if quant == "fp8":
+            return torch.mul(*map(Tensor.float, to_float8(value)))
+        kind = gguf.GGMLQuantizationType[quant.upper()]
+        return torch.from_numpy(np.array(gguf.quants.dequantize(gguf.quants.quantize(value.numpy(), kind), kind)))
 
     for quant in ("bfloat16", "fp8", "q8_0", "q5_1", "q4_0"):
         yield quant, with_weights(model, partial(stored, quant=quant)), {}
@@ -109,11 +111,7 @@ def measure(cfg: Evaluate, subject: Subject, forms: Iterator[Form]) -> list[dict
         clips, asked, _ = draw(cfg, used, cfg.clips)
         result = measured(cfg, {}, clips, asked, None)
         base = base or result
-        shown = {
-            key: report[key]
-            for key in ("bytes", "weights", "prediction", "largest", "relative", "after")
-            if key in report
-        }
+        shown = {key: report[key] for key in REPORTED if key in report}
         row = {"output": name, **shown, "scores": result.record["scores"], "seconds per clip": seconds(cfg, used)}
         if result is not base:
             row["against float32"] = compared(result.resampled, base.resampled, cfg.seed)
@@ -125,12 +123,7 @@ def measure(cfg: Evaluate, subject: Subject, forms: Iterator[Form]) -> list[dict
 
 def seconds(cfg: Evaluate, subject: Subject) -> float:
     """The median time of one clip alone."""
-    times = []
-    for i in range(5):
-        start = time.perf_counter()
-        draw(cfg, subject, 1, first=i)
-        times.append(time.perf_counter() - start)
-    return sorted(times)[2]
+    return median(draw(cfg, subject, 1, first=i)[2] for i in range(5))
 
 
 def main() -> None:
@@ -140,7 +133,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     cfg = Evaluate(model=given["model"], out="unused.json", clips=int(given.get("clips", 512)), progress=False)
     record: dict[str, Any] = {"clips": cfg.clips, "threads": threads}
-    for key in given.keys() & {"model", "whole"}:
+    for key in [name for name in ("model", "whole") if name in given]:
         subject, card = load_subject(cfg, given[key], key, key), read_card(Path(given[key]))
         with tempfile.TemporaryDirectory() as place:
             folder, net = Path(place), subject.model

@@ -64,10 +64,8 @@ def moved(text: str) -> str:
 def train_keys() -> str:
     """The keys that all stages share, then those of each stage, then those that only another method has."""
     lines = ["# Keys of train", "", "    python -m fastlightgen.train stage=STAGE KEY=VALUE ...", ""]
-    lines += [
-        f"The defaults are those of a released model, `{RELEASED}`; those of `{SMALL}` stand beside them where they"
-    ]
-    lines += ["differ. `--help` after your own words shows the defaults that a run would have.", ""]
+    lines += [f"The defaults are those of a released model, `{RELEASED}`; other ones of `{SMALL}` stand below them."]
+    lines += ["`--help` after your own words shows the defaults that a run would have.", ""]
     shared = of(leaves(Run))
     lines += section("Every stage", shared, defaults("3"))
     for stage, about in STAGES.items():

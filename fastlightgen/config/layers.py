@@ -21,6 +21,7 @@ COMMAND_LINE, CONFIG = "the command line", "config"  # in `origins`: the source 
 STARTS = ("init", "teacher", "model")  # keys that name the network a stage starts from; the first one given does
 RELEASED = "fastlightgen.models.folder.released"
 LONGEST = 200  # characters of two numbers
+CALLED = {"size": "buckets"}  # key of other commands -> the key of `encode` with the same purpose
 TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", list[float]: "[number,number]"}
 
 
@@ -177,9 +178,6 @@ def unknown_key(key: str, value: Any, cls: type) -> str:
         remedy = f"; give {name}=...{elsewhere}" if section in ("stage1", "stage2", "stage3") else ""
         return f"{shown}: {key} is a key of {', '.join(others)}, not of stage={stage}{remedy}"
     return f"{shown}: unknown key; {suggestion(key, known, stage)}"
-
-
-CALLED = {"size": "buckets"}  # key of other commands -> the key of `encode` with the same purpose
 
 
 def stages_with(key: str) -> list[str]:

@@ -5,8 +5,8 @@ from pathlib import Path
 from fastlightgen.files.border import read_json
 from fastlightgen.files.kinds import PIPELINE
 from fastlightgen.models.families import family_of_pipeline
+from fastlightgen.models.folder.experts import INDEX
 
-INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")
 REMEDY = "copy the folder again from a source that you trust"
 

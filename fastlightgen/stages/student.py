@@ -56,7 +56,7 @@ class FewStep:
         # What makes clips: the student, after its partner's rungs.
         self.sampled: Model = TwoExperts(partner, student, cfg.boundary) if partner else student
         self.roles = {"student": Role.of(student, cfg, ema=cfg.ema, ema_start=cfg.ema_start)}
-        self.frozen = [teacher, *[partner] * bool(partner)]
+        self.frozen = [teacher]
 
     def begin(self) -> None:
         """Nothing to measure before training."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastlightgen.config import find_preset_weights, preset, presets
 from fastlightgen.models.families import depth, family_of
-from fastlightgen.models.folder.experts import experts_of
+from fastlightgen.models.folder.experts import INDEX, experts_of
 from fastlightgen.models.folder.original import read_config
 
 
@@ -42,7 +42,7 @@ def model_folder(path: str | Path) -> Path:
         return folder
     if pair := experts_of(folder):
         raise ValueError(f"{folder}: has two networks; give the folder of one of them, {pair.high} or {pair.low}")
-    if (folder / "model_index.json").is_file():
+    if (folder / INDEX).is_file():
         if (folder / "transformer" / "config.json").is_file():
             return folder / "transformer"
         raise ValueError(f"{folder}: a pipeline without transformer/config.json; give one with a video transformer")
