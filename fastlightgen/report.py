@@ -19,6 +19,7 @@ from fastlightgen.files.tensors import read_tensors
 from fastlightgen.metrics.scores import check_versions
 from fastlightgen.page import clips, compare, scores, summary, training
 from fastlightgen.page.advice import next_step
+from fastlightgen.page.frontier import frontier
 from fastlightgen.world.score import compared, resampled
 
 # Columns: what the student can be weighed against at its own number of steps stands beside it; others follow by name.
@@ -106,6 +107,7 @@ def write_page(run: Path, found: dict, out: Path | None) -> Path:
     sections = {
         "Clips": clips.evaluated(clip_files(run, evals), evals),
         "Scores": evals and scores.scores(evals),
+        "Frontier": frontier(evals),
         "Previews": clips.during_training(run, found["looks"], len(evals)),
         "Block importance": ranking and training.importance(ranking),
         "Training": '<div id="curves"></div>' * bool(logs) + training.followed(found) + training.watched(found),
@@ -153,7 +155,7 @@ def write_comparison(folders: list[str], out: Path) -> Path:
     where = clip_files(Path(first), teachers)
     where |= {names[f]: Path(f) / "evaluate" / "student.safetensors" for f in folders if names[f] in students}
     sections = {
-        "Frontier": compare.frontier(students, teachers),
+        "Frontier": frontier(evals),
         "Clips": clips.evaluated(where, evals),
         "Scores": scores.scores(evals) if evals else "",
         "Settings that differ": compare.settings({name: f["config"] for name, f in found.items()}),

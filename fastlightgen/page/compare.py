@@ -1,4 +1,4 @@
-"""Several runs side by side: the sentence on top, the frontier, the settings that differ, curves in one chart."""
+"""Several runs side by side: the sentence on top, the settings that differ, curves in one chart."""
 
 from collections.abc import Mapping
 from html import escape
@@ -7,12 +7,11 @@ from typing import Any
 from fastlightgen.config.fields import show
 from fastlightgen.config.files import flatten
 from fastlightgen.metrics.scores import BETTER, SAME, is_number, score
-from fastlightgen.page.figure import against_cost
+from fastlightgen.page.frontier import SCORE
 from fastlightgen.page.html import note, table
 from fastlightgen.page.summary import cost, count
 from fastlightgen.page.training import curves
 
-SCORE = "frechet"  # the score of the frontier and of the sentence
 OWN = ("run", "versions", "commit")  # keys of a configuration that always differ
 
 
@@ -41,17 +40,6 @@ def sentence(students: Mapping[str, dict], pairs: Mapping[str, Mapping[str, dict
         words = {"distance": found[SCORE]["verdict"], "adherence": found.get("adherence", {}).get("verdict", SAME)}
         out += ", ".join(f"{key} {word}" for key, word in words.items()) + "."
     return f"{out} <small>{BETTER.capitalize()} or worse: outside the 95% interval of the paired difference.</small>"
-
-
-def frontier(students: Mapping[str, dict], others: Mapping[str, dict]) -> str:
-    """Quality against cost: the students, and the teachers beside them."""
-    models = {**{e["title"]: e for e in others.values()}, **students}
-    points = {n: (cost(e), e["scores"][SCORE]) for n, e in models.items() if is_number(e["scores"].get(SCORE))}
-    return (
-        against_cost("Distance against cost", "Frechet distance to real clips, less is better", points)
-        if points
-        else ""
-    )
 
 
 def settings(configs: Mapping[str, dict]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures as SVG, without a plotting library: a grid over steps and size, and scores against cost."""
+"""Pictures as SVG, without a plotting library: their frame, and a grid over steps and size."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 640, 420, 80, 50, 30, 60
 # The rules name the class of the picture, so that they change nothing else on a page that holds it.
 RULES = {
     "text": "font:13px sans-serif;fill:#222",
-    ".head": "font-size:15px;font-weight:600",
+    ".title": "font-size:15px;font-weight:600",
     ".small": "font-size:11px",
     ".line": "fill:none;stroke:#555;stroke-dasharray:5 4",
     ".axis": "stroke:#888",
@@ -25,10 +25,10 @@ STYLE = f"{rules(RULES)}@media(prefers-color-scheme:dark){{{rules(DARK)}}}"
 SPEEDS = (12.5, 25.0, 50.0, 100.0)  # iso-speed lines: times faster than 50 guided steps with all blocks
 
 
-def page(title: str, body: list[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" class="flg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
+def page(title: str, body: list[str], size: tuple[int, int] = (WIDTH, HEIGHT)) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" class="flg" viewBox="0 0 {size[0]} {size[1]}" role="img">'
     name = f"<title>{escape(title)}</title><style>{STYLE}</style>"
-    return "\n".join([head, name, text(LEFT, 26, title, "head", "start"), *body, "</svg>"]) + "\n"
+    return "\n".join([head, name, text(size[0] / 2, 22, title, "title name"), *body, "</svg>"]) + "\n"
 
 
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "middle") -> str:
@@ -91,20 +91,3 @@ def place(value: float, known: list) -> float:
         if low <= value <= high:
             return (i + 0.5 + (value - low) / (high - low)) / len(known)
     return 0.5 / len(known)
-
-
-def against_cost(title: str, score: str, points: Mapping[str, tuple[int, float]]) -> str:
-    """A dot per model: its cost across, on a logarithmic axis, its score up."""
-    costs = [math.log10(cost) for cost, _ in points.values()]
-    low, wide = math.floor(min(costs)), max(1, math.ceil(max(costs)) - math.floor(min(costs)))
-    most = 1.1 * max(value for _, value in points.values())
-    body = [f'<path class="axis" fill="none" d="M{LEFT} {TOP}V{up(0)}H{WIDTH - RIGHT}"/>']
-    body += [text(across(i / wide), up(0) + 18, f"{10 ** (low + i):g}") for i in range(wide + 1)]
-    body += [text(LEFT - 8, up(i / 4) + 5, f"{most * i / 4:.3g}", "", "end") for i in range(5)]
-    for name, (cost, value) in points.items():
-        x, y = across((math.log10(cost) - low) / wide), up(value / most)
-        body.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
-        left = x > WIDTH - 200
-        body.append(text(x - 9 if left else x + 9, y + 4, name, "small", "end" if left else "start"))
-    body.append(text(across(0.5), HEIGHT - 18, f"block evaluations per clip. Up: {score}", "small"))
-    return page(title, body)

@@ -9,7 +9,8 @@ from fastlightgen.atomic import write_json, write_text
 from fastlightgen.config import ConfigError
 from fastlightgen.config.files import preset, presets
 from fastlightgen.metrics.scores import BETTER, SAME, WORSE
-from fastlightgen.page.figure import against_cost, grid
+from fastlightgen.page.figure import grid
+from fastlightgen.page.frontier import against_cost
 from fastlightgen.sweeps.points import Part, Point, check, point_of, refusal, unique
 from fastlightgen.sweeps.table import SHOWN, Row, differences, head, ranking, rows_of
 from fastlightgen.sweeps.work import cost_file, cost_of
@@ -160,7 +161,8 @@ def report(paper: Paper, points: Sequence[Point], out: Path) -> str:
         cells = {tuple(paper.rows[name]["at"]): value for name, value in values.items()}
         write_text(out / f"{paper.name}.svg", grid(paper.title, SCORE_TITLE, cells))
     if values and paper.figure == "cost":
-        points_at = {name: (rows[name].cost, value) for name, value in values.items()}
+        seeds = {name: rows[name].scores()[SCORE] for name in values}  # the line goes from the best to the worst seed
+        points_at = {n: (rows[n].cost, value, min(seeds[n]), max(seeds[n])) for n, value in values.items()}
         write_text(out / f"{paper.name}.svg", against_cost(paper.title, SCORE_TITLE, points_at))
     return "\n".join(lines)
 

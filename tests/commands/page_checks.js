@@ -32,7 +32,7 @@ const visible = () => all("td, canvas, svg").filter((e) => {
   const box = e.getBoundingClientRect();
   return box.width > 20 && box.height > 10;
 }).length;
-const axes = () => all("svg").map((s) => [...s.querySelectorAll(".name")].map((t) => t.textContent));
+const axes = () => all("svg:not(.flg)").map((s) => [...s.querySelectorAll(".name")].map((t) => t.textContent));
 const smallest = () => Math.min(...all("svg text").map((t) => t.getBoundingClientRect().height));
 // Whether no two labels of a horizontal axis touch.
 const apart = () => all("svg").every((s) => {

@@ -1,6 +1,7 @@
 """The papers' tables on the built-in world: their rows, what they share, the sentences, the pictures."""
 
 import json
+import math
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from fastlightgen import sweep
 from fastlightgen.config import ConfigError, presets
 from fastlightgen.metrics.intervals import Resampled
-from fastlightgen.page import figure
+from fastlightgen.page import figure, frontier
 from fastlightgen.sweeps import papers, table
 from fastlightgen.sweeps.points import unique
 
@@ -142,7 +143,22 @@ def test_pictures():
     speeds = [e.text for e in root.iter() if e.text and e.text.endswith("x")]
     assert speeds == ["50x", "100x"]  # 25x takes 4 evaluations of all blocks: a corner, no line
     assert figure.place(3, [1, 2, 4]) == pytest.approx((1.5 + 0.5) / 3)
-    root = ElementTree.fromstring(figure.against_cost("t", "distance", {"a": (10, 2.0), "b": (1000, 1.0)}))
+    root = ElementTree.fromstring(
+        frontier.against_cost("t", "distance", {"a": (10, 2.0, 1.8, 2.0), "b": (1000, 1.0, 1.0, 1.0)})
+    )
     a, b = (e for e in root.iter() if e.get("class") == "dot")
-    assert float(a.get("cx")) == figure.LEFT and float(b.get("cx")) == figure.WIDTH - figure.RIGHT
-    assert float(a.get("cy")) == pytest.approx(figure.up(1 / 1.1), abs=0.1)
+    assert float(a.get("cx")) == frontier.LEFT and float(b.get("cx")) == frontier.WIDTH - frontier.RIGHT
+    assert float(a.get("cy")) == pytest.approx(frontier.up(1)) and float(b.get("cy")) == pytest.approx(frontier.up(0))
+    line = next(e.get("d") for e in root.iter() if e.get("d", "").startswith(f"M{frontier.LEFT:.1f} "))
+    low = frontier.up(math.log2(1.8))  # the axis goes from 1 to 2
+    assert line == f"M{frontier.LEFT:.1f} {low:.1f}V{frontier.up(1):.1f}"
+
+
+def test_labels_do_not_overlap():
+    """Four models of one cost and nearly one score: their names stand a line apart, in the order of the scores."""
+    points = {name: (32, value, value, value) for name, value in {"a": 50.0, "b": 49.0, "c": 51.0, "d": 90.0}.items()}
+    root = ElementTree.fromstring(frontier.against_cost("t", "distance", points))
+    assert frontier.ticks([24.0, 366.0]) == [20, 50, 100, 200, 500] and frontier.ticks([2.0]) == [2, 5]
+    heights = {e.text: float(e.get("y")) for e in root.iter() if e.text in points}
+    assert heights["b"] - heights["a"] == pytest.approx(frontier.LINE) == heights["a"] - heights["c"]
+    assert heights["d"] < heights["c"] - 5 * frontier.LINE

@@ -89,9 +89,10 @@ def test_nothing_is_cut_or_hidden(shown):
 
 def test_pictures_and_charts_have_names(shown):
     names = named(shown, "image")
-    assert len(names) == shown.run("document.querySelectorAll('canvas, svg').length") == 12 + 1 + 4 and all(names)
+    assert len(names) == shown.run("document.querySelectorAll('canvas, svg').length") == 12 + 1 + 5 and all(names)
     assert "Student, 4 steps, 28 blocks: a red ball" in names
     assert sum(name.startswith("Stage II, step 20: clips of held-out prompts") for name in names) == 1
+    assert "Distance against cost" in names
     [blocks] = [name for name in names if name.startswith("Error when one block is skipped")]
     wanted = (
         "(log scale): 0.15 with all blocks; least without blocks.1, 0.2; most without blocks.0, 0.95; 28 of 40 blocks"

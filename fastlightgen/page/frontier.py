@@ -1,0 +1,80 @@
+"""Quality against cost: a dot per model, with the interval of its score."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+from fastlightgen.metrics.scores import is_number
+from fastlightgen.page.figure import page, text
+from fastlightgen.page.summary import cost
+
+SCORE = "frechet"
+# As wide as a phone shows without making the letters smaller.
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 360, 300, 46, 36, 24, 48
+LINE = 14  # the height of a label
+SMALLEST = 1e-3  # on a logarithmic axis
+Point = tuple[int, float, float, float]  # cost, score, and the ends of its interval (the score twice if unknown)
+
+
+def frontier(evals: Mapping[str, dict]) -> str:
+    """The picture of all models that are sampled and have a distance, by their titles; empty without any."""
+    points = {e["title"]: point(e) for e in evals.values() if "sampler" in e and is_number(e["scores"].get(SCORE))}
+    return against_cost("Distance against cost", "Frechet distance to real clips, less is better", points)
+
+
+def point(record: dict) -> Point:
+    value = record["scores"][SCORE]
+    low, high = record.get("intervals", {}).get(SCORE, (value, value))
+    return cost(record), value, low if is_number(low) else value, high if is_number(high) else value
+
+
+def against_cost(title: str, score: str, points: Mapping[str, Point]) -> str:
+    """A dot per model: its cost across, its score up, a line for the interval; both axes are logarithmic."""
+    if not points:
+        return ""
+    costs = [math.log10(cost) for cost, *_ in points.values()]
+    low, wide = math.floor(min(costs)), max(1, math.ceil(max(costs)) - math.floor(min(costs)))
+    marks = ticks(max(SMALLEST, value) for _, *found in points.values() for value in found)
+
+    def height(value: float) -> float:
+        return up(math.log(max(value, marks[0]) / marks[0]) / math.log(marks[-1] / marks[0]))
+
+    body = [f'<path class="axis" fill="none" d="M{LEFT} {TOP}V{up(0)}H{WIDTH - RIGHT}"/>']
+    body += [text(across(i / wide), up(0) + 16, f"{10 ** (low + i):g}", "small") for i in range(wide + 1)]
+    body += [text(LEFT - 5, height(mark) + 4, f"{mark:g}", "small", "end") for mark in marks]
+    placed: list[tuple[float, float]] = []
+    for name, (price, value, least, greatest) in sorted(points.items(), key=lambda item: -item[1][1]):
+        x, y = across((math.log10(price) - low) / wide), height(value)
+        ends = [height(end) for end in (least, greatest)]
+        body.append(f'<path class="axis" fill="none" d="M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}"/>')
+        body.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
+        left = x > (LEFT + WIDTH) / 2
+        body.append(text(x - 8 if left else x + 8, free(x, y + 4, placed), name, "small", "end" if left else "start"))
+    body.append(text(across(0.5), HEIGHT - 16, "block evaluations per clip", "small name"))
+    body.append(text(across(0.5), HEIGHT - 3, f"up: {score}", "small name"))
+    return page(title, body, (WIDTH, HEIGHT))
+
+
+def ticks(values: Iterable[float]) -> list[float]:
+    """1, 2 and 5 times powers of ten, from the last one below the values to the first one above them."""
+    least, most = min(values := list(values)), max(values)
+    known = [part * 10.0**power for power in range(-4, 10) for part in (1, 2, 5)]
+    first = max((i for i, tick in enumerate(known) if tick <= least), default=0)
+    last = min((i for i, tick in enumerate(known) if tick >= most and i > first), default=len(known) - 1)
+    return known[first : last + 1]
+
+
+def across(part: float) -> float:
+    """The place of 0 (left) to 1 (right)."""
+    return LEFT + part * (WIDTH - LEFT - RIGHT)
+
+
+def up(part: float) -> float:
+    """The place of 0 (bottom) to 1 (top)."""
+    return HEIGHT - BOTTOM - part * (HEIGHT - TOP - BOTTOM)
+
+
+def free(x: float, y: float, placed: list[tuple[float, float]]) -> float:
+    """The height of the next label: below every label that stands near it and was placed before, from top to bottom."""
+    y = max([y, *(other + LINE for near, other in placed if abs(near - x) < 200)])
+    placed.append((x, y))
+    return y
