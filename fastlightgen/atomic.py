@@ -115,13 +115,23 @@ def lock_file(path: Path) -> IO[str]:
         raise ValueError(f"{path}: is a link, so it is not used as a lock; delete it") from None
 
 
+def take(path: Path, wait: bool = False) -> IO[str] | None:
+    """Lock a file until it is closed, here and in the processes that got it. Without `wait`, None if it is locked."""
+    file = lock_file(path)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock file. Without `wait`, yield False if another process holds it."""
-    with lock_file(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
+    file = take(path, wait)
+    if file is None:
+        yield False
+        return
+    with file:
         yield True

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 SHIFTS = 1  # pixels per frame, along each axis, that persistence allows the whole picture to move
+PIECE = 4  # clips at a time, so that their details stay in the cache
 
 
 def details(video: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def details(video: Tensor) -> Tensor:
 
 def energy(video: Tensor) -> Tensor:
     """Mean square of the details of each clip [B]; blur lowers it, noise raises it."""
-    return details(video).square().mean((1, 2, 3, 4))
+    return torch.cat([details(piece).square().mean((1, 2, 3, 4)) for piece in video.split(PIECE)])
 
 
 def persistence(video: Tensor) -> Tensor:
@@ -30,7 +31,11 @@ def persistence(video: Tensor) -> Tensor:
     Each pair of frames is compared at the best of nine shifts of the whole picture, by -1, 0 or 1 pixel along each
     axis, so that a moving camera does not count as a change. Noise that is new in every frame brings it near 0.
     """
-    x = details(video)
+    return torch.cat([_persistence(details(piece)) for piece in video.split(PIECE)])
+
+
+def _persistence(x: Tensor) -> Tensor:
+    """The persistence of clips whose details are x."""
     n, (height, width) = SHIFTS, x.shape[-2:]
     before = x[:, :-1, :, n : height - n, n : width - n].flatten(2)
     best = torch.full(before.shape[:2], -1.0, dtype=x.dtype, device=x.device)

@@ -5,13 +5,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import torch
 
-from fastlightgen.atomic import locked, write_json
+from fastlightgen.atomic import take, write_json
 from fastlightgen.files.border import read_json
 from fastlightgen.files.kinds import COST
 from fastlightgen.parallel.log import say
@@ -20,11 +20,10 @@ from fastlightgen.sweeps.points import Part, Point, unique
 POLL = 1.0  # seconds
 
 
-def taken(path: Path) -> ExitStack | None:
-    """Lock a piece of work until the stack is closed; None if another process has it."""
+def taken(path: Path) -> IO[str] | None:
+    """Lock a piece of work until the file is closed; None if another process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    stack = ExitStack()
-    return stack if stack.enter_context(locked(path)) else None
+    return take(path)
 
 
 @dataclass
@@ -33,7 +32,7 @@ class Running:
 
     name: str
     process: subprocess.Popen
-    lock: ExitStack
+    lock: IO[str]
     log: Path
     slot: int
     cost: Path
@@ -107,7 +106,7 @@ def cost_of(file: Path) -> float | None:
     return read_json(file, COST, "delete it")["seconds"] if file.is_file() else None
 
 
-def start(name: str, item: Part | Point, lock: ExitStack, slot: int) -> Running:
+def start(name: str, item: Part | Point, lock: IO[str], slot: int) -> Running:
     """Begin a training or an evaluation in a process of its own, on a GPU of its own."""
     if isinstance(item, Part):
         words, command, log = [*item.words, "progress=false"], "train", item.folder / "log.txt"
@@ -120,7 +119,11 @@ def start(name: str, item: Part | Point, lock: ExitStack, slot: int) -> Running:
         env["CUDA_VISIBLE_DEVICES"] = str(slot % count)
     with open(log, "a") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"fastlightgen.{command}", *words], env=env, stdout=out, stderr=out
+            [sys.executable, "-m", f"fastlightgen.{command}", *words],
+            env=env,
+            stdout=out,
+            stderr=out,
+            pass_fds=[lock.fileno()],  # if this process is killed, the work stays locked until the other one ends
         )
     say(f"begun: {name} ({log})")
     return Running(name, process, lock, log, slot, cost_file(item))

@@ -172,7 +172,15 @@ def test_the_result_is_evaluated(wan, tmp_path):
     scores = []
     for path in ("full", "pruned"):
         out = tmp_path / f"{path}.json"
-        words = [f"model={tmp_path / 'model'}", f"out={out}", f"path={path}", "clips=4", "show=1", "threads=1"]
+        words = [
+            f"model={tmp_path / 'model'}",
+            f"out={out}",
+            f"path={path}",
+            "clips=4",
+            "noises=1",
+            "show=1",
+            "threads=1",
+        ]
         main(evaluate, "evaluate", words)
         record = json.loads(out.read_text())
         assert (record["num_blocks"], record["kept_blocks"]) == (len(KEPT), KEPT)
