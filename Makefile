@@ -38,7 +38,7 @@ test-all: $(STAMP) ## run every test
 soak: $(STAMP) ## kill every command at N moments (20), fill disks, type N x 2600 command lines, train 100 N steps; hours
 	FLG_CRASHES=$(or $(N),20) FLG_KILLS=$(or $(N),20) FLG_LINES=$(or $(N),20) FLG_STEPS=$$((100 * $(or $(N),20))) \
 	FLG_DAMAGED=$(or $(N),20) \
-	$(PY) -m pytest tests/files/test_crashes.py tests/files/test_scarcity.py tests/files/test_damaged_files.py \
+	$(PY) -m pytest tests/files/test_crashes.py tests/files/test_scarcity.py tests/files/test_damaged_files.py tests/files/test_killed_sweep.py \
 	tests/cluster/test_kills.py tests/commands/test_command_lines.py tests/engine/test_long.py -q -s -m 'slow or not slow' --timeout=36000
 
 # From Python 3.12 on, the interpreter itself counts the lines that run. PYTEST_ADDOPTS keeps the flags of `test`.
