@@ -161,6 +161,7 @@ def to_diffusers(cfg) -> None:
     from fastlightgen.parallel.threads import set_threads
     from fastlightgen.pipelines.encoders import family_of_folder
     from fastlightgen.pipelines.export import check_number, check_out, parts_of, write_pipeline
+    from fastlightgen.pipelines.lora_file import LORA
     from fastlightgen.pipelines.stock import compare, compare_own, need_diffusers, say_not_stock
 
     need_diffusers()
@@ -194,12 +195,12 @@ def to_diffusers(cfg) -> None:
         dtype=dtype,
         link=cfg.link,
         vae=cfg.vae,
-        lora=Path(cfg.lora) if cfg.lora else None,
+        loras={part: Path(vars(cfg)[key]) for part, key in LORA.items() if vars(cfg)[key]},
         original=cfg.original,
         progress=cfg.progress,
     )
-    if "lora" in report:
-        say(f"lora: {report['lora'][0]} blocks renumbered, {report['lora'][1]} dropped with the student's")
+    for part, (_, kept, lost) in report["loras"].items():
+        say(f"{LORA[part]}: {kept} blocks renumbered, {lost} dropped with the student's")
     if "sigmas" in report:
         times = ", ".join(f"{s:.4f}" for s in report["sigmas"])
         say(f"scheduler: steps at {times}; at most {report['ladder_error']:.1g} from the student's ladder")

@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import error_line
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from students import make_pair, make_student, stock
 from torch import Tensor
 
 from fastlightgen import flow
@@ -196,6 +198,38 @@ def test_lora(tmp_path, capsys):
         fused = {k.replace(".base_layer", ""): v for k, v in net.state_dict().items() if "lora_" not in k}
         assert all(torch.allclose(fused[k], v, atol=1e-5) for k, v in wanted.items())
         assert (tmp_path / f"s_{expert}_noise.comfyui.safetensors").is_file()
+
+
+def test_a_teachers_lora_is_renumbered_for_each_expert(pipeline, tmp_path, capsys):
+    """By hand: block b of an expert's LoRA holds the number b; its student kept other blocks than the other one."""
+    source, model = pipeline("a14b"), make_pair(pipeline("a14b"), tmp_path / "model")
+    key = "transformer.blocks.{}.attn1.to_q.lora_{}.weight"
+    for name, size in (("first", 1.0), ("second", 100.0)):
+        tensors = {key.format(b, "A"): torch.full((2, 24), size * b) for b in range(4)}
+        save_file(tensors | {key.format(b, "B"): torch.ones(24, 2) for b in range(4)}, tmp_path / f"{name}.safetensors")
+    words = [f"model={model}", f"pipeline={source}", f"out={tmp_path / 'out'}", "progress=false", *WORDS]
+    files = [f"lora={tmp_path / 'first.safetensors'}", f"lora_2={tmp_path / 'second.safetensors'}"]
+    main(export, "export", [*words, *files])
+    said = capsys.readouterr().out
+    assert "lora: 3 blocks renumbered, 1 dropped" in said and "lora_2: 2 blocks renumbered, 2 dropped" in said
+    for file, kept in (("lora/first", [0.0, 2.0, 3.0]), ("lora_2/second", [100.0, 300.0])):
+        found = load_file(tmp_path / f"out/{file}.safetensors")
+        assert [found[key.format(b, "A")].unique().item() for b in range(len(kept))] == kept
+        assert len(found) == 2 * len(kept)
+    pytest.importorskip("peft")
+    pipe = stock(tmp_path / "out")
+    before = [net.blocks[1].attn1.to_q.weight.clone() for net in (pipe.transformer, pipe.transformer_2)]
+    readme = (tmp_path / "out/README.md").read_text()
+    for call in re.findall(r"`pipe\.load_lora_weights\((.*)\)`", readme):  # as the model card says
+        exec(f"pipe.load_lora_weights({call})".replace('"out/', f'"{tmp_path}/out/'), {"pipe": pipe})
+    pipe.fuse_lora(components=["transformer", "transformer_2"])
+    nets = zip((pipe.transformer, pipe.transformer_2), before, (2 * 2.0, 2 * 300.0), strict=True)
+    for net, weight, change in nets:  # B A, summed over the rank 2
+        layer = net.blocks[1].attn1.to_q
+        assert torch.allclose(layer.base_layer.weight, weight + change, rtol=1e-6)
+    one = [f"model={make_student(pipeline('wan_t2v'), tmp_path / 'one')}", f"pipeline={pipeline('wan_t2v')}", *WORDS]
+    line = error_line(capsys, lambda *w: main(export, "export", list(w)), *one, f"out={tmp_path / 'o2'}", files[1])
+    assert "the model has one network; give the file as lora=" in line
 
 
 def test_mistakes(tmp_path, capsys):

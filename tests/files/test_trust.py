@@ -10,7 +10,7 @@ import torch
 from fastlightgen import atomic
 from fastlightgen.data.writer import Writer
 from fastlightgen.files import tensors
-from fastlightgen.pipelines.export import copy_parts
+from fastlightgen.pipelines.copies import copy_parts
 from fastlightgen.pipelines.index import read_index
 
 
