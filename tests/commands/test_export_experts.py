@@ -4,6 +4,8 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,13 +57,19 @@ def run(folder: Path, out: Path, to: str = "comfyui") -> dict:
     return json.loads(out.with_suffix(".workflow.json").read_text())
 
 
-def noises(graph: dict) -> list[Tensor]:
-    """The first noise and those after the steps, drawn as ComfyUI draws them on a CPU."""
-    first, *_ = found = [n["inputs"] for n in graph.values() if n["class_type"] == "KSamplerAdvanced"]
-    out = [torch.randn(SHAPE, generator=torch.manual_seed(first["noise_seed"]))]
-    for node in found:
-        generator = torch.Generator().manual_seed(node["noise_seed"] + 1)
-        out += [torch.randn(SHAPE, generator=generator) for _ in range(node["start_at_step"], node["end_at_step"])]
+def drawn_by(seed: int) -> Callable[[], Tensor]:
+    """The fresh noise of a sampler on a CPU."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    return lambda: torch.randn(SHAPE, generator=generator)
+
+
+def noises(graph: dict, fresh: Callable[[int], Callable[[], Tensor]] = drawn_by) -> list[Tensor]:
+    """The first noise and those after the steps, as ComfyUI draws them."""
+    nodes = order_of(graph)
+    out = [torch.randn(SHAPE, generator=torch.manual_seed(nodes[0]["noise_seed"]))]
+    for node in nodes:
+        draw = fresh(node["noise_seed"])
+        out += [draw() for _ in range(node["start_at_step"], node["end_at_step"])]
     return out
 
 
@@ -263,13 +271,18 @@ def test_comfyui_itself(tmp_path, monkeypatch):
 
     options.enable_args_parsing()  # of sys.argv
     from comfy import sample, sd
+    from comfy.k_diffusion import sampling
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
     folder = save(tmp_path / "model", "t2v", "stochastic")
     graph = run(folder, tmp_path / "s.safetensors")
-    drawn = noises(graph)
-    wanted, cond = ours(folder, drawn)
     latent = torch.zeros(SHAPE)
+
+    def fresh(seed: int) -> Callable[[], Tensor]:
+        return partial(sampling.default_noise_sampler(latent, seed), None, None)
+
+    drawn = noises(graph, fresh)
+    wanted, cond = ours(folder, drawn)
     for node in order_of(graph):
         shifted = graph[node["model"][0]]["inputs"]
         net = sd.load_diffusion_model(str(tmp_path / graph[shifted["model"][0]]["inputs"]["unet_name"]))
