@@ -20,6 +20,7 @@ from fastlightgen.planner.step import Net
 from fastlightgen.planner.walk import Route
 from fastlightgen.stages import start
 from fastlightgen.stages.build import Builder
+from fastlightgen.stages.experts import partner_used
 from fastlightgen.stages.method import Guess, Subject
 
 
@@ -160,5 +161,5 @@ def needs(cfg: Keys) -> str:
 
 
 def inputs(cfg: Keys) -> dict[str, Any]:
-    """Return the settings of the run's own Stage II, if the student starts from it."""
-    return start.inputs(cfg) if cfg.student == "pruned" else {}
+    """Return the settings of the run's own Stage II, if the student starts from it, and the partner of an expert."""
+    return start.inputs(cfg) if cfg.student == "pruned" else partner_used(cfg)
