@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 from fastlightgen.models.folder.files import mapped
+from fastlightgen.models.folder.index import within
 from fastlightgen.models.folder.manifest import Entry, entry, verify_files
 from fastlightgen.parallel.log import bar
-from fastlightgen.pipelines.index import within
 
 
 def check_parts(pipeline: Path, names: list[str]) -> None:

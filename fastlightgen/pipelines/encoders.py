@@ -23,8 +23,8 @@ from fastlightgen.files.schema import record
 from fastlightgen.models.encoding import pixels
 from fastlightgen.models.families import FAMILIES, family_of, family_of_pipeline
 from fastlightgen.models.family import Family
+from fastlightgen.models.folder.index import read_index
 from fastlightgen.models.folder.manifest import verify_files
-from fastlightgen.pipelines.index import read_index
 from fastlightgen.pipelines.stock import need_diffusers
 
 

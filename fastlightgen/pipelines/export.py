@@ -20,12 +20,12 @@ from fastlightgen.decoder.folder import check_replaces, copy_vae
 from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.models.families import block_counts, family_of, family_of_pipeline
 from fastlightgen.models.folder.experts import ORIGINAL_PARTS, PIPELINE_PARTS
+from fastlightgen.models.folder.index import INDEX, read_index
 from fastlightgen.models.folder.manifest import verify_files, write_manifest
 from fastlightgen.models.folder.original import original_config, read_config
 from fastlightgen.models.folder.weights import save_model, save_original
 from fastlightgen.parallel.log import size
 from fastlightgen.pipelines.copies import check_parts, copy_parts
-from fastlightgen.pipelines.index import INDEX, read_index
 from fastlightgen.pipelines.lora_file import LORA, BlockMap, remap_lora
 from fastlightgen.pipelines.modelcard import model_card
 from fastlightgen.pipelines.origin import name_of

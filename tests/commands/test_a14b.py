@@ -9,12 +9,11 @@ import pytest
 import torch
 from helpers import error_line, run_train
 from PIL import Image
-from students import KEEP, STEPS, make_pair, same_noise, stock
+from students import CLIP, KEEP, PROMPT, STEPS, clip, make_pair, same_noise, stock
 
 from fastlightgen.config import main
 from fastlightgen.encode import encode
 from fastlightgen.export import export
-from fastlightgen.generate import generate
 from fastlightgen.models.folder.experts import experts_of
 from fastlightgen.models.folder.pair import load_sampler
 from fastlightgen.models.folder.weights import load_model, read_card
@@ -22,9 +21,8 @@ from fastlightgen.models.sample import sample
 from fastlightgen.pipelines.encoders import Encoders
 from fastlightgen.rng import generator
 
-H, W, F = 64, 96, 9
+H, W, F = CLIP
 LATENT = (1, 16, 3, H // 8, W // 8)
-PROMPT = "a red ball moves right"
 WORDS = ("threads=1", "progress=false")
 KINDS = ["a14b", "a14b_i2v"]
 
@@ -40,13 +38,6 @@ def folder(pipeline, tmp_path_factory) -> Path:
         words = [f"model={model}", f"pipeline={pipeline(kind)}", f"out={root / kind}", "dtype=float32", "original=true"]
         main(export, "export", [*words, *WORDS])
     return root
-
-
-def clip(out: Path, model: Path, *words: str) -> np.ndarray:
-    """The frames [F, H, W, 3] that the command makes."""
-    given = [f"model={model}", f"prompt={PROMPT}", f"out={out}", f"size={H}x{W}x{F}", "seed=3"]
-    main(generate, "generate", [*given, *WORDS, *words])
-    return np.asarray(Image.open(out)).astype(int).reshape(H, F, W, 3).transpose(1, 0, 2, 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
