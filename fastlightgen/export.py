@@ -130,10 +130,10 @@ def to_lora(cfg) -> None:
             f"sample with {len(card['ladder'])} steps, shift {card['shift']:g}, guidance {card['guidance']:g}, sampler "
             f"{card['sampler']} (ComfyUI: {SAMPLERS[card['sampler']]}, scheduler simple)"
         )
-    first, *second = map(str, files.values())
+    first, *others = map(str, files.values())
     say(f"next: in Python, diffusers.DiffusionPipeline.from_pretrained(TEACHER).load_lora_weights({first!r})")
-    for file in second:
-        say(f"and on the same pipeline load_lora_weights({file!r}, load_into_transformer_2=True)")
+    for other in others:
+        say(f"and on the same pipeline load_lora_weights({other!r}, load_into_transformer_2=True)")
 
 
 def say_lora(report: dict) -> None:

@@ -149,9 +149,9 @@ def write_comfyui(model: VideoDiT, card: dict, out: Path, dtype: torch.dtype, qu
 
 def shown_card(model: VideoDiT, card: dict) -> dict[str, Any]:
     """What the file says of the student. The depth is its own: a teacher's would override what ComfyUI detects."""
-    keys = ("family", "stage", "ladder", "shift", "sampler", "guidance", "steps", "kept_blocks", "clips")
-    keys += ("expert", "boundary")
-    return {key: card[key] for key in keys if card.get(key) is not None} | {"num_blocks": model.num_blocks}
+    sampling = ("ladder", "shift", "sampler", "guidance", "steps", "clips", "expert", "boundary")
+    keys = [key for key in ("family", "stage", "kept_blocks", *sampling) if card.get(key) is not None]
+    return {key: card[key] for key in keys} | {"num_blocks": model.num_blocks}
 
 
 def held(model: VideoDiT, read: Callable[[str], Tensor]) -> tuple[dict[str, Tensor], float]:
