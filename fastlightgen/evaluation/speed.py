@@ -156,6 +156,7 @@ def stock_clip(subject: Subject, prompt: str, negative: str, image: str, seed: i
     call |= {"num_inference_steps": len(subject.plan["times"]), "generator": torch.Generator().manual_seed(seed)}
     guidance = "guidance_scale" if subject.net.embeds_guidance else world.family.cfg_argument
     call |= {guidance: subject.plan["guidance"], "output_type": "np"}
+    call |= {f"{guidance}_2": subject.plan["guidance_2"]} if "guidance_2" in subject.plan else {}
     if negative:
         call["negative_prompt"] = negative
     if image:

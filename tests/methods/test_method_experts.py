@@ -1,5 +1,6 @@
 """Every method with two experts: the times of all predictions lie in the range of the network that makes them."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import torch
 from helpers import KEPT, error_line, run_train, small_wan, write_ranking
 from method_cases import built, configured, networks
 
-from fastlightgen.config import method_for
+from fastlightgen.config import method_for, preset
 from fastlightgen.flow import ladder
 from fastlightgen.methods import lcm
 from fastlightgen.models.families import network
 from fastlightgen.models.folder.weights import load_model, read_card, save_model
 from fastlightgen.planner.walk import Route
+from fastlightgen.stages import rival
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.experts import rollout_walks
 from fastlightgen.world.shapes import WORLD
@@ -142,6 +144,20 @@ def test_stage_2(root, method: str, expert: str, tmp_path, monkeypatch):
     times = torch.cat([t for one in (*seen, during) for own in one.values() for t in own])
     assert len(times) > len(before)
     assert low <= times.min() and times.max() <= high and times.max() - times.min() > 0.1
+
+
+def test_the_teacher_is_guided_as_its_release_guides_it(tmp_path):
+    """wan/configs/wan_t2v_A14B.py: 4 for the high-noise expert, 3 for the low-noise one; a number given wins."""
+    index = {"_class_name": "WanPipeline", "boundary_ratio": 0.875}
+    for part in ("transformer", "transformer_2"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(preset("wan2.2-t2v-a14b")["network"]))
+        index[part] = ["diffusers", "WanTransformer3DModel"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for expert, part, scale in (("high", "transformer", 4.0), ("low", "transformer_2", 3.0)):
+        given = ["method=dmd2", f"model={tmp_path / part}", f"expert={expert}", "boundary=0.875"]
+        assert rival.scale_of(configured(*given), small_wan(), {}) == scale
+        assert rival.scale_of(configured(*given, "guidance=7"), small_wan(), {}) == 7.0
 
 
 def test_lcm_takes_the_points_of_its_range():
