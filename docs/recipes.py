@@ -21,7 +21,7 @@ def rows(recipe: Recipe) -> str:
     memory = ", ".join(f"{max(b.peak for b in budgets) / 1e9:.0f}" for budgets in stages)
     host = max(b.host_peak for budgets in stages for b in budgets) / 1e9
     days = ", ".join(short(max(b.days for b in budgets)) for budgets in stages)
-    models = ", ".join(f"`{model}`" for model in recipe.models)
+    models = ", ".join(map(named, recipe.models))
     machine = f"{recipe.gpus} x {recipe.gpu} | {' '.join(clips)}"
     return f"| `{recipe.name}` | {models} | {machine} | {memory} | {host:.0f} | {days} |"
 
@@ -38,7 +38,13 @@ def long_one(recipe: Recipe) -> str:
         cells.append(f"{short(b.days)} days. {shown}" if shown else f"{short(b.days)} days")
     if all(b.days <= WEEK for _, b in found[model]):
         return ""
-    return f"| `{recipe.name}` | {short(sum(b.days for _, b in found[model]))} days | {' | '.join(cells)} |"
+    each = ", each expert" if preset(model).get("boundary") else ""
+    return f"| `{recipe.name}`{each} | {short(sum(b.days for _, b in found[model]))} days | {' | '.join(cells)} |"
+
+
+def named(model: str) -> str:
+    """The preset; a run of a model with two experts is that of one of them."""
+    return f"`{model}`{' (each expert)' if preset(model).get('boundary') else ''}"
 
 
 def short(days: float) -> str:
@@ -60,7 +66,7 @@ def without_recipe(model: str, gpu: str, gpus: int) -> str:
         words, b = found
         host = f", {b.host_peak / 1e9:.0f} GB of host memory" if b.host_peak > 100e9 else ""
         cells.append(f"{f'`{words}`: ' if words else ''}{b.peak / 1e9:.0f} GB{host}, {short(b.days)} days")
-    return f"| `{model}` | {gpus} x {gpu} | {size} | {' | '.join(cells)} | {least.gpus} x {least.gpu} |"
+    return f"| {named(model)} | {gpus} x {gpu} | {size} | {' | '.join(cells)} | {least.gpus} x {least.gpu} |"
 
 
 def tables() -> str:

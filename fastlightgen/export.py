@@ -1,6 +1,7 @@
 """python -m fastlightgen.export model=DIR pipeline=DIR out=DIR: writes a pipeline folder that stock diffusers loads.
 
-to=comfyui out=FILE.safetensors and to=gguf out=FILE.gguf write one file for ComfyUI, and a workflow beside it.
+to=comfyui out=FILE.safetensors and to=gguf out=FILE.gguf write one file for ComfyUI, and a workflow beside it. Of two
+experts each gets a file of its own.
 to=onnx out=DIR writes a folder that makes clips with onnxruntime and numpy.
 to=lora teacher=DIR out=FILE.safetensors writes what turns the teacher into a student with all blocks.
 """
@@ -8,7 +9,7 @@ to=lora teacher=DIR out=FILE.safetensors writes what turns the teacher into a st
 from operator import itemgetter
 from pathlib import Path
 
-from fastlightgen.config import PROMPT, SHAPES_PROMPT, built_in, command, main
+from fastlightgen.config import PROMPT, SHAPES_PROMPT, UserError, built_in, command, main
 
 
 def export(cfg) -> None:
@@ -22,35 +23,42 @@ def check_new(out: Path) -> None:
 
 
 def to_file(cfg) -> None:
-    """Write the file and the workflow, and print what they are and how near the file is to the model."""
+    """Write the file (of two experts two) and the workflow; print what they are and how near they are to the model."""
     import torch
 
-    from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
+    from fastlightgen.models.folder.pair import networks
+    from fastlightgen.models.folder.weights import load_model, trained_folder
     from fastlightgen.parallel.log import say, size
     from fastlightgen.parallel.threads import set_threads
-    from fastlightgen.pipelines.comfyui import SAMPLERS, ladder_error, write_comfyui
+    from fastlightgen.pipelines.comfyui import LOADER, SAMPLERS, file_of, ladder_error, write_comfyui, write_workflow
     from fastlightgen.pipelines.gguf_file import write_gguf
 
     set_threads(cfg.threads)
-    folder, out, dtype = trained_folder(cfg.model), Path(cfg.out), getattr(torch, cfg.dtype)
-    check_new(out)
-    model, card = load_model(folder, dtype=dtype).requires_grad_(False), read_card(folder)
-    report = {"comfyui": write_comfyui, "gguf": write_gguf}[cfg.to](model, card, out, dtype, cfg.stored)
-    exact = (
-        "the same weights bit for bit"
-        if report["weights"] == 0
-        else (
-            f"weights within {report['weights']:.2%} and a prediction within {report['prediction']:.2%} of the model's"
+    out, dtype = Path(cfg.out), getattr(torch, cfg.dtype)
+    found = [(place, card, file_of(out, card)) for place, card in networks(trained_folder(cfg.model)).values()]
+    for _, _, file in found:
+        check_new(file)
+    for place, card, file in found:  # one after the other: both networks of 14B may not fit into memory
+        model = load_model(place, dtype=dtype).requires_grad_(False)
+        report = {"comfyui": write_comfyui, "gguf": write_gguf}[cfg.to](model, card, file, dtype, cfg.stored)
+        exact = (
+            "the same weights bit for bit"
+            if report["weights"] == 0
+            else (
+                f"weights within {report['weights']:.2%} and a prediction within {report['prediction']:.2%} of the "
+                "model's"
+            )
         )
-    )
-    say(f"{out}: {size(report['bytes'])}, read back: {exact}")
+        say(f"{file}: {size(report['bytes'])}, read back: {exact}")
+    loader, place = (LOADER, "diffusion_models") if cfg.to == "comfyui" else ("UnetLoaderGGUF", "unet")
+    write_workflow(model.config, card, out, loader)
     say(
         f"{out.with_suffix('.workflow.json')}: {len(card['ladder'])} steps, sampler "
         f"{SAMPLERS[card['sampler']]}, scheduler simple, shift {card['shift']:g}, cfg 1; its noise levels are at most "
         f"{ladder_error(card):.1g} from the student's"
     )
-    place = "diffusion_models" if cfg.to == "comfyui" else "unet"
-    say(f"next: copy the file to ComfyUI's models/{place}, and drop the workflow on its canvas")
+    files = "the file" if len(found) == 1 else "both files"
+    say(f"next: copy {files} to ComfyUI's models/{place}, and drop the workflow on its canvas")
 
 
 def to_onnx(cfg) -> None:
@@ -58,6 +66,7 @@ def to_onnx(cfg) -> None:
     import torch
 
     from fastlightgen.data.version import check_model, same_latents
+    from fastlightgen.models.folder.pair import networks
     from fastlightgen.models.folder.weights import config_of, load_model, read_card, trained_folder
     from fastlightgen.parallel.log import say, size
     from fastlightgen.parallel.threads import set_threads
@@ -68,6 +77,11 @@ def to_onnx(cfg) -> None:
     set_threads(cfg.threads)
     folder, out = trained_folder(cfg.model), Path(cfg.out)
     check_new(out)
+    if len(networks(folder)) > 1:
+        raise UserError(
+            f"to=onnx: {folder} has two experts, and the folder's generate.py steps with one network; use "
+            "to=diffusers, comfyui or gguf"
+        )
     check_model(folder, ShapesSource.description)
     world = same_latents(config_of(folder), ShapesSource.description)
     model = load_model(folder, dtype=torch.float32).requires_grad_(False)
@@ -86,22 +100,46 @@ def to_onnx(cfg) -> None:
 
 
 def to_lora(cfg) -> None:
-    """Write the two files, and print how much of the student they hold."""
+    """Write the two files (of each expert), and print how much of the student they hold."""
     import torch
 
-    from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
-    from fastlightgen.parallel.log import say, size
+    from fastlightgen.models.folder.pair import networks
+    from fastlightgen.models.folder.weights import load_model, trained_folder
+    from fastlightgen.parallel.log import say
     from fastlightgen.parallel.threads import set_threads
-    from fastlightgen.pipelines.comfyui import SAMPLERS
+    from fastlightgen.pipelines.comfyui import SAMPLERS, file_of
     from fastlightgen.pipelines.lora_student import check_pair, write_lora
 
     set_threads(cfg.threads)
-    folder, out = trained_folder(cfg.model), Path(cfg.out)
-    check_new(out)
-    card, base = read_card(folder), trained_folder(cfg.teacher)
-    model, teacher = (load_model(place).requires_grad_(False) for place in (folder, base))
-    check_pair(model, teacher, cfg.teacher)
-    report = write_lora(model, card, teacher, out, getattr(torch, cfg.dtype), cfg.rank)
+    out, students = Path(cfg.out), networks(trained_folder(cfg.model))
+    teachers = networks(trained_folder(cfg.teacher))
+    if len(students) != len(teachers):
+        raise ValueError(
+            f"teacher={cfg.teacher}: number of networks {len(teachers)}, the student's {len(students)}; give the "
+            "student's teacher"
+        )
+    files = {part: file_of(out, card) for part, (_, card) in students.items()}
+    for file in files.values():
+        check_new(file)
+    for part, (place, card) in students.items():
+        model, teacher = (load_model(net).requires_grad_(False) for net in (place, teachers[part][0]))
+        check_pair(model, teacher, cfg.teacher)
+        say_lora(write_lora(model, card, teacher, files[part], getattr(torch, cfg.dtype), cfg.rank))
+    if card.get("ladder"):
+        say(
+            f"sample with {len(card['ladder'])} steps, shift {card['shift']:g}, guidance {card['guidance']:g}, sampler "
+            f"{card['sampler']} (ComfyUI: {SAMPLERS[card['sampler']]}, scheduler simple)"
+        )
+    first, *others = map(str, files.values())
+    say(f"next: in Python, diffusers.DiffusionPipeline.from_pretrained(TEACHER).load_lora_weights({first!r})")
+    for other in others:
+        say(f"and on the same pipeline load_lora_weights({other!r}, load_into_transformer_2=True)")
+
+
+def say_lora(report: dict) -> None:
+    """Print how much of one student a LoRA holds."""
+    from fastlightgen.parallel.log import say, size
+
     for path, count in report["files"].items():
         say(f"{path}: {size(count)}")
     left = ", ".join(f"rank {rank}: {error:.1%}" for rank, error in report["errors"].items())
@@ -111,12 +149,6 @@ def to_lora(cfg) -> None:
         f"holds them. A prediction of the teacher is {report['before']:.1%} from the student's, with diffusers' file "
         f"{report['after']:.1%}"
     )
-    if card.get("ladder"):
-        say(
-            f"sample with {len(card['ladder'])} steps, shift {card['shift']:g}, guidance {card['guidance']:g}, sampler "
-            f"{card['sampler']} (ComfyUI: {SAMPLERS[card['sampler']]}, scheduler simple)"
-        )
-    say(f"next: in Python, diffusers.DiffusionPipeline.from_pretrained(TEACHER).load_lora_weights({str(out)!r})")
 
 
 def to_diffusers(cfg) -> None:
@@ -129,6 +161,7 @@ def to_diffusers(cfg) -> None:
     from fastlightgen.parallel.threads import set_threads
     from fastlightgen.pipelines.encoders import family_of_folder
     from fastlightgen.pipelines.export import check_number, check_out, parts_of, write_pipeline
+    from fastlightgen.pipelines.lora_file import LORA
     from fastlightgen.pipelines.stock import compare, compare_own, need_diffusers, say_not_stock
 
     need_diffusers()
@@ -162,12 +195,12 @@ def to_diffusers(cfg) -> None:
         dtype=dtype,
         link=cfg.link,
         vae=cfg.vae,
-        lora=Path(cfg.lora) if cfg.lora else None,
+        loras={part: Path(vars(cfg)[key]) for part, key in LORA.items() if vars(cfg)[key]},
         original=cfg.original,
         progress=cfg.progress,
     )
-    if "lora" in report:
-        say(f"lora: {report['lora'][0]} blocks renumbered, {report['lora'][1]} dropped with the student's")
+    for part, (_, kept, lost) in report["loras"].items():
+        say(f"{LORA[part]}: {kept} blocks renumbered, {lost} dropped with the student's")
     if "sigmas" in report:
         times = ", ".join(f"{s:.4f}" for s in report["sigmas"])
         say(f"scheduler: steps at {times}; at most {report['ladder_error']:.1g} from the student's ladder")

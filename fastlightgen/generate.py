@@ -75,8 +75,13 @@ def generate(cfg: Generate) -> None:
             with clock("write"):
                 write_clips(file, frames, world.fps)
     where = f"{out.with_stem(f'{out.stem}-000')} ... {len(wishes)} files" if cfg.prompts else str(out)
-    say(f"{where}: {cfg.count} clip(s), {len(plan['times'])} steps, guidance {plan['guidance']:g}; {clock}")
+    say(f"{where}: {cfg.count} clip(s), {len(plan['times'])} steps, guidance {guidance_of(plan)}; {clock}")
     say(f"next: {following(cfg, pipeline)}")
+
+
+def guidance_of(plan: dict) -> str:
+    """The guidance in words, of two experts both."""
+    return " and ".join(f"{plan[key]:g}" for key in ("guidance", "guidance_2") if key in plan)
 
 
 def check_memory(cfg: Generate, height: int, width: int, frames: int) -> None:

@@ -12,7 +12,8 @@ from fastlightgen.data.version import same_latents
 from fastlightgen.engine.local import pick_device
 from fastlightgen.evaluation import speed as timing
 from fastlightgen.evaluation.speed import Clip, Subject
-from fastlightgen.models.folder.weights import config_of, load_model, read_card, trained_folder
+from fastlightgen.models.folder.pair import load_sampler, sampler_card
+from fastlightgen.models.folder.weights import config_of, trained_folder
 from fastlightgen.models.sample import sampling_plan
 from fastlightgen.parallel.log import bar, say, size
 from fastlightgen.parallel.threads import set_threads
@@ -34,7 +35,7 @@ def speed(cfg: Speed) -> None:
     if cfg.stock:
         own = [s for s in subjects if s.net.cfg.is_stock]
         subjects += [
-            Subject(f"{s.name}, stock diffusers", s.net, s.world, s.plan, timing.stock_network(s.net)) for s in own
+            Subject(f"{s.name}, stock diffusers", s.net, s.world, s.plan, timing.stock_networks(s.net)) for s in own
         ]
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -71,13 +72,13 @@ def opened(cfg: Speed, model: str, name: str, device: torch.device, worlds: dict
         raise ValueError(f"pipeline is required: {name}={model} is no pipeline folder; give that of its teacher")
     dtype = getattr(torch, compute_type(cfg.dtype, device.type == "cuda", True))
     if pipeline not in worlds:
-        worlds[pipeline] = Pipeline(pipeline, device, dtype, cfg.size, card=read_card(trained_folder(cfg.model)))
+        worlds[pipeline] = Pipeline(pipeline, device, dtype, cfg.size, card=sampler_card(trained_folder(cfg.model)))
     world = worlds[pipeline]
-    net = load_model(folder, device, dtype, allow_pt=cfg.allow_pt).eval().requires_grad_(False)
+    net = load_sampler(folder, device, dtype, cfg.allow_pt).eval().requires_grad_(False)
     if pipeline != folder:
         check_fits(net.config, pipeline)
     asked = (cfg.steps, cfg.guidance) if name == "model" else (0, -1.0)
-    return Subject(name, net, world, sampling_plan(read_card(folder), *asked, "auto", world.defaults, force=True))
+    return Subject(name, net, world, sampling_plan(sampler_card(folder), *asked, "auto", world.defaults, force=True))
 
 
 def first_picture(cfg: Speed, subject: Subject, folder: Path) -> str:

@@ -3,13 +3,18 @@
 import itertools
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
+from fastlightgen.config import main
 from fastlightgen.flow import ladder
+from fastlightgen.generate import generate
 from fastlightgen.models.folder.experts import experts_of
 from fastlightgen.models.folder.weights import load_model, save_model
 
 KEEP, STEPS, SHIFT = [0, 2, 3], 4, 5.0
+CLIP, PROMPT = (64, 96, 9), "a red ball moves right"  # height, width, frames
 
 
 def make_student(pipeline: Path, folder: Path, sampler: str = "stochastic", source: str = "a teacher") -> Path:
@@ -28,6 +33,14 @@ def make_pair(pipeline: Path, folder: Path, sampler: str = "stochastic") -> Path
         card |= {"expert": expert, "boundary": pair.boundary, "stage": 3, "kept_blocks": keep, "source": "a teacher"}
         save_model(load_model(pair.of(expert)).prune(keep), folder / expert, **card)
     return folder
+
+
+def clip(out: Path, model: Path, *words: str) -> np.ndarray:
+    """The frames [F, H, W, 3] that the command makes."""
+    height, width, frames = CLIP
+    given = [f"model={model}", f"prompt={PROMPT}", f"out={out}", f"size={height}x{width}x{frames}", "seed=3"]
+    main(generate, "generate", [*given, "threads=1", "progress=false", *words])
+    return np.asarray(Image.open(out)).astype(int).reshape(height, frames, width, 3).transpose(1, 0, 2, 3)
 
 
 def stock(folder: Path):

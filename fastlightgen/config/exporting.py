@@ -55,7 +55,13 @@ class Export(Checked):
     vae: str = field(
         "", "folder of a VAE that stage=decoder wrote, in place of the pipeline's; empty: the pipeline's", everyday=True
     )
-    lora: str = field("", "LoRA file trained on the teacher, to renumber for the model; empty: none", everyday=True)
+    lora: str = field(
+        "",
+        "LoRA file trained on the teacher, to renumber for the model; of two experts for the high-noise one; empty: "
+        "none",
+        everyday=True,
+    )
+    lora_2: str = field("", "LoRA file for the low-noise expert of two; empty: none", everyday=True)
     original: bool = field(
         False, "also write the network in the format of the family's original repository", everyday=True
     )
@@ -84,8 +90,10 @@ class Export(Checked):
                 raise ConfigError(f"quant={self.quant}: is for to={', '.join(FILES)}; leave it out")
             return
         suffix, quants = FILES[self.to]
-        if self.pipeline or self.vae or self.lora or self.original or self.link:
-            raise ConfigError(f"to={self.to}: takes no pipeline=, vae=, lora=, original= or link=; leave them out")
+        if self.pipeline or self.vae or self.lora or self.lora_2 or self.original or self.link:
+            raise ConfigError(
+                f"to={self.to}: takes no pipeline=, vae=, lora=, lora_2=, original= or link=; leave them out"
+            )
         if not self.out.endswith(suffix):
             raise ConfigError(f"out={self.out}: to={self.to} writes one file; give a name that ends in {suffix}")
         if self.to == "onnx" and self.out.endswith(".onnx"):

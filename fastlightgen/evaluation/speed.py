@@ -7,7 +7,7 @@ counted (operations of the blocks) stands apart from what the clock says, with t
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -17,7 +17,9 @@ import torch
 from PIL import Image
 
 from fastlightgen.files.border import picture
-from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.base import Cond, VideoDiT
+from fastlightgen.models.experts import Model, TwoExperts, networks_of, predictor
+from fastlightgen.models.folder.experts import PIPELINE_PARTS
 from fastlightgen.models.sample import Wish, sample
 from fastlightgen.pipelines.world import ENCODERS, Pipeline
 
@@ -46,20 +48,30 @@ class Clip:
 
 @dataclass
 class Subject:
-    """A network with its pipeline and plan; `net` is ours, or diffusers' in the stock pipeline."""
+    """A model with its pipeline and plan; the stock pipeline is timed if it names diffusers' networks."""
 
     name: str
-    net: VideoDiT
+    net: Model
     world: Pipeline
     plan: dict[str, Any]
-    stock: Any = None  # diffusers' network with the same tensors: the stock pipeline is timed
+    stock: dict[str, Any] | None = None  # diffusers' networks with the same tensors, by their part of the pipeline
     clips: list[Clip] = field(default_factory=list)
+
+    @property
+    def each(self) -> int:
+        """Network evaluations per step."""
+        return 1 if self.plan["guidance"] == 1.0 or self.net.embeds_guidance else 2
 
     @property
     def evaluations(self) -> int:
         """Network evaluations per clip."""
-        single = self.plan["guidance"] == 1.0 or self.net.embeds_guidance
-        return len(self.plan["times"]) * (1 if single else 2)
+        return len(self.plan["times"]) * self.each
+
+    def operations(self, shape: Sequence[int], cond: Cond) -> int:
+        """Operations of the blocks per clip: of the network of each step."""
+        x_t = torch.empty(shape, device="meta")
+        per_step = {net: sum(net.block_flops(x_t, cond)) for net in networks_of(self.net)}
+        return self.each * sum(per_step[predictor(self.net, t)] for t in self.plan["times"])
 
 
 def now(device: torch.device) -> float:
@@ -78,7 +90,9 @@ def own_clip(subject: Subject, prompt: str, negative: str, image: str, seed: int
     wish = world.wish(prompt, negative if subject.plan["guidance"] != 1.0 else None, image, 1).to(device)
     clip.parts["prompt"] = now(device) - start
     ends = [now(device)]
-    with clocked(subject.net, "_walk", device, clip.adds("network")):
+    with ExitStack() as clocks:
+        for net in networks_of(subject.net):
+            clocks.enter_context(clocked(net, "_walk", device, clip.adds("network")))
         noise, tick = wish.start(seed, device), lambda: ends.append(now(device))
         x0 = sample(subject.net, wish.cond, wish.null, noise, **subject.plan, seed=seed, tick=tick)
     clip.steps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
@@ -88,6 +102,11 @@ def own_clip(subject: Subject, prompt: str, negative: str, image: str, seed: int
     clip.parts["decode"] = end - decoding
     clip.parts["other"] = end - start - clip.total
     return clip
+
+
+def stock_networks(model: Model) -> dict[str, Any]:
+    """diffusers' networks with the tensors of ours, by their part of the pipeline."""
+    return {part: stock_network(net) for part, net in zip(PIPELINE_PARTS, networks_of(model), strict=False)}
 
 
 def stock_network(net: VideoDiT) -> Any:
@@ -127,13 +146,17 @@ def stock_clip(subject: Subject, prompt: str, negative: str, image: str, seed: i
     """Time a clip of diffusers' pipeline."""
     world, clip = subject.world, Clip()
     pipe, device = world.encoders.pipe, next(subject.net.parameters()).device
-    pipe.register_modules(transformer=subject.stock)
+    stock = subject.stock or {}
+    pipe.register_modules(**stock)
+    if isinstance(subject.net, TwoExperts):
+        pipe.register_to_config(boundary_ratio=subject.net.boundary)
     pipe.set_progress_bar_config(disable=True)
     height, width, frames = world.size
     call: dict[str, Any] = {"prompt": prompt, "height": height, "width": width, "num_frames": frames}
     call |= {"num_inference_steps": len(subject.plan["times"]), "generator": torch.Generator().manual_seed(seed)}
     guidance = "guidance_scale" if subject.net.embeds_guidance else world.family.cfg_argument
     call |= {guidance: subject.plan["guidance"], "output_type": "np"}
+    call |= {f"{guidance}_2": subject.plan["guidance_2"]} if "guidance_2" in subject.plan else {}
     if negative:
         call["negative_prompt"] = negative
     if image:
@@ -148,14 +171,18 @@ def stock_clip(subject: Subject, prompt: str, negative: str, image: str, seed: i
     start = now(device)
     with (
         torch.no_grad(),
+        ExitStack() as clocks,
         clocked(pipe, "encode_prompt", device, clip.adds("prompt")),
         clocked(pipe, "encode_image", device, clip.adds("prompt")),
         clocked(pipe.vae, "encode", device, clip.adds("prompt")),
-        clocked(subject.stock, "forward", device, clip.adds("network")),
         clocked(pipe.vae, "decode", device, clip.adds("decode")),
     ):
+        for net in stock.values():
+            clocks.enter_context(clocked(net, "forward", device, clip.adds("network")))
         pipe(**call, callback_on_step_end=step_ended)
     total = now(device) - start
+    # Its scheduler's own times may give a step to the other expert.
+    subject.plan = subject.plan | {"times": [t / 1000 for t in pipe.scheduler.timesteps.tolist()]}
     clip.steps = [b - a for a, b in zip(ends, ends[1:], strict=False)]  # the first has no start
     clip.parts["other"] = total - clip.total
     return clip
@@ -180,9 +207,8 @@ def measured(subject: Subject, wish: Wish) -> dict[str, Any]:
     """The record of a subject: seconds, parameters, counted operations."""
     # Stock pipelines compute the padding of the text as well; ours leave it out where the network allows that.
     cond = wish.cond if subject.stock is None else replace(wish.cond, text_len=None)
-    flops = subject.net.block_flops(torch.empty(wish.shape, device="meta"), cond)
     parts = {part: spread([clip.parts[part] for clip in subject.clips]) for part in PARTS}
-    operations = subject.evaluations * sum(flops)
+    operations = subject.operations(wish.shape, cond)
     return {
         "name": subject.name,
         "seconds": spread([clip.total for clip in subject.clips]),

@@ -18,7 +18,7 @@ from fastlightgen.rng import generator
 from fastlightgen.stages import discriminator, rival
 from fastlightgen.stages.adversarial import Adversarial, AdversarialConfig, AdversarialKeys, critic_walks
 from fastlightgen.stages.build import Builder
-from fastlightgen.stages.experts import rollout_walks
+from fastlightgen.stages.experts import partner, partner_net, rollout_walks
 from fastlightgen.stages.method import Method
 from fastlightgen.stages.networks import Networks
 from fastlightgen.stages.rollouts import STUDENT
@@ -62,6 +62,7 @@ def build(cfg: Config, with_: Builder) -> Dmd2:
     with_.checkpoint(cfg, pair.student, fake)
     say(f"learning rates: student {cfg.lr:g}, critic {cfg.critic_lr:g}; guidance of the teacher {pair.scale:g}")
     nets = Networks(pair.student, pair.teacher, None, fake, None, fake, False, None, pair.read, discriminator=judge)
+    nets.partner = partner(cfg, with_)
     stage = Dmd2(cfg, nets, pair, with_.batches, pair.card(with_))
     stage.roles["student"].file_values = pair.values(with_)
     stage.roles["fake"].file_values = discriminator.with_heads(with_.file_values(start, keep), judge)
@@ -82,6 +83,7 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
         else rival.student_net(cfg, net, keep, updates=critics, head=head),
         "teacher": Net(),
     }
+    nets |= partner_net(cfg, net, nets["student"])
     walked = [
         *rollout_walks(cfg),
         Walk("student", [Route(grad=True)], students),
@@ -102,6 +104,5 @@ METHOD = Method(
     subject=rival.subject,
     inputs=rival.inputs,
     needs=rival.needs,
-    experts=False,
     savings=({"fake_arch": "pruned"},),
 )

@@ -62,6 +62,15 @@ def grid(points: int, shift: float) -> Tensor:
     return flow.shift_time(torch.arange(points + 1) / points, shift)
 
 
+def last_point(cfg: Config) -> int:
+    """The number of the last point at which the network predicts: K, or for the low-noise expert less."""
+    if cfg.bounds[1] == 1:
+        return cfg.points
+    if not (below := int((grid(cfg.points, cfg.shift)[1:] < cfg.bounds[1]).sum())):
+        raise ValueError(f"points={cfg.points}: none lies below boundary={cfg.boundary:g}; give more points")
+    return below
+
+
 def pseudo_huber(x0: Tensor, target: Tensor, c: float) -> Tensor:
     """The mean over elements of sqrt(d^2 + c^2) - c, d = x0 - target: c keeps single elements from deciding.
 
@@ -102,8 +111,8 @@ class Lcm(FewStep):
         """d(f(x_t, t), SG f'(x_r, r)) with f(x, t) = x - t v(x, t), so that f(x, 0) = x holds for any network."""
         cfg, batch = self.cfg, self.batches(step)
         gen, size = generator(cfg.seed, DRAWS, step), len(batch.x0)
-        n = 1 + (rand(size, gen) * cfg.points).long().clamp(max=cfg.points - 1)  # 1 to K, one for each clip
-        times = grid(cfg.points, cfg.shift)
+        times, last = grid(cfg.points, cfg.shift), last_point(cfg)
+        n = 1 + (rand(size, gen) * last).long().clamp(max=last - 1)  # 1 to K, one for each clip
         t, r = (times[i].to(batch.x0.device) for i in (n, n - 1))
         x_t = flow.add_noise(batch.x0, normal_like(batch.x0, gen), t)
         x_r = euler(x_t, guided_prediction(self.teacher, x_t, t, batch.cond, batch.null, self.scale), t, r)
@@ -122,6 +131,7 @@ class Lcm(FewStep):
 
 
 def build(cfg: Config, with_: Builder) -> Lcm:
+    last_point(cfg)
     nets = rival.pair(cfg, with_)
     target = None
     if cfg.target == "ema":
@@ -154,6 +164,6 @@ METHOD = Method(
     subject=rival.subject,
     inputs=rival.inputs,
     needs=rival.needs,
-    experts=False,
+    unfit={"high": "its estimates are anchored at t = 0, which the high-noise expert never reaches"},
     savings=({"target": "stopgrad"},),
 )

@@ -26,7 +26,7 @@ from fastlightgen.rng import generator, normal_like
 from fastlightgen.stages import discriminator, rival
 from fastlightgen.stages.adversarial import Adversarial, AdversarialConfig, AdversarialKeys, critic_walks, twice
 from fastlightgen.stages.build import Builder
-from fastlightgen.stages.experts import rollout_walks
+from fastlightgen.stages.experts import partner, partner_net, rollout_walks
 from fastlightgen.stages.matching import distance
 from fastlightgen.stages.method import Method
 from fastlightgen.stages.networks import Networks
@@ -97,6 +97,7 @@ def build(cfg: Config, with_: Builder) -> Magic:
     say(f"learning rates: student {cfg.lr:g}, critic {cfg.critic_lr:g}; guidance of the teacher {pair.scale:g}")
     nets = Networks(pair.student, pair.teacher, None, pair.teacher, None, trained, True, None, pair.read)
     nets.discriminator, nets.alpha_strong, nets.alpha_weak = judge, cfg.alpha_strong, cfg.alpha_weak
+    nets.partner = partner(cfg, with_)
     stage = Magic(cfg, nets, pair, with_.batches, pair.card(with_))
     stage.roles["student"].file_values = pair.values(with_)
     return stage
@@ -111,6 +112,7 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
         "fake": Net(updates=critics, adapters=cfg.lora_rank, head=head),
         "teacher": Net(),
     }
+    nets |= partner_net(cfg, net, nets["student"])
     # At alpha_weak the adapters change the keys and values of the null prompt with every update of the critic.
     real, kept_text = ("fake", False) if cfg.alpha_weak else ("teacher", True)
     walked = [
@@ -133,5 +135,4 @@ METHOD = Method(
     subject=rival.subject,
     inputs=rival.inputs,
     needs=rival.needs,
-    experts=False,
 )

@@ -63,7 +63,7 @@ class Regression(FewStep):
         """The student and the guided teacher see the same noised clips."""
         cfg, batch = self.cfg, self.batches(step)
         gen = generator(cfg.seed, DRAWS, step)
-        t = flow.draw_times(len(batch.x0), cfg.shift, cfg.time, gen).to(batch.x0.device)
+        t = flow.draw_times(len(batch.x0), cfg.shift, cfg.time, gen, cfg.bounds).to(batch.x0.device)
         x_t = flow.add_noise(batch.x0, normal_like(batch.x0, gen), t)
         v_teacher = guided_prediction(self.teacher, x_t, t, batch.cond, batch.null, self.scale)
         return regression_loss(self.student(x_t, t, batch.cond), v_teacher), {}
@@ -94,5 +94,4 @@ METHOD = Method(
     subject=rival.subject,
     inputs=rival.inputs,
     needs=rival.needs,
-    experts=False,
 )

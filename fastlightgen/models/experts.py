@@ -80,3 +80,13 @@ class TwoExperts(nn.Module):
 
 
 Model = VideoDiT | TwoExperts  # whatever samples
+
+
+def networks_of(model: Model) -> list[VideoDiT]:
+    """One network, or both experts."""
+    return [model.high, model.low] if isinstance(model, TwoExperts) else [model]
+
+
+def predictor(model: Model, t: float) -> VideoDiT:
+    """The network that predicts at a time."""
+    return model.at(t) if isinstance(model, TwoExperts) else model

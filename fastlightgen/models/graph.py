@@ -32,11 +32,15 @@ def prompts(graph: Graph, clip: Link) -> tuple[Link, Link]:
     return positive, graph.add("CLIPTextEncode", text="", clip=clip)
 
 
-def picture(graph: Graph, clip_vision: str) -> tuple[Link, Link]:
-    """The first frame, and its embedding by the image encoder in this file."""
-    image = graph.add("LoadImage", image="first.png")
+def picture(graph: Graph) -> Link:
+    """The first frame."""
+    return graph.add("LoadImage", image="first.png")
+
+
+def embedded(graph: Graph, image: Link, clip_vision: str) -> Link:
+    """Its embedding by the image encoder in this file."""
     eye = graph.add("CLIPVisionLoader", clip_name=clip_vision)
-    return image, graph.add("CLIPVisionEncode", clip_vision=eye, image=image, crop="none")
+    return graph.add("CLIPVisionEncode", clip_vision=eye, image=image, crop="none")
 
 
 @dataclass(frozen=True)

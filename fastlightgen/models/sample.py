@@ -9,7 +9,7 @@ from torch import Tensor
 from fastlightgen.flow import ladder, rollout
 from fastlightgen.guidance import guided
 from fastlightgen.models.base import Cond, Stream
-from fastlightgen.models.experts import Model
+from fastlightgen.models.experts import Model, networks_of, predictor
 from fastlightgen.rng import generator, normal_like
 
 
@@ -43,22 +43,24 @@ def sample(
     seed: int = 0,
     keep: Sequence[int] | None = None,
     tick: Callable[[], object] = bool,
+    guidance_2: float | None = None,
 ) -> Tensor:
     """Sample x0 latents [B, C, F, H, W] from noise down the ladder `times`; `tick` is called after every step.
 
     Guidance 1 needs one prediction per step, other scales need two. A network that reads the scale always needs one.
+    `guidance_2`: that of the low-noise expert of two; None: the same.
     """
-    single = guidance == 1.0 or model.embeds_guidance
     if model.embeds_guidance:
         cond = replace(cond, guidance=noise.new_full((len(noise),), guidance))
 
     def predict(x: Tensor, t: float) -> Tensor:
-        if single:
+        scale = guidance if guidance_2 is None or predictor(model, t) is networks_of(model)[0] else guidance_2
+        if scale == 1.0 or model.embeds_guidance:
             v = model(x, t, cond, keep)
         else:
             assert null is not None, "guidance needs the null prompt"
             v_c, v_n = model.walk(x, t, [Stream(cond, keep), Stream(null, keep)])
-            v = guided(v_c, v_n, guidance)
+            v = guided(v_c, v_n, scale)
         tick()
         return v
 
@@ -86,7 +88,8 @@ def sampling_plan(card: dict, steps: int, guidance: float, kind: str, released: 
     student = "ladder" in card
     if student and not force:
         refuse_changes(card, steps, guidance, kind)
-    return {
+    own_2 = {"guidance_2": card["guidance_2"]} if guidance < 0 and not student and "guidance_2" in card else {}
+    return own_2 | {
         "times": card["ladder"] if student and not steps else ladder(steps or card["steps"], card["shift"]),
         "guidance": float(card["guidance"]) if guidance < 0 else guidance,
         "kind": card.get("sampler", "ode") if kind == "auto" else kind,

@@ -1,11 +1,12 @@
-"""Export for ComfyUI: one file with the original repository's keys, and a workflow with the student's sampler.
+"""Export for ComfyUI: a network in one file with the original keys, and a workflow with the student's sampler.
 
 ComfyUI reads the depth of a network off its keys, so a pruned one loads; its scheduler `simple` under ModelSamplingSD3
-follows a student's ladder, its sampler `lcm` adds fresh noise after each step, and `euler` takes Euler steps.
+follows a student's ladder, its sampler `lcm` adds fresh noise after each step, and `euler` takes Euler steps. Two
+experts are two files and two samplers: the second continues the first one's steps at the boundary.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fastlightgen.atomic import write_json
-from fastlightgen.config import UserError
+from fastlightgen.config import EXPERTS, UserError
 from fastlightgen.files.tensors import read_tensors, save_tensors, summed
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import family_of
 from fastlightgen.models.folder.original import key_table, original_config, to_original
-from fastlightgen.models.graph import Comfy, Graph
+from fastlightgen.models.graph import Comfy, Graph, Link
 from fastlightgen.models.keys import inverse
 from fastlightgen.ops.float8 import quantised
 from fastlightgen.pipelines.scheduler import TOLERANCE
@@ -60,33 +61,59 @@ def ladder_error(card: dict) -> float:
     return max(abs(a - b) for a, b in zip(sigmas(len(times), card["shift"]), times, strict=True))
 
 
-def write_workflow(model: VideoDiT, card: dict, comfy: Comfy, out: Path, loader: str) -> None:
+def file_of(out: Path, card: dict) -> Path:
+    """OUT itself, or the file of one of two experts: student_high_noise.safetensors."""
+    return out.with_stem(f"{out.stem}_{card['expert']}_noise") if card.get("expert") else out
+
+
+def write_workflow(config: Mapping, card: dict, out: Path, loader: str) -> None:
     """Write OUT.workflow.json: the nodes from the file to a saved video, as ComfyUI's API and canvas take them.
 
-    `loader`: the class of the node that loads the network.
+    `loader`: the class of the node that loads a network. A card with a boundary is that of two experts.
     """
-    graph, config, clips = Graph(), model.config, family_of(model.config).clips.of(card)
-    guidance, embeds = float(card.get("guidance") or 1.0), family_of(config).settings(config).embeds_guidance
-    network = graph.add(loader, unet_name=out.name, **({"weight_dtype": "default"} if loader == LOADER else {}))
-    shifted = graph.add("ModelSamplingSD3", shift=float(card["shift"]), model=network)
-    given = comfy.inputs(graph, config, (*clips.buckets[0], clips.frames), guidance)
-    clip = graph.add(
-        "KSampler",
-        model=shifted,
-        seed=0,
-        steps=len(card["ladder"]),
-        cfg=1.0 if embeds else guidance,
-        sampler_name=SAMPLERS[card["sampler"]],
-        scheduler="simple",
-        denoise=1.0,
-        positive=given.positive,
-        negative=given.negative,
-        latent_image=given.latent,
-    )
+    family, graph = family_of(config), Graph()
+    assert family.comfy is not None
+    clips, extra = family.clips.of(card), {"weight_dtype": "default"} if loader == LOADER else {}
+
+    def network(file: Path) -> Link:
+        loaded = graph.add(loader, unet_name=file.name, **extra)
+        return graph.add("ModelSamplingSD3", shift=float(card["shift"]), model=loaded)
+
+    guidance, embeds = float(card.get("guidance") or 1.0), family.settings(config).embeds_guidance
+    experts = EXPERTS if card.get("boundary") else ()
+    networks = [network(file_of(out, {"expert": name})) for name in experts] or [network(out)]
+    given = family.comfy.inputs(graph, config, (*clips.buckets[0], clips.frames), guidance)
+    common = {
+        "steps": len(card["ladder"]),
+        "cfg": 1.0 if embeds else guidance,
+        "sampler_name": SAMPLERS[card["sampler"]],
+        "scheduler": "simple",
+        "positive": given.positive,
+        "negative": given.negative,
+    }
+    if experts:
+        clip = in_turn(graph, networks, given.latent, sum(t >= card["boundary"] for t in card["ladder"]), common)
+    else:
+        clip = graph.add("KSampler", model=networks[0], seed=0, denoise=1.0, latent_image=given.latent, **common)
     frames = graph.add("VAEDecode", samples=clip, vae=given.vae)
     video = graph.add("CreateVideo", images=frames, fps=clips.fps)
     graph.add("SaveVideo", video=video, filename_prefix=out.stem, format="mp4", codec="h264")
     write_json(out.with_suffix(".workflow.json"), graph.nodes)
+
+
+def in_turn(graph: Graph, networks: list[Link], latent: Link, split: int, common: Mapping[str, Any]) -> Link:
+    """Two samplers: the first takes `split` steps and leaves the rest of the noise, the second takes the others.
+
+    The seeds differ, because sampler `lcm` draws its fresh noise from a generator that each sampler starts anew.
+    """
+    high, low = networks
+    first = {"add_noise": "enable", "noise_seed": 0, "start_at_step": 0, "end_at_step": split}
+    second = {"add_noise": "disable", "noise_seed": 1, "start_at_step": split, "end_at_step": common["steps"]}
+    for model, steps, rest in ((high, first, "enable"), (low, second, "disable")):
+        latent = graph.add(
+            "KSamplerAdvanced", model=model, latent_image=latent, **steps, **common, return_with_leftover_noise=rest
+        )
+    return latent
 
 
 def matrices(state: dict[str, Tensor]) -> list[str]:
@@ -102,7 +129,7 @@ def to_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write_comfyui(model: VideoDiT, card: dict, out: Path, dtype: torch.dtype, quant: str) -> dict[str, Any]:
-    """Write OUT and OUT.workflow.json, read the file back, and compare. Return the bytes and the differences."""
+    """Write the network to OUT, read the file back, and compare. Return the bytes and the differences."""
     comfy, family = comfy_of(model, card), family_of(model.config)
     if quant == "fp8" and not comfy.float8:
         raise UserError(f"quant=fp8: ComfyUI renames the layers of {family.title}; leave quant= out")
@@ -116,15 +143,15 @@ def write_comfyui(model: VideoDiT, card: dict, out: Path, dtype: torch.dtype, qu
         metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": kinds})
     save_tensors(out, state, metadata | summed(state))  # verified when it is read back
     del state
-    write_workflow(model, card, comfy, out, LOADER)
     found = read_tensors(out)
     return {"bytes": out.stat().st_size} | compared(model, lambda key: dequantised(key, found))
 
 
 def shown_card(model: VideoDiT, card: dict) -> dict[str, Any]:
     """What the file says of the student. The depth is its own: a teacher's would override what ComfyUI detects."""
-    keys = ("family", "stage", "ladder", "shift", "sampler", "guidance", "steps", "kept_blocks", "clips")
-    return {key: card[key] for key in keys if card.get(key) is not None} | {"num_blocks": model.num_blocks}
+    sampling = ("ladder", "shift", "sampler", "guidance", "steps", "clips", "expert", "boundary")
+    keys = [key for key in ("family", "stage", "kept_blocks", *sampling) if card.get(key) is not None]
+    return {key: card[key] for key in keys} | {"num_blocks": model.num_blocks}
 
 
 def held(model: VideoDiT, read: Callable[[str], Tensor]) -> tuple[dict[str, Tensor], float]:

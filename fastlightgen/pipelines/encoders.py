@@ -23,8 +23,8 @@ from fastlightgen.files.schema import record
 from fastlightgen.models.encoding import pixels
 from fastlightgen.models.families import FAMILIES, family_of, family_of_pipeline
 from fastlightgen.models.family import Family
+from fastlightgen.models.folder.index import read_index
 from fastlightgen.models.folder.manifest import verify_files
-from fastlightgen.pipelines.index import read_index
 from fastlightgen.pipelines.stock import need_diffusers
 
 
@@ -167,7 +167,7 @@ def load_pipeline(
             raise ValueError(f"{purpose}: pip install {package}")
     types = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
     absent = {part: None for part in ("transformer", "transformer_2", *without) if (folder / part).is_dir()}
-    unread = (*absent, "lora", "original")
+    unread = (*absent, "lora", "lora_2", "original")
     verify_files(folder, lambda file: not file.startswith(tuple(f"{part}/" for part in unread)))
     try:
         with warnings.catch_warnings():  # newer versions of diffusers rename torch_dtype to dtype and warn

@@ -5,10 +5,7 @@ the other parts unchanged, copied or linked. It is written under a temporary nam
 last; when all files agree with it, the folder is renamed.
 """
 
-import errno
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,13 +20,13 @@ from fastlightgen.decoder.folder import check_replaces, copy_vae
 from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.models.families import block_counts, family_of, family_of_pipeline
 from fastlightgen.models.folder.experts import ORIGINAL_PARTS, PIPELINE_PARTS
-from fastlightgen.models.folder.files import mapped
-from fastlightgen.models.folder.manifest import Entry, entry, verify_files, write_manifest
+from fastlightgen.models.folder.index import INDEX, read_index
+from fastlightgen.models.folder.manifest import verify_files, write_manifest
 from fastlightgen.models.folder.original import original_config, read_config
 from fastlightgen.models.folder.weights import save_model, save_original
-from fastlightgen.parallel.log import bar, size
-from fastlightgen.pipelines.index import INDEX, read_index, within
-from fastlightgen.pipelines.lora_file import BlockMap, remap_lora
+from fastlightgen.parallel.log import size
+from fastlightgen.pipelines.copies import check_parts, copy_parts
+from fastlightgen.pipelines.lora_file import LORA, BlockMap, remap_lora
 from fastlightgen.pipelines.modelcard import model_card
 from fastlightgen.pipelines.origin import name_of
 from fastlightgen.pipelines.scheduler import CLASS, scheduler_config, stock_boundary
@@ -136,31 +133,36 @@ def write_pipeline(
     dtype: torch.dtype | None = None,
     link: bool = False,
     vae: str = "",
-    lora: Path | None = None,
+    loras: Mapping[str, Path] | None = None,
     original: bool = False,
     progress: bool = True,
 ) -> dict:
     """Write the export to a temporary folder, let `verify` compare it, and rename it to `out`.
 
     `networks`: one, or two experts that sample with one ladder, whose cards name their boundary.
-    `vae`: the folder of a VAE that takes the place of the pipeline's. Returns the measurements of `verify`. With a LoRA
-    they include `lora`: the number of blocks that the renumbered file still changes, and the number that it lost.
+    `vae`: the folder of a VAE that takes the place of the pipeline's. `loras`: LoRA files by the part that they change.
+    Returns the measurements of `verify`, and `loras`: per part the name of the renumbered file, the number of blocks
+    that it still changes, and the number that it lost.
     """
+    loras = loras or {}
     parts = parts_of(pipeline)
     check_number(parts, len(networks), pipeline)
-    if lora is not None and len(networks) > 1:
-        raise ValueError(f"lora={lora}: belongs to one of two experts; leave lora= out")
-    blocks: dict[str, BlockMap] = {}
+    if (lora := loras.get(SECOND)) and SECOND not in networks:
+        raise ValueError(f"lora_2={lora}: the model has one network; give the file as lora=")
+    blocks, depths = dict[str, BlockMap](), dict[str, dict[str, int]]()
     for part, (model, card) in networks.items():
         check_fits(model.config, pipeline)
         if original:
             original_config(model.config)  # raises before anything is written if that format cannot hold this network
         teacher = network_config(pipeline, part)
-        if lora is not None and narrower(model, teacher):
-            raise ValueError(f"lora={lora}: changes rows that width pruning dropped from the model; leave lora= out")
+        if part in loras and narrower(model, teacher):
+            raise ValueError(
+                f"{LORA[part]}={loras[part]}: changes rows that width pruning dropped from the model; leave lora= out"
+            )
+        depths[part] = block_counts(teacher)
         blocks[part] = block_map(model.config, card.get("kept_blocks"), teacher)
     model, card = networks[NETWORK]
-    family, counts = family_of(model.config), block_counts(network_config(pipeline))
+    family = family_of(model.config)
     student = card.get("ladder") is not None
     replaced = {*networks, *["scheduler"] * student, *["vae"] * bool(vae)}
     names = [name for name in parts if name not in replaced]
@@ -200,13 +202,14 @@ def write_pipeline(
             write_json(temporary / "scheduler" / "scheduler_config.json", shape)
             index["scheduler"] = ["diffusers", CLASS]
         write_json(temporary / INDEX, {k: v for k, v in index.items() if k != "_name_or_path"})
-        if lora is not None:
-            file = temporary / "lora" / f"{lora.stem}.safetensors"
-            report["lora"] = remap_lora(lora, file, blocks[NETWORK], counts)
-        changed = None if lora is None else (f"{lora.stem}.safetensors", *report["lora"])
+        report["loras"] = {
+            part: remap_lora(LORA[part], file, temporary / LORA[part], blocks[part], depths[part])
+            for part, file in loras.items()
+        }
         text = model_card(
-            out.name, family, index["_class_name"], pipeline, card, blocks, counts, changed, small[1] if small else None
-        )
+            out.name, family, index["_class_name"], pipeline, card, blocks, depths[NETWORK], report["loras"],
+            small[1] if small else None,
+        )  # fmt: skip
         (temporary / "README.md").write_text(text)
         report |= verify(temporary)
         write_manifest(temporary, copied)
@@ -253,43 +256,3 @@ def check_room(
     where = next(p for p in out.absolute().parents if p.is_dir())
     if need > (free := shutil.disk_usage(where).free):
         raise ValueError(f"out={out}: needs {size(need)} and {where} has {size(free)} free; make room, or link=true")
-
-
-def check_parts(pipeline: Path, names: list[str]) -> None:
-    """Raise ValueError if a part of the pipeline is damaged: by its manifest, or by the headers of its weights."""
-    verify_files(pipeline, lambda file: file.partition("/")[0] in names)
-    for file in (f for name in names for f in sorted((pipeline / name).rglob("*.safetensors"))):
-        with mapped(file):  # compares the header with the size
-            pass
-
-
-def copy_parts(pipeline: Path, folder: Path, names: list[str], link: bool, progress: bool) -> dict[str, Entry]:
-    """Copy or link the unchanged parts into `folder`, and copy the licence files.
-
-    Return the manifest's records of what was copied, taken from the sources.
-    """
-    copied: dict[str, Entry] = {}
-    if link:
-        for name in names:
-            (folder / name).symlink_to((pipeline / name).resolve(), target_is_directory=True)
-    else:
-        total = sum(f.stat().st_size for n in names for f in (pipeline / n).rglob("*") if f.is_file())
-        with bar(total, "copying parts", progress, unit="B", scale=True) as shown:
-
-            def copy(source: str, target: str) -> None:
-                if not within(Path(source), pipeline):
-                    raise ValueError(f"{source}: is a link out of the pipeline, so it is not copied; delete it")
-                shutil.copyfile(source, target)  # follows the links of a download cache
-                copied[Path(target).relative_to(folder).as_posix()] = entry(Path(source))
-                shown.update(os.path.getsize(target))
-
-            for name in names:
-                try:
-                    shutil.copytree(pipeline / name, folder / name, copy_function=copy)
-                except shutil.Error as err:  # a list of (source, target, what the system said)
-                    _, target, why = err.args[0][0]
-                    code = int(found[1]) if (found := re.search(r"Errno (\d+)", why)) else errno.EIO
-                    raise OSError(code, os.strerror(code), target) from None
-    for file in (f for f in pipeline.glob("LICENSE*") if within(f, pipeline)):
-        shutil.copyfile(file, folder / file.name)
-    return copied

@@ -16,7 +16,7 @@ from fastlightgen.atomic import claimed, put
 from fastlightgen.config import UserError
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.original import to_original
-from fastlightgen.pipelines.comfyui import comfy_of, compared, matrices, shown_card, write_workflow
+from fastlightgen.pipelines.comfyui import comfy_of, compared, matrices, shown_card
 
 BLOCK = 32  # numbers that share a scale
 MOST = 4  # dimensions of a tensor in GGUF
@@ -32,7 +32,7 @@ def need_gguf() -> Any:
 
 
 def write_gguf(model: VideoDiT, card: dict, out: Path, dtype: torch.dtype, quant: str) -> dict[str, Any]:
-    """Write OUT and OUT.workflow.json, read the file back, and compare. Return the bytes and the differences."""
+    """Write the network to OUT, read the file back, and compare. Return the bytes and the differences."""
     gguf = need_gguf()
     comfy = comfy_of(model, card, "gguf")
     state = {key: value.detach().to("cpu", dtype) for key, value in to_original(model).items()}
@@ -58,7 +58,6 @@ def write_gguf(model: VideoDiT, card: dict, out: Path, dtype: torch.dtype, quant
         writer.close()
         put(temporary, out)
     del state
-    write_workflow(model, card, comfy, out, "UnetLoaderGGUF")
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
 
     def read(key: str) -> Tensor:

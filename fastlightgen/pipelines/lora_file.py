@@ -17,8 +17,12 @@ from safetensors import SafetensorError
 from fastlightgen.files.border import parsed
 from fastlightgen.files.tensors import open_tensors, write_tensors
 from fastlightgen.models.families import FAMILIES
+from fastlightgen.models.folder.experts import PIPELINE_PARTS
 
 BlockMap = dict[str, dict[int, int]]  # block list in diffusers' class -> {index in the teacher: index in the student}
+Remapped = tuple[str, int, int]  # the name of a renumbered file, the blocks that it still changes, and those it lost
+
+LORA = {PIPELINE_PARTS[0]: "lora", PIPELINE_PARTS[1]: "lora_2"}  # network: its LoRA's folder, and the key for its file
 
 METADATA = "lora_adapter_metadata"  # the metadata key under which diffusers stores PEFT's configuration
 
@@ -68,13 +72,13 @@ class Renumber:
         return f"{found['head']}{found['list']}{found['joint']}{new}{name[found.end() :]}"
 
 
-def remap_lora(file: Path, out: Path, blocks: BlockMap, teacher: dict[str, int]) -> tuple[int, int]:
-    """Write the LoRA for the student; returns the number of blocks that it still changes and the number it lost."""
+def remap_lora(key: str, file: Path, folder: Path, blocks: BlockMap, teacher: dict[str, int]) -> Remapped:
+    """Write the LoRA for the student into `folder`; `key`: the one that gave the file, for errors."""
     renumber = Renumber(blocks, teacher)
     try:
         with open_tensors(file) as f:
-            named = [(new, key) for key in f.keys() if (new := renumber(key)) is not None]
-            tensors = {new: f.get_tensor(key) for new, key in named}
+            named = [(new, old) for old in f.keys() if (new := renumber(old)) is not None]
+            tensors = {new: f.get_tensor(old) for new, old in named}
             metadata = dict(f.metadata() or {"format": "pt"})
         if len(tensors) < len(named):
             raise ValueError("two names stand for one layer; save it again")
@@ -84,15 +88,15 @@ def remap_lora(file: Path, out: Path, blocks: BlockMap, teacher: dict[str, int])
             settings = parsed(metadata[METADATA], None, METADATA, "save the LoRA without its metadata")
             metadata[METADATA] = json.dumps(remap_settings(settings, renumber))
     except (OSError, SafetensorError) as err:
-        raise ValueError(f"lora={file}: cannot be read as safetensors ({err}); give a .safetensors file") from None
+        raise ValueError(f"{key}={file}: cannot be read as safetensors ({err}); give a .safetensors file") from None
     except ValueError as err:
-        raise ValueError(f"lora={file}: {err}") from None
+        raise ValueError(f"{key}={file}: {err}") from None
     if not renumber.kept:
         dropped = f"{len(renumber.dropped)} blocks, all of them dropped" if renumber.dropped else "no block"
-        raise ValueError(f"lora={file}: changes {dropped}: nothing is left for the student; leave lora= out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(out, tensors, metadata)
-    return len(renumber.kept), len(renumber.dropped)
+        raise ValueError(f"{key}={file}: changes {dropped}: nothing is left for the student; leave {key}= out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / f"{file.stem}.safetensors", tensors, metadata)
+    return f"{file.stem}.safetensors", len(renumber.kept), len(renumber.dropped)
 
 
 def remap_settings(value: Any, renumber: Renumber) -> Any:

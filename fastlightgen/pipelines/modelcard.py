@@ -7,8 +7,9 @@ from typing import Any
 import yaml
 
 from fastlightgen.models.family import Clips, Family
+from fastlightgen.models.folder.experts import PIPELINE_PARTS
 from fastlightgen.parallel.log import count
-from fastlightgen.pipelines.lora_file import BlockMap
+from fastlightgen.pipelines.lora_file import LORA, BlockMap, Remapped
 from fastlightgen.pipelines.origin import hub_id, licence, name_of
 
 CARD = """---
@@ -57,22 +58,21 @@ def model_card(
     card: dict,
     blocks: Mapping[str, BlockMap],
     teacher: dict[str, int],
-    lora: tuple[str, int, int] | None,
+    loras: Mapping[str, Remapped],
     vae: dict | None = None,
 ) -> str:
     """Compose the text of README.md.
 
     `pipeline`: its class; `teacher_folder`: the folder that the other parts come from; `blocks`: per network and block
-    list {teacher's index: student's}; `teacher`: number of the teacher's blocks per list; `lora`: file name of the
-    renumbered LoRA, number of blocks that it still changes, number that it lost; `vae`: fastlightgen.json of a VAE that
-    is not the teacher's.
+    list {teacher's index: student's}; `teacher`: number of the teacher's blocks per list; `loras`: the renumbered LoRA
+    of each network; `vae`: fastlightgen.json of a VAE that is not the teacher's.
     """
     # The family may not list the pipeline class; diffusers puts ImageToVideo into the names of such classes.
     pictured = bool(family.pipelines.get(pipeline, "ImageToVideo" in pipeline))
     clips = family.clips.of(card)
     facts: dict[str, Any] = {}
     for part, kept in blocks.items():
-        own = f"`{part}`: " if len(blocks) > 1 else ""
+        own = owner(part, blocks)
         facts[f"{own}network"] = ", ".join(f"{len(kept[k])} of {n} `{k}`" for k, n in teacher.items())
         gone = [f"`{k}` {dropped(kept[k], n)}" for k, n in teacher.items() if len(kept[k]) < n]
         facts[f"{own}dropped"] = "; ".join(gone)
@@ -84,7 +84,7 @@ def model_card(
         "clips": f"{clips.size}, {clips.fps:g} frames per second" if card.get("clips") else None,
         "trained from": card.get("source"),
         "stage": card.get("stage"),
-        "LoRA": lora_row(name, *lora) if lora is not None else None,
+        **{f"{owner(part, blocks)}LoRA": lora_row(name, part, *made) for part, made in loras.items()},
         "VAE": vae_row(vae) if vae is not None else None,
     }
     facts |= {f"score: {k}": v for k, v in (card.get("scores") or {}).items()}
@@ -141,9 +141,15 @@ def own_code(name: str, pictured: bool) -> str:
     return OWN_CODE.format(name=name, picture="image=first.png " * pictured)
 
 
-def lora_row(name: str, file: str, kept: int, lost: int) -> str:
-    """The table row about the renumbered LoRA."""
-    load = f'`pipe.load_lora_weights("{name}/lora", weight_name="{file}")`'
+def owner(part: str, networks: Mapping[str, object]) -> str:
+    """The start of a table row that is about one of two networks."""
+    return f"`{part}`: " if len(networks) > 1 else ""
+
+
+def lora_row(name: str, part: str, file: str, kept: int, lost: int) -> str:
+    """The table row about a renumbered LoRA."""
+    second = ", load_into_transformer_2=True" if part == PIPELINE_PARTS[1] else ""
+    load = f'`pipe.load_lora_weights("{name}/{LORA[part]}", weight_name="{file}"{second})`'
     return f"{kept} of its blocks are left, {lost} went with the dropped ones; {load}"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlightgen.files.border import parsed_yaml, read_text
-from fastlightgen.pipelines.index import read_index
+from fastlightgen.models.folder.index import read_index
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 LICENCE = ("license", "license_name", "license_link")  # keys in the head of a model card

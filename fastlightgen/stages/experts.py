@@ -77,8 +77,8 @@ def check_expert_run(cfg: Any) -> None:
     if not cfg.boundary:
         return
     method = method_for(cfg)
-    if not method.experts:
-        raise ValueError(f"method={method.name}: does not know models with two experts; use method=fastlightgen")
+    if reason := method.unfit.get(cfg.expert):
+        raise ValueError(f"method={method.name}: not for expert={cfg.expert}: {reason}; use another method for it")
     for key, value in (("score", "frechet"), ("choose", "best")):
         if vars(cfg).get(key) == value and not needs_partner(cfg):
             raise ValueError(
@@ -93,7 +93,7 @@ def check_expert_run(cfg: Any) -> None:
 
 def needs_partner(cfg: Any) -> bool:
     """Does the student walk down rungs that belong to the other expert?"""
-    return cfg.expert == "low" and cfg.stage == "3" and cfg.rollout == "simulate"
+    return cfg.expert == "low" and cfg.stage == "3" and vars(cfg).get("rollout") == "simulate"
 
 
 def partner_folder(cfg: Any) -> Path:

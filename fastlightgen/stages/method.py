@@ -50,5 +50,5 @@ class Method:
     inputs: Callable[[Any], Mapping[str, Any]] = nothing  # results of earlier stages that affect this one
     needs: Callable[[Any], str] = no_stage  # the stage whose result in the run folder this one reads
     leaves: Callable[[Any], str] = both_paths  # of Stage II: BOTH, ALONE or SILENCED
-    experts: bool = True  # does it know models with two experts?
+    unfit: Mapping[str, str] = field(default_factory=dict)  # expert of two that it cannot train -> the reason
     savings: Sequence[Mapping[str, Any]] = field(default=())  # values of its own keys that save memory

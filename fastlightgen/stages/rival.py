@@ -15,11 +15,13 @@ from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.cost import Network
 from fastlightgen.models.families import depth
 from fastlightgen.models.folder.networks import config_of, trained_folder
+from fastlightgen.models.folder.released import sampling
 from fastlightgen.models.folder.weights import read_card
 from fastlightgen.planner.step import Net
 from fastlightgen.planner.walk import Route
 from fastlightgen.stages import start
 from fastlightgen.stages.build import Builder
+from fastlightgen.stages.experts import partner_used
 from fastlightgen.stages.method import Guess, Subject
 
 
@@ -30,6 +32,7 @@ class Keys(start.Keys, Protocol):
     guidance: float
     teacher_guidance: str
     start_model: str
+    expert: str
 
 
 @dataclass(kw_only=True)
@@ -118,7 +121,8 @@ def scale_of(cfg: Keys, teacher: VideoDiT, card: dict[str, Any]) -> float:
         return 1.0
     if cfg.guidance >= 0:
         return cfg.guidance
-    own = float(card.get("guidance") or teacher.released["guidance"])
+    known = sampling(cfg.model).values
+    own = float(card.get("guidance") or (cfg.expert == "low" and known.get("guidance_2")) or known["guidance"])
     if teacher.embeds_guidance and own != 1:
         raise ValueError(
             f"teacher_guidance=null: this model reads its guidance of {own:g} as a number and may have no null "
@@ -160,5 +164,5 @@ def needs(cfg: Keys) -> str:
 
 
 def inputs(cfg: Keys) -> dict[str, Any]:
-    """Return the settings of the run's own Stage II, if the student starts from it."""
-    return start.inputs(cfg) if cfg.student == "pruned" else {}
+    """Return the settings of the run's own Stage II, if the student starts from it, and the partner of an expert."""
+    return start.inputs(cfg) if cfg.student == "pruned" else partner_used(cfg)

@@ -9,12 +9,11 @@ import pytest
 import torch
 from helpers import error_line, run_train
 from PIL import Image
-from students import KEEP, STEPS, make_pair, same_noise, stock
+from students import CLIP, KEEP, PROMPT, STEPS, clip, make_pair, same_noise, stock
 
 from fastlightgen.config import main
 from fastlightgen.encode import encode
 from fastlightgen.export import export
-from fastlightgen.generate import generate
 from fastlightgen.models.folder.experts import experts_of
 from fastlightgen.models.folder.pair import load_sampler
 from fastlightgen.models.folder.weights import load_model, read_card
@@ -22,9 +21,8 @@ from fastlightgen.models.sample import sample
 from fastlightgen.pipelines.encoders import Encoders
 from fastlightgen.rng import generator
 
-H, W, F = 64, 96, 9
+H, W, F = CLIP
 LATENT = (1, 16, 3, H // 8, W // 8)
-PROMPT = "a red ball moves right"
 WORDS = ("threads=1", "progress=false")
 KINDS = ["a14b", "a14b_i2v"]
 
@@ -40,13 +38,6 @@ def folder(pipeline, tmp_path_factory) -> Path:
         words = [f"model={model}", f"pipeline={pipeline(kind)}", f"out={root / kind}", "dtype=float32", "original=true"]
         main(export, "export", [*words, *WORDS])
     return root
-
-
-def clip(out: Path, model: Path, *words: str) -> np.ndarray:
-    """The frames [F, H, W, 3] that the command makes."""
-    given = [f"model={model}", f"prompt={PROMPT}", f"out={out}", f"size={H}x{W}x{F}", "seed=3"]
-    main(generate, "generate", [*given, *WORDS, *words])
-    return np.asarray(Image.open(out)).astype(int).reshape(H, F, W, 3).transpose(1, 0, 2, 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,9 +57,10 @@ def test_generate_is_the_stock_pipeline(folder: Path, tmp_path, monkeypatch, kin
     assert np.abs(got - np.round(frames * 255)).max() <= 1  # a value next to a rounding boundary may move by one level
 
 
+@pytest.mark.parametrize("second", [None, 2.0])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_the_teacher_is_the_stock_pipeline(pipeline, kind: str):
+def test_the_teacher_is_the_stock_pipeline(pipeline, kind: str, second: float | None):
     """The latents of both experts under guidance, from one noise, at the stock scheduler's own times."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -80,12 +72,19 @@ def test_the_teacher_is_the_stock_pipeline(pipeline, kind: str):
         pixels = np.random.default_rng(0).integers(0, 256, (H, W, 3), np.uint8)
         shared, given = encoders.image(pixels, F), {"image": Image.fromarray(pixels)}
         assert shared.keys() == {"image"}
-    call = {"num_inference_steps": 6, "guidance_scale": 3.0, "height": H, "width": W, "num_frames": F}
+    call = {
+        "num_inference_steps": 6,
+        "guidance_scale": 3.0,
+        "guidance_scale_2": second,
+        "height": H,
+        "width": W,
+        "num_frames": F,
+    }
     wanted = pipe(prompt=PROMPT, latents=noise, output_type="latent", **given, **call).frames
     fields, null = ({k: v[None] for k, v in f.items()} for f in (encoders.text(PROMPT) | shared, encoders.text("")))
     cond, blank = encoders.family.cond(**fields), encoders.family.cond(**fields | null)
     times, pair = pipe.scheduler.sigmas[:-1].tolist(), experts_of(source)
-    got = sample(load_sampler(source), cond, blank, noise, times, 3.0, "ode")
+    got = sample(load_sampler(source), cond, blank, noise, times, 3.0, "ode", guidance_2=second)
     assert pair is not None and 0 < sum(t < pair.boundary for t in times) < 6 and wanted.std() > 0.1
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
 

@@ -16,7 +16,8 @@ from fastlightgen.flow import ladder
 from fastlightgen.models.base import Cond
 from fastlightgen.models.folder.weights import load_model, save_model
 from fastlightgen.models.sample import sample
-from fastlightgen.pipelines.export import block_map, call_of, copy_parts
+from fastlightgen.pipelines.copies import copy_parts
+from fastlightgen.pipelines.export import block_map, call_of
 
 SIZE = {"height": 32, "width": 32, "num_frames": 9}
 LATENT = (1, 16, 3, 4, 4)

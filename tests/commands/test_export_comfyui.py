@@ -215,6 +215,9 @@ def test_comfyui_itself(students, tmp_path, monkeypatch, name):
     """Its unmodified detection and classes load the file strictly."""
     monkeypatch.setattr(sys, "argv", ["x", "--cpu"])
     monkeypatch.syspath_prepend(os.environ["FLG_COMFYUI"])
+    from comfy import options
+
+    options.enable_args_parsing()  # of sys.argv
     from comfy import model_detection, ops
 
     state, _ = run(students[name][1], tmp_path / "student.safetensors")

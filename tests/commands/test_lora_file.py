@@ -49,12 +49,12 @@ def test_pruning_and_the_lora_commute(tmp_path):
     pruned = torch.nn.ModuleList(teacher.blocks[i] for i in KEEP)
     student.load_state_dict({**teacher.state_dict(), **pruned.state_dict(prefix="blocks.")}, strict=False)
     save_file(lora("transformer.blocks.{i}.{layer}"), tmp_path / "a.safetensors")
-    assert remap_lora(tmp_path / "a.safetensors", tmp_path / "out" / "b.safetensors", MAP, TEACHER) == (3, 2)
+    assert remap_lora("lora", tmp_path / "a.safetensors", tmp_path / "out", MAP, TEACHER) == ("a.safetensors", 3, 2)
     x = (torch.randn(1, 4, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 6, 10))
     plain = student(*x).sample
     merge(teacher, load_file(tmp_path / "a.safetensors"))
     teacher.blocks = torch.nn.ModuleList(teacher.blocks[i] for i in KEEP)
-    merge(student, load_file(tmp_path / "out" / "b.safetensors"))
+    merge(student, load_file(tmp_path / "out" / "a.safetensors"))
     assert torch.equal(student(*x).sample, teacher(*x).sample)
     assert (student(*x).sample - plain).abs().max() > 0.1  # the LoRA has an effect
 
@@ -74,9 +74,9 @@ def test_pruning_and_the_lora_commute(tmp_path):
 def test_names_of_wan(tmp_path, name: str, number: dict):
     [(old, new)] = number.items()
     save_file({"blocks.0.x": torch.zeros(1), name.format(old): torch.ones(1)}, tmp_path / "a.safetensors")
-    remap_lora(tmp_path / "a.safetensors", tmp_path / "b.safetensors", MAP, TEACHER)
+    remap_lora("lora", tmp_path / "a.safetensors", tmp_path / "out", MAP, TEACHER)
     wanted = {} if new is None else {name.format(new): 1}
-    assert load_file(tmp_path / "b.safetensors") == {"blocks.0.x": 0} | wanted
+    assert load_file(tmp_path / "out/a.safetensors") == {"blocks.0.x": 0} | wanted
 
 
 def test_names_of_hunyuan(tmp_path):
@@ -92,9 +92,9 @@ def test_names_of_hunyuan(tmp_path):
     ]
     old = {name.format(a): torch.tensor(float(i)) for i, (name, a, _) in enumerate(names)}
     save_file(old, tmp_path / "a.safetensors")
-    remap_lora(tmp_path / "a.safetensors", tmp_path / "b.safetensors", HUNYUAN_MAP, HUNYUAN)
+    remap_lora("lora", tmp_path / "a.safetensors", tmp_path / "out", HUNYUAN_MAP, HUNYUAN)
     wanted = {name.format(b): float(i) for i, (name, _, b) in enumerate(names) if b is not None}
-    assert load_file(tmp_path / "b.safetensors") == wanted
+    assert load_file(tmp_path / "out/a.safetensors") == wanted
 
 
 def test_settings_inside_the_file_are_renumbered(tmp_path):
@@ -105,8 +105,8 @@ def test_settings_inside_the_file_are_renumbered(tmp_path):
     }
     metadata = {"format": "pt", METADATA: json.dumps(settings)}
     save_file(lora("transformer.blocks.{i}.{layer}"), tmp_path / "a.safetensors", metadata=metadata)
-    remap_lora(tmp_path / "a.safetensors", tmp_path / "b.safetensors", MAP, TEACHER)
-    with safe_open(tmp_path / "b.safetensors", "pt") as f:
+    remap_lora("lora", tmp_path / "a.safetensors", tmp_path / "out", MAP, TEACHER)
+    with safe_open(tmp_path / "out/a.safetensors", "pt") as f:
         assert json.loads(f.metadata()[METADATA]) == {
             "transformer.r": 3,
             "transformer.rank_pattern": {"blocks.1.attn1.to_q": 8, "to_v": 2},
@@ -128,12 +128,12 @@ def test_refused(tmp_path, keys, settings, message):
     file = tmp_path / "a.safetensors"
     save_file({k: torch.zeros(1) for k in keys}, file, metadata={METADATA: json.dumps(settings)})
     with pytest.raises(ValueError, match=f"lora={file}: {message}"):
-        remap_lora(file, tmp_path / "b.safetensors", MAP, TEACHER)
-    assert not (tmp_path / "b.safetensors").exists()
+        remap_lora("lora", file, tmp_path / "out", MAP, TEACHER)
+    assert not (tmp_path / "out/a.safetensors").exists()
 
 
 def test_not_a_safetensors_file(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"\x80\x02nonsense, and long enough to hold a header")
     for file in (tmp_path / "a.pt", tmp_path / "nowhere.safetensors"):
         with pytest.raises(ValueError, match="cannot be read as safetensors .*; give a .safetensors file"):
-            remap_lora(file, tmp_path / "b.safetensors", MAP, TEACHER)
+            remap_lora("lora", file, tmp_path / "out", MAP, TEACHER)

@@ -30,7 +30,7 @@ def test_the_next_command_after_each_stage(tmp_path, monkeypatch):
     f3 = ["stage=2", "method=f3", "f3=head", *words]
     name, export = following(*f3)
     assert (name, export) == ("export", {"model": "r/stage2/model", "pipeline": "PIPELINE", "out": "r/f3"})
-    (tmp_path / "m/model_index.json").write_text("{}")
+    (tmp_path / "m/model_index.json").write_text('{"_class_name": "WanPipeline"}')
     assert following(*f3)[1]["pipeline"] == "m"
     (tmp_path / "m/model_index.json").unlink()
     name, evaluate = following("stage=3", "threads=2", "lr=1")

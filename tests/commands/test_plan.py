@@ -265,7 +265,7 @@ def test_a_folder_of_any_format_is_planned_as_its_preset(name, tmp_path, capsys)
     """A network of diffusers, a pipeline, an original network: every key has the preset's value, size among them."""
     network = config_of(name)
     (tmp_path / "pipe" / "transformer").mkdir(parents=True)
-    (tmp_path / "pipe" / "model_index.json").write_text("{}")
+    (tmp_path / "pipe" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     (tmp_path / "pipe" / "transformer" / "config.json").write_text(json.dumps(network))
     (tmp_path / "original").mkdir()
     (tmp_path / "original" / "config.json").write_text(json.dumps(original_config(network)))

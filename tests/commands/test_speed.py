@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import counted_flops, error_line
 from PIL import Image
-from students import STEPS, make_student, stock
+from students import STEPS, make_pair, make_student, stock
 
 from fastlightgen.config import main
 from fastlightgen.evaluation.speed import PARTS, Clip, Subject, clocked, compared, stock_network, timed
@@ -64,6 +64,29 @@ def test_counts_and_parts(timings, tmp_path):
         low, high = (sum(r["parts"][part][end] for part in PARTS) for end in ("low", "high"))
         assert low <= r["seconds"]["median"] <= high
     assert record["size"] == list(SIZE) and record["peak_memory"] > 1e8
+
+
+def test_two_experts(pipeline, tmp_path):
+    """Each step counts the blocks of its own expert, 3 or 2 of them; the teacher's guidance takes two predictions."""
+    source, model = pipeline("a14b"), make_pair(pipeline("a14b"), tmp_path / "student")
+    words = [f"model={model}", f"teacher={source}", f"pipeline={source}", "size=32x48x5", "turns=1", "progress=false"]
+    main(speed, "speed", [*words, f"prompt={PROMPT}", "threads=1", "device=cpu", f"out={tmp_path / 'speed.json'}"])
+    teacher, own, *theirs = json.loads((tmp_path / "speed.json").read_text())["records"]
+    assert [r["name"] for r in theirs] == ["teacher, stock diffusers", "model, stock diffusers"]
+    world = Pipeline(source, torch.device("cpu"), torch.float32, "32x48x5")
+    wish = world.wish(PROMPT, None, "", 1)
+    nets = [load_model(model / expert) for expert in ("high", "low")]
+    per_block = counted_flops(nets[0], torch.randn(wish.shape), torch.ones(1), wish.cond)
+    assert own["block_operations"] == (2 * 3 + 2 * 2) * per_block[0] and own["blocks"] == 5
+    assert teacher["block_operations"] == teacher["steps"] * 2 * 4 * per_block[0]
+    assert own["parameters"]["network"] == sum(p.numel() for net in nets for p in net.parameters())
+    assert all(r["parts"]["network"]["median"] > 0 for r in (own, *theirs))
+    # The stock pipeline's own scheduler places the steps: `high` has those from the boundary up.
+    scheduler = stock(source).scheduler
+    scheduler.set_timesteps(STEPS)
+    high = sum(t >= 875 for t in scheduler.timesteps.tolist())
+    padded = nets[0].block_flops(torch.empty(wish.shape, device="meta"), replace(wish.cond, text_len=None))
+    assert theirs[1]["block_operations"] == (3 * high + 2 * (STEPS - high)) * padded[0] and 0 < high < STEPS
 
 
 def test_stock_diffusers_gets_the_same_tensors(pipeline):

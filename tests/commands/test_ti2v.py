@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import error_line, run_train
 from PIL import Image
-from students import STEPS, make_student, same_noise, stock
+from students import CLIP, PROMPT, STEPS, clip, make_student, same_noise, stock
 
 from fastlightgen.config import main
 from fastlightgen.encode import encode
@@ -19,9 +19,8 @@ from fastlightgen.models.folder.weights import load_model, save_model
 from fastlightgen.pipelines.encoders import Encoders
 from fastlightgen.rng import generator
 
-H, W, F = 64, 96, 9
+H, W, F = CLIP
 LATENT = (1, 48, 3, H // 16, W // 16)
-PROMPT = "a red ball moves right"
 WORDS = ("threads=1", "progress=false")
 
 
@@ -47,13 +46,6 @@ def folder(pipeline, tmp_path_factory) -> Path:
     sizes = [f"buckets=[{H}x{W}]", f"frames={F}", "dtype=float32", "save_dtype=float32"]
     main(encode, "encode", [*words, *sizes, *WORDS])
     return root
-
-
-def clip(out: Path, model: Path, *words: str) -> np.ndarray:
-    """The frames [F, H, W, 3] that the command makes."""
-    given = [f"model={model}", f"prompt={PROMPT}", f"out={out}", f"size={H}x{W}x{F}", "seed=3"]
-    main(generate, "generate", [*given, *WORDS, *words])
-    return np.asarray(Image.open(out)).astype(int).reshape(H, F, W, 3).transpose(1, 0, 2, 3)
 
 
 @pytest.mark.parametrize("kind", ["ti2v", "ti2v_i2v"])

@@ -22,9 +22,9 @@ from fastlightgen.engine.log import read_metrics
 from fastlightgen.generate import read_prompts
 from fastlightgen.methods.f3 import read_attention
 from fastlightgen.models.folder.card import read_card
+from fastlightgen.models.folder.index import read_index
 from fastlightgen.models.folder.weights import config_of, without_memory
 from fastlightgen.models.sample import sampling_plan
-from fastlightgen.pipelines.index import read_index
 
 CARD = {
     "family": "wan", "stage": 3, "num_blocks": 3, "kept_blocks": [0, 1, 3], "ladder": [1.0, 0.9, 0.5], "shift": 3.0,

@@ -10,8 +10,8 @@ import torch
 from fastlightgen import atomic
 from fastlightgen.data.writer import Writer
 from fastlightgen.files import tensors
-from fastlightgen.pipelines.export import copy_parts
-from fastlightgen.pipelines.index import read_index
+from fastlightgen.models.folder.index import read_index
+from fastlightgen.pipelines.copies import copy_parts
 
 
 @pytest.mark.parametrize(

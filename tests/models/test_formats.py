@@ -218,7 +218,7 @@ def test_defaults_of_the_original_configurations():
 def test_pipeline_folder(tmp_path: Path):
     model = build(SMALL, seed=5)
     save_model(model, tmp_path / "transformer", stage=3)
-    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     assert same(load_model(tmp_path).state_dict(), model.state_dict())
     assert weights.read_card(tmp_path)["stage"] == 3
     (tmp_path / "transformer_2").mkdir()

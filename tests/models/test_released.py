@@ -21,7 +21,7 @@ def pipeline(folder: Path, config: dict, **scheduler: float) -> Path:
     for name, content in (
         ("transformer/config", config),
         ("scheduler/scheduler_config", scheduler),
-        ("model_index", {}),
+        ("model_index", {"_class_name": "WanPipeline"}),
     ):
         path = folder / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)

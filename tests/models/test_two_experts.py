@@ -15,6 +15,7 @@ from fastlightgen.models.folder.experts import expert_of, experts_of
 from fastlightgen.models.folder.pair import load_sampler, sampler_card
 from fastlightgen.models.folder.released import preset_of, sampling
 from fastlightgen.models.folder.weights import load_model, save_model, save_original
+from fastlightgen.models.sample import sampling_plan
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 20, "freq_dim": 32, "ffn_dim": 40}
 SMALL |= {"num_layers": 4}
@@ -66,7 +67,11 @@ def test_presets_are_told_apart_by_their_number_of_networks(tmp_path):
     assert preset_of(tmp_path / "1") == "wan2.1-t2v-14b" and expert_of(tmp_path / "1/transformer") is None
     assert preset_of(tmp_path / "2") == preset_of(tmp_path / "2/transformer_2") == "wan2.2-t2v-a14b"
     assert expert_of(tmp_path / "2/transformer_2") == ("low", 0.875)
-    assert sampling(tmp_path / "2").values["shift"] == 12.0 and sampling(tmp_path / "1").values["shift"] == 5.0
+    values = sampling(tmp_path / "2").values
+    plan = sampling_plan({}, 0, -1.0, "auto", values)
+    assert (plan["guidance"], plan["guidance_2"]) == (4.0, 3.0)  # wan/configs/wan_t2v_A14B.py: low 3, high 4
+    assert "guidance_2" not in sampling_plan({}, 0, 6.0, "auto", values)  # the user's is that of both
+    assert values["shift"] == 12.0 and sampling(tmp_path / "1").values["shift"] == 5.0
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastlightgen.config import EXPERTS, preset, presets
-from fastlightgen.files.border import read_json
-from fastlightgen.files.schema import record
 from fastlightgen.models.families import family_of
 from fastlightgen.models.folder.card import read_card
+from fastlightgen.models.folder.index import INDEX, named_parts
 from fastlightgen.models.folder.original import read_config
 
 PIPELINE_PARTS, ORIGINAL_PARTS = ("transformer", "transformer_2"), ("high_noise_model", "low_noise_model")
-INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def present(folder: Path, part: str) -> Path:
 
 def of_pipeline(folder: Path) -> Experts | None:
     """The experts of a pipeline folder of diffusers."""
-    index = read_json(folder / INDEX, record({}), "copy the folder again")
+    index = named_parts(folder)
     boundary, part = index.get("boundary_ratio"), index.get(PIPELINE_PARTS[1])
     named = isinstance(part, list) and part[-1:] not in ([], [None])
     if boundary is None and not named:

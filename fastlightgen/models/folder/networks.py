@@ -5,7 +5,8 @@ from pathlib import Path
 
 from fastlightgen.config import find_preset_weights, preset, presets
 from fastlightgen.models.families import depth, family_of
-from fastlightgen.models.folder.experts import INDEX, experts_of
+from fastlightgen.models.folder.experts import experts_of
+from fastlightgen.models.folder.index import INDEX
 from fastlightgen.models.folder.original import read_config
 
 

@@ -17,6 +17,7 @@ def networks(model: str | Path) -> dict[str, tuple[str, dict[str, Any]]]:
     """The networks of a model by their names in a pipeline of diffusers: folder and card."""
     pair = experts_of(model)
     if pair is None:
+        check_whole(model)
         return {PIPELINE_PARTS[0]: (str(model), read_card(model))}
     common_card(model, pair)  # raises unless they sample alike
     return {
@@ -25,16 +26,20 @@ def networks(model: str | Path) -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
+def check_whole(model: str | Path) -> None:
+    """Raise ValueError if the folder holds one of two experts."""
+    if alone := expert_of(model_folder(model)):
+        raise ValueError(
+            f"model={model}: is the {alone[0]}-noise expert of two, which makes no clips alone; give the folder that "
+            "holds both"
+        )
+
+
 def load_sampler(model: str | Path, device: Any = None, dtype: Any = None, allow_pt: bool = False) -> Model:
     """`load_model`, or both experts."""
     pair = experts_of(model)
     if pair is None:
-        alone = expert_of(model_folder(model))
-        if alone:
-            raise ValueError(
-                f"model={model}: is the {alone[0]}-noise expert of two, which makes no clips alone; give the folder "
-                "that holds both"
-            )
+        check_whole(model)
         return load_model(model, device, dtype, allow_pt=allow_pt)
     high, low = (load_model(place, device, dtype, allow_pt=allow_pt) for place in (pair.high, pair.low))
     return TwoExperts(high, low, pair.boundary)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from fastlightgen.models.graph import PROMPT, Comfy, Graph, Inputs, output, picture, size_of
+from fastlightgen.models.graph import PROMPT, Comfy, Graph, Inputs, embedded, output, picture, size_of
 
 INTERLEAVE = 4  # ComfyUI's own workflow: of the picture's tokens, every fourth stands before the prompt
 KINDS = {"latent_concat": "v1 (concat)", "token_replace": "v2 (replace)"}
@@ -19,7 +19,8 @@ def inputs(graph: Graph, config: Mapping, shape: tuple[int, int, int], guidance:
         positive = graph.add("CLIPTextEncode", text=PROMPT, clip=clip)
         latent = graph.add("EmptyHunyuanLatentVideo", **size_of(shape))
     else:
-        image, seen = picture(graph, "llava_llama3_vision.safetensors")
+        image = picture(graph)
+        seen = embedded(graph, image, "llava_llama3_vision.safetensors")
         text = {"clip": clip, "clip_vision_output": seen, "prompt": PROMPT, "image_interleave": INTERLEAVE}
         read = graph.add("TextEncodeHunyuanVideo_ImageToVideo", **text)
         given = {"positive": read, "vae": vae, "guidance_type": KINDS[kind], "start_image": image}

@@ -2,25 +2,26 @@
 
 from collections.abc import Mapping
 
-from fastlightgen.models.graph import Comfy, Graph, Inputs, output, picture, prompts, size_of
+from fastlightgen.models.graph import Comfy, Graph, Inputs, embedded, output, picture, prompts, size_of
 
 
 def inputs(graph: Graph, config: Mapping, shape: tuple[int, int, int], guidance: float) -> Inputs:
-    """Text encoder, VAE, and for image-to-video the first frame with its CLIP embedding."""
+    """Text encoder, VAE, and for image-to-video the first frame, for Wan2.1 with its CLIP embedding."""
     clip = graph.add("CLIPLoader", clip_name="umt5_xxl_fp8_e4m3fn_scaled.safetensors", type="wan")
     positive, negative = prompts(graph, clip)
     vae = graph.add("VAELoader", vae_name="wan_2.1_vae.safetensors")
-    if config["image_dim"] is None:
+    if config["in_channels"] == config["out_channels"]:
         latent = graph.add("EmptyHunyuanLatentVideo", **size_of(shape))  # the same latents: 16 channels, 4 x 8 x 8
         return Inputs(positive, negative, latent, vae)
-    image, seen = picture(graph, "clip_vision_h.safetensors")
+    image = picture(graph)
+    seen = {"clip_vision_output": embedded(graph, image, "clip_vision_h.safetensors")} if config["image_dim"] else {}
     start = graph.add(
         "WanImageToVideo",
         positive=positive,
         negative=negative,
         vae=vae,
-        clip_vision_output=seen,
         start_image=image,
+        **seen,
         **size_of(shape),
     )
     return Inputs(start, output(start, 1), output(start, 2), vae)

@@ -5,16 +5,21 @@ from pathlib import Path
 from fastlightgen.files.border import read_json
 from fastlightgen.files.kinds import PIPELINE
 from fastlightgen.models.families import family_of_pipeline
-from fastlightgen.models.folder.experts import INDEX
 
+INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")
 REMEDY = "copy the folder again from a source that you trust"
 
 
+def named_parts(pipeline: str | Path) -> dict:
+    """Read model_index.json, for those who load nothing but networks of this package."""
+    index: dict = read_json(Path(pipeline) / INDEX, PIPELINE, "give a folder that diffusers' save_pretrained wrote")
+    return index
+
+
 def read_index(pipeline: str | Path) -> dict:
     """Read model_index.json. Parts must be classes of diffusers and transformers: other names are code to load."""
-    path = Path(pipeline) / INDEX
-    index: dict = read_json(path, PIPELINE, "give a folder that diffusers' save_pretrained wrote")
+    path, index = Path(pipeline) / INDEX, named_parts(pipeline)
     family = family_of_pipeline(index)
     own = family.libraries if family else ()
     for name, part in index.items():
