@@ -33,6 +33,11 @@ class Encoding:
         """The way in which the network reads the first frame, as a cache's index.json names it; None without one."""
         return "channels" if self.from_image else None
 
+    @property
+    def channels(self) -> int:
+        """Channels of a cached clip: those of the latents, and of the condition if it has some."""
+        return int(vars(self.cfg)["in_channels"])
+
     def normalisation(self) -> tuple[Tensor, Tensor]:
         """(shift, scale), [C, 1, 1, 1] or [1, 1, 1, 1]: normalised latents are (z - shift) * scale."""
         raise NotImplementedError

@@ -1,0 +1,66 @@
+"""HunyuanVideo-1.5's pipelines: Qwen2.5-VL text, ByT5 glyphs of quoted words, SigLIP tokens of the first frame."""
+
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastlightgen.models.encoding import Encoding, picture, pixels, wide
+from fastlightgen.models.geometry import Geometry
+from fastlightgen.models.hunyuan15.config import Hunyuan15Config
+
+GEOMETRY = Geometry(channels=32, frame_stride=4, pixel_stride=16, patch=1)
+TEXT_TOKENS = 1000
+IMAGE_TOKENS = 729  # SigLIP's, of 27 x 27 patches
+
+
+class Hunyuan15Encoding(Encoding):
+    """Encodes clips with a HunyuanVideo-1.5 pipeline, text-to-video or image-to-video."""
+
+    geometry, text_tokens = GEOMETRY, TEXT_TOKENS
+    cfg: Hunyuan15Config
+
+    def check(self) -> None:
+        vae = self.pipe.vae.config
+        got = vae.get("latent_channels"), vae.get("spatial_compression_ratio")
+        if got != (wanted := (self.geometry.channels, self.geometry.pixel_stride)):
+            raise ValueError(
+                f"{self.folder}/vae: makes latents of {got[0]} channels, {got[1]} pixels wide, and this network reads "
+                f"{wanted[0]} channels, {wanted[1]} pixels wide; copy the VAE of the network's own pipeline"
+            )
+
+    @property
+    def channels(self) -> int:
+        return self.cfg.in_channels if self.from_image else self.geometry.channels
+
+    def normalisation(self) -> tuple[Tensor, Tensor]:
+        return wide([0.0]), wide([self.pipe.vae.config.scaling_factor])
+
+    def text(self, prompt: str, first: NDArray | None) -> dict[str, Tensor]:
+        """text and text_len; text_2 and text_2_len, the quoted words, which many prompts lack."""
+        text, mask, glyphs, own = self.pipe.encode_prompt(prompt=prompt, device=self.device)
+        return {
+            **self.padded("text", "tokenizer", text[0], mask[0]),
+            **self.padded("text_2", "tokenizer_2", glyphs[0], own[0]),
+        }
+
+    def padded(self, name: str, part: str, text: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """A text with zeros beyond its length, and the length."""
+        length = mask.sum().long()
+        if not mask[: int(length)].all():
+            raise ValueError(f"{self.folder}/{part}: does not pad at the end; set its padding_side to right")
+        return {name: F.pad(text[: int(length)], (0, 0, 0, len(text) - int(length))), f"{name}_len": length}
+
+    def image(self, first: NDArray, frames: int) -> dict[str, Tensor]:
+        """Condition channels `image` [C + 1, f, h, w], the frame's latent, then zeros, and a mask; image_embeds."""
+        vae = self.pipe.vae
+        latent = vae.encode(pixels(first[None])[None].to(self.device, vae.dtype)).latent_dist.mode()[0].float()
+        given = torch.cat([latent * vae.config.scaling_factor, torch.ones_like(latent[:1])])
+        embeds = self.pipe.encode_image(picture(first), 1, self.device, torch.float32)[0]
+        return {"image": F.pad(given, (0, 0, 0, 0, 0, self.geometry.latent_frames(frames) - 1)), "image_embeds": embeds}
+
+    def extra_numbers(self, frame: int) -> int:
+        """The numbers in SigLIP's tokens and in those of the quoted words."""
+        glyphs = self.pipe.tokenizer_2_max_length * self.cfg.text_embed_2_dim
+        vit = self.pipe.image_encoder.config if self.from_image else None
+        return glyphs + ((vit.image_size // vit.patch_size) ** 2 * vit.hidden_size if vit else 0)
