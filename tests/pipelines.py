@@ -45,7 +45,7 @@ HUNYUAN15 = {
     "attention_head_dim": 12,
     "num_layers": BLOCKS,
     "text_embed_dim": TEXT_DIM,
-    "text_embed_2_dim": 16,
+    "text_embed_2_dim": 1472,
     "image_embed_dim": IMAGE_DIM,
     "rope_axes_dim": (4, 4, 4),
 }
@@ -221,13 +221,13 @@ def hunyuan15_parts(**changes) -> dict:
         num_attention_heads=4, num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id,
         rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
     )  # fmt: skip
-    glyphs = T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, pad_token_id=0)
+    glyphs = T5Config(vocab_size=384, d_model=1472, d_kv=8, d_ff=16, num_layers=2, num_heads=2, pad_token_id=0)
     return {
         "tokenizer": tokenizer,
         "text_encoder": Qwen2_5_VLTextModel(text),
         "tokenizer_2": ByT5Tokenizer(),
         "text_encoder_2": T5EncoderModel(glyphs),
-        "vae": AutoencoderKLHunyuanVideo15(block_out_channels=(32, 32, 32, 32, 32), layers_per_block=1),
+        "vae": AutoencoderKLHunyuanVideo15(block_out_channels=(16, 16, 32, 64, 64), layers_per_block=1),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
         "guider": ClassifierFreeGuidance(guidance_scale=6.0),
         "transformer": HunyuanVideo15Transformer3DModel(**HUNYUAN15 | changes),
@@ -366,7 +366,7 @@ def unigram_tokenizer():
 
 
 def qwen_tokenizer():
-    """A Qwen2.5-like tokenizer. Its chat template gives the system message the 108 tokens that the pipeline cuts off."""
+    """A Qwen2.5-like tokenizer; its chat template makes 108 tokens of the system message: the pipeline cuts them."""
     tokenizer = bpe_tokenizer(["<|im_start|>", "<|im_end|>", "<|endoftext|>"], None, None, pad="<|endoftext|>")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ '<|im_start|>' * 108 }}"

@@ -1,6 +1,7 @@
 """Compare an export with stock diffusers before it counts as done: weights, one prediction, sampling times."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,9 +73,20 @@ def compare(model: VideoDiT, card: dict, folder: Path, part: str = NETWORK) -> d
             "the export is not usable, please report this"
         )
     # Load tokenizers, processors and scheduler through the pipeline class, without the large encoders.
-    absent = {n: None for n, kind in parts_of(folder).items() if n == "vae" or n in NETWORKS or "encoder" in n}
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **absent | {part: stock}, local_files_only=True)
+    parts = parts_of(folder)
+    given: dict[str, Any] = {n: None for n in parts if n in NETWORKS or "encoder" in n}
+    given |= {n: hollow(folder / n, kind) for n, kind in parts.items() if n == "vae"} | {part: stock}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **given, local_files_only=True)
     return {"difference": worst} | compare_times(pipe.scheduler, card, family, folder)
+
+
+def hollow(folder: Path, kind: str) -> Any:
+    """A part without its weights: pipelines read its configuration. None for a class of another library."""
+    found = getattr(need_diffusers(), kind, None)
+    if found is None:
+        return None
+    with torch.device("meta"):
+        return found.from_config(found.load_config(folder))
 
 
 def say_not_stock(folder: Path) -> bool:

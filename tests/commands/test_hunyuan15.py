@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import error_line, run_train
 from PIL import Image
+from safetensors.torch import load_file
 from students import STEPS, make_student, same_noise, stock
 
 from fastlightgen.config import main
@@ -149,7 +150,8 @@ def test_the_original_format_is_the_same_network(folder: Path):
 def test_bfloat16_exports_are_compared_too(pipeline, folder: Path, tmp_path):
     model = folder / f"{KINDS[1]}-student"
     main(export, "export", [f"model={model}", f"pipeline={pipeline(KINDS[1])}", f"out={tmp_path / 'b'}", *WORDS])
-    assert load_model(tmp_path / "b/transformer").proj_out.weight.dtype == torch.bfloat16
+    weights = load_file(tmp_path / "b/transformer/diffusion_pytorch_model.safetensors")
+    assert weights["proj_out.weight"].dtype == torch.bfloat16
 
 
 def changed(source: Path, out: Path, **parts: Path) -> Path:
@@ -162,13 +164,22 @@ def changed(source: Path, out: Path, **parts: Path) -> Path:
 
 
 def test_mistakes(pipeline, folder: Path, tmp_path, capsys):
+    from diffusers import AutoencoderKLHunyuanVideo15
+
     old, new = pipeline("hunyuan_t2v"), pipeline(KINDS[0])
     pair = "model_index.json describes {}, transformer/config.json {}; copy the folder again"
     first, second = "HunyuanVideo-1.5", "HunyuanVideo"
+    narrow = AutoencoderKLHunyuanVideo15(
+        block_out_channels=(16, 16, 32, 32, 32), layers_per_block=1, latent_channels=16
+    )
+    narrow.save_pretrained(tmp_path / "narrow")
     cases = {
         changed(new, tmp_path / "a", transformer=old / "transformer"): pair.format(first, second),
         changed(old, tmp_path / "b", transformer=new / "transformer"): pair.format(second, first),
-        changed(new, tmp_path / "c", vae=old / "vae"): "vae: makes latents of 16 channels, ",
+        changed(
+            new, tmp_path / "c", vae=tmp_path / "narrow"
+        ): "vae: makes latents of 16 channels, 16 pixels wide, and this "
+        "network reads 32 channels, 16 pixels wide; copy the VAE",
     }
     for source, message in cases.items():
         words = [f"model={source}", f"prompt={PROMPT}", f"size={H}x{W}x{F}", f"out={tmp_path}/x.png", *WORDS]

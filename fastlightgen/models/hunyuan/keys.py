@@ -61,9 +61,7 @@ def hunyuan_keys(config: Mapping) -> Table:
     for i in range(config["num_layers"]):
         prefix, original = f"transformer_blocks.{i}.", f"double_blocks.{i}."
         renamed |= named(HUNYUAN_DOUBLE, prefix, original) | named(HUNYUAN_DOUBLE_NORMS, prefix, original, ("weight",))
-        split |= fused([f"{prefix}attn.{n}" for n in ("to_q", "to_k", "to_v")], f"{original}img_attn_qkv", [dim] * 3)
-        added = [f"{prefix}attn.{n}" for n in ("add_q_proj", "add_k_proj", "add_v_proj")]
-        split |= fused(added, f"{original}txt_attn_qkv", [dim] * 3)
+        split |= joint_keys(prefix, original, dim)
     for i in range(config["num_single_layers"]):
         prefix, original = f"single_transformer_blocks.{i}.", f"single_blocks.{i}."
         renamed |= named({"norm.linear": "modulation.linear", "proj_out": "linear2"}, prefix, original)
@@ -72,6 +70,14 @@ def hunyuan_keys(config: Mapping) -> Table:
         split |= fused(parts, f"{original}linear1", [dim, dim, dim, mlp])
     whole = {key: Source(original) for key, original in renamed.items()}
     return whole | refiner_keys(config) | swapped(config) | split
+
+
+def joint_keys(prefix: str, original: str, dim: int) -> Table:
+    """Queries, keys and values of a double block, fused for the image and for the text."""
+    image = [f"{prefix}attn.{n}" for n in ("to_q", "to_k", "to_v")]
+    text = [f"{prefix}attn.{n}" for n in ("add_q_proj", "add_k_proj", "add_v_proj")]
+    both = fused(image, f"{original}img_attn_qkv", [dim] * 3)
+    return both | fused(text, f"{original}txt_attn_qkv", [dim] * 3)
 
 
 def width(config: Mapping) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastlightgen.models.base import Cond
 from fastlightgen.models.family import Clips, Family
+from fastlightgen.models.hunyuan15.comfyui import COMFY
 from fastlightgen.models.hunyuan15.config import Hunyuan15Cond, Hunyuan15Config
 from fastlightgen.models.hunyuan15.cost import hunyuan15
 from fastlightgen.models.hunyuan15.encoders import GEOMETRY, TEXT_TOKENS, Hunyuan15Encoding
@@ -66,5 +67,6 @@ HUNYUAN15 = Family(
     cfg_argument="guidance_scale",
     guider="guider",
     sized=frozenset({"HunyuanVideo15ImageToVideoPipeline"}),
+    comfy=COMFY,
     vae_memory=(4.8e9, 5e9),
 )

@@ -5,7 +5,14 @@ The original fuses q, k, v in the text refiner alone; its final modulation has s
 
 from collections.abc import Mapping
 
-from fastlightgen.models.hunyuan.keys import HUNYUAN_DOUBLE, HUNYUAN_DOUBLE_NORMS, refiner_keys, swapped
+from fastlightgen.models.hunyuan.keys import (
+    HUNYUAN_DOUBLE,
+    HUNYUAN_DOUBLE_NORMS,
+    joint_keys,
+    refiner_keys,
+    swapped,
+    width,
+)
 from fastlightgen.models.keys import Source, Table, named
 
 OUTSIDE = {
@@ -22,7 +29,7 @@ OUTSIDE = {
     "image_embedder.norm_out": "vision_in.proj.4",
     "proj_out": "final_layer.linear",
 }
-DOUBLE = HUNYUAN_DOUBLE | {
+APART = {
     "attn.to_q": "img_attn_q",
     "attn.to_k": "img_attn_k",
     "attn.to_v": "img_attn_v",
@@ -32,10 +39,19 @@ DOUBLE = HUNYUAN_DOUBLE | {
 }
 
 
-def hunyuan15_keys(config: Mapping) -> Table:
-    """Key in diffusers' format -> its place in the original checkpoint, for a diffusers configuration."""
-    renamed = named(OUTSIDE) | {"cond_type_embed.weight": "cond_type_embedding.weight"}
+def hunyuan15_keys(config: Mapping, fused: bool = False) -> Table:
+    """Key in diffusers' format -> its place in the original checkpoint, for a diffusers configuration.
+
+    `fused`: the checkpoint has q, k and v in one tensor, as ComfyUI's files have and Tencent's have not.
+    """
+    renamed, split = named(OUTSIDE) | {"cond_type_embed.weight": "cond_type_embedding.weight"}, dict[str, Source]()
     for i in range(config["num_layers"]):
         prefix, original = f"transformer_blocks.{i}.", f"double_blocks.{i}."
-        renamed |= named(DOUBLE, prefix, original) | named(HUNYUAN_DOUBLE_NORMS, prefix, original, ("weight",))
-    return {key: Source(original) for key, original in renamed.items()} | refiner_keys(config) | swapped(config)
+        renamed |= named(HUNYUAN_DOUBLE, prefix, original)
+        renamed |= named(HUNYUAN_DOUBLE_NORMS, prefix, original, ("weight",))
+        if fused:
+            split |= joint_keys(prefix, original, width(config))
+        else:
+            renamed |= named(APART, prefix, original)
+    whole = {key: Source(original) for key, original in renamed.items()}
+    return whole | split | refiner_keys(config) | swapped(config)

@@ -85,4 +85,6 @@ ORIGINAL = Format(
         "text_states_dim_2": None,
     },
     fixed=FIXED,
+    read=read,
+    write=write,
 )
