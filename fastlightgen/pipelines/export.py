@@ -19,7 +19,6 @@ from fastlightgen.config import Run
 from fastlightgen.decoder.folder import check_replaces, copy_vae
 from fastlightgen.models.base import Block, VideoDiT
 from fastlightgen.models.families import block_counts, family_of, family_of_pipeline
-from fastlightgen.models.family import Family
 from fastlightgen.models.folder.experts import ORIGINAL_PARTS, PIPELINE_PARTS
 from fastlightgen.models.folder.index import INDEX, read_index
 from fastlightgen.models.folder.manifest import verify_files, write_manifest
@@ -30,9 +29,8 @@ from fastlightgen.pipelines.copies import check_parts, copy_parts
 from fastlightgen.pipelines.lora_file import LORA, BlockMap, remap_lora
 from fastlightgen.pipelines.modelcard import model_card
 from fastlightgen.pipelines.origin import name_of
-from fastlightgen.pipelines.scheduler import CLASS, scheduler_config, stock_boundary
+from fastlightgen.pipelines.scheduler import CLASS, scheduler_config, stock_boundary, write_guider
 
-GUIDER = "ClassifierFreeGuidance"
 NETWORK, SECOND = NETWORKS = PIPELINE_PARTS  # with two experts the high- and the low-noise one
 
 
@@ -116,20 +114,13 @@ def call_of(card: dict, config: dict) -> dict:
     steps = len(card["ladder"]) if card.get("ladder") else card.get("steps")
     call = {"num_inference_steps": steps} if steps else {}
     family = family_of(config)
-    if family.guider:  # `write_guider` sets it
+    if family.guider:  # an export has it in that part
         guidance = {}
     elif family.settings(config).embeds_guidance:  # guidance_scale goes into the network; true guidance stays off
         guidance = {"guidance_scale": card.get("guidance"), family.cfg_argument: 1.0}
     else:
         guidance = {family.cfg_argument: card.get("guidance")}
     return call | {k: v for k, v in guidance.items() if v is not None}
-
-
-def write_guider(folder: Path, family: Family, card: dict) -> list[str]:
-    """Write the part that scales guidance, with a student's scale; return its entry in model_index.json."""
-    settings = {"_class_name": GUIDER, family.cfg_argument: card.get("guidance", 1.0)}
-    write_json(folder / "guider_config.json", settings)
-    return ["diffusers", GUIDER]
 
 
 Networks = Mapping[str, tuple[VideoDiT, dict]]  # part of the pipeline -> network and card
@@ -213,7 +204,7 @@ def write_pipeline(
             write_json(temporary / "scheduler" / "scheduler_config.json", shape)
             index["scheduler"] = ["diffusers", CLASS]
             if family.guider:
-                index[family.guider] = write_guider(temporary / family.guider, family, card)
+                index[family.guider] = write_guider(temporary, family, card)
         write_json(temporary / INDEX, {k: v for k, v in index.items() if k != "_name_or_path"})
         report["loras"] = {
             part: remap_lora(LORA[part], file, temporary / LORA[part], blocks[part], depths[part])

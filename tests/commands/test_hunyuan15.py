@@ -16,6 +16,7 @@ from fastlightgen.config import main
 from fastlightgen.encode import encode
 from fastlightgen.export import export
 from fastlightgen.generate import generate
+from fastlightgen.models.folder.released import sampling
 from fastlightgen.models.folder.weights import load_model, save_model
 from fastlightgen.pipelines.encoders import Encoders
 from fastlightgen.rng import generator
@@ -84,6 +85,19 @@ def test_the_guided_teacher_is_the_stock_pipeline(pipeline, folder: Path, tmp_pa
     got = clip(tmp_path / "a.png", pipeline(kind), *words)
     frames = by_stock(stock(pipeline(kind)), picture, 3, negative_prompt="blurry")
     assert np.abs(got - np.round(frames)).max() <= 1
+
+
+def test_the_guider_says_the_guidance(pipeline, tmp_path):
+    """That of a CFG-distilled pipeline, whose network is the same, says 1."""
+    assert sampling(pipeline(KINDS[0])).values["guidance"] == 6.0
+    distilled = changed(pipeline(KINDS[0]), tmp_path / "distilled")
+    (distilled / "guider/guider_config.json").write_text('{"guidance_scale": 1.0}')
+    found = sampling(distilled)
+    assert found.values["guidance"] == 1.0 and found.sources["guidance"].endswith("guider/guider_config.json")
+    (distilled / "guider/guider_config.json").write_text('{"guidance_scale": "much"}')
+    with pytest.raises(ValueError, match="guider_config.json: guidance_scale") as error:
+        sampling(distilled)
+    assert "\n" not in str(error.value)
 
 
 def test_the_export_turns_the_guider_off(folder: Path):
