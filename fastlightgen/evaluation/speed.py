@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from fastlightgen.config import UserError
 from fastlightgen.files.border import picture
 from fastlightgen.models.base import Cond, VideoDiT
 from fastlightgen.models.experts import Model, TwoExperts, networks_of, predictor
@@ -184,8 +185,13 @@ def stock_clip(subject: Subject, prompt: str, negative: str, image: str, seed: i
     ):
         for net in stock.values():
             clocks.enter_context(clocked(net, "forward", device, clip.adds("network")))
-        pipe(**accepted(pipe, call | {"callback_on_step_end": step_ended}))
+        made = pipe(**accepted(pipe, call | {"callback_on_step_end": step_ended})).frames[0]
     total = now(device) - start
+    if made.shape[1:3] != (height, width):
+        raise UserError(
+            f"size={height}x{width}x{frames}: {type(pipe).__name__} chose {made.shape[1]}x{made.shape[2]} for this "
+            f"picture; give size={made.shape[1]}x{made.shape[2]}x{frames}"
+        )
     # Its scheduler's own times may give a step to the other expert.
     subject.plan = subject.plan | {"times": [t / 1000 for t in pipe.scheduler.timesteps.tolist()]}
     clip.steps = [b - a for a, b in zip(ends, ends[1:], strict=False)]  # the first has no start

@@ -90,6 +90,7 @@ class Family:
     sized: frozenset[str] = frozenset()  # pipeline classes that take no height and width: the picture decides
     comfy: Comfy | None = None  # what ComfyUI assumes of its networks
     vae_memory: tuple[float, float]  # bytes of the VAE in float32: its weights, and the peak of tiled decoding
+    tiled_frames: int = 0  # frames of the clip with that peak, if tiles divide the picture alone; 0: it is any clip's
 
     @property
     def config_class(self) -> str:

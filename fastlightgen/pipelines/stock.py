@@ -74,9 +74,9 @@ def compare(model: VideoDiT, card: dict, folder: Path, part: str = NETWORK) -> d
         )
     # Load tokenizers, processors and scheduler through the pipeline class, without the large encoders.
     parts = parts_of(folder)
-    given: dict[str, Any] = {n: None for n in parts if n in NETWORKS or "encoder" in n}
-    given |= {n: hollow(folder / n, kind) for n, kind in parts.items() if n == "vae"} | {part: stock}
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **given, local_files_only=True)
+    own: dict[str, Any] = {n: None for n in parts if n in NETWORKS or "encoder" in n}
+    own |= {n: hollow(folder / n, kind) for n, kind in parts.items() if n == "vae"} | {part: stock}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **own, local_files_only=True)
     return {"difference": worst} | compare_times(pipe.scheduler, card, family, folder)
 
 

@@ -20,6 +20,7 @@ from fastlightgen.models.folder.released import sampling
 from fastlightgen.models.folder.weights import load_model, save_model
 from fastlightgen.pipelines.encoders import Encoders
 from fastlightgen.rng import generator
+from fastlightgen.speed import speed
 
 H, W, F = 64, 64, 9  # the stock image-to-video pipeline makes clips of this size from a square picture
 LATENT = (1, 32, 3, H // 16, W // 16)
@@ -159,6 +160,17 @@ def test_the_original_format_is_the_same_network(folder: Path):
     ours, original = load_model(folder / f"{KINDS[0]}-student"), load_model(folder / KINDS[0] / "original")
     inputs = ours.example_inputs(batch=2)[:3]
     assert torch.equal(ours(*inputs), original(*inputs)) and original.family == "hunyuan15"
+
+
+def test_speed_beside_the_stock_pipeline(pipeline, folder: Path, tmp_path, capsys):
+    """Its picture decides the size, so another size is no comparison."""
+    words = [f"model={folder / KINDS[1]}-student", f"pipeline={pipeline(KINDS[1])}", "turns=1", *WORDS]
+    words += [f"image={folder / 'p.png'}", f"prompt={PROMPT}", "device=cpu", f"out={tmp_path / 'speed.json'}"]
+    main(speed, "speed", [*words, f"size={H}x{W}x5"])
+    own, theirs = json.loads((tmp_path / "speed.json").read_text())["records"]
+    assert own["evaluations"] == theirs["evaluations"] == STEPS and theirs["parts"]["network"]["median"] > 0
+    line = error_line(capsys, lambda *w: main(speed, "speed", list(w)), *words, "size=32x48x5")
+    assert "HunyuanVideo15ImageToVideoPipeline chose" in line
 
 
 def test_bfloat16_exports_are_compared_too(pipeline, folder: Path, tmp_path):

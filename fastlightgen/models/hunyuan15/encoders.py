@@ -1,5 +1,8 @@
 """HunyuanVideo-1.5's pipelines: Qwen2.5-VL text, ByT5 glyphs of quoted words, SigLIP tokens of the first frame."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -19,6 +22,11 @@ class Hunyuan15Encoding(Encoding):
 
     geometry, text_tokens = GEOMETRY, TEXT_TOKENS
     cfg: Hunyuan15Config
+
+    def __init__(self, folder: Path, pipe: Any, cfg: Hunyuan15Config, from_image: bool, device: torch.device):
+        super().__init__(folder, pipe, cfg, from_image, device)
+        if pipe is not None:  # it was loaded without the network, of which it knows these
+            pipe.target_size, pipe.vision_states_dim = cfg.target_size, cfg.image_embed_dim
 
     def check(self) -> None:
         vae = self.pipe.vae.config

@@ -68,5 +68,6 @@ HUNYUAN15 = Family(
     guider="guider",
     sized=frozenset({"HunyuanVideo15ImageToVideoPipeline"}),
     comfy=COMFY,
-    vae_memory=(5.04e9, 24.2e9),  # at 121 frames: its tiles are of space alone
+    vae_memory=(5.04e9, 24.2e9),
+    tiled_frames=121,
 )
