@@ -25,6 +25,11 @@ class Encoding:
         """`pipe`: the diffusers pipeline of `folder`; `from_image`: True if it starts from a first frame."""
         self.folder, self.pipe, self.cfg, self.from_image, self.device = folder, pipe, cfg, from_image, device
 
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Number of tokens that the pipeline gives to each text-like condition, padding included."""
+        return {"text": self.text_tokens}
+
     def check(self) -> None:
         """Raise ValueError if the pipeline's VAE is not that of the network."""
 

@@ -133,7 +133,8 @@ def compare(name: str, case: tuple) -> dict:
         "gradients": max(apart(grads[k], g, largest) for k, g in wanted.items()),
         "own": max(own.values()),
         "worst": max(own, key=own.get),
-        "compared": len(own) / len(wanted),
+        "tensors": len(wanted),
+        "left": [key for key in wanted if key not in own],
         "calls": calls / (net.block_calls / count),
     }
 

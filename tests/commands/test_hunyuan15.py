@@ -18,6 +18,7 @@ from fastlightgen.export import export
 from fastlightgen.generate import generate
 from fastlightgen.models.folder.released import sampling
 from fastlightgen.models.folder.weights import load_model, save_model
+from fastlightgen.models.hunyuan15.config import Hunyuan15Cond
 from fastlightgen.pipelines.encoders import Encoders
 from fastlightgen.rng import generator
 from fastlightgen.speed import speed
@@ -160,6 +161,25 @@ def test_the_original_format_is_the_same_network(folder: Path):
     ours, original = load_model(folder / f"{KINDS[0]}-student"), load_model(folder / KINDS[0] / "original")
     inputs = ours.example_inputs(batch=2)[:3]
     assert torch.equal(ours(*inputs), original(*inputs)) and original.family == "hunyuan15"
+
+
+@torch.no_grad()
+def test_onnxruntime_predicts_what_the_network_predicts(folder: Path, tmp_path):
+    """With the token counts of the pipeline; the file masks the padding that the network cuts off."""
+    ort = pytest.importorskip("onnxruntime")
+    model = folder / f"{KINDS[1]}-student"
+    main(export, "export", [f"model={model}", "to=onnx", f"out={tmp_path / 'o'}", f"size={H}x{W}x5", *WORDS])
+    session = ort.InferenceSession(str(tmp_path / "o/step.onnx"), providers=["CPUExecutionProvider"])
+    shapes = {i.name: tuple(i.shape) for i in session.get_inputs()}
+    assert (shapes["text"], shapes["text_2"], shapes["image_embeds"]) == ((1, 1000, 32), (1, 256, 1472), (1, 729, 8))
+    net, g = load_model(model).eval(), torch.Generator().manual_seed(0)
+    given = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    for own, glyphs in ((7, 0), (1000, 13)):
+        given |= {"t": torch.tensor([0.37]), "text_len": torch.tensor([own]), "text_2_len": torch.tensor([glyphs])}
+        found = session.run(None, {name: value.numpy() for name, value in given.items()})[0]
+        cond = Hunyuan15Cond(**{name: value for name, value in given.items() if name not in ("x_t", "t")})
+        wanted = net(given["x_t"], given["t"], cond)
+        assert np.abs(found - wanted.numpy()).max() <= 1e-4 and wanted.abs().max() > 0.1
 
 
 def test_speed_beside_the_stock_pipeline(pipeline, folder: Path, tmp_path, capsys):

@@ -7,6 +7,7 @@ import torch
 from helpers import run_train
 
 from fastlightgen.config import main
+from fastlightgen.export import export
 from fastlightgen.generate import generate
 from fastlightgen.models.families import family_of
 from fastlightgen.models.folder.weights import load_model
@@ -42,6 +43,15 @@ def test_stock_diffusers_runs_the_student(run):
     x_t, t, cond, _ = ours.example_inputs(2)
     v = net.eval()(**family_of(ours.config).stock_inputs(ours.cfg, x_t, t, cond), return_dict=False)[0]
     torch.testing.assert_close(ours(x_t, t, cond), v, rtol=0, atol=1e-5)
+
+
+def test_the_onnx_folder_makes_clips(run, tmp_path):
+    """Its inputs are those that the world has: a sentence, and no quoted words."""
+    pytest.importorskip("onnxruntime")
+    words = [f"model={run / 'stage3/model'}", "to=onnx", f"out={tmp_path / 'o'}", "threads=1"]
+    main(export, "export", words)
+    card = json.loads((tmp_path / "o/fastlightgen.json").read_text())
+    assert card["inputs"].keys() == {"text", "text_len"}
 
 
 def test_the_student_makes_clips(run, tmp_path):

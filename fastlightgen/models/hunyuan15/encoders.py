@@ -13,7 +13,7 @@ from fastlightgen.models.geometry import Geometry
 from fastlightgen.models.hunyuan15.config import Hunyuan15Config
 
 GEOMETRY = Geometry(channels=32, frame_stride=4, pixel_stride=16, patch=1)
-TEXT_TOKENS = 1000
+TEXT_TOKENS, GLYPHS = 1000, 256  # of Qwen2.5-VL and of ByT5
 IMAGE_TOKENS = 729  # SigLIP's, of 27 x 27 patches
 
 
@@ -36,6 +36,10 @@ class Hunyuan15Encoding(Encoding):
                 f"{self.folder}/vae: makes latents of {got[0]} channels, {got[1]} pixels wide, and this network reads "
                 f"{wanted[0]} channels, {wanted[1]} pixels wide; copy the VAE of the network's own pipeline"
             )
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        return super().tokens | {"text_2": GLYPHS, "image_embeds": IMAGE_TOKENS}
 
     @property
     def channels(self) -> int:
@@ -69,6 +73,6 @@ class Hunyuan15Encoding(Encoding):
 
     def extra_numbers(self, frame: int) -> int:
         """The numbers in SigLIP's tokens and in those of the quoted words."""
-        glyphs = self.pipe.tokenizer_2_max_length * self.cfg.text_embed_2_dim
+        glyphs = GLYPHS * self.cfg.text_embed_2_dim
         vit = self.pipe.image_encoder.config if self.from_image else None
         return glyphs + ((vit.image_size // vit.patch_size) ** 2 * vit.hidden_size if vit else 0)
