@@ -243,6 +243,8 @@ def test_mistakes(pipeline, folder: Path, tmp_path, capsys):
     words = [f"data={folder / 'cache'}", f"run={tmp_path}/run", "shift=5", *WORDS]
     line = error_line(capsys, run_train, "stage=1", *words, f"model={tmp_path / 'old'}")
     assert "made with family hunyuan15, the model has hunyuan; encode the videos again" in line
+    line = error_line(capsys, run_train, "stage=1", *words, f"model={new}")
+    assert "its clips have a first frame, the model wants no first frame; encode the videos again" in line
     save_model(load_model(pipeline(KINDS[1])), tmp_path / "vae", vae="0123456789abcdef")
     line = error_line(capsys, run_train, "stage=1", *words, f"model={tmp_path / 'vae'}")
     assert "the model has 0123456789abcdef; encode the videos again" in line

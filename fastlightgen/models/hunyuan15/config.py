@@ -46,6 +46,10 @@ class Hunyuan15Config(JointConfig):
             )
 
     @property
+    def pictured(self) -> bool:
+        return self.task_type == "i2v"
+
+    @property
     def extra_channels(self) -> int:
         """Condition channels: the latents of the first frame, and a mask."""
         return self.in_channels - self.out_channels

@@ -128,8 +128,7 @@ class Hunyuan15Model(JointModel):
             text, glyphs = draw(16, cfg.text_embed_dim), draw(6, cfg.text_embed_2_dim)
             return Hunyuan15Cond(text, length(1, 16), image, embeds, text_2=glyphs, text_2_len=length(0, 6))
 
-        pictured = cfg.task_type == "i2v"
-        image = draw(cfg.extra_channels, f, h, w) if pictured else None
-        embeds = draw(9, cfg.image_embed_dim) if pictured else None
+        image = draw(cfg.extra_channels, f, h, w) if cfg.pictured else None
+        embeds = draw(9, cfg.image_embed_dim) if cfg.pictured else None
         x_t, t = draw(cfg.out_channels, f, h, w), torch.rand(batch, generator=g).clamp(0.02, 0.98).to(self.device)
         return x_t, t, prompt(), prompt()
