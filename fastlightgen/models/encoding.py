@@ -33,6 +33,15 @@ class Encoding:
     def check(self) -> None:
         """Raise ValueError if the pipeline's VAE is not that of the network."""
 
+    def check_vae(self, channels: int, stride: int) -> None:
+        """Raise unless the VAE's latents have the network's channels and pixels."""
+        wanted = self.geometry.channels, self.geometry.pixel_stride
+        if (channels, stride) != wanted:
+            raise ValueError(
+                f"{self.folder}/vae: makes latents of {channels} channels, {stride} pixels wide, and this network "
+                f"reads {wanted[0]} channels, {wanted[1]} pixels wide; copy the VAE of the network's own pipeline"
+            )
+
     @property
     def condition(self) -> str | None:
         """The way in which the network reads the first frame, as a cache's index.json names it; None without one."""

@@ -143,6 +143,14 @@ def test_a_cache_holds_the_stock_inputs(pipeline, folder: Path):
     assert plain.numbers(H * W, F) == (clip["latents"].numel() + clip["text_2"].numel(), clip["text"].numel())
 
 
+def test_a_long_prompt_in_bfloat16_keeps_its_length(pipeline):
+    """The pipeline's masks have the type of the text encoder, in which 256 + 1 is 256."""
+    prompt = f'a red ball moves right, and a sign says "{"x" * 250}"' + " and a blue square" * 80
+    wide, narrow = (Encoders(pipeline(KINDS[0]), dtype=dtype).text(prompt) for dtype in (torch.float32, torch.bfloat16))
+    lengths = [(int(found["text_len"]), int(found["text_2_len"])) for found in (wide, narrow)]
+    assert lengths[0] == lengths[1] and lengths[0][0] > 300 and lengths[0][0] % 4 and lengths[0][1] == 256
+
+
 def test_the_stages_read_the_cache(pipeline, folder: Path, tmp_path):
     words = [f"data={folder / 'cache'}", f"run={tmp_path}", f"model={pipeline(KINDS[1])}", "shift=5", *WORDS]
     words += ["data_check=off", "batch=1"]

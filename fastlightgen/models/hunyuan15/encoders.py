@@ -30,12 +30,7 @@ class Hunyuan15Encoding(Encoding):
 
     def check(self) -> None:
         vae = self.pipe.vae.config
-        got = vae.get("latent_channels"), vae.get("spatial_compression_ratio")
-        if got != (wanted := (self.geometry.channels, self.geometry.pixel_stride)):
-            raise ValueError(
-                f"{self.folder}/vae: makes latents of {got[0]} channels, {got[1]} pixels wide, and this network reads "
-                f"{wanted[0]} channels, {wanted[1]} pixels wide; copy the VAE of the network's own pipeline"
-            )
+        self.check_vae(vae.latent_channels, vae.spatial_compression_ratio)
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -58,7 +53,8 @@ class Hunyuan15Encoding(Encoding):
 
     def padded(self, name: str, part: str, text: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """A text with zeros beyond its length, and the length."""
-        length = mask.sum().long()
+        mask = mask.bool()  # the pipeline has it in the text encoder's type, and bfloat16 cannot count to 257
+        length = mask.sum()
         if not mask[: int(length)].all():
             raise ValueError(f"{self.folder}/{part}: does not pad at the end; set its padding_side to right")
         return {name: F.pad(text[: int(length)], (0, 0, 0, len(text) - int(length))), f"{name}_len": length}
