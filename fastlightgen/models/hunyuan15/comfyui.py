@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 
-from fastlightgen.models.graph import Comfy, Graph, Inputs, output, picture, prompts, size_of
+from fastlightgen.models.graph import Comfy, Graph, Inputs, embedded, output, picture, prompts, size_of
 from fastlightgen.models.hunyuan15.keys import hunyuan15_keys
 
 
@@ -15,7 +15,8 @@ def inputs(graph: Graph, config: Mapping, shape: tuple[int, int, int], guidance:
     positive, negative = prompts(graph, clip)
     if config["task_type"] == "t2v":
         return Inputs(positive, negative, graph.add("EmptyHunyuanVideo15Latent", **size_of(shape)), vae)
-    image, seen = picture(graph, "sigclip_vision_patch14_384.safetensors")
+    image = picture(graph)
+    seen = embedded(graph, image, "sigclip_vision_patch14_384.safetensors")
     given = {"positive": positive, "negative": negative, "vae": vae, "start_image": image, "clip_vision_output": seen}
     both = graph.add("HunyuanVideo15ImageToVideo", **given, **size_of(shape))
     return Inputs(both, output(both, 1), output(both, 2), vae)
