@@ -38,6 +38,17 @@ HUNYUAN = {
     "pooled_projection_dim": 8,
     "rope_axes_dim": (2, 4, 4),
 }
+HUNYUAN15 = {
+    "in_channels": 65,
+    "out_channels": 32,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": BLOCKS,
+    "text_embed_dim": TEXT_DIM,
+    "text_embed_2_dim": 1472,
+    "image_embed_dim": IMAGE_DIM,
+    "rope_axes_dim": (4, 4, 4),
+}
 
 
 def seeded(seed: int):
@@ -194,9 +205,76 @@ def hunyuan_i2v_token(folder: Path) -> Path:
     return hunyuan_i2v(folder, "token_replace")
 
 
+def hunyuan15_parts(**changes) -> dict:
+    """Qwen2.5-VL's language model, ByT5, AutoencoderKLHunyuanVideo15, a guider, and the network."""
+    from diffusers import (
+        AutoencoderKLHunyuanVideo15,
+        ClassifierFreeGuidance,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideo15Transformer3DModel,
+    )
+    from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, T5Config, T5EncoderModel
+
+    tokenizer = qwen_tokenizer()
+    text = Qwen2_5_VLTextConfig(
+        vocab_size=len(tokenizer), hidden_size=TEXT_DIM, intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id,
+        rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
+    )  # fmt: skip
+    glyphs = T5Config(vocab_size=384, d_model=1472, d_kv=8, d_ff=16, num_layers=2, num_heads=2, pad_token_id=0)
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": Qwen2_5_VLTextModel(text),
+        "tokenizer_2": ByT5Tokenizer(),
+        "text_encoder_2": T5EncoderModel(glyphs),
+        "vae": AutoencoderKLHunyuanVideo15(block_out_channels=(16, 16, 32, 64, 64), layers_per_block=1),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
+        "guider": ClassifierFreeGuidance(guidance_scale=6.0),
+        "transformer": HunyuanVideo15Transformer3DModel(**HUNYUAN15 | changes),
+    }
+
+
+@seeded(7)
+def hunyuan15_t2v(folder: Path) -> Path:
+    """HunyuanVideo15Pipeline."""
+    from diffusers import HunyuanVideo15Pipeline
+
+    return save(HunyuanVideo15Pipeline(**hunyuan15_parts(task_type="t2v")), folder)
+
+
+@seeded(8)
+def hunyuan15_i2v(folder: Path) -> Path:
+    """HunyuanVideo15ImageToVideoPipeline, for clips of 64 x 64 pixels."""
+    from diffusers import HunyuanVideo15ImageToVideoPipeline
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    vision = SiglipVisionConfig(  # 27 x 27 patches, as in the real one
+        hidden_size=IMAGE_DIM, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=378,
+        patch_size=14,
+    )  # fmt: skip
+    pipe = HunyuanVideo15ImageToVideoPipeline(
+        image_encoder=SiglipVisionModel(vision),
+        feature_extractor=SiglipImageProcessor(size={"height": 378, "width": 378}),
+        **hunyuan15_parts(task_type="i2v", target_size=64),
+    )
+    return save(pipe, folder)
+
+
 KINDS: dict[str, Callable[[Path], Path]] = {
     f.__name__: f
-    for f in (wan_t2v, wan_i2v, a14b, a14b_i2v, ti2v, ti2v_i2v, hunyuan_t2v, hunyuan_i2v, hunyuan_i2v_token)
+    for f in (
+        wan_t2v,
+        wan_i2v,
+        a14b,
+        a14b_i2v,
+        ti2v,
+        ti2v_i2v,
+        hunyuan_t2v,
+        hunyuan_i2v,
+        hunyuan_i2v_token,
+        hunyuan15_t2v,
+        hunyuan15_i2v,
+    )  # fmt: skip
 }
 
 
@@ -287,13 +365,24 @@ def unigram_tokenizer():
     )
 
 
+def qwen_tokenizer():
+    """A Qwen2.5-like tokenizer; its chat template makes 108 tokens of the system message: the pipeline cuts them."""
+    tokenizer = bpe_tokenizer(["<|im_start|>", "<|im_end|>", "<|endoftext|>"], None, None, pad="<|endoftext|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ '<|im_start|>' * 108 }}"
+        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    )
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
 def llama_tokenizer():
     """A Llama-3-like tokenizer: each word of the pipelines' templates is one token, as in the real one."""
     special = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>", "<pad>"]
     return bpe_tokenizer(special, "<|begin_of_text|>", None, pad="<pad>")
 
 
-def bpe_tokenizer(special: list[str], bos: str, eos: str | None, pad: str | None = None):
+def bpe_tokenizer(special: list[str], bos: str | None, eos: str | None, pad: str | None = None):
     from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -310,9 +399,9 @@ def bpe_tokenizer(special: list[str], bos: str, eos: str | None, pad: str | None
         vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([*SENTENCES, *templates], trainer)
-    ends = f" {eos}" if eos else ""
+    ends = " ".join(word for word in (bos, "$A", eos) if word)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A{ends}", special_tokens=[(t, tokenizer.token_to_id(t)) for t in (bos, eos) if t]
+        single=ends, special_tokens=[(t, tokenizer.token_to_id(t)) for t in (bos, eos) if t]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -55,6 +55,7 @@ CONCRETE = (
     "models.wan",
     "models.wan_ti2v",
     "models.hunyuan",
+    "models.hunyuan15",
     "engine.loop",
     "engine.local",
     "engine.deepspeed",

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from fastlightgen.config import UserError
 from fastlightgen.files.border import picture
 from fastlightgen.models.base import Cond, VideoDiT
 from fastlightgen.models.experts import Model, TwoExperts, networks_of, predictor
@@ -154,8 +156,12 @@ def stock_clip(subject: Subject, prompt: str, negative: str, image: str, seed: i
     height, width, frames = world.size
     call: dict[str, Any] = {"prompt": prompt, "height": height, "width": width, "num_frames": frames}
     call |= {"num_inference_steps": len(subject.plan["times"]), "generator": torch.Generator().manual_seed(seed)}
+    call |= {"output_type": "np"}
     guidance = "guidance_scale" if subject.net.embeds_guidance else world.family.cfg_argument
-    call |= {guidance: subject.plan["guidance"], "output_type": "np"}
+    if world.family.guider:
+        setattr(getattr(pipe, world.family.guider), guidance, subject.plan["guidance"])
+    else:
+        call[guidance] = subject.plan["guidance"]
     call |= {f"{guidance}_2": subject.plan["guidance_2"]} if "guidance_2" in subject.plan else {}
     if negative:
         call["negative_prompt"] = negative
@@ -179,13 +185,24 @@ def stock_clip(subject: Subject, prompt: str, negative: str, image: str, seed: i
     ):
         for net in stock.values():
             clocks.enter_context(clocked(net, "forward", device, clip.adds("network")))
-        pipe(**call, callback_on_step_end=step_ended)
+        made = pipe(**accepted(pipe, call | {"callback_on_step_end": step_ended})).frames[0]
     total = now(device) - start
+    if made.shape[1:3] != (height, width):
+        raise UserError(
+            f"size={height}x{width}x{frames}: {type(pipe).__name__} chose {made.shape[1]}x{made.shape[2]} for this "
+            f"picture; give size={made.shape[1]}x{made.shape[2]}x{frames}"
+        )
     # Its scheduler's own times may give a step to the other expert.
     subject.plan = subject.plan | {"times": [t / 1000 for t in pipe.scheduler.timesteps.tolist()]}
     clip.steps = [b - a for a, b in zip(ends, ends[1:], strict=False)]  # the first has no start
     clip.parts["other"] = total - clip.total
     return clip
+
+
+def accepted(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a pipeline takes: some have no callback, or let the picture decide the size."""
+    known = signature(pipe.__call__).parameters
+    return {name: value for name, value in call.items() if name in known}
 
 
 def timed(subjects: Sequence[Subject], turns: int, run: Callable[[Subject], Clip], tick: Callable[[], object]) -> None:

@@ -94,6 +94,9 @@ CONFIG = record({}, {"_class_name": maybe(NAME), "architectures": items(NAME)})
 COMPONENT = items(maybe(NAME), most=2, least=2)
 PIPELINE = record({"_class_name": NAME}, rest=either(COMPONENT, text(), flag, number(), maybe(record({}))))
 
+# guider/guider_config.json of a pipeline
+GUIDER = record({}, {"guidance_scale": GUIDANCE})
+
 # manifest.json of an export
 MANIFEST = record({"files": table(record({"size": whole(), "sum": whole(0, 2**32)}))})
 

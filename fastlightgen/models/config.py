@@ -57,6 +57,11 @@ class NetworkConfig:
         return False
 
     @property
+    def pictured(self) -> bool | None:
+        """True if clips must have a first frame, False if they may not; None if the channels tell, or both are fine."""
+        return None
+
+    @property
     def given_frames(self) -> int:
         """Number of latent frames at the start of a clip that the condition gives; predictions for them are unused."""
         return 0

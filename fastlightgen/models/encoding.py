@@ -25,13 +25,32 @@ class Encoding:
         """`pipe`: the diffusers pipeline of `folder`; `from_image`: True if it starts from a first frame."""
         self.folder, self.pipe, self.cfg, self.from_image, self.device = folder, pipe, cfg, from_image, device
 
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Number of tokens that the pipeline gives to each text-like condition, padding included."""
+        return {"text": self.text_tokens}
+
     def check(self) -> None:
         """Raise ValueError if the pipeline's VAE is not that of the network."""
+
+    def check_vae(self, channels: int, stride: int) -> None:
+        """Raise unless the VAE's latents have the network's channels and pixels."""
+        wanted = self.geometry.channels, self.geometry.pixel_stride
+        if (channels, stride) != wanted:
+            raise ValueError(
+                f"{self.folder}/vae: makes latents of {channels} channels, {stride} pixels wide, and this network "
+                f"reads {wanted[0]} channels, {wanted[1]} pixels wide; copy the VAE of the network's own pipeline"
+            )
 
     @property
     def condition(self) -> str | None:
         """The way in which the network reads the first frame, as a cache's index.json names it; None without one."""
         return "channels" if self.from_image else None
+
+    @property
+    def channels(self) -> int:
+        """Channels of a cached clip: those of the latents, and of the condition if it has some."""
+        return int(vars(self.cfg)["in_channels"])
 
     def normalisation(self) -> tuple[Tensor, Tensor]:
         """(shift, scale), [C, 1, 1, 1] or [1, 1, 1, 1]: normalised latents are (z - shift) * scale."""

@@ -11,11 +11,13 @@ from fastlightgen.models.base import Cond, VideoDiT
 from fastlightgen.models.cost import Network
 from fastlightgen.models.family import Family
 from fastlightgen.models.hunyuan.family import HUNYUAN
+from fastlightgen.models.hunyuan15.family import HUNYUAN15
 from fastlightgen.models.wan.family import WAN
 from fastlightgen.models.wan_ti2v.family import WAN_TI2V
 from fastlightgen.parallel.shares import WHOLE, Part
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, WAN_TI2V, HUNYUAN)}
+# `recognise` takes the first family with a sign: HunyuanVideo-1.5's weights also have HunyuanVideo's text refiner.
+FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, WAN_TI2V, HUNYUAN15, HUNYUAN)}
 DEFAULT = WAN.config_class  # the class of a config.json without _class_name
 # Prefixes of keys that no video transformer has -> the kind of network that has them.
 OTHERS = {"down_blocks.": "a UNet", "decoder.": "a VAE", "encoder.": "an encoder"}

@@ -86,8 +86,11 @@ class Family:
     stock_inputs: StockInputs
     sets_sigmas: bool  # True: its pipelines pass sigmas 1 - i / N to the scheduler; False: they pass N alone
     cfg_argument: str  # argument of its pipelines that scales classifier-free guidance; 1 turns it off
+    guider: str = ""  # a part of its pipelines that has `cfg_argument` as a setting, where they do not take it
+    sized: frozenset[str] = frozenset()  # pipeline classes that take no height and width: the picture decides
     comfy: Comfy | None = None  # what ComfyUI assumes of its networks
     vae_memory: tuple[float, float]  # bytes of the VAE in float32: its weights, and the peak of tiled decoding
+    tiled_frames: int = 0  # frames of the clip with that peak, if tiles divide the picture alone; 0: it is any clip's
 
     @property
     def config_class(self) -> str:

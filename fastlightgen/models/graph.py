@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastlightgen.models.keys import Table
+
 Link = list  # [number of a node, number of one of its outputs]
 PROMPT = "a red fox runs through fresh snow"
 
@@ -61,6 +63,7 @@ class Comfy:
     inputs: Callable[[Graph, Mapping, tuple[int, int, int], float], Inputs]  # of (config, (H, W, frames), guidance)
     gguf: str  # the family's name in GGUF files
     float8: bool  # can its loader read float8 weights of this family by the names in the file?
+    keys: Callable[[Mapping], Table] | None = None  # key table of its files; None: the original repository's
 
 
 def size_of(shape: tuple[int, int, int]) -> dict[str, int]:

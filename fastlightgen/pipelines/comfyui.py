@@ -20,7 +20,7 @@ from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import family_of
 from fastlightgen.models.folder.original import key_table, original_config, to_original
 from fastlightgen.models.graph import Comfy, Graph, Link
-from fastlightgen.models.keys import inverse
+from fastlightgen.models.keys import Table, inverse
 from fastlightgen.ops.float8 import quantised
 from fastlightgen.pipelines.scheduler import TOLERANCE
 
@@ -53,6 +53,12 @@ def comfy_of(model: VideoDiT, card: dict, to: str = "comfyui") -> Comfy:
     if (error := ladder_error(card)) > TOLERANCE:
         raise UserError(f"to={to}: its scheduler misses the student's ladder by {error:.2g}; use to=diffusers")
     return family.comfy
+
+
+def table_of(model: VideoDiT) -> Table:
+    """The key table of ComfyUI's files of this network."""
+    comfy = family_of(model.config).comfy
+    return comfy.keys(model.config) if comfy and comfy.keys else key_table(model.config)
 
 
 def ladder_error(card: dict) -> float:
@@ -133,7 +139,7 @@ def write_comfyui(model: VideoDiT, card: dict, out: Path, dtype: torch.dtype, qu
     comfy, family = comfy_of(model, card), family_of(model.config)
     if quant == "fp8" and not comfy.float8:
         raise UserError(f"quant=fp8: ComfyUI renames the layers of {family.title}; leave quant= out")
-    state = {key: value.detach().to("cpu", dtype) for key, value in to_original(model).items()}
+    state = {key: value.detach().to("cpu", dtype) for key, value in to_original(model, table_of(model)).items()}
     metadata = {"format": "pt", "fastlightgen": json.dumps(shown_card(model, card))}
     if quant == "fp8":
         layers = matrices(state)
@@ -162,7 +168,7 @@ def held(model: VideoDiT, read: Callable[[str], Tensor]) -> tuple[dict[str, Tens
     own = model.state_dict()
     worst = 0.0
     state: dict[str, Tensor] = {}
-    for key, pieces in inverse(key_table(model.config)).items():
+    for key, pieces in inverse(table_of(model)).items():
         values, start = read(key), 0
         for piece in pieces:
             wanted = piece.of(own[piece.key])

@@ -134,7 +134,7 @@ class Encoders:
         """Count the numbers of a cached clip of `area` pixels: (in latents and image conditions, in its text)."""
         geometry = self.family.geometry
         frame = area // geometry.pixel_stride**2
-        clip = self.network["in_channels"] * geometry.latent_frames(frames) * frame + self.encoding.extra_numbers(frame)
+        clip = self.encoding.channels * geometry.latent_frames(frames) * frame + self.encoding.extra_numbers(frame)
         return clip, self.encoding.text_tokens * self.cfg.text_width
 
     def description(self) -> dict:

@@ -29,7 +29,7 @@ from fastlightgen.pipelines.copies import check_parts, copy_parts
 from fastlightgen.pipelines.lora_file import LORA, BlockMap, remap_lora
 from fastlightgen.pipelines.modelcard import model_card
 from fastlightgen.pipelines.origin import name_of
-from fastlightgen.pipelines.scheduler import CLASS, scheduler_config, stock_boundary
+from fastlightgen.pipelines.scheduler import CLASS, scheduler_config, stock_boundary, write_guider
 
 NETWORK, SECOND = NETWORKS = PIPELINE_PARTS  # with two experts the high- and the low-noise one
 
@@ -114,7 +114,9 @@ def call_of(card: dict, config: dict) -> dict:
     steps = len(card["ladder"]) if card.get("ladder") else card.get("steps")
     call = {"num_inference_steps": steps} if steps else {}
     family = family_of(config)
-    if family.settings(config).embeds_guidance:  # guidance_scale goes into the network; true guidance stays off
+    if family.guider:  # an export has it in that part
+        guidance = {}
+    elif family.settings(config).embeds_guidance:  # guidance_scale goes into the network; true guidance stays off
         guidance = {"guidance_scale": card.get("guidance"), family.cfg_argument: 1.0}
     else:
         guidance = {family.cfg_argument: card.get("guidance")}
@@ -164,7 +166,7 @@ def write_pipeline(
     model, card = networks[NETWORK]
     family = family_of(model.config)
     student = card.get("ladder") is not None
-    replaced = {*networks, *["scheduler"] * student, *["vae"] * bool(vae)}
+    replaced = {*networks, *["scheduler", family.guider] * student, *["vae"] * bool(vae)}
     names = [name for name in parts if name not in replaced]
     small = check_replaces(vae, pipeline, encodes_frames(pipeline)) if vae else None
     check_room([net for net, _ in networks.values()], pipeline, names if not link else [], out, dtype, original)
@@ -201,6 +203,8 @@ def write_pipeline(
             shape = scheduler_config(family, card["ladder"], card["shift"], card.get("sampler", "stochastic"))
             write_json(temporary / "scheduler" / "scheduler_config.json", shape)
             index["scheduler"] = ["diffusers", CLASS]
+            if family.guider:
+                index[family.guider] = write_guider(temporary, family, card)
         write_json(temporary / INDEX, {k: v for k, v in index.items() if k != "_name_or_path"})
         report["loras"] = {
             part: remap_lora(LORA[part], file, temporary / LORA[part], blocks[part], depths[part])

@@ -16,7 +16,7 @@ from fastlightgen.atomic import claimed, put
 from fastlightgen.config import UserError
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.original import to_original
-from fastlightgen.pipelines.comfyui import comfy_of, compared, matrices, shown_card
+from fastlightgen.pipelines.comfyui import comfy_of, compared, matrices, shown_card, table_of
 
 BLOCK = 32  # numbers that share a scale
 MOST = 4  # dimensions of a tensor in GGUF
@@ -35,7 +35,7 @@ def write_gguf(model: VideoDiT, card: dict, out: Path, dtype: torch.dtype, quant
     """Write the network to OUT, read the file back, and compare. Return the bytes and the differences."""
     gguf = need_gguf()
     comfy = comfy_of(model, card, "gguf")
-    state = {key: value.detach().to("cpu", dtype) for key, value in to_original(model).items()}
+    state = {key: value.detach().to("cpu", dtype) for key, value in to_original(model, table_of(model)).items()}
     names = {f"{name}.weight" for name in matrices(state)}
     for name in sorted(names):
         if (width := state[name].shape[1]) % BLOCK:

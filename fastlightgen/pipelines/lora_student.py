@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from fastlightgen.config import UserError
 from fastlightgen.files.tensors import read_tensors, save_tensors, summed
 from fastlightgen.models.base import VideoDiT
-from fastlightgen.models.folder.original import assembled, key_table
+from fastlightgen.models.folder.original import assembled
 from fastlightgen.models.keys import Piece, Table, inverse
-from fastlightgen.pipelines.comfyui import shown_card
+from fastlightgen.pipelines.comfyui import shown_card, table_of
 
 EXACT = 1024  # the largest side of a matrix whose singular values are all computed; above, only the largest ones
 POWER = 4  # iterations that find these
@@ -129,7 +129,7 @@ def write_lora(model: VideoDiT, card: dict, teacher: VideoDiT, out: Path, dtype:
         raise UserError("to=lora: student and teacher have the same weights, nothing to write")
     metadata = {"format": "pt", "fastlightgen": json.dumps(shown_card(model, card) | {"lora_rank": rank})}
     report: dict[str, Any] = {"files": {}, "layers": len(lows), "left": (others / (within + others)) ** 0.5}
-    comfyui = for_comfyui(new, old, lows, key_table(model.config))
+    comfyui = for_comfyui(new, old, lows, table_of(model))
     for path, tensors in ((out, for_diffusers(lows)), (out.with_suffix(".comfyui.safetensors"), comfyui)):
         tensors = {key: value.to(dtype).contiguous() for key, value in tensors.items()}
         save_tensors(path, tensors, metadata | summed(tensors))

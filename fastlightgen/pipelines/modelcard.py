@@ -93,7 +93,9 @@ def model_card(
         name=name,
         summary=summary(card, teacher, blocks),
         language="python" if is_stock(card) else "bash",
-        code=code(name, clips, pictured, card["call"]) if is_stock(card) else own_code(name, pictured),
+        code=code(name, clips, pictured, card["call"], pipeline in family.sized)
+        if is_stock(card)
+        else own_code(name, pictured),
         calling=calling(card, family),
         facts="\n".join(f"| {k} | {v} |" for k, v in facts.items() if v not in (None, "")),
     )
@@ -116,13 +118,17 @@ def head(task: str, teacher: Path) -> str:
     return text if owner else text + "# base_model: this is the name of the teacher's folder; give its owner/name\n"
 
 
-def code(name: str, clips: Clips, pictured: bool, call: dict) -> str:
-    """A program that makes a clip with stock diffusers and Pillow, which diffusers needs anyway."""
+def code(name: str, clips: Clips, pictured: bool, call: dict, sized: bool) -> str:
+    """A program that makes a clip with stock diffusers and Pillow, which diffusers needs anyway.
+
+    `sized`: the picture decides the size of the clip.
+    """
     height, width = clips.buckets[0]
     arguments: dict[str, object] = {"prompt": '"a cat runs over wet sand at sunset"'}
     if pictured:
         arguments["image"] = 'load_image("first.png")'
-    arguments |= {"height": height, "width": width, "num_frames": clips.frames, **call, "output_type": '"pil"'}
+    arguments |= {} if sized else {"height": height, "width": width}
+    arguments |= {"num_frames": clips.frames, **call, "output_type": '"pil"'}
     return CODE.format(
         imports="from diffusers.utils import load_image\n" * pictured,
         name=name,
@@ -184,10 +190,12 @@ def calling(card: dict, family: Family) -> str:
         return "The scheduler is the one of the pipeline this was exported with."
     if not is_stock(card):
         return "Sampling times and guidance stand in `fastlightgen.json`, where the command reads them."
+    setting = f"`{family.cfg_argument}=1.0`"
+    call = f"its part `{family.guider}` has {setting}" if family.guider else f"always call it with {setting}"
     text = (
-        f"Classifier-free guidance is distilled into the weights: always call it with `{family.cfg_argument}=1.0`, "
-        f"which also halves the work. The scheduler's settings belong to {len(card['ladder'])} steps; with another "
-        "number the sampling times are not those it was trained on."
+        f"Classifier-free guidance is distilled into the weights: {call}, which also halves the work. The scheduler's "
+        f"settings belong to {len(card['ladder'])} steps; with another number the sampling times are not those it was "
+        "trained on."
     )
     if card.get("sampler", "stochastic") == "stochastic":
         text += (

@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastlightgen.atomic import claimed, naming, put, write_json, write_text
 from fastlightgen.config import UserError
 from fastlightgen.files.border import read_text, shorter
-from fastlightgen.models.base import VideoDiT
+from fastlightgen.models.base import Cond, VideoDiT
 from fastlightgen.models.families import family_of
 from fastlightgen.models.folder.manifest import verify_files, write_manifest
 from fastlightgen.ops.plain import PLAIN
@@ -93,13 +93,15 @@ def example(model: VideoDiT, settings: dict[str, Any]) -> dict[str, Tensor]:
     family = family_of(model.config)
     frames, height, width = settings["latent"][2:]
     x_t, t, cond, _ = model.example_inputs(batch=1, seed=0, size=(frames, height, width))
-    tokens = TOKENS
-    if "world" not in settings:
-        with_image = cond.image is not None
-        tokens = family.encoding(Path(), None, model.cfg, with_image, torch.device("cpu")).text_tokens
-    text = torch.randn(1, tokens, model.cfg.text_width, generator=torch.Generator().manual_seed(0))
-    given = vars(replace(cond, text=text, guidance=None))
-    return {"x_t": x_t, "t": t} | {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in vars(replace(cond, guidance=None)).items() if value is not None}
+    if "world" in settings:  # its conditions have no fields of a family's own
+        known = {f.name for f in fields(Cond)}
+        given, tokens = {name: value for name, value in given.items() if name in known}, {"text": TOKENS}
+    else:
+        tokens = family.encoding(Path(), None, model.cfg, cond.image is not None, torch.device("cpu")).tokens
+    g = torch.Generator().manual_seed(0)
+    given |= {name: torch.randn(1, n, given[name].shape[2], generator=g) for name, n in tokens.items() if name in given}
+    return {"x_t": x_t, "t": t} | given
 
 
 @contextmanager

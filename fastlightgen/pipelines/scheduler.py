@@ -1,14 +1,17 @@
-"""Settings with which diffusers' FlowMatchEulerDiscreteScheduler follows a student's ladder, without custom code.
+"""Settings with which diffusers' FlowMatchEulerDiscreteScheduler follows a student's ladder, and its guider's scale.
 
 A ladder is sigma_i = s u / (1 + (s - 1) u) with u = 1 - i / N (fastlightgen.flow.ladder), for N steps and shift s.
 """
 
 import math
+from pathlib import Path
 
+from fastlightgen.atomic import write_json
 from fastlightgen.flow import ladder
 from fastlightgen.models.family import Family
+from fastlightgen.models.folder.released import GUIDER_CONFIG
 
-CLASS = "FlowMatchEulerDiscreteScheduler"
+CLASS, GUIDER = "FlowMatchEulerDiscreteScheduler", "ClassifierFreeGuidance"
 LONGEST = 16  # the most steps for which stretched_shift has a solution at every shift
 TOLERANCE = 2e-3  # largest allowed difference between an exported scheduler's sigmas and the ladder
 
@@ -30,6 +33,13 @@ def scheduler_config(family: Family, times: list[float], shift: float, kind: str
     if steps > LONGEST:
         raise ValueError(f"fastlightgen.json: ladder of {steps} steps; the stock scheduler follows at most {LONGEST}")
     return config | {"shift": stretched_shift(steps, shift), "shift_terminal": times[-1]}
+
+
+def write_guider(pipeline: Path, family: Family, card: dict) -> list[str]:
+    """Write the part that scales guidance, with a student's scale; return its entry in model_index.json."""
+    settings = {"_class_name": GUIDER, family.cfg_argument: card.get("guidance", 1.0)}
+    write_json(pipeline / family.guider / GUIDER_CONFIG, settings)
+    return ["diffusers", GUIDER]
 
 
 def stock_boundary(times: list[float], boundary: float) -> float:

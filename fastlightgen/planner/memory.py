@@ -101,8 +101,10 @@ def previews(step: StepCost, plan: Plan) -> tuple[float, float]:
         return 0.0, 0.0
     family = FAMILIES[step.net.family]
     geometry, (weights, tile) = family.geometry, family.vae_memory
-    frames, height, width = step.net.latent
-    clip = 4 * 3 * geometry.frames(frames) * geometry.pixel_stride**2 * height * width  # float32, 3 colours
+    latent, height, width = step.net.latent
+    frames = geometry.frames(latent)
+    tile *= frames / family.tiled_frames if family.tiled_frames else 1
+    clip = 4 * 3 * frames * geometry.pixel_stride**2 * height * width  # float32, 3 colours
     return weights, max(tile + 1.4 * clip, 4.7 * clip)  # the second: the tiles of a large picture while they are joined
 
 

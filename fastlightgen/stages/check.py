@@ -41,6 +41,13 @@ def check_source(source: Source, model: Model, card: dict, data: str) -> None:
                 f"data={data}: made with {name} {got}, the model has {wanted}; "
                 f"encode the videos again with this model's own pipeline"
             )
+    first = {True: "a first frame", False: "no first frame"}
+    given, takes = made.get("image_condition") is not None, model.cfg.pictured
+    if "image_condition" in made and takes is not None and given != takes:
+        raise ValueError(
+            f"data={data}: its clips have {first[given]}, the model wants {first[takes]}; encode the videos again with "
+            "this model's own pipeline"
+        )
 
 
 def check_expert(cfg: StageConfig, card: dict) -> None:

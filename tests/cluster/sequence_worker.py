@@ -26,12 +26,15 @@ HEADS = {"num_attention_heads": 4, "attention_head_dim": 8}
 WAN = NETWORK | HEADS | {"in_channels": 4, "out_channels": 4, "num_layers": 4}
 HUNYUAN = preset("tiny-hunyuan")["network"] | HEADS | {"rope_axes_dim": [4, 2, 2]}
 HUNYUAN |= {"in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2}
+HUNYUAN15 = preset("tiny-hunyuan15")["network"] | HEADS | {"rope_axes_dim": [4, 2, 2]}
+HUNYUAN15 |= {"in_channels": 9, "out_channels": 4, "num_layers": 4}
 NETWORKS = {
     "wan t2v": WAN,
     "wan i2v": WAN | {"in_channels": 9, "image_dim": 16, "added_kv_proj_dim": 32},
     "wan ti2v": WAN | {"expand_timesteps": True},
     "hunyuan t2v": HUNYUAN | {"image_condition_type": None},
     "hunyuan token replace": HUNYUAN | {"image_condition_type": "token_replace"},
+    "hunyuan15 i2v": HUNYUAN15 | {"task_type": "i2v"},
 }
 # name -> ranks per group, latent (F, H, W), batch, dtype, checkpointing, blocks that keep their attention
 CASES = {
@@ -130,7 +133,8 @@ def compare(name: str, case: tuple) -> dict:
         "gradients": max(apart(grads[k], g, largest) for k, g in wanted.items()),
         "own": max(own.values()),
         "worst": max(own, key=own.get),
-        "compared": len(own) / len(wanted),
+        "tensors": len(wanted),
+        "left": [key for key in wanted if key not in own],
         "calls": calls / (net.block_calls / count),
     }
 

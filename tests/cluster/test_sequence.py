@@ -1,6 +1,7 @@
 """Sequence parallelism on four real ranks, in groups of two and four, against one process. gloo on the CPU."""
 
 import json
+import re
 
 import pytest
 import sequence_worker
@@ -12,6 +13,11 @@ from fastlightgen.parallel import ranks
 from fastlightgen.parallel.sequence import SequenceGroup
 from fastlightgen.parallel.shares import Part
 from fastlightgen.planner.walk import Route, walk
+
+# Weights of the last block that compute text alone: HunyuanVideo-1.5 drops its text there.
+ENDS = {
+    "hunyuan15 i2v": re.compile(r"transformer_blocks\.3\.(attn\.(to_add_out|add_q_proj|norm_added_q)|ff_context)\.")
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,8 @@ def test_predictions_and_gradients_are_those_of_one_process(results, network, ca
     limit = 1e-12 if "float64" in case else 1e-5
     assert found["v"] <= limit and found["gradients"] <= limit
     assert found["own"] <= limit, f"relative to its own largest entry, the gradient of {found['worst']}"
-    assert found["compared"] > 0.99  # all but the refiner's key bias, which softmax cancels
+    left = [key for key in found["left"] if not (network in ENDS and ENDS[network].match(key))]
+    assert len(left) < 0.01 * found["tensors"]  # all but the refiner's key bias, which softmax cancels
     groups = 4 // sequence_worker.CASES[case][0]
     assert found["predictions"] == groups  # bit-equal within a group, so that its ranks take the same steps
     assert found["calls"] == 1  # as many block evaluations as one process

@@ -98,8 +98,8 @@ def test_the_built_in_world_keeps_its_own_settings(model):
 
 
 # The shifts of the teachers' own sampling: Wan2.1, generate.py (5, image to video at 480p 3); Wan2.2, wan/configs (T2V
-# A14B 12, I2V A14B and TI2V 5); HunyuanVideo, hyvideo/config.py (7). Training takes the same, but for 480p image to
-# video, as Self-Forcing-Plus, and for T2V A14B: 5.
+# A14B 12, I2V A14B and TI2V 5); HunyuanVideo, hyvideo/config.py (7); HunyuanVideo-1.5, README.md (5 at 480p). Training
+# takes the same, but for 480p image to video, as Self-Forcing-Plus, and for T2V A14B: 5.
 SHIFTS = {
     "wan2.1-t2v-1.3b": (5.0, 5.0),
     "wan2.1-t2v-14b": (5.0, 5.0),
@@ -111,9 +111,12 @@ SHIFTS = {
     "hunyuanvideo-t2v": (7.0, 7.0),
     "hunyuanvideo-i2v": (7.0, 7.0),
     "hunyuanvideo-i2v-token-replace": (7.0, 7.0),
+    "hunyuanvideo1.5-t2v": (5.0, 5.0),
+    "hunyuanvideo1.5-i2v": (5.0, 5.0),
     "tiny": (3.0, 3.0),
     "tiny-hunyuan": (3.0, 3.0),
     "tiny-ti2v": (3.0, 3.0),
+    "tiny-hunyuan15": (3.0, 3.0),
     "tiny-a14b": (3.0, 3.0),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -21,6 +22,7 @@ from fastlightgen.pipelines.comfyui import sigmas
 KEEP = [0, 2]
 WAN = {"num_attention_heads": 1, "attention_head_dim": 128, "ffn_dim": 192, "num_layers": 2, "in_channels": 16}
 HUNYUAN = {"num_attention_heads": 1, "num_layers": 1, "num_single_layers": 1}
+HUNYUAN15 = {"num_attention_heads": 1, "num_layers": 1, "text_embed_dim": 64, "image_embed_dim": 32}
 CONFIGS = {
     "wan t2v": {"_class_name": "WanTransformer3DModel", **WAN},
     "wan i2v": {
@@ -33,6 +35,8 @@ CONFIGS = {
         "num_single_layers": 0,  # diffusers' converter knows single blocks of one width only, 3072
         "image_condition_type": "latent_concat", "guidance_embeds": False,
     },
+    "hunyuan15": {"_class_name": "HunyuanVideo15Transformer3DModel", **HUNYUAN15, "task_type": "t2v"},
+    "hunyuan15 i2v": {"_class_name": "HunyuanVideo15Transformer3DModel", **HUNYUAN15, "task_type": "i2v"},
 }  # fmt: skip
 CONVERTERS = {
     "wan": "convert_wan_transformer_to_diffusers",
@@ -73,6 +77,28 @@ def test_diffusers_reads_the_same_weights(students, tmp_path, name):
     wanted = model.state_dict()
     assert converted.keys() == wanted.keys()
     assert all(torch.equal(converted[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("name", ["hunyuan15", "hunyuan15 i2v"])
+def test_the_blocks_of_hunyuan15_are_named_like_hunyuans(students, tmp_path, name):
+    """ComfyUI loads both with one class. Tencent's own files of HunyuanVideo-1.5 have q, k and v apart."""
+    from diffusers.loaders import single_file_utils
+
+    model, folder = students[name]
+    state, graph = run(folder, tmp_path / "student.safetensors")
+    new = {key: state.pop(key) for key in list(state) if key.startswith(("byt5_in.", "vision_in.", "cond_type_"))}
+    converted = single_file_utils.convert_hunyuan_video_transformer_to_diffusers(dict(state))
+    converted = {re.sub("^time_text_embed", "time_embed", key): value for key, value in converted.items()}
+    wanted = model.state_dict()
+    own = [key for key in wanted if key.startswith(("context_embedder_2.", "image_embedder.", "cond_type_embed."))]
+    assert converted.keys() == wanted.keys() - own
+    assert all(torch.equal(value, wanted[key]) for key, value in converted.items())
+    assert torch.equal(new.pop("cond_type_embedding.weight"), wanted["cond_type_embed.weight"])
+    assert torch.equal(new["byt5_in.fc3.weight"], wanted["context_embedder_2.linear_3.weight"])
+    assert torch.equal(new["vision_in.proj.3.weight"], wanted["image_embedder.linear_2.weight"])
+    assert len(new) == 8 + 8  # weights and biases of four layers each
+    loader = next(node["inputs"] for node in graph.values() if node["class_type"] == "DualCLIPLoader")
+    assert loader["type"] == "hunyuan_video_15"
 
 
 @pytest.mark.parametrize("name", CONFIGS)

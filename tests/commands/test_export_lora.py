@@ -15,6 +15,7 @@ from fastlightgen.flow import ladder
 from fastlightgen.models.families import build
 from fastlightgen.models.folder.original import to_original
 from fastlightgen.models.folder.weights import save_model
+from fastlightgen.pipelines.comfyui import table_of
 
 WAN = {"_class_name": "WanTransformer3DModel", "num_attention_heads": 1, "attention_head_dim": 128, "ffn_dim": 192}
 CONFIGS = {
@@ -23,6 +24,10 @@ CONFIGS = {
     "hunyuan": {
         "_class_name": "HunyuanVideoTransformer3DModel", "num_attention_heads": 1, "num_layers": 1,
         "num_single_layers": 1,
+    },
+    "hunyuan15": {
+        "_class_name": "HunyuanVideo15Transformer3DModel", "num_attention_heads": 1, "num_layers": 1,
+        "text_embed_dim": 64, "image_embed_dim": 32,
     },
 }  # fmt: skip
 CARD = {"ladder": ladder(4, 5.0), "shift": 5.0, "guidance": 1.0, "sampler": "ode", "stage": 3}
@@ -92,7 +97,7 @@ def test_the_rules_of_comfyui_give_all_weights_of_the_student(folders, tmp_path,
     """Its keys: NAME.lora_up, NAME.lora_down and alpha change NAME.weight; .diff adds to it, .diff_b to the bias."""
     teacher, student = folders(name, others=0.01)
     file = load_file(run(tmp_path, f"rank={RANK + 2}").with_suffix(".comfyui.safetensors"))
-    state = {f"diffusion_model.{k}": v.clone() for k, v in to_original(teacher).items()}
+    state = {f"diffusion_model.{k}": v.clone() for k, v in to_original(teacher, table_of(teacher)).items()}
     for key, value in file.items():
         base = re.sub(r"\.(lora_down\.weight|lora_up\.weight|alpha|diff|diff_b)$", "", key)
         weight = f"{base}.weight" if f"{base}.weight" in state else base
@@ -103,7 +108,7 @@ def test_the_rules_of_comfyui_give_all_weights_of_the_student(folders, tmp_path,
             state[f"{base}.bias"] += value
         elif key.endswith(".diff"):
             state[weight] += value
-    for key, value in to_original(student).items():
+    for key, value in to_original(student, table_of(student)).items():
         assert torch.allclose(state[f"diffusion_model.{key}"], value, atol=1e-5), key
 
 

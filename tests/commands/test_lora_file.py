@@ -97,6 +97,27 @@ def test_names_of_hunyuan(tmp_path):
     assert load_file(tmp_path / "out/a.safetensors") == wanted
 
 
+def test_names_of_hunyuan15(tmp_path):
+    """One block list; the original has q, k and v apart, ComfyUI's files have them fused."""
+    names = [
+        ("transformer.transformer_blocks.{}.attn.add_k_proj.lora_A.weight", 4, 2),
+        ("transformer.transformer_blocks.{}.attn.add_k_proj.lora_A.weight", 1, None),
+        ("diffusion_model.double_blocks.{}.img_attn_q.lora_A.weight", 2, 1),
+        ("diffusion_model.double_blocks.{}.img_attn_qkv.lora_A.weight", 2, 1),
+        ("lora_unet_double_blocks_{}_txt_attn_k.lora_up.weight", 3, None),
+        ("transformer.context_embedder.token_refiner.refiner_blocks.{}.ff.lora_A.weight", 1, 1),
+    ]
+    old = {name.format(a): torch.tensor(float(i)) for i, (name, a, _) in enumerate(names)}
+    save_file(old, tmp_path / "a.safetensors")
+    blocks = {"transformer_blocks": {0: 0, 2: 1, 4: 2}}
+    assert remap_lora(tmp_path / "a.safetensors", tmp_path / "b.safetensors", blocks, {"transformer_blocks": 5}) == (
+        2,
+        2,
+    )
+    wanted = {name.format(b): float(i) for i, (name, _, b) in enumerate(names) if b is not None}
+    assert load_file(tmp_path / "b.safetensors") == wanted
+
+
 def test_settings_inside_the_file_are_renumbered(tmp_path):
     settings = {
         "transformer.r": 3,

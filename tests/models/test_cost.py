@@ -155,8 +155,7 @@ def fused(request, monkeypatch) -> bool:
 
 def case(config: dict, layers: int, dtype, fused: bool, checkpointing: bool, kept: int = 0, size=(5, 16, 32)):
     """(function that runs a walk, planned cost of the walk, planned cost of the network)."""
-    lists = ("num_layers", "num_single_layers") if "mlp_ratio" in config else ("num_layers",)
-    config = config | dict.fromkeys(lists, layers)
+    config = config | dict.fromkeys(family_of(config).lists.values(), layers)
     model = build(config, seed=0).to(dtype)
     model.checkpointing, model.keep_attention = checkpointing, kept
     x_t, t, cond, _ = model.example_inputs(1, size=size)
@@ -171,15 +170,17 @@ def case(config: dict, layers: int, dtype, fused: bool, checkpointing: bool, kep
     )
 
 
-TINY_HUNYUAN = preset("tiny-hunyuan")["network"]
+TINY_HUNYUAN, TINY_HUNYUAN15 = preset("tiny-hunyuan")["network"], preset("tiny-hunyuan15")["network"]
 # Width pruning left half of the heads or fewer, and a narrower feed-forward.
 NARROW = [I2V | {"kept_attention_heads": 1, "ffn_dim": 100}, TINY_HUNYUAN | {"kept_attention_heads": 1}]
-NARROW_IDS = ["narrow i2v", "narrow hunyuan"]
+NARROW_IDS, HUNYUANS = ["narrow i2v", "narrow hunyuan"], ["hunyuan", "hunyuan15"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("checkpointing", "kept"), [(False, 0), (True, 0), (True, 99)])
-@pytest.mark.parametrize("config", [*WANS.values(), TINY_HUNYUAN, *NARROW], ids=[*WANS, "hunyuan", *NARROW_IDS])
+@pytest.mark.parametrize(
+    "config", [*WANS.values(), TINY_HUNYUAN, TINY_HUNYUAN15, *NARROW], ids=[*WANS, *HUNYUANS, *NARROW_IDS]
+)
 def test_tensors_kept_for_the_backward_pass(config, checkpointing, kept, dtype, fused):
     counts = []
     for layers in (2, 6):

@@ -44,6 +44,14 @@ def hunyuan(draw) -> dict[str, Any]:
     return preset("tiny-hunyuan")["network"] | sizes | {k: draw(st.integers(*ends)) for k, ends in depths.items()}
 
 
+@st.composite
+def hunyuan15(draw) -> dict[str, Any]:
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": 8, "rope_axes_dim": [4, 2, 2], "num_refiner_layers": 2}
+    task = {"task_type": draw(st.sampled_from(["t2v", "i2v"])), "target_size": draw(st.sampled_from([640, 960]))}
+    own = sizes | task | {"text_embed_2_dim": 1472, "num_layers": draw(st.integers(1, 12))}
+    return preset("tiny-hunyuan15")["network"] | own
+
+
 def numbered(config: Mapping) -> tuple[dict[str, Tensor], Table]:
     """The tensors of a network, every element with a number of its own, and the key table."""
     net, count, state = on_meta(config), 0, {}
@@ -54,7 +62,7 @@ def numbered(config: Mapping) -> tuple[dict[str, Tensor], Table]:
 
 
 @tried(12)
-@given(st.one_of(wan(), hunyuan()))
+@given(st.one_of(wan(), hunyuan(), hunyuan15()))
 def test_there_and_back_for_random_depths(config):
     state, table = numbered(config)
     original = {key: assembled(state, pieces) for key, pieces in inverse(table).items()}
@@ -67,7 +75,7 @@ def test_there_and_back_for_random_depths(config):
 
 
 @tried(20)
-@given(st.one_of(wan(), hunyuan()))
+@given(st.one_of(wan(), hunyuan(), hunyuan15()))
 def test_configurations_there_and_back(config):
     own = on_meta(config).config
     try:

@@ -16,15 +16,17 @@ from fastlightgen.models.width import blocks_of, row_saliency, watched
 WAN = {"patch_size": [1, 2, 2], "num_attention_heads": 4, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4}
 WAN |= {"text_dim": 20, "freq_dim": 16, "ffn_dim": 48, "num_layers": 3, "eps": 1e-8}
 I2V = WAN | {"in_channels": 9, "image_dim": 8, "added_kv_proj_dim": 32}
+HUNYUAN15 = preset("tiny-hunyuan15")["network"] | {"num_attention_heads": 4, "attention_head_dim": 8}
+HUNYUAN15 |= {"rope_axes_dim": [4, 2, 2], "mlp_ratio": 1.5, "num_layers": 3}
 
 
 def small(kind: str, seed: int = 0):
     if kind == "hunyuan":
         return small_hunyuan(2, 2, seed, num_attention_heads=4, mlp_ratio=1.5, guidance_embeds=False)
-    return build(I2V if kind == "i2v" else WAN, seed)
+    return build({"i2v": I2V, "hunyuan15": HUNYUAN15}.get(kind, WAN), seed)
 
 
-KINDS = pytest.mark.parametrize("kind", ["t2v", "i2v", "hunyuan"])
+KINDS = pytest.mark.parametrize("kind", ["t2v", "i2v", "hunyuan", "hunyuan15"])
 
 
 def test_the_saliency_of_a_row():
@@ -64,8 +66,7 @@ def test_walks_measure_every_row(kind):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "linear", spy)
         net(x_t, t, cond), net(x_t, t, null)
-    layers = {"t2v": 7, "i2v": 9}.get(kind)
-    assert len(found) == (3 * layers if layers else 2 * 8 + 2 * 4)
+    assert len(found) == {"t2v": 3 * 7, "i2v": 3 * 9, "hunyuan": 2 * 8 + 2 * 4, "hunyuan15": 3 * 8}[kind]
     assert grams.keys() == found.keys()
     for name, got in found.items():
         layer = net.get_submodule(name)

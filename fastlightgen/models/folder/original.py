@@ -97,10 +97,13 @@ def key_table(config: Mapping) -> Table:
     return format_of(config).keys(config)
 
 
-def to_original(model: VideoDiT) -> dict[str, Tensor]:
-    """The weights under the original repository's keys; tensors that it does not fuse share the model's memory."""
-    state = model.state_dict()
-    return {key: assembled(state, pieces) for key, pieces in inverse(key_table(model.config)).items()}
+def to_original(model: VideoDiT, table: Table | None = None) -> dict[str, Tensor]:
+    """The weights under another format's keys, the original repository's if no table is given.
+
+    Tensors that it does not fuse share the model's memory.
+    """
+    state, table = model.state_dict(), key_table(model.config) if table is None else table
+    return {key: assembled(state, pieces) for key, pieces in inverse(table).items()}
 
 
 def assembled(state: Mapping[str, Tensor], pieces: list[Piece]) -> Tensor:

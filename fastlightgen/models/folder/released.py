@@ -13,12 +13,13 @@ from typing import Any
 
 from fastlightgen.config import preset, presets
 from fastlightgen.files.border import read_json
+from fastlightgen.files.kinds import GUIDER
 from fastlightgen.models.families import family_of
 from fastlightgen.models.folder.experts import expert_of, experts_of
 from fastlightgen.models.folder.networks import config_of
 from fastlightgen.models.folder.weights import read_card
 
-SCHEDULER = "scheduler/scheduler_config.json"
+SCHEDULER, GUIDER_CONFIG = "scheduler/scheduler_config.json", "guider_config.json"
 
 
 Layer = tuple[str, Mapping[str, Any]]  # settings, after the place that they come from
@@ -41,6 +42,7 @@ def sampling(model: str | Path) -> Sampling:
     layers += [(preset_file(found), preset(found)["inference"])] if found else []
     where, own = ("", None) if name in presets() else own_shift(Path(model))
     layers += [(where, {"shift": own})] if own is not None else []
+    layers += [] if name in presets() else own_guidance(Path(model))
     if name not in presets() and (card := read_card(model)).get("clips"):
         layers += [(str(Path(model) / "fastlightgen.json"), {"size": card["clips"]["size"]})]
     values = {key: value for _, settings in layers for key, value in settings.items()}
@@ -92,6 +94,13 @@ def own_shift(folder: Path) -> tuple[str, float | None]:
     path = folder / SCHEDULER
     settings = read_json(path) if path.is_file() else {}
     return str(path), settings.get("flow_shift") or settings.get("shift")
+
+
+def own_guidance(folder: Path) -> list[Layer]:
+    """The guidance that a part of a pipeline holds, after the name of its file; [] if there is no such part."""
+    path = folder / family_of(config_of(folder)).guider / GUIDER_CONFIG
+    scale = read_json(path, GUIDER).get("guidance_scale") if path.is_file() else None
+    return [] if scale is None else [(str(path), {"guidance": scale})]
 
 
 def preset_file(name: str) -> str:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fastlightgen.models.base import Block, Job, Prompt, State, Tables
-from fastlightgen.models.hunyuan.layers import EPS, HunyuanConfig, JointAttention, Modulation, SingleAttention, joined
+from fastlightgen.models.hunyuan.layers import (
+    EPS,
+    HunyuanConfig,
+    JointAttention,
+    JointConfig,
+    Modulation,
+    SingleAttention,
+    joined,
+)
 from fastlightgen.models.layers import FeedForward, gelu_of, linear_onto
 from fastlightgen.models.streams import Prunable
 from fastlightgen.ops import gate_residual_norm_modulate
@@ -62,7 +70,7 @@ def cut(y: Tensor, like: list[Tensor]) -> list[Tensor]:
 class DoubleBlock(HunyuanBlock):
     """Joint attention of image and text tokens, then a feed-forward for each."""
 
-    def __init__(self, cfg: HunyuanConfig):
+    def __init__(self, cfg: JointConfig):
         super().__init__()
         dim, inner = cfg.dim, cfg.ffn_width
         self.norm1, self.norm1_context = Modulation(dim, 6), Modulation(dim, 6)

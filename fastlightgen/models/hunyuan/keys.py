@@ -13,16 +13,18 @@ HUNYUAN_OUTSIDE = {
     "time_text_embed.timestep_embedder.linear_2": "time_in.mlp.2",
     "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
     "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-    "context_embedder.time_text_embed.timestep_embedder.linear_1": "txt_in.t_embedder.mlp.0",
-    "context_embedder.time_text_embed.timestep_embedder.linear_2": "txt_in.t_embedder.mlp.2",
-    "context_embedder.time_text_embed.text_embedder.linear_1": "txt_in.c_embedder.linear_1",
-    "context_embedder.time_text_embed.text_embedder.linear_2": "txt_in.c_embedder.linear_2",
-    "context_embedder.proj_in": "txt_in.input_embedder",
     "proj_out": "final_layer.linear",
 }
 HUNYUAN_GUIDANCE = {
     "time_text_embed.guidance_embedder.linear_1": "guidance_in.mlp.0",
     "time_text_embed.guidance_embedder.linear_2": "guidance_in.mlp.2",
+}
+HUNYUAN_TEXT = {
+    "context_embedder.time_text_embed.timestep_embedder.linear_1": "txt_in.t_embedder.mlp.0",
+    "context_embedder.time_text_embed.timestep_embedder.linear_2": "txt_in.t_embedder.mlp.2",
+    "context_embedder.time_text_embed.text_embedder.linear_1": "txt_in.c_embedder.linear_1",
+    "context_embedder.time_text_embed.text_embedder.linear_2": "txt_in.c_embedder.linear_2",
+    "context_embedder.proj_in": "txt_in.input_embedder",
 }
 HUNYUAN_REFINER = {
     "norm1": "norm1",
@@ -52,27 +54,48 @@ HUNYUAN_DOUBLE_NORMS = {
 
 def hunyuan_keys(config: Mapping) -> Table:
     """Key in diffusers' format -> its place in the original HunyuanVideo checkpoint, for a diffusers configuration."""
-    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    dim = width(config)
     mlp = int(dim * config["mlp_ratio"])
     renamed = named(HUNYUAN_OUTSIDE | (HUNYUAN_GUIDANCE if config["guidance_embeds"] else {}))
     split: Table = {}
-    for leaf in WEIGHT_BIAS:  # diffusers has scale before shift: swap the halves
-        split[f"norm_out.linear.{leaf}"] = Source(f"final_layer.adaLN_modulation.1.{leaf}", ((dim, 2 * dim), (0, dim)))
-    for i in range(config["num_refiner_layers"]):
-        prefix = f"context_embedder.token_refiner.refiner_blocks.{i}."
-        original = f"txt_in.individual_token_refiner.blocks.{i}."
-        renamed |= named(HUNYUAN_REFINER, prefix, original)
-        split |= fused([f"{prefix}attn.{n}" for n in ("to_q", "to_k", "to_v")], f"{original}self_attn_qkv", [dim] * 3)
     for i in range(config["num_layers"]):
         prefix, original = f"transformer_blocks.{i}.", f"double_blocks.{i}."
         renamed |= named(HUNYUAN_DOUBLE, prefix, original) | named(HUNYUAN_DOUBLE_NORMS, prefix, original, ("weight",))
-        split |= fused([f"{prefix}attn.{n}" for n in ("to_q", "to_k", "to_v")], f"{original}img_attn_qkv", [dim] * 3)
-        added = [f"{prefix}attn.{n}" for n in ("add_q_proj", "add_k_proj", "add_v_proj")]
-        split |= fused(added, f"{original}txt_attn_qkv", [dim] * 3)
+        split |= joint_keys(prefix, original, dim)
     for i in range(config["num_single_layers"]):
         prefix, original = f"single_transformer_blocks.{i}.", f"single_blocks.{i}."
         renamed |= named({"norm.linear": "modulation.linear", "proj_out": "linear2"}, prefix, original)
         renamed |= named({"attn.norm_q": "q_norm", "attn.norm_k": "k_norm"}, prefix, original, ("weight",))
         parts = [f"{prefix}{n}" for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
         split |= fused(parts, f"{original}linear1", [dim, dim, dim, mlp])
+    whole = {key: Source(original) for key, original in renamed.items()}
+    return whole | refiner_keys(config) | swapped(config) | split
+
+
+def joint_keys(prefix: str, original: str, dim: int) -> Table:
+    """Queries, keys and values of a double block, fused for the image and for the text."""
+    image = [f"{prefix}attn.{n}" for n in ("to_q", "to_k", "to_v")]
+    text = [f"{prefix}attn.{n}" for n in ("add_q_proj", "add_k_proj", "add_v_proj")]
+    both = fused(image, f"{original}img_attn_qkv", [dim] * 3)
+    return both | fused(text, f"{original}txt_attn_qkv", [dim] * 3)
+
+
+def width(config: Mapping) -> int:
+    return config["num_attention_heads"] * config["attention_head_dim"]
+
+
+def refiner_keys(config: Mapping) -> Table:
+    """The part of the table that describes the text refiner."""
+    dim, renamed, split = width(config), named(HUNYUAN_TEXT), dict[str, Source]()
+    for i in range(config["num_refiner_layers"]):
+        prefix = f"context_embedder.token_refiner.refiner_blocks.{i}."
+        original = f"txt_in.individual_token_refiner.blocks.{i}."
+        renamed |= named(HUNYUAN_REFINER, prefix, original)
+        split |= fused([f"{prefix}attn.{n}" for n in ("to_q", "to_k", "to_v")], f"{original}self_attn_qkv", [dim] * 3)
     return {key: Source(original) for key, original in renamed.items()} | split
+
+
+def swapped(config: Mapping) -> Table:
+    """The final modulation: diffusers has scale before shift, so the halves change places."""
+    dim, end = width(config), "adaLN_modulation.1"
+    return {f"norm_out.linear.{x}": Source(f"final_layer.{end}.{x}", ((dim, 2 * dim), (0, dim))) for x in WEIGHT_BIAS}

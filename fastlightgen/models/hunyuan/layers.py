@@ -5,6 +5,7 @@ Module names follow diffusers' keys. Shapes: B batch, L image tokens, T text tok
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,41 +22,43 @@ VARIANTS = (None, "latent_concat", "token_replace")  # how the first frame is gi
 
 
 @dataclass(frozen=True)
-class HunyuanConfig(NetworkConfig):
-    """The fields of diffusers' HunyuanVideoTransformer3DModel config.json."""
+class JointConfig(NetworkConfig):
+    """The fields of config.json that HunyuanVideo and HunyuanVideo-1.5 share, of double blocks and text refiner."""
+
+    title: ClassVar[str]  # the family's name in messages
 
     in_channels: int = 16
     out_channels: int = 16
     num_attention_heads: int = 24
     attention_head_dim: int = 128
     num_layers: int = 20
-    num_single_layers: int = 40
     num_refiner_layers: int = 2
     mlp_ratio: float = 4.0
     patch_size: int = 2
     patch_size_t: int = 1
     qk_norm: str = "rms_norm"
-    guidance_embeds: bool = True
     text_embed_dim: int = 4096
-    pooled_projection_dim: int = 768
     rope_theta: float = 256.0
     rope_axes_dim: tuple[int, int, int] = (16, 56, 56)
-    image_condition_type: str | None = None
     kept_attention_heads: int | None = None  # heads that width pruning left in the blocks; None: all
 
     def __post_init__(self):
         object.__setattr__(self, "rope_axes_dim", tuple(self.rope_axes_dim))
-        for name, wanted in (("patch_size_t", (1,)), ("qk_norm", ("rms_norm",)), ("image_condition_type", VARIANTS)):
-            if (got := getattr(self, name)) not in wanted:
-                options = ", ".join(repr(w) for w in wanted)
-                raise ValueError(f"Hunyuan config: {name} is {got!r}; supported: {options}")
-        check_heads("Hunyuan", self.kept_attention_heads, self.num_attention_heads)
+        self.one_of("patch_size_t", 1)
+        self.one_of("qk_norm", "rms_norm")
+        check_heads(self.title, self.kept_attention_heads, self.num_attention_heads)
         axes = self.rope_axes_dim
         if len(axes) != 3 or sum(axes) != self.attention_head_dim or any(n % 2 for n in axes):
             raise ValueError(
-                f"Hunyuan config: rope_axes_dim is {list(axes)}; "
+                f"{self.title} config: rope_axes_dim is {list(axes)}; "
                 f"wanted three even numbers that sum to attention_head_dim, {self.attention_head_dim}"
             )
+
+    def one_of(self, name: str, *wanted: object) -> None:
+        """Raise unless a field has one of these values."""
+        if (got := getattr(self, name)) not in wanted:
+            options = ", ".join(map(repr, wanted))
+            raise ValueError(f"{self.title} config: {name} is {got!r}; supported: {options}")
 
     @property
     def dim(self) -> int:
@@ -69,7 +72,7 @@ class HunyuanConfig(NetworkConfig):
     def ffn_width(self) -> int:
         return int(self.dim * self.mlp_ratio)
 
-    def narrowed(self, heads: int, ffn_width: int) -> "HunyuanConfig":
+    def narrowed(self, heads: int, ffn_width: int) -> "JointConfig":
         ratio = ffn_width / self.dim
         if int(self.dim * ratio) < ffn_width:  # the quotient was rounded down
             ratio = math.nextafter(ratio, math.inf)
@@ -79,6 +82,26 @@ class HunyuanConfig(NetworkConfig):
     @property
     def text_width(self) -> int:
         return self.text_embed_dim
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        return self.patch_size_t, self.patch_size, self.patch_size
+
+
+@dataclass(frozen=True)
+class HunyuanConfig(JointConfig):
+    """The fields of diffusers' HunyuanVideoTransformer3DModel config.json."""
+
+    title = "Hunyuan"
+
+    num_single_layers: int = 40
+    guidance_embeds: bool = True
+    pooled_projection_dim: int = 768
+    image_condition_type: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.one_of("image_condition_type", *VARIANTS)
 
     @property
     def released(self) -> dict[str, float]:
@@ -91,10 +114,6 @@ class HunyuanConfig(NetworkConfig):
     @property
     def given_frames(self) -> int:
         return int(self.image_condition_type == "token_replace")
-
-    @property
-    def patch(self) -> tuple[int, int, int]:
-        return self.patch_size_t, self.patch_size, self.patch_size
 
 
 def joined(parts: list[Tensor]) -> Tensor:
@@ -118,7 +137,7 @@ class Modulation(nn.Module):
 class Attention(nn.Module):
     """Queries, keys and values, with an RMS norm per head; a single block has its own output layer (`out` False)."""
 
-    def __init__(self, cfg: HunyuanConfig, heads: int, qk_norm: bool = True, out: bool = False):
+    def __init__(self, cfg: JointConfig, heads: int, qk_norm: bool = True, out: bool = False):
         super().__init__()
         dim, inner, self.heads = cfg.dim, heads * cfg.attention_head_dim, heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner) for _ in range(3))
@@ -150,7 +169,7 @@ class SingleAttention(Attention):
 class JointAttention(Attention):
     """Attention of a double block: image and text tokens attend to each other, with separate projections."""
 
-    def __init__(self, cfg: HunyuanConfig):
+    def __init__(self, cfg: JointConfig):
         super().__init__(cfg, cfg.heads, out=True)
         dim, inner = cfg.dim, cfg.heads * cfg.attention_head_dim
         self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, inner) for _ in range(3))
@@ -198,7 +217,7 @@ class SiluFeedForward(FeedForward):
 class RefinerBlock(nn.Module):
     """Self-attention and feed-forward over the text tokens, each added with a gate from the time embedding."""
 
-    def __init__(self, cfg: HunyuanConfig):
+    def __init__(self, cfg: JointConfig):
         super().__init__()
         dim = cfg.dim
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=EPS), nn.LayerNorm(dim, eps=EPS)
@@ -215,7 +234,7 @@ class RefinerBlock(nn.Module):
 class Refiner(nn.Module):
     """The list of refiner blocks; a separate module so that the keys read `token_refiner.refiner_blocks`."""
 
-    def __init__(self, cfg: HunyuanConfig):
+    def __init__(self, cfg: JointConfig):
         super().__init__()
         self.refiner_blocks = nn.ModuleList([RefinerBlock(cfg) for _ in range(cfg.num_refiner_layers)])
 
@@ -223,7 +242,7 @@ class Refiner(nn.Module):
 class TextRefiner(nn.Module):
     """Turns the language model's tokens into text tokens [B, T, D], with gates from time and the mean token."""
 
-    def __init__(self, cfg: HunyuanConfig):
+    def __init__(self, cfg: JointConfig):
         super().__init__()
         self.time_text_embed = TimeTextEmbedder(cfg.dim, cfg.text_embed_dim)
         self.proj_in = nn.Linear(cfg.text_embed_dim, cfg.dim)

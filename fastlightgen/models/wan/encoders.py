@@ -17,12 +17,7 @@ class WanEncoding(Encoding):
 
     def check(self) -> None:
         vae = self.pipe.vae.config
-        got = vae.z_dim, vae.scale_factor_spatial
-        if got != (wanted := (self.geometry.channels, self.geometry.pixel_stride)):
-            raise ValueError(
-                f"{self.folder}/vae: makes latents of {got[0]} channels, {got[1]} pixels wide, and this network reads "
-                f"{wanted[0]} channels, {wanted[1]} pixels wide; copy the VAE of the network's own pipeline"
-            )
+        self.check_vae(vae.z_dim, vae.scale_factor_spatial)
         reads, has = getattr(self.cfg, "image_dim", None) is not None, (self.folder / "image_encoder").is_dir()
         if self.from_image and reads != has:
             said = "reads CLIP tokens, as Wan2.1's" if reads else "reads no CLIP tokens, as Wan2.2's"
