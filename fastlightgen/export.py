@@ -108,7 +108,7 @@ def to_lora(cfg) -> None:
     from fastlightgen.parallel.log import say
     from fastlightgen.parallel.threads import set_threads
     from fastlightgen.pipelines.comfyui import SAMPLERS, file_of
-    from fastlightgen.pipelines.lora_student import check_pair, write_lora
+    from fastlightgen.pipelines.lora_student import FULL_RANK, check_pair, write_lora
 
     set_threads(cfg.threads)
     out, students = Path(cfg.out), networks(trained_folder(cfg.model))
@@ -124,7 +124,8 @@ def to_lora(cfg) -> None:
     for part, (place, card) in students.items():
         model, teacher = (load_model(net).requires_grad_(False) for net in (place, teachers[part][0]))
         check_pair(model, teacher, cfg.teacher)
-        say_lora(write_lora(model, card, teacher, files[part], getattr(torch, cfg.dtype), cfg.rank))
+        rank = cfg.rank or card.get("lora_rank") or FULL_RANK
+        say_lora(write_lora(model, card, teacher, files[part], getattr(torch, cfg.dtype), rank))
     if card.get("ladder"):
         say(
             f"sample with {len(card['ladder'])} steps, shift {card['shift']:g}, guidance {card['guidance']:g}, sampler "

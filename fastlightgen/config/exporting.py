@@ -34,7 +34,9 @@ class Export(Checked):
     )
     out: str = field(REQUIRED, "folder to write; to=comfyui, gguf and lora: the file", everyday=True)
     teacher: str = field("", "to=lora: the student's teacher, a preset or a model folder", everyday=True)
-    rank: int = field(64, "to=lora: of every linear layer", lo=1, hi=10_000)
+    rank: int = field(
+        0, "to=lora: of every linear layer; 0: that of student_mode=lora, of other students 64", lo=0, hi=10_000
+    )
     quant: str = field(
         "auto",
         "how the matrices of the blocks are stored; to=comfyui: none, fp8; to=gguf: q8_0, q5_1, q4_0; to=onnx: none, "
