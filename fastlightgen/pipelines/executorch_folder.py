@@ -31,6 +31,7 @@ from fastlightgen.pipelines.step_folder import (
     settings_of,
 )
 
+PACKAGE = "executorch"
 MOST_DIMS = 6  # of a tensor in XNNPACK
 NEAR = 1e-4  # of the largest number of a prediction: XNNPACK's exponentials and roots are approximations
 aten = torch.ops.aten
@@ -41,8 +42,8 @@ def need_executorch() -> None:
     """Raise if the package is missing. It is imported where it is used."""
     from importlib.util import find_spec
 
-    if find_spec("executorch") is None:
-        raise UserError("to=executorch: executorch is not installed: pip install 'fastlightgen[executorch]'")
+    if find_spec(PACKAGE) is None:
+        raise UserError(f"to=executorch: {PACKAGE} is not installed: pip install 'fastlightgen[executorch]'")
 
 
 def attention(
@@ -209,5 +210,5 @@ def write_executorch(model: VideoDiT, card: dict, out: Path, size: str, world: b
         report["scale"], report["bytes"] = v.abs().max().item(), file.stat().st_size
         if not report["largest"] <= NEAR * max(1.0, report["scale"]):
             raise ValueError(f"{out}: ExecuTorch predicts another v, by {report['largest']:.2g}; use to=onnx")
-        finish(made, settings, report["bytes"], executorch=version("executorch"))
+        finish(made, settings, report["bytes"], executorch=version(PACKAGE))
     return report
