@@ -28,7 +28,7 @@ from fastlightgen.config import Evaluate
 from fastlightgen.evaluate import load_subject, measured
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.original import to_original
-from fastlightgen.models.folder.weights import load_model, read_card
+from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
 from fastlightgen.pipelines.comfyui import held, matrices, to_float8
 from fastlightgen.pipelines.lora_student import write_lora
 from fastlightgen.pipelines.onnx_folder import write_onnx
@@ -98,7 +98,7 @@ def loras(model: VideoDiT, card: dict, folder: Path) -> Iterator[Form]:
     """A student with all blocks as a LoRA of the teacher, by rank."""
     full = max(min(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear))
     for rank in RANKS:
-        teacher = load_model("tiny").requires_grad_(False)
+        teacher = load_model(trained_folder("tiny")).requires_grad_(False)
         report = write_lora(model, card, teacher, folder / f"lora-{rank}.safetensors", torch.float32, rank or full)
         report["bytes"] = min(report["files"].values())
         yield f"lora, rank {rank or f'{full} (full)'}", teacher, report  # write_lora has added the LoRA to it
