@@ -135,20 +135,27 @@ KNOWN: dict[torch._ops.OperatorBase, Callable] = {
 }
 
 
+def source(node: fx.Node) -> fx.Node:
+    """What an operation reads first."""
+    given = node.args[0]
+    assert isinstance(given, fx.Node)
+    return given
+
+
+def keeps_order(node: fx.Node) -> bool:
+    """Does this operation leave the numbers in their order in memory?"""
+    copies = node.target is aten.clone.default and source(node).meta["val"].is_contiguous()
+    return node.target in VIEWS or copies
+
+
 def shortened(graph: fx.Graph) -> None:
     """Let a view of a view be one, so that no shape of many dimensions stands between them."""
-
-    def keeps_order(node: fx.Node) -> bool:
-        given = node.args[0]
-        same = node.target is aten.clone.default and isinstance(given, fx.Node)
-        return node.target in VIEWS or (same and given.meta["val"].is_contiguous())
-
     for node in graph.nodes:
         if node.target in VIEWS:
-            source = node.args[0]
-            while source.op == "call_function" and keeps_order(source):
-                source = source.args[0]
-            node.target, node.args = aten.view.default, (source, node.args[1])
+            start = source(node)
+            while keeps_order(start):
+                start = source(start)
+            node.target, node.args = aten.view.default, (start, *node.args[1:])
     graph.eliminate_dead_code()
 
 
