@@ -1,8 +1,9 @@
-"""What each output of a student costs: python bench/outputs.py model=STUDENT [whole=STUDENT] [clips=512] [threads=1].
+"""What each output of a student costs: python bench/outputs.py model=STUDENT [clips=512] [threads=1] [out=FILE].
 
 The clips of each output are compared with those of the float32 network: the same captions and noise, paired intervals.
-`whole`: a student with all of the teacher's blocks, for the LoRA. Writes bench/results/outputs.json: bytes, errors,
-scores, differences, seconds per clip. Rounded weights are computed with in float32.
+`whole=STUDENT`, beside `model` or alone: a student with all of the teacher's blocks, for the LoRA by rank. Writes
+bench/results/outputs.json: bytes, errors, scores, differences, seconds per clip. Rounded weights are computed with in
+float32.
 """
 
 import copy
@@ -27,15 +28,15 @@ from fastlightgen.config import Evaluate
 from fastlightgen.evaluate import load_subject, measured
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.original import to_original
-from fastlightgen.models.folder.weights import load_model, read_card
+from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
 from fastlightgen.pipelines.comfyui import held, matrices, to_float8
 from fastlightgen.pipelines.lora_student import write_lora
 from fastlightgen.pipelines.onnx_folder import write_onnx
 from fastlightgen.world.score import compared
 from fastlightgen.world.subject import Subject, draw
 
-OUT = Path("bench/results/outputs.json")
-RANKS = (4, 16, 64)
+OUT = "bench/results/outputs.json"
+RANKS = (4, 16, 64, 0)  # 0: full
 REPORTED = ("bytes", "largest", "relative", "after")  # of an export's report
 Form = tuple[str, VideoDiT, dict[str, Any]]  # name, the network that it stands for, what its export reports
 
@@ -95,11 +96,12 @@ def files(model: VideoDiT, card: dict, folder: Path, threads: int) -> Iterator[F
 
 def loras(model: VideoDiT, card: dict, folder: Path) -> Iterator[Form]:
     """A student with all blocks as a LoRA of the teacher, by rank."""
+    full = max(min(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear))
     for rank in RANKS:
-        teacher = load_model("tiny").requires_grad_(False)
-        report = write_lora(model, card, teacher, folder / f"lora-{rank}.safetensors", torch.float32, rank)
+        teacher = load_model(trained_folder("tiny")).requires_grad_(False)
+        report = write_lora(model, card, teacher, folder / f"lora-{rank}.safetensors", torch.float32, rank or full)
         report["bytes"] = min(report["files"].values())
-        yield f"lora, rank {rank}", teacher, report  # write_lora has added the LoRA to it
+        yield f"lora, rank {rank or f'{full} (full)'}", teacher, report  # write_lora has added the LoRA to it
 
 
 def measure(cfg: Evaluate, subject: Subject, forms: Iterator[Form]) -> list[dict[str, Any]]:
@@ -131,16 +133,17 @@ def main() -> None:
     threads = int(given.get("threads", 1))
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    cfg = Evaluate(model=given["model"], out="unused.json", clips=int(given.get("clips", 512)), progress=False)
+    subjects = [name for name in ("model", "whole") if name in given]
+    cfg = Evaluate(model=given[subjects[0]], out="unused.json", clips=int(given.get("clips", 512)), progress=False)
     record: dict[str, Any] = {"clips": cfg.clips, "threads": threads}
-    for key in [name for name in ("model", "whole") if name in given]:
+    for key in subjects:
         subject, card = load_subject(cfg, given[key], key, key), read_card(Path(given[key]))
         with tempfile.TemporaryDirectory() as place:
             folder, net = Path(place), subject.model
             forms = files(net, card, folder, threads) if key == "model" else loras(net, card, folder)
             record[key] = measure(cfg, subject, forms)
     command = f"python bench/outputs.py {' '.join(sys.argv[1:])}"
-    write_json(OUT, record | {"command": command, "measured with": versions()})
+    write_json(Path(given.get("out", OUT)), record | {"command": command, "measured with": versions()})
 
 
 if __name__ == "__main__":

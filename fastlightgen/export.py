@@ -2,7 +2,7 @@
 
 to=comfyui out=FILE.safetensors and to=gguf out=FILE.gguf write one file for ComfyUI, and a workflow beside it. Of two
 experts each gets a file of its own.
-to=onnx out=DIR writes a folder that makes clips with onnxruntime and numpy.
+to=onnx or to=executorch out=DIR writes a folder that makes clips with that runtime, without this package.
 to=lora teacher=DIR out=FILE.safetensors writes what turns the teacher into a student with all blocks.
 """
 
@@ -13,7 +13,8 @@ from fastlightgen.config import PROMPT, SHAPES_PROMPT, UserError, built_in, comm
 
 
 def export(cfg) -> None:
-    {"diffusers": to_diffusers, "onnx": to_onnx, "lora": to_lora}.get(cfg.to, to_file)(cfg)
+    ways = {"diffusers": to_diffusers, "onnx": to_step, "executorch": to_step, "lora": to_lora}
+    ways.get(cfg.to, to_file)(cfg)
 
 
 def check_new(out: Path) -> None:
@@ -61,8 +62,8 @@ def to_file(cfg) -> None:
     say(f"next: copy {files} to ComfyUI's models/{place}, and drop the workflow on its canvas")
 
 
-def to_onnx(cfg) -> None:
-    """Write the folder, and print how near it is to the model."""
+def to_step(cfg) -> None:
+    """Write the folder for onnxruntime or ExecuTorch, and print how near it is to the model."""
     import torch
 
     from fastlightgen.data.version import check_model, same_latents
@@ -70,10 +71,11 @@ def to_onnx(cfg) -> None:
     from fastlightgen.models.folder.weights import config_of, load_model, read_card, trained_folder
     from fastlightgen.parallel.log import say, size
     from fastlightgen.parallel.threads import set_threads
+    from fastlightgen.pipelines.executorch_folder import need_executorch, write_executorch
     from fastlightgen.pipelines.onnx_folder import need_onnx, write_onnx
     from fastlightgen.world.source import ShapesSource
 
-    need_onnx()
+    {"onnx": need_onnx, "executorch": need_executorch}[cfg.to]()
     set_threads(cfg.threads)
     folder, out = trained_folder(cfg.model), Path(cfg.out)
     check_new(out)
@@ -85,6 +87,15 @@ def to_onnx(cfg) -> None:
     check_model(folder, ShapesSource.description)
     world = same_latents(config_of(folder), ShapesSource.description)
     model = load_model(folder, dtype=torch.float32).requires_grad_(False)
+    given = f'prompt="{SHAPES_PROMPT}" out=clip.png' if world else "inputs=FOLDER"
+    if cfg.to == "executorch":
+        report = write_executorch(model, read_card(folder), out, cfg.size, world)
+        say(
+            f"{out}/step.pte: {size(report['bytes'])}, float32, {report['settings']['size']}, run: ExecuTorch predicts "
+            f"v within {report['largest']:.2g} of the model's, whose largest number is {report['scale']:.2g}"
+        )
+        say(f"next: python {out}/generate.py {given}; it needs executorch alone, {out}/README.md explains it")
+        return
     report = write_onnx(model, read_card(folder), out, cfg.stored, cfg.size, world)
     settings = report["settings"]
     near = f"the same weights bit for bit; a step is {report['flops'] / 1e12:.3g} TFLOP and was not run"
@@ -95,7 +106,6 @@ def to_onnx(cfg) -> None:
     elif settings["weights"] == "int8":
         near = f"8 bits of the same weights; a step is {report['flops'] / 1e12:.3g} TFLOP and was not run"
     say(f"{out}/step.onnx: {size(report['bytes'])}, {settings['weights']}, {settings['size']}, read back: {near}")
-    given = f'prompt="{SHAPES_PROMPT}" out=clip.png' if world else "inputs=FOLDER"
     say(f"next: python {out}/generate.py {given}; it needs onnxruntime and numpy alone, {out}/README.md explains it")
 
 
@@ -108,7 +118,7 @@ def to_lora(cfg) -> None:
     from fastlightgen.parallel.log import say
     from fastlightgen.parallel.threads import set_threads
     from fastlightgen.pipelines.comfyui import SAMPLERS, file_of
-    from fastlightgen.pipelines.lora_student import check_pair, write_lora
+    from fastlightgen.pipelines.lora_student import FULL_RANK, check_pair, write_lora
 
     set_threads(cfg.threads)
     out, students = Path(cfg.out), networks(trained_folder(cfg.model))
@@ -124,7 +134,8 @@ def to_lora(cfg) -> None:
     for part, (place, card) in students.items():
         model, teacher = (load_model(net).requires_grad_(False) for net in (place, teachers[part][0]))
         check_pair(model, teacher, cfg.teacher)
-        say_lora(write_lora(model, card, teacher, files[part], getattr(torch, cfg.dtype), cfg.rank))
+        rank = cfg.rank or card.get("lora_rank") or FULL_RANK
+        say_lora(write_lora(model, card, teacher, files[part], getattr(torch, cfg.dtype), rank))
     if card.get("ladder"):
         say(
             f"sample with {len(card['ladder'])} steps, shift {card['shift']:g}, guidance {card['guidance']:g}, sampler "

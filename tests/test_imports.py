@@ -62,7 +62,18 @@ CONCRETE = (
     "world",
     "data.cache",
 )
-HEAVY = ("deepspeed", "diffusers", "transformers", "triton", "av", "matplotlib", "onnx", "onnxruntime", "onnxscript")
+HEAVY = (
+    "deepspeed",
+    "diffusers",
+    "transformers",
+    "triton",
+    "av",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "executorch",
+)
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 

@@ -23,7 +23,8 @@ from fastlightgen.atomic import write_json
 from fastlightgen.flow import ladder
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
-from fastlightgen.pipelines.onnx_folder import Step, example, predict, settings_of, write_step
+from fastlightgen.pipelines.onnx_folder import predict, write_step
+from fastlightgen.pipelines.step_folder import Step, example, settings_of
 from fastlightgen.world import captions
 
 HERE = Path(__file__).resolve().parent

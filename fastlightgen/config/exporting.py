@@ -10,19 +10,22 @@ FILES = {  # to= -> the end of the file's name ("": a folder), the ways to store
     "comfyui": (".safetensors", ("none", "fp8")),
     "gguf": (".gguf", ("q8_0", "q5_1", "q4_0")),
     "onnx": ("", ("none", "int8")),
+    "executorch": ("", ("none",)),
     "lora": (".safetensors", ("none",)),
 }
+STEPS = {"onnx": ".onnx", "executorch": ".pte"}  # folders with one step of the network -> the end of its file
 
 
 @dataclass(kw_only=True)
 class Export(Checked):
-    """write a pipeline folder that stock diffusers loads, one file for ComfyUI, or ONNX"""
+    """write a pipeline folder that stock diffusers loads, one file for ComfyUI, ONNX or ExecuTorch"""
 
     model: str = field(REQUIRED, "a model folder", everyday=True)
     to: str = field(
         "diffusers",
         "diffusers: a pipeline folder; comfyui, gguf: one file (.safetensors, .gguf) and a workflow; onnx: a folder "
-        "with one step of the network in float32, and code that makes clips without torch; lora: a file for diffusers "
+        "with one step of the network in float32, and code that makes clips without torch; executorch: the same for "
+        "ExecuTorch with XNNPACK; lora: a file for diffusers "
         "and one for ComfyUI that turn the teacher into a student with all blocks",
         choices=("diffusers", *FILES),
         everyday=True,
@@ -34,7 +37,9 @@ class Export(Checked):
     )
     out: str = field(REQUIRED, "folder to write; to=comfyui, gguf and lora: the file", everyday=True)
     teacher: str = field("", "to=lora: the student's teacher, a preset or a model folder", everyday=True)
-    rank: int = field(64, "to=lora: of every linear layer", lo=1, hi=10_000)
+    rank: int = field(
+        0, "to=lora: of every linear layer; 0: that of student_mode=lora, of other students 64", lo=0, hi=10_000
+    )
     quant: str = field(
         "auto",
         "how the matrices of the blocks are stored; to=comfyui: none, fp8; to=gguf: q8_0, q5_1, q4_0; to=onnx: none, "
@@ -43,11 +48,11 @@ class Export(Checked):
     )
     size: str = field(
         "",
-        f"to=onnx: clips that it makes, as {SIZE}; empty: the family's own; the built-in world has one size",
+        f"to=onnx, executorch: clips that it makes, as {SIZE}; empty: the family's own; the built-in world has one",
     )
     dtype: str = field(
         "bfloat16",
-        "type of the written network; to=onnx: always float32",
+        "type of the written network; to=onnx, executorch: always float32",
         choices=("bfloat16", "float32"),
         everyday=True,
     )
@@ -77,8 +82,8 @@ class Export(Checked):
     def check(self) -> None:
         if self.size:
             parse_size(self.size)
-            if self.to != "onnx":
-                raise ConfigError(f"size={self.size}: is for to=onnx; leave it out")
+            if self.to not in STEPS:
+                raise ConfigError(f"size={self.size}: is for to=onnx and to=executorch; leave it out")
         if self.to == "lora" and not self.teacher:
             raise ConfigError("teacher is required: to=lora writes the difference to it")
         if self.teacher and self.to != "lora":
@@ -96,7 +101,7 @@ class Export(Checked):
             )
         if not self.out.endswith(suffix):
             raise ConfigError(f"out={self.out}: to={self.to} writes one file; give a name that ends in {suffix}")
-        if self.to == "onnx" and self.out.endswith(".onnx"):
-            raise ConfigError(f"out={self.out}: to=onnx writes a folder; give a name without .onnx")
+        if self.to in STEPS and self.out.endswith(STEPS[self.to]):
+            raise ConfigError(f"out={self.out}: to={self.to} writes a folder; give a name without {STEPS[self.to]}")
         if self.quant not in ("auto", *quants):
             raise ConfigError(f"quant={self.quant}: to={self.to} has {', '.join(quants)}")

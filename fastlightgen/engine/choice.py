@@ -93,7 +93,7 @@ class Choice:
                 )
             better = not self.best or line["score"] < self.best["score"]
             if better:
-                tensors = {k: v.to("cpu", copy=True) for k, v in stage.roles[ROLE].network.state_dict().items()}
+                tensors = {k: v.to("cpu", copy=True) for k, v in stage.roles[ROLE].net.state_dict().items()}
                 save_tensors(self.file, tensors, {META: json.dumps(line)} | summed(tensors))
                 self.best = line
         say(
@@ -126,7 +126,7 @@ class Choice:
         if not self.best:  # the student was never updated
             stage.save(folder, self.engine.save_model)
             return
-        stage.roles[ROLE].network.load_state_dict(read_tensors(self.file))
+        stage.roles[ROLE].net.load_state_dict(read_tensors(self.file))
         say(f"choose: the result is the student of step {self.best['step']} ({self.best['updates']} updates)")
 
         def write(*args: Any, **card: Any) -> None:

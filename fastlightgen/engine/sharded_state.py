@@ -13,6 +13,7 @@ from fastlightgen.engine.hang import HERE
 from fastlightgen.engine.roles import Role
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.weights import save_model
+from fastlightgen.models.lora import merged, plain_parts
 from fastlightgen.parallel import ranks
 
 NAME = "deepspeed"  # the engine's name in state.json
@@ -109,22 +110,24 @@ class ShardedState:
 
     def save_model(self, net: VideoDiT, folder: Path, dtype: torch.dtype | None = None, **card) -> None:
         """Write a model folder. All ranks gather one tensor at a time; rank 0 holds one file's tensors."""
-        state = net.state_dict(keep_vars=True)
+        parts = plain_parts(net)
         trained = {id(p) for role in self.roles.values() for p in role.net.parameters() if p.requires_grad}
 
-        def get(key: str) -> Tensor:
+        def whole(p: Any) -> Tensor:
             HERE.at("writing the result")
-            p = state[key]
             if id(p) in trained:
-                return shards.get(p).detach().to("cpu", dtype or torch.float32).contiguous()
+                return shards.get(p).detach().to("cpu", torch.float32)
             with shards.gathered_weight(p) as value:
-                return value.detach().to("cpu", dtype or torch.float32, copy=True).contiguous()
+                return value.detach().to("cpu", torch.float32, copy=True)
 
-        # Rank 0 asks for the tensors in the order of `state`; the other ranks gather along in the same order.
+        def get(key: str) -> Tensor:
+            return merged([whole(p) for p in parts[key]]).to(dtype or torch.float32).contiguous()
+
+        # Rank 0 asks for the tensors in the order of `parts`; the other ranks gather along in the same order.
         if ranks.rank() == 0:
-            shapes = {key: torch.empty(shards.shape(p), device="meta") for key, p in state.items()}
+            shapes = {key: torch.empty(shards.shape(of[0]), device="meta") for key, of in parts.items()}
             save_model(net, folder, dtype, state=shapes, get=get, **card)
         else:
-            for key in state:
+            for key in parts:
                 get(key)
         ranks.barrier()

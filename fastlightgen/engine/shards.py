@@ -7,7 +7,7 @@ for its file. So the files are of similar size, and any number of ranks can read
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,21 @@ def shape(p: Tensor) -> torch.Size:
 Keep = Callable[[nn.Parameter], None]
 
 
+class Engine(Protocol):
+    """The keys that say which engine runs."""
+
+    engine: str
+    zero: int
+
+
+def separate(cfg: Engine) -> bool:
+    """Are the networks sharded one by one (ZeRO-3), so that no two of them can share weights?"""
+    return cfg.engine == "deepspeed" and cfg.zero == 3
+
+
 def keeper(cfg: StageConfig, device: torch.device) -> Callable[[VideoDiT], Keep] | None:
     """Callback that shards each parameter as it loads (ZeRO-3), or None."""
-    if cfg.engine != "deepspeed" or cfg.zero < 3:
+    if not separate(cfg):
         return None
 
     def of(net: VideoDiT) -> Keep:

@@ -42,6 +42,7 @@ CARD = record(
         "steps": maybe(whole(1, STEPS)),
         "sampler": maybe(one_of(*SAMPLERS)),
         "source": maybe(text()),
+        "lora_rank": whole(1, 10_000),  # the teacher with merged adapters of this rank
         "world": maybe(whole(1, 1_000)),
         "expert": one_of("high", "low"),  # of a model with two networks
         "boundary": number(0, 1, above=True),

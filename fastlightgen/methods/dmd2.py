@@ -60,8 +60,9 @@ def build(cfg: Config, with_: Builder) -> Dmd2:
     fake.requires_grad_(True)
     judge = discriminator.attach(fake, cfg.gan_features, generator(cfg.seed, HEADS)) if cfg.gan else None
     with_.checkpoint(cfg, pair.student, fake)
-    say(f"learning rates: student {cfg.lr:g}, critic {cfg.critic_lr:g}; guidance of the teacher {pair.scale:g}")
-    nets = Networks(pair.student, pair.teacher, None, fake, None, fake, False, None, pair.read, discriminator=judge)
+    say(f"learning rates: student {cfg.own_lr:g}, critic {cfg.critic_lr:g}; guidance of the teacher {pair.scale:g}")
+    nets = Networks(pair.student, pair.teacher, None, fake, None, fake, False, None, pair.read)
+    nets.discriminator, nets.trained = judge, pair.trained
     nets.partner = partner(cfg, with_)
     stage = Dmd2(cfg, nets, pair, with_.batches, pair.card(with_))
     stage.roles["student"].file_values = pair.values(with_)
@@ -80,7 +81,7 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
         "student": rival.student_net(cfg, net, keep, updates=students, averaged=cfg.ema > 0),
         "fake": Net(updates=critics, head=head)
         if judging is None
-        else rival.student_net(cfg, net, keep, updates=critics, head=head),
+        else rival.like_student(cfg, net, keep, updates=critics, head=head),
         "teacher": Net(),
     }
     nets |= partner_net(cfg, net, nets["student"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlightgen import flow
-from fastlightgen.config import field
+from fastlightgen.config import ConfigError, field
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.ema import follow
 from fastlightgen.engine.roles import Update
@@ -51,6 +51,11 @@ class LcmKeys(rival.RivalKeys, FewStepKeys):
         choices=("stopgrad", "ema"),
     )
     target_decay: float = field(0.95, "target=ema: decay of the average", lo=0, below=1)
+
+    def check(self) -> None:
+        super().check()
+        if self.target == "ema" and self.student_mode == "lora":
+            raise ConfigError("target=ema: averages whole networks, not adapters; use stopgrad with student_mode=lora")
 
 
 class Config(LcmKeys, FewStepConfig):
@@ -100,7 +105,7 @@ class Lcm(FewStep):
         target: VideoDiT | None,
     ):
         """`target`: the network that follows the student as an average; None: the student itself."""
-        super().__init__(cfg, nets.student, nets.teacher, card, nets.read)
+        super().__init__(cfg, nets.student, nets.teacher, card, nets.read, trained=nets.trained)
         self.scale, self.batches, self.target = nets.scale, batches, target
         self.roles["student"].carried = target
 
@@ -148,7 +153,7 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     """Count the teacher's guided step, the target's estimate and the student's, with gradient."""
     averaged = cfg.target == "ema"
     nets = {"student": rival.student_net(cfg, net, keep, updates=1, averaged=cfg.ema > 0), "teacher": Net()}
-    nets |= {"target": rival.student_net(cfg, net, keep)} if averaged else {}
+    nets |= {"target": rival.like_student(cfg, net, keep)} if averaged else {}
     estimate = Walk("target" if averaged else "student", [Route()])
     return Iteration(nets, [Walk("teacher", rival.predictions(cfg)), estimate, Walk("student", [Route(grad=True)])])
 

@@ -94,9 +94,10 @@ def build(cfg: Config, with_: Builder) -> Magic:
         judge = discriminator.attach(pair.teacher, cfg.gan_features, generator(cfg.seed, HEADS))
         trained["discriminator"] = judge
     with_.checkpoint(cfg, pair.student, pair.teacher)
-    say(f"learning rates: student {cfg.lr:g}, critic {cfg.critic_lr:g}; guidance of the teacher {pair.scale:g}")
+    say(f"learning rates: student {cfg.own_lr:g}, critic {cfg.critic_lr:g}; guidance of the teacher {pair.scale:g}")
     nets = Networks(pair.student, pair.teacher, None, pair.teacher, None, trained, True, None, pair.read)
-    nets.discriminator, nets.alpha_strong, nets.alpha_weak = judge, cfg.alpha_strong, cfg.alpha_weak
+    nets.discriminator, nets.trained = judge, pair.trained
+    nets.alpha_strong, nets.alpha_weak = cfg.alpha_strong, cfg.alpha_weak
     nets.partner = partner(cfg, with_)
     stage = Magic(cfg, nets, pair, with_.batches, pair.card(with_))
     stage.roles["student"].file_values = pair.values(with_)

@@ -53,7 +53,7 @@ class Regression(FewStep):
     cfg: Config
 
     def __init__(self, cfg: Config, nets: rival.Pair, batches: Callable[[int], Batch], card: dict[str, Any]):
-        super().__init__(cfg, nets.student, nets.teacher, card, nets.read)
+        super().__init__(cfg, nets.student, nets.teacher, card, nets.read, trained=nets.trained)
         self.scale, self.batches = nets.scale, batches
 
     def updates(self, step: int) -> list[Update]:

@@ -1,6 +1,7 @@
-"""Low-rank adapters on the linear layers of the blocks, so that one frozen network also serves as the fake (critic)."""
+"""Low-rank adapters on the linear layers of the blocks: one frozen network also serves as critic, or as student."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -40,6 +41,51 @@ def attach_lora(model: VideoDiT, rank: int, gen: torch.Generator) -> nn.Paramete
         key = name.replace(".", "_")
         adapters[f"{key}_down"], adapters[f"{key}_up"] = wrapped.down, wrapped.up
     return adapters
+
+
+def lora_copy(net: VideoDiT, path: Sequence[int], rank: int, gen: torch.Generator) -> tuple[VideoDiT, nn.ParameterDict]:
+    """Copy a network's modules but not its weights, and attach adapters to the copy that are always on.
+
+    Both networks are frozen. The copy has the blocks `path`. It shares the linear layers themselves, which may keep
+    float8 copies of their weights.
+    """
+    shared = [*net.parameters(), *net.buffers(), *(m for m in net.modules() if isinstance(m, nn.Linear))]
+    copied = copy.deepcopy(net, {id(value): value for value in shared})
+    return copied.prune(path), attach_always(copied, rank, gen)
+
+
+def attach_always(net: VideoDiT, rank: int, gen: torch.Generator) -> nn.ParameterDict:
+    """Attach adapters that are always on."""
+    adapters = attach_lora(net, rank, gen)
+    for module in net.modules():
+        if isinstance(module, LoraLinear):
+            module.on = 1.0
+    return adapters
+
+
+def plain_parts(model: VideoDiT) -> dict[str, tuple[Tensor, ...]]:
+    """The tensors of `merged` by the names of the network without adapters: (weight,) or (weight, down, up)."""
+    wrapped = {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
+    parts: dict[str, tuple[Tensor, ...]] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        parent, _, last = key.rpartition(".")
+        layer = parent.removesuffix(".base")
+        if layer not in wrapped:
+            parts[key] = (value,)
+        elif layer != parent:  # of the layer under the adapter; the adapter's own tensors come with its weight
+            own = wrapped[layer]
+            parts[f"{layer}.{last}"] = (value, own.down, own.up) if last == "weight" else (value,)
+    return parts
+
+
+def merged(parts: Sequence[Tensor]) -> Tensor:
+    """A weight as it is, or with its adapter: W + B A, computed in float32 at least."""
+    weight, *adapter = parts
+    if not adapter:
+        return weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    down, up = adapter
+    return weight.to(wide) + up.to(wide) @ down.to(wide)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from fastlightgen.models.folder.original import assembled
 from fastlightgen.models.keys import Piece, Table, inverse
 from fastlightgen.pipelines.comfyui import shown_card, table_of
 
+FULL_RANK = 64  # rank of the LoRA of a student whose weights all trained
 EXACT = 1024  # the largest side of a matrix whose singular values are all computed; above, only the largest ones
 POWER = 4  # iterations that find these
 DOWN, UP = "lora_A.weight", "lora_B.weight"  # ends of PEFT's keys

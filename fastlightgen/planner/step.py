@@ -33,6 +33,7 @@ class Net:
     still: Sequence[int] = ()  # blocks that do not train although the network does
     fixed: bool = False  # its own weights do not train: the head alone does
     adapters: int = 0  # rank of the low-rank adapters that train in the place of its weights
+    apart: bool = False  # the weights under the adapters are its own; otherwise they are another network's
     adapted: Sequence[int] | None = None  # blocks whose adapters ever run; None: all
     averaged: bool = False  # its weights have a running average
     drawn: bool = False  # it may start from random weights, which every process draws whole
@@ -174,9 +175,8 @@ def step_cost(net: Network, declared: Iteration, cfg: Any) -> StepCost:
     step = StepCost(net)
     for name, held in declared.nets.items():
         whole = own_cost(net, held)
-        # Every network predicts without gradient at some time: as target or teacher, in rollouts, clips, guards. The
-        # weights under adapters are another network's.
-        if vars(cfg).get("fp8") == "frozen" and not held.adapters:
+        # Every network predicts without gradient at some time: as target or teacher, in rollouts, clips, guards.
+        if vars(cfg).get("fp8") == "frozen" and (held.apart or not held.adapters):
             step.float8 += sum(b.float8 for b in whole.blocks)
         if not held.updates:
             step.frozen[name] = whole.params
@@ -184,8 +184,11 @@ def step_cost(net: Network, declared: Iteration, cfg: Any) -> StepCost:
         step.updates[name] = held.updates
         step.drawn |= held.drawn
         if held.adapters:  # every block has them; those of blocks that never run do not train
-            train = net.prune(range(len(net.blocks)) if held.adapted is None else held.adapted).adapters(held.adapters)
-            step.frozen["idle adapters"] = net.adapters(held.adapters) - train
+            run = range(len(whole.blocks)) if held.adapted is None else held.adapted
+            train = whole.prune(run).adapters(held.adapters)
+            step.frozen |= {f"{name}'s weights": whole.params} if held.apart else {}
+            if idle := whole.adapters(held.adapters) - train:
+                step.frozen["idle adapters"] = idle
         elif held.fixed:
             train, step.frozen[f"{name}'s network"] = 0, whole.params
         else:

@@ -18,6 +18,7 @@ from fastlightgen.parallel.log import say
 from fastlightgen.planner.step import Iteration, Net, Walk
 from fastlightgen.planner.walk import Route
 from fastlightgen.rng import generator
+from fastlightgen.stages import adapters
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.experts import partner, partner_net, rollout_walks
 from fastlightgen.stages.guided import student_gradient
@@ -104,8 +105,7 @@ def build(cfg: Config, with_: Builder) -> Distill:
     teacher = with_.load(folder).requires_grad_(False)
     with_.check_data(teacher, card)
     with_.read_guidance(cfg.teacher_guidance, teacher, card)
-    student = with_.load(start.folder) if cfg.start_model else with_.copy(teacher, folder)
-    student = student.requires_grad_(True).prune(start.path)
+    student, own = adapters.make_student(cfg, with_, None if cfg.start_model else teacher, start.folder, start.path)
     original = None
     if cfg.strong == "original":
         original = with_.load(trained_folder(cfg.model)).requires_grad_(False)
@@ -117,12 +117,13 @@ def build(cfg: Config, with_: Builder) -> Distill:
         fake = with_.copy(teacher, folder).requires_grad_(True)
         fake, fake_keep = (fake.prune(path), None) if fake_keep is not None else (fake, None)
     with_.checkpoint(cfg, student, fake)
-    say(f"learning rates: student {cfg.lr:g}, critic {cfg.critic_lr:g}")
+    say(f"learning rates: student {cfg.own_lr:g}, critic {cfg.critic_lr:g}")
     nets = Networks(student, teacher, path, fake, fake_keep, trained or fake, trained is not None, original)
-    nets.scale, nets.partner = with_.guidance, partner(cfg, with_)
+    nets.scale, nets.partner, nets.trained = with_.guidance, partner(cfg, with_), own
     stage = Distill(cfg, nets, with_.batches, with_.card(source=card.get("source"), kept_blocks=result.kept))
-    stage.roles["student"].file_values = with_.file_values(start.folder, start.path)
-    if trained is None:  # adapters start from values of their own
+    if own is student:  # adapters start from values of their own
+        stage.roles["student"].file_values = with_.file_values(start.folder, start.path)
+    if trained is None:
         stage.roles["fake"].file_values = with_.file_values(folder, path if cfg.fake_arch == "pruned" else None)
     return stage
 
@@ -132,7 +133,7 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
     students, critics = cfg.updates
     lora, fake_keep = cfg.fake_mode == "lora", keep if cfg.fake_arch == "pruned" else None
     nets = {
-        "student": Net(keep, updates=students, averaged=cfg.ema > 0),
+        "student": Net(keep, updates=students, averaged=cfg.ema > 0, **adapters.planned(cfg, not cfg.start_model)),
         "fake": Net(fake_keep, updates=critics),
         "teacher": Net(),
     }

@@ -135,7 +135,7 @@ def partner_net(cfg: Any, net: Network, student: Net) -> dict[str, Net]:
         return {}
     folder = partner_folder(cfg)
     if not (cfg.partner or cfg.run) or not (folder / "config.json").is_file():
-        return {"partner": replace(student, updates=0, averaged=False)}
+        return {"partner": replace(student, updates=0, averaged=False, adapters=0, apart=False)}
     return {"partner": Net(network=net.of(config_of(folder)))}
 
 

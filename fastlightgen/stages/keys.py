@@ -18,10 +18,24 @@ class FewStepKeys(StudentKeys):
         0.99, "decay of the student's averaged weights; 0 keeps no average", lo=0, below=1, everyday=True
     )
     ema_start: int = field(0, "student updates before averaging starts", lo=0)
+    student_mode: str = field(
+        "copy",
+        "what trains in the student; copy: all of its weights; lora: low-rank adapters on frozen weights, which are "
+        "the teacher's own where it starts from them",
+        choices=("copy", "lora"),
+        everyday=True,
+    )
+    student_rank: int = field(64, "student_mode=lora: rank of the student's adapters", lo=1, hi=10_000)
+    student_lr: float = field(0.0, "student_mode=lora: learning rate of the student's adapters; 0: ten times lr", lo=0)
     stage2_model: str = field("", "model folder that Stage II left; empty: RUN/stage2/model")
     start_model: str = field(
         "", "model folder whose pruned path the student starts from; empty: the Stage II network itself"
     )
+
+    @property
+    def own_lr(self) -> float:
+        """Return the learning rate of what trains in the student."""
+        return self.lr if self.student_mode == "copy" else self.student_lr or 10 * self.lr
 
 
 @dataclass(kw_only=True)

@@ -33,6 +33,7 @@ class Networks:
     scale: float | None = None  # teacher_guidance=embedded: the scale that all of them read; None: the null prompt
     null_keys: TextKeys = field(default_factory=dict)  # the frozen teacher's keys and values of the null prompt
     discriminator: Discriminator | None = None  # a part of fake_net
+    trained: nn.Module | None = None  # the module that the student's optimizer trains; None: the student
     partner: VideoDiT | None = None  # of the expert for the lower times: the frozen student that begins its rollouts
     alpha_strong: float = 1.0  # lora: strength of the adapters in the critic's prediction
     alpha_weak: float = 0.0  # lora: strength of the same adapters in the teacher's (`guidance` and `plain`)

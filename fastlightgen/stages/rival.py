@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import nn
+
 from fastlightgen.config import GUIDANCES, TEACHER_GUIDANCE, Checked, ConfigError, field
 from fastlightgen.engine.roles import Values
 from fastlightgen.models.base import VideoDiT
@@ -19,13 +21,13 @@ from fastlightgen.models.folder.released import sampling
 from fastlightgen.models.folder.weights import read_card
 from fastlightgen.planner.step import Net
 from fastlightgen.planner.walk import Route
-from fastlightgen.stages import start
+from fastlightgen.stages import adapters, start
 from fastlightgen.stages.build import Builder
 from fastlightgen.stages.experts import partner_used
 from fastlightgen.stages.method import Guess, Subject
 
 
-class Keys(start.Keys, Protocol):
+class Keys(start.Keys, adapters.Keys, Protocol):
     """The keys that this file reads; RivalKeys documents them."""
 
     student: str
@@ -72,6 +74,8 @@ class Pair:
 
     teacher: VideoDiT
     student: VideoDiT
+    trained: nn.Module  # what trains: the student, or its adapters
+    rank: int  # of the adapters
     kept: list[int]  # the teacher's blocks that the student has
     path: list[int]  # the same as the network of `start` numbers them
     scale: float  # the guidance w of the teacher's predictions; 1: they need no null prompt
@@ -80,12 +84,15 @@ class Pair:
     start: Path  # the student's
 
     def card(self, with_: Builder) -> dict[str, Any]:
-        """The card of the result."""
-        return with_.card(source=str(self.folder), kept_blocks=self.kept)
+        """The card of the result; `lora_rank`: it is the teacher with adapters of that rank, merged."""
+        card = with_.card(source=str(self.folder), kept_blocks=self.kept)
+        if self.trained is self.student or self.start != self.folder:
+            return card
+        return card | {"lora_rank": self.rank}
 
     def values(self, with_: Builder) -> Values | None:
         """The reader of the student's float32 values; see `Builder.file_values`."""
-        return with_.file_values(self.start, self.path)
+        return with_.file_values(self.start, self.path) if self.trained is self.student else None
 
 
 def pair(cfg: Keys, with_: Builder) -> Pair:
@@ -110,9 +117,9 @@ def pair(cfg: Keys, with_: Builder) -> Pair:
         with_.check_source(teacher, theirs)
         with_.read_guidance(cfg.teacher_guidance, teacher, theirs)
     with_.read_guidance(cfg.teacher_guidance, teacher, card)
-    student = with_.copy(teacher, folder) if first == folder else with_.load(first)
-    student = student.requires_grad_(True).prune(path)
-    return Pair(teacher, student, kept, path, scale_of(cfg, teacher, card), with_.guidance, folder, first)
+    student, trained = adapters.make_student(cfg, with_, teacher if first == folder else None, first, path)
+    scale = scale_of(cfg, teacher, card)
+    return Pair(teacher, student, trained, cfg.student_rank, kept, path, scale, with_.guidance, folder, first)
 
 
 def scale_of(cfg: Keys, teacher: VideoDiT, card: dict[str, Any]) -> float:
@@ -143,7 +150,13 @@ def blocks(cfg: Keys, keep: Sequence[int]) -> Sequence[int] | None:
 
 
 def student_net(cfg: Keys, net: Network, keep: Sequence[int], **more: Any) -> Net:
-    """The student, for the planner; `more`: see Net."""
+    """The student as it trains, for the planner; `more`: see Net."""
+    shares = cfg.student == "full" and not cfg.start_model
+    return like_student(cfg, net, keep, **more, **adapters.planned(cfg, shares))
+
+
+def like_student(cfg: Keys, net: Network, keep: Sequence[int], **more: Any) -> Net:
+    """A network with the student's blocks and widths, for the planner; `more`: see Net."""
     own = start.own_config(cfg) if cfg.student == "pruned" else None
     return Net(blocks(cfg, keep), **more) if own is None else Net(network=net.of(own), **more)
 

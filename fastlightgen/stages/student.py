@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlightgen import flow
 from fastlightgen.config import Run
@@ -48,14 +48,20 @@ class FewStep:
         card: dict[str, Any],
         scale: float | None,
         partner: VideoDiT | None = None,
+        trained: nn.Module | None = None,
     ):
-        """`scale`: the guidance that the student reads as a number; None: it reads none. `partner`: see Networks."""
+        """`scale`: the guidance that the student reads as a number; None: it reads none. `partner`: see Networks.
+
+        `trained`: the module that the student's optimizer trains; None: the student itself.
+        """
         self.cfg, self.student, self.teacher, self.card, self.iters = cfg, student, teacher, card, cfg.iters
         self.guidance = scale or 1.0
         self.times = flow.ladder(cfg.steps, cfg.shift)
         # What makes clips: the student, after its partner's rungs.
         self.sampled: Model = TwoExperts(partner, student, cfg.boundary) if partner else student
-        self.roles = {"student": Role.of(student, cfg, ema=cfg.ema, ema_start=cfg.ema_start)}
+        trained = student if trained is None else trained
+        host = None if trained is student else student
+        self.roles = {"student": Role.of(trained, cfg, cfg.own_lr, host=host, ema=cfg.ema, ema_start=cfg.ema_start)}
         self.frozen = [teacher]
 
     def begin(self) -> None:
@@ -79,7 +85,7 @@ class Matching(FewStep):
     cfg: MatchingConfig
 
     def __init__(self, cfg: MatchingConfig, nets: Networks, batches: Callable[[int], Batch], card: dict[str, Any]):
-        super().__init__(cfg, nets.student, nets.teacher, card, nets.scale, nets.partner)
+        super().__init__(cfg, nets.student, nets.teacher, card, nets.scale, nets.partner, nets.trained)
         self.nets, self.order = nets, cfg.order
         own = flow.rungs_between(self.times, cfg.bounds)
         self.rollouts = Rollouts(cfg, self.order, self.sampled, self.times, batches, own)

@@ -20,6 +20,8 @@ CRITIC = ["ratio=2", "critic_start=0", "rollouts=fresh", "lr_fake=1e-3"]
 GAN = [*CRITIC, "gan=0.1", "gan_critic=0.3"]
 PLAIN = [*CRITIC, "gan=0", "fake_arch=pruned"]
 MAGIC = [*GAN, "lora_rank=2", "gt=0.5"]
+LORA = ["student=full", "student_mode=lora", "student_rank=2"]
+TWO_SETS = [*CRITIC, "fake_mode=lora", "lora_rank=2", *LORA[1:]]
 CASES = {
     "regression, zero 3": {"method": "regression"},
     "dmd2, zero 1": {"method": "dmd2", "zero": 1, "words": GAN},
@@ -36,6 +38,9 @@ CASES = {
         "words": [*MAGIC, "checkpointing=true"],
     },
     "magicdistillation, zero 3, shared tokens": {"method": "magicdistillation", "sequence_parallel": 2, "words": MAGIC},
+    "dmd2, zero 2, a student of adapters": {"method": "dmd2", "zero": 2, "words": [*GAN, *LORA]},
+    "regression, zero 3, a student of adapters": {"method": "regression", "words": [*LORA, "checkpointing=true"]},
+    "fastlightgen, zero 1, two sets of adapters": {"method": "fastlightgen", "zero": 1, "words": TWO_SETS},
 }
 ICMD = ["mca_start=0.01", "mca_every=2", "lr_discriminator=1e-3"]  # of 100 iterations: from the second on
 F3 = ["recover=true", "clips=3", "timesteps=1", "ratio=0.4"]
@@ -68,6 +73,16 @@ SAVED = {
     "dmd2, saved": {"method": "dmd2", "words": [*GAN, "ema=0.9", "rollouts=shared"]},
     "dmd2, saved, bfloat16": {"method": "dmd2", "zero": 2, "dtype": "bfloat16", "words": [*GAN, "dtype=bfloat16"]},
     "icmd, saved": {"method": "icmd", "words": ICMD, "stage": 2},
+    "magicdistillation, saved, a student of adapters": {
+        "method": "magicdistillation",
+        "words": [*MAGIC, *LORA, "ema=0.9"],
+    },
+    "regression, saved, a student of adapters, bfloat16": {
+        "method": "regression",
+        "zero": 2,
+        "dtype": "bfloat16",
+        "words": [*LORA, "dtype=bfloat16"],
+    },
     "icmd, saved, bfloat16": {"method": "icmd", "dtype": "bfloat16", "words": [*ICMD, "dtype=bfloat16"], "stage": 2},
     "lcm, saved, average": {"method": "lcm", "zero": 2, "words": ["target=ema"]},
     "lcm, saved, average, zero 3": {"method": "lcm", "words": ["target=ema"]},

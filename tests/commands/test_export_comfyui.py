@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -237,13 +238,14 @@ def small_heads(tmp_path):
 
 @pytest.mark.skipif(not os.environ.get("FLG_COMFYUI"), reason="FLG_COMFYUI names no checkout of ComfyUI")
 @pytest.mark.parametrize("name", DETECTED)
+@torch.no_grad()
 def test_comfyui_itself(students, tmp_path, monkeypatch, name):
-    """Its unmodified detection and classes load the file strictly."""
+    """Its unmodified detection and classes load the file strictly, and predict what the student predicts."""
     monkeypatch.setattr(sys, "argv", ["x", "--cpu"])
     monkeypatch.syspath_prepend(os.environ["FLG_COMFYUI"])
     from comfy import options
 
-    options.enable_args_parsing()  # of sys.argv
+    options.enable_args_parsing()  # ComfyUI reads --cpu
     from comfy import model_detection, ops
 
     state, _ = run(students[name][1], tmp_path / "student.safetensors")
@@ -253,3 +255,11 @@ def test_comfyui_itself(students, tmp_path, monkeypatch, name):
     made = config.get_model(state, "")
     missing, unexpected = made.diffusion_model.load_state_dict(config.process_unet_state_dict(state), strict=False)
     assert not missing and not unexpected and ops
+
+    model, net = students[name][0].eval(), made.diffusion_model.float().eval()
+    x_t, t, cond, _ = model.example_inputs(batch=1, seed=0)
+    cond = replace(cond, text_len=None, image=None if name == "wan 5b" else cond.image)  # there a frame of the latent
+    x = x_t if cond.image is None else torch.cat([x_t, cond.image], 1)
+    given = {"y": cond.pooled, "guidance": cond.guidance} if name == "hunyuan" else {"clip_fea": cond.image_embeds}
+    found, wanted = net(x, 1000 * t, cond.text, **given), model(x_t, t, cond)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1)

@@ -22,7 +22,7 @@ from fastlightgen.generate import generate
 from fastlightgen.models.families import family_of
 from fastlightgen.models.folder.weights import load_model, save_model
 from fastlightgen.models.sample import sample
-from fastlightgen.pipelines import onnx_folder, onnx_generate
+from fastlightgen.pipelines import onnx_folder, step_generate
 from fastlightgen.rng import generator
 from fastlightgen.world.shapes import WORLD
 
@@ -291,4 +291,4 @@ def test_generate_refuses_damaged_files(folders, tmp_path):
 def test_the_checksum_of_generate_is_that_of_the_manifest(tmp_path):
     for size in (0, 1, 4095, 4096, 10_000, (1 << 22) + 4_100):
         (tmp_path / "f").write_bytes(np.random.default_rng(size).bytes(size))
-        assert onnx_generate.checksum(tmp_path / "f") == tensors.file_checksum(tmp_path / "f")[1]
+        assert step_generate.checksum(tmp_path / "f") == tensors.file_checksum(tmp_path / "f")[1]

@@ -30,7 +30,7 @@ ALLOWED = {
     "models/folder/files.py": {"load"},  # pickles of plain tensors, with allow_pt
     "models/folder/released.py": {"loads"},  # of what was dumped a moment ago
     "pipelines/export.py": {"loads"},
-    "pipelines/onnx_generate.py": {"load", "loads", "open", "read_text"},  # a program of its own; exports hold a copy
+    "pipelines/step_generate.py": {"load", "loads", "open", "read_text"},  # a program of its own; exports hold a copy
     "data/writer.py": {"loads"},
     "data/frames.py": {"open"},  # writes a video
     "decoder/clips.py": {"open"},

@@ -36,6 +36,7 @@ from fastlightgen.models.folder.manifest import verify_files
 from fastlightgen.models.folder.networks import config_of, model_folder, trained_folder
 from fastlightgen.models.folder.original import SHARD_BYTES, key_table, read_config, save_original, to_original
 from fastlightgen.models.keys import Source, Table
+from fastlightgen.models.lora import merged, plain_parts
 from fastlightgen.parallel.log import bar
 
 __all__ = [
@@ -283,11 +284,12 @@ def save_model(
 ) -> Path:
     """Write a model folder that stock `from_pretrained` loads, completely or not at all; returns the folder.
 
-    `card`: keys for fastlightgen.json. For a network sharded over processes, `state` holds tensors with the full
-    shapes, and `get(key)` gathers one tensor.
+    Low-rank adapters are merged into the weights. `card`: keys for fastlightgen.json. For a network sharded over
+    processes, `state` holds tensors with the full shapes, and `get(key)` gathers one tensor.
     """
-    folder, state = Path(dir), model.state_dict() if state is None else state
-    get = get or (lambda key: state[key].detach().to("cpu", dtype).contiguous())
+    folder, parts = Path(dir), plain_parts(model)
+    state = {key: of[0] for key, of in parts.items()} if state is None else state
+    get = get or (lambda key: merged([value.detach() for value in parts[key]]).to("cpu", dtype).contiguous())
     sizes = {key: v.numel() * (dtype or v.dtype).itemsize for key, v in state.items()}
     with replacing(folder) as temporary:
         write_tensors(temporary, sizes, get, max_shard_bytes)

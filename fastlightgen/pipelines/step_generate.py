@@ -1,32 +1,52 @@
-"""Make a clip with onnxruntime and numpy alone. README.md beside this file says how to call it.
+"""Make a clip with numpy and a runtime: onnxruntime or ExecuTorch. README.md beside this file says how to call it.
 
-step.onnx predicts v = noise - clip from noisy latents x_t at time t; fastlightgen.json holds the times and the sampler.
+step.onnx or step.pte predicts v = noise - clip from noisy latents x_t at time t; fastlightgen.json holds the times and
+the sampler.
 """
 
 import json
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 HERE = Path(__file__).resolve().parent
 KEYS = {"prompt": "", "inputs": "", "out": "", "seed": "0", "noise": "", "threads": "0"}
 
 
-def sample(card: dict, given: dict[str, Any], noises: Iterator[Any], threads: int) -> Any:
-    """Latents [1, C, F, H, W] after all steps; `noises`: the first noise, then fresh ones."""
+def by_onnxruntime(names: Iterable[str], threads: int) -> Callable[[dict[str, Any]], Any]:
+    """v from the inputs by their names."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     providers = onnxruntime.get_available_providers()
     step = onnxruntime.InferenceSession(str(HERE / "step.onnx"), options, providers=providers)
+    return lambda given: step.run(None, given)[0]
+
+
+def by_executorch(names: Iterable[str], threads: int) -> Callable[[dict[str, Any]], Any]:
+    """The same; the inputs have an order and no names."""
+    import torch
+    from executorch.runtime import Runtime
+
+    if threads:
+        torch.set_num_threads(threads)
+    step = Runtime.get().load_program(HERE / "step.pte").load_method("forward")
+    order = ["x_t", "t", *names]
+    return lambda given: step.execute([torch.from_numpy(given[name]) for name in order])[0].numpy().copy()
+
+
+def sample(card: dict, given: dict[str, Any], noises: Iterator[Any], threads: int) -> Any:
+    """Latents [1, C, F, H, W] after all steps; `noises`: the first noise, then fresh ones."""
+    predict = (by_executorch if (HERE / "step.pte").exists() else by_onnxruntime)(card["inputs"], threads)
     x, times = next(noises), card["ladder"]
     for t, after in zip(times, [*times[1:], 0.0]):
-        v = step.run(None, {"x_t": x, "t": np.array([t], np.float32), **given})[0]
+        v = predict({"x_t": x, "t": np.array([t], np.float32), **given})
         if card["sampler"] == "ode" or after == 0:
             x = x + (after - t) * v  # an Euler step
         else:

@@ -1,15 +1,24 @@
-"""README.md of an ONNX folder: how to make a clip, what the step reads, and how to call it from another program."""
+"""README.md of an ONNX or ExecuTorch folder: how to make a clip, what the step reads, how other programs call it."""
 
 from typing import Any
 
 from fastlightgen.parallel.log import size
 
-PAGE = """# A student as ONNX
+ONNX = """# A student as ONNX
 
 `step.onnx` ({bytes}, {weights} weights) is one evaluation of the network for one clip of {size} (height x width x
 frames). All shapes are static. On a CPU, onnxruntime also holds the attention weights of one block: {attention}.
 `generate.py` needs Python, numpy and onnxruntime 1.23 or newer, and nothing else:
+"""
 
+EXECUTORCH = """# A student for ExecuTorch
+
+`step.pte` ({bytes}, {weights} weights) is one evaluation of the network for one clip of {size} (height x width x
+frames), lowered to XNNPACK for CPUs. All shapes are static. A program calls its method `forward` with the inputs in the
+order of the table below. `generate.py` needs Python and the package executorch {version}, which brings torch and numpy:
+"""
+
+PAGE = """{start}
 ```
 {calls}
 ```
@@ -62,8 +71,11 @@ WORLD_PROMPT = "a red ball moves right fast then stops"
 PROMPT = "a cat runs over wet sand at sunset"
 
 
-def readme(settings: dict[str, Any], stored: int, attention: int) -> str:
-    """Compose the text; `settings`: contents of fastlightgen.json, `stored`, `attention`: bytes."""
+def readme(settings: dict[str, Any], stored: int, attention: int, executorch: str = "") -> str:
+    """Compose the text; `settings`: contents of fastlightgen.json, `stored`, `attention`: bytes.
+
+    `executorch`: the version that the step was made with; empty: it is ONNX.
+    """
     inputs, latent, world = settings["inputs"], settings["latent"], "world" in settings
     call = f'prompt="{WORLD_PROMPT}" out=clip.png' if world else "inputs=FOLDER out=latents.npy"
     picture = '"first.png"' if "image" in inputs else '""'
@@ -72,12 +84,17 @@ def readme(settings: dict[str, Any], stored: int, attention: int) -> str:
         f"| {name} | {' x '.join(map(str, shape))} | {'int64' if name == 'text_len' else 'float32'} |"
         for name, shape in named.items()
     ]
-    return PAGE.format(
+    start = (EXECUTORCH if executorch else ONNX).format(
         bytes=size(stored),
         attention=size(attention),
         weights=settings["weights"],
         size=settings["size"],
-        calls=f"pip install numpy onnxruntime\npython generate.py {call}",
+        version=executorch,
+    )
+    packages = "executorch" if executorch else "numpy onnxruntime"
+    return PAGE.format(
+        start=start,
+        calls=f"pip install {packages}\npython generate.py {call}",
         calling=WORLD if world else REAL.format(size=settings["size"], prompt=PROMPT, picture=picture, names=[*inputs]),
         steps=len(settings["ladder"]),
         noise=" x ".join(map(str, latent[1:])),
