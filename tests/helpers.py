@@ -143,6 +143,17 @@ def run_train(*words: str) -> None:
     main(train, "train", [f"{k}={v}" for k, v in plain(words).items()])
 
 
+def tiny_run(root: Path, preset: str, ratio: float) -> Path:
+    """The run folder of a preset of the built-in world: a teacher of one step, then one step of each stage."""
+    common = ["progress=false", "threads=1", "batch=2", "sample_every=0"]
+    run_train("stage=0", f"run={root / 'teacher'}", f"model={preset}", "iters=1", *common)
+    common += [f"run={root / 'run'}", f"model={root / 'teacher/stage0/model'}"]
+    run_train("stage=1", "clips=2", "timesteps=1", f"ratio={ratio}", *common[:3], *common[4:])
+    run_train("stage=2", "iters=1", "checkpointing=true", *common)
+    run_train("stage=3", "iters=1", "critic_start=0", "steps=2", "ratio=1", *common)
+    return root / "run"
+
+
 def with_random_norms(model: VideoDiT, seed: int) -> VideoDiT:
     """Move the weights of all norms, which start as the identity, so that a lost one is seen."""
     gen = torch.Generator().manual_seed(seed)

@@ -35,12 +35,30 @@ def make_pair(pipeline: Path, folder: Path, sampler: str = "stochastic") -> Path
     return folder
 
 
-def clip(out: Path, model: Path, *words: str) -> np.ndarray:
+Size = tuple[int, int, int]
+
+
+def clip(out: Path, model: Path, *words: str, prompt: str = PROMPT, size: Size = CLIP) -> np.ndarray:
     """The frames [F, H, W, 3] that the command makes."""
-    height, width, frames = CLIP
-    given = [f"model={model}", f"prompt={PROMPT}", f"out={out}", f"size={height}x{width}x{frames}", "seed=3"]
+    height, width, frames = size
+    given = [f"model={model}", f"prompt={prompt}", f"out={out}", f"size={height}x{width}x{frames}", "seed=3"]
     main(generate, "generate", [*given, "threads=1", "progress=false", *words])
     return np.asarray(Image.open(out)).astype(int).reshape(height, frames, width, 3).transpose(1, 0, 2, 3)
+
+
+def film(seed: int, size: Size = CLIP) -> np.ndarray:
+    """Random frames [F, H, W, 3]."""
+    height, width, frames = size
+    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), np.uint8)
+
+
+def write_films(folder: Path, captions: list[str], size: Size = CLIP) -> None:
+    """Films 0, 1, ... as folders of pictures, each beside its caption."""
+    for number, caption in enumerate(captions):
+        (folder / f"{number}").mkdir(parents=True)
+        (folder / f"{number}.txt").write_text(caption)
+        for k, picture in enumerate(film(number, size)):
+            Image.fromarray(picture).save(folder / f"{number}" / f"{k:02}.png")
 
 
 def stock(folder: Path):

@@ -10,7 +10,7 @@ import torch
 from helpers import error_line, run_train
 from PIL import Image
 from safetensors.torch import load_file
-from students import STEPS, make_student, same_noise, stock
+from students import STEPS, clip, film, make_student, same_noise, stock, write_films
 
 from fastlightgen.config import main
 from fastlightgen.encode import encode
@@ -23,42 +23,27 @@ from fastlightgen.pipelines.encoders import Encoders
 from fastlightgen.rng import generator
 from fastlightgen.speed import speed
 
-H, W, F = 64, 64, 9  # the stock image-to-video pipeline makes clips of this size from a square picture
+SIZE = H, W, F = 64, 64, 9  # the stock image-to-video pipeline makes clips of this size from a square picture
 LATENT = (1, 32, 3, H // 16, W // 16)
 PROMPT = 'a red ball moves right, and a sign says "GO"'
 WORDS = ("threads=1", "progress=false")
 KINDS = ("hunyuan15_t2v", "hunyuan15_i2v")
 
 
-def film(seed: int, frames: int = F) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (frames, H, W, 3), np.uint8)
-
-
 @pytest.fixture(scope="module")
 def folder(pipeline, tmp_path_factory) -> Path:
     """Students of both pipelines as exports, a picture, and a cache of the image-to-video pipeline."""
     root = tmp_path_factory.mktemp("hunyuan15")
-    Image.fromarray(film(0)[0]).save(root / "p.png")
+    Image.fromarray(film(0, SIZE)[0]).save(root / "p.png")
     for kind in KINDS:
         model = make_student(pipeline(kind), root / f"{kind}-student")
         words = [f"model={model}", f"pipeline={pipeline(kind)}", f"out={root / kind}", "dtype=float32"]
         main(export, "export", [*words, "original=true" if kind == KINDS[0] else "original=false", *WORDS])
-    for number in range(3):
-        (root / "videos" / f"{number}").mkdir(parents=True)
-        (root / "videos" / f"{number}.txt").write_text(PROMPT if number else "no quoted words")
-        for k, picture in enumerate(film(number)):
-            Image.fromarray(picture).save(root / "videos" / f"{number}" / f"{k:02}.png")
+    write_films(root / "videos", ["no quoted words", PROMPT, PROMPT], SIZE)
     words = [f"videos={root / 'videos'}", f"pipeline={pipeline(KINDS[1])}", f"out={root / 'cache'}", "workers=0"]
     sizes = [f"buckets=[{H}x{W}]", f"frames={F}", "dtype=float32", "save_dtype=float32"]
     main(encode, "encode", [*words, *sizes, *WORDS])
     return root
-
-
-def clip(out: Path, model: Path, *words: str) -> np.ndarray:
-    """The frames [F, H, W, 3] that the command makes."""
-    given = [f"model={model}", f"prompt={PROMPT}", f"out={out}", f"size={H}x{W}x{F}", "seed=3"]
-    main(generate, "generate", [*given, *WORDS, *words])
-    return np.asarray(Image.open(out)).astype(int).reshape(H, F, W, 3).transpose(1, 0, 2, 3)
 
 
 def by_stock(pipe, picture: Path | None, steps: int, **call) -> np.ndarray:
@@ -72,7 +57,7 @@ def by_stock(pipe, picture: Path | None, steps: int, **call) -> np.ndarray:
 def test_generate_is_the_stock_pipeline(folder: Path, tmp_path, monkeypatch, kind: str):
     """From the same noise, a student's export in stock diffusers and our command differ by rounding only."""
     picture = folder / "p.png" if kind == KINDS[1] else None
-    got = clip(tmp_path / "a.png", folder / kind, *[f"image={picture}"] * bool(picture))
+    got = clip(tmp_path / "a.png", folder / kind, *[f"image={picture}"] * bool(picture), prompt=PROMPT, size=SIZE)
     same_noise(monkeypatch, [torch.randn(LATENT, generator=generator(3, i)) for i in range(STEPS)])
     frames = by_stock(stock(folder / kind), picture, STEPS)
     assert len(np.unique(got)) > 20
@@ -84,7 +69,7 @@ def test_the_guided_teacher_is_the_stock_pipeline(pipeline, folder: Path, tmp_pa
     """With the released guidance 6, of which the pipeline's guider knows, and a negative prompt."""
     picture = folder / "p.png" if kind == KINDS[1] else None
     words = ["steps=3", "negative=blurry", *[f"image={picture}"] * bool(picture)]
-    got = clip(tmp_path / "a.png", pipeline(kind), *words)
+    got = clip(tmp_path / "a.png", pipeline(kind), *words, prompt=PROMPT, size=SIZE)
     frames = by_stock(stock(pipeline(kind)), picture, 3, negative_prompt="blurry")
     assert np.abs(got - np.round(frames)).max() <= 1
 
@@ -115,7 +100,7 @@ def test_the_export_turns_the_guider_off(folder: Path):
 @torch.no_grad()
 def test_a_cache_holds_the_stock_inputs(pipeline, folder: Path):
     """Latents, text, quoted words and the picture's tokens, as the stock pipeline computes them."""
-    encoders, frames = Encoders(pipeline(KINDS[1])), film(1)
+    encoders, frames = Encoders(pipeline(KINDS[1])), film(1, SIZE)
     got, pipe = encoders.clip(frames, PROMPT), encoders.pipe
     video, scale = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1, pipe.vae.config.scaling_factor
     torch.testing.assert_close(got["latents"], pipe.vae.encode(video).latent_dist.mode()[0] * scale, rtol=0, atol=2e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import error_line, run_train
 from PIL import Image
-from students import CLIP, PROMPT, STEPS, clip, make_student, same_noise, stock
+from students import CLIP, PROMPT, STEPS, clip, film, make_student, same_noise, stock, write_films
 
 from fastlightgen.config import main
 from fastlightgen.encode import encode
@@ -24,10 +24,6 @@ LATENT = (1, 48, 3, H // 16, W // 16)
 WORDS = ("threads=1", "progress=false")
 
 
-def film(seed: int, frames: int = F) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (frames, H, W, 3), np.uint8)
-
-
 @pytest.fixture(scope="module")
 def folder(pipeline, tmp_path_factory) -> Path:
     """Students of both pipelines as exports, a picture, and a cache of the image-to-video pipeline."""
@@ -37,11 +33,7 @@ def folder(pipeline, tmp_path_factory) -> Path:
         model = make_student(pipeline(kind), root / f"{kind}-student")
         words = [f"model={model}", f"pipeline={pipeline(kind)}", f"out={root / kind}", "dtype=float32", "original=true"]
         main(export, "export", [*words, *WORDS])
-    for number in range(3):
-        (root / "videos" / f"{number}").mkdir(parents=True)
-        (root / "videos" / f"{number}.txt").write_text(PROMPT)
-        for k, picture in enumerate(film(number)):
-            Image.fromarray(picture).save(root / "videos" / f"{number}" / f"{k:02}.png")
+    write_films(root / "videos", [PROMPT] * 3)
     words = [f"videos={root / 'videos'}", f"pipeline={pipeline('ti2v_i2v')}", f"out={root / 'cache'}", "workers=0"]
     sizes = [f"buckets=[{H}x{W}]", f"frames={F}", "dtype=float32", "save_dtype=float32"]
     main(encode, "encode", [*words, *sizes, *WORDS])

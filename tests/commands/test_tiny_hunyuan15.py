@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import run_train
+from helpers import tiny_run
 
 from fastlightgen.config import main
 from fastlightgen.export import export
@@ -15,14 +15,7 @@ from fastlightgen.models.folder.weights import load_model
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    root = tmp_path_factory.mktemp("hunyuan15")
-    common = ["progress=false", "threads=1", "batch=2", "sample_every=0"]
-    run_train("stage=0", f"run={root / 'teacher'}", "model=tiny-hunyuan15", "iters=1", *common)
-    common += [f"run={root / 'run'}", f"model={root / 'teacher/stage0/model'}"]
-    run_train("stage=1", "clips=2", "timesteps=1", "ratio=0.34", *common[:3], *common[4:])
-    run_train("stage=2", "iters=1", "checkpointing=true", *common)
-    run_train("stage=3", "iters=1", "critic_start=0", "steps=2", "ratio=1", *common)
-    return root / "run"
+    return tiny_run(tmp_path_factory.mktemp("run"), "tiny-hunyuan15", 0.34)
 
 
 def test_all_stages(run):

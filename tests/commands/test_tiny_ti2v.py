@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import run_train
+from helpers import tiny_run
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,14 +18,7 @@ from fastlightgen.world.shapes import Shapes
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    root = tmp_path_factory.mktemp("ti2v")
-    common = ["progress=false", "threads=1", "batch=2", "sample_every=0"]
-    run_train("stage=0", f"run={root / 'teacher'}", "model=tiny-ti2v", "iters=1", *common)
-    common += [f"run={root / 'run'}", f"model={root / 'teacher/stage0/model'}"]
-    run_train("stage=1", "clips=2", "timesteps=1", "ratio=0.3", *common[:3], *common[4:])
-    run_train("stage=2", "iters=1", "checkpointing=true", *common)
-    run_train("stage=3", "iters=1", "critic_start=0", "steps=2", "ratio=1", *common)
-    return root / "run"
+    return tiny_run(tmp_path_factory.mktemp("run"), "tiny-ti2v", 0.3)
 
 
 def test_all_stages(run):
