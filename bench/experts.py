@@ -28,7 +28,7 @@ SHOWN = ("adherence", "frechet", "kid", "recall", "texture", "persistence")
 
 def stages(runs: Path, tune: int, short: int) -> dict[str, list[str]]:
     """The commands by their names; the settings are those of bench/reproduce.py, for each expert."""
-    weights, teacher = find_preset_weights("tiny"), runs / "teacher/stage0/model"
+    weights, teacher = os.path.relpath(find_preset_weights("tiny")), runs / "teacher/stage0/model"
     student = ["model=" + str(teacher), f"run={runs / 'student'}"]
     # A gentle Stage 0: the weights are good already at the times where they are trained on.
     first = ["stage=0", "model=tiny-a14b", f"run={runs / 'teacher'}", f"init={weights}", f"iters={tune}", "lr=2e-4"]
