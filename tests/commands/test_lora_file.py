@@ -110,12 +110,10 @@ def test_names_of_hunyuan15(tmp_path):
     old = {name.format(a): torch.tensor(float(i)) for i, (name, a, _) in enumerate(names)}
     save_file(old, tmp_path / "a.safetensors")
     blocks = {"transformer_blocks": {0: 0, 2: 1, 4: 2}}
-    assert remap_lora(tmp_path / "a.safetensors", tmp_path / "b.safetensors", blocks, {"transformer_blocks": 5}) == (
-        2,
-        2,
-    )
+    given = ("lora", tmp_path / "a.safetensors", tmp_path / "out", blocks, {"transformer_blocks": 5})
+    assert remap_lora(*given) == ("a.safetensors", 2, 2)
     wanted = {name.format(b): float(i) for i, (name, _, b) in enumerate(names) if b is not None}
-    assert load_file(tmp_path / "b.safetensors") == wanted
+    assert load_file(tmp_path / "out/a.safetensors") == wanted
 
 
 def test_settings_inside_the_file_are_renumbered(tmp_path):
