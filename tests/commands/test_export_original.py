@@ -83,11 +83,11 @@ def test_presets_tell_how_deep_a_network_was(tmp_path):
 @pytest.mark.parametrize(
     "kind, said",
     [
-        ("wan_i2v", "WanModel: image_dim is 8; the original network's is 1280; leave original= out"),
+        ("wan_i2v", "WanModel: image_dim is 8; the original network's is 1280; use to=diffusers without original="),
         (
             "hunyuan_t2v",
             "HYVideoDiffusionTransformer: num_refiner_layers is 1, and the original format has 2 there and no key for "
-            "it; leave original= out",
+            "it; use to=diffusers without original=",
         ),
     ],
 )

@@ -81,7 +81,7 @@ def test_configurations_there_and_back(config):
     try:
         original = original_config(own)
     except ValueError as err:  # that file has no key for every setting; which, is said
-        assert "leave original= out" in str(err)
+        assert "use to=diffusers without original=" in str(err)
         return
     family = family_of(own)
     stored = [source.key for source in key_table(own).values()]

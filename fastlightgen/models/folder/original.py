@@ -79,7 +79,7 @@ def original_config(config: Mapping) -> dict:
         if read[key] != value:
             raise ValueError(
                 f"{form.network}: {key} is {value!r}, and the original format has {read[key]!r} there and no key for "
-                "it; leave original= out"
+                "it; use to=diffusers without original="
             )
     return out
 
@@ -88,7 +88,7 @@ def format_of(config: Mapping) -> Format:
     """The original repository's format for the network of a diffusers configuration."""
     family = family_of(config)
     if family.original is None:
-        raise ValueError(f"{family.title}: has no format but diffusers'; leave original= out")
+        raise ValueError(f"{family.title}: has no format but diffusers'; use to=diffusers without original=")
     return family.original
 
 

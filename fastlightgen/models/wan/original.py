@@ -24,7 +24,8 @@ def write(config: Mapping) -> dict[str, Any]:
     image = config["image_dim"]
     if image not in (None, IMAGE_DIM):
         raise ValueError(
-            f"{ORIGINAL.network}: image_dim is {image}; the original network's is {IMAGE_DIM}; leave original= out"
+            f"{ORIGINAL.network}: image_dim is {image}; the original network's is {IMAGE_DIM}; use to=diffusers "
+            "without original="
         )
     plain = config["in_channels"] == config["out_channels"]
     return {"model_type": "t2v" if plain and image is None else "i2v", "text_len": TEXT_TOKENS}
