@@ -1,6 +1,7 @@
 """Pruned few-step students of the very small pipelines (pipelines.py), and shared noise for both samplers."""
 
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,15 @@ def write_films(folder: Path, captions: list[str], size: Size = CLIP) -> None:
         (folder / f"{number}.txt").write_text(caption)
         for k, picture in enumerate(film(number, size)):
             Image.fromarray(picture).save(folder / f"{number}" / f"{k:02}.png")
+
+
+def changed(source: Path, out: Path, **parts: Path) -> Path:
+    """A copy of a pipeline folder with other parts."""
+    shutil.copytree(source, out)
+    for name, part in parts.items():
+        shutil.rmtree(out / name)
+        shutil.copytree(part, out / name)
+    return out
 
 
 def stock(folder: Path):

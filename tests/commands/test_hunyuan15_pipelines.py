@@ -10,7 +10,7 @@ import torch
 from helpers import error_line, run_train
 from PIL import Image
 from safetensors.torch import load_file
-from students import STEPS, clip, film, make_student, same_noise, stock, write_films
+from students import STEPS, changed, clip, film, make_student, same_noise, stock, write_films
 
 from fastlightgen.config import main
 from fastlightgen.encode import encode
@@ -191,15 +191,6 @@ def test_bfloat16_exports_are_compared_too(pipeline, folder: Path, tmp_path):
     main(export, "export", [f"model={model}", f"pipeline={pipeline(KINDS[1])}", f"out={tmp_path / 'b'}", *WORDS])
     weights = load_file(tmp_path / "b/transformer/diffusion_pytorch_model.safetensors")
     assert weights["proj_out.weight"].dtype == torch.bfloat16
-
-
-def changed(source: Path, out: Path, **parts: Path) -> Path:
-    """A copy of a pipeline folder with other parts."""
-    shutil.copytree(source, out)
-    for name, part in parts.items():
-        shutil.rmtree(out / name)
-        shutil.copytree(part, out / name)
-    return out
 
 
 def test_mistakes(pipeline, folder: Path, tmp_path, capsys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import error_line, run_train
 from PIL import Image
-from students import CLIP, PROMPT, STEPS, clip, film, make_student, same_noise, stock, write_films
+from students import CLIP, PROMPT, STEPS, changed, clip, film, make_student, same_noise, stock, write_films
 
 from fastlightgen.config import main
 from fastlightgen.encode import encode
@@ -117,15 +117,6 @@ def test_the_original_format_is_the_same_network(folder: Path):
     assert torch.equal(ours(*inputs), original(*inputs)) and original.family == "wan-ti2v"
     assert json.loads((folder / "ti2v/model_index.json").read_text())["expand_timesteps"] is True
     assert "expand_timesteps" not in json.loads((folder / "ti2v/transformer/config.json").read_text())
-
-
-def changed(source: Path, out: Path, **parts: Path) -> Path:
-    """A copy of a pipeline folder with other parts."""
-    shutil.copytree(source, out)
-    for name, part in parts.items():
-        shutil.rmtree(out / name)
-        shutil.copytree(part, out / name)
-    return out
 
 
 def test_mistakes(pipeline, folder: Path, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fastlightgen.models.hunyuan import original as hunyuan
 from fastlightgen.models.hunyuan15.keys import hunyuan15_keys
 from fastlightgen.models.keys import Format
 
@@ -40,15 +41,9 @@ def write(config: Mapping) -> dict[str, Any]:
     } | FIXED
 
 
-FIXED = {
+FIXED = hunyuan.FIXED | {
     "concat_condition": True,
     "mm_single_blocks_depth": 0,
-    "qk_norm": True,
-    "qk_norm_type": "rms",
-    "qkv_bias": True,
-    "mlp_act_type": "gelu_tanh",
-    "text_projection": "single_refiner",
-    "use_attention_mask": True,
     "guidance_embed": False,
     "glyph_byT5_v2": True,
     "vision_projection": "linear",
@@ -59,14 +54,8 @@ ORIGINAL = Format(
     network="HunyuanVideo_1_5_DiffusionTransformer",
     keys=hunyuan15_keys,
     lists={"double_blocks": "transformer_blocks"},
-    same={
-        "out_channels": "out_channels",
-        "heads_num": "num_attention_heads",
-        "mlp_width_ratio": "mlp_ratio",
-        "mm_double_blocks_depth": "num_layers",
-        "rope_dim_list": "rope_axes_dim",
-        "rope_theta": "rope_theta",
-        "text_states_dim": "text_embed_dim",
+    same=hunyuan.SAME
+    | {
         "vision_states_dim": "image_embed_dim",
         "ideal_task": "task_type",
         "use_meanflow": "use_meanflow",
