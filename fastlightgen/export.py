@@ -81,7 +81,7 @@ def to_step(cfg) -> None:
     check_new(out)
     if len(networks(folder)) > 1:
         raise UserError(
-            f"to=onnx: {folder} has two experts, and the folder's generate.py steps with one network; use "
+            f"to={cfg.to}: {folder} has two experts, and the folder's generate.py steps with one network; use "
             "to=diffusers, comfyui or gguf"
         )
     check_model(folder, ShapesSource.description)
