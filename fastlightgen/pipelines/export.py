@@ -159,7 +159,8 @@ def write_pipeline(
         teacher = network_config(pipeline, part)
         if part in loras and narrower(model, teacher):
             raise ValueError(
-                f"{LORA[part]}={loras[part]}: changes rows that width pruning dropped from the model; leave lora= out"
+                f"{LORA[part]}={loras[part]}: changes rows that width pruning dropped from the model; leave "
+                f"{LORA[part]}= out"
             )
         depths[part] = block_counts(teacher)
         blocks[part] = block_map(model.config, card.get("kept_blocks"), teacher)
