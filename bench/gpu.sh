@@ -7,6 +7,7 @@
 #   CASES=EXPRESSION     only these benches (pytest -k), such as '720p and not compile'
 #   TESTS=FILES          the tests of the part tests, with flags of pytest (tests/ops)
 #   FLG_GPU_SECONDS=570  seconds in all
+#   BUILT=1              take the compiled module in fastlightgen/ as it is, built elsewhere for the same Python and GPU
 #   PYTHON=python3       needs torch, pybind11, setuptools, cmake, ninja, pytest, pytest-benchmark
 # Packages that the machine lacks travel as wheels: bench/wheels.sh fetches them, this script installs them.
 set -uo pipefail

@@ -3,24 +3,27 @@
 part=train trains every row once per training seed, in runs/reproduce; stages that rows share are trained once.
 part=measure samples every row for the same held-out captions from the same noise. Its scores and the values of every
 clip go to bench/results/world, so that rows of several days and machines can be compared.
+part=both trains every row and measures it as soon as it is trained.
 part=table compares the rows that are measured by paired intervals, writes bench/results/world.json, prints a table.
 
 rows: main, ablations, rivals, fp8, or names (main); seeds: of training (0,1,2,3,4); clips: held-out clips (512);
-noises: clips per caption, whose spread is the diversity (8; 1: do not measure it). What is done is skipped, so that a
-part can be interrupted, and can run twice at the same time. The settings were tuned with training seed 99 and the
-clips of evaluate.seed=1, which no row uses: rows=trials seeds=99 are those of the rivals, and their table is
+noises: clips per caption, whose spread is the diversity (8; 1: do not measure it); at_once: processes (1), more of them
+for a GPU, which one leaves idle; threads: of each. What is done is skipped, so that a part can be interrupted. What a
+process prints goes to runs/reproduce/logs. The settings were tuned with training seed 99 and the clips of
+evaluate.seed=1, which no row uses: rows=trials seeds=99 are those of the rivals, and their table is
 bench/results/rival-trials.json.
 """
 
 import os
-import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from measured_with import versions
+from pool import Work, run
 from safetensors.torch import load_file, save_file
 from trainings import PAIRS, ROWS, STUDENT, TRAININGS, TUNED, TUNED_CLIPS, varies
 
@@ -33,6 +36,7 @@ from fastlightgen.metrics.intervals import Resampled
 from fastlightgen.metrics.seeds import over_seeds
 from fastlightgen.models.folder.weights import read_json
 from fastlightgen.stages.distill import DistillKeys
+from fastlightgen.sweeps.processes import run_command
 from fastlightgen.world.score import reference, resampled
 
 OUT, MEASURED, RUNS = Path("bench/results/world.json"), Path("bench/results/world"), Path("runs/reproduce")
@@ -51,34 +55,39 @@ def folder(name: str, seed: int) -> Path:
 
 
 def train(name: str, seed: int, threads: int) -> None:
-    """Train one stage for one seed, after what it starts from."""
-    what = TRAININGS[name]
-    for needed in (what.after, *what.inputs.values()):
-        if needed:
-            train(needed, seed, threads)
-    run, made = RUNS / f"{name}-{seed}", folder(name, seed)
-    if made.exists():
-        return
+    """Train one stage for one seed. What it starts from is there."""
+    what, run, began, before = TRAININGS[name], RUNS / f"{name}-{seed}", time.monotonic(), cpu_time()
     input_key = {2: "importance", 3: "stage2_model"}
     keys = [f"{input_key[what.stage]}={folder(what.after, seed)}"] if what.after else []
     keys += [f"{key}={folder(other, seed)}" for key, other in what.inputs.items()]
     words = [f"stage={what.stage}", f"run={run}", "model=tiny", "data=shapes", f"seed={seed}", f"threads={threads}"]
-    words += ["dtype=bfloat16", "sample_every=0", *keys, *what.keys]
-    before = cpu_time()
-    subprocess.run([sys.executable, "-m", "fastlightgen.train", *words], check=True)
-    write_json(run / "cost.json", {"core_minutes": (cpu_time() - before) / 60, "words": words})
+    words += ["dtype=bfloat16", "sample_every=0", "progress=false", *keys, *what.keys]
+    run_command("train", words)
+    cost: dict[str, Any] = {"core_minutes": (cpu_time() - before) / 60, "words": words}
+    if torch.cuda.is_available():
+        cost |= {"gpu": torch.cuda.get_device_name(), "minutes": (time.monotonic() - began) / 60}
+    write_json(run / "cost.json", cost)
+
+
+def needed(name: str) -> list[str]:
+    """The trainings that one starts from."""
+    return [other for other in (TRAININGS[name].after, *TRAININGS[name].inputs.values()) if other]
 
 
 def cpu_time() -> float:
-    """Seconds of all cores that this process and its children have taken, on a machine that may have other work."""
+    """Seconds of all cores that this process has taken, on a machine that may have other work."""
     return sum(os.times()[:4])
+
+
+def record_of(name: str, seed: int) -> Path:
+    return (TRIED if seed == TUNED else MEASURED) / f"{name}-{seed}.json"
 
 
 def measure_row(name: str, seed: int, clips: int, noises: int, threads: int) -> None:
     """Score one row; its record and the values of every clip stay in RUNS/measured."""
-    row, out = ROWS[name], (TRIED if seed == TUNED else MEASURED) / f"{name}-{seed}.json"
-    if out.is_file() and read_json(out)["clips"] >= clips:
-        return
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    row, out = ROWS[name], record_of(name, seed)
     cfg = Evaluate(
         model=str(folder(row.model, seed)),
         out=str(out),
@@ -107,8 +116,7 @@ def costs(name: str, seed: int) -> dict[str, dict]:
     """The command and the core minutes of each training that a model needs."""
     if name not in TRAININGS:
         return {}
-    what = TRAININGS[name]
-    found = {k: v for needed in (what.after, *what.inputs.values()) for k, v in costs(needed, seed).items()}
+    found = {k: v for other in needed(name) for k, v in costs(other, seed).items()}
     return found | {name: read_json(RUNS / f"{name}-{seed}" / "cost.json")}
 
 
@@ -182,21 +190,43 @@ def main() -> None:
     names = [n for n, row in ROWS.items() if row.group == asked] or asked.split(",")
     clips, noises = int(given.get("clips", 512)), int(given.get("noises", NOISES))
     threads = int(given.get("threads", torch.get_num_threads()))
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
     for place in (MEASURED, TRIED):
         place.mkdir(parents=True, exist_ok=True)
     part = given.get("part", "")
     if part == "table":
         return trials() if asked == "trials" else table(names, seeds)
+    if part not in ("train", "measure", "both"):
+        sys.exit(f"part={part}: wanted train, measure, both or table")
+    todo: dict[str, Work] = {}
     for seed in seeds:
         for name in [n for n in names if varies(n) or seed == seeds[0]]:
-            if part == "train" and ROWS[name].model in TRAININGS:
-                train(ROWS[name].model, seed, threads)
-            elif part == "measure":
-                measure_row(name, seed if varies(name) else FIXED, clips, noises, threads)
-            elif part not in ("train", "measure"):
-                sys.exit(f"part={part}: wanted train, measure or table")
+            if part != "measure":
+                add_training(todo, ROWS[name].model, seed, threads)
+            if part != "train":
+                own = seed if varies(name) else FIXED
+                add_measurement(todo, name, own, (clips, noises, threads))
+    if failed := run(todo, int(given.get("at_once", 1)), RUNS / "logs"):
+        sys.exit(f"not done: {', '.join(failed)}; see {RUNS / 'logs'}")
+
+
+def add_training(todo: dict[str, Work], name: str, seed: int, threads: int) -> None:
+    """Add what is not trained yet, after what it starts from."""
+    if name in TRAININGS and not folder(name, seed).exists():
+        for other in needed(name):
+            add_training(todo, other, seed, threads)
+        todo.setdefault(f"{name}-{seed}", Work(train, (name, seed, threads), after(todo, needed(name), seed)))
+
+
+def add_measurement(todo: dict[str, Work], name: str, seed: int, how: tuple[int, int, int]) -> None:
+    """Add a row that is not measured yet with so many clips."""
+    out = record_of(name, seed)
+    if not (out.is_file() and read_json(out)["clips"] >= how[0]):
+        inputs = [ROWS[name].model, *(["rank"] if ROWS[name].keep else [])]
+        todo[f"measure-{name}-{seed}"] = Work(measure_row, (name, seed, *how), after(todo, inputs, seed))
+
+
+def after(todo: dict[str, Work], names: list[str], seed: int) -> tuple[str, ...]:
+    return tuple(key for name in names if (key := f"{name}-{seed}") in todo)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """Training and evaluating what a sweep lacks, several processes at a time, beside others on the same folder."""
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +14,7 @@ from fastlightgen.files.border import read_json
 from fastlightgen.files.kinds import COST
 from fastlightgen.parallel.log import say
 from fastlightgen.sweeps.points import Part, Point, unique
+from fastlightgen.sweeps.processes import begin, run_command
 
 POLL = 1.0  # seconds
 
@@ -31,7 +30,7 @@ class Running:
     """A process that trains a part or evaluates a point."""
 
     name: str
-    process: subprocess.Popen
+    process: BaseProcess
     lock: IO[str]
     log: Path
     slot: int
@@ -55,10 +54,10 @@ def work(points: Sequence[Point], evaluate: bool, at_once: int) -> list[str]:
     failed: list[str] = []
     try:
         while True:
-            for one in [r for r in running if r.process.poll() is not None]:
+            for one in [r for r in running if r.process.exitcode is not None]:
                 running.remove(one)
                 one.close()
-                if one.process.returncode:
+                if one.process.exitcode:
                     failed.append(one.name)
                     say(f"failed: {one.name}, see {one.log}")
                 else:
@@ -80,7 +79,7 @@ def work(points: Sequence[Point], evaluate: bool, at_once: int) -> list[str]:
     finally:
         for one in running:
             one.process.terminate()
-            one.process.wait()
+            one.process.join()
             one.close()
 
 
@@ -113,17 +112,8 @@ def start(name: str, item: Part | Point, lock: IO[str], slot: int) -> Running:
     else:
         words = [f"model={item.model}", f"out={item.scores}", *item.plan, *item.where, "progress=false"]
         command, log = "evaluate", item.scores.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    env = dict(os.environ)
-    if count := torch.cuda.device_count():
-        env["CUDA_VISIBLE_DEVICES"] = str(slot % count)
-    with open(log, "a") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"fastlightgen.{command}", *words],
-            env=env,
-            stdout=out,
-            stderr=out,
-            pass_fds=[lock.fileno()],  # if this process is killed, the work stays locked until the other one ends
-        )
+    count = torch.cuda.device_count()
+    env = {"CUDA_VISIBLE_DEVICES": str(slot % count)} if count else {}
+    process = begin(run_command, (command, words), log, lock, **env)
     say(f"begun: {name} ({log})")
     return Running(name, process, lock, log, slot, cost_file(item))

@@ -1,6 +1,8 @@
 """The sweep: which stages its students share, what it refuses, and its table."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from fastlightgen.metrics.seeds import over_seeds
 from fastlightgen.sweep import values_of
 from fastlightgen.sweeps import estimate, table, work
 from fastlightgen.sweeps.points import Part, points_of, unique, words_of
+from fastlightgen.sweeps.processes import begin
 
 SHORT = {"model": ["tiny"], "data": ["shapes"], "stage2.iters": ["3"], "stage3.iters": ["25"]}
 
@@ -124,14 +127,16 @@ def test_what_another_process_has_is_left_to_it(tmp_path):
     assert work.taken(tmp_path / "x" / ".a.lock")
 
 
+def shell(command: str) -> None:
+    sys.exit(subprocess.call(["sh", "-c", command]))
+
+
 def test_failures_stop_what_needs_them_alone(tmp_path, monkeypatch):
     """Stage II of one ratio fails: the students of the other are trained; the same command would go on."""
     points = points_of(tmp_path, SHORT | {"ratio": ["0.3", "0.5"]}, [0], 64)
     bad = next(part for part in points[1].parts if part.stage == "2")
 
     def start(name, item, lock, slot):
-        import subprocess
-
         if not isinstance(item, Part):
             command = f"mkdir -p {item.scores.parent}; echo > {item.scores}"
         elif item is bad:
@@ -139,7 +144,7 @@ def test_failures_stop_what_needs_them_alone(tmp_path, monkeypatch):
         else:
             made = item.result
             command = f"mkdir -p {made.parent}; mkdir {made}"
-        process = subprocess.Popen(["sh", "-c", command])
+        process = begin(shell, (command,), tmp_path / "log.txt")
         return work.Running(name, process, lock, Path("log"), slot, work.cost_file(item))
 
     monkeypatch.setattr(work, "start", start)

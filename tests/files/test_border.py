@@ -24,7 +24,7 @@ ALLOWED = {
     "ops/tune.py": {"read_text", "loads"},
     "report.py": {"read_text"},  # the page's own parts
     "engine/log.py": {"open"},  # appends
-    "sweeps/work.py": {"open"},  # appends
+    "sweeps/processes.py": {"open"},  # appends
     "engine/hang.py": {"loads"},  # from the store of the ranks
     "parallel/ranks.py": {"loads"},
     "models/folder/files.py": {"load"},  # pickles of plain tensors, with allow_pt

@@ -5,10 +5,12 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from fastlightgen.sweeps import work
+from fastlightgen.sweeps.processes import begin
 
 KILLS = int(os.environ.get("FLG_KILLS", "4"))
 WORDS = ["steps=2,4", "seeds=2", "iters=4", "clips=16", "model=tiny", "data=shapes", "stage1.clips=2", "batch=2"]
@@ -17,15 +19,20 @@ WORDS += ["stage3.critic_start=0", "stage3.iters=5", "threads=1"]
 
 def test_the_work_stays_locked_until_its_process_ends(tmp_path):
     """The sweep is gone, which closes its file; the training that it started still has the lock."""
-    name = tmp_path / ".part.lock"
+    name, go = tmp_path / ".part.lock", tmp_path / "go"
     lock = work.taken(name)
     assert lock
-    code = "import sys; sys.stdin.read()"
-    child = subprocess.Popen([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE, pass_fds=[lock.fileno()])
+    process = begin(wait_for, (str(go),), tmp_path / "log.txt", lock)
     lock.close()
     assert work.taken(name) is None
-    child.communicate()
-    assert work.taken(name)
+    go.touch()
+    process.join()
+    assert process.exitcode == 0 and work.taken(name)
+
+
+def wait_for(path: str) -> None:
+    while not os.path.exists(path):
+        time.sleep(0.01)
 
 
 @pytest.mark.slow
