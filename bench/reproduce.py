@@ -230,4 +230,7 @@ def after(todo: dict[str, Work], names: list[str], seed: int) -> tuple[str, ...]
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
