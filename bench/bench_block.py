@@ -11,6 +11,7 @@ from functools import lru_cache
 from types import ModuleType
 
 import kernels
+import peers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,8 @@ from fastlightgen.ops import rope_factors
 
 pytestmark = kernels.RECORDED
 OURS = ["cuda", "triton", "reference"]
-CONTENDERS = ["cuda", "eager", "triton", "torch.compile", "reference"]  # eager, torch.compile: diffusers' block
+# eager, eager cuDNN and torch.compile: diffusers' block. torch takes its own FlashAttention, ours asks for cuDNN's.
+CONTENDERS = ["cuda", "eager", "eager cuDNN", "triton", "torch.compile", "reference"]
 ROUNDS = 10 if GPU else 2
 
 
@@ -133,6 +135,7 @@ def timed(pair: Pair, name: str, backward: bool) -> Callable[[], object]:
             return [v for s in pair.ours(inputs, y, gate) for v in (s.x, s.y)]
     else:
         call = kernels.compiled(pair.theirs) if name == "torch.compile" else pair.theirs
+        call = peers.with_cudnn(call) if name == "eager cuDNN" else call
         wanted = [*inputs, *pair.peer.parameters()]
 
         def forward() -> list[Tensor]:

@@ -1,8 +1,9 @@
 """Time a step of Stage II and of Stage III against the same step with diffusers' classes, and check the planner.
 
 Wan 1.3B at 480 x 832 x 81 in bfloat16 with activation checkpointing; without a GPU a small network in float32. Losses,
-engine and optimizer are the same code: only the networks differ (stock.py). Both must have the same loss. A step
-of Stage III here is one update of the student and one of the critic. `GB` is the peak of torch's allocator in the timed
+engine and optimizer are the same code: only the networks differ (stock.py). Both must have the same loss. torch takes
+its own FlashAttention for diffusers, ours asks for cuDNN's: "diffusers, cuDNN" takes that too. A step of Stage III here
+is one update of the student and one of the critic. `GB` is the peak of torch's allocator in the timed
 steps, `planned_GB` what `plan` says for ours.
 """
 
@@ -12,6 +13,7 @@ import math
 from collections.abc import Callable
 
 import kernels
+import peers
 import pytest
 import torch
 from device_time import Samples
@@ -79,11 +81,11 @@ def stepper(name: str, cfg: Run, net: nn.Module) -> tuple[Callable[[], None], li
     return step, losses
 
 
-@pytest.mark.parametrize("name", ["ours", "diffusers"])
+@pytest.mark.parametrize("name", ["ours", "diffusers", "diffusers, cuDNN"])
 @pytest.mark.parametrize("stage", STAGES)
 def bench_steps(benchmark, stage: str, name: str):
     cfg = load([*STAGES[stage], *WORDS])
-    if name == "diffusers":
+    if name != "ours":
         imported("diffusers")
     with torch.device(DEVICE):
         net = build(CONFIG, 0)
@@ -91,6 +93,7 @@ def bench_steps(benchmark, stage: str, name: str):
     gc.collect()
     try:
         step, losses = stepper(stage, cfg, net)
+        step = peers.with_cudnn(step) if name == "diffusers, cuDNN" else step
         step()
         if GPU:
             torch.cuda.reset_peak_memory_stats()

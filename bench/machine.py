@@ -105,12 +105,15 @@ def sources() -> str:
 
 
 def commit() -> str | None:
-    """The commit: git's, or for a copy without git the one that wheels.sh noted, if the sources are still those."""
-    if short := said("git", "rev-parse", "--short", "HEAD"):
-        return short + ("-dirty" if said("git", "status", "--porcelain", "--untracked-files=no") else "")
+    """The commit: the one that wheels.sh noted, if the sources are still those, for a copy that git knows less of; else
+    git's.
+    """
     noted = ROOT / "bench" / "wheels" / "commit"
     hashed, _, name = noted.read_text().strip().partition(" ") if noted.exists() else ("", "", "")
-    return name if hashed == sources() else None
+    if name and hashed == sources():
+        return name
+    short = said("git", "rev-parse", "--short", "HEAD")
+    return short and short + ("-dirty" if said("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 
 def number(text: str | None) -> tuple[int, ...]:

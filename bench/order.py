@@ -22,7 +22,7 @@ PARTS = {  # part -> its files bench/bench_*.py
 OPERATORS = ("gate_residual_norm_modulate", "qk_norm_rope", "norm_modulate", "dmd_gradient")  # for once.py
 BROKEN_GPU = 17  # exit code of a bench process whose GPU does not answer: only a new process can go on
 ROWS = PARTS["kernels"][1:5]  # the kernels that work on rows
-OWN = ("copy", "cuda", "eager")  # ours, and what it is compared with first
+OWN = ("copy", "cuda", "eager", "eager cuDNN")  # ours, and what it is compared with first
 
 
 def part_of(file: str) -> str | None:

@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 from kernels import GPU, draw
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Cases = list[dict[str, Tensor]]
 
@@ -58,6 +59,16 @@ def weighted(cases: Cases, *names: str) -> Cases:
     """The tensors of the cases under these names; a vector for a name that the cases do not have."""
     dim = cases[0]["x"].shape[-1]
     return [{n: case[n] if n in case else draw(dim) for n in names} for case in cases]
+
+
+def with_cudnn(call: Callable) -> Callable:
+    """The call, in which torch takes cuDNN's attention where it can. Without a GPU there is none."""
+
+    def with_it(*args):
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+            return call(*args)
+
+    return with_it if GPU else call
 
 
 NORM = {  # for norm_modulate

@@ -85,7 +85,7 @@ def kernel(arch: str, symbol: str, spilled: int, registers: int, rest: str, text
     width = re.search(r"5WidthILi(\d+)ELb([01])", symbol)
     threads, exact = (int(width[1]), width[2] == "1") if width else (None, False)
     flag = re.search(r"ELb([01])EEEv\d", symbol)
-    rows = 2 if parts[1] == "norm_backward" and exact and parts[2] != "f" and arch == "90a" else 1
+    rows = rows_of_loop(parts[1], exact and parts[2] != "f", bool(flag and flag[1] == "1"), arch)
     lines = [(int(at, 16), line) for at, line in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.M)]
     back = [(to, at) for at, line in lines if "BRA" in line and (to := target(line)) is not None and to < at]
     # The loop over rows is long and lies inside the loop over runs, if there is one.
@@ -97,6 +97,14 @@ def kernel(arch: str, symbol: str, spilled: int, registers: int, rest: str, text
         len(lines), min(loops, default=0) // rows or None,
         widths("LDG", lines), widths("STG", lines), text,
     )  # fmt: skip
+
+
+def rows_of_loop(name: str, narrow: bool, flag: bool, arch: str) -> int:
+    """Rows that one turn of a kernel's loop works on. `narrow`: rows of 16-bit numbers in one of the exact widths."""
+    two = name.startswith("qk_norm_rope") or (
+        narrow and ((name == "forward" and not flag) or (name == "norm_backward" and arch == "90a"))
+    )
+    return 2 if two else 1
 
 
 def target(line: str) -> int | None:

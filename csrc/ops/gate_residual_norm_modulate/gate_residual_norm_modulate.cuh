@@ -17,6 +17,9 @@ template <typename T, typename W>
 constexpr int kForwardBlocks = W::kExact && sizeof(T) == 2 ? 640 / W::kThreads : 1;
 template <typename T, typename W>
 constexpr int kBackwardBlocks = W::kExact && sizeof(T) == 2 ? 384 / W::kThreads : 1;
+// Rows that the forward kernel has under way while it works on another. The registers of a residual take a row's place.
+template <typename T, typename W, bool kResidual>
+constexpr int kForwardAhead = !kResidual && W::kExact && sizeof(T) == 2 ? 2 : 1;
 // The backward kernel loads the next rows ahead only where they fit in registers. They do not with idle threads, in
 // float32, or on GPUs other than Hopper, where ptxas is a few registers short.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
@@ -73,49 +76,57 @@ __global__ void __launch_bounds__(W::kThreads, kForwardBlocks<T, W>)
   load_table(shift_row, 0.f, col, shift);
   if constexpr (kResidual) load_table(gate_row, gate_offset, col, gate);
 
-  Row<T, W> x, y;
-  x.load(p.x, row, col);
-  if constexpr (kResidual) y.load(p.y, row, col);
-  for (; row < last; ++row) {
-    float v[kVecs][kVec], sum = 0.f, squares = 0.f;
+  constexpr int kAhead = kForwardAhead<T, W, kResidual>;
+  Row<T, W> x[kAhead], y[kAhead];
+  auto load = [&](int which, int64_t r) {
+    x[which].load(p.x, r, col);
+    if constexpr (kResidual) y[which].load(p.y, r, col);
+  };
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      unpack(x.part[i], v[i]);
-      if constexpr (kResidual) {
-        float b[kVec];
-        unpack(y.part[i], b);
-        // The norm must see the rounded x', because the backward pass computes its mean and rstd from the stored x'.
+  for (int i = 0; i < kAhead; ++i)
+    if (row + i < last) load(i, row + i);
+  while (row < last) {
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) v[i][j] = rounded<T>(v[i][j] + gate[i][j] * b[j]);
-        if (col.inside(i)) store(static_cast<T*>(p.x_out) + row * col.dim + col.at(i), v[i]);
+    for (int turn = 0; turn < kAhead; ++turn) {
+      if (row == last) break;
+      float v[kVecs][kVec], sum = 0.f, squares = 0.f;
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) {
+        unpack(x[turn].part[i], v[i]);
+        if constexpr (kResidual) {
+          float b[kVec];
+          unpack(y[turn].part[i], b);
+          // The norm must see the rounded x', because the backward pass computes its mean and rstd from the stored x'.
+#pragma unroll
+          for (int j = 0; j < kVec; ++j) v[i][j] = rounded<T>(v[i][j] + gate[i][j] * b[j]);
+          if (col.inside(i)) store(static_cast<T*>(p.x_out) + row * col.dim + col.at(i), v[i]);
+        }
       }
-    }
-    if (row + 1 < last) {  // load the next row while this one is reduced
-      x.load(p.x, row + 1, col);
-      if constexpr (kResidual) y.load(p.y, row + 1, col);
-    }
+      if (row + kAhead < last) load(turn, row + kAhead);  // in flight while this row is reduced
 
-    // First the mean, then the centred squares: with the large means of the residual stream, E[x^2] - E[x]^2 would
-    // lose digits.
+      // First the mean, then the centred squares: with the large means of the residual stream, E[x^2] - E[x]^2 would
+      // lose digits.
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i)
+      for (int i = 0; i < kVecs; ++i)
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) sum += v[i][j];
-    const float mean = block_sum<W::kThreads>(sum, scratch[0]) * inv_dim;
+        for (int j = 0; j < kVec; ++j) sum += v[i][j];
+      const float mean = block_sum<W::kThreads>(sum, scratch[0]) * inv_dim;
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i)
+      for (int i = 0; i < kVecs; ++i)
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) {
-        v[i][j] = col.inside(i) ? v[i][j] - mean : 0.f;  // columns outside the row add nothing to the squares
-        squares += v[i][j] * v[i][j];
+        for (int j = 0; j < kVec; ++j) {
+          v[i][j] = col.inside(i) ? v[i][j] - mean : 0.f;  // columns outside the row add nothing to the squares
+          squares += v[i][j] * v[i][j];
+        }
+      const float rstd = rsqrtf(block_sum<W::kThreads>(squares, scratch[1]) * inv_dim + p.eps);
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) {
+        float out[kVec];
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) out[j] = v[i][j] * rstd * gain[i][j] + shift[i][j];
+        if (col.inside(i)) store(static_cast<T*>(p.h) + row * col.dim + col.at(i), out);
       }
-    const float rstd = rsqrtf(block_sum<W::kThreads>(squares, scratch[1]) * inv_dim + p.eps);
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      float out[kVec];
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) out[j] = v[i][j] * rstd * gain[i][j] + shift[i][j];
-      if (col.inside(i)) store(static_cast<T*>(p.h) + row * col.dim + col.at(i), out);
+      ++row;
     }
   }
 }

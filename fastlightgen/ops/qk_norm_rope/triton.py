@@ -1,7 +1,8 @@
 """qk_norm_rope in Triton, with one launch for q and one for k. Same signatures as cuda.py.
 
-A row is held as two blocks [heads, pairs], one of the even channels (a) and one of the odd channels (b). A rotation
-then combines equal positions of both. PF, PH, PW: pairs that frames, rows, columns rotate; HB, P: padded block sizes.
+A row is read and written whole. In between it is held as two blocks [heads, pairs], one of the even channels (a) and one
+of the odd channels (b), so that a rotation combines equal positions of both. PF, PH, PW: pairs that frames, rows,
+columns rotate; HB, P: padded block sizes.
 """
 
 import torch
@@ -28,6 +29,26 @@ def _turn(frames, rows, cols, token, H, W, PF: tl.constexpr, PH: tl.constexpr, P
 
 
 @triton.jit
+def _places(HEADS: tl.constexpr, HEAD: tl.constexpr, HB: tl.constexpr, P: tl.constexpr, PER_HEAD: tl.constexpr):
+    """Of a row's block [heads, 2 P]: the columns, those of the norm's weight, and which ones exist."""
+    head, channel = tl.arange(0, HB)[:, None], tl.arange(0, 2 * P)[None, :]
+    col = head * HEAD + channel
+    wide = channel + head * 0 if PER_HEAD else col  # of the weight: one per head channel, or one per column
+    return col, wide, (head < HEADS) & (channel < HEAD)
+
+
+@triton.jit
+def _read(at, mask, HB: tl.constexpr, P: tl.constexpr):
+    """The even and the odd channels [heads, P] of a block of neighbouring channels, in float32."""
+    return tl.split(tl.reshape(tl.load(at, mask=mask, other=0.0).to(tl.float32), (HB, P, 2)))
+
+
+@triton.jit
+def _write(at, a, b, mask, HB: tl.constexpr, P: tl.constexpr):
+    tl.store(at, tl.reshape(tl.join(a, b), (HB, 2 * P)).to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _mean(v, HEAD: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr):
     """The mean over each head [heads, 1] or over the row [1, 1]; v holds the sum of both channels of each pair."""
     heads = tl.sum(v, 1)[:, None]
@@ -45,24 +66,20 @@ def _forward(
     HEAD: tl.constexpr = 2 * (PF + PH + PW)
     # One program per row: norm, then rotate the pairs (a, b) by their angles if the token lies on the grid.
     row = tl.program_id(0).to(tl.int64)
-    head, pair = tl.arange(0, HB)[:, None], tl.arange(0, P)[None, :]
-    mask = (head < HEADS) & (pair < HEAD // 2)
-    col = head * HEAD + 2 * pair
+    col, wide, mask = _places(HEADS, HEAD, HB, P, PER_HEAD)
     at = row * HEADS * HEAD + col
-    wide = 2 * pair + head * 0 if PER_HEAD else col  # columns of the weight: one per head channel, or one per column
-    a = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x + at + 1, mask=mask, other=0.0).to(tl.float32)
+    a, b = _read(x + at, mask, HB, P)
+    wa, wb = _read(weight + wide, mask, HB, P)
     rstd = 1.0 / tl.sqrt(_mean(a * a + b * b, HEAD, HEADS, PER_HEAD) + eps)
-    a *= rstd * tl.load(weight + wide, mask=mask, other=0.0)
-    b *= rstd * tl.load(weight + wide + 1, mask=mask, other=0.0)
+    a *= rstd * wa
+    b *= rstd * wb
     token = row % tokens
     if token < F * H * W:
         cos, sin = _turn(frames, rows, cols, token, H, W, PF, PH, PW, P)
-        tl.store(out + at, (a * cos - b * sin).to(out.dtype.element_ty), mask=mask)
-        tl.store(out + at + 1, (a * sin + b * cos).to(out.dtype.element_ty), mask=mask)
-    else:
-        tl.store(out + at, a.to(out.dtype.element_ty), mask=mask)
-        tl.store(out + at + 1, b.to(out.dtype.element_ty), mask=mask)
+        turned = a * cos - b * sin
+        b = a * sin + b * cos
+        a = turned
+    _write(out + at, a, b, mask, HB, P)
 
 
 @triton.jit
@@ -75,22 +92,16 @@ def _backward(
     # One program per run of LENGTH rows. With n = x rstd, b = dout rotated back and g = weight b:
     # dx = rstd (g - n mean(g n)), dweight = sum n b.
     run = tl.program_id(0).to(tl.int64)
-    head, pair = tl.arange(0, HB)[:, None], tl.arange(0, P)[None, :]
-    in_row = (head < HEADS) & (pair < HEAD // 2)
-    col = head * HEAD + 2 * pair
-    wide = 2 * pair + head * 0 if PER_HEAD else col
-    wa = tl.load(weight + wide, mask=in_row, other=0.0)
-    wb = tl.load(weight + wide + 1, mask=in_row, other=0.0)
+    col, wide, in_row = _places(HEADS, HEAD, HB, P, PER_HEAD)
+    wa, wb = _read(weight + wide, in_row, HB, P)
     sum_a = tl.zeros([HB, P], tl.float32)
     sum_b = tl.zeros([HB, P], tl.float32)
     for i in range(LENGTH):  # rows past the last one are masked and add zeros to the sums
         row = run * LENGTH + i
         at = row * HEADS * HEAD + col
         mask = in_row & (row < total)
-        a = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(x + at + 1, mask=mask, other=0.0).to(tl.float32)
-        da = tl.load(dout + at, mask=mask, other=0.0).to(tl.float32)
-        db = tl.load(dout + at + 1, mask=mask, other=0.0).to(tl.float32)
+        a, b = _read(x + at, mask, HB, P)
+        da, db = _read(dout + at, mask, HB, P)
         token = row % tokens
         if token < F * H * W:  # rotate dout back by the same angles
             cos, sin = _turn(frames, rows, cols, token, H, W, PF, PH, PW, P)
@@ -105,10 +116,8 @@ def _backward(
         da *= wa  # g
         db *= wb
         mean = _mean(da * a + db * b, HEAD, HEADS, PER_HEAD)
-        tl.store(dx + at, (rstd * (da - a * mean)).to(dx.dtype.element_ty), mask=mask)
-        tl.store(dx + at + 1, (rstd * (db - b * mean)).to(dx.dtype.element_ty), mask=mask)
-    tl.store(partial + run * HEADS * HEAD + col, sum_a, mask=in_row)
-    tl.store(partial + run * HEADS * HEAD + col + 1, sum_b, mask=in_row)
+        _write(dx + at, rstd * (da - a * mean), rstd * (db - b * mean), mask, HB, P)
+    _write(partial + run * HEADS * HEAD + col, sum_a, sum_b, in_row, HB, P)
 
 
 def _shape(x: Tensor, weight: Tensor, rope: list[Tensor]) -> dict:
