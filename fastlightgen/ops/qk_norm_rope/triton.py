@@ -1,7 +1,7 @@
 """qk_norm_rope in Triton, with one launch for q and one for k. Same signatures as cuda.py.
 
-A row is read and written whole. In between it is held as two blocks [heads, pairs], one of the even channels (a) and one
-of the odd channels (b), so that a rotation combines equal positions of both. PF, PH, PW: pairs that frames, rows,
+A row is read and written whole. In between it is held as two blocks [heads, pairs], one of the even channels (a) and
+one of the odd channels (b), so that a rotation combines equal positions of both. PF, PH, PW: pairs that frames, rows,
 columns rotate; HB, P: padded block sizes.
 """
 
