@@ -198,8 +198,8 @@ def main() -> None:
     if part not in ("train", "measure", "both"):
         sys.exit(f"part={part}: wanted train, measure, both or table")
     todo: dict[str, Work] = {}
-    for seed in seeds:
-        for name in [n for n in names if varies(n) or seed == seeds[0]]:
+    for name in names:  # what is named first is done first, for all seeds
+        for seed in seeds if varies(name) else seeds[:1]:
             if part != "measure":
                 add_training(todo, ROWS[name].model, seed, threads)
             if part != "train":
