@@ -36,6 +36,7 @@ class Kernel:
     shared: int  # bytes
     instructions: int
     per_row: int | None  # instructions of the loop over rows for each row, with both sides of its branches
+    ahead: int | None  # barriers of the loop that the loads of rows pass, at least, before anything waits for them
     loads: dict[str, int]  # global loads by their width in bits
     stores: dict[str, int]
     text: str  # the disassembly
@@ -89,22 +90,41 @@ def kernel(arch: str, symbol: str, spilled: int, registers: int, rest: str, text
     lines = [(int(at, 16), line) for at, line in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.M)]
     back = [(to, at) for at, line in lines if "BRA" in line and (to := target(line)) is not None and to < at]
     # The loop over rows is long and lies inside the loop over runs, if there is one.
-    loops = [size for to, at in back if (size := (at - to) // 16 + 1) > 100]
+    size, first = min((loop for to, at in back if (loop := ((at - to) // 16 + 1, to))[0] > 100), default=(0, 0))
     return Kernel(
         parts[1], DTYPES.get(parts[2]), threads * 16 if exact else None, threads,
         VARIANTS.get(parts[1]) if flag and flag[1] == "1" else None,
         registers, spilled, int(m[1]) if (m := re.search(r"(\d+) bytes smem", rest)) else 0,
-        len(lines), min(loops, default=0) // rows or None,
+        len(lines), size // rows or None, ahead(text, first, size),
         widths("LDG", lines), widths("STG", lines), text,
     )  # fmt: skip
 
 
+def ahead(text: str, first: int, size: int) -> int | None:
+    """The smallest number of barriers that a load of a row passes before the first wait for its scoreboard.
+
+    A load names one of six scoreboards and a wait is for all loads that named it, so a wait for another load can end
+    the overlap. The control bits of an instruction, since Volta: a mask of scoreboards to wait for from bit 116 on, and
+    the scoreboard that it sets from bit 110 on.
+    """
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);\s+/\* 0x[0-9a-f]+ \*/\s+/\* 0x([0-9a-f]+) \*/", text)
+    loop = [(line, int(high, 16)) for at, line, high in found if first <= int(at, 16) < first + 16 * size]
+    least = None
+    for i, (line, high) in enumerate(loop):
+        if "LDG.E.EF" in line:  # rows are read once: evict first
+            barriers = 0
+            for other, bits in loop[i + 1 :] + loop[:i]:
+                if bits >> 52 >> (high >> 46 & 7) & 1:
+                    break
+                barriers += "BAR.SYNC" in other
+            least = min(barriers, barriers if least is None else least)
+    return least
+
+
 def rows_of_loop(name: str, narrow: bool, flag: bool, arch: str) -> int:
     """Rows that one turn of a kernel's loop works on. `narrow`: rows of 16-bit numbers in one of the exact widths."""
-    two = name.startswith("qk_norm_rope") or (
-        narrow and ((name == "forward" and not flag) or (name == "norm_backward" and arch == "90a"))
-    )
-    return 2 if two else 1
+    two = (name == "forward" and not flag) or (name == "norm_backward" and arch == "90a")
+    return 2 if narrow and two else 1
 
 
 def target(line: str) -> int | None:

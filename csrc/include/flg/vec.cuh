@@ -58,6 +58,24 @@ __device__ __forceinline__ void load_four(const float* p, float (&v)[4]) {
   v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
 }
 
+// Copies eight bytes into shared memory. `copies_done` waits for this thread's copies, and a barrier shows them to
+// others. No register waits for the data, so that a wait for it does not wait for loads that were issued after it.
+__device__ __forceinline__ void copy_to_shared(float2* to, const float2* from) {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+#else
+  *to = *from;
+#endif
+}
+
+__device__ __forceinline__ void copies_done() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // Returns the same vector, but hides that from the compiler: it unpacks it again instead of keeping eight floats.
 template <typename T>
 __device__ __forceinline__ Packed<T> again(Packed<T> v) {

@@ -16,13 +16,8 @@ constexpr int kRopeForwardBlocks = W::kExact && sizeof(T) == 2 ? 640 / W::kThrea
 template <typename T, typename W>
 constexpr int kRopeBackwardBlocks = W::kExact && sizeof(T) == 2 ? 384 / W::kThreads : 1;
 
-// Rows that are on their way while another is worked on. With one, an H100 moved 81 % of a copy's bytes forward and 72
-// % backward: no load was under way from a row's arrival to the first use of its registers. Two do not fit in float32.
-template <typename T, typename W>
-constexpr int kRopeAhead = W::kExact && sizeof(T) == 2 ? 2 : 1;
-
-// The rotations of one row in shared memory: cosines, then sines, of the channel pairs of a head. All heads share them.
-using Rotations = float[2][FLG_ROPE_PAIRS];
+// The rotations of one row in shared memory: cosine and sine of the channel pairs of a head. All heads share them.
+using Rotations = float2[FLG_ROPE_PAIRS];
 
 // Brings the rotations of consecutive rows into shared memory. Thread i serves pair i of a head, so that finding the
 // pair's axis, and counting frames, rows and columns, is done once per row and not for every vector of the row.
@@ -45,22 +40,19 @@ class Rotor {
     frame_ = token_ / plane, row_ = token_ / rope.size[2] % rope.size[1], column_ = token_ % rope.size[2];
   }
 
-  // This thread's pair for the current row; then goes on to the next row. Text tokens follow the grid and are not
-  // rotated: their cosine is 1.
-  __device__ __forceinline__ float2 next(const flg_rope& rope) {
-    float2 turn = make_float2(1.f, 0.f);
-    if (table_ == nullptr) return turn;  // more threads than pairs
+  // Starts to copy this thread's pair for the current row, then goes on to the next row. `copies_done` and a barrier
+  // must follow before any thread reads it. Text tokens follow the grid and are not rotated: their cosine is 1.
+  __device__ __forceinline__ void stage(Rotations& to, const flg_rope& rope) {
+    if (table_ == nullptr) return;  // more threads than pairs
     const int at = axis_ == 0 ? frame_ : axis_ == 1 ? row_ : column_;
-    if (frame_ < rope.size[0]) turn = __ldg(table_ + at * width_);
+    if (frame_ < rope.size[0]) {
+      copy_to_shared(&to[threadIdx.x], table_ + at * width_);
+    } else {
+      to[threadIdx.x] = make_float2(1.f, 0.f);
+    }
     if (++column_ == rope.size[2]) column_ = 0, ++row_;
     if (row_ == rope.size[1]) row_ = 0, ++frame_;
     if (++token_ == tokens_) token_ = frame_ = row_ = column_ = 0;  // the next sample
-    return turn;
-  }
-
-  // Stores what `next` returned. A barrier must follow before any thread reads it.
-  __device__ __forceinline__ void stage(Rotations& to, float2 turn) const {
-    if (table_ != nullptr) to[0][threadIdx.x] = turn.x, to[1][threadIdx.x] = turn.y;
   }
 
  private:
@@ -73,18 +65,19 @@ class Rotor {
 // each vector within its head. At the exact widths it is the same for all vectors, see with_rope_width.
 template <int kDirection, typename W>
 __device__ __forceinline__ void rotate(const Rotations& by, const int (&pair)[kVecs], float (&v)[kVecs][kVec]) {
-  float cosine[kVec / 2], sine[kVec / 2];
+  float turns[2][4];  // cosine and sine of two pairs, and of two more
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     if (i == 0 || !W::kExact) {
-      load_four(&by[0][pair[i]], cosine);
-      load_four(&by[1][pair[i]], sine);
+      load_four(&by[pair[i]].x, turns[0]);
+      load_four(&by[pair[i] + 2].x, turns[1]);
     }
 #pragma unroll
     for (int j = 0; j < kVec / 2; ++j) {
-      const float a = v[i][2 * j], b = v[i][2 * j + 1], turn = kDirection * sine[j];
-      v[i][2 * j] = a * cosine[j] - b * turn;
-      v[i][2 * j + 1] = a * turn + b * cosine[j];
+      const float a = v[i][2 * j], b = v[i][2 * j + 1];
+      const float cosine = turns[j / 2][j % 2 * 2], sine = kDirection * turns[j / 2][j % 2 * 2 + 1];
+      v[i][2 * j] = a * cosine - b * sine;
+      v[i][2 * j + 1] = a * sine + b * cosine;
     }
   }
 }
@@ -157,39 +150,32 @@ __global__ void __launch_bounds__(W::kThreads, kRopeForwardBlocks<T, W>)
   const int64_t last = runs.last(blockIdx.x);
   int64_t row = runs.first(blockIdx.x);
   Rotor rotor(p.rope, static_cast<int>(p.tokens), row);
-  constexpr int kAhead = kRopeAhead<T, W>;
-  Row<T, W> x[kAhead];
+  Row<T, W> x;
+  x.load(in, row, col);
+  rotor.stage(staged[row % 2], p.rope);
+  for (; row < last; ++row) {
+    const int turn = static_cast<int>(row % 2);  // the barrier of a row separates the uses of its two arrays
+    float v[kVecs][kVec], sums[kVecs][1] = {};
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i)
-    if (row + i < last) x[i].load(in, row + i, col);
-  while (row < last) {
+    for (int i = 0; i < kVecs; ++i) {
+      unpack(x.part[i], v[i]);
 #pragma unroll
-    for (int turn = 0; turn < 2; ++turn) {  // even and odd rows: a row's barrier separates the uses of two arrays
-      if (row == last) break;
-      Row<T, W>& next = x[turn % kAhead];
-      const float2 rotation = rotor.next(p.rope);
-      float v[kVecs][kVec], sums[kVecs][1] = {};
-#pragma unroll
-      for (int i = 0; i < kVecs; ++i) {
-        unpack(next.part[i], v[i]);
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) sums[i][0] += v[i][j] * v[i][j];
-      }
-      if (row + kAhead < last) next.load(in, row + kAhead, col);  // in flight while this row is reduced
-      rotor.stage(staged[turn], rotation);
-      group_sums<W>(sums, p.per_head, p.head_dim, scratch[turn]);  // two scratch arrays in turn, see block_sum
-#pragma unroll
-      for (int i = 0; i < kVecs; ++i) {
-        const float rstd = rsqrtf(sums[i][0] * inv_group + p.eps);
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) v[i][j] *= rstd * weight[i][j];
-      }
-      rotate<1, W>(staged[turn], pair, v);
-#pragma unroll
-      for (int i = 0; i < kVecs; ++i)
-        if (col.inside(i)) store(out + row * col.dim + col.at(i), v[i]);
-      ++row;
+      for (int j = 0; j < kVec; ++j) sums[i][0] += v[i][j] * v[i][j];
     }
+    if (row + 1 < last) x.load(in, row + 1, col);  // load the next row while this one is reduced
+    copies_done();
+    group_sums<W>(sums, p.per_head, p.head_dim, scratch[turn]);  // two scratch arrays in turn, see block_sum
+    if (row + 1 < last) rotor.stage(staged[1 - turn], p.rope);   // the other array was read before the barrier
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const float rstd = rsqrtf(sums[i][0] * inv_group + p.eps);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) v[i][j] *= rstd * weight[i][j];
+    }
+    rotate<1, W>(staged[turn], pair, v);
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i)
+      if (col.inside(i)) store(out + row * col.dim + col.at(i), v[i]);
   }
 }
 
@@ -213,55 +199,47 @@ __global__ void __launch_bounds__(W::kThreads, kRopeBackwardBlocks<T, W>)
   const int64_t last = runs.last(blockIdx.x);
   int64_t row = runs.first(blockIdx.x);
   Rotor rotor(p.rope, static_cast<int>(p.tokens), row);
-  constexpr int kAhead = kRopeAhead<T, W>;
-  Row<T, W> x[kAhead], dy[kAhead];
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) {
-    if (row + i < last) {
-      x[i].load(in, row + i, col);
-      dy[i].load(dout, row + i, col);
-    }
-  }
-  rotor.stage(staged[0], rotor.next(p.rope));
+  Row<T, W> x, dy;
+  x.load(in, row, col);
+  dy.load(dout, row, col);
+  rotor.stage(staged[row % 2], p.rope);
+  copies_done();
   __syncthreads();
-  while (row < last) {
+  for (; row < last; ++row) {
+    const int turn = static_cast<int>(row % 2);
+    // This row's rotations were there before the last barrier, and the other array was read before it too.
+    if (row + 1 < last) rotor.stage(staged[1 - turn], p.rope);
+    float v[kVecs][kVec], d[kVecs][kVec], sums[kVecs][2] = {};  // v: x; d: b, then dx; sums: x^2 and g x
 #pragma unroll
-    for (int turn = 0; turn < 2; ++turn) {
-      if (row == last) break;
-      const float2 rotation = rotor.next(p.rope);  // of the next row: this one's was staged before the last barrier
-      float v[kVecs][kVec], d[kVecs][kVec], sums[kVecs][2] = {};  // v: x; d: b, then dx; sums: x^2 and g x
+    for (int i = 0; i < kVecs; ++i) {
+      unpack(x.part[i], v[i]);
+      unpack(dy.part[i], d[i]);
+    }
+    rotate<-1, W>(staged[turn], pair, d);
 #pragma unroll
-      for (int i = 0; i < kVecs; ++i) {
-        unpack(x[turn % kAhead].part[i], v[i]);
-        unpack(dy[turn % kAhead].part[i], d[i]);
+    for (int i = 0; i < kVecs; ++i) {
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        sums[i][0] += v[i][j] * v[i][j];
+        sums[i][1] += d[i][j] * weight[i][j] * v[i][j];
       }
-      if (row + kAhead < last) {
-        x[turn % kAhead].load(in, row + kAhead, col);
-        dy[turn % kAhead].load(dout, row + kAhead, col);
+    }
+    if (row + 1 < last) {
+      x.load(in, row + 1, col);
+      dy.load(dout, row + 1, col);
+    }
+    copies_done();
+    group_sums<W>(sums, p.per_head, p.head_dim, scratch[turn]);
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const float rstd = rsqrtf(sums[i][0] * inv_group + p.eps), mean_gn = sums[i][1] * inv_group * rstd;
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        const float n = v[i][j] * rstd;
+        total[i][j] += d[i][j] * n;
+        d[i][j] = rstd * (d[i][j] * weight[i][j] - n * mean_gn);
       }
-      rotate<-1, W>(staged[turn], pair, d);
-#pragma unroll
-      for (int i = 0; i < kVecs; ++i) {
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) {
-          sums[i][0] += v[i][j] * v[i][j];
-          sums[i][1] += d[i][j] * weight[i][j] * v[i][j];
-        }
-      }
-      rotor.stage(staged[1 - turn], rotation);
-      group_sums<W>(sums, p.per_head, p.head_dim, scratch[turn]);
-#pragma unroll
-      for (int i = 0; i < kVecs; ++i) {
-        const float rstd = rsqrtf(sums[i][0] * inv_group + p.eps), mean_gn = sums[i][1] * inv_group * rstd;
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) {
-          const float n = v[i][j] * rstd;
-          total[i][j] += d[i][j] * n;
-          d[i][j] = rstd * (d[i][j] * weight[i][j] - n * mean_gn);
-        }
-        if (col.inside(i)) store(dx + row * col.dim + col.at(i), d[i]);
-      }
-      ++row;
+      if (col.inside(i)) store(dx + row * col.dim + col.at(i), d[i]);
     }
   }
   float* partial = p.partial + (blockIdx.y * runs.count + blockIdx.x) * col.dim;  // [2, runs, dim]
