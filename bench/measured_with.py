@@ -3,8 +3,7 @@
 import time
 
 import torch
-
-from fastlightgen.engine.folder import commit
+from machine import commit
 
 
 def versions(**more: str) -> dict[str, str | None]:
