@@ -198,6 +198,9 @@ def grouped(net: Network, cfg: Plan, b: Budget) -> str:
     return f" ({why})" if fewest < b.calls else ""
 
 
+REACHED = "an H100 alone, with clips at hand, reached 48% in a step of Wan 1.3B (docs/speed.md): try efficiency=0.45"
+
+
 def formula(cfg: Plan, b: Budget) -> list[str]:
     """Return the lines that derive the time from the operations."""
     peak = getattr(GPUS[cfg.gpu], cfg.dtype)
@@ -211,6 +214,7 @@ def formula(cfg: Plan, b: Budget) -> list[str]:
         f"  {b.seconds:.2f} s x {b.iters} / 86400 = {b.days:.2f} days, {b.gpu_days:.2f} GPU-days",
         f"  efficiency: {source} {implied if not cfg.efficiency else ''}".rstrip(),
         "  it includes all waiting for data, host and wire",
+        *([] if cfg.efficiency else [f"  {REACHED}"]),
         *(["  fp8=frozen: no gain is counted, because none was measured"] if cfg.fp8 != "off" else []),
     ]
 
