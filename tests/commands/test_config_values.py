@@ -92,7 +92,7 @@ def test_the_built_in_world_keeps_its_own_settings(model):
         words = [f"stage={stage}", "run=r", f"model={model}"]
         assert config.numbers(load(words)) == config.numbers(load([*words, "preset=paper"]))
     cfg = load([*S3, f"model={model}"])
-    wanted = {"tiny": (200, 16, 4e-4, 8e-4, 1.5, 20), "tiny-hunyuan": (125, 16, 1e-4, 4e-4, 3.0, 0)}
+    wanted = {"tiny": (70, 16, 4e-4, 8e-4, 1.5, 20), "tiny-hunyuan": (125, 16, 1e-4, 4e-4, 3.0, 0)}
     assert (cfg.iters, cfg.batch, cfg.lr, cfg.lr_fake, cfg.shift, cfg.critic_start) == wanted[model]
     assert cfg.ema == 0.0
 
