@@ -214,7 +214,7 @@ def formula(cfg: Plan, b: Budget) -> list[str]:
         f"  {b.seconds:.2f} s x {b.iters} / 86400 = {b.days:.2f} days, {b.gpu_days:.2f} GPU-days",
         f"  efficiency: {source} {implied if not cfg.efficiency else ''}".rstrip(),
         "  it includes all waiting for data, host and wire",
-        *([] if cfg.efficiency else [f"  {REACHED}"]),
+        *([f"  {REACHED}"] if cfg.gpu == "h100" and not cfg.efficiency else []),
         *(["  fp8=frozen: no gain is counted, because none was measured"] if cfg.fp8 != "off" else []),
     ]
 

@@ -47,26 +47,31 @@ def recipe_for(model: str, plan: Plan) -> str:
     return f"the smallest machine with a recipe is {least.machine}: {least.word}"
 
 
-def fitted(net: Network, plan: Plan, room: float) -> tuple[str, Budget] | None:
-    """The keys to change until a plan fits, and the plan with them; None if no keys suffice."""
+def fitted(net: Network, plan: Plan, room: float, whole: bool = False) -> tuple[str, Budget] | None:
+    """The keys to change until a plan fits, and the plan with them; None if no keys suffice.
+
+    `whole`: the student's own weights go on training, not adapters.
+    """
     last, changes = budget(net, plan), dict[str, Any]()
     for change, after in remedies(net, plan, room):
+        if whole and "student_mode" in change:
+            break
         changes |= change
         last = after
     return (words(changes), last) if last.peak < room else None
 
 
 def machines(net: Network, plan: Plan) -> Iterator[str]:
-    """Name the fewest GPUs of the planned kind, and the smallest other kind, on which the run fits."""
+    """Name the fewest GPUs of the planned kind, and the smallest other kind, on which the run fits with all weights."""
     most = MOST if plan.stage == "1" else plan.clips_per_step  # each GPU has at least one clip
     for gpus in (2**n for n in range(1, 7) if plan.gpus < 2**n <= most):
         trial = replace(plan, gpus=gpus, gpus_per_node=8, engine="deepspeed")
-        if found := fitted(net, trial, GPUS[plan.gpu].memory):
+        if found := fitted(net, trial, GPUS[plan.gpu].memory, whole=True):
             yield f"gpus={gpus} {found[0]}".rstrip() + f": {found[1].peak / 1e9:.1f} GB on each"
             break
     larger = [(kind, gpu.memory) for kind, gpu in GPUS.items() if gpu.memory > GPUS[plan.gpu].memory]
     for kind, memory in sorted(larger, key=lambda k: k[1]):
-        if found := fitted(net, replace(plan, gpu=kind), memory):
+        if found := fitted(net, replace(plan, gpu=kind), memory, whole=True):
             yield f"gpu={kind} {found[0]}".rstrip() + f": {found[1].peak / 1e9:.1f} of {memory / 1e9:.0f} GB"
             break
 

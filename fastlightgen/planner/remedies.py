@@ -40,6 +40,8 @@ def candidates(net: Network, plan: Plan) -> Iterator[Mapping[str, Any]]:
     yield from (saving for saving in own if saving.keys() & computes)
     if (sharded or alone) and plan.offload != "all":
         yield {"engine": "deepspeed", "offload": "all", "zero": 3}
+    if keys.get("student_mode") == "copy" and keys.get("target") != "ema":  # the last, because fewer numbers train
+        yield {"student_mode": "lora"}
 
 
 def remedies(

@@ -33,6 +33,19 @@ def test_a_run_that_cannot_fit_names_machines_on_which_it_does(capsys):
     assert lines[-1].endswith("recipe is 8 x h100: config=configs/recipes/wan2.1-14b-480p-8x80gb.yaml")
 
 
+def test_adapters_are_the_last_advice(capsys):
+    """Stage III of Wan 14B on a card of 24 GB: with every other key it does not fit, with adapters it does."""
+    words = ["stage=3", "model=wan2.1-t2v-14b", "gpu=4090", "gpus=1", "micro_batch=1"]
+    with pytest.raises(SystemExit):
+        run(*words)
+    lines = capsys.readouterr().out.splitlines()
+    changes = lines[lines.index("to make it fit, cheapest first, each on top of those before:") + 1 : -1]
+    keys = [line.split()[0] for line in changes]
+    assert keys[-1] == "student_mode=lora" and "fake_mode=lora" in keys
+    peaks = [planned(load([*words, *keys[:n]], "plan")).peak for n in (len(keys) - 1, len(keys))]
+    assert peaks[0] > GPUS["4090"].memory > peaks[1]
+
+
 def test_one_card_is_told_of_host_memory_not_of_a_larger_card(capsys):
     """Wan 1.3B in one process does not fit 24 GB; DeepSpeed with AdamW in host memory does. No default is suggested."""
     with pytest.raises(SystemExit) as stop:
