@@ -76,9 +76,13 @@ def noted(walk, own: list[torch.Tensor], x_t, t, streams):
     return walk(x_t, t, streams)
 
 
-@pytest.mark.parametrize(("method", "expert"), PAIRS)
-def test_stage_3(root, method: str, expert: str):
-    stage = built(*words(root, method, expert))
+ADAPTERS = [("fastlightgen", "high"), ("fastlightgen", "low"), ("dmd2", "low")]
+
+
+@pytest.mark.parametrize(("method", "expert", "mode"), [(*p, "copy") for p in PAIRS] + [(*p, "lora") for p in ADAPTERS])
+def test_stage_3(root, method: str, expert: str, mode: str):
+    """With all weights of the student, and with adapters."""
+    stage = built(*words(root, method, expert), f"student_mode={mode}")
     nets = networks(stage)
     partner = getattr(getattr(stage, "nets", None), "partner", None)
     assert (partner is not None) == (expert == "low" and "ratio=1" in STAGE3[method])
@@ -169,11 +173,13 @@ def test_lcm_takes_the_points_of_its_range():
         lcm.last_point(configured("method=lcm", "expert=low", "boundary=0.7", "points=2"))
 
 
-@pytest.mark.parametrize("method", ["dmd2", "magicdistillation", "regression"])
-def test_a_command_trains_both(root, tmp_path, method: str):
+@pytest.mark.parametrize(
+    ("method", "mode"), [("dmd2", "copy"), ("dmd2", "lora"), ("magicdistillation", "copy"), ("regression", "copy")]
+)
+def test_a_command_trains_both(root, tmp_path, method: str, mode: str):
     common = [f"model={root / 'teacher'}", f"stage2_model={root / 'stage2'}", f"run={tmp_path}", "batch=2", "iters=1"]
     common += ["progress=false", "threads=1", "steps=4", f"shift={SHIFT}", "stage=3", f"method={method}"]
-    run_train(*common, *[word for word in STAGE3[method] if "count" not in word])
+    run_train(*common, f"student_mode={mode}", *[word for word in STAGE3[method] if "count" not in word])
     for expert in RANGES:
         card = read_card(tmp_path / "stage3/model" / expert)
         assert (card["expert"], card["ladder"], card["kept_blocks"]) == (expert, TIMES, KEPT)
