@@ -11,13 +11,12 @@ from functools import lru_cache
 from types import ModuleType
 
 import kernels
-import peers
 import pytest
 import torch
 import torch.nn.functional as F
 from device_time import sampled
 from kernels import DEVICE, DTYPE, GPU, draw
-from peers import failing, imported
+from peers import failing, imported, with_cudnn
 from torch import Tensor, nn
 
 from fastlightgen.models.base import Block, Cond, Job, Prompt, State, Tables
@@ -135,7 +134,7 @@ def timed(pair: Pair, name: str, backward: bool) -> Callable[[], object]:
             return [v for s in pair.ours(inputs, y, gate) for v in (s.x, s.y)]
     else:
         call = kernels.compiled(pair.theirs) if name == "torch.compile" else pair.theirs
-        call = peers.with_cudnn(call) if name == "eager cuDNN" else call
+        call = with_cudnn(call) if name == "eager cuDNN" else call
         wanted = [*inputs, *pair.peer.parameters()]
 
         def forward() -> list[Tensor]:

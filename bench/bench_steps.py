@@ -13,12 +13,11 @@ import math
 from collections.abc import Callable
 
 import kernels
-import peers
 import pytest
 import torch
 from device_time import Samples
 from kernels import DEVICE, GPU
-from peers import imported
+from peers import imported, with_cudnn
 from stock import Stock
 from timing import seconds
 from torch import nn
@@ -93,7 +92,7 @@ def bench_steps(benchmark, stage: str, name: str):
     gc.collect()
     try:
         step, losses = stepper(stage, cfg, net)
-        step = peers.with_cudnn(step) if name == "diffusers, cuDNN" else step
+        step = with_cudnn(step) if name == "diffusers, cuDNN" else step
         step()
         if GPU:
             torch.cuda.reset_peak_memory_stats()

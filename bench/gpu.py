@@ -68,8 +68,10 @@ def build(run: Run, found: dict) -> None:
     env = {"FLG_BUILD_CUDA": "1", "FLG_CUDA_ARCHS": arch, "FLG_CUTLASS": found["cutlass"] or ""}
     module = ROOT / "fastlightgen" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     key = hashlib.sha256(json.dumps([env, found["nvcc"], found["python"], compiled_from()]).encode()).hexdigest()
-    if module.exists() and (os.environ.get("BUILT") or (STAMP.exists() and STAMP.read_text() == key)):
-        run.say("build: the compiled module " + ("came along" if os.environ.get("BUILT") else "is up to date"))
+    if module.exists() and os.environ.get("BUILT"):
+        run.say("build: the compiled module came along")
+    elif module.exists() and STAMP.exists() and STAMP.read_text() == key:
+        run.say("build: the compiled module is up to date")
     else:
         began = time.monotonic()
         code = run.call([PY, "setup.py", "-q", "build_ext", "--inplace"], "run.log", 240, **env)

@@ -105,8 +105,9 @@ def sources() -> str:
 
 
 def commit() -> str | None:
-    """The commit: the one that wheels.sh noted, if the sources are still those, for a copy that git knows less of; else
-    git's.
+    """The commit that wheels.sh noted, if the sources are still those; otherwise git's.
+
+    A copy of the tree may have no git, or an older commit with these sources as changes.
     """
     noted = ROOT / "bench" / "wheels" / "commit"
     hashed, _, name = noted.read_text().strip().partition(" ") if noted.exists() else ("", "", "")

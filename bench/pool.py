@@ -13,6 +13,8 @@ from fastlightgen.sweeps.processes import begin
 
 @dataclass
 class Work:
+    """A call that a process of its own makes."""
+
     call: Callable[..., object]
     args: Sequence[Any]
     after: tuple[str, ...] = ()  # the names of what must have ended

@@ -169,7 +169,7 @@ def trials() -> None:
     """Write the scores of the trials that are measured."""
     rows = {}
     for name, row in ROWS.items():
-        if row.group == "trials" and (file := TRIED / f"{name}-{TUNED}.json").is_file():
+        if row.group == "trials" and (file := record_of(name, TUNED)).is_file():
             record = read_json(file)
             scores = {k: record["scores"][k] for k in SHOWN if k in record["scores"]}
             rows[name] = {"keys": TRAININGS[name].keys, "clips": record["clips"], "scores": scores}
