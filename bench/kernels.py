@@ -122,9 +122,9 @@ def feed(benchmark, seconds: Iterable[float]) -> None:
         _fed.clear()
 
 
-def record(benchmark, group: str, name: str, samples: Samples, **columns: float) -> None:
+def record(benchmark, group: str, name: str, samples: Samples, dtype: torch.dtype = DTYPE, **columns: float) -> None:
     """Add a row to the record; conftest.py writes it to the results folder."""
-    benchmark.group = f"{group} {DTYPE}".replace("torch.", "")
+    benchmark.group = f"{group} {dtype}".replace("torch.", "")
     name = f"{name} on the CPU shim" if SIMT and name == "cuda" else name
     benchmark.extra_info |= samples.columns() | columns | {"contender": name}
     if GPU:

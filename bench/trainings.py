@@ -110,6 +110,9 @@ TRAININGS: dict[str, Training] = {
     "plain-short": Training(3, "stage2-plain", (*updates(HALF), "beta1=2")),
     "plain-below": Training(3, "stage2-plain", (*updates(HALF), "beta1=2", "guidance_times=below")),
     "plain-above": Training(3, "stage2-plain", (*updates(HALF), "beta1=2", "guidance_times=above")),
+    # Eq. 7's weight of distillation. The rest is the data, which has no guidance.
+    **{f"stage2-alpha-{a}": Training(2, "rank", (f"iters={STEPS}", f"alpha={a}")) for a in ("0", ".5")},
+    **{f"alpha-{a}": Training(3, f"stage2-alpha-{a}", updates(HALF)) for a in ("0", ".5")},
     # Rivals of Stage II, with the preset's schedule, sampled like the teacher. "f3-attention" trains nothing.
     "icmd": Training(2, "rank", (f"iters={STEPS}", "method=icmd")),
     "f3-attention": Training(2, "", ("method=f3",)),
@@ -145,6 +148,8 @@ ROWS: dict[str, Row] = {
     "plain-short": Row("Stage II without guidance, half the steps", "plain-short", group="ablations"),
     "plain-below": Row("guidance at cleaner times", "plain-below", group="ablations"),
     "plain-above": Row("guidance at noisier times", "plain-above", group="ablations"),
+    "alpha-0": Row("alpha = 0: Stage II follows the data", "alpha-0", group="ablations"),
+    "alpha-.5": Row("alpha = .5", "alpha-.5", group="ablations"),
     "icmd": Row("ICMD, 28 steps", "icmd", {"steps": 28}, group="rivals"),
     "f3-attention": Row("F3-Pruning, attention, untrained, 28 steps", "f3-attention", {"steps": 28}, group="rivals"),
     "f3-blocks": Row("F3-Pruning, blocks, trained, 28 steps", "f3-blocks", {"steps": 28}, group="rivals"),
@@ -173,6 +178,9 @@ PAIRS = (  # (row, the row that it is compared with)
     ("ratio-1", "short"),
     ("ratio-5", "short"),
     ("fresh", "short"),
+    ("alpha-0", "short"),
+    ("alpha-.5", "short"),
+    ("plain-short", "short"),
     ("plain-below", "plain-short"),
     ("plain-above", "plain-short"),
     ("student", "stage3-regression"),

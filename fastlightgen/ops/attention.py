@@ -3,7 +3,8 @@
 `auto` prefers FlashAttention-3 on Hopper if it is installed, else cuDNN; on other GPUs torch chooses. A call that the
 preferred kernel does not support goes to the next one. A named kernel is mandatory: a call that it does not support is
 an error. One exception: FlashAttention has no mask on a GPU, so calls with a mask go to the next kernel. On the CPU
-only `flash` and `math` have an effect. Under torch.compile torch chooses.
+only `flash` and `math` have an effect; `auto` takes attention_cpu.py for small calls in 16 bits. Under torch.compile
+torch chooses.
 """
 
 import importlib.util
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import attention as switch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastlightgen.ops import attention_cpu
 
 FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 KERNELS = {
@@ -41,7 +44,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         mask = mask.expand(-1, -1, q.shape[1], -1)  # onnxruntime takes no mask that all queries share
     args = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask  # torch wants [B, heads, L, head_dim]
     if torch.compiler.is_compiling() or (kernels := _kernels(q.is_cuda, mask is not None)) is None:
-        out = F.scaled_dot_product_attention(*args)
+        ours = mask is None and attention_cpu.takes(*args[:3])
+        out = attention_cpu.attend(*args[:3]) if ours else F.scaled_dot_product_attention(*args)
     else:
         try:
             with sdpa_kernel(kernels, set_priority=True):  # costs 13 us per call

@@ -5,10 +5,12 @@ from contextlib import contextmanager
 import pytest
 import rule
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastlightgen.models.recompute import recomputed
-from fastlightgen.ops import attend, attention
+from fastlightgen.ops import attend, attention, attention_cpu
 
 FLASH, CUDNN, EFFICIENT, MATH = (
     SDPBackend.FLASH_ATTENTION,
@@ -200,6 +202,42 @@ def test_a_checkpoint_keeps_what_a_switched_in_kernel_made(recompute: str, times
     want = q.detach().double().requires_grad_()
     exact(2 * want, want, want).sin().sum().backward()
     torch.testing.assert_close(q.grad.double(), want.grad, rtol=1e-4, atol=1e-5)  # float32, sums of 5 to 8 terms
+
+
+def flash_on_a_cpu(q, k, v):
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("clips", "heads", "queries", "keys"),
+    [(16, 4, 200, 16), (5, 3, 200, 200), (1, 1, 1, 1), (2, 2, 700, 700)],  # 65, 6, all, and one head at a time
+)
+def test_the_kernel_of_a_cpu_is_as_exact_as_torchs(monkeypatch, clips, heads, queries, keys, dtype):
+    """Output and gradients in 16 bits, against float64; torch's flash kernel is the measure."""
+    called = []
+    monkeypatch.setattr(attention_cpu, "attend", lambda *qkv: called.append(1) or attention_cpu.Attention.apply(*qkv))
+    sizes = {"q": queries, "k": keys, "v": keys}
+    inputs = {name: torch.randn(clips, tokens, heads, 32).to(dtype) for name, tokens in sizes.items()}
+    exactly = rule.results(formula, inputs, torch.float64)
+    rule.check(rule.results(attend, inputs), rule.results(flash_on_a_cpu, inputs), exactly, keys)
+    assert called
+
+
+def test_which_calls_it_takes():
+    q = torch.randn(1, 2, 8, 32)
+    half, long = q.bfloat16(), torch.randn(1, 1, 1025, 8).bfloat16()
+    assert attention_cpu.takes(half, half, half)
+    assert not attention_cpu.takes(q, q, q)
+    assert not attention_cpu.takes(half, half, q)
+    assert not attention_cpu.takes(long, long, long)
+    assert not attention_cpu.takes(half, half[:, :, :0], half[:, :, :0])
+    with FlopCounterMode(display=False):  # a mode that observes operators sees torch's
+        assert not attention_cpu.takes(half, half, half)
+    with torch.autocast("cpu", torch.bfloat16):  # torch's operator would round q, k and v to bfloat16 too
+        assert attention_cpu.takes(q, half, q)
+        assert attend(q, q, q).dtype == torch.bfloat16
+        torch.testing.assert_close(attend(q, q, q), attend(half, half, half), rtol=0, atol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
