@@ -86,17 +86,22 @@ def to_step(cfg) -> None:
         )
     check_model(folder, ShapesSource.description)
     world = same_latents(config_of(folder), ShapesSource.description)
+    if world and cfg.vae:
+        raise UserError(f"vae={cfg.vae}: clips of the built-in world have a decoder of their own; leave vae= out")
     model = load_model(folder, dtype=torch.float32).requires_grad_(False)
     given = f'prompt="{SHAPES_PROMPT}" out=clip.png' if world else "inputs=FOLDER"
     if cfg.to == "executorch":
-        report = write_executorch(model, read_card(folder), out, cfg.size, world)
+        report = write_executorch(model, read_card(folder), out, cfg.size, world, cfg.vae)
         say(
             f"{out}/step.pte: {size(report['bytes'])}, float32, {report['settings']['size']}, run: ExecuTorch predicts "
             f"v within {report['largest']:.2g} of the model's, whose largest number is {report['scale']:.2g}"
         )
+        if decoder := report.get("decoder"):
+            near = f"frames within {decoder['largest']:.2g} of {cfg.vae}'s"
+            say(f"{out}/decoder.pte: {size(decoder['bytes'])}, run: {near}")
         say(f"next: python {out}/generate.py {given}; it needs executorch alone, {out}/README.md explains it")
         return
-    report = write_onnx(model, read_card(folder), out, cfg.stored, cfg.size, world)
+    report = write_onnx(model, read_card(folder), out, cfg.stored, cfg.size, world, cfg.vae)
     settings = report["settings"]
     near = f"the same weights bit for bit; a step is {report['flops'] / 1e12:.3g} TFLOP and was not run"
     if "largest" in report:
@@ -106,6 +111,9 @@ def to_step(cfg) -> None:
     elif settings["weights"] == "int8":
         near = f"8 bits of the same weights; a step is {report['flops'] / 1e12:.3g} TFLOP and was not run"
     say(f"{out}/step.onnx: {size(report['bytes'])}, {settings['weights']}, {settings['size']}, read back: {near}")
+    if decoder := report.get("decoder"):
+        seen = f"frames within {decoder['largest']:.2g} of {cfg.vae}'s" if "largest" in decoder else "not run: large"
+        say(f"{out}/decoder.onnx: {size(decoder['bytes'])}, read back: {seen}")
     say(f"next: python {out}/generate.py {given}; it needs onnxruntime and numpy alone, {out}/README.md explains it")
 
 

@@ -23,7 +23,7 @@ from fastlightgen.atomic import write_json
 from fastlightgen.flow import ladder
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.weights import load_model, read_card, trained_folder
-from fastlightgen.pipelines.onnx_folder import predict, write_step
+from fastlightgen.pipelines.onnx_folder import predict, write_program
 from fastlightgen.pipelines.step_folder import Step, example, settings_of
 from fastlightgen.world import captions
 
@@ -36,7 +36,7 @@ RUNTIME = "onnxruntime/ort-wasm-simd-threaded.wasm.gz"
 def pack(model: VideoDiT, inputs: dict[str, Tensor], file: Path) -> None:
     """Write a network: the graph, and its matrices and kernels rounded to BITS. Other tensors stay as they are."""
     with TemporaryDirectory() as folder:
-        write_step(model, inputs, 1.0, Path(folder) / "step.onnx")
+        write_program(Step(model, list(inputs)[2:], 1.0).eval(), inputs, "v", Path(folder) / "step.onnx")
         step = onnx.load(Path(folder) / "step.onnx")
     parts, count, dropped = [], 0, 23 - BITS
     for tensor in step.graph.initializer:

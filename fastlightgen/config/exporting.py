@@ -58,7 +58,11 @@ class Export(Checked):
     )
     link: bool = field(False, "link the parts that stay as they are instead of copying them", everyday=True)
     vae: str = field(
-        "", "folder of a VAE that stage=decoder wrote, in place of the pipeline's; empty: the pipeline's", everyday=True
+        "",
+        "folder of a VAE that stage=decoder wrote, in place of the pipeline's; empty: the pipeline's; to=onnx, "
+        "executorch: any VAE of the student's family or a file in TAEHV's layout, written beside the step as decoder; "
+        "empty: clips end as latents",
+        everyday=True,
     )
     lora: str = field(
         "",
@@ -95,10 +99,10 @@ class Export(Checked):
                 raise ConfigError(f"quant={self.quant}: is for to={', '.join(FILES)}; leave it out")
             return
         suffix, quants = FILES[self.to]
-        if self.pipeline or self.vae or self.lora or self.lora_2 or self.original or self.link:
-            raise ConfigError(
-                f"to={self.to}: takes no pipeline=, vae=, lora=, lora_2=, original= or link=; leave them out"
-            )
+        if self.pipeline or self.lora or self.lora_2 or self.original or self.link:
+            raise ConfigError(f"to={self.to}: takes no pipeline=, lora=, lora_2=, original= or link=; leave them out")
+        if self.vae and self.to not in STEPS:
+            raise ConfigError(f"vae={self.vae}: is for to=diffusers, {' and '.join(STEPS)}; leave it out")
         if not self.out.endswith(suffix):
             raise ConfigError(f"out={self.out}: to={self.to} writes one file; give a name that ends in {suffix}")
         if self.to in STEPS and self.out.endswith(STEPS[self.to]):

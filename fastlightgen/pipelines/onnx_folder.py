@@ -1,5 +1,7 @@
 """Export as ONNX: a folder with one evaluation of the network (step.onnx), its settings, and code that makes clips.
 
+With `vae=` decoder.onnx makes frames of latents.
+
 The network is traced at one size of clips, so that all shapes are static. Weights are float32; `int8` stores those of
 the matrix products in 8 bits with one scale per output channel, and onnxruntime quantises the other operand as it runs.
 """
@@ -12,13 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlightgen.config import UserError
 from fastlightgen.files.border import shorter
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import family_of
 from fastlightgen.ops.plain import PLAIN
+from fastlightgen.parallel.log import say
+from fastlightgen.pipelines.step_decoder import Decoder, decoder_example, is_runnable, read_decoder
 from fastlightgen.pipelines.step_folder import MOST_FLOPS, Step, example, finish, new_folder, quiet, settings_of
 
 OPSET = 23  # the first with an operator for attention
@@ -35,14 +39,12 @@ def need_onnx() -> None:
         raise UserError(f"to=onnx: {missing[0]} is not installed: pip install 'fastlightgen[onnx]'")
 
 
-def write_step(model: VideoDiT, inputs: dict[str, Tensor], guidance: float, file: Path) -> None:
-    """Trace the network, and write it with float32 weights."""
-    names = list(inputs)[2:]
+def write_program(module: nn.Module, inputs: dict[str, Tensor], output: str, file: Path) -> None:
+    """Trace a module, and write it with float32 weights."""
     with quiet(), torch.no_grad():
-        step = Step(model, names, guidance).eval()
-        traced = torch.export.export(step, tuple(inputs.values()), strict=False).run_decompositions(PLAIN)
+        traced = torch.export.export(module, tuple(inputs.values()), strict=False).run_decompositions(PLAIN)
         program = torch.onnx.export(
-            traced, (), input_names=list(inputs), output_names=["v"], opset_version=OPSET, dynamo=True, verbose=False
+            traced, (), input_names=list(inputs), output_names=[output], opset_version=OPSET, dynamo=True, verbose=False
         )
         assert program is not None
         for node in program.model.graph.all_nodes():  # notes of the trace: code and folders of this machine
@@ -50,10 +52,10 @@ def write_step(model: VideoDiT, inputs: dict[str, Tensor], guidance: float, file
             node.doc_string = None
             for value in node.outputs:
                 value.metadata_props.clear()
-        program.save(file, external_data=is_large(model))
+        program.save(file, external_data=is_large(module))
 
 
-def is_large(model: VideoDiT) -> bool:
+def is_large(model: nn.Module) -> bool:
     return sum(4 * p.numel() for p in model.parameters()) > LARGEST
 
 
@@ -74,7 +76,7 @@ def quantise(source: Path, target: Path, large: bool) -> None:
 
 
 def predict(file: Path, inputs: dict[str, Tensor]) -> Tensor:
-    """v by onnxruntime on the CPU."""
+    """The output by onnxruntime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -88,7 +90,7 @@ def predict(file: Path, inputs: dict[str, Tensor]) -> Tensor:
         raise ValueError(f"to=onnx: onnxruntime does not run this network ({shorter(err)}); use to=diffusers") from None
 
 
-def check_weights(model: VideoDiT, file: Path) -> None:
+def check_weights(model: nn.Module, file: Path) -> None:
     """Raise if a weight, or its transpose, does not stand in the file bit for bit."""
     import onnx_ir
 
@@ -103,15 +105,31 @@ def check_weights(model: VideoDiT, file: Path) -> None:
             raise ValueError(f"{file}: does not hold {name} as it is; export it again")
 
 
+def compared(file: Path, module: nn.Module, inputs: dict[str, Tensor], exact: bool) -> dict[str, float]:
+    """How far onnxruntime's output is from the module's: at most, and relative; raises ValueError for another one.
+
+    `exact`: the file holds float32 weights.
+    """
+    wanted = module(*inputs.values())
+    difference = predict(file, inputs) - wanted
+    largest = difference.abs().max().item()
+    if not math.isfinite(largest) or (exact and largest > 1e-3 * wanted.abs().max()):
+        raise ValueError(f"{file.stem}: onnxruntime computes something else, by {largest:.2g}; use to=diffusers")
+    return {"largest": largest, "relative": (difference.norm() / wanted.norm()).item()}
+
+
 @torch.no_grad()
-def write_onnx(model: VideoDiT, card: dict, out: Path, quant: str, size: str, world: bool) -> dict[str, Any]:
+def write_onnx(
+    model: VideoDiT, card: dict, out: Path, quant: str, size: str, world: bool, vae: str = ""
+) -> dict[str, Any]:
     """Write the folder OUT and read it back. Return its bytes, and how far a prediction is from the network's.
 
-    `model`: in float32, on the CPU. `world`: it makes clips of the built-in world.
+    `model`: in float32, on the CPU. `world`: it makes clips of the built-in world. `vae`: what decodes; "": nothing.
     """
     need_onnx()
     settings = settings_of(model, card, size, world)
     inputs = example(model.eval(), settings)
+    decoder = read_decoder(vae, model, "image" in inputs) if vae else None
     cond = family_of(model.config).cond(**dict(list(inputs.items())[2:]))
     flops = sum(model.block_flops(inputs["x_t"], cond))
     attention = attention_bytes(model, settings)
@@ -119,9 +137,10 @@ def write_onnx(model: VideoDiT, card: dict, out: Path, quant: str, size: str, wo
     settings |= {"inputs": {name: list(value.shape) for name, value in list(inputs.items())[2:]}, "weights": "float32"}
 
     report: dict[str, Any] = {"flops": flops, "settings": settings}
+    step = Step(model, list(inputs)[2:], settings["guidance"]).eval()
     with new_folder(out) as made:
         file = made / "step.onnx"
-        write_step(model, inputs, settings["guidance"], file)
+        write_program(step, inputs, "v", file)
         if not runs:
             check_weights(model, file)
         if quant == "int8":
@@ -133,12 +152,20 @@ def write_onnx(model: VideoDiT, card: dict, out: Path, quant: str, size: str, wo
             quantise(plain / file.name, file, is_large(model))
             shutil.rmtree(plain)
         if runs:
-            v = Step(model, list(inputs)[2:], settings["guidance"])(*inputs.values())
-            difference = predict(file, inputs) - v
-            report["largest"] = difference.abs().max().item()
-            report["relative"] = (difference.norm() / v.norm()).item()
-            if not math.isfinite(report["largest"]) or (quant == "none" and report["largest"] > 1e-3 * v.abs().max()):
-                raise ValueError(f"{out}: onnxruntime predicts another v, by {report['largest']:.2g}; use to=diffusers")
+            report |= compared(file, step, inputs, quant == "none")
+        if decoder:
+            report["decoder"] = write_decoder(decoder, settings, made / "decoder.onnx")
         report["bytes"] = sum(part.stat().st_size for part in made.glob("step.onnx*"))
         finish(made, settings, report["bytes"], attention)
     return report
+
+
+def write_decoder(decoder: Decoder, settings: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Write the decoder; return its bytes and, unless the clip is large, how far its frames are from the module's."""
+    say("tracing the decoder, which takes minutes for a clip of many frames")
+    inputs, report = decoder_example(settings), {}
+    write_program(decoder, inputs, "frames", file)
+    if is_runnable(settings["size"]):
+        report = compared(file, decoder, inputs, exact=True)
+    settings["decoder"] = file.name
+    return report | {"bytes": sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))}

@@ -1,14 +1,14 @@
 """Make a clip with numpy and a runtime: onnxruntime or ExecuTorch. README.md beside this file says how to call it.
 
 step.onnx or step.pte predicts v = noise - clip from noisy latents x_t at time t; fastlightgen.json holds the times and
-the sampler.
+the sampler. decoder.onnx or decoder.pte, where there is one, makes frames of latents.
 """
 
 import json
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +18,38 @@ HERE = Path(__file__).resolve().parent
 KEYS = {"prompt": "", "inputs": "", "out": "", "seed": "0", "noise": "", "threads": "0"}
 
 
-def by_onnxruntime(names: Iterable[str], threads: int) -> Callable[[dict[str, Any]], Any]:
-    """v from the inputs by their names."""
+Run = Callable[[dict[str, Any]], Any]  # the output of a file for its inputs by name, in their order
+
+
+def by_onnxruntime(file: Path, threads: int) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    providers = onnxruntime.get_available_providers()
-    step = onnxruntime.InferenceSession(str(HERE / "step.onnx"), options, providers=providers)
-    return lambda given: step.run(None, given)[0]
+    session = onnxruntime.InferenceSession(str(file), options, providers=onnxruntime.get_available_providers())
+    return lambda given: session.run(None, given)[0]
 
 
-def by_executorch(names: Iterable[str], threads: int) -> Callable[[dict[str, Any]], Any]:
-    """The same; the inputs have an order and no names."""
+def by_executorch(file: Path, threads: int) -> Run:
+    """The file knows the order of its inputs, and not their names."""
     import torch
     from executorch.runtime import Runtime
 
     if threads:
         torch.set_num_threads(threads)
-    step = Runtime.get().load_program(HERE / "step.pte").load_method("forward")
-    order = ["x_t", "t", *names]
-    return lambda given: step.execute([torch.from_numpy(given[name]) for name in order])[0].numpy().copy()
+    method = Runtime.get().load_program(file).load_method("forward")
+    return lambda given: method.execute([torch.from_numpy(value) for value in given.values()])[0].numpy().copy()
+
+
+def load(part: str, threads: int) -> Run:
+    """step or decoder."""
+    pte = HERE / f"{part}.pte"
+    return by_executorch(pte, threads) if pte.exists() else by_onnxruntime(HERE / f"{part}.onnx", threads)
 
 
 def sample(card: dict, given: dict[str, Any], noises: Iterator[Any], threads: int) -> Any:
     """Latents [1, C, F, H, W] after all steps; `noises`: the first noise, then fresh ones."""
-    predict = (by_executorch if (HERE / "step.pte").exists() else by_onnxruntime)(card["inputs"], threads)
+    predict = load("step", threads)
     x, times = next(noises), card["ladder"]
     for t, after in zip(times, [*times[1:], 0.0]):
         v = predict({"x_t": x, "t": np.array([t], np.float32), **given})
@@ -105,6 +111,14 @@ def read_prompt(prompt: str, inputs: dict[str, list[int]], world: dict) -> dict[
     return {name: made.get(name, np.zeros(shape, np.float32)) for name, shape in inputs.items()}
 
 
+def frames_of(x: Any, card: dict, threads: int) -> Any:
+    """Latents as frames, uint8 [F, H, W, 3], by the folder's decoder or that of the built-in world."""
+    if "world" in card:
+        return decode(x, card["world"])
+    video = load("decoder", threads)({"latents": np.ascontiguousarray(x, np.float32)})[0]
+    return np.round(np.clip(video, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 3, 0)
+
+
 def decode(x: Any, world: dict) -> Any:
     """Latents of the built-in world as frames, uint8 [F, H, W, 3]: a Haar transform of 2 x 2 pixels."""
     _, _, f, h, w = x.shape
@@ -139,11 +153,13 @@ def main(given: list[str]) -> None:
         sys.exit(f"{extra[0]}: unknown; the keys are {', '.join(f'{key}=' for key in KEYS)}")
     verify()
     card = json.loads((HERE / "fastlightgen.json").read_text(encoding="utf-8"))
-    world, out = card.get("world"), Path(keys["out"] or ("clip.png" if card.get("world") else "latents.npy"))
+    world, threads = card.get("world"), int(keys["threads"])
+    shows = bool(world) or "decoder" in card
+    out = Path(keys["out"] or ("clip.png" if shows else "latents.npy"))
     if (needed := "prompt" if world else "inputs") and not keys[needed]:
         sys.exit(f"{needed} is required: see README.md")
-    if out.suffix not in ((".png", ".npy") if world else (".npy",)):
-        sys.exit(f"out={out}: wanted a name that ends in .npy{' or .png' if world else ''}")
+    if out.suffix not in ((".png", ".npy") if shows else (".npy",)):
+        sys.exit(f"out={out}: wanted a name that ends in .npy{' or .png' if shows else ''}")
     noises = iter(np.load(keys["noise"])[:, None]) if keys["noise"] else draw(card["latent"], int(keys["seed"]))
     if world:
         arrays = read_prompt(keys["prompt"], card["inputs"], world)
@@ -152,8 +168,8 @@ def main(given: list[str]) -> None:
         arrays = {name: np.load(folder / f"{name}.npy") for name in card["inputs"]}
         if (hint := folder / "hint.npy").exists():  # of a picture that the first noise has to contain
             noises = iter([0.999 * next(noises) + 0.001 * np.load(hint), *(next(noises) for _ in card["ladder"][1:])])
-    x = sample(card, arrays, noises, int(keys["threads"]))
-    result = decode(x, world) if world else x
+    x = sample(card, arrays, noises, threads)
+    result = frames_of(x, card, threads) if shows else x
     write_png(out, result, card["fps"]) if out.suffix == ".png" else np.save(out, result)
     print(f"{out}: {len(card['ladder'])} steps")
 

@@ -51,7 +51,7 @@ WORLD = """The prompt is a sentence of the built-in world; an unknown word is re
 picture that a clip may start from: its input channels are zeros."""
 
 REAL = """`FOLDER` holds one `NAME.npy` per input below, except x_t and t, and `hint.npy` where the pipeline has one.
-The result is latents: encoders and decoder are not part of this folder. With the pipeline of the teacher:
+{result} With the pipeline of the teacher:
 
 ```python
 import numpy, torch
@@ -63,9 +63,20 @@ for name in {names}:
     numpy.save(f"FOLDER/{{name}}.npy", getattr(wish.cond, name).numpy())
 if wish.hint is not None:
     numpy.save("FOLDER/hint.npy", wish.hint.numpy())
-# After generate.py: frames as uint8 [clip, frame, row, column, colour].
+{after}```"""
+
+LATENTS = {
+    "result": "The result is latents: encoders and decoder are not part of this folder.",
+    "after": """# After generate.py: frames as uint8 [clip, frame, row, column, colour].
 frames = pipeline.frames(torch.from_numpy(numpy.load("latents.npy")))
-```"""
+""",
+}
+FRAMES = {
+    "result": """`out=FILE.png` is an animated picture, `out=FILE.npy` the frames as uint8 [frame, row, column, colour].
+`{decoder}` makes them: latents {latent} to frames [1, 3, frame, row, column] in [0, 1]. Encoders are not part of this
+folder.""",
+    "after": "",
+}
 
 WORLD_PROMPT = "a red ball moves right fast then stops"
 PROMPT = "a cat runs over wet sand at sunset"
@@ -77,7 +88,14 @@ def readme(settings: dict[str, Any], stored: int, attention: int, executorch: st
     `executorch`: the version that the step was made with; empty: it is ONNX.
     """
     inputs, latent, world = settings["inputs"], settings["latent"], "world" in settings
-    call = f'prompt="{WORLD_PROMPT}" out=clip.png' if world else "inputs=FOLDER out=latents.npy"
+    decoder = settings.get("decoder", "")
+    made = "clip.png" if world or decoder else "latents.npy"
+    call = f'prompt="{WORLD_PROMPT}" out={made}' if world else f"inputs=FOLDER out={made}"
+    told = {
+        key: text.format(decoder=decoder, latent=" x ".join(map(str, latent)))
+        for key, text in (FRAMES if decoder else LATENTS).items()
+    }
+    asked = {"size": settings["size"], "prompt": PROMPT, "names": [*inputs]}
     picture = '"first.png"' if "image" in inputs else '""'
     named = {"x_t": latent, "t": [1], **inputs, "v (output)": latent}
     rows = [
@@ -95,7 +113,7 @@ def readme(settings: dict[str, Any], stored: int, attention: int, executorch: st
     return PAGE.format(
         start=start,
         calls=f"pip install {packages}\npython generate.py {call}",
-        calling=WORLD if world else REAL.format(size=settings["size"], prompt=PROMPT, picture=picture, names=[*inputs]),
+        calling=WORLD if world else REAL.format(picture=picture, **asked, **told),
         steps=len(settings["ladder"]),
         noise=" x ".join(map(str, latent[1:])),
         times=", ".join(f"{t:.4g}" for t in settings["ladder"]),

@@ -17,6 +17,7 @@ from fastlightgen.export import export
 from fastlightgen.flow import ladder
 from fastlightgen.models.folder.weights import load_model, save_model
 from fastlightgen.pipelines import executorch_folder
+from fastlightgen.pipelines import executorch_rules as rules
 from fastlightgen.pipelines.step_generate import decode, read_prompt
 from fastlightgen.rng import generator
 from fastlightgen.world.shapes import WORLD
@@ -33,24 +34,22 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_rewritten_operations_are_torchs_own():
     q, k, v = (random(2, 3, n, 8, seed=i) for i, n in enumerate((5, 7, 7)))
     known = F.scaled_dot_product_attention
-    torch.testing.assert_close(executorch_folder.attention(q, k, v), known(q, k, v), **ROUNDING)
+    torch.testing.assert_close(rules.attention(q, k, v), known(q, k, v), **ROUNDING)
     mask = random(5, 7, seed=3) > 0
     mask[:, 0] = True
-    torch.testing.assert_close(executorch_folder.attention(q, k, v, mask), known(q, k, v, mask), **ROUNDING)
+    torch.testing.assert_close(rules.attention(q, k, v, mask), known(q, k, v, mask), **ROUNDING)
     x, w, b = random(2, 5, 8), random(8, seed=1), random(8, seed=2)
-    torch.testing.assert_close(executorch_folder.rms_norm(x, [8], w, 1e-6), F.rms_norm(x, [8], w, 1e-6), **ROUNDING)
-    torch.testing.assert_close(
-        executorch_folder.layer_norm(x, [8], w, b, 1e-6), F.layer_norm(x, [8], w, b, 1e-6), **ROUNDING
-    )
+    torch.testing.assert_close(rules.rms_norm(x, [8], w, 1e-6), F.rms_norm(x, [8], w, 1e-6), **ROUNDING)
+    torch.testing.assert_close(rules.layer_norm(x, [8], w, b, 1e-6), F.layer_norm(x, [8], w, b, 1e-6), **ROUNDING)
     x = 3 * random(50)
     near = F.gelu(x, approximate="tanh")
-    torch.testing.assert_close(executorch_folder.gelu(x, approximate="tanh"), near, **ROUNDING)
-    assert executorch_folder.gelu(x) is NotImplemented and (near - F.gelu(x)).abs().max() > 1e-4
+    torch.testing.assert_close(rules.gelu(x, approximate="tanh"), near, **ROUNDING)
+    assert rules.gelu(x) is NotImplemented and (near - F.gelu(x)).abs().max() > 1e-4
     x, w, b = random(1, 3, 2, 4, 9), random(6, 3, 1, 2, 3, seed=1), random(6, seed=2)
-    torch.testing.assert_close(executorch_folder.patches(x, w, b, (1, 2, 3)), F.conv3d(x, w, b, (1, 2, 3)), **ROUNDING)
+    torch.testing.assert_close(rules.conv3d(x, w, b, (1, 2, 3)), F.conv3d(x, w, b, (1, 2, 3)), **ROUNDING)
     x, order = random(1, 2, 3, 2, 2, 3, 2), (0, 6, 1, 2, 4, 3, 5)
-    assert torch.equal(executorch_folder.permute(x, order), x.permute(order))
-    assert executorch_folder.permute(x[0], (1, 0, 2, 3, 4, 5)) is NotImplemented
+    assert torch.equal(rules.permute(x, order), x.permute(order))
+    assert rules.permute(x[0], (1, 0, 2, 3, 4, 5)) is NotImplemented
 
 
 @torch.no_grad()
@@ -59,13 +58,14 @@ def test_the_rewritten_network_is_the_network():
     model = small_wan(2).requires_grad_(False).eval()
     settings = executorch_folder.settings_of(model, CARD, "", True)
     inputs = executorch_folder.example(model, settings)
-    program = executorch_folder.traced(model, inputs, 1.0)
+    step = executorch_folder.Step(model, list(inputs)[2:], 1.0).eval()
+    program = executorch_folder.traced(step, inputs)
     shapes = [n.meta["val"].shape for n in program.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     assert shapes and max(map(len, shapes)) <= 6
     kinds = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     assert not [kind for kind in kinds if any(word in kind for word in ("conv", "norm", "attention"))]
     found = program.module()(*inputs.values())
-    wanted = executorch_folder.Step(model, list(inputs)[2:], 1.0)(*inputs.values())
+    wanted = step(*inputs.values())
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 

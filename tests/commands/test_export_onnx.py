@@ -169,10 +169,10 @@ def test_readme_takes_a_real_student_to_frames(students, folders, pipeline, tmp_
 
 
 def test_eight_bits(students, folders, tmp_path, capsys, monkeypatch):
-    def traced(model, inputs, guidance, file):
+    def traced(module, inputs, output, file):
         shutil.copy(folders["wan"] / "step.onnx", file)
 
-    monkeypatch.setattr(onnx_folder, "write_step", traced)  # a trace takes seconds
+    monkeypatch.setattr(onnx_folder, "write_program", traced)  # a trace takes seconds
     capsys.readouterr()
     main(export, "export", words(students["wan"], tmp_path / "q", "quant=int8"))
     said = capsys.readouterr().out

@@ -4,35 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from vaes import GROWTH
+from vaes import tiny_weights as weights
 
 from fastlightgen.decoder.taehv import read_tiny
 from fastlightgen.models.geometry import Geometry
 
 GEOMETRY = Geometry(channels=4, frame_stride=4, pixel_stride=8, patch=2)
-WIDTHS, GROWTH = (12, 10, 6, 6), (1, 2, 2)
-
-
-def weights(widths=WIDTHS, growth=GROWTH, channels=4, patch=1) -> dict[str, torch.Tensor]:
-    """A file's tensors."""
-    gen = torch.Generator().manual_seed(0)
-
-    def conv(name, out, into, size=3, bias=True):
-        made[f"{name}.weight"] = torch.randn(out, into, size, size, generator=gen) / (into * size * size) ** 0.5
-        if bias:
-            made[f"{name}.bias"] = 0.1 * torch.randn(out, generator=gen)
-
-    made: dict[str, torch.Tensor] = {}
-    conv("encoder.0", 3, 3)  # files hold the encoder too
-    conv("decoder.1", widths[0], channels)
-    for k, (first, width) in enumerate(zip((3, 9, 15), widths, strict=False)):
-        for number in range(first, first + 3):
-            conv(f"decoder.{number}.conv.0", width, 2 * width)
-            conv(f"decoder.{number}.conv.2", width, width)
-            conv(f"decoder.{number}.conv.4", width, width)
-        conv(f"decoder.{first + 4}.conv", width * growth[k], width, 1, bias=False)
-        conv(f"decoder.{first + 5}", widths[k + 1], width, bias=False)
-    conv("decoder.22", 3 * patch**2, widths[3])
-    return made
 
 
 class Reference:
