@@ -53,6 +53,17 @@ OUT = Path("bench/results/decoder.json")
 BASE: dict[str, Any] = {"steps": 1200, "batch": 4, "frames": 5, "size": 32, "lr": 1e-3, "kl": 1e-6}
 
 
+HALF = {"block_out_channels": (64, 128, 256, 256), "norm_num_groups": 16}
+RELEASED: dict[str, tuple[str, dict[str, Any]]] = {  # decoders of the released sizes: class, changes
+    "Wan 2.1": ("AutoencoderKLWan", {}),
+    "Wan 2.1, keep_channels=0.5": ("AutoencoderKLWan", {"decoder_base_dim": 48}),
+    "Wan 2.1, and drop_layers=1": ("AutoencoderKLWan", {"decoder_base_dim": 48, "num_res_blocks": 1}),
+    "HunyuanVideo": ("AutoencoderKLHunyuanVideo", {}),
+    "HunyuanVideo, keep_channels=0.5": ("AutoencoderKLHunyuanVideo", HALF),
+    "HunyuanVideo, and drop_layers=1": ("AutoencoderKLHunyuanVideo", HALF | {"layers_per_block": 1}),
+}
+
+
 def scene(folder: Path, name: str) -> Tensor:
     """All frames of a clip, [3, F, H, W] in [-1, 1]."""
     frames, fps, size = SCENES[name]
@@ -194,16 +205,7 @@ def sizes() -> None:
     """Parameters and CPU seconds of the decoders of the released sizes, with random weights: 5 frames of 48 x 48."""
     import diffusers
 
-    half = {"block_out_channels": (64, 128, 256, 256), "norm_num_groups": 16}
-    plans: dict[str, tuple[str, dict[str, Any]]] = {
-        "Wan 2.1": ("AutoencoderKLWan", {}),
-        "Wan 2.1, keep_channels=0.5": ("AutoencoderKLWan", {"decoder_base_dim": 48}),
-        "Wan 2.1, and drop_layers=1": ("AutoencoderKLWan", {"decoder_base_dim": 48, "num_res_blocks": 1}),
-        "HunyuanVideo": ("AutoencoderKLHunyuanVideo", {}),
-        "HunyuanVideo, keep_channels=0.5": ("AutoencoderKLHunyuanVideo", half),
-        "HunyuanVideo, and drop_layers=1": ("AutoencoderKLHunyuanVideo", half | {"layers_per_block": 1}),
-    }
-    vaes = {name: getattr(diffusers, kind)(**config) for name, (kind, config) in plans.items()}
+    vaes = {name: getattr(diffusers, kind)(**config) for name, (kind, config) in RELEASED.items()}
     times = seconds(vaes, torch.randn(1, 16, 2, 6, 6, generator=torch.Generator().manual_seed(0)))
     rows = {
         name: {

@@ -1,7 +1,7 @@
 """Configuration of every command: keys (run, training, stages, plan, commands), presets and YAML (files), command line
 (cli). Imports no torch."""
 
-from fastlightgen.config.cli import exit_code, guarded, load, main, report
+from fastlightgen.config.cli import load, main
 from fastlightgen.config.commands import (
     Encode,
     Evaluate,
@@ -11,6 +11,7 @@ from fastlightgen.config.commands import (
     parse_buckets,
     parse_size,
 )
+from fastlightgen.config.errors import exit_code, guarded, report
 from fastlightgen.config.fields import Checked, ConfigError, UserError, field
 from fastlightgen.config.files import (
     built_in,

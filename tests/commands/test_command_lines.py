@@ -17,7 +17,8 @@ import tally
 from fastlightgen import sweep
 from fastlightgen.config import ConfigError, load, to_yaml
 from fastlightgen.config import layers as config_layers
-from fastlightgen.config.cli import pick_root, plain
+from fastlightgen.config.cli import pick_root
+from fastlightgen.config.errors import plain
 from fastlightgen.config.fields import check_value, default_of, show
 from fastlightgen.config.layers import leaves
 from fastlightgen.config.limits import MOST_THREADS
