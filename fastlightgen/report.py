@@ -20,6 +20,7 @@ from fastlightgen.metrics.scores import check_versions
 from fastlightgen.page import clips, compare, scores, summary, training
 from fastlightgen.page.advice import next_step
 from fastlightgen.page.frontier import frontier
+from fastlightgen.page.real import real_clips
 from fastlightgen.world.score import compared, resampled
 
 # Columns: what the student can be weighed against at its own number of steps stands beside it; others follow by name.
@@ -43,7 +44,7 @@ def read_lines(path: Path, shape: Shape) -> list[dict]:
 def read_run(run: Path) -> dict:
     """Read the configuration, logs, alarms, rankings and evaluations of a run folder, keyed by section."""
     logs = {n: read_lines(run / f"stage{n}" / "metrics.jsonl", kinds.METRICS) for n in STAGES}
-    evals = read_evaluations(run / "evaluate")
+    evals, real = read_evaluations(run / "evaluate")
     found: dict[str, dict] = {
         "config": read_run_config(run),
         "importance": read(run / "stage1" / "importance.json", kinds.RANKING),
@@ -52,6 +53,7 @@ def read_run(run: Path) -> dict:
         "looks": {n: read_lines(run / f"stage{n}" / "samples.jsonl", kinds.METRICS) for n in STAGES},
         "card": read(run / "stage3" / "model" / "fastlightgen.json", kinds.CARD),
         "evals": evals,
+        "real": real,
         "speed": read(run / "evaluate" / "speed.json", kinds.SPEED) or evals.get("student", {}).get("speed") or {},
     }
     if not any(value for key, value in found.items() if key != "looks"):
@@ -83,12 +85,27 @@ def following(run: Path, found: dict) -> tuple[str, str]:
     return next_step(run, found["config"], "student" in found["evals"], saved(run, found["config"]))
 
 
-def read_evaluations(folder: Path) -> dict[str, dict]:
-    """The evaluations of a run in the order of their columns. A student that was evaluated alone holds its teacher."""
-    evals = {p.stem: read(p, kinds.EVALUATION) for p in folder.glob("*.json") if p.stem != "speed"}
+def read_evaluations(folder: Path) -> tuple[dict[str, dict], dict[str, dict]]:
+    """What was measured on the built-in world, in the order of its columns, and on real clips, by name of the file.
+
+    A student that was evaluated alone holds its teacher.
+    """
+    evals: dict[str, dict] = {}
+    real: dict[str, dict] = {}
+    for path in sorted(folder.glob("*.json")):
+        if path.stem != "speed":
+            found = read(path, evaluation)
+            (real if "videos" in found or "data" in found else evals)[path.stem] = found
     if "teacher" in evals.get("student", {}):
         evals.setdefault("teacher", evals["student"]["teacher"])
-    return {n: evals[n] for n in [*(n for n in ORDER if n in evals), *sorted(set(evals) - set(ORDER))]}
+    return {n: evals[n] for n in [*(n for n in ORDER if n in evals), *sorted(set(evals) - set(ORDER))]}, real
+
+
+def evaluation(value: object) -> str:
+    """The shape of any file that `evaluate` writes."""
+    of = value if isinstance(value, dict) else {}
+    shape = kinds.FOOTAGE if "videos" in of else kinds.LATENTS if "data" in of else kinds.EVALUATION
+    return shape(value)
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -107,6 +124,7 @@ def write_page(run: Path, found: dict, out: Path | None) -> Path:
     sections = {
         "Clips": clips.evaluated(clip_files(run, evals), evals),
         "Scores": evals and scores.scores(evals),
+        "Real clips": real_clips(found["real"]),
         "Frontier": frontier(evals),
         "Previews": clips.during_training(run, found["looks"], len(evals)),
         "Block importance": ranking and training.importance(ranking),

@@ -59,6 +59,41 @@ def make_run(folder: Path) -> Path:
     return folder
 
 
+# What `evaluate videos=` and `evaluate data=CACHE` write, made up.
+FOOTAGE = {
+    "title": "made",
+    "videos": "made",
+    "real": "footage",
+    "clips": 3,
+    "real_clips": 9,
+    "size": [96, 128, 8],
+    "fps": 8.0,
+    "network": None,
+    "scores": {"movement": 16.7, "network_frechet": 12.345, "kid": None},
+    "real_scores": {"movement": 21.3, "network_frechet": 0.5},
+    "intervals": {"movement": [15.1, 18.2]},
+    "unusual": [{"clip": "3.mp4", "score": "movement", "value": 0.0, "real": 21.3, "deviations": 4.0}],
+}
+LATENTS = {
+    "title": "student",
+    "data": "cache",
+    "clips": 70,
+    "scores": {"motion": 0.9123, "kid": 0.25},
+    "intervals": {"motion": [0.8765, 0.9456]},
+    "seconds_per_clip": 0.5,
+    "teacher": {"title": "teacher", "scores": {"motion": 0.98}, "intervals": {}, "seconds_per_clip": 7.5},
+    "against_teacher": {"motion": {"verdict": "no difference"}},
+}
+
+
+def add_real_clips(run: Path) -> Path:
+    """Write both into a run folder."""
+    (run / "evaluate").mkdir(parents=True, exist_ok=True)
+    (run / "evaluate" / "made.json").write_text(json.dumps(FOOTAGE))
+    (run / "evaluate" / "cache.json").write_text(json.dumps(LATENTS))
+    return run
+
+
 class Page(HTMLParser):
     """A page as a browser parses it: (tag, attributes), the text, the script elements."""
 

@@ -14,7 +14,7 @@ from fastlightgen.evaluation.collect import cut_of, measure
 from fastlightgen.evaluation.likeness import against_themselves, complete, numbers, statistics
 from fastlightgen.evaluation.sets import intervals_of, scores_of
 from fastlightgen.files.program import load_program
-from fastlightgen.metrics.footage import MEANING
+from fastlightgen.metrics.footage import meaning
 from fastlightgen.metrics.i3d import read_i3d
 from fastlightgen.metrics.intervals import MIN_CLIPS
 from fastlightgen.metrics.network import Network
@@ -77,16 +77,6 @@ def evaluate_videos(cfg: Evaluate) -> None:
     say(f"next: {following}")
 
 
-NAMES = {  # of scores of the set; those of a network are called the same
-    "unlike": ("{:.2f}", "low", "how far a clip is from the real ones in its worst score, in their deviations"),
-    "frechet": ("{:.2f}", "low", "Frechet distance to the real clips"),
-    "kid": ("{:.4f}", "low", "kernel distance to the real clips; about 0 for real ones"),
-    "precision": ("{:.1%}", "high", "share of the clips that look like some real clip"),
-    "recall": ("{:.1%}", "high", "share of the real clips that look like some clip"),
-    "coverage": ("{:.1%}", "high", "share of the real clips with a clip among their neighbours"),
-}
-
-
 def table(record: dict) -> list[str]:
     """The lines that the command prints."""
     height, width, frames = record["size"]
@@ -96,11 +86,10 @@ def table(record: dict) -> list[str]:
         f"{'':22}{'videos':>12}{'real':>12}",
     ]
     for score, value in record["scores"].items():
-        form, goal, meaning = MEANING.get(score) or NAMES[score.removeprefix("network_")]
+        form, goal, text = meaning(score)
         own, theirs = (form.format(x) if x is not None and math.isfinite(x) else "-" for x in
                        (value, record["real_scores"].get(score)))  # fmt: skip
-        meaning = f"{meaning}, over the network" if score.startswith("network_") else meaning
-        lines.append(f"{score:22}{own:>12}{theirs:>12}  {meaning} ({goal})")
+        lines.append(f"{score:22}{own:>12}{theirs:>12}  {text} ({goal})")
     if (fewest := min(record["clips"], record["real_clips"])) < MIN_CLIPS:
         lines.append(f"warning: {fewest} clips are too few to rank models by distances; wanted at least {MIN_CLIPS}")
     for row in record["unusual"][:3]:

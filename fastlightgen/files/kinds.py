@@ -203,3 +203,28 @@ def EVALUATION(value: object) -> str:
         return found
     found = EVALUATION(value["teacher"]) if "teacher" in value else ""
     return inside("teacher", found) if found else ""
+
+
+# what `evaluate videos=` and `evaluate data=CACHE` write
+RANGES = table(items(PLAIN, most=2, least=2))
+FOOTAGE = record(
+    {
+        "title": text(),
+        "videos": text(),
+        "real": text(),
+        "clips": whole(0, CLIPS),
+        "real_clips": whole(0, CLIPS),
+        "size": items(whole(1, 1_000_000), most=3, least=3),
+        "fps": number(0, 1_000, above=True),
+        "scores": table(maybe(PLAIN)),
+        "real_scores": table(maybe(PLAIN)),
+        "intervals": RANGES,
+        "unusual": items(record({"clip": text(), "score": NAME, "value": PLAIN, "real": PLAIN}), most=10_000),
+    },
+    {"network": maybe(text())},
+)
+OF_LATENTS = {"title": text(), "scores": table(maybe(PLAIN)), "intervals": RANGES, "seconds_per_clip": number(0)}
+LATENTS = record(
+    {**OF_LATENTS, "data": text(), "clips": whole(0, CLIPS)},
+    {"teacher": record(OF_LATENTS), "against_teacher": PAIRED},
+)

@@ -41,6 +41,21 @@ MEANING = {  # score: (format, goal, meaning); the goals are those of metrics.sc
     "sharpness": ("{:.0f}", "real", "variance of the Laplacian; blur lowers it, noise raises it"),
 }
 
+OF_SETS = {  # scores of a set of clips; those over a network begin with network_
+    "unlike": ("{:.2f}", "low", "how far a clip is from the real ones in its worst score, in their deviations"),
+    "frechet": ("{:.2f}", "low", "Frechet distance to the real clips"),
+    "kid": ("{:.4f}", "low", "kernel distance to the real clips; about 0 for real ones"),
+    "precision": ("{:.1%}", "high", "share of the clips that look like some real clip"),
+    "recall": ("{:.1%}", "high", "share of the real clips that look like some clip"),
+    "coverage": ("{:.1%}", "high", "share of the real clips with a clip among their neighbours"),
+}
+
+
+def meaning(score: str) -> tuple[str, str, str]:
+    """(format, goal, meaning) of a score of `evaluate videos=`."""
+    form, goal, text = MEANING.get(score) or OF_SETS[score.removeprefix("network_")]
+    return form, goal, f"{text}, over the network" if score.startswith("network_") else text
+
 
 def values_of(frames: Tensor, fps: float) -> dict[str, float]:
     """All scores of a clip but naturalness, which needs real clips (`contrasts`)."""

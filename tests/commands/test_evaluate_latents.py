@@ -1,10 +1,12 @@
 """evaluate data=CACHE: a network on the held-out clips of a latent cache, against formulas."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from helpers import small_wan
+from runs import Page
 
 from fastlightgen.config import main
 from fastlightgen.data.cache import Cache, write_cache
@@ -16,6 +18,7 @@ from fastlightgen.metrics.kernel import kernel_distance
 from fastlightgen.metrics.latent import latent_features
 from fastlightgen.models.folder.weights import load_model, save_model
 from fastlightgen.models.sample import sample
+from fastlightgen.report import write_report
 from fastlightgen.rng import generator
 from fastlightgen.world.source import ShapesSource
 
@@ -65,6 +68,15 @@ def test_the_scores_are_those_of_the_sampled_latents(evaluated):
     wanted = kernel_distance(latent_features(real), latent_features(x0.float()))
     assert scores["kid"] == pytest.approx(wanted, rel=1e-4)
     assert "to_teacher" not in record["teacher"]["scores"] and record["teacher"]["seconds_per_clip"] > 0
+
+
+def test_the_report_shows_them(evaluated, tmp_path):
+    root, record = evaluated
+    (tmp_path / "evaluate").mkdir()
+    shutil.copy(root / "o.json", tmp_path / "evaluate" / "cache.json")
+    text = Page(write_report(tmp_path)).text
+    assert f"{record['scores']['motion']:.4g}" in text and f"{record['teacher']['scores']['motion']:.4g}" in text
+    assert "against 7 clips of" in text and "7 clips are too few to rank" in text
 
 
 def test_the_clips_themselves_have_no_distance(evaluated):

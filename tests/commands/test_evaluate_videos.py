@@ -9,12 +9,14 @@ import pytest
 import torch
 from helpers import write_video
 from PIL import Image
+from runs import Page
 
 from fastlightgen.config import main
 from fastlightgen.data.lists import videos_in
 from fastlightgen.evaluate import evaluate
 from fastlightgen.evaluation.collect import cut_of
 from fastlightgen.evaluation.sets import every
+from fastlightgen.report import write_report
 
 
 def film(seed: int, frames: int, step: int = 2, level: int = 128) -> np.ndarray:
@@ -57,6 +59,18 @@ def test_frozen_videos_rank_below_moving_ones(folders, capsys):
     assert good["values"]["clip"] == ["3.mp4", "4.mp4", "5.mp4"] and len(good["values"]["movement"]) == 3
     assert "warning: 3 clips are too few to rank models by distances; wanted at least 64" in text
     assert "movement" in text and text.startswith(f"{folders / 'good'}: 3 clips of 96x128x8 at 8 per second")
+
+
+def test_the_report_shows_them(folders, tmp_path, capsys):
+    """The JSON file in RUN/evaluate; a run without any other result has a page too."""
+    (tmp_path / "evaluate").mkdir()
+    out = tmp_path / "evaluate" / "made.json"
+    words = [f"videos={folders / 'still'}", f"real={folders / 'real'}", f"out={out}", "threads=1", "progress=false"]
+    main(evaluate, "evaluate", [*words, "device=cpu"])
+    record, text = json.loads(out.read_text()), Page(write_report(tmp_path)).text
+    assert f"{record['scores']['kid']:.4f}" in text and f"{record['real_scores']['movement']:.1f}" in text
+    assert "3 clips of 96x128x8 at 8 frames per second, against 9 of" in text and "too few to rank" in text
+    assert record["unusual"][0]["clip"] in text
 
 
 def grey_pictures(root: Path, **levels: int) -> Path:

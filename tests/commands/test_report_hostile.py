@@ -10,7 +10,7 @@ import pytest
 import tally
 import yaml
 from mutants import mutants
-from runs import Page, make_run
+from runs import Page, add_real_clips, make_run
 
 from fastlightgen.report import PAGE, write_report
 
@@ -19,6 +19,8 @@ FILES = (
     "evaluate/student.json",
     "evaluate/real.json",
     "evaluate/speed.json",
+    "evaluate/made.json",
+    "evaluate/cache.json",
     "stage1/importance.json",
     "stage2/metrics.jsonl",
     "stage2/alarms.jsonl",
@@ -50,7 +52,7 @@ def write(path: Path, value) -> None:
 
 @pytest.fixture
 def run(tmp_path):
-    run = make_run(tmp_path / "run")
+    run = add_real_clips(make_run(tmp_path / "run"))
     alarm = {"step": 1, "alarm": "loss", "good": 0, "value": 2.0, "usual": 1.0}
     (run / "stage2" / "alarms.jsonl").write_text(json.dumps(alarm) + "\n")
     return run
