@@ -192,7 +192,9 @@ def main() -> None:
     threads = int(given.get("threads", torch.get_num_threads()))
     for place in (MEASURED, TRIED):
         place.mkdir(parents=True, exist_ok=True)
-    part = given.get("part", "")
+    part, at_once = given.get("part", ""), int(given.get("at_once", 1))
+    if at_once < 1:
+        sys.exit(f"at_once={at_once}: wanted 1 or more processes")
     if part == "table":
         return trials() if asked == "trials" else table(names, seeds)
     if part not in ("train", "measure", "both"):
@@ -205,7 +207,7 @@ def main() -> None:
             if part != "train":
                 own = seed if varies(name) else FIXED
                 add_measurement(todo, name, own, (clips, noises, threads))
-    if failed := run(todo, int(given.get("at_once", 1)), RUNS / "logs"):
+    if failed := run(todo, at_once, RUNS / "logs"):
         sys.exit(f"not done: {', '.join(failed)}; see {RUNS / 'logs'}")
 
 

@@ -8,7 +8,7 @@ ExecuTorch, in turn, from the same noise. decoders=true times decoders of the re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,8 +86,8 @@ def student(model: str, threads: int, rounds: int, work: Path) -> dict[str, dict
 
 
 @torch.no_grad()
-def decoders(threads: int, rounds: int, work: Path) -> dict[str, dict[str, Any]]:
-    """Decoders of the released sizes, random weights."""
+def decoders(threads: int, rounds: int, work: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Decoders of the released sizes, random weights, by name."""
     import diffusers
 
     class Plain:  # latents as the VAE has them
@@ -95,7 +95,6 @@ def decoders(threads: int, rounds: int, work: Path) -> dict[str, dict[str, Any]]
         normalisation = staticmethod(lambda: (torch.zeros(()), torch.ones(())))
 
     latents = {"latents": torch.randn(1, 16, 2, 6, 6, generator=torch.Generator().manual_seed(0))}
-    rows = {}
     for name, (kind, config) in RELEASED.items():
         decoder = Decoder(getattr(diffusers, kind)(**config).eval().requires_grad_(False), Plain()).eval()  # type: ignore[arg-type]
         calls: Contenders = {"torch": lambda decoder=decoder: decoder(latents["latents"])}
@@ -113,11 +112,11 @@ def decoders(threads: int, rounds: int, work: Path) -> dict[str, dict[str, Any]]
             calls[runtime] = lambda run=run: run({"latents": latents["latents"].numpy()})
             found[runtime] = float((torch.from_numpy(calls[runtime]()) - wanted).abs().max())
             sizes[runtime] = file.stat().st_size
-        rows[name] = {**timed(calls, rounds)}
+        row: dict[str, dict[str, Any]] = {**timed(calls, rounds)}
         for runtime in found:
-            rows[name][runtime] |= {"largest": found[runtime], "bytes": sizes[runtime]}
-        print(name, {k: round(v["seconds"], 4) for k, v in rows[name].items()}, flush=True)
-    return rows
+            row[runtime] |= {"largest": found[runtime], "bytes": sizes[runtime]}
+        print(name, {k: round(v["seconds"], 4) for k, v in row.items()}, flush=True)
+        yield name, row
 
 
 if __name__ == "__main__":
@@ -133,6 +132,8 @@ if __name__ == "__main__":
         record["student"] = student(keys["model"], threads, rounds, Path(folder))
         for name, row in record["student"].items():
             print(name, {k: round(v, 4) for k, v in row.items()}, flush=True)
-        if keys["decoders"] == "true":
-            record["decoders"] = decoders(threads, rounds, Path(folder))
-    write_json(OUT, record)
+        write_json(OUT, record)
+        record["decoders"] = {}
+        for name, row in decoders(threads, rounds, Path(folder)) if keys["decoders"] == "true" else ():
+            record["decoders"][name] = row
+            write_json(OUT, record)
