@@ -22,7 +22,7 @@ from fastlightgen.config import main
 from fastlightgen.export import export
 from fastlightgen.flow import ladder
 from fastlightgen.models.folder.weights import load_model, save_model
-from fastlightgen.pipelines import executorch_folder, executorch_rules, step_decoder
+from fastlightgen.pipelines import executorch_folder, executorch_rules, onnx_folder, step_decoder
 from fastlightgen.pipelines.step_decoder import read_decoder
 from fastlightgen.pipelines.world import Pipeline
 from fastlightgen.world.shapes import WORLD
@@ -131,12 +131,11 @@ def tiny(folder: Path) -> Path:
 @torch.no_grad()
 def test_a_tiny_decoder(students, tmp_path):
     ort = pytest.importorskip("onnxruntime")
-    file = tiny(tmp_path)
-    words = [f"model={students['wan_t2v']}", "to=onnx", f"out={tmp_path / 'out'}", f"vae={file}", f"size={SIZE}"]
-    main(export, "export", [*words, "threads=1"])
-    session = ort.InferenceSession(str(tmp_path / "out/decoder.onnx"), providers=["CPUExecutionProvider"])
-    wanted = (read_decoder(str(file), load_model(students["wan_t2v"]), False).vae.decode(latents()) + 1) / 2
-    assert np.abs(session.run(None, {"latents": latents().numpy()})[0] - wanted.numpy()).max() <= 1e-4
+    decoder = read_decoder(str(tiny(tmp_path)), load_model(students["wan_t2v"]), False)
+    onnx_folder.write_program(decoder, {"latents": latents()}, "frames", tmp_path / "decoder.onnx")
+    session = ort.InferenceSession(str(tmp_path / "decoder.onnx"), providers=["CPUExecutionProvider"])
+    wanted = (decoder.vae.decode(latents(4)) + 1) / 2
+    assert np.abs(session.run(None, {"latents": latents(4).numpy()})[0] - wanted.numpy()).max() <= 1e-4
 
 
 def test_refusals(students, tmp_path, capsys, pipeline, monkeypatch):
