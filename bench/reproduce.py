@@ -4,7 +4,8 @@ part=train trains every row once per training seed, in runs/reproduce; stages th
 part=measure samples every row for the same held-out captions from the same noise. Its scores and the values of every
 clip go to bench/results/world, so that rows of several days and machines can be compared.
 part=both trains every row and measures it as soon as it is trained.
-part=table compares the rows that are measured by paired intervals, writes bench/results/world.json, prints a table.
+part=table compares measured rows by paired intervals, prints a table, and writes bench/results/world.json. Rows
+that are not named stay in the file as they are.
 
 rows: main, ablations, rivals, fp8, or names (main); seeds: of training (0,1,2,3,4); clips: held-out clips (512);
 noises: clips per caption, whose spread is the diversity (8; 1: do not measure it); at_once: processes (1), more of them
@@ -158,7 +159,9 @@ def table(names: list[str], seeds: list[int]) -> None:
         both = both if varies(one) or varies(other) else both[:1]
         if both:
             differences[f"{one} against {other}"] = {"seeds": both, "scores": compared(one, other, both)}
-    write_json(OUT, {"rows": rows, "differences": differences, "measured with": versions()})
+    kept = read_json(OUT) if OUT.is_file() else {"rows": {}, "differences": {}}
+    whole = {"rows": kept["rows"] | rows, "differences": kept["differences"] | differences}
+    write_json(OUT, whole | {"measured with": versions()})
     print("\n".join(lines))
     for pair, found in differences.items():
         texts = [f"{k} {d['difference']:+.3g} +- {d['two_deviations']:.2g}" for k, d in found["scores"].items()]
@@ -166,8 +169,8 @@ def table(names: list[str], seeds: list[int]) -> None:
 
 
 def trials() -> None:
-    """Write the scores of the trials that are measured."""
-    rows = {}
+    """Write the scores of the trials that are measured; others stay as they are."""
+    rows = read_json(TRIALS)["rows"] if TRIALS.is_file() else {}
     for name, row in ROWS.items():
         if row.group == "trials" and (file := record_of(name, TUNED)).is_file():
             record = read_json(file)
