@@ -74,7 +74,7 @@ frames = pipeline.frames(torch.from_numpy(numpy.load("latents.npy")))
 FRAMES = {
     "result": """`out=FILE.png` is an animated picture, `out=FILE.npy` the frames as uint8 [frame, row, column, colour].
 `{decoder}` makes them: latents {latent} to frames [1, 3, frame, row, column] in [0, 1]. Encoders are not part of this
-folder.""",
+folder: they make the inputs.""",
     "after": "",
 }
 
