@@ -108,7 +108,13 @@ def measure_row(name: str, seed: int, clips: int, noises: int, threads: int) -> 
     before = cpu_time()
     result = measure(cfg, subject)
     cost = (cpu_time() - before) / 60
-    result.record |= {"plan": subject.plan, "core_minutes": cost, "trained": costs(row.model, seed), **versions()}
+    result.record |= {
+        "model": cfg.model,
+        "plan": subject.plan,
+        "core_minutes": cost,
+        "trained": costs(row.model, seed),
+        **versions(),
+    }
     save_file({k: v.half() for k, v in result.values.items()}, out.with_suffix(".safetensors"))
     write_json(out, result.record)
 
