@@ -23,10 +23,11 @@ from measured_with import versions
 from fastlightgen.atomic import write_json
 from fastlightgen.config import SHAPES_PROMPT, main
 from fastlightgen.export import export
-from fastlightgen.models.folder.weights import load_model
+from fastlightgen.models.folder.weights import load_model, read_json
 from fastlightgen.pipelines import executorch_folder, onnx_folder, step_generate
 from fastlightgen.pipelines.step_decoder import Decoder
 from fastlightgen.pipelines.step_folder import Step
+from fastlightgen.pipelines.step_generate import decode, draw, read_prompt, sample
 
 OUT = Path("bench/results/runtimes.json")
 Contenders = dict[str, Callable[[], Any]]  # name -> what is timed
@@ -49,11 +50,8 @@ def runtimes() -> list[str]:
 
 
 def clip(step: step_generate.Run, card: dict, given: dict[str, Any]) -> Any:
-    """Frames of a clip, as generate.py makes them (sampler ode)."""
-    x, times = np.random.default_rng(0).standard_normal(card["latent"], np.float32), [*card["ladder"], 0.0]
-    for t, after in zip(times, times[1:], strict=False):
-        x = x + (after - t) * step({"x_t": x, "t": np.array([t], np.float32), **given})
-    return step_generate.decode(x, card["world"])
+    """Frames of a clip, as generate.py makes them."""
+    return decode(sample(step, card, given, draw(card["latent"], 0)), card["world"])
 
 
 @torch.no_grad()
@@ -69,12 +67,10 @@ def student(model: str, threads: int, rounds: int, work: Path) -> dict[str, dict
         if name.split()[0] in runtimes():
             folder = work / name.replace(" ", "-")
             main(export, "export", [f"model={model}", f"out={folder}", f"threads={threads}", *words])
-            step_generate.HERE = folder
-            calls[name] = step_generate.load("step", threads)
+            calls[name] = step_generate.load(folder / "step", threads)
             sizes[name] = next(folder.glob("step.*")).stat().st_size
-    card = step_generate.json.loads((folder / "fastlightgen.json").read_text())
-    assert card["sampler"] == "ode", "the clip below takes Euler steps"
-    given = step_generate.read_prompt(SHAPES_PROMPT, card["inputs"], card["world"])
+    card = read_json(folder / "fastlightgen.json")
+    given = read_prompt(SHAPES_PROMPT, card["inputs"], card["world"])
     step = Step(load_model(model, dtype=torch.float32).eval(), list(given), 1.0)
     calls = {"torch": lambda inputs: step(*map(torch.from_numpy, inputs.values())).numpy()} | calls
     frames = {name: clip(call, card, given).astype(int) for name, call in calls.items()}
@@ -101,14 +97,13 @@ def decoders(threads: int, rounds: int, work: Path) -> Iterator[tuple[str, dict[
         wanted, found, sizes = decoder(latents["latents"]), {}, {}
         for runtime in runtimes():
             file = work / f"decoder.{'onnx' if runtime == 'onnx' else 'pte'}"
-            step_generate.HERE = work
             for old in work.glob("decoder.*"):
                 old.unlink()
             if runtime == "onnx":
                 onnx_folder.write_program(decoder, latents, "frames", file)
             else:
                 executorch_folder.write_program(decoder, latents, file)
-            run = step_generate.load("decoder", threads)
+            run = step_generate.load(work / "decoder", threads)
             calls[runtime] = lambda run=run: run({"latents": latents["latents"].numpy()})
             found[runtime] = float((torch.from_numpy(calls[runtime]()) - wanted).abs().max())
             sizes[runtime] = file.stat().st_size

@@ -88,6 +88,8 @@ def to_step(cfg) -> None:
     world = same_latents(config_of(folder), ShapesSource.description)
     if world and cfg.vae:
         raise UserError(f"vae={cfg.vae}: clips of the built-in world have a decoder of their own; leave vae= out")
+    if cfg.vae:
+        say("tracing the decoder too, which takes minutes for a clip of many frames")
     model = load_model(folder, dtype=torch.float32).requires_grad_(False)
     given = f'prompt="{SHAPES_PROMPT}" out=clip.png' if world else "inputs=FOLDER"
     if cfg.to == "executorch":

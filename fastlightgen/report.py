@@ -94,18 +94,17 @@ def read_evaluations(folder: Path) -> tuple[dict[str, dict], dict[str, dict]]:
     real: dict[str, dict] = {}
     for path in sorted(folder.glob("*.json")):
         if path.stem != "speed":
-            found = read(path, evaluation)
-            (real if "videos" in found or "data" in found else evals)[path.stem] = found
+            found = read(path, lambda value: shape_of(value)(value))
+            (evals if shape_of(found) is kinds.EVALUATION else real)[path.stem] = found
     if "teacher" in evals.get("student", {}):
         evals.setdefault("teacher", evals["student"]["teacher"])
     return {n: evals[n] for n in [*(n for n in ORDER if n in evals), *sorted(set(evals) - set(ORDER))]}, real
 
 
-def evaluation(value: object) -> str:
-    """The shape of any file that `evaluate` writes."""
-    of = value if isinstance(value, dict) else {}
-    shape = kinds.FOOTAGE if "videos" in of else kinds.LATENTS if "data" in of else kinds.EVALUATION
-    return shape(value)
+def shape_of(value: object) -> Shape:
+    """The shape of a file that `evaluate` writes: of videos, of a latent cache, or of the built-in world."""
+    keys = value if isinstance(value, dict) else ()
+    return kinds.FOOTAGE if "videos" in keys else kinds.LATENTS if "data" in keys else kinds.EVALUATION
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -172,6 +173,17 @@ def error_line(capsys: pytest.CaptureFixture, run: Callable[..., None], *words: 
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1
     return err
+
+
+def run_alone(folder: Path, banned: Sequence[str], *given: str) -> subprocess.CompletedProcess:
+    """Run the generate.py of an exported folder in a process that can import neither this package nor `banned`."""
+    code = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({['fastlightgen', *banned]})); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, str(folder / "generate.py"), "threads=1", *given]
+    alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, env=alone)
 
 
 def result(run: Path, stage: int) -> dict:

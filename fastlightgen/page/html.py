@@ -44,5 +44,10 @@ def note(html: str) -> str:
     return f'<p class="note">{html}</p>'
 
 
+def below(html: str) -> str:
+    """A small line below a number: its interval, or what the difference means."""
+    return f'<small class="range">{html}</small>'
+
+
 def share(value: Any) -> str:
     return f"{value:.1%}" if is_number(value) else "–"

@@ -7,7 +7,7 @@ from typing import Any
 from fastlightgen.metrics.footage import meaning
 from fastlightgen.metrics.intervals import MIN_CLIPS
 from fastlightgen.metrics.scores import GOALS, SAME, is_number
-from fastlightgen.page.html import details, note, table
+from fastlightgen.page.html import below, details, note, table
 
 OF_LATENTS = {  # score: its meaning
     "motion": "change between frames; 1: that of the clips",
@@ -31,7 +31,7 @@ def number(value: Any, form: str, ends: Any = None) -> str:
     """A score and its 95% interval."""
     text = form.format(value) if is_number(value) else "–"
     if ends and all(map(is_number, ends)):
-        text += f'<small class="range">{form.format(ends[0])} to {form.format(ends[1])}</small>'
+        text += below(f"{form.format(ends[0])} to {form.format(ends[1])}")
     return text
 
 
@@ -78,7 +78,7 @@ def latents(record: Mapping[str, Any]) -> str:
     for score in record["scores"]:
         cells = [number(m["scores"].get(score), "{:.4g}", m["intervals"].get(score)) for m in models]
         if against.get(score, {}).get("verdict") == SAME:
-            cells[0] += f'<small class="range">{SAME}</small>'
+            cells[0] += below(SAME)
         rows.append([f"{escape(score)}<small>{OF_LATENTS.get(score, '')}</small>", *cells])
     rows.append(["Time per clip", *(f"{m['seconds_per_clip']:.3g} s" for m in models)])
     about = f"Latents, against {record['clips']} clips of {escape(record['data'])} that training held out."

@@ -3,7 +3,7 @@
 from html import escape
 
 from fastlightgen.metrics.scores import GOALS, SAME, SCORES, best, is_number, like_teacher, score
-from fastlightgen.page.html import details, note, share, table
+from fastlightgen.page.html import below, details, note, share, table
 from fastlightgen.page.summary import cost, disagreement
 
 
@@ -13,8 +13,8 @@ def cell(record: dict, key: str) -> str:
     if ends := record.get("intervals", {}).get(key):
         bare = text.partition("}")[0] + "}"  # without the unit, which the second number carries
         low, high = ((t.format(end) if is_number(end) else "–") for t, end in zip((bare, text), ends, strict=True))
-        out += f'<small class="range">{low} to {high}</small>'
-    return out + f'<small class="range">{SAME}</small>' * like_teacher(record, key)
+        out += below(f"{low} to {high}")
+    return out + below(SAME) * like_teacher(record, key)
 
 
 def scores(evals: dict) -> str:

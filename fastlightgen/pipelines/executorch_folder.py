@@ -17,7 +17,6 @@ from fastlightgen.files.border import shorter
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import family_of
 from fastlightgen.ops.plain import PLAIN
-from fastlightgen.parallel.log import say
 from fastlightgen.pipelines.executorch_rules import KNOWN, shortened
 from fastlightgen.pipelines.step_decoder import MOST_PIXELS, decoder_example, is_runnable, read_decoder
 from fastlightgen.pipelines.step_folder import MOST_FLOPS, Step, example, finish, new_folder, quiet, settings_of
@@ -112,7 +111,6 @@ def write_executorch(model: VideoDiT, card: dict, out: Path, size: str, world: b
         write_program(step, inputs, file)
         report |= compared(file, step, inputs)
         if decoder:
-            say("tracing the decoder, which takes minutes for a clip of many frames")
             settings["decoder"] = "decoder.pte"
             latents = decoder_example(settings)
             write_program(decoder, latents, made / "decoder.pte")

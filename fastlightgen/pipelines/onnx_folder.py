@@ -21,7 +21,6 @@ from fastlightgen.files.border import shorter
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.families import family_of
 from fastlightgen.ops.plain import PLAIN
-from fastlightgen.parallel.log import say
 from fastlightgen.pipelines.step_decoder import Decoder, decoder_example, is_runnable, read_decoder
 from fastlightgen.pipelines.step_folder import MOST_FLOPS, Step, example, finish, new_folder, quiet, settings_of
 
@@ -162,7 +161,6 @@ def write_onnx(
 
 def write_decoder(decoder: Decoder, settings: dict[str, Any], file: Path) -> dict[str, Any]:
     """Write the decoder; return its bytes and, unless the clip is large, how far its frames are from the module's."""
-    say("tracing the decoder, which takes minutes for a clip of many frames")
     inputs, report = decoder_example(settings), {}
     write_program(decoder, inputs, "frames", file)
     if is_runnable(settings["size"]):

@@ -1,5 +1,6 @@
 """The decoder beside the step of `export to=onnx` and `to=executorch`: a function of tensors alone."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlightgen.config import UserError
+from fastlightgen.config import UserError, parse_size
 from fastlightgen.decoder.folder import read_vae, read_vae_config
 from fastlightgen.decoder.layout import KINDS
 from fastlightgen.decoder.taehv import TinyDecoder, read_tiny
@@ -71,5 +72,4 @@ def decoder_example(settings: dict[str, Any]) -> dict[str, Tensor]:
 
 def is_runnable(size: str) -> bool:
     """Whether a clip of SIZE, height x width x frames, is decoded for a comparison."""
-    height, width, frames = map(int, size.split("x"))
-    return height * width * frames <= MOST_PIXELS
+    return math.prod(parse_size(size)) <= MOST_PIXELS

@@ -41,15 +41,14 @@ def by_executorch(file: Path, threads: int) -> Run:
     return lambda given: method.execute([torch.from_numpy(value) for value in given.values()])[0].numpy().copy()
 
 
-def load(part: str, threads: int) -> Run:
-    """step or decoder."""
-    pte = HERE / f"{part}.pte"
-    return by_executorch(pte, threads) if pte.exists() else by_onnxruntime(HERE / f"{part}.onnx", threads)
+def load(part: Path, threads: int) -> Run:
+    """The file of a part, step or decoder, for the runtime that it was written for."""
+    pte = part.with_suffix(".pte")
+    return by_executorch(pte, threads) if pte.exists() else by_onnxruntime(part.with_suffix(".onnx"), threads)
 
 
-def sample(card: dict, given: dict[str, Any], noises: Iterator[Any], threads: int) -> Any:
+def sample(predict: Run, card: dict, given: dict[str, Any], noises: Iterator[Any]) -> Any:
     """Latents [1, C, F, H, W] after all steps; `noises`: the first noise, then fresh ones."""
-    predict = load("step", threads)
     x, times = next(noises), card["ladder"]
     for t, after in zip(times, [*times[1:], 0.0]):
         v = predict({"x_t": x, "t": np.array([t], np.float32), **given})
@@ -115,7 +114,7 @@ def frames_of(x: Any, card: dict, threads: int) -> Any:
     """Latents as frames, uint8 [F, H, W, 3], by the folder's decoder or that of the built-in world."""
     if "world" in card:
         return decode(x, card["world"])
-    video = load("decoder", threads)({"latents": np.ascontiguousarray(x, np.float32)})[0]
+    video = load(HERE / "decoder", threads)({"latents": np.ascontiguousarray(x, np.float32)})[0]
     return np.round(np.clip(video, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 3, 0)
 
 
@@ -168,7 +167,7 @@ def main(given: list[str]) -> None:
         arrays = {name: np.load(folder / f"{name}.npy") for name in card["inputs"]}
         if (hint := folder / "hint.npy").exists():  # of a picture that the first noise has to contain
             noises = iter([0.999 * next(noises) + 0.001 * np.load(hint), *(next(noises) for _ in card["ladder"][1:])])
-    x = sample(card, arrays, noises, threads)
+    x = sample(load(HERE / "step", threads), card, arrays, noises)
     result = frames_of(x, card, threads) if shows else x
     write_png(out, result, card["fps"]) if out.suffix == ".png" else np.save(out, result)
     print(f"{out}: {len(card['ladder'])} steps")

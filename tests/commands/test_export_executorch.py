@@ -1,16 +1,13 @@
 """export to=executorch: its runtime against the network, generate.py in a process of its own, the rewritten graph."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import error_line, small_wan
+from helpers import error_line, run_alone, small_wan
 
 from fastlightgen.config import SHAPES_PROMPT, main
 from fastlightgen.export import export
@@ -116,14 +113,8 @@ def test_the_same_clip_by_the_runtime_alone(folder, tmp_path):
     """generate.py in a process that cannot import this package; pixels within one level of 255 of the sampler's."""
     noise = torch.randn(LATENT, generator=generator(5))
     np.save(tmp_path / "noise.npy", noise.numpy())
-    code = (
-        "import runpy, sys; sys.modules.update(dict.fromkeys(['fastlightgen', 'onnxruntime'])); "
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [sys.executable, "-c", code, str(folder / "pte/generate.py"), "threads=1", f"prompt={SHAPES_PROMPT}"]
-    command += [f"noise={tmp_path / 'noise.npy'}", f"out={tmp_path / 'a.npy'}"]
-    alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env=alone)
+    given = (f"prompt={SHAPES_PROMPT}", f"noise={tmp_path / 'noise.npy'}", f"out={tmp_path / 'a.npy'}")
+    done = run_alone(folder / "pte", ["onnxruntime"], *given)
     assert done.returncode == 0, done.stderr
     x = noise
     model, given = load_model(folder / "student").eval(), json.loads((folder / "pte/fastlightgen.json").read_text())

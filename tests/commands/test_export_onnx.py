@@ -3,15 +3,13 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import error_line, small_hunyuan, small_wan
+from helpers import error_line, run_alone, small_hunyuan, small_wan
 from PIL import Image
 
 from fastlightgen.config import SHAPES_PROMPT, main
@@ -73,14 +71,7 @@ def step(folder: Path):
     return ort.InferenceSession(str(folder / "step.onnx"), providers=["CPUExecutionProvider"])
 
 
-def run_alone(folder: Path, *given: str) -> subprocess.CompletedProcess:
-    """Run generate.py in a process that can import neither torch nor this package."""
-    code = (
-        "import runpy, sys; sys.modules.update(dict.fromkeys(['torch', 'fastlightgen', 'PIL', 'onnx'])); "
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [sys.executable, "-c", code, str(folder / "generate.py"), "threads=1", *given]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
+TORCH = ("torch", "PIL", "onnx")  # what generate.py does without
 
 
 def noises(shape: tuple[int, ...], file: Path) -> Path:
@@ -121,7 +112,7 @@ def test_the_same_clip_without_torch(students, folders, tmp_path, name):
     wanted = sheet.reshape(len(sheet), 8, -1, 3).swapaxes(0, 1)
     given = [f"prompt={SHAPES_PROMPT}", f"noise={noises(LATENT, tmp_path / 'noise.npy')}"]
     for file in ("b.npy", "b.png"):
-        done = run_alone(folders[name], *given, f"out={tmp_path / file}")
+        done = run_alone(folders[name], TORCH, *given, f"out={tmp_path / file}")
         assert done.returncode == 0, done.stderr
     found = np.load(tmp_path / "b.npy")
     assert found.dtype == np.uint8 and found.shape == wanted.shape and wanted.std() > 5
@@ -144,7 +135,7 @@ def test_readme_takes_a_real_student_to_frames(students, folders, pipeline, tmp_
     exec(before, names)
     file = noises(REAL_LATENT, tmp_path / "noise.npy")
     done = run_alone(
-        folders["real"], f"inputs={tmp_path / 'FOLDER'}", f"out={tmp_path / 'latents.npy'}", f"noise={file}"
+        folders["real"], TORCH, f"inputs={tmp_path / 'FOLDER'}", f"out={tmp_path / 'latents.npy'}", f"noise={file}"
     )
     assert done.returncode == 0, done.stderr
     exec("#" + after, names)
@@ -159,10 +150,14 @@ def test_readme_takes_a_real_student_to_frames(students, folders, pipeline, tmp_
     mixed[0] = 0.999 * mixed[0] + 0.001 * hint[0]
     np.save(tmp_path / "mixed.npy", mixed)
     run_alone(
-        folders["real"], f"inputs={tmp_path / 'FOLDER'}", f"out={tmp_path / 'a.npy'}", f"noise={tmp_path / 'mixed.npy'}"
+        folders["real"],
+        TORCH,
+        f"inputs={tmp_path / 'FOLDER'}",
+        f"out={tmp_path / 'a.npy'}",
+        f"noise={tmp_path / 'mixed.npy'}",
     )
     np.save(tmp_path / "FOLDER" / "hint.npy", hint)
-    run_alone(folders["real"], f"inputs={tmp_path / 'FOLDER'}", f"out={tmp_path / 'b.npy'}", f"noise={file}")
+    run_alone(folders["real"], TORCH, f"inputs={tmp_path / 'FOLDER'}", f"out={tmp_path / 'b.npy'}", f"noise={file}")
     hinted = np.load(tmp_path / "b.npy")
     assert np.abs(hinted - np.load(tmp_path / "a.npy")).max() <= 1e-4
     assert np.abs(hinted - np.load(tmp_path / "latents.npy")).max() > 1e-3
@@ -259,7 +254,7 @@ def test_generate_refuses_in_one_line(folders, tmp_path):
         ("real", ["prompt=a"], "inputs is required"),
         ("wan", ["steps=3"], "steps: unknown; the keys are prompt="),
     ):
-        done = run_alone(folders[name], *given)
+        done = run_alone(folders[name], TORCH, *given)
         assert done.returncode == 1 and wanted in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
@@ -276,16 +271,16 @@ def test_generate_refuses_damaged_files(folders, tmp_path):
         flipped[len(whole) // 2] ^= 1
         for damaged in (bytes(flipped), whole[:-1]):
             (folder / name).write_bytes(damaged)
-            ended = run_alone(folder, *given)
+            ended = run_alone(folder, TORCH, *given)
             said = f"{folder / name}: is damaged or missing; copy the folder again, or delete manifest.json if you"
             assert (
                 ended.returncode == 1 and ended.stderr == f"{said} changed it\n" and not (tmp_path / "a.png").exists()
             )
         (folder / name).write_bytes(whole)
     (folder / "generate.py").write_text((folder / "generate.py").read_text() + "\n# mine\n")
-    assert "generate.py: is damaged or missing" in run_alone(folder, *given).stderr
+    assert "generate.py: is damaged or missing" in run_alone(folder, TORCH, *given).stderr
     manifest.unlink()
-    assert run_alone(folder, *given).returncode == 0 and (tmp_path / "a.png").is_file()
+    assert run_alone(folder, TORCH, *given).returncode == 0 and (tmp_path / "a.png").is_file()
 
 
 def test_the_checksum_of_generate_is_that_of_the_manifest(tmp_path):

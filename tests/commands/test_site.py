@@ -73,13 +73,13 @@ def test_search_finds_a_key_without_a_server(site, tmp_path, width):
         page.open(site / "index.html", width)
         assert page.run("document.documentElement.scrollWidth") <= width
         page.run("document.querySelector('[data-md-toggle=search]').click()")
-        page.run("const i = document.querySelector('.md-search__input'); i.focus(); i.value = 'guidance_times'")
+        page.run("const i = document.querySelector('.md-search__input'); i.focus(); i.value = 'critic_start'")
         page.run("document.querySelector('.md-search__input').dispatchEvent(new Event('keyup', {bubbles: true}))")
         end = time.monotonic() + 60
         while not (found := page.run("document.querySelector('.md-search-result__link')?.href ?? ''")):
             assert time.monotonic() < end, "the search found nothing"
             time.sleep(0.1)
-        assert any(name in found for name in ("keys/train.html", "method.html", "results.html")), found
+        assert "keys/train.html" in found or "method.html" in found
         assert not page.errors
     finally:
         page.close()
