@@ -33,6 +33,7 @@ STUDENT = preset("tiny")["stage3"]
 FIRST, RATIO, UPDATES, STEPS = STUDENT["critic_start"], 2, 110, 300  # ratio and updates of Stage III, steps of Stage II
 HALF = UPDATES // 2  # updates of the student in the ablations
 REGRESSION = 2 * STEPS  # steps of Stage II that take about the time of Stages II and III
+LONG = 240  # updates of the long recipe, which starts from the regression: 16 minutes of a core for Stages II and III
 
 
 def updates(count: int, ratio: int = RATIO) -> tuple[str, ...]:
@@ -87,6 +88,26 @@ def rival(name: str, which: int, share: float = 1.0, after: str = "stage2") -> T
     return Training(3, after, (*METHODS[name], *TRIALS[name][which], *length))
 
 
+def rival_of_stage2(name: str, lr: float, steps: int = STEPS) -> Training:
+    """A method of Stage II with one of its learning rates."""
+    keys = {
+        "icmd": ("method=icmd",),
+        "f3-blocks": ("method=f3", "f3=block", "recover=true"),
+        "lightning-2": ("method=lightning", "prune_heads=1", "prune_ffn=0.5"),
+    }
+    return Training(2, "rank" if name == "icmd" else "", (*keys[name], f"iters={steps}", f"lr={lr:g}"))
+
+
+# Rivals of Stage II: learning rates tried for half of the steps. The second is the preset's, which they all have.
+RATES = (5e-4, 1e-3, 2e-3)
+STAGE2_CHOSEN = {"icmd": 1, "f3-blocks": 1, "lightning-2": 1}
+# The long recipe: settings tried for half of its updates.
+LONG_TRIALS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("beta1=1.25", "guidance_times=below"),
+    ("beta1=1.5", "guidance_times=below"),
+    ("lr_schedule=cosine",),
+)
 TUNED, TUNED_CLIPS = 99, 1  # training seed and evaluate.seed of trials, which no row uses
 TRAININGS: dict[str, Training] = {
     "rank": Training(1),
@@ -114,10 +135,15 @@ TRAININGS: dict[str, Training] = {
     **{f"stage2-alpha-{a}": Training(2, "rank", (f"iters={STEPS}", f"alpha={a}")) for a in ("0", ".5")},
     **{f"alpha-{a}": Training(3, f"stage2-alpha-{a}", updates(HALF)) for a in ("0", ".5")},
     # Rivals of Stage II, with the preset's schedule, sampled like the teacher. "f3-attention" trains nothing.
-    "icmd": Training(2, "rank", (f"iters={STEPS}", "method=icmd")),
     "f3-attention": Training(2, "", ("method=f3",)),
-    "f3-blocks": Training(2, "", (f"iters={STEPS}", "method=f3", "f3=block", "recover=true")),
-    "lightning-2": Training(2, "", ("method=lightning", "prune_heads=1", "prune_ffn=0.5", f"iters={STEPS}")),
+    **{name: rival_of_stage2(name, RATES[which]) for name, which in STAGE2_CHOSEN.items()},
+    **{
+        f"{name}-try-{i}": rival_of_stage2(name, lr, STEPS // 2) for name in STAGE2_CHOSEN for i, lr in enumerate(RATES)
+    },
+    **{
+        f"long-try-{i}": Training(3, "regression", (*updates(LONG // 2, 1), *keys))
+        for i, keys in enumerate(LONG_TRIALS)
+    },
     **{name: rival(name, CHOSEN[name]) for name in TRIALS},
     **{
         f"{name}-try-{i}": rival(name, i, 1.0 if f"{name}-try-{i}" in WHOLE else 0.5)
@@ -159,7 +185,11 @@ ROWS: dict[str, Row] = {
     "lcm": Row("LCM", "lcm", group="rivals"),
     "magicdistillation": Row("MagicDistillation", "magicdistillation", group="rivals"),
     "lightning": Row("Lightning Video", "lightning", group="rivals"),
-    **{name: Row(name, name, group="trials") for name in TRAININGS if "-try-" in name},
+    **{
+        name: Row(name, name, {"steps": 28} if TRAININGS[name].stage == 2 else {}, group="trials")
+        for name in TRAININGS
+        if "-try-" in name
+    },
 }
 PAIRS = (  # (row, the row that it is compared with)
     ("teacher-4", "teacher-50"),

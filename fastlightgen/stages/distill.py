@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlightgen.config import ConfigError, field
+from fastlightgen.config import field
 from fastlightgen.models.cost import Network
 from fastlightgen.models.folder.networks import config_of, trained_folder
 from fastlightgen.models.folder.weights import read_card
@@ -54,21 +54,20 @@ class DistillKeys(MatchingKeys):
     )
     lora_rank: int = field(16, "fake_mode=lora: rank of the critic's adapters", lo=1, hi=10_000)
     guidance_times: str = field(
-        "same",
+        "below",
         "when Eq. 9's guidance part (beta1 - 1) (v_pc - v_pn) is taken; same: at the time of the other part; below: at "
-        "cleaner times than the rung that the student left (Decoupled DMD); above: at noisier ones",
+        "cleaner times than the rung that the student left (Decoupled DMD); above: at noisier ones; "
+        "teacher_guidance=embedded has no such part",
         choices=("same", "below", "above"),
     )
     strong: str = field(
         "stage2", "the strong teacher in Eq. 9; original: before Stage II", choices=("stage2", "original")
     )
 
-    def check(self) -> None:
-        super().check()
-        if self.guidance_times != "same" and self.teacher_guidance == "embedded":
-            raise ConfigError(
-                f"guidance_times={self.guidance_times}: teacher_guidance=embedded has no guidance part; use same"
-            )
+    @property
+    def two_times(self) -> bool:
+        """Whether Eq. 9's guidance part has a time of its own."""
+        return self.guidance_times != "same" and self.teacher_guidance != "embedded"
 
     @property
     def adapters(self) -> int:
@@ -142,7 +141,7 @@ def walks(net: Network, keep: Sequence[int], cfg: Config) -> Iteration:
         nets["fake"] = Net(updates=critics, adapters=cfg.lora_rank, adapted=fake_keep)
         fake_path = fake_keep
     v_pc, v_pn, v_uc = Route(keep=keep), Route(1, keep, kept_text=True), Route()
-    predicted = [[v_pc, v_pn, v_uc]] if cfg.guidance_times == "same" else [[v_pc, v_uc], [v_pc, v_pn]]
+    predicted = [[v_pc, v_uc], [v_pc, v_pn]] if cfg.two_times else [[v_pc, v_pn, v_uc]]
     if cfg.teacher_guidance == "embedded":
         predicted = [[v_pc, v_uc]]
     nets |= partner_net(cfg, net, nets["student"])

@@ -40,14 +40,16 @@ class Keys(Scores, Protocol):
     b2: float
     guidance_times: str
 
+    @property
+    def two_times(self) -> bool: ...
+
 
 def student_gradient(
     cfg: Keys, nets: Networks, x0: Tensor, batch: Batch, exit_time: float, gen: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Eq. 8 under Eq. 9: return the gradient for the student's clips x0, and its normaliser mean |x0 - x0_real| [B].
 
-    With guidance_times other than same, Eq. 9 is taken in two parts, each at a time and noise of its own (Decoupled
-    DMD, arXiv 2511.22677):
+    With two times, Eq. 9 is taken in two parts, each at a time and noise of its own (Decoupled DMD, arXiv 2511.22677):
 
         v_real - v_fake = [v_pc + beta2 (v_uc - v_pc) - v_fake]  +  (beta1 - 1) (v_pc - v_pn)
                           matching part                             guidance part
@@ -60,7 +62,7 @@ def student_gradient(
     t, x_t, _ = renoised(cfg, x0, gen)
     beta1, beta2 = betas(cfg, x0, gen)
     v_fake = nets.fake(x_t, t, batch.cond)
-    if cfg.guidance_times == "same":
+    if not cfg.two_times:
         v_pc, v_pn, v_uc = nets.real(x_t, t, batch)
         return eq8(cfg, x0, x_t, t, v_fake, v_pc, v_pn, v_uc, beta1, beta2)
 

@@ -116,7 +116,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("words", VARIANTS, ids=" ".join)
 def test_student_gradient_is_that_of_eq_8(folders, words):
-    stage = make(folders, *words)
+    stage = make(folders, "guidance_times=same", *words)
     cfg, nets, fake = stage.cfg, stage.nets, merged(stage.nets)
     strong, params = nets.original or nets.teacher, list(nets.student.parameters())
     for g in (0, 1, 2):  # the student's updates at iterations 0, 5, 10
@@ -466,7 +466,10 @@ def test_ladders(folders, tmp_path, steps):
 
 
 def test_betas_and_times_stay_inside_their_ranges_per_sample(folders, monkeypatch):
-    stage, seen = make(folders, "batch=8", "beta1=2", "a1=1", "b1=0.5", "beta2=0.3", "a2=0.1", "b2=0.2"), []
+    stage, seen = (
+        make(folders, "guidance_times=same", "batch=8", "beta1=2", "a1=1", "b1=0.5", "beta2=0.3", "a2=0.1", "b2=0.2"),
+        [],
+    )
     stage.rollouts.simulate = lambda batch, rung, gen: batch.x0.clone().requires_grad_(True)
 
     def spy(x0, x_t, t, *rest):

@@ -14,7 +14,13 @@ FILE = Path(__file__).parents[1] / "golden" / "losses.json"
 # Relative. One machine always gives the same bits. Another processor's matrix products differ by some 1e-7 per step,
 # which the optimizer steps amplify.
 TOLERANCE = 1e-4
-RUNS = {"0": (0, []), "2": (2, []), "2 alpha 0.5": (2, ["alpha=0.5"]), "3": (3, [])}
+RUNS = {
+    "0": (0, []),
+    "2": (2, []),
+    "2 alpha 0.5": (2, ["alpha=0.5"]),
+    "3": (3, []),
+    "3 same": (3, ["guidance_times=same"]),
+}
 
 
 def rank(tmp_path: Path) -> list[dict]:
