@@ -134,6 +134,10 @@ TRAININGS: dict[str, Training] = {
     # Eq. 7's weight of distillation. The rest is the data, which has no guidance.
     **{f"stage2-alpha-{a}": Training(2, "rank", (f"iters={STEPS}", f"alpha={a}")) for a in ("0", ".5")},
     **{f"alpha-{a}": Training(3, f"stage2-alpha-{a}", updates(HALF)) for a in ("0", ".5")},
+    # Searches of Stage I, each followed by the same Stage II.
+    "rank-iterative": Training(1, "", ("search=iterative",)),
+    "rank-calibrated": Training(1, "", ("search=calibrated", "recovery=iters=40,warmup=4")),
+    **{f"stage2-{s}": Training(2, f"rank-{s}", (f"iters={STEPS}",)) for s in ("iterative", "calibrated")},
     # Rivals of Stage II, with the preset's schedule, sampled like the teacher. "f3-attention" trains nothing.
     "f3-attention": Training(2, "", ("method=f3",)),
     **{name: rival_of_stage2(name, RATES[which]) for name, which in STAGE2_CHOSEN.items()},
@@ -176,6 +180,12 @@ ROWS: dict[str, Row] = {
     "plain-above": Row("guidance at noisier times", "plain-above", group="ablations"),
     "alpha-0": Row("alpha = 0: Stage II follows the data", "alpha-0", group="ablations"),
     "alpha-.5": Row("alpha = .5", "alpha-.5", group="ablations"),
+    **{
+        f"{s}-4": Row(
+            f"search={s}, Stage II, pruned path, 4 steps", f"stage2-{s}", {"path": "pruned"}, True, group="searches"
+        )
+        for s in ("iterative", "calibrated")
+    },
     "icmd": Row("ICMD, 28 steps", "icmd", {"steps": 28}, group="rivals"),
     "f3-attention": Row("F3-Pruning, attention, untrained, 28 steps", "f3-attention", {"steps": 28}, group="rivals"),
     "f3-blocks": Row("F3-Pruning, blocks, trained, 28 steps", "f3-blocks", {"steps": 28}, group="rivals"),
@@ -218,6 +228,8 @@ PAIRS = (  # (row, the row that it is compared with)
     ("student", "dmd2-no-gan"),
     ("student", "lcm"),
     ("student", "magicdistillation"),
+    ("iterative-4", "stage2-4"),
+    ("calibrated-4", "stage2-4"),
     ("icmd", "stage2-28"),
     ("f3-attention", "stage2-28"),
     ("f3-blocks", "stage2-28"),

@@ -142,6 +142,6 @@ def test_models_without_embedded_guidance_are_refused(folder):
         ]["calls"]
         for kind in ("null", "embedded")
     )
-    assert null - embedded == pytest.approx(2 * 42 / 5)  # 42 of 60 blocks are kept, the student trains at every fifth step
+    assert null - embedded == pytest.approx(2 * 42 / 5)  # 42 blocks are kept, every fifth step trains
     with pytest.raises(ConfigError, match="guided=2.0: teacher_guidance=embedded guides the target too; use guided=1"):
         load(["stage=2", "run=r", EMBEDDED, "guided=2"])
