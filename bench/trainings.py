@@ -101,12 +101,14 @@ def rival_of_stage2(name: str, lr: float, steps: int = STEPS) -> Training:
 # Rivals of Stage II: learning rates tried for half of the steps. The second is the preset's, which they all have.
 RATES = (5e-4, 1e-3, 2e-3)
 STAGE2_CHOSEN = {"icmd": 1, "f3-blocks": 1, "lightning-2": 1}
-# The long recipe: settings tried for half of its updates.
-LONG_TRIALS: tuple[tuple[str, ...], ...] = (
-    (),
-    ("beta1=1.25", "guidance_times=below"),
-    ("beta1=1.5", "guidance_times=below"),
-    ("lr_schedule=cosine",),
+# The long recipe: settings tried for a share of its updates.
+LONG_TRIALS: tuple[tuple[float, tuple[str, ...]], ...] = (
+    (0.5, ()),
+    (0.5, ("beta1=1.25", "guidance_times=below")),
+    (0.5, ("beta1=1.5", "guidance_times=below")),
+    (0.5, ("lr_schedule=cosine",)),
+    (1, ("lr_schedule=cosine",)),
+    (1, ("lr_schedule=cosine", "lr=8e-4", "lr_fake=1.6e-3")),
 )
 TUNED, TUNED_CLIPS = 99, 1  # training seed and evaluate.seed of trials, which no row uses
 TRAININGS: dict[str, Training] = {
