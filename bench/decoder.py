@@ -50,7 +50,7 @@ FINE_TUNING = (
 TUBES, TUBE = 300, 9  # pieces of the training frames that the fine-tuning reads, and their frames
 MEASURED = {"size": (96, 128), "frames": 9, "each": 1, "repeats": 5}  # held-out pieces per scene; rounds of timing
 OUT = Path("bench/results/decoder.json")
-BASE: dict[str, Any] = {"steps": 4000, "batch": 4, "frames": 5, "size": 32, "lr": 1e-3, "kl": 1e-6}
+BASE: dict[str, Any] = {"steps": 3000, "batch": 4, "frames": 5, "size": 32, "lr": 1e-3, "kl": 1e-6}
 
 
 HALF = {"block_out_channels": (64, 128, 256, 256), "norm_num_groups": 16}
