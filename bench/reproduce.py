@@ -7,12 +7,12 @@ part=both trains every row and measures it as soon as it is trained.
 part=table compares measured rows by paired intervals, prints a table, and writes bench/results/world.json. Rows
 that are not named stay in the file as they are.
 
-rows: main, ablations, rivals, fp8, or names (main); seeds: of training (0,1,2,3,4); clips: held-out clips (512);
-noises: clips per caption, whose spread is the diversity (8; 1: do not measure it); at_once: processes (1), more of them
-for a GPU, which one leaves idle; threads: of each. What is done is skipped, so that a part can be interrupted. What a
-process prints goes to runs/reproduce/logs. The settings were tuned with training seed 99 and the clips of
-evaluate.seed=1, which no row uses: rows=trials seeds=99 are those of the rivals, and their table is
-bench/results/rival-trials.json.
+rows: main, ablations, rivals, searches, fp8, or names (main); seeds: of training (0,1,2,3,4); clips: held-out clips
+(512); noises: clips per caption, whose spread is the diversity (8; 1: do not measure it); at_once: processes (1), more
+of them for a GPU, which one leaves idle; threads: of each. What is done is skipped, so that a part can be interrupted.
+What a process prints goes to runs/reproduce/logs. The settings were tuned with training seed 99 and the clips of
+evaluate.seed=1, which no row uses: rows=trials seeds=99 are those of the rivals and of the long recipe, and their table
+is bench/results/rival-trials.json.
 """
 
 import os

@@ -200,10 +200,8 @@ def test_descending_with_this_sign_reaches_the_data_and_the_other_leaves_it(sign
 
 
 def test_betas_and_times_stay_inside_their_ranges_per_sample(folders, monkeypatch):
-    stage, seen = (
-        make(folders, "guidance_times=same", "batch=8", "beta1=2", "a1=1", "b1=0.5", "beta2=0.3", "a2=0.1", "b2=0.2"),
-        [],
-    )
+    words = ["beta1=2", "a1=1", "b1=0.5", "beta2=0.3", "a2=0.1", "b2=0.2"]
+    stage, seen = make(folders, "guidance_times=same", "batch=8", *words), []
     stage.rollouts.simulate = lambda batch, rung, gen: batch.x0.clone().requires_grad_(True)
 
     def spy(x0, x_t, t, *rest):
