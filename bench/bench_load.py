@@ -5,6 +5,7 @@ shares of the checks are of minima of FLG_LOAD_TURNS=9 loads each. A load from t
 the files from the disk.
 """
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -19,10 +20,11 @@ from fastlightgen.engine import checkpoint, damage
 from fastlightgen.engine.local import LocalEngine
 from fastlightgen.files import onepass
 from fastlightgen.models.folder import weights
-from fastlightgen.models.folder.files import verify_tensor
+from fastlightgen.models.folder.files import verify_tensors
 from fastlightgen.models.folder.weights import build, load_model, save_model
 
 MODEL, BLOCKS = os.environ.get("FLG_LOAD_MODEL", "tiny"), int(os.environ.get("FLG_LOAD_BLOCKS", "12"))
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 TURNS = int(os.environ.get("FLG_LOAD_TURNS", "9"))
 
 
@@ -32,10 +34,17 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 
-def only_copied(key: str, value: torch.Tensor, sums: dict, file: Path, into: torch.Tensor | None = None) -> None:
-    """What `verify_tensor` would be without its checks."""
-    if into is not None:
-        into.copy_(value)
+def only_copied(values: dict[str, tuple[torch.Tensor, torch.Tensor | None]], sums: dict, file: Path) -> None:
+    """What `verify_tensors` would be without its checks."""
+    for value, into in values.values():
+        if into is not None:
+            into.copy_(value)
+
+
+def fresh_memory() -> None:
+    """Let every load write to fresh memory, as the first one in a process does, and not to that of the load before."""
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def forgotten(folder: Path) -> int:
@@ -80,7 +89,7 @@ def cost_of_verifying(folder: Path, cold: bool, compiled: bool = True) -> float:
             patch.setattr(onepass, "compiled", lambda: None)
 
         def read(checked: bool) -> None:
-            patch.setattr(weights, "verify_tensor", verify_tensor if checked else only_copied)
+            patch.setattr(weights, "verify_tensors", verify_tensors if checked else only_copied)
             load_model(folder, dtype=torch.bfloat16)
 
         return share_of_checks(folder, read, cold)
@@ -96,6 +105,7 @@ def bench_load(benchmark, tmp_path: Path):
             p.fill_(0.01)  # what stood in this memory may not be finite, and such weights are refused
     folder = save_model(net, tmp_path / "model", torch.bfloat16)
     del empty, net, p
+    fresh_memory()
     load_model("tiny")  # import what only the first load imports
     Path("/proc/self/clear_refs").write_text("5")  # measure the peak from here on
     before = resident("VmRSS")

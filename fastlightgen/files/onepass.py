@@ -1,12 +1,13 @@
-"""One pass over a stored tensor: its checksum, and whether its numbers are finite; then a copy.
+"""One pass over stored tensors: their checksums, whether their numbers are finite, and a copy.
 
-Memory decides how long this takes. The compiled module touches each byte once; torch takes two passes, over pieces that
-stay in the processor's cache. The copy comes after: writing to fresh memory in the same loop was slower.
+Memory decides how long this takes. The compiled module reads each byte from memory once, also where it copies. Torch
+takes two passes over pieces that stay in the processor's cache, and then copies. A copy in another type comes after.
 """
 
 import importlib
 import math
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -37,25 +38,45 @@ def read_once(value: Tensor, into: Tensor | None = None) -> tuple[int, bool]:
 
     `into`: a tensor of the same shape on the CPU, perhaps of another type, that gets the values.
     """
-    if not value.numel():
-        return 0, True
-    value = value.detach().contiguous().reshape(-1)
-    total, finite = (_compiled if compiled() else _in_pieces)(value)
-    if into is not None:
-        into.view(-1).copy_(value)
-    return total, finite
+    return read_all([(value, into)])[0]
 
 
-def _compiled(value: Tensor) -> tuple[int, bool]:
-    """Read a flat tensor with the compiled function, and the bytes behind its last block with torch."""
-    data, blocks = value.view(torch.uint8), value.numel() * value.element_size() // BLOCK
-    sums = torch.empty(blocks, dtype=torch.int64)
-    how = EXPONENT.get(value.dtype, 0), torch.get_num_threads()
-    finite = compiled()(data.data_ptr(), sums.data_ptr(), blocks, *how)
-    total = zlib.crc32(sums.numpy().data)
-    if (rest := blocks * BLOCK // value.element_size()) == len(value):
-        return total, finite
-    return zlib.crc32(data[blocks * BLOCK :].numpy().data, total), finite and all_finite(value[rest:])
+def read_all(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> list[tuple[int, bool]]:
+    """`read_once` for several tensors, which the compiled function reads together."""
+    values = [value.detach().contiguous().reshape(-1) for value, _ in pairs]
+    targets = [None if into is None else into.view(-1) for _, into in pairs]
+    if not compiled():
+        out = [_in_pieces(value) for value in values]
+    else:  # it copies what keeps its type
+        alike = [t if t is not None and t.dtype == v.dtype else None for v, t in zip(values, targets, strict=True)]
+        out = _compiled(list(zip(values, alike, strict=True)))
+        targets = [t if one is None else None for t, one in zip(targets, alike, strict=True)]
+    for value, target in zip(values, targets, strict=True):
+        if target is not None:
+            target.copy_(value)
+    return out
+
+
+def _compiled(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> list[tuple[int, bool]]:
+    """Read flat tensors with the compiled function, and the bytes behind their last blocks with torch."""
+    counts = [value.numel() * value.element_size() // BLOCK for value, _ in pairs]
+    sums = [torch.empty(count, dtype=torch.int64) for count in counts]
+    jobs = [
+        (v.data_ptr(), s.data_ptr(), count, EXPONENT.get(v.dtype, 0), 0 if into is None else into.data_ptr())
+        for (v, into), s, count in zip(pairs, sums, counts, strict=True)
+    ]
+    out = []
+    for (value, into), own, count, finite in zip(
+        pairs, sums, counts, compiled()(jobs, torch.get_num_threads()), strict=True
+    ):
+        total, rest = zlib.crc32(own.numpy().data), count * BLOCK // value.element_size()
+        if rest < len(value):
+            total = zlib.crc32(value[rest:].view(torch.uint8).numpy().data, total)
+            finite = finite and all_finite(value[rest:])
+            if into is not None:
+                into[rest:].copy_(value[rest:])
+        out.append((total, finite))
+    return out
 
 
 def _in_pieces(value: Tensor) -> tuple[int, bool]:

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("cuda", "triton", "reference")  # `auto` takes the first usable one
-INTERFACE = 4  # must equal `interface` in bindings/module.cpp
+INTERFACE = 5  # must equal `interface` in bindings/module.cpp
 LIB = torch.library.Library("fastlightgen", "DEF")  # registers operators as torch.ops.fastlightgen.<name>
 
 

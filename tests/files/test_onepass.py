@@ -87,3 +87,14 @@ def test_a_tensor_that_begins_anywhere(way):
         assert onepass.read_once(apart, into) == onepass.read_once(value) and torch.equal(into, value)
     square = value[: 200 * 1500].view(200, 1500)
     assert onepass.read_once(square.t()) == onepass.read_once(square.t().contiguous())
+
+
+def test_several_tensors_at_once(way):
+    """Of several types and sizes, to be copied, to be copied in another type, and only to be read."""
+    values = [drawn(kind, count) for kind in KINDS for count in (0, 77, 2048 * 4, (1 << 20) + 5)]
+    values[3][7] = math.nan
+    targets = [(None, torch.empty_like(v), torch.empty(len(v)))[k % 3] for k, v in enumerate(values)]
+    found = onepass.read_all(list(zip(values, targets, strict=True)))
+    assert found == [onepass.read_once(v) for v in values] and [k for k, (_, ok) in enumerate(found) if not ok] == [3]
+    for value, target in zip(values, targets, strict=True):
+        assert target is None or target.equal(value.to(target.dtype)) or value is values[3]

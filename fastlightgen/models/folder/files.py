@@ -14,7 +14,7 @@ from fastlightgen.atomic import put, write_json
 from fastlightgen.files import tensors as files
 from fastlightgen.files.border import opened, read_json, regular
 from fastlightgen.files.kinds import WEIGHT_MAP
-from fastlightgen.files.onepass import read_once
+from fastlightgen.files.onepass import read_all
 
 CHECKSUMS = "checksums.json"  # tensor -> its checksum; absent from folders of other programs
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -121,17 +121,20 @@ def read_checksums(folder: Path) -> dict[str, int]:
     return found
 
 
-def verify_tensor(key: str, value: Tensor, sums: Mapping[str, int], file: Path, into: Tensor | None = None) -> None:
-    """Raise ValueError if a stored tensor is damaged or holds numbers that are not finite; copy it into `into`."""
-    total, finite = read_once(value, into)
-    if key in sums:
-        try:
-            files.check_sum(key, total, sums[key], file)
-        except ValueError as err:
-            how = f"{again(file.parent)}, or delete {CHECKSUMS} if you changed the weights yourself"
-            raise ValueError(f"{err}; {how}") from None
-    if not finite:
-        raise ValueError(f"{file}: {key} holds numbers that are not finite; copy the folder again, or train again")
+def verify_tensors(values: Mapping[str, tuple[Tensor, Tensor | None]], sums: Mapping[str, int], file: Path) -> None:
+    """Raise ValueError if a stored tensor is damaged or holds numbers that are not finite.
+
+    `values`: key -> (the tensor, None or memory for a copy).
+    """
+    for (key, _), (total, finite) in zip(values.items(), read_all(list(values.values())), strict=True):
+        if key in sums:
+            try:
+                files.check_sum(key, total, sums[key], file)
+            except ValueError as err:
+                how = f"{again(file.parent)}, or delete {CHECKSUMS} if you changed the weights yourself"
+                raise ValueError(f"{err}; {how}") from None
+        if not finite:
+            raise ValueError(f"{file}: {key} holds numbers that are not finite; copy the folder again, or train again")
 
 
 def again(folder: Path) -> str:
@@ -151,7 +154,7 @@ def verify_model(folder: Path) -> None:
     for file in sorted({file for file, _ in headers.values()}):
         with mapped(file) as (keys, get):
             for key in keys:
-                verify_tensor(key, get(key), sums, file)
+                verify_tensors({key: (get(key), None)}, sums, file)
 
 
 def read_headers(files: list[Path]) -> dict[str, tuple[Path, Tensor]]:

@@ -1,8 +1,8 @@
 """Model folders and presets: diffusers' transformer format plus fastlightgen.json, or an original repository's format.
 
 A folder is read in two passes. The first reads config.json and the header of every file, and compares all keys and
-shapes with the network, built without memory (meta device). The second copies one tensor after the other from the
-mapped files into the wanted type and device. Memory beside the network: one tensor, and the mapped window around it.
+shapes with the network, built without memory (meta device). The second copies a few tensors at a time from the mapped
+files into the wanted type and device. Memory beside the network: one tensor, and the mapped window around it.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from fastlightgen.models.folder.files import (
     read_json,
     read_tensors,
     replacing,
-    verify_tensor,
+    verify_tensors,
     weight_files,
     write_tensors,
 )
@@ -59,6 +59,7 @@ __all__ = [
 
 Placed = Callable[[nn.Parameter], None]
 WINDOW = 2**28  # bytes to copy from a mapped file before mapping it again, which frees the pages read so far
+BATCH = 2**25  # bytes to verify and copy together
 
 
 def load_model(
@@ -179,39 +180,37 @@ def loaded_tensors(
     sums = read_checksums(folder)
     total = sum(v.numel() * v.element_size() for _, v in headers.values())
     with bar(total, "loading weights", True, unit="B", scale=True, delay=5) as progress:
-        for group in windows(headers):
-            file = headers[group[0]][0]
+        for window in split(headers, WINDOW):
+            file = headers[window[0]][0]
             with mapped(file) as (_, get):
-                for name in group:
-                    keys = takers.get(name, [])
-                    if not read:
-                        yield from ((key, state[key]) for key in keys)
-                    elif keys:
-                        yield from verified(
-                            get(name), name, sums, file, {k: (table[k], state[k]) for k in keys}, device, dtype
-                        )
-                    progress.update(headers[name][1].numel() * headers[name][1].element_size())
+                for batch in split({name: headers[name] for name in window}, BATCH):
+                    names = [name for name in batch if name in takers]
+                    if read:
+                        found = {name: {key: (table[key], state[key]) for key in takers[name]} for name in names}
+                        yield from verified({name: get(name) for name in names}, found, sums, file, device, dtype)
+                    else:
+                        yield from ((key, state[key]) for name in names for key in takers[name])
+                    progress.update(sum(headers[n][1].numel() * headers[n][1].element_size() for n in batch))
 
 
 def verified(
-    stored: Tensor,
-    name: str,
+    stored: Mapping[str, Tensor],
+    takers: Mapping[str, Mapping[str, tuple[Source, Tensor]]],
     sums: Mapping[str, int],
     file: Path,
-    takers: Mapping[str, tuple[Source, Tensor]],
     device: Any,
     dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Verify a stored tensor and copy it for each of its takers, key -> (its rows, a tensor of its shape)."""
-    if len(takers) == 1 and torch.device(device).type == "cpu" and not next(iter(takers.values()))[0].rows:
-        ((key, (_, like)),) = takers.items()  # the usual case: verified and copied in one pass
-        out = torch.empty(like.shape, dtype=dtype or like.dtype)
-        verify_tensor(name, stored, sums, file, out)
-        yield key, out
-        return
-    verify_tensor(name, stored, sums, file)
-    for key, (source, like) in takers.items():
-        yield key, copied(stored, source, like, device, dtype)
+    """Verify stored tensors and copy each for its takers, key -> (its rows, a tensor of its shape)."""
+    whole: dict[str, Tensor] = {}  # the usual case, one taker of all rows on the CPU: verified and copied in one pass
+    for name, of in takers.items():
+        (source, like), *others = of.values()
+        if torch.device(device).type == "cpu" and not others and not source.rows:
+            whole[name] = torch.empty(like.shape, dtype=dtype or like.dtype)
+    verify_tensors({name: (value, whole.get(name)) for name, value in stored.items()}, sums, file)
+    for name, of in takers.items():
+        for key, (source, like) in of.items():
+            yield key, whole[name] if name in whole else copied(stored[name], source, like, device, dtype)
 
 
 def check_fit(
@@ -238,12 +237,12 @@ def check_fit(
     raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(first)}")
 
 
-def windows(headers: Mapping[str, tuple[Path, Tensor]]) -> list[list[str]]:
-    """Split the stored keys, in file order, into groups within one file that end once they reach WINDOW bytes."""
+def split(headers: Mapping[str, tuple[Path, Tensor]], most: int) -> list[list[str]]:
+    """Split the stored keys, in file order, into groups within one file that end once they reach `most` bytes."""
     out: list[list[str]] = []
     last, size = None, 0
     for key, (file, header) in headers.items():
-        if file != last or size >= WINDOW:
+        if file != last or size >= most:
             out.append([])
             last, size = file, 0
         out[-1].append(key)
