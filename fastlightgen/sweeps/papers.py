@@ -142,7 +142,7 @@ def verdict(difference: Mapping[str, Any], same: bool) -> str:
 
 
 def report(paper: Paper, points: Sequence[Point], out: Path) -> str:
-    """Write NAME.md, NAME.json and the figure; return the text."""
+    """Write NAME.md, NAME.json and the figure; return the text, which a terminal shows without the figure."""
     rows = rows_of(points)
     if not rows:
         return ""
@@ -155,16 +155,26 @@ def report(paper: Paper, points: Sequence[Point], out: Path) -> str:
     sentences = [sentence(trend, paper, rows) for trend in paper.trends]
     lines += ["", *sentences, "", footer(points)]
     write_json(out / f"{paper.name}.json", {"title": paper.title, "rows": record, "trends": sentences})
-    write_text(out / f"{paper.name}.md", "\n".join(lines) + "\n")
+    drawn = picture(paper, rows)
+    if drawn:
+        write_text(out / f"{paper.name}.svg", drawn)
+    shown = [f"\n![{paper.title}]({paper.name}.svg)\n"] if drawn else []
+    write_text(out / f"{paper.name}.md", "\n".join([*lines, *shown]) + "\n")
+    return "\n".join(lines)
+
+
+def picture(paper: Paper, rows: Mapping[str, Row]) -> str:
+    """The figure of a table, as SVG; "" if it has none, or if nothing is measured."""
     values = {name: means[SCORE] for name, row in rows.items() if SCORE in (means := row.means())}
-    if values and paper.figure == "grid":
-        cells = {tuple(paper.rows[name]["at"]): value for name, value in values.items()}
-        write_text(out / f"{paper.name}.svg", grid(paper.title, SCORE_TITLE, cells))
-    if values and paper.figure == "cost":
+    if not values:
+        return ""
+    if paper.figure == "grid":
+        return grid(paper.title, SCORE_TITLE, {tuple(paper.rows[name]["at"]): v for name, v in values.items()})
+    if paper.figure == "cost":
         seeds = {name: rows[name].scores()[SCORE] for name in values}  # the line goes from the best to the worst seed
         points_at = {n: (rows[n].cost, value, min(seeds[n]), max(seeds[n])) for n, value in values.items()}
-        write_text(out / f"{paper.name}.svg", against_cost(paper.title, SCORE_TITLE, points_at))
-    return "\n".join(lines)
+        return against_cost(paper.title, SCORE_TITLE, points_at)
+    return ""
 
 
 def footer(points: Sequence[Point]) -> str:

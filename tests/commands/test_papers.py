@@ -112,6 +112,8 @@ def test_few_clips_give_scores_and_no_verdict(tmp_path, monkeypatch, name):
         write_scores(point, 20.0, 8)
     text = papers.report(papers.read(name), found, tmp_path)
     assert text.count("| 0.9 | 20 |") == len(papers.read(name).rows)
+    picture, shown = (tmp_path / f"{name}.svg").is_file(), f"({name}.svg)" in (tmp_path / f"{name}.md").read_text()
+    assert picture == shown == (name == "figure-1")
     trends = [line for line in text.splitlines() if line.startswith("- ")]
     assert all("Not ranked" in line and "8 clips rank no models; 64 or more do" in line for line in trends)
     text = table.table(found, tmp_path)
