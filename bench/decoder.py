@@ -45,12 +45,12 @@ SCENES = {  # file -> frames, frames per second, size it is read in
 TRAINED = ("bigbuckbunny.mp4", "bikes.mp4")
 ROWS = {"half": ["keep_channels=0.5", "drop_layers=0"]}  # name -> what stage=decoder is told beside FINE_TUNING
 FINE_TUNING = (
-    "size=32x32 frames=5 fps=25 batch=4 iters=400 lr=2e-3 warmup=20 adversarial=0 score_clips=16 seed=0".split()
+    "size=32x32 frames=5 fps=25 batch=4 iters=1000 lr=2e-3 warmup=20 adversarial=0 score_clips=16 seed=0".split()
 )
 TUBES, TUBE = 300, 9  # pieces of the training frames that the fine-tuning reads, and their frames
 MEASURED = {"size": (96, 128), "frames": 9, "each": 1, "repeats": 5}  # held-out pieces per scene; rounds of timing
 OUT = Path("bench/results/decoder.json")
-BASE: dict[str, Any] = {"steps": 1200, "batch": 4, "frames": 5, "size": 32, "lr": 1e-3, "kl": 1e-6}
+BASE: dict[str, Any] = {"steps": 6000, "batch": 4, "frames": 5, "size": 32, "lr": 1e-3, "kl": 1e-6}
 
 
 HALF = {"block_out_channels": (64, 128, 256, 256), "norm_num_groups": 16}
