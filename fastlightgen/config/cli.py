@@ -1,7 +1,7 @@
 """From a command line to a checked configuration, and how a command starts.
 
 Later layers win: dataclass defaults, configs/stageN.yaml, configs/preset/NAME.yaml (preset=NAME),
-configs/method/NAME.yaml, the model preset's section, config=FILE, the command line.
+configs/method/NAME.yaml, the model preset's sections, config=FILE, the command line.
 """
 
 import dataclasses

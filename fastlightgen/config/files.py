@@ -25,7 +25,7 @@ def presets(kind: str = "model") -> list[str]:
 
 
 def preset(name: str, kind: str = "model") -> dict[str, Any]:
-    """The content of a preset; of a model: network, inference, settings per stage; of data: what the clips are."""
+    """The content of a preset; of a model: network, inference, settings of stages and methods; of data: the clips."""
     if name not in presets(kind):
         raise ConfigError(f"{kind}={name}: no such preset; there are {', '.join(presets(kind))}")
     return read_yaml(config_root() / kind / f"{name}.yaml")

@@ -35,7 +35,7 @@ def shipped_layers(cls: type, given: Mapping[str, Any]) -> list[tuple[str, dict[
     """(file, settings) that come with the package for the stages of a root class; later ones win.
 
     `given` may hold the keys of STARTS and `preset`. The files hold the settings of the default method; another one
-    takes those that it knows, and has a file of its own.
+    takes those that it knows, has a file of its own, and may stand under `methods` in the model's file.
     """
     known, out = leaves(cls), list[tuple[str, dict[str, Any]]]()
     model, chosen = (str(given.get(k, default_of(known[k]) if k in known else "")) for k in ("model", "preset"))
@@ -45,15 +45,16 @@ def shipped_layers(cls: type, given: Mapping[str, Any]) -> list[tuple[str, dict[
     numbers, networks = recipe(chosen), model_layers(model)
     for stage, prefix in sections(cls).items():
         method = default_of(known[f"{prefix}method"]) if f"{prefix}method" in known else DEFAULT
-        own = f"configs/method/{method}.yaml"
+        own = {f"configs/method/{method}.yaml": optional(config_root() / "method" / f"{method}.yaml")}
+        tuned = {f"{where}, methods.{method}": c.get("methods", {}).get(method, {}) for where, c in networks}
         layers = {
             f"configs/stage{stage}.yaml": optional(config_root() / f"stage{stage}.yaml"),
             f"configs/preset/{chosen}.yaml": numbers.get(f"stage{stage}", {}),
-            own: optional(config_root() / "method" / f"{method}.yaml"),
-        } | {where: content.get(f"stage{stage}", {}) for where, content in networks}
+        }
+        layers |= own | {where: content.get(f"stage{stage}", {}) for where, content in networks} | tuned
         for where, values in layers.items():
             settings = flatten(values, prefix)
-            if method != DEFAULT and where != own:
+            if method != DEFAULT and where not in own | tuned:
                 settings = {key: value for key, value in settings.items() if key in known}
             out.append((where, settings))
     return out

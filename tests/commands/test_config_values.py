@@ -135,6 +135,29 @@ def test_stage_layer_lies_between_defaults_and_preset(tmp_path, monkeypatch):
         load(S0)
 
 
+def test_settings_of_a_method_stand_above_those_of_its_stage(tmp_path, monkeypatch):
+    """In a model's file; those of the stage reach a method where it knows the key, its own must be right."""
+    for folder in ("model", "method"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "method" / "lcm.yaml").write_text("lr: 5\n")
+    small = tmp_path / "model" / "small.yaml"
+    small.write_text("network: {}\nstage3: {lr: 7, beta1: 2, iters: 109}\nmethods: {lcm: {lr: 8}}\n")
+    for module in ("files", "layers"):
+        monkeypatch.setattr(f"fastlightgen.config.{module}.config_root", lambda: tmp_path)
+    monkeypatch.setattr("fastlightgen.config.cli.check_place", lambda *_: None)
+    words = [*S3, "model=small"]
+    assert [load([*words, *more]).lr for more in ([], ["method=lcm"], ["method=dmd2"], ["method=lcm", "lr=3"])] == [
+        7,
+        8,
+        7,
+        3,
+    ]
+    assert load([*words, "method=lcm"]).iters == 109
+    small.write_text("network: {}\nmethods: {lcm: {beta1: 8}}\n")
+    with pytest.raises(ConfigError, match=r"beta1.*in configs/model/small.yaml, methods.lcm"):
+        load([*words, "method=lcm"])
+
+
 @pytest.mark.parametrize("name", ["0", "1", "2", "3"])
 def test_stage_files_agree_with_the_defaults(name):
     """configs/stageN.yaml repeats the recommended recipe for readers and must equal the dataclass, the only source."""
