@@ -1,4 +1,4 @@
-"""Parts of the small pipelines of pipelines.py: networks, VAEs, text encoders, tokenizers trained on a few sentences."""
+"""Parts of the small pipelines of pipelines.py: networks, VAEs, text encoders, tokenizers trained on some sentences."""
 
 SENTENCES = [
     "a red ball moves right fast then turns back",
