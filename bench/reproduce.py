@@ -16,6 +16,7 @@ is bench/results/rival-trials.json.
 """
 
 import os
+import signal
 import sys
 import time
 from functools import cache
@@ -241,6 +242,7 @@ def after(todo: dict[str, Work], names: list[str], seed: int) -> tuple[str, ...]
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what is running, as Ctrl-C does
     try:
         main()
     except KeyboardInterrupt:
