@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ class _Dumper(yaml.SafeDumper):
     """Writes a list on one line, as a user types it."""
 
 
+# YAML takes these for the end of a line, also within quotes, unless they are escaped.
+_LINE_ENDS = re.compile("[\x85\u2028\u2029]")
+_Dumper.add_representer(
+    str, lambda d, v: d.represent_scalar("tag:yaml.org,2002:str", v, style='"' if _LINE_ENDS.search(v) else None)
+)
 _Dumper.add_representer(list, lambda d, v: d.represent_sequence("tag:yaml.org,2002:seq", v, flow_style=True))
 
 

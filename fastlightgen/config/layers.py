@@ -9,13 +9,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastlightgen.config.fields import REQUIRED, ConfigError, check_value, clipped, default_of, show, type_of
 from fastlightgen.config.files import config_root, flatten, preset, presets, read_yaml, recipe
 from fastlightgen.config.stages import DEFAULT, METHODS, STAGES, keys_of, root
+from fastlightgen.files.border import parsed_yaml
 
 COMMAND_LINE, CONFIG = "the command line", "config"  # in `origins`: the source of given words, the key of config=FILE
 STARTS = ("init", "teacher", "model")  # keys that name the network a stage starts from; the first one given does
@@ -117,7 +117,7 @@ def assign(node: DictConfig, cls: type, values: Mapping[str, Any], where: str) -
             check_value(f, plain(OmegaConf.select(node, key, throw_on_missing=True)), key)
         except ConfigError as err:
             raise ConfigError(f"{err}{where}") from None
-        except (OmegaConfBaseException, yaml.YAMLError, TypeError, OverflowError):
+        except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
             raise wanted from None
 
 
@@ -135,7 +135,7 @@ def literal(value: Any, kind: type) -> Any:
     if isinstance(value, str) and kind == list[float]:
         if len(value) > LONGEST:  # the parser calls itself for every bracket
             raise TypeError
-        value = yaml.safe_load(value)
+        value = parsed_yaml(value, "")
     if kind is bool and str(value).lower() not in ("true", "false"):
         raise TypeError
     if isinstance(value, str):

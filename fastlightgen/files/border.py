@@ -178,7 +178,19 @@ def parsed_yaml(content: str, where: str, remedy: str = "mend it") -> Any:
 
 
 def read_yaml(path: str | Path, remedy: str = "mend it") -> Any:
-    return parsed_yaml(read_text(path, 4 << 20), str(path), remedy)
+    """Read a YAML file of plain values, whose keys are text."""
+    value = parsed_yaml(read_text(path, 4 << 20), str(path), remedy)
+    for key in odd_keys(value):
+        raise ValueError(f"{path}: has the key {shown(key)}, wanted text; {remedy}")
+    return value
+
+
+def odd_keys(value: Any) -> Iterator[Any]:
+    """Keys that are no text, at any depth."""
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if isinstance(value, dict) and not isinstance(key, str):
+            yield key
+        yield from odd_keys(part)
 
 
 def shorter(err: object) -> str:

@@ -61,6 +61,13 @@ CASES = [
     ),
     ("train", [*S2, "betas=.9"], ["betas=.9: wanted [number,number]"], [*S2, "betas=[.8,.9]"], ("betas", [0.8, 0.9])),
     ("train", [*S2, "betas=[.9"], ["betas=[.9: wanted [number,number]"], [*S2, "betas=[0,1e-1]"], ("betas", [0, 0.1])),
+    (
+        "train",
+        [*S2, "betas=&a [*a]"],
+        ["betas=&a [*a]: wanted [number,number]"],
+        [*S2, "betas=[0,.1]"],
+        ("betas", [0, 0.1]),
+    ),
     ("train", [*S2, "betas=[1,2,3]"], ["wanted two numbers"], [*S2, "betas=[0.1,0.2]"], ("betas", [0.1, 0.2])),
     (
         "train",

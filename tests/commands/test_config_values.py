@@ -207,7 +207,7 @@ def test_wan_presets_have_the_published_sizes():
         assert 2 * attention + image + (2 * d * f + d + f) + 2 * d + 6 * d == published, name
 
 
-PROMPTS = ("yes", "${x}", "a: 'b' # é", r"\${", r"\\${y}", "1e5", "a red ball, {fast}", "2024-01-01")
+PROMPTS = ("yes", "${x}", "a: 'b' # é", r"\${", r"\\${y}", "1e5", "a red ball, {fast}", "2024-01-01", "a\x85b\u2028")
 
 
 @pytest.mark.parametrize(

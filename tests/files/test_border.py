@@ -117,8 +117,10 @@ def test_json_that_no_program_writes(tmp_path, content, said):
         "a: 1\na: 2",
         "a: [1",
         "{? [1]: 2}",
+        "0: 1",
+        "a: [{~: 1}]",
     ],
-    ids=["self", "bomb", "deep", "tag", "code", "month", "twice", "open", "key"],
+    ids=["self", "bomb", "deep", "tag", "code", "month", "twice", "open", "key", "number as key", "null as key"],
 )
 def test_yaml_that_no_program_writes(tmp_path, content):
     said = refused(border.read_yaml, write(tmp_path / "f.yaml", content), "mend it")
