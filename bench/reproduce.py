@@ -212,10 +212,12 @@ def main() -> None:
     todo: dict[str, Work] = {}
     for name in names:  # what is named first is done first, for all seeds
         for seed in seeds if varies(name) else seeds[:1]:
+            own = seed if varies(name) else FIXED
+            if part == "both" and is_measured(name, own, clips):
+                continue
             if part != "measure":
                 add_training(todo, ROWS[name].model, seed, threads)
             if part != "train":
-                own = seed if varies(name) else FIXED
                 add_measurement(todo, name, own, (clips, noises, threads))
     if failed := run(todo, at_once, RUNS / "logs"):
         sys.exit(f"not done: {', '.join(failed)}; see {RUNS / 'logs'}")
@@ -229,10 +231,14 @@ def add_training(todo: dict[str, Work], name: str, seed: int, threads: int) -> N
         todo.setdefault(f"{name}-{seed}", Work(train, (name, seed, threads), after(todo, needed(name), seed)))
 
 
+def is_measured(name: str, seed: int, clips: int) -> bool:
+    out = record_of(name, seed)
+    return out.is_file() and read_json(out)["clips"] >= clips
+
+
 def add_measurement(todo: dict[str, Work], name: str, seed: int, how: tuple[int, int, int]) -> None:
     """Add a row that is not measured yet with so many clips."""
-    out = record_of(name, seed)
-    if not (out.is_file() and read_json(out)["clips"] >= how[0]):
+    if not is_measured(name, seed, how[0]):
         inputs = [ROWS[name].model, *(["rank"] if ROWS[name].keep else [])]
         todo[f"measure-{name}-{seed}"] = Work(measure_row, (name, seed, *how), after(todo, inputs, seed))
 
