@@ -61,6 +61,8 @@ CASES = [
     ),
     ("train", [*S2, "betas=.9"], ["betas=.9: wanted [number,number]"], [*S2, "betas=[.8,.9]"], ("betas", [0.8, 0.9])),
     ("train", [*S2, "betas=[.9"], ["betas=[.9: wanted [number,number]"], [*S2, "betas=[0,1e-1]"], ("betas", [0, 0.1])),
+    ("train", [*S2, "betas=${oc.env:HOME}"], ["wanted [number,number]"], [*S2, "betas=[0,.1]"], ("betas", [0, 0.1])),
+    ("train", [*S2, "betas=['${oc.env:HOME}',1]"], ["wanted [number,"], [*S2, "betas=[0,.1]"], ("betas", [0, 0.1])),
     (
         "train",
         [*S2, "betas=&a [*a]"],
