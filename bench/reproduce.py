@@ -213,7 +213,7 @@ def main() -> None:
     for name in names:  # what is named first is done first, for all seeds
         for seed in seeds if varies(name) else seeds[:1]:
             own = seed if varies(name) else FIXED
-            if part == "both" and is_measured(name, own, clips):
+            if part != "train" and is_measured(name, own, clips):
                 continue
             if part != "measure":
                 add_training(todo, ROWS[name].model, seed, threads)
@@ -237,10 +237,8 @@ def is_measured(name: str, seed: int, clips: int) -> bool:
 
 
 def add_measurement(todo: dict[str, Work], name: str, seed: int, how: tuple[int, int, int]) -> None:
-    """Add a row that is not measured yet with so many clips."""
-    if not is_measured(name, seed, how[0]):
-        inputs = [ROWS[name].model, *(["rank"] if ROWS[name].keep else [])]
-        todo[f"measure-{name}-{seed}"] = Work(measure_row, (name, seed, *how), after(todo, inputs, seed))
+    inputs = [ROWS[name].model, *(["rank"] if ROWS[name].keep else [])]
+    todo[f"measure-{name}-{seed}"] = Work(measure_row, (name, seed, *how), after(todo, inputs, seed))
 
 
 def after(todo: dict[str, Work], names: list[str], seed: int) -> tuple[str, ...]:

@@ -6,7 +6,7 @@
 
 namespace py = pybind11;
 
-void bind_read_blocks(py::module_& m);
+void bind_read_tensors(py::module_& m);
 #ifdef FLG_CUDA_ARCHS
 void bind_dmd_gradient(py::module_& m);
 void bind_gate_residual_norm_modulate(py::module_& m);
@@ -17,7 +17,7 @@ void bind_gemm(py::module_& m);
 #endif
 
 PYBIND11_MODULE(_C, m) {
-  bind_read_blocks(m);
+  bind_read_tensors(m);
   m.attr("interface") = 5;  // increase with every change of a binding; ops/dispatch.py refuses another number
 #ifdef FLG_CUDA_ARCHS
   m.def("cuda_built", [] { return true; });

@@ -136,6 +136,7 @@ def literal(value: Any, kind: type) -> Any:
         if len(value) > LONGEST:  # the parser calls itself for every bracket
             raise TypeError
         value = parsed_yaml(value, "")
+    if kind == list[float]:
         if not isinstance(value, list):
             raise TypeError
         value = [float(part) if isinstance(part, str) else part for part in value]  # to YAML 1e-3 is a text

@@ -181,7 +181,7 @@ def read_yaml(path: str | Path, remedy: str = "mend it") -> Any:
     """Read a YAML file of plain values, whose keys are text."""
     value = parsed_yaml(read_text(path, 4 << 20), str(path), remedy)
     for key in odd_keys(value):
-        raise ValueError(f"{path}: has the key {shown(key)}, wanted text; {remedy}")
+        raise ValueError(f"{path}: has the key {shown(key)}, wanted text; put it in quotes")
     return value
 
 

@@ -28,7 +28,7 @@ EXPONENT = {
 def compiled() -> Any:
     """The compiled function, or None where the module was not built."""
     try:
-        return getattr(importlib.import_module("fastlightgen._C"), "read_blocks", None)
+        return getattr(importlib.import_module("fastlightgen._C"), "read_tensors", None)
     except ImportError:
         return None
 
@@ -36,13 +36,16 @@ def compiled() -> Any:
 def read_once(value: Tensor, into: Tensor | None = None) -> tuple[int, bool]:
     """Return the checksum of a tensor on the CPU, and whether all of its numbers are finite.
 
-    `into`: a tensor of the same shape on the CPU, perhaps of another type, that gets the values.
+    `into`: a contiguous tensor of the same shape on the CPU, perhaps of another type, that gets the values.
     """
     return read_all([(value, into)])[0]
 
 
 def read_all(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> list[tuple[int, bool]]:
     """`read_once` for several tensors, which the compiled function reads together."""
+    for value, into in pairs:
+        if into is not None and (into.shape != value.shape or into.device.type != "cpu"):
+            raise ValueError(f"a copy of {tuple(value.shape)} into {tuple(into.shape)} on {into.device}")
     values = [value.detach().contiguous().reshape(-1) for value, _ in pairs]
     targets = [None if into is None else into.view(-1) for _, into in pairs]
     if not compiled():
@@ -60,7 +63,7 @@ def read_all(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> list[tuple[int, b
 def _compiled(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> list[tuple[int, bool]]:
     """Read flat tensors with the compiled function, and the bytes behind their last blocks with torch."""
     counts = [value.numel() * value.element_size() // BLOCK for value, _ in pairs]
-    sums = [torch.empty(count, dtype=torch.int64) for count in counts]
+    sums = [torch.empty(count, dtype=torch.int64, device="cpu") for count in counts]
     jobs = [
         (v.data_ptr(), s.data_ptr(), count, EXPONENT.get(v.dtype, 0), 0 if into is None else into.data_ptr())
         for (v, into), s, count in zip(pairs, sums, counts, strict=True)

@@ -158,7 +158,7 @@ def report(paper: Paper, points: Sequence[Point], out: Path) -> str:
     drawn = picture(paper, rows)
     if drawn:
         write_text(out / f"{paper.name}.svg", drawn)
-    shown = [f"\n![{paper.title}]({paper.name}.svg)\n"] if drawn else []
+    shown = ["", f"![{paper.title}]({paper.name}.svg)"] if drawn else []
     write_text(out / f"{paper.name}.md", "\n".join([*lines, *shown]) + "\n")
     return "\n".join(lines)
 

@@ -207,6 +207,8 @@ FILES = [
     ("lr: 1\nlr: 2", ["lr is given 2 times", "c.yaml"], "lr: 1\np: 1\nestimator: full"),
     ("[1, 2]", ["c.yaml: holds list"], ""),
     ("p: 1\nstage2.p: 1", ["stage2.p is a key of stage=all"], "p: 1\nestimator: full"),
+    ("betas: ['${oc.env:HOME}', 1]", ["betas", "wanted [number,number]", "c.yaml"], "betas: [1e-1, 0.9]"),
+    ("on: 1", ["c.yaml: has the key true, wanted text; put it in quotes"], ""),
     ("lr: [", ["c.yaml: is not valid YAML"], "# nothing"),
     ("stage: 3", ["stage=3: wanted one of 2", "c.yaml"], "stage: 2"),
     ("run: ''", ["run= is empty"], "run: x"),

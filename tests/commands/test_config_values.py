@@ -6,7 +6,7 @@ import yaml
 from fastlightgen import config
 from fastlightgen.config import ConfigError, load
 from fastlightgen.config.files import config_root
-from fastlightgen.config.stages import STAGES
+from fastlightgen.config.stages import METHODS, STAGES
 
 S0, S1, S2, S3, ALL = (f"stage={n} run=r".split() for n in (0, 1, 2, 3, "all"))
 EVALUATE = ["model=tiny", "out=e.json"]
@@ -156,6 +156,14 @@ def test_settings_of_a_method_stand_above_those_of_its_stage(tmp_path, monkeypat
     small.write_text("network: {}\nmethods: {lcm: {beta1: 8}}\n")
     with pytest.raises(ConfigError, match=r"beta1.*in configs/model/small.yaml, methods.lcm"):
         load([*words, "method=lcm"])
+
+
+@pytest.mark.parametrize("name", config.presets())
+def test_methods_of_a_preset_exist(name):
+    for method, settings in config.preset(name).get("methods", {}).items():
+        stage = next(stage for stage, names in METHODS.items() if method in names)
+        cfg = load([f"stage={stage}", "run=r", f"model={name}", f"method={method}"])
+        assert {key: getattr(cfg, key) for key in settings} == settings
 
 
 @pytest.mark.parametrize("name", ["0", "1", "2", "3"])

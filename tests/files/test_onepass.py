@@ -1,6 +1,7 @@
 """A tensor is read once: its checksum, its copy, and numbers that are not finite, compiled and with torch."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,19 +47,20 @@ def test_both_ways_agree(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_every_number_that_is_not_finite_is_seen(way, kind, threads):
+@pytest.mark.parametrize("threads, copies", [(1, False), (3, False), (1, True), (3, True)])
+def test_every_number_that_is_not_finite_is_seen(way, kind, threads, copies):
     """At both ends, around a block, between two pieces and in the rest behind the last block; and nothing else is."""
     before, count = torch.get_num_threads(), (5 << 20) + 3
     value = torch.full((count,), LARGEST[kind], dtype=kind)  # the sum of these is not finite
     value[1::2] = -LARGEST[kind]
     try:
         torch.set_num_threads(threads)
-        assert onepass.read_once(value)[1]
+        into = torch.empty_like(value) if copies else None
+        assert onepass.read_once(value, into)[1]
         for place in (0, 1, 2, 3, 511, 512, 2047, 2048, (1 << 20) - 1, 1 << 20, 1 << 21, count - 4, count - 1):
             for bad in (math.nan, -math.nan, math.inf, -math.inf):
                 kept, value[place] = value[place].clone(), bad
-                assert not onepass.read_once(value)[1], (place, bad)
+                assert not onepass.read_once(value, into)[1], (place, bad)
                 value[place] = kept
     finally:
         torch.set_num_threads(before)
@@ -92,9 +94,29 @@ def test_a_tensor_that_begins_anywhere(way):
 def test_several_tensors_at_once(way):
     """Of several types and sizes, to be copied, to be copied in another type, and only to be read."""
     values = [drawn(kind, count) for kind in KINDS for count in (0, 77, 2048 * 4, (1 << 20) + 5)]
-    values[3][7] = math.nan
+    values[3][7] = values[7][-1] = math.nan  # one is only read, the other is copied
     targets = [(None, torch.empty_like(v), torch.empty(len(v)))[k % 3] for k, v in enumerate(values)]
     found = onepass.read_all(list(zip(values, targets, strict=True)))
-    assert found == [onepass.read_once(v) for v in values] and [k for k, (_, ok) in enumerate(found) if not ok] == [3]
+    assert found == [onepass.read_once(v) for v in values] and [k for k, (_, ok) in enumerate(found) if not ok] == [
+        3,
+        7,
+    ]
     for value, target in zip(values, targets, strict=True):
-        assert target is None or target.equal(value.to(target.dtype)) or value is values[3]
+        assert target is None or torch.equal(*(v.nan_to_num(5) for v in (target, value.to(target.dtype))))
+
+
+def test_a_copy_of_another_shape_is_refused(way):
+    for value, into in ((torch.ones(9000), torch.ones(8000)), (torch.ones(4), torch.ones(2, 2))):
+        with pytest.raises(ValueError, match="a copy of"):
+            onepass.read_once(value, into)
+    with torch.device("meta"):  # a default device of the caller
+        assert onepass.read_once(torch.ones(9000, device="cpu"))[1]
+
+
+def test_a_module_with_older_functions_is_left_alone(monkeypatch):
+    onepass.compiled.cache_clear()
+    monkeypatch.setattr(onepass.importlib, "import_module", lambda name: SimpleNamespace(read_blocks=None))
+    try:
+        assert onepass.compiled() is None
+    finally:
+        onepass.compiled.cache_clear()

@@ -2,7 +2,7 @@
 
 A folder is read in two passes. The first reads config.json and the header of every file, and compares all keys and
 shapes with the network, built without memory (meta device). The second copies a few tensors at a time from the mapped
-files into the wanted type and device. Memory beside the network: one tensor, and the mapped window around it.
+files into the wanted type and device. Memory beside the network: a batch of tensors (BATCH), and the mapped window.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -206,11 +206,11 @@ def verified(
     for name, of in takers.items():
         (source, like), *others = of.values()
         if torch.device(device).type == "cpu" and not others and not source.rows:
-            whole[name] = torch.empty(like.shape, dtype=dtype or like.dtype)
+            whole[name] = torch.empty(like.shape, dtype=dtype or like.dtype, device="cpu")
     verify_tensors({name: (value, whole.get(name)) for name, value in stored.items()}, sums, file)
     for name, of in takers.items():
         for key, (source, like) in of.items():
-            yield key, whole[name] if name in whole else copied(stored[name], source, like, device, dtype)
+            yield key, whole.pop(name) if name in whole else copied(stored[name], source, like, device, dtype)
 
 
 def check_fit(
