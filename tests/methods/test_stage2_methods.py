@@ -202,7 +202,8 @@ def test_the_paper_s_settings_of_icmd():
     assert (cfg.iters, cfg.batch, cfg.lr, 2 * cfg.lr, cfg.shift) == (30000, 8, 5e-6, 1e-5, 7.0)
     assert (cfg.icd, cfg.mca, cfg.adversarial_steps) == (0.1, 1.0, range(9000, 30000))
     ours, rival = load(["stage=2", "run=r"]), load(["stage=2", "run=r", "method=icmd"])
-    for key in ("batch", "shift", "iters", "lr", "lr_schedule", "warmup"):
+    assert rival.lr == 2e-3  # the best of its trials
+    for key in ("batch", "shift", "iters", "lr_schedule", "warmup"):
         assert getattr(ours, key) == getattr(rival, key), key
     rival = load(["stage=2", "run=r", "method=f3"])
     for key in ("batch", "shift", "iters", "lr", "lr_schedule", "warmup", "guided", "alpha"):
