@@ -132,7 +132,7 @@ def test_help_lists_it_with_its_own_keys(method, capsys):
 
 @pytest.mark.parametrize("method", RIVALS)
 def test_the_settings_of_the_built_in_world_are_those_of_stage_3(method):
-    """A rival takes the preset's schedule and sampler, so that a comparison changes one key, or the best of its trials."""
+    """A rival takes the preset's schedule and sampler, so that a comparison changes one key. A tuned one has its lr."""
     ours, rival = load(["stage=3", "run=r"]), load(["stage=3", "run=r", f"method={method}"])
     tuned = preset("tiny")["methods"].get(method, {})
     for key in ("batch", "shift", "sampler", "steps", "iters", "lr", "ema"):
