@@ -29,7 +29,7 @@ $(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
 demo: $(STAMP) ## run all three stages on the built-in world with the tiny model, into runs/demo
 	$(PY) -m fastlightgen.train stage=all model=tiny data=shapes run=runs/demo
 
-test: $(STAMP) ## run the tests except the slow ones, on two cores (about 13 minutes)
+test: $(STAMP) ## run the tests except the slow ones, on two cores (about 10 minutes)
 	$(PY) -m pytest tests -q $(TWO)
 
 test-all: $(STAMP) ## run every test
