@@ -45,16 +45,17 @@ def shipped_layers(cls: type, given: Mapping[str, Any]) -> list[tuple[str, dict[
     numbers, networks = recipe(chosen), model_layers(model)
     for stage, prefix in sections(cls).items():
         method = default_of(known[f"{prefix}method"]) if f"{prefix}method" in known else DEFAULT
-        own = {f"configs/method/{method}.yaml": optional(config_root() / "method" / f"{method}.yaml")}
+        shipped = {f"configs/method/{method}.yaml": optional(config_root() / "method" / f"{method}.yaml")}
         tuned = {f"{where}, methods.{method}": c.get("methods", {}).get(method, {}) for where, c in networks}
+        own = shipped | tuned  # of the method alone, so that every key must be one of its keys
         layers = {
             f"configs/stage{stage}.yaml": optional(config_root() / f"stage{stage}.yaml"),
             f"configs/preset/{chosen}.yaml": numbers.get(f"stage{stage}", {}),
         }
-        layers |= own | {where: content.get(f"stage{stage}", {}) for where, content in networks} | tuned
+        layers |= shipped | {where: content.get(f"stage{stage}", {}) for where, content in networks} | tuned
         for where, values in layers.items():
             settings = flatten(values, prefix)
-            if method != DEFAULT and where not in own | tuned:
+            if method != DEFAULT and where not in own:
                 settings = {key: value for key, value in settings.items() if key in known}
             out.append((where, settings))
     return out

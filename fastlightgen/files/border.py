@@ -187,10 +187,12 @@ def read_yaml(path: str | Path, remedy: str = "mend it") -> Any:
 
 def odd_keys(value: Any) -> Iterator[Any]:
     """Keys that are no text, at any depth."""
-    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        if isinstance(value, dict) and not isinstance(key, str):
-            yield key
-        yield from odd_keys(part)
+    if isinstance(value, dict):
+        yield from (key for key in value if not isinstance(key, str))
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from odd_keys(part)
 
 
 def shorter(err: object) -> str:

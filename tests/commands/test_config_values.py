@@ -146,12 +146,8 @@ def test_settings_of_a_method_stand_above_those_of_its_stage(tmp_path, monkeypat
         monkeypatch.setattr(f"fastlightgen.config.{module}.config_root", lambda: tmp_path)
     monkeypatch.setattr("fastlightgen.config.cli.check_place", lambda *_: None)
     words = [*S3, "model=small"]
-    assert [load([*words, *more]).lr for more in ([], ["method=lcm"], ["method=dmd2"], ["method=lcm", "lr=3"])] == [
-        7,
-        8,
-        7,
-        3,
-    ]
+    for more, lr in (([], 7), (["method=lcm"], 8), (["method=dmd2"], 7), (["method=lcm", "lr=3"], 3)):
+        assert load([*words, *more]).lr == lr
     assert load([*words, "method=lcm"]).iters == 109
     small.write_text("network: {}\nmethods: {lcm: {beta1: 8}}\n")
     with pytest.raises(ConfigError, match=r"beta1.*in configs/model/small.yaml, methods.lcm"):

@@ -97,10 +97,8 @@ def test_several_tensors_at_once(way):
     values[3][7] = values[7][-1] = math.nan  # one is only read, the other is copied
     targets = [(None, torch.empty_like(v), torch.empty(len(v)))[k % 3] for k, v in enumerate(values)]
     found = onepass.read_all(list(zip(values, targets, strict=True)))
-    assert found == [onepass.read_once(v) for v in values] and [k for k, (_, ok) in enumerate(found) if not ok] == [
-        3,
-        7,
-    ]
+    assert found == [onepass.read_once(v) for v in values]
+    assert [k for k, (_, finite) in enumerate(found) if not finite] == [3, 7]
     for value, target in zip(values, targets, strict=True):
         assert target is None or torch.equal(*(v.nan_to_num(5) for v in (target, value.to(target.dtype))))
 
