@@ -2,9 +2,32 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 640, 420, 80, 50, 30, 60
+
+@dataclass(frozen=True)
+class Frame:
+    """The size of a picture and the margins around its axes, in its own units."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    def across(self, part: float) -> float:
+        """The place of 0 (left end of the axis) to 1 (right end)."""
+        return self.left + part * (self.width - self.left - self.right)
+
+    def up(self, part: float) -> float:
+        """The place of 0 (lower end of the axis) to 1 (upper end)."""
+        return self.height - self.bottom - part * (self.height - self.top - self.bottom)
+
+
+GRID = Frame(640, 420, left=80, top=50, right=30, bottom=60)
+across, up = GRID.across, GRID.up
 # The rules name the class of the picture, so that they change nothing else on a page that holds it.
 RULES = {
     "text": "font:13px sans-serif;fill:#222",
@@ -25,24 +48,15 @@ STYLE = f"{rules(RULES)}@media(prefers-color-scheme:dark){{{rules(DARK)}}}"
 SPEEDS = (12.5, 25.0, 50.0, 100.0)  # iso-speed lines: times faster than 50 guided steps with all blocks
 
 
-def page(title: str, body: list[str], size: tuple[int, int] = (WIDTH, HEIGHT)) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" class="flg" viewBox="0 0 {size[0]} {size[1]}" role="img">'
+def page(title: str, body: list[str], frame: Frame) -> str:
+    box = f"0 0 {frame.width} {frame.height}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" class="flg" viewBox="{box}" role="img">'
     name = f"<title>{escape(title)}</title><style>{STYLE}</style>"
-    return "\n".join([head, name, text(size[0] / 2, 22, title, "title name"), *body, "</svg>"]) + "\n"
+    return "\n".join([head, name, text(frame.width / 2, 22, title, "title name"), *body, "</svg>"]) + "\n"
 
 
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "middle") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(words)}</text>'
-
-
-def across(part: float) -> float:
-    """The place of 0 (left) to 1 (right)."""
-    return LEFT + part * (WIDTH - LEFT - RIGHT)
-
-
-def up(part: float) -> float:
-    """The place of 0 (bottom) to 1 (top)."""
-    return HEIGHT - BOTTOM - part * (HEIGHT - TOP - BOTTOM)
 
 
 def grid(title: str, score: str, cells: Mapping[tuple[int, float], float]) -> str:
@@ -55,7 +69,7 @@ def grid(title: str, score: str, cells: Mapping[tuple[int, float], float]) -> st
     for (step, share), value in cells.items():
         x, y = steps.index(step) * wide, shares.index(share) * high
         shade = (math.log(value) - least) / max(most - least, 1e-9)
-        box = f'x="{across(x):.1f}" y="{up(y + high):.1f}" width="{across(wide) - LEFT:.1f}" '
+        box = f'x="{across(x):.1f}" y="{up(y + high):.1f}" width="{across(wide) - across(0):.1f}" '
         box += f'height="{up(0) - up(high):.1f}"'
         body.append(f'<rect {box} fill="rgb({235 - 140 * shade:.0f},{242 - 110 * shade:.0f},250)"/>')
         middle = (across(x + wide / 2), up(y + high / 2) + 5)
@@ -63,11 +77,11 @@ def grid(title: str, score: str, cells: Mapping[tuple[int, float], float]) -> st
     for speed in SPEEDS:
         body += iso(speed, steps, shares)
     body += [text(across((i + 0.5) * wide), up(0) + 18, str(step)) for i, step in enumerate(steps)]
-    body += [text(LEFT - 8, up((i + 0.5) * high) + 5, f"{s:.0%}", "", "end") for i, s in enumerate(shares)]
+    body += [text(across(0) - 8, up((i + 0.5) * high) + 5, f"{s:.0%}", "", "end") for i, s in enumerate(shares)]
     body.append(
-        text(across(0.5), HEIGHT - 18, f"steps; up: share of the blocks. {score}. Dashed: equal speed", "small")
+        text(across(0.5), GRID.height - 18, f"steps; up: share of the blocks. {score}. Dashed: equal speed", "small")
     )
-    return page(title, body)
+    return page(title, body, GRID)
 
 
 def iso(speed: float, steps: list[int], shares: list[float]) -> list[str]:

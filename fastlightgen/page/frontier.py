@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterable, Mapping
 
 from fastlightgen.metrics.scores import is_number
-from fastlightgen.page.figure import page, text
+from fastlightgen.page.figure import Frame, page, text
 from fastlightgen.page.summary import cost
 
 SCORE = "frechet"
 # As wide as a phone shows without making the letters smaller.
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 360, 300, 46, 36, 24, 48
+FRAME = Frame(360, 300, left=46, top=36, right=24, bottom=48)
+across, up = FRAME.across, FRAME.up
 LINE = 14  # the height of a label
 SMALLEST = 1e-3  # on a logarithmic axis
 Point = tuple[int, float, float, float]  # cost, score, and the ends of its interval (the score twice if unknown)
@@ -38,20 +39,20 @@ def against_cost(title: str, score: str, points: Mapping[str, Point]) -> str:
     def height(value: float) -> float:
         return up(math.log(max(value, marks[0]) / marks[0]) / math.log(marks[-1] / marks[0]))
 
-    body = [f'<path class="axis" fill="none" d="M{LEFT} {TOP}V{up(0)}H{WIDTH - RIGHT}"/>']
+    body = [f'<path class="axis" fill="none" d="M{across(0):g} {up(1):g}V{up(0):g}H{across(1):g}"/>']
     body += [text(across(i / wide), up(0) + 16, f"{10 ** (low + i):g}", "small") for i in range(wide + 1)]
-    body += [text(LEFT - 5, height(mark) + 4, f"{mark:g}", "small", "end") for mark in marks]
+    body += [text(across(0) - 5, height(mark) + 4, f"{mark:g}", "small", "end") for mark in marks]
     placed: list[tuple[float, float]] = []
     for name, (price, value, least, greatest) in sorted(points.items(), key=lambda item: -item[1][1]):
         x, y = across((math.log10(price) - low) / wide), height(value)
         ends = [height(end) for end in (least, greatest)]
         body.append(f'<path class="axis" fill="none" d="M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}"/>')
         body.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
-        left = x > (LEFT + WIDTH) / 2
+        left = x > (across(0) + FRAME.width) / 2
         body.append(text(x - 8 if left else x + 8, free(x, y + 4, placed), name, "small", "end" if left else "start"))
-    body.append(text(across(0.5), HEIGHT - 16, "block evaluations per clip", "small name"))
-    body.append(text(across(0.5), HEIGHT - 3, f"up: {score}", "small name"))
-    return page(title, body, (WIDTH, HEIGHT))
+    body.append(text(across(0.5), FRAME.height - 16, "block evaluations per clip", "small name"))
+    body.append(text(across(0.5), FRAME.height - 3, f"up: {score}", "small name"))
+    return page(title, body, FRAME)
 
 
 def ticks(values: Iterable[float]) -> list[float]:
@@ -61,16 +62,6 @@ def ticks(values: Iterable[float]) -> list[float]:
     first = max((i for i, tick in enumerate(known) if tick <= least), default=0)
     last = min((i for i, tick in enumerate(known) if tick >= most and i > first), default=len(known) - 1)
     return known[first : last + 1]
-
-
-def across(part: float) -> float:
-    """The place of 0 (left) to 1 (right)."""
-    return LEFT + part * (WIDTH - LEFT - RIGHT)
-
-
-def up(part: float) -> float:
-    """The place of 0 (bottom) to 1 (top)."""
-    return HEIGHT - BOTTOM - part * (HEIGHT - TOP - BOTTOM)
 
 
 def free(x: float, y: float, placed: list[tuple[float, float]]) -> float:

@@ -149,11 +149,12 @@ def test_pictures():
         frontier.against_cost("t", "distance", {"a": (10, 2.0, 1.8, 2.0), "b": (1000, 1.0, 1.0, 1.0)})
     )
     a, b = (e for e in root.iter() if e.get("class") == "dot")
-    assert float(a.get("cx")) == frontier.LEFT and float(b.get("cx")) == frontier.WIDTH - frontier.RIGHT
+    left, right = frontier.FRAME.left, frontier.FRAME.width - frontier.FRAME.right
+    assert float(a.get("cx")) == left and float(b.get("cx")) == right
     assert float(a.get("cy")) == pytest.approx(frontier.up(1)) and float(b.get("cy")) == pytest.approx(frontier.up(0))
-    line = next(e.get("d") for e in root.iter() if e.get("d", "").startswith(f"M{frontier.LEFT:.1f} "))
+    line = next(e.get("d") for e in root.iter() if e.get("d", "").startswith(f"M{left:.1f} "))
     low = frontier.up(math.log2(1.8))  # the axis goes from 1 to 2
-    assert line == f"M{frontier.LEFT:.1f} {low:.1f}V{frontier.up(1):.1f}"
+    assert line == f"M{left:.1f} {low:.1f}V{frontier.up(1):.1f}"
 
 
 def test_labels_do_not_overlap():
