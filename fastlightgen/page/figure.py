@@ -1,7 +1,7 @@
 """Pictures as SVG, without a plotting library: their frame, and a grid over steps and size."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -36,8 +36,9 @@ RULES = {
     ".line": "fill:none;stroke:#555;stroke-dasharray:5 4",
     ".axis": "stroke:#888",
     ".dot": "fill:#2463a8",
+    ".pair": "fill:none;stroke:#b3261e;stroke-width:2",
 }
-DARK = {"text": "fill:#ddd", ".line": "stroke:#aaa", ".dot": "fill:#7ab3ee", ".cell": "fill:#111"}
+DARK = {"text": "fill:#ddd", ".dot": "fill:#7ab3ee", ".cell": "fill:#111"}  # cells of a grid stay light
 
 
 def rules(found: Mapping[str, str]) -> str:
@@ -45,7 +46,9 @@ def rules(found: Mapping[str, str]) -> str:
 
 
 STYLE = f"{rules(RULES)}@media(prefers-color-scheme:dark){{{rules(DARK)}}}"
-SPEEDS = (12.5, 25.0, 50.0, 100.0)  # iso-speed lines: times faster than 50 guided steps with all blocks
+# Iso-speed lines: times faster than 50 guided steps with all blocks. The paper names 33.3 and 50; 4 steps with 30% of
+# the blocks are 83.3 times as fast.
+SPEEDS = (33.3, 50.0, 83.3, 167.0)
 
 
 def page(title: str, body: list[str], frame: Frame) -> str:
@@ -59,8 +62,11 @@ def text(x: float, y: float, words: str, kind: str = "", anchor: str = "middle")
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(words)}</text>'
 
 
-def grid(title: str, score: str, cells: Mapping[tuple[int, float], float]) -> str:
-    """Cells at (steps, share of the blocks), darker where the score is larger; lines of equal speed."""
+At = tuple[int, float]  # steps, share of the blocks
+
+
+def grid(title: str, score: str, cells: Mapping[At, float], pairs: Sequence[tuple[At, At]] = ()) -> str:
+    """Cells by steps and share of the blocks, darker where the score is larger; lines of equal speed; pairs joined."""
     steps = sorted({at[0] for at in cells})
     shares = sorted({at[1] for at in cells})
     least, most = math.log(min(cells.values())), math.log(max(cells.values()))
@@ -76,11 +82,14 @@ def grid(title: str, score: str, cells: Mapping[tuple[int, float], float]) -> st
         body.append(text(*middle, f"{value:.3g}", "cell"))
     for speed in SPEEDS:
         body += iso(speed, steps, shares)
+    for pair in pairs:
+        x, y = zip(*((across((steps.index(s) + 0.5) * wide), up((shares.index(p) + 0.5) * high)) for s, p in pair))
+        body.append(f'<path class="pair" d="M{x[0]:.1f} {y[0] + 14:.1f}L{x[1]:.1f} {y[1] + 14:.1f}"/>')
     body += [text(across((i + 0.5) * wide), up(0) + 18, str(step)) for i, step in enumerate(steps)]
     body += [text(across(0) - 8, up((i + 0.5) * high) + 5, f"{s:.0%}", "", "end") for i, s in enumerate(shares)]
-    body.append(
-        text(across(0.5), GRID.height - 18, f"steps; up: share of the blocks. {score}. Dashed: equal speed", "small")
-    )
+    body.append(text(across(0.5), GRID.height - 22, f"steps; up: share of the blocks. {score}.", "small"))
+    lines = "Dashed: equal speed." + (" Joined: pairs that the paper finds equal." if pairs else "")
+    body.append(text(across(0.5), GRID.height - 8, lines, "small"))
     return page(title, body, GRID)
 
 
@@ -95,7 +104,7 @@ def iso(speed: float, steps: list[int], shares: list[float]) -> list[str]:
     x, y = places[0]
     return [
         f'<polyline class="line" points="{line}"/>',
-        text(across(x) + 4, up(y) - 5, f"{speed:g}x", "small", "start"),
+        text(across(x) + 4, up(y) - 5, f"{speed:g}x", "small cell", "start"),
     ]
 
 

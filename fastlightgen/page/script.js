@@ -11,7 +11,7 @@ const byId = (id) => document.getElementById(id);
   const frames = Math.max(...sheets.map((s) => +s.dataset.frames));
   document.querySelector(".clips").insertAdjacentHTML("beforebegin", '<div class="bar"><button id="play"></button><label>Speed <select id="speed">' +
     '<option value=".5">half</option><option value="1" selected>normal</option><option value="2">double</option></select></label>' +
-    '<input id="seek" type="range" min="0" aria-label="frame"><output id="where"></output></div>');
+    '<input id="seek" type="range" min="0" aria-label="frame"><output id="where" aria-live="off"></output></div>');
   const play = byId("play"), speed = byId("speed"), seek = byId("seek"), where = byId("where");
   const cut = document.createElement("canvas");
   let running = !matchMedia("(prefers-reduced-motion: reduce)").matches, position = 0, last = 0, shown = -1;

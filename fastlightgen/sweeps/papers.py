@@ -12,21 +12,31 @@ from fastlightgen.metrics.scores import BETTER, SAME, WORSE
 from fastlightgen.page.figure import grid
 from fastlightgen.page.frontier import against_cost
 from fastlightgen.sweeps.points import Part, Point, check, point_of, refusal, unique
-from fastlightgen.sweeps.table import SHOWN, Row, differences, head, ranking, rows_of
+from fastlightgen.sweeps.table import COUNTS, SHOWN, Row, differences, head, ranking, rows_of
 from fastlightgen.sweeps.work import cost_file, cost_of
 
 SCORE = "frechet"  # the score that decides whether a trend holds
 SCORE_TITLE = "Frechet distance to real clips (less is better)"
 BESIDE = "adherence"  # the score that is said beside it
+CLAIMS = {"better": "better than", "same": "as good as"}  # of a paper
+VERDICTS = {  # of our measurement of a claim; a difference within noise has its sign beside it
+    "better": {BETTER: "Holds", WORSE: "Contradicted"},
+    "same": {
+        SAME: "Not contradicted",
+        BETTER: "Contradicted, the first is better",
+        WORSE: "Contradicted, the first is worse",
+    },
+    "asked": {SAME: "No difference", BETTER: "The first is better", WORSE: "The first is worse"},
+}
 
 
 @dataclass(frozen=True)
 class Trend:
-    """What the paper's numbers say of two rows: the first is better, or they are the same."""
+    """What the paper's numbers say of two rows."""
 
     one: str
     other: str
-    same: bool
+    kind: str  # better: the first is better; same: they are equal; asked: the paper does not compare them, we do
 
 
 @dataclass(frozen=True)
@@ -49,8 +59,7 @@ def read(name: str) -> Paper:
         known = ", ".join(presets("papers"))
         raise ConfigError(f"{name.replace('-', '=', 1)}: no such table or figure; there are {known}")
     found = preset(name, "papers")
-    pairs = [(t.get("same") or t["better"], "same" in t) for t in found.get("trends", [])]
-    trends = [Trend(one, other, same) for (one, other), same in pairs]
+    trends = [Trend(*pair, kind) for trend in found.get("trends", []) for kind, pair in trend.items()]
     if "rows_of" in found:
         found["rows"] = preset(found["rows_of"], "papers")["rows"]
     rows = {row: given or {} for row, given in found["rows"].items()}
@@ -116,29 +125,34 @@ def sentence(trend: Trend, paper: Paper, rows: Mapping[str, Row]) -> str:
     """Whether a trend of the paper holds here, by sign and by two standard deviations."""
     if not (trend.one in rows and trend.other in rows):
         return f"- {trend.one}, {trend.other}: not measured."
-    numbers = [paper.rows[name].get("paper") for name in (trend.one, trend.other)]
-    said = f" ({numbers[0]} and {numbers[1]})" if None not in numbers else ""
-    claim = f"{trend.one} {'as good as' if trend.same else 'better than'} {trend.other}{said}"
     found = differences(rows[trend.one], rows[trend.other])
+    claim = claimed(trend, paper)
     if SCORE not in found:
-        return f"- Not ranked: the paper has {claim}. {ranking(rows[trend.one].record['clips'])}"
+        return f"- Not ranked: {claim}. {ranking(rows[trend.one].record['clips'])}"
     d = found[SCORE]
     beside = found.get(BESIDE, {}).get("verdict", "not measured")
     number = f"{SCORE} {d['difference']:+.3g} +- {d['two_deviations']:.2g}, {BESIDE} {beside}"
-    return f"- {verdict(d, trend.same)}: the paper has {claim}; here {number}."
+    return f"- {verdict(d, trend)}: {claim}; here {number}."
 
 
-def verdict(difference: Mapping[str, Any], same: bool) -> str:
-    """The difference is that of the distances to the goal: below 0, the first row is better."""
+def claimed(trend: Trend, paper: Paper) -> str:
+    """The paper's claim, with its numbers."""
+    if trend.kind == "asked":
+        return f"the paper does not compare {trend.one} with {trend.other}"
+    numbers = [paper.rows[name].get("paper") for name in (trend.one, trend.other)]
+    said = f" ({numbers[0]} and {numbers[1]})" if None not in numbers else ""
+    return f"the paper has {trend.one} {CLAIMS[trend.kind]} {trend.other}{said}"
+
+
+def verdict(difference: Mapping[str, Any], trend: Trend) -> str:
+    """The difference is that of the distances to the goal: below 0, the first row is better.
+
+    No difference beyond noise is no proof that two rows are equal: "Not contradicted", with the interval beside it.
+    """
     word = difference["verdict"]
-    if same:
-        return {SAME: "Holds", BETTER: "Contradicted, the first is better"}.get(
-            word, "Contradicted, the first is worse"
-        )
-    if word == SAME:
-        sign = "the same sign" if difference["difference"] < 0 else "the other sign"
-        return f"Within noise, {sign}"
-    return {BETTER: "Holds", WORSE: "Contradicted"}[word]
+    if word == SAME and trend.kind == "better":
+        return f"Within noise, {'the same' if difference['difference'] < 0 else 'the other'} sign"
+    return VERDICTS[trend.kind][word]
 
 
 def report(paper: Paper, points: Sequence[Point], out: Path) -> str:
@@ -152,6 +166,7 @@ def report(paper: Paper, points: Sequence[Point], out: Path) -> str:
         number = paper.rows[name].get("paper", "")
         lines.append(f"| {name} | {number} | {row.cost} | {len(row.found)} | {' | '.join(row.cells())} |")
         record[name] = {"paper": number, "cost": row.cost, "clips": row.record["clips"], "scores": row.scores()}
+        record[name] |= {"two_deviations": row.spreads()}
     sentences = [sentence(trend, paper, rows) for trend in paper.trends]
     lines += ["", *sentences, "", footer(points)]
     write_json(out / f"{paper.name}.json", {"title": paper.title, "rows": record, "trends": sentences})
@@ -169,11 +184,14 @@ def picture(paper: Paper, rows: Mapping[str, Row]) -> str:
     if not values:
         return ""
     if paper.figure == "grid":
-        return grid(paper.title, SCORE_TITLE, {tuple(paper.rows[name]["at"]): v for name, v in values.items()})
+        places = {name: tuple(paper.rows[name]["at"]) for name in values}
+        pairs = [(t.one, t.other) for t in paper.trends if t.kind == "same" and {t.one, t.other} <= set(places)]
+        joined = [(places[one], places[other]) for one, other in pairs]
+        return grid(paper.title, SCORE_TITLE, {places[name]: v for name, v in values.items()}, joined)
     if paper.figure == "cost":
-        seeds = {name: rows[name].scores()[SCORE] for name in values}  # the line goes from the best to the worst seed
-        points_at = {n: (rows[n].cost, value, min(seeds[n]), max(seeds[n])) for n, value in values.items()}
-        return against_cost(paper.title, SCORE_TITLE, points_at)
+        wide = {name: rows[name].spreads().get(SCORE, 0.0) for name in values}
+        points_at = {n: (rows[n].cost, value, value - wide[n], value + wide[n]) for n, value in values.items()}
+        return against_cost(paper.title, "Frechet distance +- two standard deviations, less is better", points_at)
     return ""
 
 
@@ -181,10 +199,10 @@ def footer(points: Sequence[Point]) -> str:
     """What the columns are, and what the table cost."""
     items: list[Part | Point] = [*unique(points), *points]
     seconds = [found for item in items if (found := cost_of(cost_file(item))) is not None]
-    counted = f" Training and evaluation took {sum(seconds) / 3600:.1f} hours" if seconds else ""
+    counted = f" Training and evaluation took {sum(seconds) / 3600:.1f} hours by the clock" if seconds else ""
     part = f", of {len(seconds)} of {len(items)} pieces" if seconds and len(seconds) < len(items) else ""
     return (
         "Cost: block evaluations per clip. Scores are means over the training seeds, on the same clips from the same "
-        f"noise. A difference counts if it exceeds two standard deviations over seeds and clips.{counted}{part}"
+        f"noise. {COUNTS}{counted}{part}"
         f"{'.' if counted else ''}"
     )

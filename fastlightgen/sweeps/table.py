@@ -12,12 +12,14 @@ from fastlightgen.files.border import read_json
 from fastlightgen.files.kinds import EVALUATION
 from fastlightgen.files.tensors import read_tensors
 from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled
-from fastlightgen.metrics.seeds import over_seeds
+from fastlightgen.metrics.seeds import over_seeds, spread
 from fastlightgen.page.summary import cost
 from fastlightgen.sweeps.points import Point
 from fastlightgen.world.score import reference, resampled
 
 SHOWN = ("adherence", "frechet", "kid", "recall", "texture", "persistence")
+COUNTS = "+-: two standard deviations over training seeds and sets of clips. A difference counts if it exceeds its own."
+LEADING = ("adherence", "frechet")  # shown with their spread
 AGAIN = "delete it, and the same command makes it again"
 
 
@@ -48,9 +50,14 @@ class Row:
         """The mean of each score over the seeds."""
         return {k: sum(values) / len(values) for k, values in self.scores().items()}
 
+    def spreads(self) -> dict[str, float]:
+        """Two standard deviations of each mean, over seeds and sets of clips."""
+        return {k: spread(self.found, k) for k in self.means() if all(k in own for own in self.found)}
+
     def cells(self) -> list[str]:
-        means = self.means()
-        return [f"{means[k]:.4g}" if k in means else "" for k in SHOWN]
+        means, spreads = self.means(), self.spreads()
+        beside = {k: f" +- {spreads[k]:.2g}" for k in LEADING if k in spreads}
+        return [f"{means[k]:.4g}{beside.get(k, '')}" if k in means else "" for k in SHOWN]
 
 
 def rows_of(points: Sequence[Point]) -> dict[str, Row]:
@@ -82,7 +89,7 @@ def ranking(clips: int) -> str:
     """Which differences of a table count."""
     if clips < MIN_CLIPS:
         return f"{clips} clips rank no models; {MIN_CLIPS} or more do (clips=N)."
-    return "A difference counts if it exceeds two standard deviations."
+    return COUNTS
 
 
 def table(points: Sequence[Point], out: Path) -> str:
@@ -95,9 +102,10 @@ def table(points: Sequence[Point], out: Path) -> str:
     record = {}
     for name, row in rows.items():
         pairs = differences(row, first) if row is not first else {}
-        said = ", ".join(f"{k} {d['verdict']}" for k, d in pairs.items() if k in ("adherence", "frechet"))
+        said = ", ".join(f"{k} {d['verdict']}" for k, d in pairs.items() if k in LEADING)
         lines.append(f"| {name} | {row.cost} | {len(row.found)} | {' | '.join(row.cells())} | {said} |")
         record[name] = {"cost": row.cost, "scores": row.scores(), "clips": row.record["clips"]}
+        record[name] |= {"two_deviations": row.spreads()}
         record[name] |= {"against_the_first": pairs}
     lines.append(f"\nCost: block evaluations per clip. {ranking(first.record['clips'])}")
     write_json(out / "sweep.json", record)

@@ -1,5 +1,7 @@
 """Training and evaluating what a sweep lacks, several processes at a time, beside others on the same folder."""
 
+import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -52,6 +54,7 @@ def work(points: Sequence[Point], evaluate: bool, at_once: int) -> list[str]:
     todo |= evaluated
     running: list[Running] = []
     failed: list[str] = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler ends it as Ctrl-C does
     try:
         while True:
             for one in [r for r in running if r.process.exitcode is not None]:
@@ -81,6 +84,7 @@ def work(points: Sequence[Point], evaluate: bool, at_once: int) -> list[str]:
             one.process.terminate()
             one.process.join()
             one.close()
+        signal.signal(signal.SIGTERM, before)
 
 
 def lacking(points: Sequence[Point], evaluate: bool) -> list[Point]:
@@ -105,6 +109,11 @@ def cost_of(file: Path) -> float | None:
     return read_json(file, COST, "delete it")["seconds"] if file.is_file() else None
 
 
+def visible_gpus(names: str | None, count: int) -> list[str]:
+    """The names of the GPUs that this process may use: a scheduler gives it some by number or by UUID, or all."""
+    return names.split(",")[:count] if names else [str(i) for i in range(count)]
+
+
 def start(name: str, item: Part | Point, lock: IO[str], slot: int) -> Running:
     """Begin a training or an evaluation in a process of its own, on a GPU of its own."""
     if isinstance(item, Part):
@@ -112,8 +121,8 @@ def start(name: str, item: Part | Point, lock: IO[str], slot: int) -> Running:
     else:
         words = [f"model={item.model}", f"out={item.scores}", *item.plan, *item.where, "progress=false"]
         command, log = "evaluate", item.scores.with_suffix(".log")
-    count = torch.cuda.device_count()
-    env = {"CUDA_VISIBLE_DEVICES": str(slot % count)} if count else {}
+    gpus = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
+    env = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
     process = begin(run_command, (command, words), log, lock, **env)
     say(f"begun: {name} ({log})")
     return Running(name, process, lock, log, slot, cost_file(item))

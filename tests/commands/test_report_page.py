@@ -87,6 +87,21 @@ def test_nothing_is_cut_or_hidden(shown):
     assert not shown.errors
 
 
+@pytest.mark.parametrize("width", [390, 720, 900, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_scheme_and_width(browser, page, width, scheme):
+    """Text stands out, nothing is cut, nothing moves or speaks by itself where the system asks for less motion."""
+    wanted = [("prefers-color-scheme", scheme), ("prefers-reduced-motion", "reduce")]
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": name, "value": value} for name, value in wanted])
+    show(browser, page, width)
+    assert browser.run("contrast()") >= 4.5  # WCAG 2.2, level AA, for text of any size
+    assert browser.run("fits()") and browser.run("cut()") == [] and not browser.errors
+    assert browser.run("document.getElementById('play').textContent") == "Play"
+    assert browser.run("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
+    assert browser.run("document.getElementById('where').getAttribute('aria-live')") == "off"
+    browser.call("Emulation.setEmulatedMedia", features=[])
+
+
 def test_pictures_and_charts_have_names(shown):
     names = named(shown, "image")
     assert len(names) == shown.run("document.querySelectorAll('canvas, svg').length") == 12 + 1 + 5 and all(names)
