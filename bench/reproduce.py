@@ -35,6 +35,7 @@ from fastlightgen.config import Evaluate
 from fastlightgen.evaluate import load_subject, measure
 from fastlightgen.flow import ladder
 from fastlightgen.metrics.intervals import Resampled
+from fastlightgen.metrics.scores import SCORES
 from fastlightgen.metrics.seeds import over_seeds
 from fastlightgen.models.folder.weights import read_json
 from fastlightgen.stages.distill import DistillKeys
@@ -142,7 +143,7 @@ def scores_of_row(name: str, seed: int) -> dict[str, Resampled]:
 def compared(one: str, other: str, seeds: list[int]) -> dict[str, dict]:
     """Differences of two rows, trained with the same seeds and measured on the same clips."""
     pairs = [(scores_of_row(one, s), scores_of_row(other, s)) for s in seeds]
-    return over_seeds(pairs, SHOWN, reference(EVAL_SEED).look)
+    return over_seeds(pairs, {k: SCORES[k][2] for k in SHOWN}, reference(EVAL_SEED).look)
 
 
 def table(names: list[str], seeds: list[int]) -> None:

@@ -24,7 +24,7 @@ from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled, interval
 from fastlightgen.metrics.speed import Speed, clocked, counted, warning
 from fastlightgen.models.folder.pair import load_sampler, sampler_card
 from fastlightgen.models.folder.weights import config_of, read_card, read_tensors, trained_folder
-from fastlightgen.models.sample import sampling_plan
+from fastlightgen.models.sample import plan_record, sampling_plan
 from fastlightgen.parallel.log import say
 from fastlightgen.parallel.threads import set_threads
 from fastlightgen.world.diversity import redraw
@@ -80,12 +80,7 @@ def measure(cfg: Evaluate, subject: Subject, teacher: Result | None = None) -> R
         "num_params": subject.num_params,
         "num_blocks": len(subject.keep or range(subject.model.num_blocks)),
         "kept_blocks": subject.keep or sampler_card(subject.folder).get("kept_blocks"),
-        "sampler": {
-            "kind": subject.plan["kind"],
-            "steps": len(subject.plan["times"]),
-            "guidance": subject.plan["guidance"],
-            "evaluations": subject.evaluations,
-        },
+        "sampler": plan_record(subject.plan, subject.model.embeds_guidance),
         "shown": shown(cfg, asked),
     }
     say(f"{subject.title}: computing the scores of {cfg.clips} clips and their 95% intervals ...")

@@ -114,7 +114,7 @@ def sweep(words: Sequence[str]) -> None:
     if failed:
         raise UserError(f"{len(failed)} failed, first {failed[0]}; mend the cause, and the same command goes on")
     last = points[-1]
-    if last.scorable:
+    if last.of_shapes:
         say(f"next: {command('generate', model=last.model, prompt=SHAPES_PROMPT, out=run / 'clip.gif')}")
     else:
         say(f"next: {command('export', model=last.model, pipeline='PIPELINE', out=run / 'student')}")

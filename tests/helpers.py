@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastlightgen.config import load, main, preset
+from fastlightgen.data.cache import write_cache
 from fastlightgen.data.source import Batch
 from fastlightgen.engine.folder import commit
 from fastlightgen.engine.log import read_metrics
@@ -132,6 +133,13 @@ def write_inputs(folder: Path) -> dict[int, list[str]]:
         2: [*common, f"importance={ranking}", "warmup=3", "lr=1e-3"],
         3: [*common, f"stage2_model={folder / 'stage2model'}", "ratio=2", "lr=1e-3", "lr_fake=1e-3", "critic_start=0"],
     }
+
+
+def write_shapes(folder: Path, clips: int) -> None:
+    """Write a latent cache of clips of the built-in world."""
+    batch = ShapesSource(0).batch(0, clips)
+    shard = {"latents": batch.x0, "text": batch.cond.text, "text_len": batch.cond.text_len, "image": batch.cond.image}
+    write_cache(folder, [shard], {"text": batch.null.text[0], "text_len": batch.null.text_len[0]})
 
 
 def without_flags() -> dict[str, str]:

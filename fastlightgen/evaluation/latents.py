@@ -4,8 +4,9 @@ The network samples latents for the conditions of these clips; they are compared
 a VAE nor a feature network is needed. A teacher samples from the same noise.
 """
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -19,13 +20,14 @@ from fastlightgen.config import Evaluate, command, compute_type
 from fastlightgen.data.source import Batch, Source
 from fastlightgen.engine.local import pick_device
 from fastlightgen.evaluation.sets import Statistics, differences, distances, intervals_of, means, scores_of
+from fastlightgen.files.tensors import save_tensors
 from fastlightgen.metrics.frechet import normalise
-from fastlightgen.metrics.intervals import MIN_CLIPS
+from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled, resample
 from fastlightgen.metrics.latent import latent_features
 from fastlightgen.models.experts import Model
 from fastlightgen.models.folder.pair import load_sampler, sampler_card
 from fastlightgen.models.folder.weights import trained_folder
-from fastlightgen.models.sample import sample, sampling_plan
+from fastlightgen.models.sample import plan_record, sample, sampling_plan
 from fastlightgen.parallel.log import bar, say
 from fastlightgen.parallel.threads import set_threads
 from fastlightgen.rng import generator
@@ -33,9 +35,8 @@ from fastlightgen.stages.check import check_source
 from fastlightgen.world.source import open_source
 
 PURPOSE = 15  # of these random draws
-GOALS = {"motion": "one", "detail": "one", "contrast": "one", "frechet": "low", "kid": "low"} | dict.fromkeys(
-    ("precision", "recall", "coverage"), "high"
-)
+GOALS = {"frechet": "low", "kid": "low"} | dict.fromkeys(("precision", "recall", "coverage"), "high")
+GOALS |= dict.fromkeys(("motion", "detail", "contrast"), "one")
 AT_ONCE = 2_000_000  # numbers of the latents of one network call: one clip of 480x832x81, more of small ones
 
 
@@ -51,6 +52,12 @@ class Sampled:
     energies: list[Tensor] = field(default_factory=list)
     away: list[Tensor] = field(default_factory=list)  # to the teacher
     seconds: list[float] = field(default_factory=list)  # per clip
+
+    def values(self, real: "Sampled") -> dict[str, Tensor]:
+        """What was measured of each clip: features [n,D], energies [n,3], the distance to the teacher [n]."""
+        found = {"features": torch.cat(self.features), "energies": torch.cat(self.energies)}
+        found |= {f"real_{name}": value for name, value in real.values(real).items()} if real is not self else {}
+        return found | ({"away": torch.cat(self.away)} if self.away else {})
 
 
 def evaluate_latents(cfg: Evaluate) -> None:
@@ -74,12 +81,16 @@ def evaluate_latents(cfg: Evaluate) -> None:
                 made[name] = draw(cfg, subject, batch.to(device), first)
                 note(subject, made[name], made.get("teacher") if name == "student" else None)
                 ticks.update(len(batch.x0))
-    record = {name: measured(cfg, subject, real) for name, subject in subjects.items()}
+    values = {name: subject.values(real) for name, subject in subjects.items()}
+    record = {name: measured(cfg, subject, values[name]) for name, subject in subjects.items()}
     out = dict(record["student"])
     if cfg.teacher:
-        own, theirs = (statistics(subjects[name], real) for name in ("student", "teacher"))
+        own, theirs = (statistics(values[name]) for name in ("student", "teacher"))
         out |= {"teacher": record["teacher"], "against_teacher": differences(own, theirs, GOALS, cfg.seed)}
-    write_json(Path(cfg.out), out | {"data": cfg.data, "data_hash": source.name, "clips": clips, "seed": cfg.seed})
+    path = Path(cfg.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(path.with_suffix(".values.safetensors"), values["student"])
+    write_json(path, out | {"data": cfg.data, "data_hash": source.name, "clips": clips, "seed": cfg.seed})
     for name in subjects:
         listed = ", ".join(f"{score} {value:.4g}" for score, value in record[name]["scores"].items())
         folder = subjects[name].folder
@@ -144,24 +155,31 @@ def detail(x0: Tensor) -> Tensor:
     return (rows + columns) / 2
 
 
-def statistics(subject: Sampled, real: Sampled) -> Statistics:
+def statistics(values: Mapping[str, Tensor]) -> Statistics:
     """The scores against the clips of the cache."""
-    ratio = torch.cat(subject.energies) / torch.cat(real.energies).mean(0)
+    ratio = values["energies"] / values["real_energies"].mean(0)
     found = dict(zip(("motion", "detail", "contrast"), ratio.T, strict=True))
-    if subject.away:
-        found["to_teacher"] = torch.cat(subject.away)
-    return means(found) | distances(torch.cat(real.features), torch.cat(subject.features), normalise)
+    if "away" in values:
+        found["to_teacher"] = values["away"]
+    return means(found) | distances(values["real_features"], values["features"], normalise)
 
 
-def measured(cfg: Evaluate, subject: Sampled, real: Sampled) -> dict[str, Any]:
+def resampled(values: Mapping[str, Tensor], seed: int) -> dict[str, Resampled]:
+    """Resamples of each score, without scores that are nan or have too few clips to rank models."""
+    enough = {name: (statistic, n) for name, (statistic, n) in statistics(values).items() if n >= MIN_CLIPS}
+    found = {name: resample(statistic, n, seed) for name, (statistic, n) in enough.items()}
+    return {name: f for name, f in found.items() if math.isfinite(f.value)}
+
+
+def measured(cfg: Evaluate, subject: Sampled, values: Mapping[str, Tensor]) -> dict[str, Any]:
     """The record of a network."""
-    found, plan = statistics(subject, real), subject.plan
+    found, plan = statistics(values), subject.plan
     return {
         "title": str(subject.folder),
         "model": str(subject.folder),
         "num_params": sum(p.numel() for p in subject.net.parameters()),
         "num_blocks": len(subject.keep or range(subject.net.num_blocks)),
-        "plan": plan,
+        "sampler": plan_record(plan, subject.net.embeds_guidance),
         "scores": scores_of(found),
         "intervals": intervals_of(found, cfg.seed),
         "seconds_per_clip": median(subject.seconds),

@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 from fastlightgen.metrics.intervals import Resampled, to_goal
-from fastlightgen.metrics.scores import BETTER, SAME, SCORES, WORSE
+from fastlightgen.metrics.scores import BETTER, SAME, WORSE
 
 Scores = Mapping[str, Resampled]
 
 
-def gap(score: Resampled, key: str, real: Mapping[str, float]) -> Tensor:
+def gap(score: Resampled, goal: str, real: float) -> Tensor:
     """The distance of a score and of its resamples [1 + R] to its goal; smaller is better. `real`: of real clips."""
-    goal = SCORES[key][2]
-    found = to_goal(score, goal, real[key] if goal == "real" else float("nan"))
+    found = to_goal(score, goal, real)
     values = torch.cat([torch.tensor([found.value]).double(), found.values])
     return -values if goal == "high" else values
 
@@ -36,16 +35,20 @@ def spread(scores: Sequence[Scores], key: str) -> float:
     return two_deviations(torch.stack([torch.cat([torch.tensor([f.value]).double(), f.values]) for f in found]))
 
 
-def over_seeds(pairs: Sequence[tuple[Scores, Scores]], keys: Sequence[str], real: Mapping[str, float]) -> dict:
+def over_seeds(
+    pairs: Sequence[tuple[Scores, Scores]], goals: Mapping[str, str], real: Mapping[str, float]
+) -> dict[str, dict]:
     """Compare two models; a pair of scores per training seed. Return {score: difference, two_deviations, verdict}.
 
-    A difference counts if it exceeds two standard deviations.
+    `goals`: of the scores to compare, as in metrics.scores; `real`: scores of real clips, for the goal "real". A
+    difference counts if it exceeds two standard deviations.
     """
     out = {}
-    for key in keys:
+    for key, goal in goals.items():
         if not all(key in a and key in b for a, b in pairs):
             continue
-        away = torch.stack([gap(a[key], key, real) - gap(b[key], key, real) for a, b in pairs])  # [seeds, 1 + R]
+        target = real.get(key, float("nan"))
+        away = torch.stack([gap(a[key], goal, target) - gap(b[key], goal, target) for a, b in pairs])  # [seeds, 1 + R]
         two, mean = two_deviations(away), away[:, 0].mean().item()
         verdict = SAME if abs(mean) <= two else WORSE if mean > 0 else BETTER
         out[key] = {"difference": mean, "two_deviations": two, "verdict": verdict}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +95,13 @@ def sampling_plan(card: dict, steps: int, guidance: float, kind: str, released: 
         "guidance": float(card["guidance"]) if guidance < 0 else guidance,
         "kind": card.get("sampler", "ode") if kind == "auto" else kind,
     }
+
+
+def plan_record(plan: dict, embeds_guidance: bool) -> dict[str, Any]:
+    """A plan as evaluations record it. With guidance a step takes two predictions, unless the network embeds it."""
+    steps, guidance = len(plan["times"]), plan["guidance"]
+    evaluations = steps * (1 if guidance == 1.0 or embeds_guidance else 2)
+    return {"kind": plan["kind"], "steps": steps, "guidance": guidance, "evaluations": evaluations}
 
 
 def refuse_changes(card: dict, steps: int, guidance: float, kind: str) -> None:

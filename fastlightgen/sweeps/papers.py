@@ -5,17 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlightgen.atomic import write_json, write_text
+from fastlightgen.atomic import write_json
 from fastlightgen.config import ConfigError
 from fastlightgen.config.files import preset, presets
 from fastlightgen.metrics.scores import BETTER, SAME, WORSE
 from fastlightgen.page.figure import grid
-from fastlightgen.page.frontier import against_cost
+from fastlightgen.page.frontier import SCORE  # decides whether a trend holds
 from fastlightgen.sweeps.points import Part, Point, check, point_of, refusal, unique
-from fastlightgen.sweeps.table import COUNTS, SHOWN, Row, differences, head, ranking, rows_of
+from fastlightgen.sweeps.table import COUNTS, SHOWN, Row, cost_picture, differences, head, ranking, rows_of, write_shown
 from fastlightgen.sweeps.work import cost_file, cost_of
 
-SCORE = "frechet"  # the score that decides whether a trend holds
 SCORE_TITLE = "Frechet distance to real clips (less is better)"
 BESIDE = "adherence"  # the score that is said beside it
 CLAIMS = {"better": "better than", "same": "as good as"}  # of a paper
@@ -170,11 +169,7 @@ def report(paper: Paper, points: Sequence[Point], out: Path) -> str:
     sentences = [sentence(trend, paper, rows) for trend in paper.trends]
     lines += ["", *sentences, "", footer(points)]
     write_json(out / f"{paper.name}.json", {"title": paper.title, "rows": record, "trends": sentences})
-    drawn = picture(paper, rows)
-    if drawn:
-        write_text(out / f"{paper.name}.svg", drawn)
-    shown = ["", f"![{paper.title}]({paper.name}.svg)"] if drawn else []
-    write_text(out / f"{paper.name}.md", "\n".join([*lines, *shown]) + "\n")
+    write_shown("\n".join(lines), picture(paper, rows), paper.title, out / f"{paper.name}.md")
     return "\n".join(lines)
 
 
@@ -188,11 +183,7 @@ def picture(paper: Paper, rows: Mapping[str, Row]) -> str:
         pairs = [(t.one, t.other) for t in paper.trends if t.kind == "same" and {t.one, t.other} <= set(places)]
         joined = [(places[one], places[other]) for one, other in pairs]
         return grid(paper.title, SCORE_TITLE, {places[name]: v for name, v in values.items()}, joined)
-    if paper.figure == "cost":
-        wide = {name: rows[name].spreads().get(SCORE, 0.0) for name in values}
-        points_at = {n: (rows[n].cost, value, value - wide[n], value + wide[n]) for n, value in values.items()}
-        return against_cost(paper.title, "Frechet distance +- two standard deviations, less is better", points_at)
-    return ""
+    return cost_picture(paper.title, rows) if paper.figure == "cost" else ""
 
 
 def footer(points: Sequence[Point]) -> str:

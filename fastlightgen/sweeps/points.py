@@ -55,7 +55,7 @@ class Point:
     parts: list[Part]
     start: str  # the model that all stages start from
     plan: tuple[str, ...]  # words for `evaluate`, which the name of the file shows
-    where: tuple[str, ...]  # more words for it, which change no score
+    where: tuple[str, ...]  # more words for it: they change no score, or the folder of the last part depends on them
     scores: Path
 
     @property
@@ -63,7 +63,8 @@ class Point:
         return str(self.parts[-1].result) if self.parts else self.start
 
     @property
-    def scorable(self) -> bool:
+    def of_shapes(self) -> bool:
+        """Is it measured on the built-in world, and not on the clips that a latent cache holds out?"""
         return not self.parts or self.parts[-1].cfg.data == "shapes"
 
 
@@ -155,7 +156,7 @@ def point_of(
     """One model. `last`: the stage that makes it, "0" for the model that all stages start from."""
     parts, start = parts_of(run, keys, known, last), keys.get("model", "tiny")
     made = parts[-1].folder.name if parts else Path(start).name
-    where = tuple(f"{key}={keys[key]}" for key in ("device", "threads") if key in keys)
+    where = tuple(f"{key}={keys[key]}" for key in ("data", "device", "threads") if key in keys)
     return Point(name, parts, start, tuple(plan), where, run / "scores" / f"{'-'.join([made, *plan])}.json")
 
 

@@ -2,22 +2,26 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastlightgen.atomic import write_json, write_text
+from fastlightgen.evaluation import latents
 from fastlightgen.files.border import read_json
-from fastlightgen.files.kinds import EVALUATION
+from fastlightgen.files.kinds import EVALUATION, LATENTS
 from fastlightgen.files.tensors import read_tensors
 from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled
+from fastlightgen.metrics.scores import SCORES
 from fastlightgen.metrics.seeds import over_seeds, spread
+from fastlightgen.page.frontier import SCORE, against_cost
 from fastlightgen.page.summary import cost
 from fastlightgen.sweeps.points import Point
 from fastlightgen.world.score import reference, resampled
 
 SHOWN = ("adherence", "frechet", "kid", "recall", "texture", "persistence")
+GOALS = {key: SCORES[key][2] for key in SHOWN}
 COUNTS = "+-: two standard deviations over training seeds and sets of clips. A difference counts if it exceeds its own."
 LEADING = ("adherence", "frechet")  # shown with their spread
 AGAIN = "delete it, and the same command makes it again"
@@ -30,6 +34,7 @@ class Row:
     name: str
     records: list[dict[str, Any]]
     found: list[dict[str, Resampled]]
+    goals: Mapping[str, str]  # of the scores that are shown
 
     @property
     def record(self) -> dict[str, Any]:
@@ -44,7 +49,7 @@ class Row:
     def scores(self) -> dict[str, list[float]]:
         """The value of each score with each seed."""
         scores = [{k: v for k, v in r["scores"].items() if v is not None and math.isfinite(v)} for r in self.records]
-        return {k: [own[k] for own in scores] for k in SHOWN if all(k in own for own in scores)}
+        return {k: [own[k] for own in scores] for k in self.goals if all(k in own for own in scores)}
 
     def means(self) -> dict[str, float]:
         """The mean of each score over the seeds."""
@@ -57,7 +62,7 @@ class Row:
     def cells(self) -> list[str]:
         means, spreads = self.means(), self.spreads()
         beside = {k: f" +- {spreads[k]:.2g}" for k in LEADING if k in spreads}
-        return [f"{means[k]:.4g}{beside.get(k, '')}" if k in means else "" for k in SHOWN]
+        return [f"{means[k]:.4g}{beside.get(k, '')}" if k in means else "" for k in self.goals]
 
 
 def rows_of(points: Sequence[Point]) -> dict[str, Row]:
@@ -66,10 +71,12 @@ def rows_of(points: Sequence[Point]) -> dict[str, Row]:
     for name, group in itertools.groupby(points, key=lambda point: point.name):
         own = [point for point in group if point.scores.exists()]
         if own:
-            records = [read_json(point.scores, EVALUATION, AGAIN) for point in own]
+            shapes = own[0].of_shapes
+            records = [read_json(point.scores, EVALUATION if shapes else LATENTS, AGAIN) for point in own]
             files = [point.scores.with_suffix(".values.safetensors") for point in own]
-            found = [resampled({k: v.double() for k, v in read_tensors(f).items()}, 0) for f in files]
-            rows[name] = Row(name, records, found)
+            values = [{k: v.double() for k, v in read_tensors(file).items()} for file in files]
+            found = [resampled(v, 0) if shapes else latents.resampled(v, 0) for v in values]
+            rows[name] = Row(name, records, found, GOALS if shapes else latents.GOALS)
     return rows
 
 
@@ -77,7 +84,8 @@ def differences(one: Row, other: Row) -> dict[str, dict]:
     """The scores of a row against those of another, paired by seed; a model without a training seed serves all."""
     count = max(len(one.found), len(other.found))
     a, b = ((row.found * count if len(row.found) == 1 else row.found) for row in (one, other))
-    return over_seeds(list(zip(a, b, strict=False)), SHOWN, reference(0).look)
+    real = reference(0).look if one.goals is GOALS else {}
+    return over_seeds(list(zip(a, b, strict=False)), one.goals, real)
 
 
 def head(*names: str) -> list[str]:
@@ -92,22 +100,40 @@ def ranking(clips: int) -> str:
     return COUNTS
 
 
+def cost_picture(title: str, rows: Mapping[str, Row]) -> str:
+    """The distances against the cost, as SVG; "" if none is measured."""
+    points = {}
+    for name, row in rows.items():
+        if SCORE in (means := row.means()):
+            wide = row.spreads().get(SCORE, 0.0)
+            points[name] = (row.cost, means[SCORE], means[SCORE] - wide, means[SCORE] + wide)
+    return against_cost(title, "Frechet distance +- two standard deviations, less is better", points)
+
+
+def write_shown(text: str, drawn: str, title: str, file: Path) -> None:
+    """Write a table, and under it its picture, if there is one."""
+    if drawn:
+        write_text(file.with_suffix(".svg"), drawn)
+        text += f"\n\n![{title}]({file.stem}.svg)"
+    write_text(file, f"{text}\n")
+
+
 def table(points: Sequence[Point], out: Path) -> str:
-    """Compare every combination with the first one; write table.md and sweep.json."""
+    """Compare every combination with the first one; write table.md, table.svg and sweep.json; return the text."""
     rows = rows_of(points)
     if not rows:
         return ""
     first, *_ = rows.values()
-    lines = head("cost", "seeds", *SHOWN, "against the first row")
+    lines = head("cost", "seeds", *first.goals, "against the first row")
     record = {}
     for name, row in rows.items():
         pairs = differences(row, first) if row is not first else {}
         said = ", ".join(f"{k} {d['verdict']}" for k, d in pairs.items() if k in LEADING)
         lines.append(f"| {name} | {row.cost} | {len(row.found)} | {' | '.join(row.cells())} | {said} |")
         record[name] = {"cost": row.cost, "scores": row.scores(), "clips": row.record["clips"]}
-        record[name] |= {"two_deviations": row.spreads()}
-        record[name] |= {"against_the_first": pairs}
+        record[name] |= {"two_deviations": row.spreads(), "against_the_first": pairs}
     lines.append(f"\nCost: block evaluations per clip. {ranking(first.record['clips'])}")
     write_json(out / "sweep.json", record)
-    write_text(out / "table.md", "\n".join(lines) + "\n")
-    return "\n".join(lines)
+    text, title = "\n".join(lines), "Distance against cost"
+    write_shown(text, cost_picture(title, rows), title, out / "table.md")
+    return text

@@ -49,7 +49,7 @@ class Running:
 
 def work(points: Sequence[Point], evaluate: bool, at_once: int) -> list[str]:
     """Train and evaluate what is left; return the names of what failed."""
-    evaluated = {point.scores: point for point in points if evaluate and point.scorable}
+    evaluated = {point.scores: point for point in points if evaluate}
     todo: dict[Path, Part | Point] = {part.folder: part for part in unique(lacking(points, evaluate))}
     todo |= evaluated
     running: list[Running] = []
@@ -89,7 +89,7 @@ def work(points: Sequence[Point], evaluate: bool, at_once: int) -> list[str]:
 
 def lacking(points: Sequence[Point], evaluate: bool) -> list[Point]:
     """The points whose parts are still needed: scores of a model are enough for the table, without the model."""
-    return [point for point in points if not (evaluate and point.scorable and point.scores.exists())]
+    return [point for point in points if not (evaluate and point.scores.exists())]
 
 
 def finished(item: Part | Point) -> bool:

@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from helpers import small_wan
+from helpers import small_wan, write_shapes
 from runs import Page
 
 from fastlightgen.config import main
-from fastlightgen.data.cache import Cache, write_cache
+from fastlightgen.data.cache import Cache
 from fastlightgen.data.source import CacheSource
 from fastlightgen.evaluate import evaluate
 from fastlightgen.evaluation import latents
@@ -20,7 +20,6 @@ from fastlightgen.models.folder.weights import load_model, save_model
 from fastlightgen.models.sample import sample
 from fastlightgen.report import write_report
 from fastlightgen.rng import generator
-from fastlightgen.world.source import ShapesSource
 
 CLIPS = 70  # of the cache; the last 7 are held out
 
@@ -28,9 +27,7 @@ CLIPS = 70  # of the cache; the last 7 are held out
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     root = tmp_path_factory.mktemp("latents")
-    batch = ShapesSource(0).batch(0, CLIPS)
-    shard = {"latents": batch.x0, "text": batch.cond.text, "text_len": batch.cond.text_len, "image": batch.cond.image}
-    write_cache(root / "cache", [shard], {"text": batch.null.text[0], "text_len": batch.null.text_len[0]})
+    write_shapes(root / "cache", CLIPS)
     for name, seed in (("student", 0), ("teacher", 1)):
         save_model(small_wan(2, seed), root / name, steps=2, guidance=2.0, shift=3.0)
     words = [f"model={root / 'student'}", f"teacher={root / 'teacher'}", f"data={root / 'cache'}", "batch=4"]
@@ -91,7 +88,7 @@ def test_the_clips_themselves_have_no_distance(evaluated):
         (blurred, torch.nn.functional.avg_pool3d(x0, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)),
     ):
         latents.note(subject, clips)
-    same, still, blurred = (latents.scores_of(latents.statistics(s, real)) for s in (same, still, blurred))
+    same, still, blurred = (latents.scores_of(latents.statistics(s.values(real))) for s in (same, still, blurred))
     assert (same["motion"], same["detail"], same["contrast"]) == pytest.approx((1, 1, 1))
     # 7 clips in 60 dimensions: roots of zero eigenvalues that rounding moved by 1e-16, sqrt(1e-16) each
     assert same["frechet"] == pytest.approx(0, abs=1e-4) and still["motion"] == 0
@@ -106,7 +103,7 @@ def test_a_blurred_network_is_worse_than_a_sharp_one_beyond_noise():
     latents.note(real, x0)
     latents.note(sharp, other)
     latents.note(blurred, torch.nn.functional.avg_pool3d(other, (1, 3, 3), 1, (0, 1, 1)))
-    found = {name: latents.statistics(s, real) for name, s in (("sharp", sharp), ("blurred", blurred))}
+    found = {name: latents.statistics(s.values(real)) for name, s in (("sharp", sharp), ("blurred", blurred))}
     away = differences(found["blurred"], found["sharp"], latents.GOALS, 0)
     assert {score: away[score]["verdict"] for score in ("detail", "contrast", "kid")} == dict.fromkeys(
         ("detail", "contrast", "kid"), "worse"

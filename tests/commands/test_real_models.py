@@ -4,16 +4,14 @@ import subprocess
 import sys
 
 import pytest
-from helpers import run_train, small_wan
+from helpers import run_train, small_wan, write_shapes
 
 from fastlightgen.__main__ import main as front
 from fastlightgen.config import main
-from fastlightgen.data.cache import write_cache
 from fastlightgen.evaluate import evaluate
 from fastlightgen.generate import generate
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.train import check_start, train
-from fastlightgen.world.source import ShapesSource
 
 
 @pytest.fixture
@@ -33,10 +31,7 @@ def fails(capsys):
 
 def test_all_stages_on_a_cache_end_with_a_report(tmp_path, capsys):
     """Nobody can score the clips: the command says so before Stage I, and ends well."""
-    batch = ShapesSource(0).batch(0, 12)
-    shard = {"latents": batch.x0, "text": batch.cond.text, "text_len": batch.cond.text_len, "image": batch.cond.image}
-    null = {"text": batch.null.text[0], "text_len": batch.null.text_len[0]}
-    write_cache(tmp_path / "cache", [shard], null)
+    write_shapes(tmp_path / "cache", 12)
     folder = save_model(small_wan(), tmp_path / "teacher", steps=2, guidance=2.0, shift=3.0)
     words = ["stage=all", f"run={tmp_path}/run", f"model={folder}", f"data={tmp_path}/cache", "progress=false"]
     words += ["threads=1", "stage1.clips=2", "stage1.batch=2", "stage1.timesteps=1", "stage1.ratio=0.5"]

@@ -10,10 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from helpers import run_train, typed, write_inputs
+from helpers import run_train, typed, write_inputs, write_shapes
 
 from fastlightgen.config import load, main
-from fastlightgen.data.cache import write_cache
 from fastlightgen.evaluate import evaluate
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.page.advice import next_step
@@ -21,7 +20,6 @@ from fastlightgen.report import report, write_report
 from fastlightgen.stages import earlier
 from fastlightgen.stages.prune import Prune
 from fastlightgen.train import train
-from fastlightgen.world.source import ShapesSource
 
 QUICK = ["threads=1", "progress=false"]
 FEWER = {"stage=2": ["iters=2", "batch=2"], "stage=3": ["iters=2", "batch=2", "steps=2", "critic_start=0", "ratio=1"]}
@@ -41,9 +39,7 @@ def inputs(tmp_path_factory):
 
 
 def cache(folder) -> str:
-    batch = ShapesSource(0).batch(0, 8)
-    shard = {"latents": batch.x0, "text": batch.cond.text, "text_len": batch.cond.text_len, "image": batch.cond.image}
-    write_cache(folder, [shard], {"text": batch.null.text[0], "text_len": batch.null.text_len[0]})
+    write_shapes(folder, 8)
     return str(folder)
 
 

@@ -8,12 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import small_wan, write_shapes
 from safetensors.torch import save_file
 
 from fastlightgen import sweep
-from fastlightgen.config import ConfigError
+from fastlightgen.config import ConfigError, main
+from fastlightgen.evaluate import evaluate
 from fastlightgen.metrics.intervals import Resampled
 from fastlightgen.metrics.seeds import over_seeds
+from fastlightgen.models.folder.weights import save_model
 from fastlightgen.sweep import values_of
 from fastlightgen.sweeps import estimate, table, work
 from fastlightgen.sweeps.points import Part, points_of, unique, words_of
@@ -162,12 +165,30 @@ def resample(value: float, spread: float, seed: int) -> Resampled:
 def test_a_difference_needs_two_deviations_of_seeds_and_of_clips():
     """By hand: variance of the differences -3 and -5 is 2, of their mean 1; the clips are resampled alike."""
     pairs = [({"frechet": resample(v, 1.0, 0)}, {"frechet": resample(w, 1.0, 0)}) for v, w in ((10, 13), (10, 15))]
-    found = over_seeds(pairs, ["frechet"], {})["frechet"]
+    found = over_seeds(pairs, {"frechet": "low"}, {})["frechet"]
     assert found["difference"] == -4 and found["two_deviations"] == pytest.approx(2.0)
     assert found["verdict"] == "better"
     apart = [({"frechet": resample(10, 3.0, 1)}, {"frechet": resample(12, 3.0, 2)})]
-    found = over_seeds(apart, ["frechet"], {})["frechet"]
+    found = over_seeds(apart, {"frechet": "low"}, {})["frechet"]
     assert found["verdict"] == "no difference" and found["two_deviations"] == pytest.approx(2 * 18**0.5, rel=0.2)
+
+
+def test_a_sweep_over_a_cache_has_a_table_too(tmp_path):
+    """Two networks on 64 held-out clips: the scores of latents, and a network against itself differs in nothing."""
+    write_shapes(tmp_path / "cache", 640)
+    points = points_of(tmp_path, SHORT | {"data": [str(tmp_path / "cache")], "steps": ["1", "2", "4"]}, [0], 64)
+    for point, seed in zip(points, (0, 0, 1), strict=True):
+        net = save_model(small_wan(2, seed), tmp_path / f"net{seed}", steps=1, guidance=1.0, shift=3.0)
+        words = [f"model={net}", f"out={point.scores}", *point.plan, *point.where, "threads=1", "progress=false"]
+        main(evaluate, "evaluate", words)
+    text = table.table(points, tmp_path)
+    head, _, first, same, other, *_ = text.splitlines()
+    assert head.startswith("|  | cost | seeds | frechet | kid |") and "adherence" not in head
+    assert first.startswith("| steps=1 | 2 | 1 |") and same.endswith("| frechet no difference |")
+    assert other.endswith(("| frechet better |", "| frechet worse |")) and (tmp_path / "table.svg").is_file()
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert record["steps=2"]["scores"] == record["steps=1"]["scores"]
+    assert record["steps=2"]["against_the_first"]["detail"]["difference"] == 0
 
 
 def test_the_table(tmp_path, monkeypatch):

@@ -7,11 +7,10 @@ import pytest
 import torch
 import yaml
 from forks import ran
-from helpers import BLOCKS, result, run_train, small_wan, write_inputs
+from helpers import BLOCKS, result, run_train, small_wan, write_inputs, write_shapes
 from safetensors.torch import load_file
 
 import fastlightgen
-from fastlightgen.data.cache import write_cache
 from fastlightgen.engine.log import read_metrics
 from fastlightgen.models.folder.weights import load_model, save_model
 from fastlightgen.world.source import ShapesSource
@@ -30,10 +29,7 @@ def test_stage_3_needs_stage_2(tmp_path):
 def test_a_stage_from_a_cache_is_a_stage_from_its_clips(tmp_path, monkeypatch):
     """The same clips in the same order, read from a latent cache, give the same weights, bit for bit."""
     words = [w for w in write_inputs(tmp_path)[0] if not w.startswith("iters")] + ["iters=4"]
-    world = ShapesSource(0)
-    batch = world.batch(0, 12)
-    shard = {"latents": batch.x0, "text": batch.cond.text, "text_len": batch.cond.text_len, "image": batch.cond.image}
-    write_cache(tmp_path / "cache", [shard], {"text": batch.null.text[0], "text_len": batch.null.text_len[0]})
+    write_shapes(tmp_path / "cache", 12)
     run_train("stage=0", f"run={tmp_path}/a", *words, f"data={tmp_path}/cache")
 
     order = torch.randperm(11, generator=fastlightgen.data.source.generator(0, 0)).tolist()  # the twelfth is held out

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import KEPT, assert_same, config, result, run_train, small_wan, write_inputs
+from helpers import KEPT, assert_same, config, result, run_train, small_wan, write_inputs, write_shapes
 from safetensors.torch import load_file
 
 from fastlightgen import train as command
 from fastlightgen.config import Evaluate
-from fastlightgen.data.cache import Cache, write_cache
+from fastlightgen.data.cache import Cache
 from fastlightgen.data.source import CacheSource
 from fastlightgen.engine import choice
 from fastlightgen.engine.choice import Choice
@@ -120,14 +120,8 @@ def test_the_weights_on_disk_carry_their_record(words, scores, tmp_path, monkeyp
 
 
 def test_of_a_cache_the_latents_are_compared(tmp_path):
-    world = ShapesSource(0)
-
     def source(clips: int) -> CacheSource:
-        batch = world.batch(0, clips)
-        fields = {"latents": batch.x0, "text": batch.cond.text, "text_len": batch.cond.text_len}
-        fields["image"] = batch.cond.image
-        null = {"text": batch.null.text[0], "text_len": batch.null.text_len[0]}
-        write_cache(tmp_path / f"{clips}", [fields], null)
+        write_shapes(tmp_path / f"{clips}", clips)
         return CacheSource(Cache(tmp_path / f"{clips}"), 0)
 
     cfg, engine, place = (

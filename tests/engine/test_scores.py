@@ -7,14 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import run_train, small_wan
+from helpers import run_train, small_wan, write_shapes
 from safetensors.torch import load_file, save_file
 
-from fastlightgen.data.cache import META, write_cache
+from fastlightgen.data.cache import META
 from fastlightgen.engine.scores import Scores
 from fastlightgen.models.base import VideoDiT
 from fastlightgen.models.folder.weights import save_model
-from fastlightgen.world.source import ShapesSource
 
 # 3 clips in batches of 2, at 2 times: 4 walks for each group of block sets; a group is one set (little memory).
 SWEEP = ["stage=1", "clips=3", "timesteps=2", "batch=2", "memory=1e-9", "shift=3", "progress=false", "threads=1"]
@@ -116,16 +115,13 @@ def test_what_does_not_belong_together_is_refused(words, tmp_path, monkeypatch, 
 
 
 def test_scores_of_a_cache_that_has_changed_are_refused(words, tmp_path, monkeypatch, capsys):
-    batch = ShapesSource(0).batch(0, 12)
-    shard = {"latents": batch.x0, "text": batch.cond.text, "text_len": batch.cond.text_len, "image": batch.cond.image}
-    null = {"text": batch.null.text[0], "text_len": batch.null.text_len[0]}
-    write_cache(tmp_path / "cache", [shard], null)
+    write_shapes(tmp_path / "cache", 12)
     command = [*words, f"run={tmp_path}/run", f"data={tmp_path}/cache"]
     with monkeypatch.context() as patch:
         counted(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
         stopped(capsys, *command)
     shutil.rmtree(tmp_path / "cache")
-    write_cache(tmp_path / "cache", [shard, {key: value[:6] for key, value in shard.items()}], null)
+    write_shapes(tmp_path / "cache", 18)
     code, line = stopped(capsys, *command)
     assert code == 2 and "holds scores of other clips (data_hash " in line
 
