@@ -3,9 +3,12 @@
 import base64
 import hashlib
 import json
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from string import Template
+
+from torch import Tensor
 
 import fastlightgen.page
 from fastlightgen.atomic import write_text
@@ -13,9 +16,11 @@ from fastlightgen.config import Report, UserError, main
 from fastlightgen.engine import checkpoint
 from fastlightgen.engine.folder import read_run as read_run_config
 from fastlightgen.engine.scores import measured
+from fastlightgen.evaluation import latents
 from fastlightgen.files import border, kinds
 from fastlightgen.files.schema import Shape
 from fastlightgen.files.tensors import read_tensors
+from fastlightgen.metrics.intervals import Resampled
 from fastlightgen.metrics.scores import check_versions
 from fastlightgen.page import clips, compare, scores, summary, training
 from fastlightgen.page.advice import next_step
@@ -171,10 +176,12 @@ def write_comparison(folders: list[str], out: Path) -> Path:
     evals = teachers | students
     where = clip_files(Path(first), teachers)
     where |= {names[f]: Path(f) / "evaluate" / "student.safetensors" for f in folders if names[f] in students}
+    on_caches, files = cached({names[folder]: folder for folder in folders}, found)
     sections = {
         "Frontier": frontier(evals),
         "Clips": clips.evaluated(where, evals),
         "Scores": scores.scores(evals) if evals else "",
+        "Real clips": real_clips(on_caches),
         "Settings that differ": compare.settings({name: f["config"] for name, f in found.items()}),
         "Training": '<div id="curves"></div>' * any(f["logs"] for f in found.values()),
         "Size and speed": scores.sizes(
@@ -182,11 +189,31 @@ def write_comparison(folders: list[str], out: Path) -> Path:
         ),
     }
     data = {"importance": {}, "runs": compare.all_curves({name: f["logs"] for name, f in found.items()})}
-    top = {"answer": compare.sentence(students, paired(students, where)), "missing": "", "facts": ""}
+    answer = compare.sentence(students, paired(students, where, resampled, compared))
+    if on_caches and not students:
+        answer = compare.on_caches(on_caches, paired(on_caches, files, latents.resampled, latents.compared))
+    top = {"answer": answer, "missing": "", "facts": ""}
     return fill(out, compare.heading(names), top, sections, data)
 
 
-def paired(students: dict[str, dict], files: dict[str, Path]) -> dict[str, dict]:
+def cached(folders: dict[str, str], found: dict[str, dict]) -> tuple[dict[str, dict], dict[str, Path]]:
+    """Of each run, what was measured on the first run's latent cache, and the file of it."""
+    records: dict[str, dict] = {}
+    files: dict[str, Path] = {}
+    for name, folder in folders.items():
+        for stem, record in found[name]["real"].items():
+            first = next(iter(records.values()), record)
+            if "data" in record and record.get("data_hash") == first.get("data_hash") and name not in records:
+                records[name], files[name] = record, Path(folder) / "evaluate" / f"{stem}.json"
+    return {name: record | {"title": name} for name, record in records.items()}, files
+
+
+def paired(
+    students: dict[str, dict],
+    files: dict[str, Path],
+    resampled: Callable[[dict[str, Tensor], int], dict[str, Resampled]],
+    compared: Callable[[dict[str, Resampled], dict[str, Resampled], int], dict[str, dict]],
+) -> dict[str, dict]:
     """The paired differences of the nearest student to the others that were measured on the same clips."""
     values = {n: files[n].with_suffix(".values.safetensors") for n in students}
     if (first := compare.nearest(students)) is None or not values[first].is_file():

@@ -19,6 +19,7 @@ from fastlightgen.atomic import write_json
 from fastlightgen.config import Evaluate, command, compute_type
 from fastlightgen.data.source import Batch, Source
 from fastlightgen.engine.local import pick_device
+from fastlightgen.evaluation import sets
 from fastlightgen.evaluation.sets import Statistics, differences, distances, intervals_of, means, scores_of
 from fastlightgen.files.tensors import save_tensors
 from fastlightgen.metrics.frechet import normalise
@@ -169,6 +170,11 @@ def resampled(values: Mapping[str, Tensor], seed: int) -> dict[str, Resampled]:
     enough = {name: (statistic, n) for name, (statistic, n) in statistics(values).items() if n >= MIN_CLIPS}
     found = {name: resample(statistic, n, seed) for name, (statistic, n) in enough.items()}
     return {name: f for name, f in found.items() if math.isfinite(f.value)}
+
+
+def compared(model: Mapping[str, Resampled], other: Mapping[str, Resampled], seed: int) -> dict[str, dict]:
+    """Difference of each score to another model on the same clips and noise, with its interval and the verdict."""
+    return sets.compared(model, other, GOALS)
 
 
 def measured(cfg: Evaluate, subject: Sampled, values: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from fastlightgen.config.files import flatten
 from fastlightgen.metrics.scores import BETTER, SAME, is_number, score
 from fastlightgen.page.frontier import SCORE
 from fastlightgen.page.html import note, table
-from fastlightgen.page.summary import cost, count
+from fastlightgen.page.summary import ONE_SEED, cost, count
 from fastlightgen.page.training import curves
 
+NOISE = f"{BETTER.capitalize()} or worse: outside the 95% interval of the paired difference over clips; {ONE_SEED}."
 OWN = ("run", "versions", "commit")  # keys of a configuration that always differ
 
 
@@ -39,7 +40,20 @@ def sentence(students: Mapping[str, dict], pairs: Mapping[str, Mapping[str, dict
             continue
         words = {"distance": found[SCORE]["verdict"], "adherence": found.get("adherence", {}).get("verdict", SAME)}
         out += ", ".join(f"{key} {word}" for key, word in words.items()) + "."
-    return f"{out} <small>{BETTER.capitalize()} or worse: outside the 95% interval of the paired difference.</small>"
+    return f"{out} <small>{NOISE}</small>"
+
+
+def on_caches(records: Mapping[str, dict], pairs: Mapping[str, Mapping[str, dict]]) -> str:
+    """The same for students that were measured on the held-out clips of a latent cache."""
+    made = {n: e for n, e in records.items() if is_number(e["scores"].get(SCORE))}
+    if (first := nearest(records)) is None:
+        return ""
+    out = f"<b>{escape(first)} is nearest to the clips of {escape(made[first]['data'])}</b>: Frechet distance "
+    out += f"{made[first]['scores'][SCORE]:.4g}."
+    for name in (n for n in made if n != first):
+        word = pairs.get(name, {}).get(SCORE, {}).get("verdict", "not ranked, as the clips differ or are too few")
+        out += f" Against {escape(name)} ({made[name]['scores'][SCORE]:.4g}): {word}."
+    return f"{out} <small>{NOISE}</small>"
 
 
 def settings(configs: Mapping[str, dict]) -> str:

@@ -7,6 +7,7 @@ from fastlightgen.metrics.speed import clocked, warning
 from fastlightgen.page.html import fact
 
 FIRST = ("adherence", "frechet", "kid", "recall", "texture", "motion")  # the scores that the sentence names first
+ONE_SEED = "another training seed can differ by more"
 NAMED = 2  # scores that it names with their values
 
 
@@ -20,7 +21,7 @@ def sentence(found: dict) -> str:
     evals = found["evals"]
     student, teacher, few = (sampled(evals, n) for n in ("student", "teacher", "teacher-few"))
     if not student:
-        return escape(unscored(found))
+        return on_caches(found) or escape(unscored(found))
     kept, all_ = student["num_blocks"], found["blocks"]
     made = f"The student makes a clip in {steps_of(student)} with {f'{kept} of ' * (kept < all_)}{count(all_, 'block')}"
     if speed := found["speed"]:
@@ -34,8 +35,30 @@ def sentence(found: dict) -> str:
             f"Against the teacher in {steps_of(few)}, which cost {cost(few) / cost(student):.3g} times as much, it is "
         )
         out += f" {escape(made + verdict(student, few, pairs))}."
-    noise = f"Beyond noise: outside the 95% interval of the paired difference, over {count(student['clips'], 'clip')}."
+    clips = count(student["clips"], "clip")
+    noise = f"Beyond noise: outside the 95% interval of the paired difference, over {clips}; {ONE_SEED}."
     return f"{out} <small>{noise}</small>" if student.get("against_teacher") else out
+
+
+def on_caches(found: dict) -> str:
+    """What `evaluate data=CACHE teacher=DIR` says of the student, for each cache."""
+    parts = []
+    for record in (r for r in found["real"].values() if "data" in r):
+        said = f"On {count(record['clips'], 'clip')} of {record['data']} that training held out, {record['title']} is"
+        pairs = record.get("against_teacher")
+        if pairs:
+            keys = {word: [k for k in pairs if pairs[k]["verdict"] == word] for word in (BETTER, WORSE, SAME)}
+            listed = {word: f" ({', '.join(own)})" if own else "" for word, own in keys.items()}
+            said += f", against its teacher, better in {len(keys[BETTER]) or 'none'}{listed[BETTER]}, worse in "
+            said += f"{len(keys[WORSE]) or 'none'}{listed[WORSE]} and not different beyond noise in "
+            said += f"{len(keys[SAME]) or 'none'} of {count(len(pairs), 'score')}"
+        else:
+            why = "its teacher was not sampled (teacher=DIR)" if "teacher" not in record else "the clips are too few"
+            said += f" not ranked: {why}"
+        parts.append(f"<b>{escape(said)}.</b>")
+    if parts and any(r.get("against_teacher") for r in found["real"].values()):
+        parts.append("<small>Beyond noise: outside the 95% interval of the paired difference, over clips.</small>")
+    return " ".join(parts)
 
 
 def sampled(evals: dict, name: str) -> dict | None:
@@ -81,7 +104,9 @@ def unscored(found: dict) -> str:
         return f"No student yet: this run holds stage {' and '.join(done)}." if done else "No student here."
     kept = f"{len(card['kept_blocks'])} of {blocks} blocks" if blocks else count(len(card["kept_blocks"]), "block")
     data = (found["config"].get("stage3") or {}).get("data", "shapes")
-    reason = "it is not evaluated" if data == "shapes" else "only clips of the built-in world can be scored"
+    reason = (
+        "it is not evaluated" if data == "shapes" else "evaluate data=CACHE teacher=DIR measures it on held-out clips"
+    )
     made = f"The student makes a clip in {count(len(card['ladder']), 'step')} with {kept}."
     return f"{made} This page has no scores of it: {reason}."
 

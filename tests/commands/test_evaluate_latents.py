@@ -74,6 +74,7 @@ def test_the_report_shows_them(evaluated, tmp_path):
     text = Page(write_report(tmp_path)).text
     assert f"{record['scores']['motion']:.4g}" in text and f"{record['teacher']['scores']['motion']:.4g}" in text
     assert "against 7 clips of" in text and "7 clips are too few to rank" in text
+    assert f"On 7 clips of {root}/cache that training held out, {root}/student is not ranked: the clips are too" in text
 
 
 def test_the_clips_themselves_have_no_distance(evaluated):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from fastlightgen import report
 from fastlightgen.config import ConfigError, load
+from fastlightgen.evaluation import latents
 from fastlightgen.metrics.intervals import Resampled
 from fastlightgen.page.compare import names_of
 from fastlightgen.world import score
@@ -69,6 +70,51 @@ def test_the_page_says_who_is_nearest(runs, tmp_path):
     data = json.loads(page.scripts[0])
     assert [run["name"] for run in data["runs"]] == ["a/run", "b & <c>/run", "d/run"]
     assert data["runs"][1]["curves"]["3"] == {"fake_loss": [[1, 0.5]]}
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """Two runs whose students were measured on 64 clips of a cache: sharp ones and blurred ones."""
+    draw = torch.Generator().manual_seed(0)
+    x0, made = (torch.randn(64, 4, 3, 6, 6, generator=draw) for _ in range(2))
+    blurred = torch.nn.functional.avg_pool3d(made, (1, 3, 3), 1, (0, 1, 1))
+    real = latents.Sampled(None, None, {}, None)
+    latents.note(real, x0)
+    for name, clips in (("sharp", made), ("blurred", blurred)):
+        own = latents.Sampled(None, None, {}, None)
+        latents.note(own, clips)
+        file = tmp_path / name / "evaluate" / "cache.json"
+        file.parent.mkdir(parents=True)
+        values = own.values(real)
+        scores = latents.scores_of(latents.statistics(values))
+        record = {"title": "x/model", "scores": scores, "intervals": {}, "seconds_per_clip": 1.0, "data": "CACHE"}
+        file.write_text(json.dumps(record | {"data_hash": "h", "clips": 64, "seed": 0}))
+        save_file(values, file.with_suffix(".values.safetensors"))
+    return [tmp_path / "blurred", tmp_path / "sharp"]
+
+
+def test_runs_on_a_cache_are_ranked_by_its_clips(cached, tmp_path):
+    page = said(compared(cached, tmp_path))
+    assert "sharp is nearest to the clips of CACHE: Frechet distance" in page and "): better." in page
+    file = cached[0] / "evaluate" / "cache.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"seed": 1}))
+    assert "): not ranked, as the clips differ or are too few." in said(compared(cached, tmp_path))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"data_hash": "of another cache"}))
+    assert "blurred is nearest" in said(compared(cached, tmp_path))  # only the first run's cache counts
+
+
+def test_against_its_teacher_on_a_cache(cached):
+    run = cached[1]
+    record = json.loads((run / "evaluate" / "cache.json").read_text())
+    record |= {"teacher": record | {"title": "t"}, "against_teacher": {}}
+    for key, word in (("frechet", "worse"), ("kid", "worse"), ("detail", "better"), ("motion", "no difference")):
+        record["against_teacher"][key] = {"difference": 0.0, "low": 0.0, "high": 0.0, "verdict": word}
+    (run / "evaluate" / "cache.json").write_text(json.dumps(record))
+    text = said(Page(report.write_report(run)))
+    wanted = (
+        "x/model is, against its teacher, better in 1 (detail), worse in 2 (frechet, kid) and not different beyond "
+    )
+    assert f"On 64 clips of CACHE that training held out, {wanted}noise in 1 of 4 scores." in text
 
 
 def test_other_clips_are_not_ranked(runs, tmp_path):
