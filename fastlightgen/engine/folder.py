@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from fastlightgen.files.kinds import IMPORTANCE, RUN
 from fastlightgen.models.folder.files import verify_model
 from fastlightgen.parallel import ranks
 from fastlightgen.parallel.log import say
+from fastlightgen.parallel.threads import usable_cores
 
 CONFIG, LOCK = "config.yaml", ".lock"  # files of the run folder
 SCORES = "scores.safetensors"  # in stage1/, while Stage I is not finished
@@ -155,12 +157,13 @@ class StageFolder:
             )
 
     def _record(self, number: int | str, config: dict) -> None:
-        """Add this stage's resolved configuration, the versions and the commit to DIR/config.yaml."""
+        """Add this stage's resolved configuration, the hardware, the versions and the commit to DIR/config.yaml."""
         shown = config | {TYPE: "auto", USED: config[TYPE]} if self.auto_type else config
         record = read_run(self.run) | {
             folder_name(number): shown,
             "seed": config["seed"],
-            "versions": {"fastlightgen": fastlightgen.__version__, "torch": str(torch.__version__)},
+            "hardware": hardware(),
+            "versions": versions(),
             "git_commit": commit(),
         }
         write_text(self.run / CONFIG, yaml.safe_dump(record, sort_keys=False))
@@ -191,6 +194,26 @@ def read_run(run: Path) -> dict:
 def as_used(record: dict) -> dict:
     """A stage's record with the type that it computed in, in place of dtype=auto."""
     return {k: v for k, v in record.items() if k != USED} | ({TYPE: record[USED]} if USED in record else {})
+
+
+def hardware() -> str:
+    """The processes of this run, and the GPU of each, or the CPU cores of this host."""
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        own = f"{gpu.name} of {gpu.total_memory / 2**30:.0f} GiB each"
+    else:
+        own = f"{usable_cores()} CPU cores"
+    return f"{ranks.size()} process{'es' * (ranks.size() > 1)}, {own}"
+
+
+def versions() -> dict[str, str]:
+    """The versions of this package and of the libraries that a run's numbers may depend on."""
+    own = {"fastlightgen": fastlightgen.__version__, "torch": str(torch.__version__)}
+    own |= {"cuda": torch.version.cuda} if torch.version.cuda else {}
+    for name in ("diffusers", "transformers", "deepspeed"):
+        with suppress(metadata.PackageNotFoundError):
+            own[name] = metadata.version(name)
+    return own
 
 
 def commit() -> str | None:
