@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastlightgen import sweep
 from fastlightgen.config import load
 
 FOLDER = Path(__file__).parents[2] / "configs" / "cluster"
@@ -33,7 +34,7 @@ RECIPES = {"default": (3000, 2e-6, 4e-7), "paper": (1000, 5e-7, 5e-7)}
 
 
 @pytest.mark.parametrize("preset", RECIPES)
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.sbatch")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*-2x8h100.sbatch")), ids=lambda f: f.stem)
 def test_both_presets_on_two_nodes(file, preset, tmp_path):
     code, made = calls(file, tmp_path, **{"PRESET": preset} if preset == "paper" else {})
     runs = [words for words in made if "torchrun" in words]
@@ -70,6 +71,32 @@ def test_a_signal_reaches_the_ranks_and_queues_the_job_again(tmp_path):
     assert code == 75 and made[-1] == ["scontrol", "requeue", "7"]
     assert any("pkill" in words and "-USR1" in words for words in made)
     assert len([words for words in made if "torchrun" in words]) == 1
+
+
+WORDS = ["steps=2,4", "seeds=3", "method=fastlightgen,dmd2"]
+
+
+def test_a_sweep_as_an_array(tmp_path):
+    file = FOLDER / "sweep.sbatch"
+    script = tmp_path / "job"
+    script.write_text(file.read_text().replace('"$@"', " ".join(WORDS)))
+    code, [made] = calls(script, tmp_path, CODE="3")
+    own, swept = sweep.settings(made[made.index("fastlightgen.sweep") + 1 :])
+    assert code == 3 and own["at_once"] == "1" and own["seeds"] == "3" and own["run"] == str(tmp_path / "run")
+    assert swept == {"steps": ["2", "4"], "method": ["fastlightgen", "dmd2"]}
+
+
+def test_a_signal_ends_a_sweep_and_queues_its_task_again(tmp_path):
+    """While the sweep runs, the stub of python sends the script SIGUSR1 and waits for the end."""
+    stub = tmp_path / "bin"
+    stub.mkdir()
+    wait = "trap 'echo ended >> \"$CALLS\"; exit 130' TERM\nkill -USR1 $PPID\nwhile :; do sleep 0.02; done"
+    (stub / "python").write_text(f"#!/bin/bash\n{wait}")
+    (stub / "python").chmod(0o755)
+    script = tmp_path / "job"
+    script.write_text(f"PATH={stub}:$PATH\n{(FOLDER / 'sweep.sbatch').read_text()}")
+    code, made = calls(script, tmp_path)
+    assert code == 75 and made == [["ended"], ["scontrol", "requeue", "7"]]
 
 
 def test_two_ranks_on_a_cpu(tmp_path):
