@@ -31,7 +31,7 @@ HELP = """usage: fastlightgen sweep run=DIR KEY=A,B ... [seeds=N] [at_once=N] [c
        fastlightgen sweep table=N,... figure=N,... [run=DIR] [seeds=N] ...
 
   run        folder of the sweep (runs/sweep; runs/papers for tables and figures)
-  table      tables of the paper, as the built-in world has them: 2, 4 to 9, lightning-2, lightning-3, vdmini-3, or all
+  table      tables of the paper, as the built-in world has them: 2, 4 to 9, lightning-2 and -3, vdmini-2 and -3, or all
   figure     figures of the paper: 1, 2, or all
   seeds      training seeds: a number, or a list (1)
   at_once    stages that train at the same time (one per GPU; 1 on a CPU)
