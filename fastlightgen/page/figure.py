@@ -36,7 +36,7 @@ RULES = {
     ".line": "fill:none;stroke:#555;stroke-dasharray:5 4",
     ".axis": "stroke:#888",
     ".dot": "fill:#2463a8",
-    ".pair": "fill:none;stroke:#b3261e;stroke-width:2",
+    ".pair": "fill:none;stroke:#b3261e;stroke-width:2;stroke-opacity:.6",
 }
 DARK = {"text": "fill:#ddd", ".dot": "fill:#7ab3ee", ".cell": "fill:#111"}  # cells of a grid stay light
 
@@ -104,7 +104,7 @@ def iso(speed: float, steps: list[int], shares: list[float]) -> list[str]:
     x, y = places[0]
     return [
         f'<polyline class="line" points="{line}"/>',
-        text(across(x) + 4, up(y) - 5, f"{speed:g}x", "small cell", "start"),
+        text(across(x) + 4, up(y) - 16, f"{speed:g}x", "small cell", "start"),
     ]
 
 

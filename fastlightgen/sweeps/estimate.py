@@ -52,11 +52,13 @@ def sampling(point: Point, source: Source) -> float:
     folder = trained_folder(point.start)
     net: Network = cost_of(config_of(folder), source.largest())
     given = dict(word.split("=", 1) for word in point.plan)
-    clips = int(given.get("clips", MIN_CLIPS))
+    clips = min(int(given.get("clips", MIN_CLIPS)), int(source.num_held_out))
     last = point.parts[-1] if point.parts else None
     share = 1.0 - (last.dropped or 0.0 if last else 0.0)
     if last and last.stage == "3":
         steps, predictions = last.cfg.steps, 1
     else:
-        steps, predictions = int(given.get("steps", 0)) or read_card(folder).get("steps") or STEPS, 2
+        steps = int(given.get("steps", 0)) or read_card(folder).get("steps") or STEPS
+        guided = getattr(last.cfg, "guided", 1.0) != 1 if last else False  # in the weights
+        predictions = 1 if guided else 2
     return clips * steps * predictions * share * walk(net, [Route()]).flops
