@@ -52,7 +52,7 @@ def sampling(point: Point, source: Source) -> float:
     folder = trained_folder(point.start)
     net: Network = cost_of(config_of(folder), source.largest())
     given = dict(word.split("=", 1) for word in point.plan)
-    clips = min(int(given.get("clips", MIN_CLIPS)), int(source.num_held_out))
+    clips = int(min(int(given.get("clips", MIN_CLIPS)), source.num_held_out))
     last = point.parts[-1] if point.parts else None
     share = 1.0 - (last.dropped or 0.0 if last else 0.0)
     if last and last.stage == "3":
