@@ -83,8 +83,9 @@ def grid(title: str, score: str, cells: Mapping[At, float], pairs: Sequence[tupl
     for speed in SPEEDS:
         body += iso(speed, steps, shares)
     for pair in pairs:
-        x, y = zip(*((across((steps.index(s) + 0.5) * wide), up((shares.index(p) + 0.5) * high)) for s, p in pair))
-        body.append(f'<path class="pair" d="M{x[0]:.1f} {y[0] + 14:.1f}L{x[1]:.1f} {y[1] + 14:.1f}"/>')
+        ends = [(across((steps.index(s) + 0.5) * wide), up((shares.index(p) + 0.5) * high) + 14) for s, p in pair]
+        line = "L".join(f"{x:.1f} {y:.1f}" for x, y in ends)
+        body.append(f'<path class="pair" d="M{line}"/>')
     body += [text(across((i + 0.5) * wide), up(0) + 18, str(step)) for i, step in enumerate(steps)]
     body += [text(across(0) - 8, up((i + 0.5) * high) + 5, f"{s:.0%}", "", "end") for i, s in enumerate(shares)]
     body.append(text(across(0.5), GRID.height - 22, f"steps; up: share of the blocks. {score}.", "small"))

@@ -58,7 +58,7 @@ def read(name: str) -> Paper:
         known = ", ".join(presets("papers"))
         raise ConfigError(f"{name.replace('-', '=', 1)}: no such table or figure; there are {known}")
     found = preset(name, "papers")
-    trends = [Trend(*pair, kind) for trend in found.get("trends", []) for kind, pair in trend.items()]
+    trends = [Trend(one, other, kind) for trend in found.get("trends", []) for kind, (one, other) in trend.items()]
     if "rows_of" in found:
         found["rows"] = preset(found["rows_of"], "papers")["rows"]
     rows = {row: given or {} for row, given in found["rows"].items()}
