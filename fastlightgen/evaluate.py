@@ -184,7 +184,7 @@ def say_speed(speed: Speed) -> None:
 def can_score(cfg: Run) -> bool:
     """Return whether stage=all can evaluate its models; say so if it cannot."""
     if cfg.data != "shapes":
-        say(f"data={cfg.data}: no evaluation at the end: only clips of data=shapes can be scored; their truth is known")
+        say(f"data={cfg.data}: no evaluation at the end: `evaluate data=` measures the student on held-out clips")
     if cfg.boundary:
         say(f"expert={cfg.expert}: no evaluation at the end: clips take both experts")
     return cfg.data == "shapes" and not cfg.boundary

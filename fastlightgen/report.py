@@ -16,7 +16,7 @@ from fastlightgen.config import Report, UserError, main
 from fastlightgen.engine import checkpoint
 from fastlightgen.engine.folder import read_run as read_run_config
 from fastlightgen.engine.scores import measured
-from fastlightgen.evaluation import latents
+from fastlightgen.evaluation import latents, sets
 from fastlightgen.files import border, kinds
 from fastlightgen.files.schema import Shape
 from fastlightgen.files.tensors import read_tensors
@@ -176,12 +176,12 @@ def write_comparison(folders: list[str], out: Path) -> Path:
     evals = teachers | students
     where = clip_files(Path(first), teachers)
     where |= {names[f]: Path(f) / "evaluate" / "student.safetensors" for f in folders if names[f] in students}
-    on_caches, files = cached({names[folder]: folder for folder in folders}, found)
+    on_cache, files = cached({names[folder]: folder for folder in folders}, found)
     sections = {
         "Frontier": frontier(evals),
         "Clips": clips.evaluated(where, evals),
         "Scores": scores.scores(evals) if evals else "",
-        "Real clips": real_clips(on_caches),
+        "Real clips": real_clips(on_cache),
         "Settings that differ": compare.settings({name: f["config"] for name, f in found.items()}),
         "Training": '<div id="curves"></div>' * any(f["logs"] for f in found.values()),
         "Size and speed": scores.sizes(
@@ -190,29 +190,34 @@ def write_comparison(folders: list[str], out: Path) -> Path:
     }
     data = {"importance": {}, "runs": compare.all_curves({name: f["logs"] for name, f in found.items()})}
     answer = compare.sentence(students, paired(students, where, resampled, compared))
-    if on_caches and not students:
-        answer = compare.on_caches(on_caches, paired(on_caches, files, latents.resampled, latents.compared))
+    if on_cache and not students:
+        answer = compare.on_caches(on_cache, paired(on_cache, files, latents.resampled, on_latents))
     top = {"answer": answer, "missing": "", "facts": ""}
     return fill(out, compare.heading(names), top, sections, data)
 
 
 def cached(folders: dict[str, str], found: dict[str, dict]) -> tuple[dict[str, dict], dict[str, Path]]:
-    """Of each run, what was measured on the first run's latent cache, and the file of it."""
+    """Of each run, what was measured of its student on the first run's latent cache, and the file of it."""
     records: dict[str, dict] = {}
     files: dict[str, Path] = {}
     for name, folder in folders.items():
-        for stem, record in found[name]["real"].items():
-            first = next(iter(records.values()), record)
-            if "data" in record and record.get("data_hash") == first.get("data_hash") and name not in records:
-                records[name], files[name] = record, Path(folder) / "evaluate" / f"{stem}.json"
-    return {name: record | {"title": name} for name, record in records.items()}, files
+        own = {stem: r for stem, r in found[name]["real"].items() if summary.is_cached(r)}
+        students = [stem for stem, r in own.items() if "stage3" in Path(r.get("model", "")).parts]
+        for stem in [*students, *own]:
+            first = next(iter(records.values()), own[stem])
+            if name not in records and own[stem].get("data_hash") == first.get("data_hash"):
+                records[name], files[name] = own[stem] | {"title": name}, Path(folder) / "evaluate" / f"{stem}.json"
+    return records, files
+
+
+Scores = dict[str, Resampled]
 
 
 def paired(
     students: dict[str, dict],
     files: dict[str, Path],
-    resampled: Callable[[dict[str, Tensor], int], dict[str, Resampled]],
-    compared: Callable[[dict[str, Resampled], dict[str, Resampled], int], dict[str, dict]],
+    resample: Callable[[dict[str, Tensor], int], Scores],
+    compare_two: Callable[[Scores, Scores, int], dict[str, dict]],
 ) -> dict[str, dict]:
     """The paired differences of the nearest student to the others that were measured on the same clips."""
     values = {n: files[n].with_suffix(".values.safetensors") for n in students}
@@ -220,8 +225,12 @@ def paired(
         return {}
     seed, count = students[first].get("seed", 0), students[first]["clips"]
     same = [n for n, e in students.items() if (e.get("seed", 0), e["clips"]) == (seed, count) and values[n].is_file()]
-    found = {n: resampled({k: v.double() for k, v in read_tensors(values[n]).items()}, seed) for n in same}
-    return {n: compared(found[first], found[n], seed) for n in same if n != first}
+    found = {n: resample({k: v.double() for k, v in read_tensors(values[n]).items()}, seed) for n in same}
+    return {n: compare_two(found[first], found[n], seed) for n in same if n != first}
+
+
+def on_latents(one: Scores, other: Scores, seed: int) -> dict[str, dict]:
+    return sets.compared(one, other, latents.GOALS)
 
 
 def policy(script: str) -> str:

@@ -23,7 +23,7 @@ from fastlightgen.metrics.intervals import MIN_CLIPS
 from fastlightgen.parallel.log import say
 from fastlightgen.sweeps import papers
 from fastlightgen.sweeps.estimate import plan
-from fastlightgen.sweeps.points import Part, Point, points_of
+from fastlightgen.sweeps.points import SHAPES, Part, Point, points_of
 from fastlightgen.sweeps.table import table
 from fastlightgen.sweeps.work import work
 
@@ -114,7 +114,7 @@ def sweep(words: Sequence[str]) -> None:
     if failed:
         raise UserError(f"{len(failed)} failed, first {failed[0]}; mend the cause, and the same command goes on")
     last = points[-1]
-    if last.of_shapes:
+    if last.data == SHAPES:
         say(f"next: {command('generate', model=last.model, prompt=SHAPES_PROMPT, out=run / 'clip.gif')}")
     else:
         say(f"next: {command('export', model=last.model, pipeline='PIPELINE', out=run / 'student')}")

@@ -159,10 +159,11 @@ class StageFolder:
     def _record(self, number: int | str, config: dict) -> None:
         """Add this stage's resolved configuration, the hardware, the versions and the commit to DIR/config.yaml."""
         shown = config | {TYPE: "auto", USED: config[TYPE]} if self.auto_type else config
-        record = read_run(self.run) | {
+        before = read_run(self.run)
+        record = before | {
             folder_name(number): shown,
             "seed": config["seed"],
-            "hardware": hardware(),
+            "hardware": before.get("hardware", {}) | {folder_name(number): hardware(config.get("device", "auto"))},
             "versions": versions(),
             "git_commit": commit(),
         }
@@ -196,9 +197,9 @@ def as_used(record: dict) -> dict:
     return {k: v for k, v in record.items() if k != USED} | ({TYPE: record[USED]} if USED in record else {})
 
 
-def hardware() -> str:
-    """The processes of this run, and the GPU of each, or the CPU cores of this host."""
-    if torch.cuda.is_available():
+def hardware(device: str) -> str:
+    """The processes of a stage, and the GPU of each, or the CPU cores of this host. `device`: the key."""
+    if device != "cpu" and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         own = f"{gpu.name} of {gpu.total_memory / 2**30:.0f} GiB each"
     else:

@@ -4,7 +4,6 @@ The network samples latents for the conditions of these clips; they are compared
 a VAE nor a feature network is needed. A teacher samples from the same noise.
 """
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,11 +18,10 @@ from fastlightgen.atomic import write_json
 from fastlightgen.config import Evaluate, command, compute_type
 from fastlightgen.data.source import Batch, Source
 from fastlightgen.engine.local import pick_device
-from fastlightgen.evaluation import sets
 from fastlightgen.evaluation.sets import Statistics, differences, distances, intervals_of, means, scores_of
 from fastlightgen.files.tensors import save_tensors
 from fastlightgen.metrics.frechet import normalise
-from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled, resample
+from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled, resample_all
 from fastlightgen.metrics.latent import latent_features
 from fastlightgen.models.experts import Model
 from fastlightgen.models.folder.pair import load_sampler, sampler_card
@@ -166,15 +164,7 @@ def statistics(values: Mapping[str, Tensor]) -> Statistics:
 
 
 def resampled(values: Mapping[str, Tensor], seed: int) -> dict[str, Resampled]:
-    """Resamples of each score, without scores that are nan or have too few clips to rank models."""
-    enough = {name: (statistic, n) for name, (statistic, n) in statistics(values).items() if n >= MIN_CLIPS}
-    found = {name: resample(statistic, n, seed) for name, (statistic, n) in enough.items()}
-    return {name: f for name, f in found.items() if math.isfinite(f.value)}
-
-
-def compared(model: Mapping[str, Resampled], other: Mapping[str, Resampled], seed: int) -> dict[str, dict]:
-    """Difference of each score to another model on the same clips and noise, with its interval and the verdict."""
-    return sets.compared(model, other, GOALS)
+    return resample_all(statistics(values), seed)
 
 
 def measured(cfg: Evaluate, subject: Sampled, values: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from fastlightgen.metrics.coverage import COVERAGE_NEIGHBOURS, Regions
 from fastlightgen.metrics.frechet import Units, frechet_statistic
-from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled, Statistic, compare, interval, mean_of, resample, value
+from fastlightgen.metrics.intervals import (
+    MIN_CLIPS,
+    Resampled,
+    Statistic,
+    compare,
+    interval,
+    mean_of,
+    resample,
+    resample_all,
+    value,
+)
 from fastlightgen.metrics.kernel import kernel_statistic
 
 WIDEST = 512  # features; with more of them 200 resamples of a Frechet distance take minutes
@@ -67,12 +77,11 @@ def differences(model: Statistics, other: Statistics, goals: Mapping[str, str], 
 
     `goals`: of metrics.scores, for the scores to compare. Fewer than MIN_CLIPS clips are not compared.
     """
-    shared = [name for name in goals if name in model and name in other and model[name][1] >= MIN_CLIPS]
-    own, theirs = ({name: resample(*found[name], seed) for name in shared} for found in (model, other))
+    own, theirs = (resample_all({k: v for k, v in found.items() if k in goals}, seed) for found in (model, other))
     return compared(own, theirs, goals)
 
 
 def compared(model: Mapping[str, Resampled], other: Mapping[str, Resampled], goals: Mapping[str, str]) -> dict:
-    """The same of scores that are resampled already."""
+    """The differences of two models whose scores are resampled already."""
     shared = [name for name in goals if name in model and name in other]
     return {n: asdict(compare(model[n], other[n], goals[n], comparisons=len(shared))) for n in shared}

@@ -129,7 +129,7 @@ STATE = record(
     {"engine": NAME, "ranks": whole(1, 1_000_000), "check": whole(0, 2**32)},
 )
 STEP = {"step": whole(0)}
-RUN = record({}, {f"stage{n}": record({}) for n in range(4)})  # config.yaml
+RUN = record({}, {f"stage{n}": record({}) for n in range(4)} | {"hardware": table(text())})  # config.yaml
 BEST = record({**STEP, "updates": whole(0), "score": PLAIN})  # metadata of best.safetensors
 DATA = record({"data": NAME})  # metadata of scores.safetensors
 LOGGED = record(STEP)  # any line of a log
@@ -224,7 +224,13 @@ FOOTAGE = record(
     {"network": maybe(text())},
 )
 OF_LATENTS = {"title": text(), "scores": table(maybe(PLAIN)), "intervals": RANGES, "seconds_per_clip": number(0)}
-LATENTS = record(
-    {**OF_LATENTS, "data": text(), "clips": whole(0, CLIPS)},
-    {"teacher": record(OF_LATENTS), "against_teacher": PAIRED},
-)
+ON_CACHE = {**OF_LATENTS, "data": text(), "clips": whole(0, CLIPS)}
+MORE = {
+    "teacher": record(OF_LATENTS),
+    "against_teacher": PAIRED,
+    "model": text(),
+    "data_hash": text(),
+    "seed": whole(0),
+}
+LATENTS = record(ON_CACHE, MORE)
+SWEPT = record({**ON_CACHE, "sampler": SAMPLER, "num_blocks": whole(1, BLOCKS)}, MORE)  # of a sweep, never older

@@ -4,7 +4,8 @@ A statistic maps index sets [R,n] to R values: the score of each resampled set o
 for the same captions from the same noise are resampled together, so that what their clips have in common cancels.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -69,6 +70,12 @@ def resample(statistic: Statistic, clips: int, seed: int = 0) -> Resampled:
     if clips < MIN_CLIPS:
         raise ValueError(f"clips={clips}: too few to rank models; wanted at least {MIN_CLIPS}; raise clips=")
     return Resampled(value(statistic, clips), statistic(draws(clips, seed)).double(), clips, seed)
+
+
+def resample_all(statistics: Mapping[str, tuple[Statistic, int]], seed: int) -> dict[str, Resampled]:
+    """Resamples of each score, without scores that are not finite or have too few clips or captions to rank models."""
+    found = {name: resample(statistic, n, seed) for name, (statistic, n) in statistics.items() if n >= MIN_CLIPS}
+    return {name: f for name, f in found.items() if math.isfinite(f.value)}
 
 
 def interval(found: Resampled) -> tuple[float, float]:

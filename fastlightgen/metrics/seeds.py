@@ -1,5 +1,6 @@
 """Differences of two models over several training seeds, measured on the same clips from the same noise."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,10 +12,14 @@ from fastlightgen.metrics.scores import BETTER, SAME, WORSE
 Scores = Mapping[str, Resampled]
 
 
+def joined(score: Resampled) -> Tensor:
+    """A score and its resamples, float64 [1 + R]."""
+    return torch.cat([torch.tensor([score.value]).double(), score.values])
+
+
 def gap(score: Resampled, goal: str, real: float) -> Tensor:
     """The distance of a score and of its resamples [1 + R] to its goal; smaller is better. `real`: of real clips."""
-    found = to_goal(score, goal, real)
-    values = torch.cat([torch.tensor([found.value]).double(), found.values])
+    values = joined(to_goal(score, goal, real))
     return -values if goal == "high" else values
 
 
@@ -31,8 +36,7 @@ def two_deviations(values: Tensor) -> float:
 
 def spread(scores: Sequence[Scores], key: str) -> float:
     """Two standard deviations of the mean of a score, over training seeds and sets of clips."""
-    found = [score[key] for score in scores]
-    return two_deviations(torch.stack([torch.cat([torch.tensor([f.value]).double(), f.values]) for f in found]))
+    return two_deviations(torch.stack([joined(score[key]) for score in scores]))
 
 
 def over_seeds(
@@ -47,7 +51,7 @@ def over_seeds(
     for key, goal in goals.items():
         if not all(key in a and key in b for a, b in pairs):
             continue
-        target = real.get(key, float("nan"))
+        target = real[key] if goal == "real" else math.nan
         away = torch.stack([gap(a[key], goal, target) - gap(b[key], goal, target) for a, b in pairs])  # [seeds, 1 + R]
         two, mean = two_deviations(away), away[:, 0].mean().item()
         verdict = SAME if abs(mean) <= two else WORSE if mean > 0 else BETTER

@@ -13,7 +13,8 @@ from fastlightgen.page.summary import ONE_SEED, cost, count
 from fastlightgen.page.training import curves
 
 NOISE = f"{BETTER.capitalize()} or worse: outside the 95% interval of the paired difference over clips; {ONE_SEED}."
-OWN = ("run", "versions", "commit")  # keys of a configuration that always differ
+UNRANKED = "not ranked: the clips differ or are too few, or their values are missing (evaluate it again)"
+OWN = ("run", "hardware", "versions", "git_commit")  # keys of a configuration that always differ
 
 
 def nearest(students: Mapping[str, dict]) -> str | None:
@@ -36,7 +37,7 @@ def sentence(students: Mapping[str, dict], pairs: Mapping[str, Mapping[str, dict
         found = pairs.get(name, {})
         out += f" Against {escape(name)} ({score(made[name], SCORE)}, {score(made[name], 'adherence')}): "
         if SCORE not in found:
-            out += "not ranked, as the clips differ or are too few."
+            out += f"{UNRANKED}."
             continue
         words = {"distance": found[SCORE]["verdict"], "adherence": found.get("adherence", {}).get("verdict", SAME)}
         out += ", ".join(f"{key} {word}" for key, word in words.items()) + "."
@@ -51,7 +52,7 @@ def on_caches(records: Mapping[str, dict], pairs: Mapping[str, Mapping[str, dict
     out = f"<b>{escape(first)} is nearest to the clips of {escape(made[first]['data'])}</b>: Frechet distance "
     out += f"{made[first]['scores'][SCORE]:.4g}."
     for name in (n for n in made if n != first):
-        word = pairs.get(name, {}).get(SCORE, {}).get("verdict", "not ranked, as the clips differ or are too few")
+        word = pairs.get(name, {}).get(SCORE, {}).get("verdict", UNRANKED)
         out += f" Against {escape(name)} ({made[name]['scores'][SCORE]:.4g}): {word}."
     return f"{out} <small>{NOISE}</small>"
 

@@ -21,7 +21,7 @@ def sentence(found: dict) -> str:
     evals = found["evals"]
     student, teacher, few = (sampled(evals, n) for n in ("student", "teacher", "teacher-few"))
     if not student:
-        return on_caches(found) or escape(unscored(found))
+        return " ".join(part for part in (escape(unscored(found)), on_caches(found)) if part)
     kept, all_ = student["num_blocks"], found["blocks"]
     made = f"The student makes a clip in {steps_of(student)} with {f'{kept} of ' * (kept < all_)}{count(all_, 'block')}"
     if speed := found["speed"]:
@@ -40,25 +40,29 @@ def sentence(found: dict) -> str:
     return f"{out} <small>{noise}</small>" if student.get("against_teacher") else out
 
 
+def is_cached(record: dict) -> bool:
+    """Is it a record of `evaluate data=CACHE`?"""
+    return "data" in record and "videos" not in record
+
+
 def on_caches(found: dict) -> str:
-    """What `evaluate data=CACHE teacher=DIR` says of the student, for each cache."""
-    parts = []
-    for record in (r for r in found["real"].values() if "data" in r):
+    """What `evaluate data=CACHE teacher=DIR` says of networks, for each of its files."""
+    parts, ranked = [], False
+    for record in filter(is_cached, found["real"].values()):
         said = f"On {count(record['clips'], 'clip')} of {record['data']} that training held out, {record['title']} is"
-        pairs = record.get("against_teacher")
-        if pairs:
+        if pairs := record.get("against_teacher"):
             keys = {word: [k for k in pairs if pairs[k]["verdict"] == word] for word in (BETTER, WORSE, SAME)}
             listed = {word: f" ({', '.join(own)})" if own else "" for word, own in keys.items()}
             said += f", against its teacher, better in {len(keys[BETTER]) or 'none'}{listed[BETTER]}, worse in "
             said += f"{len(keys[WORSE]) or 'none'}{listed[WORSE]} and not different beyond noise in "
             said += f"{len(keys[SAME]) or 'none'} of {count(len(pairs), 'score')}"
+            ranked = True
         else:
             why = "its teacher was not sampled (teacher=DIR)" if "teacher" not in record else "the clips are too few"
             said += f" not ranked: {why}"
         parts.append(f"<b>{escape(said)}.</b>")
-    if parts and any(r.get("against_teacher") for r in found["real"].values()):
-        parts.append("<small>Beyond noise: outside the 95% interval of the paired difference, over clips.</small>")
-    return " ".join(parts)
+    noise = f"Beyond noise: outside the 95% interval of the paired difference, over clips; {ONE_SEED}."
+    return " ".join([*parts, f"<small>{noise}</small>"] if ranked else parts)
 
 
 def sampled(evals: dict, name: str) -> dict | None:
@@ -104,10 +108,11 @@ def unscored(found: dict) -> str:
         return f"No student yet: this run holds stage {' and '.join(done)}." if done else "No student here."
     kept = f"{len(card['kept_blocks'])} of {blocks} blocks" if blocks else count(len(card["kept_blocks"]), "block")
     data = (found["config"].get("stage3") or {}).get("data", "shapes")
-    reason = (
-        "it is not evaluated" if data == "shapes" else "evaluate data=CACHE teacher=DIR measures it on held-out clips"
-    )
+    own = "evaluate data=CACHE teacher=DIR out=RUN/evaluate/cache.json measures it on held-out clips"
+    reason = "it is not evaluated" if data == "shapes" else own
     made = f"The student makes a clip in {count(len(card['ladder']), 'step')} with {kept}."
+    if any(map(is_cached, found["real"].values())):
+        return made
     return f"{made} This page has no scores of it: {reason}."
 
 

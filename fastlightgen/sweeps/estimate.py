@@ -28,7 +28,7 @@ def plan(points: Sequence[Point], evaluate: bool, at_once: int) -> list[str]:
     left = [part for part in unique(todo) if not part.done]
     each = ", ".join(f"{sum(p.stage == n for p in left)} of stage {n}" for n in STAGES)
     lines = [f"{count(len(points), 'model')}; {len(left)} of {count(len(parts), 'training')} are left: {each}"]
-    scored = list({point.scores: point for point in todo if evaluate}.values())
+    scored = list({point.scores: point for point in todo if evaluate and point.scorable}.values())
     if evaluate:
         lines[0] += f"; {count(len(scored), 'evaluation')}"
     names = list(dict.fromkeys(point.name for point in points))

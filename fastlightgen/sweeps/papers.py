@@ -7,12 +7,13 @@ from typing import Any
 
 from fastlightgen.atomic import write_json
 from fastlightgen.config import ConfigError
+from fastlightgen.config.fields import clipped
 from fastlightgen.config.files import preset, presets
 from fastlightgen.metrics.scores import BETTER, SAME, WORSE
 from fastlightgen.page.figure import grid
 from fastlightgen.page.frontier import SCORE  # decides whether a trend holds
-from fastlightgen.sweeps.points import Part, Point, check, point_of, refusal, unique
-from fastlightgen.sweeps.table import COUNTS, SHOWN, Row, cost_picture, differences, head, ranking, rows_of, write_shown
+from fastlightgen.sweeps.points import SHAPES, Part, Point, check, point_of, refusal, unique
+from fastlightgen.sweeps.table import SHOWN, Row, cost_picture, differences, head, ranking, rows_of, write_shown
 from fastlightgen.sweeps.work import cost_file, cost_of
 
 SCORE_TITLE = "Frechet distance to real clips (less is better)"
@@ -61,6 +62,7 @@ def read(name: str) -> Paper:
     trends = [Trend(one, other, kind) for trend in found.get("trends", []) for kind, (one, other) in trend.items()]
     if "rows_of" in found:
         found["rows"] = preset(found["rows_of"], "papers")["rows"]
+    assert all(trend.kind in VERDICTS for trend in trends), f"{name}: a trend that nothing judges"
     rows = {row: given or {} for row, given in found["rows"].items()}
     return Paper(
         name,
@@ -103,12 +105,16 @@ def last_of(row: Mapping[str, Any]) -> str:
 
 
 def keys_of(paper: Paper, row: Mapping[str, Any], more: Mapping[str, str]) -> dict[str, str]:
-    return {"model": "tiny", "data": "shapes", **paper.keys, **strings(row.get("keys", {})), **more}
+    """The keys of a row; a key of the user stands over that of the file, also over that of a stage (stageN.KEY)."""
+    own = {"model": "tiny", "data": SHAPES, **paper.keys, **strings(row.get("keys", {}))}
+    return {key: value for key, value in own.items() if key.rpartition(".")[2] not in more} | dict(more)
 
 
 def check_more(paper: Paper, more: Mapping[str, str]) -> None:
     """Raise if no row of a table takes a key of the user, or its value."""
     rows = [row for row in paper.rows.values() if last_of(row) != "0"]
+    if data := next((k for k, v in more.items() if k.rpartition(".")[2] == "data" and v != SHAPES), ""):
+        raise ConfigError(f"{clipped(data)}={clipped(more[data])}: a table of the paper is made on the built-in world")
     for key, value in more.items():
         faults = [refusal(key, value, keys_of(paper, row, more), last_of(row)) for row in rows]
         if faults and all(faults):
@@ -167,7 +173,7 @@ def report(paper: Paper, points: Sequence[Point], out: Path) -> str:
         record[name] = {"paper": number, "cost": row.cost, "clips": row.record["clips"], "scores": row.scores()}
         record[name] |= {"two_deviations": row.spreads()}
     sentences = [sentence(trend, paper, rows) for trend in paper.trends]
-    lines += ["", *sentences, "", footer(points)]
+    lines += ["", *sentences, "", footer(points, next(iter(rows.values())).record["clips"])]
     write_json(out / f"{paper.name}.json", {"title": paper.title, "rows": record, "trends": sentences})
     write_shown("\n".join(lines), picture(paper, rows), paper.title, out / f"{paper.name}.md")
     return "\n".join(lines)
@@ -186,7 +192,7 @@ def picture(paper: Paper, rows: Mapping[str, Row]) -> str:
     return cost_picture(paper.title, rows) if paper.figure == "cost" else ""
 
 
-def footer(points: Sequence[Point]) -> str:
+def footer(points: Sequence[Point], clips: int) -> str:
     """What the columns are, and what the table cost."""
     items: list[Part | Point] = [*unique(points), *points]
     seconds = [found for item in items if (found := cost_of(cost_file(item))) is not None]
@@ -194,6 +200,6 @@ def footer(points: Sequence[Point]) -> str:
     part = f", of {len(seconds)} of {len(items)} pieces" if seconds and len(seconds) < len(items) else ""
     return (
         "Cost: block evaluations per clip. Scores are means over the training seeds, on the same clips from the same "
-        f"noise. {COUNTS}{counted}{part}"
+        f"noise. {ranking(clips)}{counted}{part}"
         f"{'.' if counted else ''}"
     )

@@ -15,6 +15,7 @@ from fastlightgen.config.layers import leaves, misfit
 from fastlightgen.config.limits import MOST_POINTS
 from fastlightgen.config.stages import CHOOSES, DEFAULT, METHODS, root
 
+SHAPES = "shapes"  # the built-in world
 STAGES = ("1", "2", "3")
 INPUTS = {"1": "importance", "2": "stage2_model"}  # the key that names the result of a stage
 
@@ -55,7 +56,7 @@ class Point:
     parts: list[Part]
     start: str  # the model that all stages start from
     plan: tuple[str, ...]  # words for `evaluate`, which the name of the file shows
-    where: tuple[str, ...]  # more words for it: they change no score, or the folder of the last part depends on them
+    where: tuple[str, ...]  # more words for it: the device, and the data, which the folder of the last part names
     scores: Path
 
     @property
@@ -63,9 +64,14 @@ class Point:
         return str(self.parts[-1].result) if self.parts else self.start
 
     @property
-    def of_shapes(self) -> bool:
-        """Is it measured on the built-in world, and not on the clips that a latent cache holds out?"""
-        return not self.parts or self.parts[-1].cfg.data == "shapes"
+    def data(self) -> str:
+        """Where its clips come from: the built-in world, or a latent cache, which holds some out."""
+        return str(self.parts[-1].cfg.data) if self.parts else SHAPES
+
+    @property
+    def scorable(self) -> bool:
+        """Does it sample alone? One of two experts does not."""
+        return not self.parts or not self.parts[-1].cfg.boundary
 
 
 def words_of(stage: str, point: Mapping[str, str]) -> list[str]:
@@ -156,7 +162,9 @@ def point_of(
     """One model. `last`: the stage that makes it, "0" for the model that all stages start from."""
     parts, start = parts_of(run, keys, known, last), keys.get("model", "tiny")
     made = parts[-1].folder.name if parts else Path(start).name
-    where = tuple(f"{key}={keys[key]}" for key in ("data", "device", "threads") if key in keys)
+    where = tuple(f"{key}={keys[key]}" for key in ("device", "threads") if key in keys)
+    if parts and (data := parts[-1].cfg.data) != SHAPES:
+        where += (f"data={data}",)
     return Point(name, parts, start, tuple(plan), where, run / "scores" / f"{'-'.join([made, *plan])}.json")
 
 
@@ -173,6 +181,10 @@ def points_of(run: Path, swept: Mapping[str, list[str]], seeds: Sequence[int], c
         name = " ".join(f"{key}={keys[key]}" for key in several) or "student"
         own = [keys | {"seed": str(seed)} for seed in seeds]
         out += [point_of(run, name, one, known, plan=(f"clips={clips}",)) for one in own]
+    if len(found := {point.data: None for point in out}) > 1:
+        raise ConfigError(
+            f"data={clipped(','.join(found))}: a table compares models on the same clips; sweep one at a time"
+        )
     return out
 
 

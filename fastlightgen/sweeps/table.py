@@ -10,19 +10,22 @@ from typing import Any
 from fastlightgen.atomic import write_json, write_text
 from fastlightgen.evaluation import latents
 from fastlightgen.files.border import read_json
-from fastlightgen.files.kinds import EVALUATION, LATENTS
+from fastlightgen.files.kinds import EVALUATION, SWEPT
 from fastlightgen.files.tensors import read_tensors
 from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled
 from fastlightgen.metrics.scores import SCORES
 from fastlightgen.metrics.seeds import over_seeds, spread
 from fastlightgen.page.frontier import SCORE, against_cost
 from fastlightgen.page.summary import cost
-from fastlightgen.sweeps.points import Point
+from fastlightgen.sweeps.points import SHAPES, Point
 from fastlightgen.world.score import reference, resampled
 
 SHOWN = ("adherence", "frechet", "kid", "recall", "texture", "persistence")
 GOALS = {key: SCORES[key][2] for key in SHOWN}
-COUNTS = "+-: two standard deviations over training seeds and sets of clips. A difference counts if it exceeds its own."
+COUNTS = (
+    "+-: two standard deviations over training seeds and sets of clips. A difference counts if it exceeds two standard "
+    "deviations of that difference."
+)
 LEADING = ("adherence", "frechet")  # shown with their spread
 AGAIN = "delete it, and the same command makes it again"
 
@@ -71,8 +74,8 @@ def rows_of(points: Sequence[Point]) -> dict[str, Row]:
     for name, group in itertools.groupby(points, key=lambda point: point.name):
         own = [point for point in group if point.scores.exists()]
         if own:
-            shapes = own[0].of_shapes
-            records = [read_json(point.scores, EVALUATION if shapes else LATENTS, AGAIN) for point in own]
+            shapes = own[0].data == SHAPES
+            records = [read_json(point.scores, EVALUATION if shapes else SWEPT, AGAIN) for point in own]
             files = [point.scores.with_suffix(".values.safetensors") for point in own]
             values = [{k: v.double() for k, v in read_tensors(file).items()} for file in files]
             found = [resampled(v, 0) if shapes else latents.resampled(v, 0) for v in values]

@@ -49,12 +49,13 @@ class Running:
 
 def work(points: Sequence[Point], evaluate: bool, at_once: int) -> list[str]:
     """Train and evaluate what is left; return the names of what failed."""
-    evaluated = {point.scores: point for point in points if evaluate}
+    evaluated = {point.scores: point for point in points if evaluate and point.scorable}
     todo: dict[Path, Part | Point] = {part.folder: part for part in unique(lacking(points, evaluate))}
     todo |= evaluated
     running: list[Running] = []
     failed: list[str] = []
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler ends it as Ctrl-C does
+    # A scheduler, or a terminal that closes, ends it as Ctrl-C does.
+    before = {one: signal.signal(one, signal.default_int_handler) for one in (signal.SIGTERM, signal.SIGHUP)}
     try:
         while True:
             for one in [r for r in running if r.process.exitcode is not None]:
@@ -84,12 +85,13 @@ def work(points: Sequence[Point], evaluate: bool, at_once: int) -> list[str]:
             one.process.terminate()
             one.process.join()
             one.close()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def lacking(points: Sequence[Point], evaluate: bool) -> list[Point]:
     """The points whose parts are still needed: scores of a model are enough for the table, without the model."""
-    return [point for point in points if not (evaluate and point.scores.exists())]
+    return [point for point in points if not (evaluate and point.scorable and point.scores.exists())]
 
 
 def finished(item: Part | Point) -> bool:

@@ -1,6 +1,5 @@
 """Scores generated clips of the built-in world."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -11,7 +10,7 @@ from torch import Tensor
 from fastlightgen.metrics import texture, video
 from fastlightgen.metrics.coverage import COVERAGE_NEIGHBOURS, Regions
 from fastlightgen.metrics.frechet import features, frechet_statistic
-from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled, Statistic, compare, mean_of, resample, value
+from fastlightgen.metrics.intervals import Resampled, Statistic, compare, mean_of, resample_all, value
 from fastlightgen.metrics.kernel import kernel_statistic
 from fastlightgen.metrics.scores import SCORES
 from fastlightgen.world import reader
@@ -104,12 +103,7 @@ def scores_of(values: Mapping[str, Tensor], seed: int, teacher: Tensor | None = 
 
 
 def resampled(values: Mapping[str, Tensor], seed: int, teacher: Tensor | None = None) -> dict[str, Resampled]:
-    """Resamples of each score, without scores that are nan or have too few clips or captions to rank models."""
-    enough = {
-        name: (statistic, n) for name, (statistic, n) in statistics(values, seed, teacher).items() if n >= MIN_CLIPS
-    }
-    found = {name: resample(statistic, n, seed) for name, (statistic, n) in enough.items()}
-    return {name: f for name, f in found.items() if math.isfinite(f.value)}
+    return resample_all(statistics(values, seed, teacher), seed)
 
 
 def compared(model: Mapping[str, Resampled], other: Mapping[str, Resampled], seed: int) -> dict[str, dict]:

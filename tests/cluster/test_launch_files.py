@@ -23,6 +23,7 @@ def calls(file: Path, folder: Path, **env: str) -> tuple[int, list[list[str]]]:
         (folder / name).write_text(STUB)
         (folder / name).chmod(0o755)
     slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[0-1]", "USER": "u"}
+    slurm |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
     given = {"MODEL": str(folder), "DATA": str(folder), "RUN": str(folder / "run"), "CALLS": str(folder / "calls")}
     env = os.environ | slurm | given | env | {"PATH": f"{folder}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", file, folder / "run"], env=env)
@@ -96,7 +97,7 @@ def test_a_signal_ends_a_sweep_and_queues_its_task_again(tmp_path):
     script = tmp_path / "job"
     script.write_text(f"PATH={stub}:$PATH\n{(FOLDER / 'sweep.sbatch').read_text()}")
     code, made = calls(script, tmp_path)
-    assert code == 75 and made == [["ended"], ["scontrol", "requeue", "7"]]
+    assert code == 75 and made == [["ended"], ["scontrol", "requeue", "7_3"]]
 
 
 def test_two_ranks_on_a_cpu(tmp_path):

@@ -58,7 +58,8 @@ function contrast() {
   const texts = all("body *").filter((e) => e.checkVisibility() && !e.disabled &&
     [...e.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim()));
   return Math.min(...texts.map((e) => {
-    const [a, b] = [light(getComputedStyle(e).color), light(behind(e))];
+    const style = getComputedStyle(e);
+    const [a, b] = [light(e instanceof SVGElement ? style.fill : style.color), light(behind(e))];
     return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
   }));
 }

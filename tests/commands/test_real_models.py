@@ -30,7 +30,7 @@ def fails(capsys):
 
 
 def test_all_stages_on_a_cache_end_with_a_report(tmp_path, capsys):
-    """Nobody can score the clips: the command says so before Stage I, and ends well."""
+    """It evaluates nothing, says so before Stage I, and ends well."""
     write_shapes(tmp_path / "cache", 12)
     folder = save_model(small_wan(), tmp_path / "teacher", steps=2, guidance=2.0, shift=3.0)
     words = ["stage=all", f"run={tmp_path}/run", f"model={folder}", f"data={tmp_path}/cache", "progress=false"]
@@ -38,7 +38,7 @@ def test_all_stages_on_a_cache_end_with_a_report(tmp_path, capsys):
     words += ["stage2.iters=2", "stage2.batch=2", "stage3.iters=2", "stage3.batch=2", "stage3.critic_start=0"]
     run_train(*words)
     out = capsys.readouterr().out
-    said = f"data={tmp_path}/cache: no evaluation at the end: only clips of data=shapes can be scored"
+    said = f"data={tmp_path}/cache: no evaluation at the end: `evaluate data=` measures"
     assert said in out and out.index(said) < out.index("stage 1: keeps blocks")
     assert f"report: {tmp_path}/run/report.html" in out and (tmp_path / "run/report.html").is_file()
     assert (tmp_path / "run/stage3/model/config.json").is_file() and not (tmp_path / "run/evaluate").exists()

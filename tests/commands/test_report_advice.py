@@ -66,7 +66,10 @@ def test_the_commands_lead_from_stage_1_to_the_end(inputs, tmp_path, kind):
     else:
         assert seen == ["stage=2", "stage=3"] and 'id="scores"' not in page
         wanted = "The student makes a clip in 2 steps with 2 of 4 blocks. This page has no scores of it: "
-        assert wanted + "evaluate data=CACHE teacher=DIR measures it on held-out clips." in page
+        assert (
+            wanted + "evaluate data=CACHE teacher=DIR out=RUN/evaluate/cache.json measures it on held-out clips."
+            in page
+        )
 
 
 def test_a_stage_that_stopped_is_continued_by_the_command_itself(inputs, tmp_path, monkeypatch, capsys):

