@@ -225,8 +225,19 @@ def paired(
         return {}
     seed, count = students[first].get("seed", 0), students[first]["clips"]
     same = [n for n, e in students.items() if (e.get("seed", 0), e["clips"]) == (seed, count) and values[n].is_file()]
-    found = {n: resample({k: v.double() for k, v in read_tensors(values[n]).items()}, seed) for n in same}
+    found = {n: resample(read_values(values[n]), seed) for n in same}
     return {n: compare_two(found[first], found[n], seed) for n in same if n != first}
+
+
+def read_values(file: Path) -> dict[str, Tensor]:
+    """Read what was measured of each clip; a set of features is a table of finite numbers, as wide as its reference."""
+    found = {k: v.double() for k, v in read_tensors(file).items()}
+    sets_of = [k for k in found if k.endswith(("features", "energies"))]
+    bad = [k for k in sets_of if found[k].ndim != 2 or not found[k].isfinite().all()]
+    bad += [k for k in sets_of if (real := found.get(f"real_{k}")) is not None and real.shape[-1] != found[k].shape[-1]]
+    if bad:
+        raise UserError(f"{file}: {bad[0]} is no table of finite numbers as wide as that of real clips; {AGAIN}")
+    return found
 
 
 def on_latents(one: Scores, other: Scores, seed: int) -> dict[str, dict]:

@@ -33,6 +33,7 @@ from fastlightgen.rng import generator
 from fastlightgen.stages.check import check_source
 from fastlightgen.world.source import open_source
 
+NAMES = ("features", "energies", "real_features", "real_energies")  # what scores need of each clip
 PURPOSE = 15  # of these random draws
 GOALS = {"frechet": "low", "kid": "low"} | dict.fromkeys(("precision", "recall", "coverage"), "high")
 GOALS |= dict.fromkeys(("motion", "detail", "contrast"), "one")
@@ -156,6 +157,8 @@ def detail(x0: Tensor) -> Tensor:
 
 def statistics(values: Mapping[str, Tensor]) -> Statistics:
     """The scores against the clips of the cache."""
+    if lacking := [name for name in NAMES if name not in values]:
+        raise ValueError(f"the values of the clips lack {', '.join(lacking)}; measure them again")
     ratio = values["energies"] / values["real_energies"].mean(0)
     found = dict(zip(("motion", "detail", "contrast"), ratio.T, strict=True))
     if "away" in values:

@@ -8,7 +8,7 @@ import torch
 import yaml
 from browser import PROGRAM, Browser
 from runs import Page, make_run
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fastlightgen import report
 from fastlightgen.config import ConfigError, load
@@ -101,6 +101,20 @@ def test_runs_on_a_cache_are_ranked_by_its_clips(cached, tmp_path):
     assert "): not ranked: the clips differ or are too few, or" in said(compared(cached, tmp_path))
     file.write_text(json.dumps(json.loads(file.read_text()) | {"data_hash": "of another cache"}))
     assert "blurred is nearest" in said(compared(cached, tmp_path))  # only the first run's cache counts
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda values: values.pop("energies"), "the values of the clips lack energies"),
+    (lambda values: values["features"].fill_(float("nan")), "features is no table of finite numbers"),
+    (lambda values: values.update(features=values["features"][:, 1:].contiguous()), "as wide as that of real clips"),
+])  # fmt: skip
+def test_damaged_values_are_one_line(cached, tmp_path, change, said):
+    file = cached[1] / "evaluate" / "cache.values.safetensors"
+    values = load_file(file)
+    change(values)
+    save_file(values, file)
+    with pytest.raises(ValueError, match=said):
+        compared(cached, tmp_path)
 
 
 def test_against_its_teacher_on_a_cache(cached):
