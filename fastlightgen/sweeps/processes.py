@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from fastlightgen.config import main
 
-PRELOADED = ["fastlightgen.train", "fastlightgen.evaluate"]
+PRELOADED = ["fastlightgen.sweeps.apart", "fastlightgen.train", "fastlightgen.evaluate"]
 
 
 def begin(
@@ -54,12 +54,7 @@ class Held:
 
 
 def _within(work: Callable[..., object], args: Sequence[Any], log: Path, held: Held | None, env: Mapping[str, str]):
-    """In the started process, whose end closes what it holds.
-
-    It leaves its client's process group: Ctrl-C and a scheduler's signal reach the client alone, which ends its work
-    with one signal. A second one would end a training before it has saved.
-    """
-    os.setpgrp()
+    """In the started process, whose end closes what it holds."""
     os.environ.update(env)
     with open(log, "a") as out:
         for stream in (1, 2):

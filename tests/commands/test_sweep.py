@@ -145,40 +145,39 @@ def test_gpus_are_those_that_a_scheduler_gives(names, count, wanted):
 
 
 ENDED = """
-import json, sys, time
+import signal, sys, time
 from pathlib import Path
 from fastlightgen.config import guarded
 from fastlightgen.sweeps import work
 from fastlightgen.sweeps.points import points_of
 from fastlightgen.sweeps.processes import begin
-from test_sweep import SHORT, noted
+
+FOLDER = Path(sys.argv[1])
+
+def noted(folder):
+    "Say that it runs, and count the signals until a second has passed since the first."
+    seen = []
+    signal.signal(signal.SIGTERM, lambda *_: seen.append(time.monotonic()))
+    (folder / "runs").touch()
+    while not seen or time.monotonic() - seen[0] < 1:
+        time.sleep(0.01)
+    (folder / "seen").write_text(str(len(seen)))
 
 def start(name, item, lock, slot):
-    process = begin(noted, (sys.argv[1],), Path(sys.argv[1]) / "log.txt", lock)
+    process = begin(noted, (FOLDER,), FOLDER / "log.txt", lock)
     return work.Running(name, process, lock, Path("log"), slot, work.cost_file(item))
 
 if __name__ == "__main__":
     work.start = start
-    guarded(lambda: work.work(points_of(Path(sys.argv[1]), SHORT, [0], 64), True, 1))
+    guarded(lambda: work.work(points_of(FOLDER, {"model": ["tiny"], "data": ["shapes"]}, [0], 64), True, 1))
 """
-
-
-def noted(folder: str) -> None:
-    """Say that it runs, and count the signals until a second has passed since the first."""
-    seen: list[float] = []
-    signal.signal(signal.SIGTERM, lambda *_: seen.append(time.monotonic()))
-    (Path(folder) / "runs").touch()
-    while not seen or time.monotonic() - seen[0] < 1:
-        time.sleep(0.01)
-    (Path(folder) / "seen").write_text(str(len(seen)))
 
 
 def test_a_signal_to_all_ends_the_work_with_one(tmp_path):
     """SIGTERM to a sweep and all of its group, as a shell or a scheduler sends it: the training gets one signal."""
     script = tmp_path / "ended.py"
     script.write_text(ENDED)
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    process = subprocess.Popen([sys.executable, script, tmp_path], start_new_session=True, env=env)
+    process = subprocess.Popen([sys.executable, script, tmp_path], start_new_session=True)
     while not (tmp_path / "runs").exists():
         assert process.poll() is None
         time.sleep(0.05)
