@@ -12,7 +12,7 @@ from fastlightgen.config.files import preset, presets
 from fastlightgen.metrics.scores import BETTER, SAME, WORSE
 from fastlightgen.page.figure import grid
 from fastlightgen.page.frontier import SCORE  # decides whether a trend holds
-from fastlightgen.sweeps.points import SHAPES, Part, Point, check, point_of, refusal, unique
+from fastlightgen.sweeps.points import SHAPES, Part, Point, check, fault, method_of, point_of, refusal, unique
 from fastlightgen.sweeps.table import SHOWN, Row, cost_picture, differences, head, ranking, rows_of, write_shown
 from fastlightgen.sweeps.work import cost_file, cost_of
 
@@ -105,9 +105,19 @@ def last_of(row: Mapping[str, Any]) -> str:
 
 
 def keys_of(paper: Paper, row: Mapping[str, Any], more: Mapping[str, str]) -> dict[str, str]:
-    """The keys of a row; a key of the user stands over that of the file, also over that of a stage (stageN.KEY)."""
+    """The keys of a row. A key of the user stands over the file's, also over those of the stages that take it."""
     own = {"model": "tiny", "data": SHAPES, **paper.keys, **strings(row.get("keys", {}))}
-    return {key: value for key, value in own.items() if key.rpartition(".")[2] not in more} | dict(more)
+    return {key: value for key, value in own.items() if not replaced(key, own, more)} | dict(more)
+
+
+def replaced(key: str, own: Mapping[str, str], more: Mapping[str, str]) -> bool:
+    """Does the user give a key for a stage's own (`iters` for stage3.iters)? Its stage may not take it: ratio=2."""
+    section, _, name = key.rpartition(".")
+    if not section or name not in more:
+        return False
+    stage = section.removeprefix("stage")
+    method = method_of(stage, more) or ("" if name == "method" else method_of(stage, own))
+    return not fault(stage, method, name, more[name])
 
 
 def check_more(paper: Paper, more: Mapping[str, str]) -> None:

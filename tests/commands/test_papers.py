@@ -64,6 +64,11 @@ def test_keys_of_the_user_and_seeds(tmp_path):
     assert all(part.cfg.iters == 7 for p in found for part in p.parts if part.stage == "2")
     found = points("table-2", tmp_path, iters="50")  # also over those that the file gives to a stage
     assert {part.cfg.iters for p in found for part in p.parts if part.stage != "1"} == {50}
+    found = points("table-6", tmp_path, ratio="2")  # of Stage III: the shares of Stage I stay
+    assert {p.parts[0].cfg.ratio for p in found} == {0.3, 0.5, 0.7}
+    assert {p.parts[-1].cfg.ratio for p in found if len(p.parts) == 3} == {2}
+    found = {p.name: p for p in points("table-2", tmp_path, method="dmd2")}
+    assert type(found["LCM"].parts[-1].cfg) is type(found["DMD2"].parts[-1].cfg)
     teacher, *_ = points("table-4", tmp_path, seeds=(3, 4))
     assert not teacher.parts and teacher.model == "tiny" and teacher.scores.name == "tiny-clips=64-steps=28.json"
     assert sum(p.name == teacher.name for p in points("table-4", tmp_path, seeds=(3, 4))) == 1
