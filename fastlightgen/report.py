@@ -16,10 +16,10 @@ from fastlightgen.config import Report, UserError, main
 from fastlightgen.engine import checkpoint
 from fastlightgen.engine.folder import read_run as read_run_config
 from fastlightgen.engine.scores import measured
-from fastlightgen.evaluation import latents, sets
+from fastlightgen.evaluation import latents
+from fastlightgen.evaluation.sets import read_values
 from fastlightgen.files import border, kinds
 from fastlightgen.files.schema import Shape
-from fastlightgen.files.tensors import read_tensors
 from fastlightgen.metrics.intervals import Resampled
 from fastlightgen.metrics.scores import check_versions
 from fastlightgen.page import clips, compare, scores, summary, training
@@ -191,7 +191,7 @@ def write_comparison(folders: list[str], out: Path) -> Path:
     data = {"importance": {}, "runs": compare.all_curves({name: f["logs"] for name, f in found.items()})}
     answer = compare.sentence(students, paired(students, where, resampled, compared))
     if on_cache and not students:
-        answer = compare.on_caches(on_cache, paired(on_cache, files, latents.resampled, on_latents))
+        answer = compare.on_caches(on_cache, paired(on_cache, files, latents.resampled, latents.compared))
     top = {"answer": answer, "missing": "", "facts": ""}
     return fill(out, compare.heading(names), top, sections, data)
 
@@ -225,23 +225,8 @@ def paired(
         return {}
     seed, count = students[first].get("seed", 0), students[first]["clips"]
     same = [n for n, e in students.items() if (e.get("seed", 0), e["clips"]) == (seed, count) and values[n].is_file()]
-    found = {n: resample(read_values(values[n]), seed) for n in same}
+    found = {n: resample(read_values(values[n], AGAIN), seed) for n in same}
     return {n: compare_two(found[first], found[n], seed) for n in same if n != first}
-
-
-def read_values(file: Path) -> dict[str, Tensor]:
-    """Read what was measured of each clip; a set of features is a table of finite numbers, as wide as its reference."""
-    found = {k: v.double() for k, v in read_tensors(file).items()}
-    sets_of = [k for k in found if k.endswith(("features", "energies"))]
-    bad = [k for k in sets_of if found[k].ndim != 2 or not found[k].isfinite().all()]
-    bad += [k for k in sets_of if (real := found.get(f"real_{k}")) is not None and real.shape[-1] != found[k].shape[-1]]
-    if bad:
-        raise UserError(f"{file}: {bad[0]} is no table of finite numbers as wide as that of real clips; {AGAIN}")
-    return found
-
-
-def on_latents(one: Scores, other: Scores, seed: int) -> dict[str, dict]:
-    return sets.compared(one, other, latents.GOALS)
 
 
 def policy(script: str) -> str:

@@ -18,6 +18,7 @@ from fastlightgen.atomic import write_json
 from fastlightgen.config import Evaluate, command, compute_type
 from fastlightgen.data.source import Batch, Source
 from fastlightgen.engine.local import pick_device
+from fastlightgen.evaluation import sets
 from fastlightgen.evaluation.sets import Statistics, differences, distances, intervals_of, means, scores_of
 from fastlightgen.files.tensors import save_tensors
 from fastlightgen.metrics.frechet import normalise
@@ -56,7 +57,7 @@ class Sampled:
     def values(self, real: "Sampled") -> dict[str, Tensor]:
         """What was measured of each clip: features [n,D], energies [n,3], the distance to the teacher [n]."""
         found = {"features": torch.cat(self.features), "energies": torch.cat(self.energies)}
-        found |= {f"real_{name}": value for name, value in real.values(real).items()} if real is not self else {}
+        found |= {"real_features": torch.cat(real.features), "real_energies": torch.cat(real.energies)}
         return found | ({"away": torch.cat(self.away)} if self.away else {})
 
 
@@ -82,11 +83,12 @@ def evaluate_latents(cfg: Evaluate) -> None:
                 note(subject, made[name], made.get("teacher") if name == "student" else None)
                 ticks.update(len(batch.x0))
     values = {name: subject.values(real) for name, subject in subjects.items()}
-    record = {name: measured(cfg, subject, values[name]) for name, subject in subjects.items()}
+    found = {name: statistics(value) for name, value in values.items()}
+    record = {name: measured(cfg, subject, found[name]) for name, subject in subjects.items()}
     out = dict(record["student"])
     if cfg.teacher:
-        own, theirs = (statistics(values[name]) for name in ("student", "teacher"))
-        out |= {"teacher": record["teacher"], "against_teacher": differences(own, theirs, GOALS, cfg.seed)}
+        away = differences(found["student"], found["teacher"], GOALS, cfg.seed)
+        out |= {"teacher": record["teacher"], "against_teacher": away}
     path = Path(cfg.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path.with_suffix(".values.safetensors"), values["student"])
@@ -170,15 +172,19 @@ def resampled(values: Mapping[str, Tensor], seed: int) -> dict[str, Resampled]:
     return resample_all(statistics(values), seed)
 
 
-def measured(cfg: Evaluate, subject: Sampled, values: Mapping[str, Tensor]) -> dict[str, Any]:
+def compared(model: Mapping[str, Resampled], other: Mapping[str, Resampled], _seed: int) -> dict[str, dict]:
+    """The differences to another model; unlike those of the built-in world, they need no reference of a seed."""
+    return sets.compared(model, other, GOALS)
+
+
+def measured(cfg: Evaluate, subject: Sampled, found: Statistics) -> dict[str, Any]:
     """The record of a network."""
-    found, plan = statistics(values), subject.plan
     return {
         "title": str(subject.folder),
         "model": str(subject.folder),
         "num_params": sum(p.numel() for p in subject.net.parameters()),
         "num_blocks": len(subject.keep or range(subject.net.num_blocks)),
-        "sampler": plan_record(plan, subject.net.embeds_guidance),
+        "sampler": plan_record(subject.plan, subject.net.embeds_guidance),
         "scores": scores_of(found),
         "intervals": intervals_of(found, cfg.seed),
         "seconds_per_clip": median(subject.seconds),

@@ -3,10 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastlightgen.config import UserError
+from fastlightgen.files.tensors import read_tensors
 from fastlightgen.metrics.coverage import COVERAGE_NEIGHBOURS, Regions
 from fastlightgen.metrics.frechet import Units, frechet_statistic
 from fastlightgen.metrics.intervals import (
@@ -25,6 +28,17 @@ from fastlightgen.metrics.kernel import kernel_statistic
 WIDEST = 512  # features; with more of them 200 resamples of a Frechet distance take minutes
 
 Statistics = dict[str, tuple[Statistic, int]]  # score -> (statistic, number of clips that it resamples)
+
+
+def read_values(file: Path, remedy: str) -> dict[str, Tensor]:
+    """Read what was measured of each clip; a set of features is a table of finite numbers, as wide as its reference."""
+    found = {k: v.double() for k, v in read_tensors(file).items()}
+    tables = [k for k in found if k.endswith(("features", "energies"))]
+    bad = [k for k in tables if found[k].ndim != 2 or not found[k].isfinite().all()]
+    bad += [k for k in tables if (real := found.get(f"real_{k}")) is not None and real.shape[-1] != found[k].shape[-1]]
+    if bad:
+        raise UserError(f"{file}: {bad[0]} is no table of finite numbers as wide as that of real clips; {remedy}")
+    return found
 
 
 def means(values: Mapping[str, Tensor]) -> Statistics:

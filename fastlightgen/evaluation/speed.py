@@ -22,7 +22,7 @@ from fastlightgen.files.border import picture
 from fastlightgen.models.base import Cond, VideoDiT
 from fastlightgen.models.experts import Model, TwoExperts, networks_of, predictor
 from fastlightgen.models.folder.experts import PIPELINE_PARTS
-from fastlightgen.models.sample import Wish, sample
+from fastlightgen.models.sample import Wish, num_evaluations, per_step, sample
 from fastlightgen.pipelines.world import ENCODERS, Pipeline
 
 PARTS = ("prompt", "network", "decode", "other")  # of a clip; prompt: text and picture
@@ -62,12 +62,12 @@ class Subject:
     @property
     def each(self) -> int:
         """Network evaluations per step."""
-        return 1 if self.plan["guidance"] == 1.0 or self.net.embeds_guidance else 2
+        return per_step(self.plan, self.net.embeds_guidance)
 
     @property
     def evaluations(self) -> int:
         """Network evaluations per clip."""
-        return len(self.plan["times"]) * self.each
+        return num_evaluations(self.plan, self.net.embeds_guidance)
 
     def operations(self, shape: Sequence[int], cond: Cond) -> int:
         """Operations of the blocks per clip: of the network of each step."""

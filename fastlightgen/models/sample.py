@@ -98,10 +98,19 @@ def sampling_plan(card: dict, steps: int, guidance: float, kind: str, released: 
 
 
 def plan_record(plan: dict, embeds_guidance: bool) -> dict[str, Any]:
-    """A plan as evaluations record it. With guidance a step takes two predictions, unless the network embeds it."""
-    steps, guidance = len(plan["times"]), plan["guidance"]
-    evaluations = steps * (1 if guidance == 1.0 or embeds_guidance else 2)
-    return {"kind": plan["kind"], "steps": steps, "guidance": guidance, "evaluations": evaluations}
+    """A plan as evaluations record it."""
+    steps, evaluations = len(plan["times"]), num_evaluations(plan, embeds_guidance)
+    return {"kind": plan["kind"], "steps": steps, "guidance": plan["guidance"], "evaluations": evaluations}
+
+
+def num_evaluations(plan: dict, embeds_guidance: bool) -> int:
+    """Network evaluations per clip."""
+    return len(plan["times"]) * per_step(plan, embeds_guidance)
+
+
+def per_step(plan: dict, embeds_guidance: bool) -> int:
+    """Network evaluations per step: two with guidance, unless the network embeds the guidance."""
+    return 1 if plan["guidance"] == 1.0 or embeds_guidance else 2
 
 
 def refuse_changes(card: dict, steps: int, guidance: float, kind: str) -> None:

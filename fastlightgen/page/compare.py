@@ -1,6 +1,6 @@
 """Several runs side by side: the sentence on top, the settings that differ, curves in one chart."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
@@ -31,17 +31,15 @@ def sentence(students: Mapping[str, dict], pairs: Mapping[str, Mapping[str, dict
     made = {n: e for n, e in students.items() if is_number(e["scores"].get(SCORE))}
     if (first := nearest(students)) is None:
         return "None of these runs has an evaluated student."
-    out = f"<b>{escape(first)} is nearest to real clips</b>: Frechet distance {score(made[first], SCORE)}, "
-    out += f"adherence {score(made[first], 'adherence')}, {cost(made[first])} block evaluations per clip."
-    for name in (n for n in made if n != first):
-        found = pairs.get(name, {})
-        out += f" Against {escape(name)} ({score(made[name], SCORE)}, {score(made[name], 'adherence')}): "
-        if SCORE not in found:
-            out += f"{UNRANKED}."
-            continue
+    start = f"<b>{escape(first)} is nearest to real clips</b>: Frechet distance {score(made[first], SCORE)}, "
+    start += f"adherence {score(made[first], 'adherence')}, {cost(made[first])} block evaluations per clip."
+
+    def said(found: Mapping[str, dict]) -> str:
         words = {"distance": found[SCORE]["verdict"], "adherence": found.get("adherence", {}).get("verdict", SAME)}
-        out += ", ".join(f"{key} {word}" for key, word in words.items()) + "."
-    return f"{out} <small>{NOISE}</small>"
+        return ", ".join(f"{key} {word}" for key, word in words.items())
+
+    others = {n: f"{score(e, SCORE)}, {score(e, 'adherence')}" for n, e in made.items() if n != first}
+    return against(start, others, pairs, said)
 
 
 def on_caches(records: Mapping[str, dict], pairs: Mapping[str, Mapping[str, dict]]) -> str:
@@ -49,11 +47,23 @@ def on_caches(records: Mapping[str, dict], pairs: Mapping[str, Mapping[str, dict
     made = {n: e for n, e in records.items() if is_number(e["scores"].get(SCORE))}
     if (first := nearest(records)) is None:
         return ""
-    out = f"<b>{escape(first)} is nearest to the clips of {escape(made[first]['data'])}</b>: Frechet distance "
-    out += f"{made[first]['scores'][SCORE]:.4g}."
-    for name in (n for n in made if n != first):
-        word = pairs.get(name, {}).get(SCORE, {}).get("verdict", UNRANKED)
-        out += f" Against {escape(name)} ({made[name]['scores'][SCORE]:.4g}): {word}."
+    shown = {n: f"{e['scores'][SCORE]:.4g}" for n, e in made.items()}
+    start = f"<b>{escape(first)} is nearest to the clips of {escape(made[first]['data'])}</b>: Frechet distance "
+    others = {n: text for n, text in shown.items() if n != first}
+    return against(f"{start}{shown[first]}.", others, pairs, lambda found: found[SCORE]["verdict"])
+
+
+def against(
+    start: str,
+    others: Mapping[str, str],
+    pairs: Mapping[str, Mapping[str, dict]],
+    said: Callable[[Mapping[str, dict]], str],
+) -> str:
+    """The sentence about the nearest student, then one about each other student. `others`: name -> its scores."""
+    out = start
+    for name, shown in others.items():
+        found = pairs.get(name, {})
+        out += f" Against {escape(name)} ({shown}): {said(found) if SCORE in found else UNRANKED}."
     return f"{out} <small>{NOISE}</small>"
 
 

@@ -1,5 +1,6 @@
 """The top of the page: one sentence that says what was won, against what, and whether it is beyond noise; the facts."""
 
+from collections.abc import Callable
 from html import escape
 
 from fastlightgen.metrics.scores import BETTER, SAME, SCORES, WORSE, score
@@ -35,9 +36,12 @@ def sentence(found: dict) -> str:
             f"Against the teacher in {steps_of(few)}, which cost {cost(few) / cost(student):.3g} times as much, it is "
         )
         out += f" {escape(made + verdict(student, few, pairs))}."
-    clips = count(student["clips"], "clip")
-    noise = f"Beyond noise: outside the 95% interval of the paired difference, over {clips}; {ONE_SEED}."
-    return f"{out} <small>{noise}</small>" if student.get("against_teacher") else out
+    return f"{out} {noise(count(student['clips'], 'clip'))}" if student.get("against_teacher") else out
+
+
+def noise(over: str) -> str:
+    """What the sentence counts as beyond noise."""
+    return f"<small>Beyond noise: outside the 95% interval of the paired difference, over {over}; {ONE_SEED}.</small>"
 
 
 def is_cached(record: dict) -> bool:
@@ -51,18 +55,13 @@ def on_caches(found: dict) -> str:
     for record in filter(is_cached, found["real"].values()):
         said = f"On {count(record['clips'], 'clip')} of {record['data']} that training held out, {record['title']} is"
         if pairs := record.get("against_teacher"):
-            keys = {word: [k for k in pairs if pairs[k]["verdict"] == word] for word in (BETTER, WORSE, SAME)}
-            listed = {word: f" ({', '.join(own)})" if own else "" for word, own in keys.items()}
-            said += f", against its teacher, better in {len(keys[BETTER]) or 'none'}{listed[BETTER]}, worse in "
-            said += f"{len(keys[WORSE]) or 'none'}{listed[WORSE]} and not different beyond noise in "
-            said += f"{len(keys[SAME]) or 'none'} of {count(len(pairs), 'score')}"
+            said += f", against its teacher, {balance(pairs, list(pairs), str)}"
             ranked = True
         else:
             why = "its teacher was not sampled (teacher=DIR)" if "teacher" not in record else "the clips are too few"
             said += f" not ranked: {why}"
         parts.append(f"<b>{escape(said)}.</b>")
-    noise = f"Beyond noise: outside the 95% interval of the paired difference, over clips; {ONE_SEED}."
-    return " ".join([*parts, f"<small>{noise}</small>"] if ranked else parts)
+    return " ".join([*parts, noise("clips")] if ranked else parts)
 
 
 def sampled(evals: dict, name: str) -> dict | None:
@@ -84,10 +83,15 @@ def verdict(student: dict, other: dict, pairs: dict[str, dict]) -> str:
     if not pairs:
         return f"not ranked: {count(student['clips'], 'clip')} are too few to tell a difference from noise"
     names = [k for k in dict.fromkeys([*FIRST, *SCORES]) if k in pairs]
+    return balance(pairs, names, lambda k: f"{title(k)} {score(student, k)} against {score(other, k)}", NAMED)
+
+
+def balance(pairs: dict[str, dict], names: list[str], named: Callable[[str], str], most: int | None = None) -> str:
+    """In how many scores a model is better, worse and not different; the first `most` of each are named (None: all)."""
     keys = {word: [k for k in names if pairs[k]["verdict"] == word] for word in (BETTER, WORSE, SAME)}
 
     def part(word: str) -> str:
-        shown = [f"{title(k)} {score(student, k)} against {score(other, k)}" for k in keys[word][:NAMED]]
+        shown = [named(k) for k in keys[word][:most]]
         return f"{word} in {len(keys[word]) or 'none'}" + f" ({', '.join(shown)})" * bool(shown)
 
     equal = f"not different beyond noise in {len(keys[SAME]) or 'none'}"

@@ -9,9 +9,9 @@ from typing import Any
 
 from fastlightgen.atomic import write_json, write_text
 from fastlightgen.evaluation import latents
+from fastlightgen.evaluation.sets import read_values
 from fastlightgen.files.border import read_json
 from fastlightgen.files.kinds import EVALUATION, SWEPT
-from fastlightgen.files.tensors import read_tensors
 from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled
 from fastlightgen.metrics.scores import SCORES
 from fastlightgen.metrics.seeds import over_seeds, spread
@@ -77,8 +77,8 @@ def rows_of(points: Sequence[Point]) -> dict[str, Row]:
             shapes = own[0].data == SHAPES
             records = [read_json(point.scores, EVALUATION if shapes else SWEPT, AGAIN) for point in own]
             files = [point.scores.with_suffix(".values.safetensors") for point in own]
-            values = [{k: v.double() for k, v in read_tensors(file).items()} for file in files]
-            found = [resampled(v, 0) if shapes else latents.resampled(v, 0) for v in values]
+            resample = resampled if shapes else latents.resampled
+            found = [resample(read_values(file, AGAIN), 0) for file in files]
             rows[name] = Row(name, records, found, GOALS if shapes else latents.GOALS)
     return rows
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlightgen.config import Evaluate
 from fastlightgen.data.source import Batch
 from fastlightgen.models.experts import Model
-from fastlightgen.models.sample import plan_record, sample
+from fastlightgen.models.sample import num_evaluations, sample
 from fastlightgen.parallel.log import bar
 from fastlightgen.rng import generator
 from fastlightgen.world.codec import Codec
@@ -32,9 +32,7 @@ class Subject:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations per clip."""
-        found: int = plan_record(self.plan, self.model.embeds_guidance)["evaluations"]
-        return found
+        return num_evaluations(self.plan, self.model.embeds_guidance)
 
     def block_flops(self, batch: Batch) -> list[int]:
         """Floating-point operations of each running block in one evaluation."""
