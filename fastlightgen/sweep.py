@@ -17,6 +17,7 @@ import fastlightgen
 from fastlightgen.config import SHAPES_PROMPT, ConfigError, UserError, command, guarded
 from fastlightgen.config.fields import clipped
 from fastlightgen.config.files import presets
+from fastlightgen.config.layers import CONFIG
 from fastlightgen.config.limits import MOST_CLIPS, MOST_POINTS, MOST_THREADS
 from fastlightgen.config.run import MAX_SEED
 from fastlightgen.metrics.intervals import MIN_CLIPS
@@ -39,7 +40,10 @@ HELP = """usage: fastlightgen sweep run=DIR KEY=A,B ... [seeds=N] [at_once=N] [c
   dry_run    say what would be trained and how long it takes
 
 All other keys are those of `fastlightgen train stage=all`: model=tiny steps=2,4 ratio=0.3,0.5 stage2.iters=100.
-method= is a method of Stage II or III. A value with commas is a list; [1, 2] is one value."""
+method= is a method of Stage II or III, config= a recipe. A value with commas is a list; [1, 2] is one value.
+
+Writes run/table.md, table.svg and sweep.json, or a file for each table and figure; the models are in run/parts, their
+scores in run/scores. The table compares every row with the first one. A stage trains on one GPU."""
 OWN = {"run": "", "seeds": "1", "at_once": "0", "clips": "512", "dry_run": "false", "table": "", "figure": ""}
 
 
@@ -129,7 +133,8 @@ def groups_of(own: dict[str, str], swept: dict[str, list[str]]) -> dict[str, lis
     run, seeds, clips = folder_of(own), seeds_of(own["seeds"]), int(own["clips"])
     asked = [*names("table", own["table"]), *names("figure", own["figure"])]
     if not asked:
-        return {"": points_of(run, {"model": ["tiny"], "data": ["shapes"]} | swept, seeds, clips)}
+        built_in = {"model": ["tiny"], "data": ["shapes"]} if CONFIG not in swept else {}  # a recipe names its model
+        return {"": points_of(run, built_in | swept, seeds, clips)}
     for key, values in swept.items():
         if len(values) > 1:
             raise ConfigError(

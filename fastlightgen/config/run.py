@@ -18,7 +18,10 @@ DTYPE = (
 )
 DRY_RUN = "print the resolved configuration and exit"
 SIZE = "HEIGHTxWIDTHxFRAMES"
-STEPS = "network evaluations per clip; 0: the model's own (a student's ladder, the preset's steps for a teacher)"
+STEPS = (
+    "sampling steps; a guided step evaluates the network twice; 0: the model's own (a student's ladder, the preset's "
+    "steps for a teacher)"
+)
 GUIDANCE = "classifier-free guidance; 1 turns it off, a negative number takes the model's own"
 FORCE = "sample a student with steps, guidance or a sampler that it was not trained for"
 SAMPLER = "ode: Euler; stochastic: predict x0, noise again; auto: stochastic for students, ode for teachers"

@@ -270,22 +270,22 @@ def compared(slow: dict[str, Any], fast: dict[str, Any]) -> dict[str, Any]:
     rates = [r["operations_per_second"] / 1e9 for r in (slow, fast)]
     reason = (
         f"counted {counted:.1f}x, a clip {clip:.1f}x: {own:.3g} s of {fast['seconds']['median']:.3g} s ({share:.0%}) "
-        f"are text, picture and VAE, which a smaller network does not shorten, so that {possible:.1f}x were possible; "
+        f"are text, picture, VAE and the rest, which a smaller network does not shorten: at most {possible:.1f}x; "
         f"the network alone was {network:.1f}x faster, at {rates[1]:.3g} against {rates[0]:.3g} GFLOP/s in its blocks"
     )
     return {"counted": counted, "network": network, "clip": clip, "possible": possible, "reason": reason}
 
 
 def table(records: Sequence[dict[str, Any]]) -> list[str]:
-    """The lines that are printed of the records."""
-    titles = ("", "clip s", "range", "step s", *(f"{part} s" for part in PARTS), "TFLOP", "M params")
+    """The lines that are printed of the records. M params: the network's, in millions; all M: with encoders and VAE."""
+    titles = ("", "clip s", "range", "step s", *(f"{part} s" for part in PARTS), "TFLOP", "M params", "all M")
     rows = []
     for r in records:
-        clip, params = r["seconds"], sum(r["parameters"].values()) / 1e6
+        clip, sizes = r["seconds"], (r["parameters"]["network"], sum(r["parameters"].values()))
         numbers = [f"{r['parts'][part]['median']:.3g}" for part in PARTS]
         rows.append(
             (r["name"], f"{clip['median']:.3g}", f"{clip['low']:.3g}-{clip['high']:.3g}", f"{r['step']['median']:.3g}",
-             *numbers, f"{r['block_operations'] / 1e12:.3g}", f"{params:.4g}")
+             *numbers, f"{r['block_operations'] / 1e12:.3g}", *(f"{count / 1e6:.4g}" for count in sizes))
         )  # fmt: skip
     widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(len(titles))]
     cells = [[cell.rjust(w) for cell, w in zip(row, widths, strict=True)] for row in (titles, *rows)]

@@ -1,6 +1,6 @@
 """Several runs side by side: the sentence on top, the settings that differ, curves in one chart."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -9,37 +9,32 @@ from fastlightgen.config.files import flatten
 from fastlightgen.metrics.scores import BETTER, SAME, is_number, score
 from fastlightgen.page.frontier import SCORE
 from fastlightgen.page.html import note, table
-from fastlightgen.page.summary import ONE_SEED, cost, count
+from fastlightgen.page.summary import INTERVAL, ONE_SEED, cost, count
 from fastlightgen.page.training import curves
 
-NOISE = f"{BETTER.capitalize()} or worse: outside the 95% interval of the paired difference over clips; {ONE_SEED}."
+NOISE = f"{BETTER.capitalize()} or worse: {INTERVAL}, over clips; {ONE_SEED}."
 UNRANKED = "not ranked: the clips differ or are too few, or their values are missing (evaluate it again)"
 OWN = ("run", "hardware", "versions", "git_commit")  # keys of a configuration that always differ
 
 
 def nearest(students: Mapping[str, dict]) -> str | None:
-    """The student that is nearest to real clips; None if none has been evaluated."""
+    """The student with the smallest distance to real clips; None if none has been evaluated."""
     distances = {n: d for n, e in students.items() if is_number(d := e["scores"].get(SCORE))}
     return min(distances, key=distances.__getitem__, default=None)
 
 
 def sentence(students: Mapping[str, dict], pairs: Mapping[str, Mapping[str, dict]]) -> str:
-    """Which student is nearest to real clips, and which others are not worse beyond noise.
+    """Which student has the smallest distance to real clips, and which others are not worse beyond noise.
 
-    `pairs`: other run -> score -> the paired difference of the nearest student to it.
+    `pairs`: other run -> score -> the paired difference of this student to it.
     """
     made = {n: e for n, e in students.items() if is_number(e["scores"].get(SCORE))}
     if (first := nearest(students)) is None:
         return "None of these runs has an evaluated student."
-    start = f"<b>{escape(first)} is nearest to real clips</b>: Frechet distance {score(made[first], SCORE)}, "
-    start += f"adherence {score(made[first], 'adherence')}, {cost(made[first])} block evaluations per clip."
-
-    def said(found: Mapping[str, dict]) -> str:
-        words = {"distance": found[SCORE]["verdict"], "adherence": found.get("adherence", {}).get("verdict", SAME)}
-        return ", ".join(f"{key} {word}" for key, word in words.items())
-
+    shown = f"{score(made[first], SCORE)}, adherence {score(made[first], 'adherence')}, "
+    shown += f"{cost(made[first])} block evaluations per clip"
     others = {n: f"{score(e, SCORE)}, {score(e, 'adherence')}" for n, e in made.items() if n != first}
-    return against(start, others, pairs, said)
+    return against(first, "real clips", shown, others, pairs, {SCORE: "distance", "adherence": "adherence"})
 
 
 def on_caches(records: Mapping[str, dict], pairs: Mapping[str, Mapping[str, dict]]) -> str:
@@ -48,22 +43,31 @@ def on_caches(records: Mapping[str, dict], pairs: Mapping[str, Mapping[str, dict
     if (first := nearest(records)) is None:
         return ""
     shown = {n: f"{e['scores'][SCORE]:.4g}" for n, e in made.items()}
-    start = f"<b>{escape(first)} is nearest to the clips of {escape(made[first]['data'])}</b>: Frechet distance "
     others = {n: text for n, text in shown.items() if n != first}
-    return against(f"{start}{shown[first]}.", others, pairs, lambda found: found[SCORE]["verdict"])
+    return against(first, f"the clips of {made[first]['data']}", shown[first], others, pairs, {SCORE: "distance"})
 
 
 def against(
-    start: str,
+    first: str,
+    real: str,
+    shown: str,
     others: Mapping[str, str],
     pairs: Mapping[str, Mapping[str, dict]],
-    said: Callable[[Mapping[str, dict]], str],
+    named: Mapping[str, str],
 ) -> str:
-    """The sentence about the nearest student, then one about each other student. `others`: name -> its scores."""
-    out = start
-    for name, shown in others.items():
+    """The sentence about the student with the smallest distance, then one about each other student.
+
+    It is called the nearest one only if it is beyond noise against every other. `shown` and `others`: the scores of
+    this student, and of the others by name; `named`: the scores that are compared, and their names.
+    """
+    won = bool(others) and all(pairs.get(name, {}).get(SCORE, {}).get("verdict") == BETTER for name in others)
+    claim = f"is nearest to {real}" if won else f"has the smallest distance to {real}"
+    out = f"<b>{escape(f'{first} {claim}')}</b>: Frechet distance {shown}."
+    for name, scores in others.items():
         found = pairs.get(name, {})
-        out += f" Against {escape(name)} ({shown}): {said(found) if SCORE in found else UNRANKED}."
+        told = [f"{found[key]['verdict']} in {title}" for key, title in named.items() if key in found]
+        said = " and ".join(told).replace(SAME, "not different") if SCORE in found else UNRANKED
+        out += f" Against {escape(name)} ({scores}) it is {said}."
     return f"{out} <small>{NOISE}</small>"
 
 

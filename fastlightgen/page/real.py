@@ -11,9 +11,9 @@ from fastlightgen.page.html import below, details, note, table
 
 OF_LATENTS = {  # score: its meaning
     "motion": "change between frames; 1: that of the clips",
-    "detail": "change between neighbours; 1: that of the clips",
+    "detail": "change between neighbouring rows and columns; 1: that of the clips",
     "contrast": "variance of the latents; 1: that of the clips",
-    "to_teacher": "distance to what the teacher makes of the same noise, a share of its square",
+    "to_teacher": "squared distance to the teacher's latents from the same noise, divided by their square",
     "frechet": "Frechet distance to the clips",
     "kid": "kernel distance to the clips",
     "precision": "share of the samples that look like some clip",

@@ -9,6 +9,7 @@ from fastlightgen.page.html import fact
 
 FIRST = ("adherence", "frechet", "kid", "recall", "texture", "motion")  # the scores that the sentence names first
 ONE_SEED = "another training seed can differ by more"
+INTERVAL = "outside the interval of the paired difference (95% for all scores of a table together)"
 NAMED = 2  # scores that it names with their values
 
 
@@ -41,7 +42,7 @@ def sentence(found: dict) -> str:
 
 def noise(over: str) -> str:
     """What the sentence counts as beyond noise."""
-    return f"<small>Beyond noise: outside the 95% interval of the paired difference, over {over}; {ONE_SEED}.</small>"
+    return f"<small>Beyond noise: {INTERVAL}, over {over}; {ONE_SEED}.</small>"
 
 
 def is_cached(record: dict) -> bool:

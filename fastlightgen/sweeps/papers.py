@@ -9,15 +9,31 @@ from fastlightgen.atomic import write_json
 from fastlightgen.config import ConfigError
 from fastlightgen.config.fields import clipped
 from fastlightgen.config.files import preset, presets
+from fastlightgen.config.layers import CONFIG
 from fastlightgen.metrics.scores import BETTER, SAME, WORSE
 from fastlightgen.page.figure import grid
 from fastlightgen.page.frontier import SCORE  # decides whether a trend holds
 from fastlightgen.sweeps.points import SHAPES, Part, Point, check, fault, method_of, point_of, refusal, unique
-from fastlightgen.sweeps.table import SHOWN, Row, cost_picture, differences, head, ranking, rows_of, write_shown
+from fastlightgen.sweeps.table import (
+    SHOWN,
+    Row,
+    cost_picture,
+    differences,
+    few,
+    footer,
+    head,
+    rows_of,
+    short,
+    write_shown,
+)
 from fastlightgen.sweeps.work import cost_file, cost_of
 
 SCORE_TITLE = "Frechet distance to real clips (less is better)"
 BESIDE = "adherence"  # the score that is said beside it
+SCORES_ARE = (
+    "Verdicts go by the Frechet distance; a number after \"here\" is the first row's minus the second's: below 0, the "
+    "first is nearer to real clips. Scores are means over the training seeds, on the same clips from the same noise."
+)
 CLAIMS = {"better": "better than", "same": "as good as"}  # of a paper
 VERDICTS = {  # of our measurement of a claim; a difference within noise has its sign beside it
     "better": {BETTER: "Holds", WORSE: "Contradicted"},
@@ -125,6 +141,8 @@ def check_more(paper: Paper, more: Mapping[str, str]) -> None:
     rows = [row for row in paper.rows.values() if last_of(row) != "0"]
     if data := next((k for k, v in more.items() if k.rpartition(".")[2] == "data" and v != SHAPES), ""):
         raise ConfigError(f"{clipped(data)}={clipped(more[data])}: a table of the paper is made on the built-in world")
+    if given := next((k for k in more if k.rpartition(".")[2] == CONFIG), ""):
+        raise ConfigError(f"{given}={clipped(more[given])}: a table of the paper has its own settings")
     for key, value in more.items():
         faults = [refusal(key, value, keys_of(paper, row, more), last_of(row)) for row in rows]
         if faults and all(faults):
@@ -143,10 +161,10 @@ def sentence(trend: Trend, paper: Paper, rows: Mapping[str, Row]) -> str:
     found = differences(rows[trend.one], rows[trend.other])
     claim = claimed(trend, paper)
     if SCORE not in found:
-        return f"- Not ranked: {claim}. {ranking(rows[trend.one].record['clips'])}"
+        return f"- Not ranked: {claim}. {few(rows[trend.one].record['clips'])}"
     d = found[SCORE]
     beside = found.get(BESIDE, {}).get("verdict", "not measured")
-    number = f"{SCORE} {d['difference']:+.3g} +- {d['two_deviations']:.2g}, {BESIDE} {beside}"
+    number = f"{SCORE} {d['difference']:+.3g} +- {short(d['two_deviations'])}, {BESIDE} {beside}"
     return f"- {verdict(d, trend)}: {claim}; here {number}."
 
 
@@ -183,7 +201,7 @@ def report(paper: Paper, points: Sequence[Point], out: Path) -> str:
         record[name] = {"paper": number, "cost": row.cost, "clips": row.record["clips"], "scores": row.scores()}
         record[name] |= {"two_deviations": row.spreads()}
     sentences = [sentence(trend, paper, rows) for trend in paper.trends]
-    lines += ["", *sentences, "", footer(points, next(iter(rows.values())).record["clips"])]
+    lines += ["", *sentences, "", f"{SCORES_ARE} {footer(rows)}{hours(points)}"]
     write_json(out / f"{paper.name}.json", {"title": paper.title, "rows": record, "trends": sentences})
     write_shown("\n".join(lines), picture(paper, rows), paper.title, out / f"{paper.name}.md")
     return "\n".join(lines)
@@ -202,14 +220,11 @@ def picture(paper: Paper, rows: Mapping[str, Row]) -> str:
     return cost_picture(paper.title, rows) if paper.figure == "cost" else ""
 
 
-def footer(points: Sequence[Point], clips: int) -> str:
-    """What the columns are, and what the table cost."""
+def hours(points: Sequence[Point]) -> str:
+    """What a table took; rows that tables share count in each."""
     items: list[Part | Point] = [*unique(points), *points]
     seconds = [found for item in items if (found := cost_of(cost_file(item))) is not None]
-    counted = f" Training and evaluation took {sum(seconds) / 3600:.1f} hours by the clock" if seconds else ""
-    part = f", of {len(seconds)} of {len(items)} pieces" if seconds and len(seconds) < len(items) else ""
-    return (
-        "Cost: block evaluations per clip. Scores are means over the training seeds, on the same clips from the same "
-        f"noise. {ranking(clips)}{counted}{part}"
-        f"{'.' if counted else ''}"
-    )
+    if not seconds:
+        return ""
+    part = f", of {len(seconds)} of {len(items)} pieces" * (len(seconds) < len(items))
+    return f" Training and evaluation took {sum(seconds) / 3600:.1f} hours by the clock, shared rows included{part}."

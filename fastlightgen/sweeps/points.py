@@ -11,7 +11,7 @@ from typing import Any
 
 from fastlightgen.config import ConfigError, fingerprint, load, method_for, result_of
 from fastlightgen.config.fields import clipped
-from fastlightgen.config.layers import leaves, misfit
+from fastlightgen.config.layers import CONFIG, leaves, misfit
 from fastlightgen.config.limits import MOST_POINTS
 from fastlightgen.config.stages import CHOOSES, DEFAULT, METHODS, root
 
@@ -97,6 +97,8 @@ def fault(stage: str, method: str, key: str, value: str) -> str:
 
     Rules between several keys are no concern here: the stage checks them when it is loaded.
     """
+    if key == CONFIG:  # `load` reads the file
+        return ""
     if key == "method":
         known = ", ".join(name for one in CHOOSES for name in METHODS[one] if name != DEFAULT)
         return "" if method else f"method={clipped(value)}: wanted one of {DEFAULT}, {known}"
@@ -160,7 +162,8 @@ def point_of(
     plan: Sequence[str] = (),
 ) -> Point:
     """One model. `last`: the stage that makes it, "0" for the model that all stages start from."""
-    parts, start = parts_of(run, keys, known, last), keys.get("model", "tiny")
+    parts = parts_of(run, keys, known, last)
+    start = str(parts[-1].cfg.model) if parts else keys.get("model", "tiny")
     made = parts[-1].folder.name if parts else Path(start).name
     where = tuple(f"{key}={keys[key]}" for key in ("device", "threads") if key in keys)
     if parts and (data := parts[-1].cfg.data) != SHAPES:

@@ -13,6 +13,7 @@ from fastlightgen.evaluation.sets import read_values
 from fastlightgen.files.border import read_json
 from fastlightgen.files.kinds import EVALUATION, SWEPT
 from fastlightgen.metrics.intervals import MIN_CLIPS, Resampled
+from fastlightgen.metrics.scores import GOALS as WANTED
 from fastlightgen.metrics.scores import SCORES
 from fastlightgen.metrics.seeds import over_seeds, spread
 from fastlightgen.page.frontier import SCORE, against_cost
@@ -22,10 +23,10 @@ from fastlightgen.world.score import reference, resampled
 
 SHOWN = ("adherence", "frechet", "kid", "recall", "texture", "persistence")
 GOALS = {key: SCORES[key][2] for key in SHOWN}
-COUNTS = (
-    "+-: two standard deviations over training seeds and sets of clips. A difference counts if it exceeds two standard "
-    "deviations of that difference."
-)
+COUNTS = "A difference counts if it exceeds two standard deviations of that difference."
+ONE_SEED = "+-: two standard deviations over sets of clips; another training seed can differ by more (seeds=3)."
+SEEDS = "+-: two standard deviations over training seeds and sets of clips."
+FEW_SEEDS = "Of two or three seeds this is no 95% interval: a difference just beyond it needs more seeds."
 LEADING = ("adherence", "frechet")  # shown with their spread
 AGAIN = "delete it, and the same command makes it again"
 
@@ -64,7 +65,7 @@ class Row:
 
     def cells(self) -> list[str]:
         means, spreads = self.means(), self.spreads()
-        beside = {k: f" +- {spreads[k]:.2g}" for k in LEADING if k in spreads}
+        beside = {k: f" +- {short(spreads[k])}" for k in LEADING if k in spreads}
         return [f"{means[k]:.4g}{beside.get(k, '')}" if k in means else "" for k in self.goals]
 
 
@@ -96,11 +97,25 @@ def head(*names: str) -> list[str]:
     return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
 
 
-def ranking(clips: int) -> str:
-    """Which differences of a table count."""
-    if clips < MIN_CLIPS:
-        return f"{clips} clips rank no models; {MIN_CLIPS} or more do (clips=N)."
-    return COUNTS
+def short(deviation: float) -> str:
+    """Two digits, without an exponent."""
+    return f"{deviation:.2g}" if deviation < 100 else f"{deviation:.0f}"
+
+
+def footer(rows: Mapping[str, Row]) -> str:
+    """What the columns of a table are, and which differences count."""
+    goals, clips = next(iter(rows.values())).goals, next(iter(rows.values())).record["clips"]
+    best = [
+        f"{', '.join(k for k in goals if goals[k] == goal)}: {WANTED[goal]}" for goal in dict.fromkeys(goals.values())
+    ]
+    seeds = max(len(row.found) for row in rows.values())
+    counted = f"{SEEDS if seeds > 1 else ONE_SEED} {COUNTS}{f' {FEW_SEEDS}' * (1 < seeds < 4)}"
+    return f"Cost: block evaluations per clip. Scores: {'; '.join(best)}. {few(clips) or counted}"
+
+
+def few(clips: int) -> str:
+    """Why so many clips rank no models; "" if they do."""
+    return f"{clips} clips rank no models; {MIN_CLIPS} or more do (clips=N)." if clips < MIN_CLIPS else ""
 
 
 def cost_picture(title: str, rows: Mapping[str, Row]) -> str:
@@ -135,7 +150,7 @@ def table(points: Sequence[Point], out: Path) -> str:
         lines.append(f"| {name} | {row.cost} | {len(row.found)} | {' | '.join(row.cells())} | {said} |")
         record[name] = {"cost": row.cost, "scores": row.scores(), "clips": row.record["clips"]}
         record[name] |= {"two_deviations": row.spreads(), "against_the_first": pairs}
-    lines.append(f"\nCost: block evaluations per clip. {ranking(first.record['clips'])}")
+    lines.append(f"\n{footer(rows)}")
     write_json(out / "sweep.json", record)
     text, title = "\n".join(lines), "Distance against cost"
     write_shown(text, cost_picture(title, rows), title, out / "table.md")

@@ -156,7 +156,8 @@ def test_the_report(tmp_path, monkeypatch):
     assert f"- Holds: {claim}; here frechet -12 +- 4, adherence no difference." in text
     pruned = json.loads((tmp_path / "table-9.json").read_text())["rows"]["pruned"]
     assert pruned["scores"]["frechet"] == [20.0, 22.0] and pruned["two_deviations"]["frechet"] == 2.0
-    assert (tmp_path / "table-9.md").read_text() == text + "\n"
+    assert (tmp_path / "table-9.md").read_text() == text + "\n" and "below 0, the first is nearer" in text
+    assert table.short(131.7) == "132" and table.short(13.17) == "13"
 
 
 def test_pictures():

@@ -62,9 +62,9 @@ def said(page) -> str:
 def test_the_page_says_who_is_nearest(runs, tmp_path):
     page = compared(runs, tmp_path)
     text = said(page)
-    assert "b & <c>/run is nearest to real clips: Frechet distance 30.00" in text
-    assert "Against a/run (40.00, 91.2%): distance better, adherence no difference." in text
-    assert "Against d/run (30.00, 91.2%): distance no difference, adherence no difference." in text
+    assert "b & <c>/run has the smallest distance to real clips: Frechet distance 30.00" in text
+    assert "Against a/run (40.00, 91.2%) it is better in distance and not different in adherence." in text
+    assert "Against d/run (30.00, 91.2%) it is not different in distance and not different in adherence." in text
     assert "3 runs compared: a/run, b & <c>/run, d/run" in page.text
     assert "stage2.lr" in page.text and "Frontier" in page.text and "stage2.iters" not in page.text
     data = json.loads(page.scripts[0])
@@ -95,12 +95,14 @@ def cached(tmp_path):
 
 def test_runs_on_a_cache_are_ranked_by_its_clips(cached, tmp_path):
     page = said(compared(cached, tmp_path))
-    assert "sharp is nearest to the clips of CACHE: Frechet distance" in page and "): better." in page
+    assert "sharp is nearest to the clips of CACHE: Frechet distance" in page and ") it is better in distance." in page
     file = cached[0] / "evaluate" / "cache.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"seed": 1}))
-    assert "): not ranked: the clips differ or are too few, or" in said(compared(cached, tmp_path))
+    page = said(compared(cached, tmp_path))
+    assert "sharp has the smallest distance to the clips of CACHE" in page
+    assert ") it is not ranked: the clips differ or are too few, or" in page
     file.write_text(json.dumps(json.loads(file.read_text()) | {"data_hash": "of another cache"}))
-    assert "blurred is nearest" in said(compared(cached, tmp_path))  # only the first run's cache counts
+    assert "blurred has the smallest distance" in said(compared(cached, tmp_path))  # only the first run's cache counts
 
 
 @pytest.mark.parametrize("change, said", [
@@ -134,7 +136,7 @@ def test_against_its_teacher_on_a_cache(cached):
 def test_other_clips_are_not_ranked(runs, tmp_path):
     file = runs[0] / "evaluate" / "student.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"seed": 1}))
-    assert "Against a/run (40.00, 91.2%): not ranked: the clips differ or are too few, or" in said(
+    assert "Against a/run (40.00, 91.2%) it is not ranked: the clips differ or are too few, or" in said(
         compared(runs, tmp_path)
     )
 
@@ -143,7 +145,7 @@ def test_the_nearest_without_values_is_not_ranked(runs, tmp_path):
     """The differences that the sentence gives are those of the student that it names."""
     (runs[1] / "evaluate" / "student.values.safetensors").unlink()
     text = said(compared(runs, tmp_path))
-    assert "b & <c>/run is nearest" in text and "better" not in text.partition("Better or worse")[0]
+    assert "b & <c>/run has the smallest distance" in text and "better" not in text.partition("Better or worse")[0]
 
 
 def test_runs_without_a_student(runs, tmp_path):

@@ -64,6 +64,25 @@ def test_a_stage_gets_the_results_before_it_and_the_keys_that_it_takes(tmp_path)
     assert not [word for word in third.words if word.startswith("ratio=")]  # a share is no number of updates
 
 
+def test_a_recipe_gives_the_model_and_settings_of_every_stage(tmp_path):
+    """A file for config=, and lists that stand over it."""
+    save_model(small_wan(), tmp_path / "model")
+    lines = [
+        f"model: {tmp_path}/model",
+        "data: shapes",
+        "stage2: {iters: 3}",
+        "stage3: {iters: 25, critic_start: 20, steps: 3}",
+    ]
+    (tmp_path / "mine.yaml").write_text("\n".join(lines))
+    swept = {"config": [f"{tmp_path}/mine.yaml"], "steps": ["2", "4"]}
+    groups = sweep.groups_of(sweep.OWN | {"run": str(tmp_path / "run")}, swept)
+    assert [point.name for point in groups[""]] == ["steps=2", "steps=4"] and len(unique(groups[""])) == 4
+    for point, steps in zip(groups[""], (2, 4), strict=True):
+        _, second, third = point.parts
+        assert (second.cfg.iters, third.cfg.iters, third.cfg.steps) == (3, 25, steps)
+        assert {part.cfg.model for part in point.parts} == {point.start} == {f"{tmp_path}/model"}
+
+
 def test_lists():
     assert values_of("2,4") == ["2", "4"] and values_of("[0.5, 0.9],[0.9, 0.99]") == ["[0.5, 0.9]", "[0.9, 0.99]"]
     assert words_of("3", {"method": "dmd2", "stage3.lr": "1e-3"}) == ["method=dmd2", "lr=1e-3"]
@@ -86,6 +105,8 @@ def test_lists():
         (["method=dmd"], "method=dmd: wanted one of fastlightgen, f3, .*, dmd2"),
         (["stage3.iters=6"], "critic_start=20: iters=6 leaves no update"),
         (["table=5", "itres=6"], "itres=6: unknown key; did you mean iters?"),
+        (["table=5", "config=mine"], "config=mine: a table of the paper has its own settings"),
+        (["config=mine", "steps=2,4"], "config=mine: there is no such file"),
     ],
 )
 def test_mistakes(tmp_path, words, said):
@@ -269,6 +290,11 @@ def test_the_table(tmp_path, monkeypatch):
         record = {"title": "x", "clips": 64, "scores": scores, "shown": [], "attributes": {}, "sampler": sampler}
         record |= {"num_params": 1, "num_blocks": 8, "kept_blocks": None, "seed": 0}
         point.scores.write_text(json.dumps(record))
+    text = table.table(points, tmp_path)
+    assert "over training seeds and sets of clips" in text and "no 95% interval" in text
+    assert "adherence, recall: higher is better; frechet, kid: lower is better; texture: best near 1" in text
+    one = table.table([point for point in points if point.parts[0].cfg.seed == 0], tmp_path)
+    assert "over sets of clips; another training seed can differ by more" in one and "no 95%" not in one
     text = table.table(points, tmp_path)
     rows = text.splitlines()
     assert rows[2].startswith("| steps=2 | 16 | 2 | 0.505") and rows[3].startswith("| steps=4 | 16 | 2 | 0.905")
