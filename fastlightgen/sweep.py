@@ -17,7 +17,6 @@ import fastlightgen
 from fastlightgen.config import SHAPES_PROMPT, ConfigError, UserError, command, guarded
 from fastlightgen.config.fields import clipped
 from fastlightgen.config.files import presets
-from fastlightgen.config.layers import CONFIG
 from fastlightgen.config.limits import MOST_CLIPS, MOST_POINTS, MOST_THREADS
 from fastlightgen.config.run import MAX_SEED
 from fastlightgen.metrics.intervals import MIN_CLIPS
@@ -133,8 +132,7 @@ def groups_of(own: dict[str, str], swept: dict[str, list[str]]) -> dict[str, lis
     run, seeds, clips = folder_of(own), seeds_of(own["seeds"]), int(own["clips"])
     asked = [*names("table", own["table"]), *names("figure", own["figure"])]
     if not asked:
-        built_in = {"model": ["tiny"], "data": ["shapes"]} if CONFIG not in swept else {}  # a recipe names its model
-        return {"": points_of(run, built_in | swept, seeds, clips)}
+        return {"": points_of(run, swept, seeds, clips)}
     for key, values in swept.items():
         if len(values) > 1:
             raise ConfigError(

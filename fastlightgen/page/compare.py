@@ -57,10 +57,12 @@ def against(
 ) -> str:
     """The sentence about the student with the smallest distance, then one about each other student.
 
-    It is called the nearest one only if it is beyond noise against every other. `shown` and `others`: the scores of
-    this student, and of the others by name; `named`: the scores that are compared, and their names.
+    The student is called nearest only if it is so beyond noise against every other. `shown` and `others`: its scores,
+    and those of the others by name; `named`: the scores that are compared, and their names.
     """
-    won = bool(others) and all(pairs.get(name, {}).get(SCORE, {}).get("verdict") == BETTER for name in others)
+    if not others:
+        return f"<b>The distance of {escape(first)} to {escape(real)} is {escape(shown)}.</b>"
+    won = all(pairs.get(name, {}).get(SCORE, {}).get("verdict") == BETTER for name in others)
     claim = f"is nearest to {real}" if won else f"has the smallest distance to {real}"
     out = f"<b>{escape(f'{first} {claim}')}</b>: Frechet distance {shown}."
     for name, scores in others.items():

@@ -9,7 +9,7 @@ from fastlightgen.page.html import fact
 
 FIRST = ("adherence", "frechet", "kid", "recall", "texture", "motion")  # the scores that the sentence names first
 ONE_SEED = "another training seed can differ by more"
-INTERVAL = "outside the interval of the paired difference (95% for all scores of a table together)"
+INTERVAL = "the interval of the paired difference excludes 0 (95% for all scores together)"
 NAMED = 2  # scores that it names with their values
 
 

@@ -12,6 +12,7 @@ import torch
 from fastlightgen.config import (
     GPUS,
     command,
+    compute_type,
     find_preset_weights,
     for_stage,
     keys_for,
@@ -118,14 +119,9 @@ def price(cfg: Any, source: Source, device: torch.device) -> list[str]:
     if not works:
         return []
     flops = [operations(one, source, cfg.ratio) * times for _, one, times in works]
-    if device.type == "cpu":
-        speed = measured_speed(cfg, source, device)
-        how = f"the {speed / 1e9:.3g} GFLOP/s that a training step reached just now"
-    elif (kind := kind_of(device)) is None:
+    if (found := speed_of(cfg, source, device)) is None:
         return [f"{what}: {f / 1e15:.3g} PFLOP per process" for (what, *_), f in zip(works, flops, strict=True)]
-    else:
-        share = paper_efficiency()
-        speed, how = share * getattr(GPUS[kind], cfg.dtype), f"{share:.1%} of the GPU's peak, not measured here"
+    speed, how = found
     times = [f"{what}: {span(f / speed)}" for (what, *_), f in zip(works, flops, strict=True)]
     return [*times, f"  estimated from the operations, {sum(flops) / 1e15:.3g} PFLOP per process, at {how}"]
 
@@ -156,6 +152,21 @@ def operations(cfg: Any, source: Source, ratio: float) -> float:
     config, keep = method_for(cfg).subject(cfg, partial(undropped, ratio=ratio))
     planned = budget(cost_of(config, source.largest()), plan_of(cfg, ranks.size(), ranks.size(), "cpu"), keep)
     return planned.flops * planned.iters
+
+
+def speed_of(cfg: Any, source: Source, device: torch.device) -> tuple[float, str] | None:
+    """Operations per second of one process, and how that is known; None on a GPU whose peak is not known.
+
+    On a GPU only the built-in world's small networks are measured: a step of a released network, without the settings
+    of its recipe, can need more memory than there is.
+    """
+    if device.type == "cpu" or "world" in source.description:
+        speed = measured_speed(cfg, source, device)
+        return speed, f"the {speed / 1e9:.3g} GFLOP/s that a training step reached just now"
+    if (kind := kind_of(device)) is None:
+        return None
+    share, dtype = paper_efficiency(), compute_type(cfg.dtype, gpu=True, real=True)
+    return share * getattr(GPUS[kind], dtype), f"{share:.1%} of the GPU's peak, not measured here"
 
 
 def measured_speed(cfg: Any, source: Source, device: torch.device) -> float:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from fastlightgen.data.source import Source
+from fastlightgen.data.version import check_latents
 from fastlightgen.engine.local import pick_device
 from fastlightgen.metrics.intervals import MIN_CLIPS
 from fastlightgen.models.cost import Network
@@ -10,7 +11,7 @@ from fastlightgen.models.folder.networks import trained_folder
 from fastlightgen.models.folder.weights import config_of, read_card
 from fastlightgen.page.summary import count
 from fastlightgen.planner.walk import Route, walk
-from fastlightgen.stages.earlier import cost_of, measured_speed, operations, span
+from fastlightgen.stages.earlier import cost_of, operations, span, speed_of
 from fastlightgen.sweeps.points import STAGES, Point, unique
 from fastlightgen.sweeps.work import lacking
 from fastlightgen.world.source import open_source
@@ -37,13 +38,19 @@ def plan(points: Sequence[Point], evaluate: bool, at_once: int) -> list[str]:
     configs = [part.cfg for part in [*left, *parts]]
     if (left or scored) and configs:
         source = open_source(configs[0].data, configs[0].seed, configs[0].negative)
-        speed = measured_speed(configs[0], source, pick_device(configs[0].device))
+        for model in dict.fromkeys(cfg.model for cfg in configs):
+            check_latents(config_of(trained_folder(model)), source.description)
+        found = speed_of(configs[0], source, pick_device(configs[0].device))
         dropped = [RATIO if part.dropped is None else part.dropped for part in left]
         trained = sum(operations(part.cfg, source, share) for part, share in zip(left, dropped, strict=True))
-        training = trained / speed + START * len(left)
-        scoring = sum(sampling(point, source) for point in scored) / speed + START * len(scored)
-        times = f"{span(training)} of training and {span(scoring)} of evaluation"
-        lines.append(f"  {times}, {at_once} at a time; estimated from the operations and {START:g} s per process")
+        sampled = sum(sampling(point, source) for point in scored)
+        if found is None:
+            lines.append(f"  {(trained + sampled) / 1e15:.3g} PFLOP; no time, because this GPU's peak is not known")
+            return lines
+        speed, how = found
+        training, scoring = trained / speed + START * len(left), sampled / speed + START * len(scored)
+        times = f"{span(training)} of training and {span(scoring)} of evaluation, {at_once} at a time"
+        lines.append(f"  {times}; estimated from the operations, at {how}, and {START:g} s per process")
     return lines
 
 

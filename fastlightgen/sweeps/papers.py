@@ -13,7 +13,7 @@ from fastlightgen.config.layers import CONFIG
 from fastlightgen.metrics.scores import BETTER, SAME, WORSE
 from fastlightgen.page.figure import grid
 from fastlightgen.page.frontier import SCORE  # decides whether a trend holds
-from fastlightgen.sweeps.points import SHAPES, Part, Point, check, fault, method_of, point_of, refusal, unique
+from fastlightgen.sweeps.points import SHAPES, Part, Point, check, point_of, refusal, strings, under, unique
 from fastlightgen.sweeps.table import (
     SHOWN,
     Row,
@@ -92,11 +92,6 @@ def read(name: str) -> Paper:
     )
 
 
-def strings(keys: Mapping[str, Any]) -> dict[str, str]:
-    """The keys of YAML as words of a command line have them."""
-    return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in keys.items()}
-
-
 def points_of(
     run: Path, paper: Paper, more: Mapping[str, str], seeds: Sequence[int], clips: int, known: dict[Path, Part]
 ) -> list[Point]:
@@ -122,18 +117,7 @@ def last_of(row: Mapping[str, Any]) -> str:
 
 def keys_of(paper: Paper, row: Mapping[str, Any], more: Mapping[str, str]) -> dict[str, str]:
     """The keys of a row. A key of the user stands over the file's, also over those of the stages that take it."""
-    own = {"model": "tiny", "data": SHAPES, **paper.keys, **strings(row.get("keys", {}))}
-    return {key: value for key, value in own.items() if not replaced(key, own, more)} | dict(more)
-
-
-def replaced(key: str, own: Mapping[str, str], more: Mapping[str, str]) -> bool:
-    """Does the user give a key for a stage's own (`iters` for stage3.iters)? Its stage may not take it: ratio=2."""
-    section, _, name = key.rpartition(".")
-    if not section or name not in more:
-        return False
-    stage = section.removeprefix("stage")
-    method = method_of(stage, more) or ("" if name == "method" else method_of(stage, own))
-    return not fault(stage, method, name, more[name])
+    return under({"model": "tiny", "data": SHAPES, **paper.keys, **strings(row.get("keys", {}))}, more)
 
 
 def check_more(paper: Paper, more: Mapping[str, str]) -> None:
@@ -161,10 +145,10 @@ def sentence(trend: Trend, paper: Paper, rows: Mapping[str, Row]) -> str:
     found = differences(rows[trend.one], rows[trend.other])
     claim = claimed(trend, paper)
     if SCORE not in found:
-        return f"- Not ranked: {claim}. {few(rows[trend.one].record['clips'])}"
+        return f"- Not ranked: {claim}. {few(rows[trend.one].record['clips']) or 'A row has no distance.'}"
     d = found[SCORE]
     beside = found.get(BESIDE, {}).get("verdict", "not measured")
-    number = f"{SCORE} {d['difference']:+.3g} +- {short(d['two_deviations'])}, {BESIDE} {beside}"
+    number = f"{SCORE} {short(d['difference'], 3, '+')} +- {short(d['two_deviations'])}, {BESIDE} {beside}"
     return f"- {verdict(d, trend)}: {claim}; here {number}."
 
 
@@ -226,5 +210,8 @@ def hours(points: Sequence[Point]) -> str:
     seconds = [found for item in items if (found := cost_of(cost_file(item))) is not None]
     if not seconds:
         return ""
-    part = f", of {len(seconds)} of {len(items)} pieces" * (len(seconds) < len(items))
-    return f" Training and evaluation took {sum(seconds) / 3600:.1f} hours by the clock, shared rows included{part}."
+    part = f" of {len(seconds)} of {len(items)} pieces" * (len(seconds) < len(items))
+    return (
+        f" Training and evaluation{part} took {sum(seconds) / 3600:.1f} hours by the clock; rows that other tables "
+        "share are counted in each."
+    )

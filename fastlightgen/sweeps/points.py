@@ -13,7 +13,9 @@ from fastlightgen.config import ConfigError, fingerprint, load, method_for, resu
 from fastlightgen.config.fields import clipped
 from fastlightgen.config.layers import CONFIG, leaves, misfit
 from fastlightgen.config.limits import MOST_POINTS
+from fastlightgen.config.recipes import file_keys
 from fastlightgen.config.stages import CHOOSES, DEFAULT, METHODS, root
+from fastlightgen.models.folder.experts import experts_of
 
 SHAPES = "shapes"  # the built-in world
 STAGES = ("1", "2", "3")
@@ -97,12 +99,48 @@ def fault(stage: str, method: str, key: str, value: str) -> str:
 
     Rules between several keys are no concern here: the stage checks them when it is loaded.
     """
-    if key == CONFIG:  # `load` reads the file
-        return ""
     if key == "method":
         known = ", ".join(name for one in CHOOSES for name in METHODS[one] if name != DEFAULT)
         return "" if method else f"method={clipped(value)}: wanted one of {DEFAULT}, {known}"
     return misfit(root(stage, {stage: method or DEFAULT}), key, value)
+
+
+def strings(keys: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of YAML as words of a command line have them."""
+    return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in keys.items()}
+
+
+def under(own: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
+    """The keys of a file, and over them those of the user, also over those of the stages that take them."""
+    return {k: v for k, v in own.items() if not (replaced(k, own, more) or lacked(k, v, own, more))} | dict(more)
+
+
+def replaced(key: str, own: Mapping[str, str], more: Mapping[str, str]) -> bool:
+    """Does the user give a key for a stage's own (`iters` for stage3.iters)? Its stage may not take it: ratio=2."""
+    section, _, name = key.rpartition(".")
+    if not section or name not in more:
+        return False
+    stage = section.removeprefix("stage")
+    method = method_of(stage, more) or ("" if name == "method" else method_of(stage, own))
+    return not fault(stage, method, name, more[name])
+
+
+def lacked(key: str, value: str, own: Mapping[str, str], more: Mapping[str, str]) -> bool:
+    """Does a file give a stage a key that the method of the user lacks?"""
+    section, _, name = key.rpartition(".")
+    stage = section.removeprefix("stage")
+    method = method_of(stage, more) if section else ""
+    return method not in ("", method_of(stage, own) or DEFAULT) and bool(fault(stage, method, name, value))
+
+
+def with_recipe(point: Mapping[str, str]) -> dict[str, str]:
+    """A point with the keys of its config=FILE written out: later changes of the file concern no stage of it."""
+    given = {key: value for key, value in point.items() if key != CONFIG}
+    if CONFIG not in point:
+        return {"model": "tiny", "data": SHAPES} | given
+    keys = strings(file_keys(point[CONFIG], "train", {"stage": "all"}))
+    own = {key: value for key, value in keys.items() if key not in ("run", "stage", "seed")}  # the sweep has its own
+    return {"model": "tiny", "data": SHAPES} | under(own, given)
 
 
 def check(point: Mapping[str, str], last: str = "3") -> None:
@@ -117,6 +155,8 @@ def refusal(key: str, value: str, point: Mapping[str, str], last: str) -> str:
     shown, (section, _, name) = f"{clipped(key)}={clipped(value)}", key.rpartition(".")
     if key == "stage":
         return f"{shown}: a sweep runs stages 1 to 3; leave it out"
+    if section and name == CONFIG:
+        return f"{shown}: a recipe is for all stages; give config={clipped(value)}"
     if section:
         known = [f"stage{stage}" for stage in upto(last)]
         return "" if section in known else f"{shown}: wanted {' or '.join(f'{k}.{clipped(name)}' for k in known)}"
@@ -147,6 +187,8 @@ def parts_of(run: Path, point: Mapping[str, str], known: dict[Path, Part], last:
         folder = run / "parts" / f"stage{stage}-{key}"
         known.setdefault(folder, Part(stage, folder, [*words, f"run={folder}", *inputs], cfg, after))
         out[stage] = known[folder]
+        if experts_of(cfg.model):
+            raise ConfigError(f"model={clipped(cfg.model)}: has two experts; a sweep distils one network")
     used = [out[last]] if out else []
     for part in used:  # grows as it goes
         used += [one for one in part.after if one not in used]
@@ -162,8 +204,7 @@ def point_of(
     plan: Sequence[str] = (),
 ) -> Point:
     """One model. `last`: the stage that makes it, "0" for the model that all stages start from."""
-    parts = parts_of(run, keys, known, last)
-    start = str(parts[-1].cfg.model) if parts else keys.get("model", "tiny")
+    parts, start = parts_of(run, keys, known, last), keys.get("model", "tiny")
     made = parts[-1].folder.name if parts else Path(start).name
     where = tuple(f"{key}={keys[key]}" for key in ("device", "threads") if key in keys)
     if parts and (data := parts[-1].cfg.data) != SHAPES:
@@ -179,9 +220,9 @@ def points_of(run: Path, swept: Mapping[str, list[str]], seeds: Sequence[int], c
     several = [key for key, values in swept.items() if len(values) > 1]
     out = []
     for values in itertools.product(*swept.values()):
-        keys = dict(zip(swept, values, strict=True))
-        check(keys)
-        name = " ".join(f"{key}={keys[key]}" for key in several) or "student"
+        given = dict(zip(swept, values, strict=True))
+        check(keys := with_recipe(given))
+        name = " ".join(f"{key}={given[key]}" for key in several) or "student"
         own = [keys | {"seed": str(seed)} for seed in seeds]
         out += [point_of(run, name, one, known, plan=(f"clips={clips}",)) for one in own]
     if len(found := {point.data: None for point in out}) > 1:

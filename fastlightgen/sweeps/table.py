@@ -26,7 +26,8 @@ GOALS = {key: SCORES[key][2] for key in SHOWN}
 COUNTS = "A difference counts if it exceeds two standard deviations of that difference."
 ONE_SEED = "+-: two standard deviations over sets of clips; another training seed can differ by more (seeds=3)."
 SEEDS = "+-: two standard deviations over training seeds and sets of clips."
-FEW_SEEDS = "Of two or three seeds this is no 95% interval: a difference just beyond it needs more seeds."
+FEW_SEEDS = "Of {} seeds this is no 95% interval: a difference just beyond it needs more seeds."
+MANY = 10  # seeds; where they make all of the noise, two deviations of their mean are 92%
 LEADING = ("adherence", "frechet")  # shown with their spread
 AGAIN = "delete it, and the same command makes it again"
 
@@ -97,9 +98,9 @@ def head(*names: str) -> list[str]:
     return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
 
 
-def short(deviation: float) -> str:
-    """Two digits, without an exponent."""
-    return f"{deviation:.2g}" if deviation < 100 else f"{deviation:.0f}"
+def short(value: float, digits: int = 2, sign: str = "") -> str:
+    """A few digits, and all of those before the point: 132, not 1.3e+02."""
+    return f"{value:{sign}.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:{sign}.0f}"
 
 
 def footer(rows: Mapping[str, Row]) -> str:
@@ -109,7 +110,7 @@ def footer(rows: Mapping[str, Row]) -> str:
         f"{', '.join(k for k in goals if goals[k] == goal)}: {WANTED[goal]}" for goal in dict.fromkeys(goals.values())
     ]
     seeds = max(len(row.found) for row in rows.values())
-    counted = f"{SEEDS if seeds > 1 else ONE_SEED} {COUNTS}{f' {FEW_SEEDS}' * (1 < seeds < 4)}"
+    counted = f"{SEEDS if seeds > 1 else ONE_SEED} {COUNTS}{f' {FEW_SEEDS.format(seeds)}' * (1 < seeds < MANY)}"
     return f"Cost: block evaluations per clip. Scores: {'; '.join(best)}. {few(clips) or counted}"
 
 

@@ -61,7 +61,7 @@ def work(points: Sequence[Point], evaluate: bool, at_once: int) -> list[str]:
             for one in [r for r in running if r.process.exitcode is not None]:
                 running.remove(one)
                 one.close()
-                if one.process.exitcode:
+                if one.process.exitcode or not finished(todo[Path(one.name)]):
                     failed.append(one.name)
                     say(f"failed: {one.name}, see {one.log}")
                 else:

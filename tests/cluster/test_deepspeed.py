@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
+import case_stages
 import pytest
 import torch
 import worker
@@ -196,7 +197,7 @@ def test_the_gathers_do_not_depend_on_the_mask(results):
 )
 def test_the_planner_counts_the_gathers_of_real_steps(results, name):
     """The planner counts from the method's declared walks; the worker counts 4 iterations over all networks."""
-    cfg = worker.configured(CASES[name])
+    cfg = case_stages.configured(CASES[name])
     cost = network(small_wan().config, (2, 4, 4), 16)
     step = step_cost(cost, method_for(cfg).walks(cost, KEPT, cfg), cfg)
     counted = sum(sum(row) for row in results[name]["gathers"])

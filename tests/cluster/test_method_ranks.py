@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import case_stages
 import pytest
 import torch
 import worker
@@ -150,7 +151,7 @@ def test_float8_weights_follow_the_weights(cases, results, name):
 @pytest.mark.parametrize("name", GATHERED)
 def test_the_planner_counts_the_gathers_of_real_steps(cases, results, name):
     """A walk of real and generated clips gathers each block once, and so does the discriminator's way to the latent."""
-    stage = worker.rival(cases[name])
+    stage = case_stages.rival(cases[name])
     cost = network(small_wan().config, (2, 4, 4), 16)
     step = step_cost(cost, method_for(stage.cfg).walks(cost, KEPT, stage.cfg), stage.cfg)
     counted = sum(sum(row) for row in results[name]["gathers"])

@@ -157,7 +157,7 @@ def test_the_report(tmp_path, monkeypatch):
     pruned = json.loads((tmp_path / "table-9.json").read_text())["rows"]["pruned"]
     assert pruned["scores"]["frechet"] == [20.0, 22.0] and pruned["two_deviations"]["frechet"] == 2.0
     assert (tmp_path / "table-9.md").read_text() == text + "\n" and "below 0, the first is nearer" in text
-    assert table.short(131.7) == "132" and table.short(13.17) == "13"
+    assert [table.short(x) for x in (0.123, 13.17, 99.4, 99.6, 131.7)] == ["0.12", "13", "99", "100", "132"]
 
 
 def test_pictures():

@@ -64,25 +64,6 @@ def test_a_stage_gets_the_results_before_it_and_the_keys_that_it_takes(tmp_path)
     assert not [word for word in third.words if word.startswith("ratio=")]  # a share is no number of updates
 
 
-def test_a_recipe_gives_the_model_and_settings_of_every_stage(tmp_path):
-    """A file for config=, and lists that stand over it."""
-    save_model(small_wan(), tmp_path / "model")
-    lines = [
-        f"model: {tmp_path}/model",
-        "data: shapes",
-        "stage2: {iters: 3}",
-        "stage3: {iters: 25, critic_start: 20, steps: 3}",
-    ]
-    (tmp_path / "mine.yaml").write_text("\n".join(lines))
-    swept = {"config": [f"{tmp_path}/mine.yaml"], "steps": ["2", "4"]}
-    groups = sweep.groups_of(sweep.OWN | {"run": str(tmp_path / "run")}, swept)
-    assert [point.name for point in groups[""]] == ["steps=2", "steps=4"] and len(unique(groups[""])) == 4
-    for point, steps in zip(groups[""], (2, 4), strict=True):
-        _, second, third = point.parts
-        assert (second.cfg.iters, third.cfg.iters, third.cfg.steps) == (3, 25, steps)
-        assert {part.cfg.model for part in point.parts} == {point.start} == {f"{tmp_path}/model"}
-
-
 def test_lists():
     assert values_of("2,4") == ["2", "4"] and values_of("[0.5, 0.9],[0.9, 0.99]") == ["[0.5, 0.9]", "[0.9, 0.99]"]
     assert words_of("3", {"method": "dmd2", "stage3.lr": "1e-3"}) == ["method=dmd2", "lr=1e-3"]
@@ -107,6 +88,7 @@ def test_lists():
         (["table=5", "itres=6"], "itres=6: unknown key; did you mean iters?"),
         (["table=5", "config=mine"], "config=mine: a table of the paper has its own settings"),
         (["config=mine", "steps=2,4"], "config=mine: there is no such file"),
+        (["stage2.config=mine"], "stage2.config=mine: a recipe is for all stages; give config=mine"),
     ],
 )
 def test_mistakes(tmp_path, words, said):
@@ -138,7 +120,7 @@ def test_dry_run_writes_nothing_and_counts(tmp_path, capsys):
 
 def test_the_time_of_many_short_trainings_is_that_of_their_processes(tmp_path, monkeypatch):
     """On a machine of endless speed: 1 + 1 + 30 trainings and 30 evaluations, 5 s each."""
-    monkeypatch.setattr(estimate, "measured_speed", lambda *_: float("inf"))
+    monkeypatch.setattr(estimate, "speed_of", lambda *_: (float("inf"), "no limit"))
     points = points_of(tmp_path, SHORT | {"stage3.lr": [f"1e-{i}" for i in range(3, 33)]}, [0], 64)
     first, *shown, times = estimate.plan(points, True, 1)
     assert first.startswith("30 models; 32 of 32 trainings are left") and first.endswith("; 30 evaluations")
@@ -210,8 +192,9 @@ def shell(command: str) -> None:
     sys.exit(subprocess.call(["sh", "-c", command]))
 
 
-def test_failures_stop_what_needs_them_alone(tmp_path, monkeypatch):
-    """Stage II of one ratio fails: the students of the other are trained; the same command would go on."""
+@pytest.mark.parametrize("code", [3, 0])
+def test_failures_stop_what_needs_them_alone(tmp_path, monkeypatch, code):
+    """Stage II of one ratio fails, or ends without a result: the students of the other are trained."""
     points = points_of(tmp_path, SHORT | {"ratio": ["0.3", "0.5"]}, [0], 64)
     bad = next(part for part in points[1].parts if part.stage == "2")
 
@@ -219,7 +202,7 @@ def test_failures_stop_what_needs_them_alone(tmp_path, monkeypatch):
         if not isinstance(item, Part):
             command = f"mkdir -p {item.scores.parent}; echo > {item.scores}"
         elif item is bad:
-            command = "exit 3"
+            command = f"exit {code}"
         else:
             made = item.result
             command = f"mkdir -p {made.parent}; mkdir {made}"

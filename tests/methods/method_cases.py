@@ -1,12 +1,13 @@
 """Helpers for tests of the rivals: model folders of very small networks, stages built from them, planned costs."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import KEPT, batches, counted, small_hunyuan, small_wan
+from helpers import KEPT, batches, counted, small_hunyuan, small_wan, write_ranking
 from torch import Tensor
 
 from fastlightgen.config import load, method_for
@@ -47,6 +48,12 @@ def write_models(root: Path, make=small_wan, keep=KEPT) -> list[str]:
 
 def write_hunyuan(root: Path) -> list[str]:
     return write_models(root, small_hunyuan, [0, 2, 3])  # of 2 double and 3 single blocks
+
+
+def ranked_models(root: Path, make: Callable[[Path], list[str]], pruned: list[int], blocks: int) -> list[str]:
+    """Words that name a teacher and Stage I's ranking."""
+    teacher = next(w for w in make(root) if w.startswith("model="))
+    return [teacher, f"importance={write_ranking(root / 'importance.json', pruned, blocks)}"]
 
 
 def crash_after(patch: pytest.MonkeyPatch, updates: int) -> None:

@@ -1,20 +1,27 @@
-"""The rivals of Stage II as commands: both families, a resumed run, the planner, Stage III after them, errors."""
+"""The rivals of Stage II as commands: both families, a resumed run, the planner, Stage III after them."""
 
 import json
 import shutil
-from functools import partial
 
 import pytest
 import torch
-from helpers import BLOCKS, KEPT, assert_same, result, run_train, small_hunyuan, small_wan, write_ranking
-from method_cases import OWN, TEACHER, built, compare_with_plan, crash_after, write_hunyuan, write_models
+from helpers import BLOCKS, KEPT, assert_same, result, run_train, small_wan
+from method_cases import (
+    OWN,
+    TEACHER,
+    built,
+    compare_with_plan,
+    crash_after,
+    ranked_models,
+    write_hunyuan,
+    write_models,
+)
 
 from fastlightgen.config import load, main
 from fastlightgen.engine.log import read_metrics
 from fastlightgen.evaluate import evaluate
 from fastlightgen.models.folder.weights import load_model, read_card, save_model
 from fastlightgen.plan import plan
-from fastlightgen.stages.earlier import stages_of
 
 HUNYUAN = [0, 2, 3]  # kept of 2 double and 3 single blocks
 RIVALS = {
@@ -33,20 +40,14 @@ def models_of(method: str, models: list[str]) -> list[str]:
     return models[:1] if method.startswith("f3") else models
 
 
-def inputs(root, make, pruned: list[int], blocks: int) -> list[str]:
-    """Words that name a teacher and Stage I's ranking."""
-    teacher = next(w for w in make(root) if w.startswith("model="))
-    return [teacher, f"importance={write_ranking(root / 'importance.json', pruned, blocks)}"]
-
-
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory) -> list[str]:
-    return inputs(tmp_path_factory.mktemp("wan"), write_models, [1, 2], BLOCKS)
+    return ranked_models(tmp_path_factory.mktemp("wan"), write_models, [1, 2], BLOCKS)
 
 
 @pytest.fixture(scope="module")
 def hunyuan(tmp_path_factory) -> list[str]:
-    return inputs(tmp_path_factory.mktemp("hunyuan"), write_hunyuan, [1, 4], 5)
+    return ranked_models(tmp_path_factory.mktemp("hunyuan"), write_hunyuan, [1, 4], 5)
 
 
 def train(models: list[str], method: str, run, *more: str) -> list[dict]:
@@ -224,81 +225,6 @@ def test_f3_without_training_is_one_command(wan, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_train("stage=3", wan[0], f"run={tmp_path}", "shift=3", "batch=2", "iters=2", "critic_start=0")
     assert "silenced the self-attention of 1 blocks" in capsys.readouterr().err
-
-
-ALONE = "leaves the pruned network alone, and Eq. 9 needs a strong teacher; use stage3.strong=original"
-SILENCED = "which stage 3 would train again; use stage2.f3=block"
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["stage2.method=icmd"], f"stage2.method=icmd: {ALONE}"),
-        (["stage2.method=lightning"], f"stage2.method=lightning: {ALONE}"),
-        (["stage2.method=f3", "stage2.f3=block"], f"stage2.method=f3: {ALONE}"),
-        (
-            ["stage2.method=f3"],
-            f"stage2.method=f3: leaves silenced heads (f3=attention), {SILENCED} stage3.strong=",
-        ),
-        (["stage2.method=f3", "stage2.f3=head", "stage3.method=lcm"], f"leaves silenced heads (f3=head), {SILENCED}"),
-    ],
-    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
-)
-def test_stage_all_names_what_stage_3_can_start_from(words, said, tmp_path, capsys):
-    """Before anything runs; the same words with those that the line names are taken."""
-    for command in (partial(run_train, f"run={tmp_path / 'run'}"), lambda *w: main(plan, "plan", [*w, "gpus=1"])):
-        with pytest.raises(SystemExit) as stop:
-            command("stage=all", *words)
-        line = capsys.readouterr().err
-        assert stop.value.code == 2 and said in line and line.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-    given = dict(word.split("=") for word in [*words, *line.partition("; use ")[2].split()])
-    stages_of(load(["stage=all", *(f"{k}={v}" for k, v in given.items())]))
-
-
-def test_a_student_with_all_blocks_reads_no_stage_2():
-    for method in ("icmd", "f3"):
-        stages_of(load(["stage=all", f"stage2.method={method}", "stage3.method=dmd2", "stage3.student=full"]))
-
-
-def test_models_that_do_not_fit_are_refused(wan, hunyuan, tmp_path):
-    deep = save_model(small_wan(blocks=5), tmp_path / "deep")
-    wide = save_model(small_hunyuan(num_attention_heads=4), tmp_path / "wide")
-    alone = save_model(small_wan().prune(KEPT), tmp_path / "alone", stage=2, kept_blocks=KEPT)
-    one = save_model(small_wan().prune(KEPT), tmp_path / "one", stage=2, kept_blocks=[0])
-    far = save_model(small_wan(), tmp_path / "far", stage=2, pruned_path=[0, 9])
-    widths = {"heads": [2, 2], "ffn": [12, 24]}
-    narrow = save_model(small_wan().prune(KEPT), tmp_path / "narrow", stage=2, kept_blocks=KEPT, widths=widths)
-    regression = ["stage=3", "method=regression", wan[0]]
-    model = wan[0].removeprefix("model=")
-    icmd = [*wan, "method=icmd"]
-    for given, message in (
-        ([*icmd, f"start_model={deep}"], f"start_model={deep}: num_layers is 5, wanted 4 as in {model}; give a model"),
-        ([*hunyuan, *icmd[2:], f"start_model={wide}"], f"start_model={wide}: num_attention_heads is 4, wanted 2 as in"),
-        ([*icmd, f"start_model={tmp_path}/no"], f"start_model={tmp_path}/no: there is no model folder; "),
-        ([*icmd, f"teacher={deep}"], f"{wan[1].removeprefix('importance=')}: ranks 4 blocks, but the model has 5; run"),
-        ([*icmd, "teacher_guidance=embedded"], "teacher_guidance=embedded: no guidance was distilled into this"),
-        (["stage=3", wan[0], f"stage2_model={alone}"], f"{alone}: holds the pruned network alone, Eq. 9 needs a stron"),
-        (
-            ["stage=3", "method=regression", hunyuan[0], f"stage2_model={alone}"],
-            f"stage2_model={alone}: _class_name is WanTransformer3DModel, wanted HunyuanVideoTransformer3DModel as in ",
-        ),
-        (
-            [*regression, f"stage2_model={one}"],
-            f"{one}/fastlightgen.json: kept_blocks names 1 of the network's 2 block",
-        ),
-        (
-            [*regression, f"stage2_model={far}"],
-            f"{far}/fastlightgen.json: pruned_path names block 9, wanted at most 3;",
-        ),
-        (
-            [*regression, f"stage2_model={narrow}"],
-            f"stage2_model={narrow}: ffn_dim is 24, wanted 12 as in model={model}",
-        ),
-    ):
-        with pytest.raises(ValueError) as error:
-            built("stage=2", *given)
-        assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
 def test_a_checkpoint_of_another_method_is_refused(wan, tmp_path, capsys):
