@@ -40,6 +40,9 @@ FOLDERS = [
     ("wan2.1-i2v-14b", {"flow_shift": 5.0}, "wan2.1-i2v-14b-720p", 5.0, 5.0),  # the same network
     ("wan2.1-i2v-14b", {"flow_shift": 8.0}, "wan2.1-i2v-14b", 8.0, 8.0),  # the scheduler's own
     ("wan2.1-t2v-14b", {}, "wan2.1-t2v-14b", 5.0, 5.0),
+    ("wan2.1-t2v-14b", {"flow_shift": 3.0}, "wan2.1-t2v-14b", 5.0, 5.0),  # the converter's, for every Wan
+    ("wan2.1-t2v-14b", {"flow_shift": 8.0}, "wan2.1-t2v-14b", 8.0, 8.0),
+    ("wan2.2-ti2v-5b", {"flow_shift": 3.0}, "wan2.2-ti2v-5b", 5.0, 5.0),
     ("hunyuanvideo-i2v", {"shift": 7.0}, "hunyuanvideo-i2v", 7.0, 7.0),
     ("hunyuanvideo-i2v", {"shift": 17.0}, "hunyuanvideo-i2v", 17.0, 17.0),
     ("hunyuanvideo-t2v", {"shift": 7.0}, "hunyuanvideo-t2v", 7.0, 7.0),

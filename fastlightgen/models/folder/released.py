@@ -53,8 +53,9 @@ def sampling(model: str | Path) -> Sampling:
 def training(model: str) -> list[Layer]:
     """(file, settings by section "stageN") that hold for training with a model folder; later ones win.
 
-    They are those of its preset. The scheduler's shift replaces the preset's unless the preset was made for it: then
-    the preset also knows the shift that suits a student. [] for a folder that holds no known network.
+    They are those of its preset. The scheduler's shift replaces the preset's unless the preset was made for it, or a
+    converter wrote it: then the preset also knows the shift that suits a student. [] for a folder that holds no known
+    network.
     """
     try:
         found, (default, settings) = preset_of(model), family_default(model)
@@ -65,7 +66,7 @@ def training(model: str) -> list[Layer]:
     if shift is None or not where.endswith(SCHEDULER):  # the shift in a card is that of an earlier training
         where, shift = (default, settings["shift"]) if not known else ("", known["inference"]["shift"])
     layers: list[Layer] = [(preset_file(found), known)] if known else []
-    if not known or shift != known["inference"]["shift"]:
+    if not known or shift not in (known["inference"]["shift"], family_of(config_of(model)).converted_shift):
         layers.append((where, {f"stage{n}": {"shift": shift} for n in range(4)}))
     return layers
 

@@ -58,6 +58,7 @@ WAN = Family(
     stock_inputs=stock_inputs,
     sets_sigmas=False,
     cfg_argument="guidance_scale",
+    converted_shift=3.0,
     comfy=COMFY,
     vae_memory=(0.51e9, 1.27e9),
 )
