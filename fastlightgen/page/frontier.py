@@ -12,7 +12,10 @@ SCORE = "frechet"
 FRAME = Frame(360, 300, left=46, top=36, right=24, bottom=48)
 across, up = FRAME.across, FRAME.up
 LINE = 14  # the height of a label
+WIDTH = 4.4  # of a letter, about
+OTHER_SIDE = 1.9 * LINE  # a label goes to the left of its dot rather than move down by more
 SMALLEST = 1e-3  # on a logarithmic axis
+Box = tuple[float, float, float, float]  # left, right, top, bottom
 Point = tuple[int, float, float, float]  # cost, score, and the ends of its interval (the score twice if unknown)
 
 
@@ -42,14 +45,14 @@ def against_cost(title: str, score: str, points: Mapping[str, Point]) -> str:
     body = [f'<path class="axis" fill="none" d="M{across(0):g} {up(1):g}V{up(0):g}H{across(1):g}"/>']
     body += [text(across(i / wide), up(0) + 16, f"{10 ** (low + i):g}", "small") for i in range(wide + 1)]
     body += [text(across(0) - 5, height(mark) + 4, f"{mark:g}", "small", "end") for mark in marks]
-    placed: list[tuple[float, float]] = []
-    for name, (price, value, least, greatest) in sorted(points.items(), key=lambda item: -item[1][1]):
-        x, y = across((math.log10(price) - low) / wide), height(value)
-        ends = [height(end) for end in (least, greatest)]
-        body.append(f'<path class="axis" fill="none" d="M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}"/>')
+    dots = {n: (across((math.log10(price) - low) / wide), height(value)) for n, (price, value, *_) in points.items()}
+    taken = [(x - 4, x + 4, y - 4, y + 4) for x, y in dots.values()]
+    for name, (_, _, least, greatest) in sorted(points.items(), key=lambda item: -item[1][1]):
+        x, y = dots[name]
+        body.append(f'<path class="axis" fill="none" d="M{x:.1f} {height(least):.1f}V{height(greatest):.1f}"/>')
         body.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
-        left = x > (across(0) + FRAME.width) / 2
-        body.append(text(x - 8 if left else x + 8, free(x, y + 4, placed), name, "small", "end" if left else "start"))
+        left, at = spot(x, y + 4, WIDTH * len(name), taken)
+        body.append(text(x - 8 if left else x + 8, at, name, "small", "end" if left else "start"))
     body.append(text(across(0.5), FRAME.height - 16, "block evaluations per clip", "small name"))
     body.append(text(across(0.5), FRAME.height - 3, f"up: {score}", "small name"))
     return page(title, body, FRAME)
@@ -64,8 +67,20 @@ def ticks(values: Iterable[float]) -> list[float]:
     return known[first : last + 1]
 
 
-def free(x: float, y: float, placed: list[tuple[float, float]]) -> float:
-    """The height of the next label: below every label that stands near it and was placed before, from top to bottom."""
-    y = max([y, *(other + LINE for near, other in placed if abs(near - x) < 200)])
-    placed.append((x, y))
-    return y
+def spot(x: float, y: float, wide: float, taken: list[Box]) -> tuple[bool, float]:
+    """The side (left?) and the height of the next label: beside its dot, or below what stands there."""
+    found = []
+    for left in (False, True):
+        start = x - 8 - wide if left else x + 8
+        at = y
+        while hit := [box for box in taken if overlap(box, (start, start + wide, at - LINE + 3, at + 2))]:
+            at = max(bottom for *_, bottom in hit) + LINE - 2
+        outside = start < 0 or start + wide > FRAME.width
+        found.append((at - y + OTHER_SIDE * left + FRAME.width * outside, left, at, start))
+    _, left, at, start = min(found)
+    taken.append((start, start + wide, at - LINE + 3, at + 2))
+    return left, at
+
+
+def overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[1] and other[0] < one[1] and one[2] < other[3] and other[2] < one[3]
