@@ -167,6 +167,8 @@ def verdict(difference: Mapping[str, Any], trend: Trend) -> str:
     No difference beyond noise is no proof that two rows are equal: "Not contradicted", with the interval beside it.
     """
     word = difference["verdict"]
+    if difference["difference"] == 0:
+        return "No difference, the same numbers"
     if word == SAME and trend.kind == "better":
         return f"Within noise, {'the same' if difference['difference'] < 0 else 'the other'} sign"
     return VERDICTS[trend.kind][word]

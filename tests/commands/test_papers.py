@@ -89,6 +89,7 @@ def test_mistakes(words, said):
     (5.0, "worse", "better", "Contradicted"),
     (-1.0, "no difference", "better", "Within noise, the same sign"),
     (1.0, "no difference", "better", "Within noise, the other sign"),
+    (0.0, "no difference", "better", "No difference, the same numbers"),
     (1.0, "no difference", "same", "Not contradicted"),
     (-5.0, "better", "same", "Contradicted, the first is better"),
     (5.0, "worse", "same", "Contradicted, the first is worse"),
