@@ -270,7 +270,7 @@ def compared(slow: dict[str, Any], fast: dict[str, Any]) -> dict[str, Any]:
     rates = [r["operations_per_second"] / 1e9 for r in (slow, fast)]
     reason = (
         f"counted {counted:.1f}x, a clip {clip:.1f}x: {own:.3g} s of {fast['seconds']['median']:.3g} s ({share:.0%}) "
-        f"are text, picture, VAE and the rest, which a smaller network leaves: the count gives {possible:.1f}x; "
+        f"are text, picture, VAE and the rest, which stay as they are, so that the count gives {possible:.1f}x; "
         f"the network alone was {network:.1f}x faster, at {rates[1]:.3g} against {rates[0]:.3g} GFLOP/s in its blocks"
     )
     return {"counted": counted, "network": network, "clip": clip, "possible": possible, "reason": reason}

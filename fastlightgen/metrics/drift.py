@@ -103,7 +103,7 @@ def median_error(logs: Sequence[float], *counts: int) -> float:
 
 
 def in_loss(values: Sequence[float], limits: Limits) -> Finding | None:
-    """Report a loss whose recent median grew beyond two others: of its first values, and of all earlier ones."""
+    """Report a loss whose recent median grew beyond the lower of two: of its first, and of all earlier values."""
     if len(values) < limits.first + limits.recent:
         return None
     logs = [math.log(max(v, 1e-30)) for v in values]

@@ -85,9 +85,8 @@ class Family:
     interface: tuple[str, ...]  # keys of config.json that must match the pipeline's other parts
     stock_inputs: StockInputs
     sets_sigmas: bool  # True: its pipelines pass sigmas 1 - i / N to the scheduler; False: they pass N alone
-    # The time shift that diffusers' converter writes into the schedulers of all models of the family, if it does.
-    converted_shift: float | None = None
     cfg_argument: str  # argument of its pipelines that scales classifier-free guidance; 1 turns it off
+    converted_shift: float | None = None  # the time shift that diffusers' converter writes for each of its models
     guider: str = ""  # a part of its pipelines that has `cfg_argument` as a setting, where they do not take it
     sized: frozenset[str] = frozenset()  # pipeline classes that take no height and width: the picture decides
     comfy: Comfy | None = None  # what ComfyUI assumes of its networks

@@ -187,8 +187,6 @@ def parts_of(run: Path, point: Mapping[str, str], known: dict[Path, Part], last:
         folder = run / "parts" / f"stage{stage}-{key}"
         known.setdefault(folder, Part(stage, folder, [*words, f"run={folder}", *inputs], cfg, after))
         out[stage] = known[folder]
-        if experts_of(cfg.model):
-            raise ConfigError(f"model={clipped(cfg.model)}: has two experts; a sweep distils one network")
     used = [out[last]] if out else []
     for part in used:  # grows as it goes
         used += [one for one in part.after if one not in used]
@@ -205,6 +203,8 @@ def point_of(
 ) -> Point:
     """One model. `last`: the stage that makes it, "0" for the model that all stages start from."""
     parts, start = parts_of(run, keys, known, last), keys.get("model", "tiny")
+    if experts_of(start):
+        raise ConfigError(f"model={clipped(start)}: has two experts; a sweep distils one network")
     made = parts[-1].folder.name if parts else Path(start).name
     where = tuple(f"{key}={keys[key]}" for key in ("device", "threads") if key in keys)
     if parts and (data := parts[-1].cfg.data) != SHAPES:

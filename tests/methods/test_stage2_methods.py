@@ -6,16 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers import BLOCKS, KEPT, assert_same, result, run_train, small_wan
-from method_cases import (
-    OWN,
-    TEACHER,
-    built,
-    compare_with_plan,
-    crash_after,
-    ranked_models,
-    write_hunyuan,
-    write_models,
-)
+from method_cases import OWN, TEACHER, built, compare_with_plan, crash_after
 
 from fastlightgen.config import load, main
 from fastlightgen.engine.log import read_metrics
@@ -40,16 +31,6 @@ def models_of(method: str, models: list[str]) -> list[str]:
     return models[:1] if method.startswith("f3") else models
 
 
-@pytest.fixture(scope="module")
-def wan(tmp_path_factory) -> list[str]:
-    return ranked_models(tmp_path_factory.mktemp("wan"), write_models, [1, 2], BLOCKS)
-
-
-@pytest.fixture(scope="module")
-def hunyuan(tmp_path_factory) -> list[str]:
-    return ranked_models(tmp_path_factory.mktemp("hunyuan"), write_hunyuan, [1, 4], 5)
-
-
 def train(models: list[str], method: str, run, *more: str) -> list[dict]:
     common = ["stage=2", "batch=2", "shift=3", "progress=false", "threads=1", "iters=4", "lr=1e-3", "log_every=1"]
     given = dict(w.split("=", 1) for w in (*common, *models_of(method, models), *words_of(method), f"run={run}", *more))
@@ -60,7 +41,7 @@ def train(models: list[str], method: str, run, *more: str) -> list[dict]:
 @pytest.mark.parametrize("family", ["wan", "hunyuan"])
 @pytest.mark.parametrize("method", RIVALS)
 def test_it_trains_a_pruned_network_that_samples(method, family, request, tmp_path):
-    models = request.getfixturevalue(family)
+    models = request.getfixturevalue(f"ranked_{family}")
     lines = train(models, method, tmp_path, "sample_every=4")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     stage = built("stage=2", *models_of(method, models), *words_of(method), f"run={tmp_path}")
@@ -77,17 +58,17 @@ def test_it_trains_a_pruned_network_that_samples(method, family, request, tmp_pa
     assert list((tmp_path / "stage2/samples").iterdir())
 
 
-def test_the_discriminator_comes_late(wan, tmp_path):
+def test_the_discriminator_comes_late(ranked_wan, tmp_path):
     """From half of the steps on; no step before it updates the discriminator."""
-    lines = train(wan, "icmd", tmp_path)
+    lines = train(ranked_wan, "icmd", tmp_path)
     assert ["discriminator_loss" in line for line in lines] == [False, False, True, True]
     assert ["student_mca" in line for line in lines] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("method", RIVALS)
-def test_bfloat16_is_close_to_float32(method, wan, tmp_path):
+def test_bfloat16_is_close_to_float32(method, ranked_wan, tmp_path):
     """Autocast rounds to 8 bits; losses are means, whose error is smaller."""
-    lines = {t: train(wan, method, tmp_path / t, f"dtype={t}") for t in ("float32", "bfloat16")}
+    lines = {t: train(ranked_wan, method, tmp_path / t, f"dtype={t}") for t in ("float32", "bfloat16")}
     for a, b in zip(lines["float32"], lines["bfloat16"], strict=True):
         wanted = {k: v for k, v in a.items() if k.endswith("loss")}
         assert {k: b[k] for k in wanted} == pytest.approx(wanted, rel=0.03)
@@ -95,17 +76,17 @@ def test_bfloat16_is_close_to_float32(method, wan, tmp_path):
 
 @pytest.mark.parametrize("crash_at", [2, 4])
 @pytest.mark.parametrize("method", RIVALS)
-def test_a_killed_run_continues_with_the_same_bits(method, crash_at, wan, tmp_path, monkeypatch, capsys):
+def test_a_killed_run_continues_with_the_same_bits(method, crash_at, ranked_wan, tmp_path, monkeypatch, capsys):
     """Killed in iteration 2, when step 1 is saved and has no discriminator, or in iteration 4, when step 3 has one."""
     words = ["iters=5", "save_every=1", "keep=1"]
-    train(wan, method, tmp_path / "whole", *words)
+    train(ranked_wan, method, tmp_path / "whole", *words)
     before = crash_at - 1 if method != "icmd" or crash_at == 2 else 4  # steps 1 to 3, the third with two updates
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^2$"):
         crash_after(patch, before)
-        train(wan, method, tmp_path / "killed", *words)
+        train(ranked_wan, method, tmp_path / "killed", *words)
     assert "error: out of memory; " in capsys.readouterr().err
     assert not (tmp_path / "killed/stage2/model").exists()
-    train(wan, method, tmp_path / "killed", *words)
+    train(ranked_wan, method, tmp_path / "killed", *words)
     assert_same(result(tmp_path / "killed", 2), result(tmp_path / "whole", 2))
 
 
@@ -120,9 +101,9 @@ def test_it_is_planned_for_a_real_model(method, tmp_path):
         assert record["plan"]["calls"] == 21 + 30 + 0.5 * 3 * 30
 
 
-def test_its_walks_over_double_and_single_blocks_are_planned(hunyuan):
+def test_its_walks_over_double_and_single_blocks_are_planned(ranked_hunyuan):
     """The way to the latent leaves out gradients of the text in the first block, which the planner counts."""
-    words = ["stage=2", *hunyuan, *words_of("icmd"), "mca_start=0"]
+    words = ["stage=2", *ranked_hunyuan, *words_of("icmd"), "mca_start=0"]
     compare_with_plan(built(*words, dtype=torch.float32), HUNYUAN, tolerance=5e-3)
 
 
@@ -131,10 +112,10 @@ AFTER |= {"fastlightgen": ["strong=original", "ratio=2", "critic_start=0"]}
 
 
 @pytest.mark.parametrize("after", AFTER)
-def test_stage_3_starts_from_its_result(after, wan, tmp_path):
+def test_stage_3_starts_from_its_result(after, ranked_wan, tmp_path):
     """The student, its averaged target and a pruned critic have the pruned network's weights; the teacher is whole."""
-    train(wan, "icmd", tmp_path)
-    given = ["stage=3", f"method={after}", wan[0], f"stage2_model={tmp_path / 'stage2/model'}", *AFTER[after]]
+    train(ranked_wan, "icmd", tmp_path)
+    given = ["stage=3", f"method={after}", ranked_wan[0], f"stage2_model={tmp_path / 'stage2/model'}", *AFTER[after]]
     stage = built(*given, dtype=torch.float32)
     made = load_model(tmp_path / "stage2/model")
     x_t, t, cond, _ = small_wan().example_inputs(2)
@@ -154,20 +135,20 @@ def test_stage_3_starts_from_its_result(after, wan, tmp_path):
     assert read_card(tmp_path / "stage3/model")["kept_blocks"] == KEPT
 
 
-def test_a_student_of_stage_3_can_start_there(wan, tmp_path):
+def test_a_student_of_stage_3_can_start_there(ranked_wan, tmp_path):
     """start_model: the teachers are Stage II's, the student is the rival's."""
-    train(wan, "icmd", tmp_path)
+    train(ranked_wan, "icmd", tmp_path)
     stage2 = save_model(small_wan(seed=1), tmp_path / "two", pruned_path=KEPT)
-    stage = built("stage=3", wan[0], f"stage2_model={stage2}", f"start_model={tmp_path / 'stage2/model'}")
+    stage = built("stage=3", ranked_wan[0], f"stage2_model={stage2}", f"start_model={tmp_path / 'stage2/model'}")
     x_t, t, cond, _ = small_wan().example_inputs(2)
     with torch.no_grad():
         assert torch.equal(stage.student.float()(x_t, t, cond), load_model(tmp_path / "stage2/model")(x_t, t, cond))
     dropped = save_model(small_wan().prune([0, 1]), tmp_path / "other", stage=2, kept_blocks=[0, 1])
     with pytest.raises(ValueError, match=r"its pruned path keeps blocks \[0, 1\], wanted \[0, 3\]"):
-        built("stage=3", wan[0], f"stage2_model={stage2}", f"start_model={dropped}")
+        built("stage=3", ranked_wan[0], f"stage2_model={stage2}", f"start_model={dropped}")
 
 
-def test_the_result_is_evaluated(wan, tmp_path):
+def test_the_result_is_evaluated(ranked_wan, tmp_path):
     """path=pruned and path=full are the same model."""
     save_model(small_wan().prune(KEPT), tmp_path / "model", stage=2, kept_blocks=KEPT, steps=2, world=2)
     scores = []
@@ -211,28 +192,28 @@ def test_the_paper_s_settings_of_icmd():
         assert getattr(ours, key) == getattr(rival, key), key
 
 
-def test_f3_without_training_is_one_command(wan, tmp_path, capsys):
+def test_f3_without_training_is_one_command(ranked_wan, tmp_path, capsys):
     """No log and no checkpoint; the model samples, and a second start finds it complete."""
-    run_train("stage=2", "method=f3", wan[0], f"run={tmp_path}", "shift=3", "batch=2", "clips=2", "timesteps=1")
+    run_train("stage=2", "method=f3", ranked_wan[0], f"run={tmp_path}", "shift=3", "batch=2", "clips=2", "timesteps=1")
     said = capsys.readouterr()
     assert "trains nothing" in said.out
     assert [line.split()[:4] for line in said.err.splitlines()] == ["attention between frames: 100%".split()]
     card = read_card(tmp_path / "stage2/model")
     assert len(card["silent"]) == 1 and card["kept_blocks"] == list(range(BLOCKS)) and card["world"] == 2
     assert not (tmp_path / "stage2/start").exists() and (tmp_path / "stage2/attention.json").is_file()
-    run_train("stage=2", "method=f3", wan[0], f"run={tmp_path}", "shift=3", "batch=2", "clips=2", "timesteps=1")
+    run_train("stage=2", "method=f3", ranked_wan[0], f"run={tmp_path}", "shift=3", "batch=2", "clips=2", "timesteps=1")
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        run_train("stage=3", wan[0], f"run={tmp_path}", "shift=3", "batch=2", "iters=2", "critic_start=0")
+        run_train("stage=3", ranked_wan[0], f"run={tmp_path}", "shift=3", "batch=2", "iters=2", "critic_start=0")
     assert "silenced the self-attention of 1 blocks" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_another_method_is_refused(wan, tmp_path, capsys):
+def test_a_checkpoint_of_another_method_is_refused(ranked_wan, tmp_path, capsys):
     """A discriminator that reads other blocks, and a checkpoint without one."""
     runs = {name: tmp_path / name for name in ("own", "fewer", "none")}
     more = {"own": [], "fewer": ["mca_every=4"], "none": ["mca=0"]}
     for name, run in runs.items():
-        train(wan, "icmd", run, "iters=2", "save_every=2", *more[name])
+        train(ranked_wan, "icmd", run, "iters=2", "save_every=2", *more[name])
         shutil.rmtree(run / "stage2/model")
         (run / "stage2/checkpoints").rename(tmp_path / f"checkpoints-{name}")
     capsys.readouterr()
@@ -243,7 +224,7 @@ def test_a_checkpoint_of_another_method_is_refused(wan, tmp_path, capsys):
         shutil.rmtree(runs["own"] / "stage2/checkpoints", ignore_errors=True)
         shutil.copytree(tmp_path / f"checkpoints-{other}", runs["own"] / "stage2/checkpoints")
         with pytest.raises(SystemExit):
-            train(wan, "icmd", runs["own"], "iters=2", "save_every=2")
+            train(ranked_wan, "icmd", runs["own"], "iters=2", "save_every=2")
         error = capsys.readouterr().err
         assert f"step-000002: {name}; the checkpoint is of another method or model: use another run=" in error
         assert len(error.strip().splitlines()) == 1

@@ -3,24 +3,13 @@
 from functools import partial
 
 import pytest
-from helpers import BLOCKS, KEPT, run_train, small_hunyuan, small_wan
-from method_cases import built, ranked_models, write_hunyuan, write_models
+from helpers import KEPT, run_train, small_hunyuan, small_wan
+from method_cases import built
 
 from fastlightgen.config import load, main
 from fastlightgen.models.folder.weights import save_model
 from fastlightgen.plan import plan
 from fastlightgen.stages.earlier import stages_of
-
-
-@pytest.fixture(scope="module")
-def wan(tmp_path_factory) -> list[str]:
-    return ranked_models(tmp_path_factory.mktemp("wan"), write_models, [1, 2], BLOCKS)
-
-
-@pytest.fixture(scope="module")
-def hunyuan(tmp_path_factory) -> list[str]:
-    return ranked_models(tmp_path_factory.mktemp("hunyuan"), write_hunyuan, [1, 4], 5)
-
 
 ALONE = "leaves the pruned network alone, and Eq. 9 needs a strong teacher; use stage3.strong=original"
 SILENCED = "which stage 3 would train again; use stage2.f3=block"
@@ -57,7 +46,8 @@ def test_a_student_with_all_blocks_reads_no_stage_2():
         stages_of(load(["stage=all", f"stage2.method={method}", "stage3.method=dmd2", "stage3.student=full"]))
 
 
-def test_models_that_do_not_fit_are_refused(wan, hunyuan, tmp_path):
+def test_models_that_do_not_fit_are_refused(ranked_wan, ranked_hunyuan, tmp_path):
+    wan, hunyuan = ranked_wan, ranked_hunyuan
     deep = save_model(small_wan(blocks=5), tmp_path / "deep")
     wide = save_model(small_hunyuan(num_attention_heads=4), tmp_path / "wide")
     alone = save_model(small_wan().prune(KEPT), tmp_path / "alone", stage=2, kept_blocks=KEPT)
@@ -70,11 +60,17 @@ def test_models_that_do_not_fit_are_refused(wan, hunyuan, tmp_path):
     icmd = [*wan, "method=icmd"]
     for given, message in (
         ([*icmd, f"start_model={deep}"], f"start_model={deep}: num_layers is 5, wanted 4 as in {model}; give a model"),
-        ([*hunyuan, *icmd[2:], f"start_model={wide}"], f"start_model={wide}: num_attention_heads is 4, wanted 2 as in"),
+        (
+            [*hunyuan, *icmd[2:], f"start_model={wide}"],
+            f"start_model={wide}: num_attention_heads is 4, wanted 2 as in",
+        ),
         ([*icmd, f"start_model={tmp_path}/no"], f"start_model={tmp_path}/no: there is no model folder; "),
         ([*icmd, f"teacher={deep}"], f"{wan[1].removeprefix('importance=')}: ranks 4 blocks, but the model has 5; run"),
         ([*icmd, "teacher_guidance=embedded"], "teacher_guidance=embedded: no guidance was distilled into this"),
-        (["stage=3", wan[0], f"stage2_model={alone}"], f"{alone}: holds the pruned network alone, Eq. 9 needs a stron"),
+        (
+            ["stage=3", wan[0], f"stage2_model={alone}"],
+            f"{alone}: holds the pruned network alone, Eq. 9 needs a stron",
+        ),
         (
             ["stage=3", "method=regression", hunyuan[0], f"stage2_model={alone}"],
             f"stage2_model={alone}: _class_name is WanTransformer3DModel, wanted HunyuanVideoTransformer3DModel as in ",
